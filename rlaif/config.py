@@ -1,0 +1,308 @@
+"""The job: one typed tree, read from sparse YAML, resolved with its defaults, refused when unknown.
+
+In: a job file and `--set a.b=c` overrides. Out: a `Job`. Every field has a docstring; docs/job.md
+is generated from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlaif.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys are an error, docstrings under fields are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Policy(Section):
+    """The model in training."""
+
+    model: str = "embedded:smollm2-135m-instruct"
+    """A hub id, a local folder, or `embedded:smollm2-135m-instruct`."""
+    system_prompt: str | None = None
+    """Put before every prompt that has no system message of its own."""
+
+
+class Prompts(Section):
+    """Where prompts come from."""
+
+    train: str = "prompts/everyday.jsonl"
+    """JSONL, JSON, CSV or Parquet file, or `datasets:NAME[:SPLIT]`. A row has `prompt` (text) or `messages` (chat)."""
+    held_out: str = "prompts/everyday_held_out.jsonl"
+    """The same, for evaluation; a prompt found in both never trains."""
+    per_iteration: int = Field(24, ge=1)
+    """Prompts an iteration takes, in a seeded order that starts again when it runs out."""
+
+
+class Sampling(Section):
+    """How the policy answers."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """`vllm`, or `transformers` where vLLM isn't installed."""
+    completions_per_prompt: int = Field(4, ge=2)
+    """Completions sampled for each prompt."""
+    max_tokens: int = Field(64, ge=1)
+    """Length limit of a completion, in tokens."""
+    temperature: float = Field(0.8, gt=0)
+    """Sampling temperature."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus: the smallest set of tokens with this much probability."""
+    max_model_len: int = Field(1024, ge=32)
+    """Longest prompt plus completion, in tokens."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Memory for vLLM's KV cache on the CPU, GiB."""
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    """Share of a GPU that vLLM may use (untried here)."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that one sampler spans (untried here)."""
+
+
+class Pairing(Section):
+    """Which completions are compared."""
+
+    method: Literal["random", "all", "best_worst"] = "best_worst"
+    """`best_worst` needs a judge that scores single completions; its selecting voices never decide."""
+    max_pairs_per_prompt: int = Field(1, ge=1)
+    """At most this many pairs a prompt."""
+
+
+class Judge(Section):
+    """Who compares."""
+
+    kind: Literal["likelihood"] = "likelihood"
+    """`likelihood`: a frozen model compares how likely an answer is under `prefer` and under `avoid`."""
+    model: str = "embedded:smollm2-135m-instruct"
+    """The frozen model that judges."""
+    batch_tokens: int = Field(2048, ge=64)
+    """Tokens of one forward pass."""
+    score_temperature: float = Field(4.0, gt=0)
+    """p(first) = sigmoid(score difference / this). In nats; larger is less sure."""
+    relevance_tolerance: float = Field(0.15, ge=0)
+    """The guard votes against a side that is less relevant than the other by more than this (nat a token)."""
+    fluency_tolerance: float = Field(0.3, ge=0)
+    """The guard votes against a side that the frozen base finds less likely by more than this (nat a token)."""
+
+
+class Filters(Section):
+    """Which labels are trusted."""
+
+    min_votes: int = Field(1, ge=1)
+    """Valid votes a pair needs (`too_few_votes`)."""
+    max_abstention_share: float = Field(0.5, ge=0, le=1)
+    """Abstentions over all votes, at most (`abstained`)."""
+    min_agreement: float = Field(1.0, ge=0, le=1)
+    """Weighted share of valid votes that name the winner, at least (`low_agreement`)."""
+    min_margin: float = Field(0.0, ge=0, le=0.5)
+    """|p(first) - 0.5|, at least (`low_margin`)."""
+    guards: bool = True
+    """A guard's vote against the winner drops the pair (`guard`)."""
+    min_kept_pairs: int = Field(4, ge=1)
+    """Fewer kept pairs than this: no update in this iteration, recorded as `skipped_update`."""
+
+
+class Lora(Section):
+    """Low-rank adapters instead of full weights; merged before every reload of the sampler."""
+
+    r: int = Field(16, ge=1)
+    """Rank."""
+    alpha: int = Field(32, ge=1)
+    """Scale numerator."""
+    target_modules: str | list[str] = "all-linear"
+    """As in peft."""
+
+
+class Learner(Section):
+    """How preferences become an update."""
+
+    kind: Literal["dpo", "online_dpo"] = "dpo"
+    """TRL's `DPOTrainer`, or a thin adapter on its experimental `OnlineDPOTrainer`."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull to the reference policy."""
+    loss_type: str = "sigmoid"
+    """As in TRL."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """Adam's learning rate, constant by default (`args.lr_scheduler_type`)."""
+    batch_size: int = Field(4, ge=1)
+    """Pairs in one optimizer step."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the kept pairs of an iteration."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient clipping."""
+    reference: Literal["base", "previous"] = "base"
+    """What KL is measured against: the untrained policy, or the policy before this iteration."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast of the update; master weights and Adam state are fp32 in both."""
+    lora: Lora | None = None
+    """Train adapters; full weights when absent."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Passed to TRL's config as they are (`report_to: wandb`, `weight_decay: 0.01`, ...)."""
+
+
+class Replay(Section):
+    """Old preferences against forgetting."""
+
+    share: float = Field(0.0, ge=0, le=0.9)
+    """Share of an update that may be replayed pairs; they come after the fresh ones."""
+    max_age: int = Field(4, ge=1)
+    """Oldest iteration that may be replayed, counted back. Pairs judged under another text are never replayed."""
+
+
+class Eval(Section):
+    """Held-out evaluation."""
+
+    every: int = Field(4, ge=1)
+    """Evaluate after this many iterations; also before the first, at every change of text, and at the end."""
+    prompts: int = Field(48, ge=1)
+    """Held-out prompts used, in file order."""
+    samples: int = Field(1, ge=1)
+    """Answers for each."""
+
+
+class Monitors(Section):
+    """When a run raises an alarm."""
+
+    max_kl: float | None = None
+    """Stop updating when KL per token from the base policy (nats, on held-out answers) exceeds this."""
+    min_mean_words: float = 6.0
+    """Alarm when sampled answers are shorter than this on average."""
+    min_distinct_share: float = Field(0.5, ge=0, le=1)
+    """Alarm when fewer than this share of an iteration's sampled answers are distinct."""
+    stop_on_alarm: bool = False
+    """Stop the run at an alarm (it can be resumed) instead of noting it and going on."""
+
+
+class Job(Section):
+    """A training job."""
+
+    name: str | None = None
+    """Name of the run directory under `runs/`; the job file's name when absent."""
+    seed: int = 0
+    """Everything random follows from this."""
+    iterations: int = Field(8, ge=1)
+    """How many iterations."""
+    constitution: str | None = None
+    """`assistant` follows the newest version on disk, also while the job runs; `assistant@2` pins one."""
+    schedule: dict[int, str] | None = None
+    """Texts by first iteration, e.g. `{0: assistant@1, 4: assistant@2}`; instead of `constitution`."""
+    constitutions_dir: str = "constitutions"
+    """Folder that holds the constitutions."""
+    policy: Policy = Policy()
+    prompts: Prompts = Prompts()
+    sampling: Sampling = Sampling()
+    pairing: Pairing = Pairing()
+    judge: Judge = Judge()
+    filters: Filters = Filters()
+    learner: Learner = Learner()
+    replay: Replay = Replay()
+    eval: Eval = Eval()
+    monitors: Monitors = Monitors()
+    workers: Literal["process", "inline"] = "process"
+    """Sampler, judge and learner each in a process of its own, or (tests) in the loop's."""
+
+    @model_validator(mode="after")
+    def _one_source_of_texts(self) -> Job:
+        if (self.constitution is None) == (self.schedule is None):
+            raise ValueError("give exactly one of `constitution` and `schedule`")
+        if self.schedule is not None and 0 not in self.schedule:
+            raise ValueError("`schedule` needs an entry for iteration 0")
+        return self
+
+
+def load_job(path: Path, overrides: list[str] | None = None) -> Job:
+    """Reads a job file and applies `a.b=value` overrides (values are YAML).
+
+    Raises:
+        UserError: the file is missing or malformed, a key is unknown, or a value doesn't fit.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as e:
+        raise UserError(f"{path}: can't read the job file ({e.strerror}); `ls jobs` shows the shipped ones") from e
+    except yaml.YAMLError as e:
+        where = getattr(e, "problem_mark", None)
+        line = f":{where.line + 1}" if where else ""
+        raise UserError(f"{path}{line}: not valid YAML ({getattr(e, 'problem', e)})") from e
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a job is a mapping of settings, found {type(tree).__name__}; see docs/job.md")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_job(tree, str(path))
+
+
+def parse_job(tree: dict[str, Any], source: str) -> Job:
+    """Validates a tree of settings; `source` names it in errors."""
+    try:
+        return Job.model_validate(tree)
+    except ValidationError as e:
+        raise UserError("; ".join(f"{source}: {_explain(err)}" for err in e.errors())) from e
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, sep, value = override.partition("=")
+    if not sep or not key:
+        raise UserError(f"--set {override}: expected KEY=VALUE, for example --set learner.beta=0.2")
+    *parents, last = key.split(".")
+    node = tree
+    for part in parents:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: `{part}` is a value, not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise UserError(f"--set {override}: the value is not valid YAML") from e
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(p) for p in error["loc"])
+    if error["type"] != "extra_forbidden":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{where or 'job'}: {message} (found {error['input']!r})" if where else message
+    known = _known_keys(error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+    hint = f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(known)}"
+    return f"unknown key `{where}`{hint}"
+
+
+def _known_keys(loc: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = Job
+    for part in loc:
+        field = section.model_fields.get(str(part))
+        nested = _section_in(field.annotation) if field else None
+        if nested is None:
+            return []
+        section = nested
+    return sorted(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((s for a in typing.get_args(annotation) if (s := _section_in(a))), None)
+    return None
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The dotted keys whose values differ between two resolved jobs: `{key: (old, new)}`."""
+    out: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(set(old) | set(new), key=str):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out |= changed_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out[f"{prefix}{key}"] = (a, b)
+    return out

@@ -1,0 +1,27 @@
+"""The errors that cross a module boundary, and the exit code that each one becomes.
+
+Every message says what was found, what was allowed, and the next step; it is shown as one
+line, without a traceback.
+"""
+
+
+class RlaifError(Exception):
+    """Something on our side failed. Exit code 1."""
+
+    exit_code = 1
+
+
+class UserError(RlaifError):
+    """A mistake that the user can mend: a job, a text, a path, a setting. Exit code 2."""
+
+    exit_code = 2
+
+
+class WorkerError(RlaifError):
+    """A worker process died or reported a failure; the run can be resumed."""
+
+
+class RunInterrupted(RlaifError):
+    """Ctrl-C or SIGTERM: the run stopped cleanly and can be resumed."""
+
+    exit_code = 130

@@ -1,0 +1,250 @@
+"""The words of the system: one small frozen record for each thing that a run writes down.
+
+A record is one line of a JSONL file (docs/run-directory.md). The data flows one way:
+`Prompt -> Completion -> Pair -> Ballot -> Vote -> Verdict -> Decision -> Preference -> UpdateStep`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+Outcome = Literal["first", "second", "tie", "abstain"]
+Side = Literal["first", "second"]
+AbstainReason = Literal["unparsed", "truncated", "refused", "empty", "infra_error"]
+FinishReason = Literal["stop", "length"]
+DropReason = Literal[
+    "identical",
+    "too_few_votes",
+    "abstained",
+    "tie",
+    "guard",
+    "order_flip",
+    "low_agreement",
+    "low_margin",
+    "uncalibrated",
+]
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex, first 16 digits) of a value's canonical JSON: the identity of plans, ballots and texts."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Record(BaseModel):
+    """Base of all records: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Message(Record):
+    """One chat message."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Prompt(Record):
+    """What the policy is asked: one or more chat messages, the last one from the user."""
+
+    id: str
+    messages: tuple[Message, ...]
+    category: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The last user message, as people read it."""
+        return self.messages[-1].content
+
+
+class PolicyVersion(Record):
+    """Which weights sampled: the number of updates behind them, and the digest of the weights."""
+
+    iteration: int
+    digest: str
+
+
+class Completion(Record):
+    """One sampled answer, as token ids and as text. `token_ids` hold the end token iff `finish_reason` is stop."""
+
+    id: str
+    prompt_id: str
+    policy: PolicyVersion
+    index: int
+    seed: int
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprob: float | None = None
+    """Sum of the sampled tokens' log p under the policy (nats, untempered), where the engine reports it."""
+
+
+class Score(Record):
+    """A judge's score of a single completion by one voice; used to choose pairs, never to decide them."""
+
+    completion_id: str
+    prompt_id: str
+    voice: str
+    value: float
+
+
+class Pair(Record):
+    """Two different completions of one prompt from the same policy version."""
+
+    id: str
+    prompt_id: str
+    first: str
+    second: str
+    method: str
+    selected_by: tuple[str, ...] = ()
+    """Voices whose scores chose this pair; none of them may vote on it."""
+
+    def swap(self) -> Pair:
+        """The same pair shown the other way round."""
+        return self.model_copy(update={"first": self.second, "second": self.first})
+
+
+class Ballot(Record):
+    """One fully determined question to one judge about one pair."""
+
+    id: str
+    pair_id: str
+    judge: str
+    voice: str
+    principles: tuple[str, ...]
+    guard: bool = False
+    order: Literal["forward", "reversed", "none"] = "none"
+    """Which completion is shown first; `none` for a judge without slots."""
+    sample_index: int = 0
+    seed: int = 0
+    constitution: str
+    """The constitution's hash."""
+    template: str
+    """Hash of the text or template that the question is rendered from."""
+
+
+class Usage(Record):
+    """Tokens that a vote cost."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Vote(Record):
+    """The answer to a ballot. `first` means the pair's first completion, whichever order it was shown in."""
+
+    ballot: Ballot
+    model: str
+    outcome: Outcome
+    abstain_reason: AbstainReason | None = None
+    p_first: float | None = None
+    score_first: float | None = None
+    """For a judge that scores: the voice's score of the first completion (nats)."""
+    score_second: float | None = None
+    raw_reply: str
+    usage: Usage = Usage()
+    latency_s: float = 0.0
+    cached: bool = False
+
+
+class Verdict(Record):
+    """All votes on one pair, aggregated. Guards are counted apart: they veto, they don't elect."""
+
+    pair_id: str
+    outcome: Outcome
+    p_first: float | None
+    agreement: float | None
+    """Weighted share of the valid votes that name the winner; None without a valid vote."""
+    valid_votes: int
+    abstentions: dict[AbstainReason, int] = Field(default_factory=dict)
+    order_flip: bool = False
+    guard_first: int = 0
+    """Guard votes for the first completion (that is, against the second)."""
+    guard_second: int = 0
+
+
+class Decision(Record):
+    """The filter's word on a verdict, and every rule that spoke against it."""
+
+    pair_id: str
+    status: Literal["kept", "dropped", "review"]
+    reasons: tuple[DropReason, ...]
+    winner: Side | None
+    verdict: Verdict
+
+
+class Preference(Record):
+    """Exactly what training saw: token ids as sampled, with their provenance."""
+
+    pair_id: str
+    iteration: int
+    """The iteration that sampled and judged the pair."""
+    source: Literal["judge", "replay", "human"]
+    constitution: str
+    prompt_id: str
+    chosen_id: str
+    rejected_id: str
+    prompt_token_ids: tuple[int, ...]
+    chosen_token_ids: tuple[int, ...]
+    rejected_token_ids: tuple[int, ...]
+    prompt: str
+    chosen: str
+    rejected: str
+    p_chosen: float | None
+    agreement: float | None
+
+
+class UpdateStep(Record):
+    """One optimizer step: which pairs went into it, and what it did."""
+
+    step: int
+    """Global step over the whole run, from 1."""
+    iteration: int
+    pair_ids: tuple[str, ...]
+    loss: float
+    margin: float
+    """Mean beta * (log-ratio of chosen - log-ratio of rejected)."""
+    accuracy: float
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+
+
+class ConstitutionRef(Record):
+    """A text in force: its name for people, its hash for identity."""
+
+    name: str
+    version: int
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class Plan(Record):
+    """What an iteration will do, written before it does anything."""
+
+    iteration: int
+    seed: int
+    constitution: ConstitutionRef
+    policy: PolicyVersion
+    prompt_ids: tuple[str, ...]
+    evaluate: bool
+
+
+class Event(Record):
+    """One line of events.jsonl."""
+
+    time: str
+    """UTC, ISO 8601."""
+    kind: str
+    iteration: int | None = None
+    message: str
+    data: dict[str, Any] = Field(default_factory=dict)
