@@ -235,7 +235,7 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a job is a mapping of settings, found {type(tree).__name__}; see docs/job.md")
     for override in overrides or []:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return parse_job(tree, str(path))
 
 
@@ -247,7 +247,8 @@ def parse_job(tree: dict[str, Any], source: str) -> Job:
         raise UserError("; ".join(f"{source}: {_explain(err)}" for err in e.errors())) from e
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets `a.b=value` (the value is YAML) in a tree of settings, in place."""
     key, sep, value = override.partition("=")
     if not sep or not key:
         raise UserError(f"--set {override}: expected KEY=VALUE, for example --set learner.beta=0.2")

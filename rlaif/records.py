@@ -95,6 +95,17 @@ class Score(Record):
     value: float
 
 
+class Quality(Record):
+    """How sane a completion is, measured under the frozen base; no label, never trains."""
+
+    completion_id: str
+    tokens: int
+    logprob_per_token: float
+    """Mean over tokens of log p(y | its prompt), nats."""
+    relevance: float
+    """Mean over tokens of log p(y | its prompt) - log p(y | another prompt), nats."""
+
+
 class Pair(Record):
     """Two different completions of one prompt from the same policy version."""
 

@@ -1,0 +1,40 @@
+# Two commands: `make quickstart` and `make test`. Each sets up first what is missing.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+JOB ?= jobs/quickstart.yaml
+export VENV
+
+.PHONY: help setup quickstart test lint format bench clean
+
+help: ## what there is
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## the virtual environment, torch, vLLM, the embedded model
+
+# Again whenever the requirements or the script change; in seconds when nothing is missing.
+$(STAMP): pyproject.toml scripts/setup.sh
+	@scripts/setup.sh
+	@touch $@
+
+quickstart: $(STAMP) ## sets up, then runs jobs/quickstart.yaml (or JOB=...)
+	@$(BIN)/rlaif run $(JOB)
+
+test: $(STAMP) ## sets up, then runs the test suite (ARGS="-m 'not slow'" for the quick part)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy rlaif
+
+format: $(STAMP) ## puts the code into shape
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## speed of the loop beside TRL's stock trainer and two limits
+	@$(BIN)/python -m benchmarks.loop $(ARGS)
+
+clean: ## removes the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"""The command line: `rlaif`. Results go to stdout, progress and logs to stderr.
+
+A user's mistake is one line and exit code 2, ours is one line and exit code 1. Nothing heavy is imported
+before a command needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from rlaif.cli import constitution, judge, run
+from rlaif.errors import RlaifError
+
+app = typer.Typer(
+    help="Train a language model towards a written constitution, online.\n\n"
+    "Start with `rlaif doctor`, then `rlaif run jobs/quickstart.yaml`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+run.register(app)
+app.add_typer(constitution.app, name="constitution")
+app.add_typer(judge.app, name="judge")
+
+
+def main() -> None:
+    """Entry point of the `rlaif` command."""
+    try:
+        app()
+    except RlaifError as e:
+        print(f"rlaif: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print("rlaif: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)

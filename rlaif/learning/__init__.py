@@ -1,0 +1,78 @@
+"""Learners: preferences in, one `UpdateStep` per optimizer step and new policy weights out.
+
+`dpo` is TRL's `DPOTrainer`, `online_dpo` a thin adapter on TRL's experimental `OnlineDPOTrainer`; the contract
+tests hold the second to the first. Nothing heavy is imported before `make_learner` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from rlaif import config
+from rlaif.errors import UserError
+from rlaif.records import Preference, UpdateStep
+
+
+class Learner(Protocol):
+    """What the loop asks of a learner. One learner lives as long as its process and is reused by all iterations."""
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken since the untrained policy."""
+        ...
+
+    def update(self, preferences: list[Preference], iteration: int) -> Iterator[UpdateStep]:
+        """Trains `learner.epochs` passes over `preferences`, one record per optimizer step, as it happens.
+
+        Raises:
+            RlaifError: the loss or a gradient is not finite; the weights are still those of the last good step.
+        """
+        ...
+
+    def save(self, state_dir: str, policy_dir: str) -> str:
+        """Writes everything needed to go on (`state_dir`) and the bf16 policy (`policy_dir`).
+
+        Returns:
+            The policy's digest: sha256 of its weights, first 16 hex digits.
+        """
+        ...
+
+    def load(self, state_dir: str) -> None:
+        """Goes on from what `save` wrote.
+
+        Raises:
+            UserError: the folder holds no learner state, or one of another model.
+        """
+        ...
+
+    def close(self) -> None:
+        """Tells trackers and callbacks that training has ended."""
+        ...
+
+
+def make_learner(
+    kind: str, model_path: str, settings: config.Learner, seed: int, state_dir: str | None = None
+) -> Learner:
+    """The learner that a job names.
+
+    Args:
+        kind: `dpo` or `online_dpo`.
+        model_path: folder of the *untrained* policy; it is also the base reference.
+        settings: the job's `learner` section.
+        seed: everything random follows from this.
+        state_dir: what an earlier `save` wrote, to go on from; None starts from `model_path`.
+
+    Raises:
+        UserError: an unknown kind, a setting that TRL doesn't know or refuses, or an unreadable folder.
+    """
+    # TRL, torch and transformers take seconds to import: only the worker that trains pays for them.
+    if kind == "dpo":
+        from rlaif.learning.dpo import DpoLearner
+
+        return DpoLearner(model_path, settings, seed, state_dir)
+    if kind == "online_dpo":
+        from rlaif.learning.online_dpo import OnlineDpoLearner
+
+        return OnlineDpoLearner(model_path, settings, seed, state_dir)
+    raise UserError(f"learner.kind: no learner is called {kind!r}; there are `dpo` and `online_dpo`")

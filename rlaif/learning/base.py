@@ -1,0 +1,500 @@
+"""What both learners share: one trainer a process, one optimizer state, one step count, whatever the iterations.
+
+In: preferences (token ids as sampled). Out: an `UpdateStep` per optimizer step, and on `save` a state folder and a
+policy folder. TRL's trainer computes loss and gradients (`training_step`), keeps the metrics and serves callbacks and
+trackers; the loop over steps is ours, because `Trainer.train()` starts its step count and schedule again on every
+call, wraps the model again, and can't hand out a step while it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import random
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
+from trl.trainer.base_config import _BaseConfig
+from trl.trainer.base_trainer import _BaseTrainer
+
+from rlaif import config
+from rlaif.errors import RlaifError, UserError
+from rlaif.records import Preference, UpdateStep
+
+_Row = dict[str, Any]
+"""A preference as the trainer takes it: `pair_id`, `prompt`, `prompt_ids`, `chosen_ids`, `rejected_ids`, and the
+reference's log-probabilities in whatever form the learner's loss wants."""
+
+_SET_ELSEWHERE = {
+    "learning_rate": "learner.learning_rate",
+    "beta": "learner.beta",
+    "max_grad_norm": "learner.max_grad_norm",
+    "num_train_epochs": "learner.epochs",
+    "bf16": "learner.precision",
+    "fp16": "learner.precision",
+    "seed": "seed",
+    "data_seed": "seed",
+    "gradient_accumulation_steps": "learner.batch_size (args.per_device_train_batch_size is the part of it that "
+    "goes through the model at once)",
+    "max_length": "sampling.max_model_len",
+    "max_new_tokens": "sampling.max_tokens",
+    "temperature": "sampling.temperature",
+    "top_p": "sampling.top_p",
+    "use_vllm": "sampling.engine",
+    "precompute_ref_log_probs": "nothing: they always are, once an update",
+    "eval_strategy": "eval.every",
+    "save_strategy": "nothing: every iteration is saved",
+}
+_ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
+
+
+class TrlLearner(ABC):
+    """A TRL trainer driven one step at a time. Subclasses say which trainer, and how it takes a batch."""
+
+    config_class: type[_BaseConfig]
+    """TRL's config; `learner.args` may set any of its fields that no other setting owns."""
+
+    def __init__(self, model_path: str, settings: config.Learner, seed: int, state_dir: str | None = None) -> None:
+        """Loads the policy (fp32) and builds the trainer; see `rlaif.learning.make_learner`."""
+        self.settings = settings
+        self.seed = seed
+        disable_progress_bar()  # of transformers: progress is the loop's to show
+        # The trainer wants a folder of its own, even when it writes nothing there.
+        self._scratch = tempfile.TemporaryDirectory(prefix="rlaif-learner-")
+        args = self._trainer_args()
+        policy, self.tokenizer = _load(model_path)
+        _no_dropout(policy)
+        self._exported_config = copy.deepcopy(policy.config)  # before TRL writes its own choices into it
+        try:
+            self.trainer = self._make_trainer(policy, args, _peft_config(settings.lora))
+        except (ValueError, NotImplementedError, TypeError) as e:
+            raise UserError(f"learner: TRL refuses these settings: {' '.join(str(e).split())}") from e
+        self._adapt(self._unwrapped())
+        self._base = self._load_base(model_path)
+        self._prepare(args)
+        if state_dir is not None:
+            self.load(state_dir)
+
+    @abstractmethod
+    def _defaults(self) -> dict[str, Any]:
+        """Fields of `config_class` that this learner sets and `learner.args` may override."""
+
+    @abstractmethod
+    def _make_trainer(self, policy: PreTrainedModel, args: _BaseConfig, peft_config: Any) -> _BaseTrainer:
+        """The trainer. It holds no reference model: references are scored once an update, see `_reference`."""
+
+    @abstractmethod
+    def _score_reference(self, model: nn.Module, rows: list[_Row]) -> None:
+        """Adds the reference's log-probabilities to each row; called without gradient."""
+
+    @abstractmethod
+    def _batch(self, rows: list[_Row]) -> dict[str, Any]:
+        """What the trainer's `training_step` takes."""
+
+    @abstractmethod
+    def _metric(self, name: str) -> list[float]:
+        """The values of one of TRL's metrics since the last log, one a `training_step`."""
+
+    # ---- training
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken since the untrained policy."""
+        return int(self.trainer.state.global_step)
+
+    def update(self, preferences: list[Preference], iteration: int) -> Iterator[UpdateStep]:
+        """One pass over `preferences` an epoch, in a seeded order; yields after each optimizer step.
+
+        A trainer callback that asks for training to stop ends the update, and all later ones.
+
+        Raises:
+            RlaifError: the loss or a gradient is not finite. The weights are still those of the last good step.
+        """
+        rows = [_row(p) for p in preferences]
+        self._score_references(rows)
+        trainer = self.trainer
+        trainer.state.log_history.clear()  # trackers have seen it; a long run must not keep it
+        for epoch in range(self.settings.epochs):
+            order = epoch_order(len(rows), self.seed, iteration, epoch)
+            steps = [order[i : i + self.settings.batch_size] for i in range(0, len(order), self.settings.batch_size)]
+            for number, step in enumerate(steps, 1):
+                if trainer.control.should_training_stop:
+                    return
+                trainer.state.epoch = iteration * self.settings.epochs + epoch + number / len(steps)
+                yield self._step([rows[i] for i in step], iteration)
+
+    def _step(self, rows: list[_Row], iteration: int) -> UpdateStep:
+        trainer, started = self.trainer, time.perf_counter()
+        handler, args, state = trainer.callback_handler, trainer.args, trainer.state
+        trainer.control = handler.on_step_begin(args, state, trainer.control)
+        size = args.per_device_train_batch_size
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        losses = []
+        for part in parts:
+            # accelerate divides a loss by this: each part counts by its share of the step's pairs.
+            trainer.accelerator.gradient_accumulation_steps = len(rows) / len(part)
+            losses.append(float(trainer.training_step(trainer.model_wrapped, self._batch(part))))
+        shares = [len(part) / len(rows) for part in parts]
+        loss = _weighted(losses, shares)
+        margin = _weighted(self._metric("rewards/margins")[-len(parts) :], shares)
+        accuracy = _weighted(self._metric("rewards/accuracies")[-len(parts) :], shares)
+        grad_norm = float(trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), args.max_grad_norm))
+        learning_rate = float(trainer.lr_scheduler.get_last_lr()[0])
+        self._refuse_not_finite(loss, grad_norm, rows)
+
+        trainer.control = handler.on_pre_optimizer_step(args, state, trainer.control)
+        trainer.optimizer.step()
+        trainer.control = handler.on_optimizer_step(args, state, trainer.control)
+        trainer.lr_scheduler.step()
+        trainer.model.zero_grad()
+        state.global_step += 1
+        trainer.control = handler.on_step_end(args, state, trainer.control)
+        trainer._tr_loss += loss
+        # TRL's own logging: what a TRL user's trackers and callbacks expect to see, under the names they know.
+        trainer._maybe_log_save_evaluate(
+            trainer._tr_loss, grad_norm, trainer.model, None, state.epoch, None, started, learning_rate=learning_rate
+        )
+        return UpdateStep(
+            step=state.global_step,
+            iteration=iteration,
+            pair_ids=tuple(row["pair_id"] for row in rows),
+            loss=loss,
+            margin=margin,
+            accuracy=accuracy,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _refuse_not_finite(self, loss: float, grad_norm: float, rows: list[_Row]) -> None:
+        values = torch.tensor([loss, grad_norm])
+        if bool(values.isfinite().all()):
+            return
+        self.trainer.model.zero_grad()
+        what = f"the loss is {loss}" if not values[0].isfinite() else f"the gradient norm is {grad_norm}"
+        raise RlaifError(
+            f"update step {self.global_step + 1}: {what} (pairs {', '.join(row['pair_id'] for row in rows)}); the step "
+            "was not taken. Lower learner.learning_rate, or try learner.precision=fp32, and run the job again"
+        )
+
+    # ---- the reference policy
+
+    def _score_references(self, rows: list[_Row]) -> None:
+        by_length = sorted(rows, key=_length)  # equal lengths together: less padding
+        size = self.trainer.args.per_device_train_batch_size
+        with torch.no_grad(), self._reference() as model:
+            for i in range(0, len(by_length), size):
+                self._score_reference(model, by_length[i : i + size])
+
+    @contextmanager
+    def _reference(self) -> Iterator[nn.Module]:
+        """The model that KL is measured against, before the update changes anything."""
+        model = self.trainer.model_wrapped
+        adapter_off: AbstractContextManager[Any] = nullcontext()
+        if self.settings.reference == "base":
+            if self.settings.lora is None:
+                model = self._base
+            else:
+                adapter_off = self.trainer.model.disable_adapter()
+        was_training = model.training
+        model.eval()
+        with adapter_off:
+            yield model
+        model.train(was_training)
+
+    def _load_base(self, model_path: str) -> nn.Module | None:
+        """A frozen copy of the untrained policy, where no cheaper reference exists."""
+        if self.settings.reference != "base" or self.settings.lora is not None:
+            return None
+        base, _ = _load(model_path)
+        base.requires_grad_(False).eval()
+        if self.settings.precision == "bf16":
+            # What autocast would do at every call, done once: same numbers as the policy's, half the memory. A
+            # tied head stays fp32, since the embedding that it shares is not autocast.
+            embedding = base.get_input_embeddings().weight
+            for module in base.modules():
+                if isinstance(module, nn.Linear) and module.weight is not embedding:
+                    module.to(torch.bfloat16)
+        self._adapt(base)
+        return self.trainer.accelerator.prepare_model(base, evaluation_mode=True)
+
+    def _adapt(self, model: PreTrainedModel) -> None:
+        """Prepares policy or reference for the trainer's way of calling it, before accelerate wraps it."""
+
+    # ---- building
+
+    def _trainer_args(self) -> _BaseConfig:
+        known = {f.name for f in dataclasses.fields(self.config_class) if f.init}
+        for name in self.settings.args:
+            if name in _SET_ELSEWHERE:
+                raise UserError(f"learner.args.{name}: set in {_SET_ELSEWHERE[name]}; remove it from learner.args")
+            if name not in known:
+                near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+                hint = f"did you mean `{near[0]}`?" if near else f"see the fields of TRL's {self.config_class.__name__}"
+                raise UserError(f"learner.args.{name}: {self.config_class.__name__} has no such field; {hint}")
+        settings = self.settings
+        values = {
+            "output_dir": self._scratch.name,
+            "learning_rate": settings.learning_rate,
+            "beta": settings.beta,
+            "loss_type": settings.loss_type,
+            "max_grad_norm": settings.max_grad_norm,
+            "per_device_train_batch_size": settings.batch_size,
+            "bf16": settings.precision == "bf16",
+            "use_cpu": not torch.cuda.is_available(),
+            "seed": self.seed,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            # On by default in TRL: a second forward pass in exchange for memory. A job may ask for it.
+            "gradient_checkpointing": False,
+            **self._defaults(),
+            **settings.args,
+        }
+        try:
+            args = self.config_class(**values)
+        except (ValueError, TypeError, ImportError) as e:
+            raise UserError(f"learner: TRL refuses these settings: {' '.join(str(e).split())}") from e
+        if args.lr_scheduler_type not in _ENDLESS_SCHEDULES and args.max_steps <= 0:
+            raise UserError(
+                f"learner.args.lr_scheduler_type: `{_text(args.lr_scheduler_type)}` needs to know where it ends; set "
+                "learner.args.max_steps to the optimizer steps of the whole run"
+            )
+        return args
+
+    def _prepare(self, args: _BaseConfig) -> None:
+        """What `Trainer.train()` does before its first step, once."""
+        trainer = self.trainer
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.create_optimizer()
+        trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        horizon = args.max_steps if args.max_steps > 0 else sys.maxsize
+        trainer.create_scheduler(num_training_steps=horizon)
+        trainer.state.compute_steps(args, horizon)
+        trainer.state.init_training_references(trainer, horizon, self.settings.epochs, None)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer._tr_loss = torch.tensor(0.0)
+        trainer._total_loss_scalar = 0.0
+        trainer._globalstep_last_logged = 0
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(trainer.callback_handler, name, getattr(trainer, name))
+        trainer.model.zero_grad()
+        trainer.control = trainer.callback_handler.on_train_begin(args, trainer.state, trainer.control)
+
+    def close(self) -> None:
+        """Tells trackers and callbacks that training has ended."""
+        trainer = self.trainer
+        trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        self._scratch.cleanup()
+
+    # ---- state
+
+    def save(self, state_dir: str, policy_dir: str) -> str:
+        """Writes the learner's state (fp32 weights, optimizer, schedule, RNG, step) and the policy (bf16).
+
+        Both folders are made if missing; whoever calls decides when they become the run's (one rename).
+
+        Returns:
+            sha256 of the policy's weights, first 16 hex digits.
+        """
+        folder = Path(state_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer = self.trainer
+        tensors, rest = _flatten_optimizer(trainer.optimizer.state_dict())
+        save_file(self._trained(), folder / "weights.safetensors")
+        save_file(tensors | _rng_state(), folder / "optimizer.safetensors")
+        state = {"global_step": self.global_step, "optimizer": rest, "scheduler": trainer.lr_scheduler.state_dict()}
+        (folder / "state.json").write_text(json.dumps(state, default=_text))
+        return self._export(Path(policy_dir))
+
+    def load(self, state_dir: str) -> None:
+        """Goes on from what `save` wrote; the next step is the one an uninterrupted run would take.
+
+        Raises:
+            UserError: no state there, or the state of another model or another kind of learner.
+        """
+        folder, trainer = Path(state_dir), self.trainer
+        try:
+            weights = load_file(folder / "weights.safetensors")
+            tensors = load_file(folder / "optimizer.safetensors")
+            state = json.loads((folder / "state.json").read_text())
+        except (OSError, ValueError) as e:
+            raise UserError(f"{folder}: can't read the learner's state ({e}); start the run again without it") from e
+        mine = self._trained()
+        differing = sorted(set(mine) ^ set(weights)) or [n for n in mine if mine[n].shape != weights[n].shape]
+        if differing:
+            raise UserError(f"{folder}: the state of another model (they differ in `{differing[0]}`); was it changed?")
+        with torch.no_grad():
+            for name, value in mine.items():
+                value.copy_(weights[name])
+        _set_rng_state(tensors)
+        trainer.optimizer.load_state_dict(_unflatten_optimizer(tensors, state["optimizer"]))
+        trainer.lr_scheduler.load_state_dict(state["scheduler"])
+        trainer.state.global_step = trainer._globalstep_last_logged = state["global_step"]
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """The parameters that training changes, by name; tied ones once."""
+        return {n: p.data for n, p in self.trainer.model.named_parameters() if p.requires_grad}
+
+    def _unwrapped(self) -> PreTrainedModel:
+        """The policy as transformers knows it: no accelerate, no peft around it."""
+        model = self.trainer.model
+        return model if self.settings.lora is None else model.get_base_model()
+
+    def _export(self, folder: Path) -> str:
+        plain = self._unwrapped()
+        plain.save_pretrained(folder, state_dict=_bf16(_merged(plain)))
+        # save_pretrained writes the master weights' dtype and TRL's settings into config.json
+        exported = copy.deepcopy(self._exported_config)
+        exported.dtype = torch.bfloat16
+        exported.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        digest = hashlib.sha256()
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+
+def epoch_order(pairs: int, seed: int, iteration: int, epoch: int) -> list[int]:
+    """The order in which an epoch takes `pairs` pairs: a permutation that follows from the three numbers alone."""
+    order = list(range(pairs))
+    random.Random(f"{seed}:{iteration}:{epoch}").shuffle(order)
+    return order
+
+
+def pad(rows: list[tuple[int, ...]] | list[list[int]], value: int, side: str) -> torch.Tensor:
+    """Token ids of several lengths as one tensor [rows, longest], filled up on one side."""
+    longest = max(map(len, rows))
+    fill = [[value] * (longest - len(row)) for row in rows]
+    return torch.tensor([f + list(r) if side == "left" else list(r) + f for r, f in zip(rows, fill, strict=True)])
+
+
+def _row(p: Preference) -> _Row:
+    return {
+        "pair_id": p.pair_id,
+        "prompt": p.prompt,
+        "prompt_ids": list(p.prompt_token_ids),
+        "chosen_ids": list(p.chosen_token_ids),
+        "rejected_ids": list(p.rejected_token_ids),
+    }
+
+
+def _length(row: _Row) -> int:
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def _weighted(values: list[float], shares: list[float]) -> float:
+    return sum(v * s for v, s in zip(values, shares, strict=True))
+
+
+def _text(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"policy.model: can't load {path} ({' '.join(str(e).split())})") from e
+
+
+def _no_dropout(model: nn.Module) -> None:
+    """The log-probabilities that are compared must be those of the policy that samples. TRL turns `nn.Dropout` off;
+    attention modules keep theirs as a number."""
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _peft_config(lora: config.Lora | None) -> Any:
+    if lora is None:
+        return None
+    from peft import LoraConfig
+
+    # Handed to the trainer, not applied here: TRL takes an already wrapped model's adapter for its reference.
+    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
+
+
+def _merged(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state of a model with LoRA layers as that of a plain one. The masters are not touched: merging them and
+    taking the adapter out again would leave rounding behind."""
+    deltas = {
+        name: module.get_delta_weight("default")  # type: ignore[operator]
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    state = {}
+    for key, value in model.state_dict().items():
+        layer, _, leaf = key.rpartition(".base_layer.")
+        if ".lora_" in key:
+            continue
+        if leaf == "weight" and layer in deltas:
+            value = value + deltas[layer]
+        state[f"{layer}.{leaf}" if layer else key] = value
+    return state
+
+
+def _bf16(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A bf16 copy in which tied tensors stay one tensor."""
+    copies: dict[int, torch.Tensor] = {}
+    for value in state.values():
+        if value.data_ptr() not in copies:
+            copies[value.data_ptr()] = value.to(torch.bfloat16) if value.is_floating_point() else value
+    return {name: copies[value.data_ptr()] for name, value in state.items()}
+
+
+def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state dict as tensors (`3.exp_avg`) for safetensors and the rest for JSON."""
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.contiguous()
+            else:
+                scalars.setdefault(str(index), {})[name] = value
+    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
+
+
+def _unflatten_optimizer(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        if index.isdigit():
+            state.setdefault(int(index), {})[name] = value
+    for index, values in rest["scalars"].items():
+        state.setdefault(int(index), {}).update(values)
+    return {"state": dict(sorted(state.items())), "param_groups": rest["param_groups"]}
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["rng.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(tensors: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])

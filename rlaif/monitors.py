@@ -1,0 +1,127 @@
+"""Numbers about an iteration and an evaluation, and the alarms that follow from them. Pure, no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from statistics import fmean
+from typing import Any
+
+from scipy.stats import binomtest
+
+from rlaif.checks import count_list_items, count_words
+from rlaif.config import Monitors
+from rlaif.constitution import Constitution
+from rlaif.records import Completion, Decision, Pair, Plan, Preference, Quality, UpdateStep, Vote
+from rlaif.store import StageDir
+
+STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
+
+
+def interval(successes: float, n: int) -> tuple[float, float]:
+    """Wilson 95 % interval of a share (Wilson 1927); (0, 1) when nothing was counted."""
+    if n == 0:
+        return 0.0, 1.0
+    ci = binomtest(round(successes), n).proportion_ci(method="wilson")
+    return float(ci.low), float(ci.high)
+
+
+def answer_stats(completions: list[Completion]) -> dict[str, float]:
+    """What can be counted about answers without a judge."""
+    n = len(completions)
+    return {
+        "answers": n,
+        "mean_words": fmean(count_words(c.text) for c in completions),
+        "mean_tokens": fmean(len(c.token_ids) for c in completions),
+        "list_share": sum(count_list_items(c.text) >= 2 for c in completions) / n,
+        "ended_share": sum(c.finish_reason == "stop" for c in completions) / n,
+        "distinct_share": len({(c.prompt_id, c.text) for c in completions}) / n,
+    }
+
+
+def iteration_metrics(
+    here: StageDir,
+    plan: Plan,
+    completions: list[Completion],
+    pairs: list[Pair],
+    votes: list[Vote],
+    decisions: list[Decision],
+    preferences: list[Preference],
+    steps: list[UpdateStep],
+) -> dict[str, Any]:
+    """metrics.json of an iteration."""
+    kept = [d for d in decisions if d.status == "kept"]
+    reasons = Counter(d.reasons[0] for d in decisions if d.reasons)
+    agreements = [d.verdict.agreement for d in decisions if d.verdict.agreement is not None]
+    return {
+        "iteration": plan.iteration,
+        "constitution": plan.constitution.model_dump(),
+        "policy": plan.policy.model_dump(),
+        "sampled": answer_stats(completions),
+        "pairs": len(pairs),
+        "votes": len(votes),
+        "abstentions": dict(Counter(v.abstain_reason for v in votes if v.abstain_reason)),
+        "kept": len(kept),
+        "kept_share": len(kept) / len(decisions) if decisions else None,
+        "dropped_by_first_reason": dict(reasons),
+        "mean_agreement": fmean(agreements) if agreements else None,
+        "trained_pairs": len(preferences),
+        "replayed_pairs": sum(p.source == "replay" for p in preferences),
+        "steps": len(steps),
+        "loss": fmean(s.loss for s in steps) if steps else None,
+        "margin": fmean(s.margin for s in steps) if steps else None,
+        "grad_norm": fmean(s.grad_norm for s in steps) if steps else None,
+        "judge_tokens": sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes),
+        "seconds": {stage: here.meta(stage)["seconds"] for stage in STAGES},
+    }
+
+
+def evaluation_metrics(
+    updates: int,
+    text: Constitution,
+    completions: list[Completion],
+    quality: list[Quality],
+    decisions: list[Decision],
+) -> dict[str, Any]:
+    """metrics.json of an evaluation; `decisions` are empty for the base policy itself.
+
+    `win_rate` counts a held-out pair whose voices elect nobody, and an answer equal to the base policy's, as
+    half a win. KL per token is the mean of log p(policy) - log p(base) over the sampled answers: an estimate,
+    biased by temperature and top-p.
+    """
+    wins = sum(d.verdict.outcome == "first" for d in decisions)
+    losses = sum(d.verdict.outcome == "second" for d in decisions)
+    n = len(completions)
+    tokens = sum(q.tokens for q in quality)
+    logprobs = [c.logprob for c in completions if c.logprob is not None]
+    base_logprob = sum(q.logprob_per_token * q.tokens for q in quality)
+    win_rate = (wins + (n - wins - losses) / 2) / n if updates else None
+    return {
+        "updates": updates,
+        "constitution": text.ref.model_dump(),
+        **answer_stats(completions),
+        "win_rate": win_rate,
+        "win_interval": interval(win_rate * n, n) if win_rate is not None else None,
+        "wins": wins,
+        "losses": losses,
+        "undecided": n - wins - losses if updates else 0,
+        "kl_per_token": (sum(logprobs) - base_logprob) / tokens if len(logprobs) == n and tokens else None,
+        "relevance": fmean(q.relevance for q in quality),
+        "base_logprob_per_token": fmean(q.logprob_per_token for q in quality),
+        "checks": {
+            p.id: sum(p.check.passes(c.text) for c in completions) / n for p in text.principles if p.check
+        },
+    }  # fmt: skip
+
+
+def alarms(limits: Monitors, metrics: dict[str, Any], evaluation: dict[str, Any] | None) -> list[str]:
+    """What somebody should look at, one sentence each."""
+    out = []
+    sampled = metrics["sampled"]
+    if sampled["mean_words"] < limits.min_mean_words:
+        out.append(f"sampled answers have {sampled['mean_words']:.1f} words on average, under {limits.min_mean_words:g}")
+    if sampled["distinct_share"] < limits.min_distinct_share:
+        out.append(f"only {sampled['distinct_share']:.0%} of the sampled answers are distinct")
+    kl = evaluation and evaluation["kl_per_token"]
+    if kl is not None and limits.max_kl is not None and kl > limits.max_kl:
+        out.append(f"KL from the base policy is {kl:.2f} nats a token, over {limits.max_kl:g}")
+    return out

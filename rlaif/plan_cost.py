@@ -1,0 +1,115 @@
+"""`rlaif run --dry-run`: what a job would do and cost, before it does anything. No model is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from rlaif import models
+from rlaif.config import Job
+from rlaif.constitution import load_constitution
+from rlaif.errors import UserError
+from rlaif.judging.ballots import deciding_voices, evaluating_voices, guard_voices, selecting_voices
+from rlaif.prompts import exclude_held_out, load_prompts
+
+PROMPT_TOKENS = 40
+"""A rendered prompt with its chat template, tokens: typical for one-sentence questions."""
+# Rates of the reference machine (2 cores, AVX-512, no GPU) on 135M parameters, tokens/s: docs/quickstart.md.
+SAMPLE_RATE, SCORE_RATE, TRAIN_RATE = 380.0, 1100.0, 230.0
+REFERENCE_PARAMETERS = 135e6
+START_S = 45.0
+GIB = 2**30
+
+
+def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
+    """Counts (exact) and time, memory, disk (rough, for the reference machine).
+
+    Raises:
+        UserError: a prompt file or a text is missing or broken: a dry run finds it too.
+    """
+    held_out = load_prompts(job.prompts.held_out, base_dir)
+    train = exclude_held_out(load_prompts(job.prompts.train, base_dir), held_out)
+    schedule = job.schedule or {0: job.constitution or ""}
+    texts = {ref: load_constitution(base_dir / job.constitutions_dir, ref) for ref in schedule.values()}
+    samples = job.prompts.per_iteration * job.sampling.completions_per_prompt
+    pairs = job.prompts.per_iteration * job.pairing.max_pairs_per_prompt
+    held = min(job.eval.prompts, len(held_out)) * job.eval.samples
+    ballots = scores = eval_ballots = evaluations = 0
+    evaluations = 1
+    for k in range(job.iterations):
+        text = texts[schedule[max(i for i in schedule if i <= k)]]
+        ballots += pairs * (len(deciding_voices(text)) + len(guard_voices(text)))
+        if job.pairing.method == "best_worst":
+            scores += samples * len(selecting_voices(text))
+        last = k + 1 == job.iterations
+        if last or (k + 1) % job.eval.every == 0 or (k + 1) in schedule:
+            evaluations += 1
+            eval_ballots += held * len(evaluating_voices(text))
+    answer = job.sampling.max_tokens * 0.8
+    sampled = (samples * job.iterations + held * evaluations) * answer
+    # Each side of a contrast is one pass over question and answer; a ballot looks at two answers.
+    judged = (scores * 2 + (ballots + eval_ballots) * 4) * (answer + 15) + held * evaluations * 2 * (answer + 40)
+    trained = pairs * job.iterations * job.learner.epochs * 2 * (answer + PROMPT_TOKENS)
+    parameters = _parameters(job.policy.model)
+    scale = (parameters or REFERENCE_PARAMETERS) / REFERENCE_PARAMETERS
+    seconds = START_S + scale * (sampled / SAMPLE_RATE + judged / SCORE_RATE + trained / TRAIN_RATE)
+    weights = 2 * (parameters or REFERENCE_PARAMETERS)
+    memory = weights * (1 + 1 + 8.5) + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB
+    disk = weights * (evaluations + 1) + weights * 6
+    return {
+        "iterations": job.iterations,
+        "constitutions": {str(k): str(texts[ref].ref) for k, ref in schedule.items()},
+        "train_prompts": len(train),
+        "held_out_prompts": len(held_out),
+        "samples": samples * job.iterations,
+        "pairs_at_most": pairs * job.iterations,
+        "scores": scores,
+        "ballots_at_most": ballots,
+        "evaluations": evaluations,
+        "held_out_answers": held * evaluations,
+        "evaluation_ballots_at_most": eval_ballots,
+        "tokens": {"sampled": round(sampled), "judged": round(judged), "trained": round(trained)},
+        "minutes_on_reference_machine": round(seconds / 60, 1),
+        "memory_gib": round(memory / GIB, 1),
+        "memory_here_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "disk_gib": round(disk / GIB, 1),
+        "disk_free_gib": round(shutil.disk_usage(base_dir).free / GIB, 1),
+        "parameters": parameters,
+    }
+
+
+def _parameters(model: str) -> int | None:
+    """Parameters of a model that is on this machine, from the size of its weights; None when it is not."""
+    try:
+        path = models.embedded_path(model.removeprefix("embedded:")) if model.startswith("embedded:") else Path(model)
+        return sum(f.stat().st_size for f in models.weight_files(path)) // 2 or None
+    except (OSError, UserError):
+        return None
+
+
+def table(costs: dict[str, Any], where: Path) -> None:
+    """Prints the plan."""
+    console = Console(highlight=False)
+    plan = Table(title=f"plan of {where} (nothing was run)", title_justify="left", show_header=False)
+    texts = ", ".join(f"from iteration {k}: {ref}" for k, ref in costs["constitutions"].items())
+    tokens = costs["tokens"]
+    rows = {
+        "iterations": f"{costs['iterations']} ({texts})",
+        "prompts": f"{costs['train_prompts']} to train on, {costs['held_out_prompts']} held out",
+        "samples": f"{costs['samples']} answers, at most {costs['pairs_at_most']} pairs",
+        "judging": f"{costs['scores']} scores, at most {costs['ballots_at_most']} ballots",
+        "evaluation": f"{costs['evaluations']} times, {costs['held_out_answers']} answers, "
+        f"at most {costs['evaluation_ballots_at_most']} ballots",
+        "tokens": f"about {tokens['sampled']:,} sampled, {tokens['judged']:,} judged, {tokens['trained']:,} trained on",
+        "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores without a GPU, after set-up",
+        "memory": f"about {costs['memory_gib']} GiB ({costs['memory_here_gib']} GiB here)",
+        "disk": f"about {costs['disk_gib']} GiB ({costs['disk_free_gib']} GiB free)",
+    }
+    for name, value in rows.items():
+        plan.add_row(name, value)
+    console.print(plan)

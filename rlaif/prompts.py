@@ -1,0 +1,291 @@
+"""Prompt sets: where prompts come from, and which of them an iteration takes.
+
+In: a JSONL, JSON, CSV or Parquet file, or `datasets:NAME[:SPLIT]`. A row has `prompt` (text) or `messages`
+(chat, the last message from the user), and may have `id` and `category`; other columns are ignored. Out: `Prompt`s.
+
+The order is a function of the seed and the position alone, so a resumed run continues it without any state.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rlaif.errors import UserError
+from rlaif.records import Message, Prompt, digest
+
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+DATASETS_PREFIX = "datasets:"
+
+Row = tuple[str, Any]
+"""Where a row was found, as errors name it (`file:line`), and its value."""
+
+
+def load_prompts(source: str, base_dir: Path) -> list[Prompt]:
+    """Reads a prompt set.
+
+    Args:
+        source: a file (relative to `base_dir`, or absolute) or `datasets:NAME[:SPLIT]`; the split is `train` if absent.
+        base_dir: folder that relative files are looked up in.
+
+    Returns:
+        The prompts in the source's order. A prompt without `id` gets one from the hash of its messages.
+
+    Raises:
+        UserError: the source is missing, empty, of an unknown format or not readable, a package for it is not
+            installed, a row is malformed, or an id occurs twice. The message names file and line.
+    """
+    prompts: list[Prompt] = []
+    seen: dict[str, str] = {}
+    for where, row in _rows(source, base_dir):
+        prompt = _prompt(row, where)
+        if prompt.id in seen:
+            hint = "give each row an id of its own" if _has_id(row) else "the prompt is repeated, remove one of the two"
+            raise UserError(f"{where}: id `{prompt.id}` was already used at {seen[prompt.id]}; {hint}")
+        seen[prompt.id] = where
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{source}: no prompts in it; a row looks like {_EXAMPLE}")
+    return prompts
+
+
+def with_system(prompts: Iterable[Prompt], system_prompt: str | None) -> list[Prompt]:
+    """Puts a system message before every prompt that has none of its own. Ids stay."""
+    if system_prompt is None:
+        return list(prompts)
+    system = Message(role="system", content=system_prompt)
+    return [
+        p if any(m.role == "system" for m in p.messages) else p.model_copy(update={"messages": (system, *p.messages)})
+        for p in prompts
+    ]
+
+
+def exclude_held_out(train: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
+    """The training prompts without those that the held-out set has too, by id or by conversation.
+
+    Conversations are compared without system messages, letter case and white space, so that a stray space or a
+    system prompt doesn't let a held-out question into training.
+    """
+    held = list(held_out)
+    ids = {p.id for p in held}
+    texts = {_conversation(p) for p in held}
+    return [p for p in train if p.id not in ids and _conversation(p) not in texts]
+
+
+def order(prompts: Sequence[Prompt], seed: int, epoch: int = 0) -> Iterator[Prompt]:
+    """Endless prompts from pass `epoch` on: pass after pass, each shuffled anew from the seed and its number.
+
+    Raises:
+        UserError: there are no prompts.
+    """
+    _refuse_empty(prompts)
+    while True:
+        yield from _shuffled(prompts, seed, epoch)
+        epoch += 1
+
+
+def prompts_for(prompts: Sequence[Prompt], seed: int, iteration: int, per_iteration: int) -> list[Prompt]:
+    """The prompts of one iteration, a pure function of its arguments.
+
+    Iterations follow each other through the passes of `order`. Where one crosses into the next pass, it skips there
+    what it already has, and leaves that for later in the pass: no iteration asks a prompt twice unless it takes more
+    than there are, and every pass still has every prompt once.
+
+    Args:
+        prompts: the training set, in a fixed order.
+        seed: the job's seed.
+        iteration: from 0.
+        per_iteration: how many to take.
+
+    Raises:
+        UserError: there are no prompts.
+    """
+    _refuse_empty(prompts)
+    total = len(prompts)
+    epoch, offset = divmod(iteration * per_iteration, total)
+    if per_iteration > total:  # can't be without repeats
+        return list(islice(order(prompts, seed, epoch), offset, offset + per_iteration))
+    # Which prompts a pass has to put later depends on the pass before it, so walk from the first; it is cheap.
+    current = _shuffled(prompts, seed, 0)
+    for number in range(1, epoch + 1):
+        current = _following(current, _shuffled(prompts, seed, number), total * number % per_iteration, per_iteration)
+    number = epoch + 1
+    following = _following(current, _shuffled(prompts, seed, number), total * number % per_iteration, per_iteration)
+    return (current + following)[offset : offset + per_iteration]
+
+
+def _following(current: list[Prompt], shuffled: list[Prompt], begun: int, per_iteration: int) -> list[Prompt]:
+    """The next pass, for an iteration that took the last `begun` prompts of the current one."""
+    if not begun:
+        return shuffled
+    had = {p.id for p in current[-begun:]}
+    first = [p for p in shuffled if p.id not in had][: per_iteration - begun]
+    chosen = {p.id for p in first}
+    return first + [p for p in shuffled if p.id not in chosen]
+
+
+_EXAMPLE = '{"id": "bread", "prompt": "How do I keep bread fresh?"}'
+
+
+def _shuffled(prompts: Sequence[Prompt], seed: int, epoch: int) -> list[Prompt]:
+    shuffled = list(prompts)
+    random.Random(f"prompts/{seed}/{epoch}").shuffle(shuffled)
+    return shuffled
+
+
+def _refuse_empty(prompts: Sequence[Prompt]) -> None:
+    if not prompts:
+        raise UserError(
+            "no training prompts are left; check `prompts.train`, and that it isn't all in the held-out set"
+        )
+
+
+def _conversation(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    said = (m for m in prompt.messages if m.role != "system")
+    return tuple((m.role, " ".join(m.content.casefold().split())) for m in said)
+
+
+def _has_id(row: Any) -> bool:
+    return isinstance(row, dict) and row.get("id") not in (None, "")
+
+
+def _prompt(row: Any, where: str) -> Prompt:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object, found {type(row).__name__}; a row looks like {_EXAMPLE}")
+    # CSV and Parquet have every column in every row: an empty cell is an absent field.
+    fields = {k: v for k, v in row.items() if v is not None and v != ""}
+    text, chat = fields.get("prompt"), fields.get("messages")
+    if (text is None) == (chat is None):
+        found = "both" if text is not None else f"`{'`, `'.join(map(str, row)) or 'nothing'}`"
+        raise UserError(f"{where}: a row needs either `prompt` (text) or `messages` (chat), found {found}")
+    if text is not None:
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where}: `prompt` must be text that isn't blank, found {text!r}")
+        messages: tuple[Message, ...] = (Message(role="user", content=text),)
+    else:
+        messages = _messages(chat, where)
+    category = fields.get("category")
+    return Prompt(
+        id=str(fields["id"]) if "id" in fields else digest([m.model_dump() for m in messages]),
+        messages=messages,
+        category=None if category is None else str(category),
+    )
+
+
+def _messages(chat: Any, where: str) -> tuple[Message, ...]:
+    if isinstance(chat, str):  # a CSV cell
+        try:
+            chat = json.loads(chat)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{where}: `messages` is text but not JSON ({e.msg})") from e
+    if not isinstance(chat, list) or not chat:
+        raise UserError(f"{where}: `messages` must be a list of {{role, content}} that isn't empty")
+    try:
+        messages = tuple(Message.model_validate(m) for m in chat)
+    except ValidationError as e:
+        error = e.errors()[0]
+        at = ".".join(str(part) for part in error["loc"])
+        raise UserError(f"{where}: `messages`: {at}: {error['msg']} (a message is {{role, content}})") from e
+    if messages[-1].role != "user" or not messages[-1].content.strip():
+        raise UserError(f"{where}: the last of `messages` must be the user's and not blank, found {messages[-1]!r}")
+    return messages
+
+
+def _rows(source: str, base_dir: Path) -> Iterator[Row]:
+    if source.startswith(DATASETS_PREFIX):
+        return _dataset_rows(source)
+    path = base_dir / source
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such prompt file; give a {', '.join(FORMATS)} file or `{DATASETS_PREFIX}NAME[:SPLIT]`"
+        )
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: unknown format `{path.suffix}`; prompts are read from {', '.join(FORMATS)}")
+    return reader(path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"{path}: can't read the prompts ({e.strerror})") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8") from e
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    # Not splitlines(): it also breaks at characters that JSON allows inside a string.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{where}: not valid JSON ({e.msg}, column {e.colno}); one object a line") from e
+        yield where, row
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(_text(path))
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: not valid JSON ({e.msg}, column {e.colno})") from e
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}; a row looks like {_EXAMPLE}")
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    reader = csv.DictReader(_text(path).splitlines(keepends=True))
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row:
+                raise UserError(f"{where}: more cells than the header has columns; quote text that holds a comma")
+            yield where, row
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.line_num}: not valid CSV ({e})") from e
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import parquet
+    except ImportError as e:
+        raise UserError(f"{path}: reading Parquet needs pyarrow; `pip install 'rlaif[train]'` brings it") from e
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as e:  # pyarrow's errors derive from these two
+        raise UserError(f"{path}: not a readable Parquet file ({_first_line(e)})") from e
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _dataset_rows(source: str) -> Iterator[Row]:
+    name, _, split = source.removeprefix(DATASETS_PREFIX).partition(":")
+    if not name:
+        raise UserError(f"{source}: expected `{DATASETS_PREFIX}NAME` or `{DATASETS_PREFIX}NAME:SPLIT`")
+    try:
+        import datasets
+    except ImportError as e:
+        raise UserError(f"{source}: needs the datasets package; `pip install 'rlaif[train]'` brings it") from e
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    # load_dataset raises a dozen kinds for a wrong name, a wrong split and a missing network alike.
+    except Exception as e:
+        raise UserError(
+            f"{source}: datasets can't load it ({_first_line(e)}); check name, split and network, or give a file"
+        ) from e
+    yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,48 @@
+"""Samplers: how the policy answers. Records here; the engines are `sampling.vllm` and `sampling.transformers`.
+
+An engine is built by `FACTORY[settings.engine]` in a worker, with `model_path` and `settings`, and has two methods:
+`sample(requests)` yields finished samples in lists as they finish, in any order, and `load(policy_path)` takes new
+weights. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rlaif.records import FinishReason, Record
+
+FACTORY: dict[str, str] = {
+    "vllm": "rlaif.sampling.vllm:Sampler",
+    "transformers": "rlaif.sampling.transformers:Sampler",
+}
+"""What a `Worker` is started with, by the job's `sampling.engine`."""
+
+
+class SampleRequest(Record):
+    """One answer to be sampled."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    seed: int
+    """31 bits; the same request in the same batch on the same machine gives the same tokens."""
+    max_tokens: int
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+
+
+class Sample(Record):
+    """One sampled answer."""
+
+    id: str
+    """Its request's."""
+    token_ids: tuple[int, ...]
+    """As sampled; the end token is among them, last, iff `finish_reason` is stop."""
+    text: str
+    """Without special tokens."""
+    finish_reason: FinishReason
+    logprob: float
+    """Sum over `token_ids` of log p under the policy, in nats, before temperature and top-p."""
+
+
+Engine = Literal["vllm", "transformers"]

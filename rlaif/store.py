@@ -1,0 +1,257 @@
+"""The run directory: durable rows, stages that are complete or not, events, the lock.
+
+A stage writes `<stage>.jsonl.partial`, a chunk at a time. When it is complete, `<stage>.meta.json` is
+written (schema version, row count, digest, digests of inputs, seconds) and the partial file is renamed.
+A reader therefore sees a stage either whole or not at all; whoever resumes reads the durable rows of the
+partial file and owes the rest. See docs/run-directory.md.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from rlaif.errors import RlaifError, UserError
+from rlaif.records import SCHEMA_VERSION, Event, Record
+
+R = TypeVar("R", bound=Record)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into one clear line; what was complete before stays complete."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RlaifError(f"{path}: no space left on the disk; free some and run the same command again") from e
+        if e.errno in (errno.EROFS, errno.EACCES):
+            raise UserError(f"{path}: can't write here ({e.strerror})") from e
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file so that it is either the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".partial")
+    with disk_errors(path), temporary.open("w") as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; a damaged one is an error that names it."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise RlaifError(f"{path}:{e.lineno}: not valid JSON ({e.msg}); the file was damaged after it was written") from e
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_rows(path: Path, record: type[R]) -> list[R]:
+    """Reads a complete JSONL file; a damaged line is an error that names file and line."""
+    rows = []
+    with path.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                rows.append(record.model_validate_json(line))
+            except ValidationError as e:
+                problem = e.errors()[0]["msg"]
+                raise RlaifError(f"{path}:{number}: not a {record.__name__} of schema {SCHEMA_VERSION} ({problem})") from e
+    return rows
+
+
+class StageDir:
+    """One folder of stages: an iteration or an evaluation."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def is_complete(self, stage: str) -> bool:
+        """Whether the stage's rows are all there."""
+        return self._file(stage).exists()
+
+    def meta(self, stage: str) -> dict[str, Any]:
+        """The stage's meta file: rows, digest, inputs, seconds."""
+        meta: dict[str, Any] = read_json(self.path / f"{stage}.meta.json")
+        return meta
+
+    def read(self, stage: str, record: type[R]) -> list[R]:
+        """The rows of a complete stage."""
+        return read_rows(self._file(stage), record)
+
+    def rows(
+        self,
+        stage: str,
+        record: type[R],
+        produce: Callable[[list[R]], Iterable[list[R]]],
+        *,
+        inputs: Iterable[str] = (),
+        resumable: bool = True,
+        before_commit: Callable[[], dict[str, Any]] | None = None,
+    ) -> list[R]:
+        """The stage's rows: read when complete, otherwise produced, each chunk durable before the next is asked for.
+
+        Args:
+            produce: gets the rows that an interrupted attempt left, yields chunks of further rows.
+            inputs: stages of this folder that the rows were made from; their digests go into the meta file.
+            resumable: False when a part of the rows can't be completed later (sampling: batching changes samples).
+            before_commit: runs when all rows are there, before the stage counts as complete; what it returns
+                goes into the meta file.
+        """
+        if self.is_complete(stage):
+            return self.read(stage, record)
+        self.path.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        partial = self.path / f"{stage}.jsonl.partial"
+        if not resumable:
+            partial.unlink(missing_ok=True)
+        rows = _recover(partial, record)
+        with disk_errors(partial), partial.open("ab") as f:
+            for chunk in produce(list(rows)):
+                f.write(b"".join(row.model_dump_json().encode() + b"\n" for row in chunk))
+                f.flush()
+                os.fsync(f.fileno())
+                rows.extend(chunk)
+        extra = before_commit() if before_commit else {}
+        meta = {
+            "schema_version": SCHEMA_VERSION,
+            "rows": len(rows),
+            "sha256": file_digest(partial),
+            "inputs": {name: self.meta(name)["sha256"] for name in inputs},
+            "seconds": round(time.monotonic() - started, 3),
+            **extra,
+        }
+        # The meta file first: with the rename the stage is complete, and then its meta file must exist.
+        write_json(self.path / f"{stage}.meta.json", meta)
+        os.replace(partial, self._file(stage))
+        return rows
+
+    def _file(self, stage: str) -> Path:
+        return self.path / f"{stage}.jsonl"
+
+
+def _recover(partial: Path, record: type[R]) -> list[R]:
+    """The durable rows of an interrupted stage; a torn last line is cut off, it is owed again."""
+    if not partial.exists():
+        return []
+    content = partial.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(partial, len(whole))
+    return read_rows(partial, record)
+
+
+class RunDir:
+    """A run's directory: `run.json`, `events.jsonl`, texts, iterations, evaluations, the learner's state."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """Opens an existing run for reading.
+
+        Raises:
+            UserError: no run there, or one that a newer rlaif wrote.
+        """
+        if not (path / "run.json").exists():
+            raise UserError(f"{path}: not a run directory (no run.json in it); `rlaif run JOB` makes one under runs/")
+        run = cls(path)
+        version = run.header["schema_version"]
+        if version > SCHEMA_VERSION:
+            raise UserError(f"{path}: written with schema {version}, this rlaif reads up to {SCHEMA_VERSION}; upgrade it")
+        return run
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """run.json."""
+        header: dict[str, Any] = read_json(self.path / "run.json")
+        return header
+
+    def iteration(self, k: int) -> StageDir:
+        """The folder of iteration k, from 0."""
+        return StageDir(self.path / "iterations" / f"{k:04d}")
+
+    def evaluation(self, updates: int) -> StageDir:
+        """The folder of the evaluation after so many iterations; 0 is the base policy."""
+        return StageDir(self.path / "evaluations" / f"{updates:04d}")
+
+    def iterations(self) -> list[int]:
+        """The iterations that were begun, in order."""
+        return _numbers(self.path / "iterations")
+
+    def evaluations(self) -> list[int]:
+        """The evaluations that were begun, in order."""
+        return _numbers(self.path / "evaluations")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run for one writer.
+
+        Raises:
+            UserError: another process is writing it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as e:
+            raise UserError(f"{self.path}: another process is writing this run; wait for it, or use another --name") from e
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def event(self, kind: str, message: str, iteration: int | None = None, **data: Any) -> Event:
+        """Appends one line to events.jsonl."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        event = Event(time=now, kind=kind, iteration=iteration, message=message, data=data)
+        path = self.path / "events.jsonl"
+        with disk_errors(path), path.open("ab+") as f:
+            # A line torn by a kill must not swallow this one.
+            if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
+                f.write(b"\n")
+            f.write(event.model_dump_json().encode() + b"\n")
+        return event
+
+    def events(self) -> list[Event]:
+        """All whole lines of events.jsonl."""
+        path = self.path / "events.jsonl"
+        events = []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            try:
+                events.append(Event.model_validate_json(line))
+            except ValidationError:
+                continue  # torn by a kill; nothing but the note itself is lost
+        return events
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def replace_dir(temporary: Path, final: Path) -> None:
+    """Moves a finished folder to its place; a half-made older attempt there is removed first."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)

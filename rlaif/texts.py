@@ -1,0 +1,73 @@
+"""Which text of the rules is in force, and the run's own copy of every text that it used.
+
+A job's `constitution: assistant` is read again before each iteration, so an edited file or a new version
+takes effect in the next one. `schedule` and pins such as `assistant@2` are read once, at the start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlaif.config import Job
+from rlaif.constitution import Constitution, load_constitution
+from rlaif.errors import UserError
+from rlaif.store import RunDir, read_json, write_json
+
+
+class Texts:
+    """The constitutions of one run.
+
+    Raises:
+        UserError: at construction, when a text is missing or doesn't parse. Later a broken text leaves the
+            last good one in force and raises an alarm in events.jsonl.
+    """
+
+    def __init__(self, job: Job, run: RunDir, base_dir: Path):
+        self._directory = base_dir / job.constitutions_dir
+        self._run = run
+        self._follows = job.constitution if job.constitution and "@" not in job.constitution else None
+        self._schedule = job.schedule or {0: job.constitution or ""}
+        self._last_good = self._newest(self._schedule[0])
+        self._alarmed: str | None = None
+        if not self._follows:
+            for reference in self._schedule.values():
+                self._pinned(reference)
+
+    def in_force(self, iteration: int) -> Constitution:
+        """The text for this iteration, copied into the run."""
+        if not self._follows:
+            start = max(i for i in self._schedule if i <= iteration)
+            return self._pinned(self._schedule[start])
+        try:
+            self._last_good = self._newest(self._follows)
+            self._alarmed = None
+        except UserError as e:
+            if self._alarmed != str(e):
+                self._alarmed = str(e)
+                message = f"{e}; {self._last_good.ref} ({self._last_good.hash}) stays in force"
+                self._run.event("alarm", message, iteration)
+        return self._last_good
+
+    def load(self, digest: str) -> Constitution:
+        """The run's copy of a text."""
+        return Constitution.model_validate(read_json(self._run.path / "constitutions" / digest / "constitution.json"))
+
+    def _pinned(self, reference: str) -> Constitution:
+        pins = self._run.path / "constitutions" / "pins.json"
+        known: dict[str, str] = read_json(pins) if pins.exists() else {}
+        if reference not in known:
+            text = self._newest(reference)
+            known[reference] = text.hash
+            write_json(pins, known)
+        return self.load(known[reference])
+
+    def _newest(self, reference: str) -> Constitution:
+        text = load_constitution(self._directory, reference)
+        folder = self._run.path / "constitutions" / text.hash
+        copy = folder / "constitution.json"
+        if not copy.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            source = self._directory / text.name / f"v{text.version}.yaml"
+            (folder / "source.yaml").write_bytes(source.read_bytes())
+            write_json(copy, text.model_dump(mode="json"))
+        return text

@@ -1,0 +1,206 @@
+"""The likelihood judge on a tiny random model: the fast path equals the plain one, votes say what they measured."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from rlaif.config import Judge
+from rlaif.constitution import parse_constitution
+from rlaif.judging.ballots import make_ballots
+from rlaif.records import Message, Pair
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from rlaif.judging.likelihood import Candidate, LikelihoodJudge, _join
+
+TEXT = """
+summary: Test.
+principles:
+  - {id: answers, rule: Answer the question., guard: true}
+  - id: brief
+    rule: Be brief.
+    prefer: Be brief.
+    avoid: Be long.
+    paraphrases:
+      - {prefer: Few words., avoid: Many words., use: select}
+    examples:
+      - {prompt: "Why?", better: So., worse: Because of a great many things., use: evaluate}
+"""
+
+
+class CharTokenizer:
+    """One token a character, and a chat template of markers: small enough to read."""
+
+    chat_template = "yes"
+    eos_token_id = 1
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        return "".join(f"<{m['role'][0]}>{m['content']}</>" for m in messages) + "<a>"
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(chr(i + 8) for i in ids if i > 1)
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(ch) - 8 for ch in text]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).float().eval()
+
+
+@pytest.fixture
+def judge(model):
+    return LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64), name="tiny")
+
+
+@pytest.fixture
+def constitution():
+    return parse_constitution(TEXT, "test", 1, "test.yaml")
+
+
+def candidate(n, prompt, text, finish="stop", system=None):
+    messages = (*([Message(role="system", content=system)] if system else []), Message(role="user", content=prompt))
+    return Candidate(
+        completion_id=f"c{n}", prompt_id=prompt, messages=messages, finish_reason=finish, text=text
+    )
+
+
+CANDIDATES = [
+    candidate(0, "What is bread?", "Food."),
+    candidate(1, "What is bread?", "A food made of flour and water, baked.", "length"),
+    candidate(2, "Why sleep, and for how long each night?", "To rest."),
+    candidate(3, "Why sleep, and for how long each night?", "Nobody knows, but all animals do it."),
+    candidate(4, "Hi", "Hello", system="You are kind."),
+    candidate(5, "Hi", "Who?", "length", system="You are kind."),
+]
+PAIRS = [
+    Pair(id=f"p{i}", prompt_id=CANDIDATES[i].prompt_id, first=f"c{i}", second=f"c{i + 1}", method="all")
+    for i in (0, 2, 4)
+]
+
+
+def plain_logp(model, judge, messages, answer):
+    """The obvious way: one whole sequence, all logits."""
+    prompt = judge._render(messages)
+    ids = torch.tensor([[*prompt, *answer]])
+    logp = model(ids).logits[0].log_softmax(-1)
+    return sum(logp[len(prompt) + i - 1, t].item() for i, t in enumerate(answer))
+
+
+def flat(chunks):
+    return [x for chunk in chunks for x in chunk]
+
+
+@pytest.mark.parametrize("batch_tokens", [64, 4096])
+def test_prefix_cache_equals_plain_path(model, constitution, batch_tokens):
+    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=batch_tokens))
+    for voice in constitution.voices():
+        got = judge._contrast(voice, CANDIDATES)
+        for c, value in zip(CANDIDATES, got, strict=True):
+            want = plain_logp(model, judge, _join(voice.prefer, c.messages), judge._answer(c))
+            want -= plain_logp(model, judge, _join(voice.avoid, c.messages), judge._answer(c))
+            assert abs(want) > 1e-3, "a contrast without effect tests nothing"
+            assert value == pytest.approx(want, abs=1e-4)
+
+
+def test_end_token_is_scored_iff_the_completion_ended(judge):
+    ended, cut = candidate(0, "Hi", "Hello", "stop"), candidate(1, "Hi", "Hello", "length")
+    assert judge._answer(ended) == (*judge._answer(cut), 1)
+
+
+def test_sampled_token_ids_are_scored_as_they_are(judge):
+    ids = judge._answer(CANDIDATES[1])
+    cut = CANDIDATES[0].model_copy(update={"token_ids": ids, "text": CANDIDATES[1].text})
+    assert judge._answer(cut) == ids
+
+
+def test_another_models_token_ids_are_read_anew(judge):
+    c = CANDIDATES[0].model_copy(update={"token_ids": (7, 8, 9)})
+    assert judge._answer(c) == judge._answer(CANDIDATES[0])
+
+
+def test_vote_follows_the_score_difference(judge, constitution):
+    ballots = make_ballots(PAIRS, constitution, "tiny")
+    votes = flat(judge.cast(ballots, PAIRS, CANDIDATES, constitution))
+    assert {v.ballot.id for v in votes} == {b.id for b in ballots}
+    contrasts = [v for v in votes if not v.ballot.guard]
+    assert contrasts
+    for v in contrasts:
+        difference = v.score_first - v.score_second
+        assert v.outcome == ("first" if difference > 0 else "second")
+        assert v.p_first == pytest.approx(1 / (1 + math.exp(-difference / 4)), abs=1e-3)
+
+
+def test_swapping_a_pair_mirrors_its_votes(judge, constitution):
+    mirrored = [p.swap() for p in PAIRS]
+    votes = {
+        (v.ballot.pair_id, v.ballot.voice): v
+        for v in flat(judge.cast(make_ballots(PAIRS, constitution, "t"), PAIRS, CANDIDATES, constitution))
+    }
+    mirror = {"first": "second", "second": "first", "tie": "tie"}
+    for v in flat(judge.cast(make_ballots(mirrored, constitution, "t"), mirrored, CANDIDATES, constitution)):
+        assert v.outcome == mirror[votes[v.ballot.pair_id, v.ballot.voice].outcome]
+
+
+def test_owed_ballots_get_the_numbers_of_a_whole_cast(model, constitution):
+    settings = Judge(batch_tokens=64)
+    ballots = make_ballots(PAIRS, constitution, "tiny")
+    whole = LikelihoodJudge.of(model, CharTokenizer(), settings)
+    want = {v.ballot.id: v.raw_reply for v in flat(whole.cast(ballots, PAIRS, CANDIDATES, constitution))}
+    resumed = LikelihoodJudge.of(model, CharTokenizer(), settings)
+    got = flat(resumed.cast(ballots[4:], PAIRS, CANDIDATES, constitution))
+    assert {v.ballot.id: v.raw_reply for v in got} == {b.id: want[b.id] for b in ballots[4:]}
+
+
+def test_guard_votes_against_the_side_beyond_its_tolerance(model, constitution):
+    strict = LikelihoodJudge.of(model, CharTokenizer(), Judge(relevance_tolerance=0.0, fluency_tolerance=0.0))
+    loose = LikelihoodJudge.of(model, CharTokenizer(), Judge(relevance_tolerance=99.0, fluency_tolerance=99.0))
+    ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if b.guard]
+    assert {b.voice for b in ballots} == {"answers/relevance", "answers/fluency"}
+    for v in flat(strict.cast(ballots, PAIRS, CANDIDATES, constitution)):
+        measure = v.ballot.voice.split("/")[1]
+        a, b = json.loads(v.raw_reply)[measure]
+        assert v.outcome == ("first" if a > b else "second")
+    assert {v.outcome for v in flat(loose.cast(ballots, PAIRS, CANDIDATES, constitution))} == {"tie"}
+
+
+def test_plain_is_measured_against_another_prompt(model, judge):
+    rows = flat(judge.plain(CANDIDATES))
+    assert [r.completion_id for r in rows] == [c.completion_id for c in CANDIDATES]
+    for c, r in zip(CANDIDATES, rows, strict=True):
+        assert r.other_prompt_id != c.prompt_id
+        assert r.logp == pytest.approx(plain_logp(model, judge, c.messages, judge._answer(c)), abs=1e-4)
+        assert r.relevance == pytest.approx((r.logp - r.logp_other) / r.tokens)
+
+
+def test_empty_completion_abstains(judge, constitution):
+    candidates = [candidate(0, "Hi", "", "length"), candidate(1, "Hi", "Hello")]
+    pairs = [Pair(id="p", prompt_id="Hi", first="c0", second="c1", method="all")]
+    votes = flat(judge.cast(make_ballots(pairs, constitution, "t"), pairs, candidates, constitution))
+    assert {(v.outcome, v.abstain_reason) for v in votes} == {("abstain", "empty")}
+    assert [s.completion_id for s in flat(judge.score(candidates, constitution, ["brief/main"]))] == ["c1"]
+
+
+def test_each_request_is_computed_once(judge, constitution, monkeypatch):
+    ballots = make_ballots(PAIRS, constitution, "tiny")
+    list(judge.cast(ballots, PAIRS, CANDIDATES, constitution))
+    monkeypatch.setattr(judge, "_compute", lambda *a: pytest.fail("computed again"))
+    list(judge.cast(ballots, PAIRS, CANDIDATES, constitution))

@@ -1,0 +1,402 @@
+"""Both learners against each other and against the formula of the paper, on a tiny fp32 model without dropout."""
+
+from __future__ import annotations
+
+import gc
+import math
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from rlaif import config
+from rlaif.errors import RlaifError, UserError
+from rlaif.learning import make_learner
+from rlaif.learning.base import _row, epoch_order
+from rlaif.records import Preference
+from tests.learning.conftest import make_preferences
+
+KINDS = ["dpo", "online_dpo"]
+BETA = 0.1
+
+
+def learner(kind: str, path: str, settings: config.Learner, **changes: Any) -> Any:
+    return make_learner(kind, path, settings.model_copy(update={"kind": kind, **changes}), seed=7)
+
+
+def disturb(made: Any) -> None:
+    """Makes the policy differ from its reference."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in made._trained().values():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+
+def weights(made: Any) -> dict[str, torch.Tensor]:
+    return {n: p.clone() for n, p in made._trained().items()}
+
+
+def moments(made: Any) -> list[torch.Tensor]:
+    states = made.trainer.optimizer.state_dict()["state"].values()
+    return [s[name].clone() for s in states for name in ("exp_avg", "exp_avg_sq", "step")]
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0)
+
+
+def gradients(made: Any, pairs: list[Preference]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step on `pairs` in their given order, the weights left alone."""
+    rows = [_row(p) for p in pairs]
+    made._score_references(rows)
+    made.trainer.accelerator.gradient_accumulation_steps = 1
+    loss = float(made.trainer.training_step(made.trainer.model_wrapped, made._batch(rows)))
+    grads = {n: p.grad.clone() for n, p in made.trainer.model.named_parameters() if p.requires_grad}
+    made.trainer.model.zero_grad()
+    return loss, grads
+
+
+def sequence_logp(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
+    """log p(completion | prompt), unpadded: the definition."""
+    ids = torch.tensor([prompt + completion])
+    log_p = model(ids).logits[0].log_softmax(-1)
+    return sum(log_p[len(prompt) - 1 + i, token] for i, token in enumerate(completion))  # type: ignore[return-value]
+
+
+def by_hand(policy: Any, reference: Any, pairs: list[Preference]) -> tuple[torch.Tensor, torch.Tensor]:
+    """DPO's loss (arXiv:2305.18290, eq. 7) and the log-ratios [pairs, (chosen, rejected)], one sequence at a time."""
+    ratios = []
+    for p in pairs:
+        for completion in (p.chosen_token_ids, p.rejected_token_ids):
+            with torch.no_grad():
+                before = sequence_logp(reference, p.prompt_token_ids, completion)
+            ratios.append(sequence_logp(policy, p.prompt_token_ids, completion) - before)
+    table = torch.stack(ratios).view(-1, 2)
+    return -torch.nn.functional.logsigmoid(BETA * (table[:, 0] - table[:, 1])).mean(), table
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_ratios_loss_and_gradients_are_the_formulas(
+    kind: str, model_path: str, settings: config.Learner
+) -> None:
+    made = learner(kind, model_path, settings)
+    disturb(made)
+    pairs = make_preferences(4)
+    reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    policy.load_state_dict(made._unwrapped().state_dict())
+    expected_loss, expected_ratios = by_hand(policy, reference, pairs)
+    expected_loss.backward()
+
+    loss, grads = gradients(made, pairs)
+
+    assert abs(expected_loss.item() - math.log(2)) > 0.01, "the policy must differ from its reference"
+    assert loss == pytest.approx(expected_loss.item(), abs=1e-4)
+    close(grads, {n: p.grad for n, p in policy.named_parameters()}, atol=1e-4)
+    for pair, row in zip(pairs, expected_ratios, strict=True):
+        gradients(made, [pair])
+        found = [made._metric("rewards/chosen")[-1] / BETA, made._metric("rewards/rejected")[-1] / BETA]
+        assert found == pytest.approx(row.tolist(), abs=1e-4)
+
+
+def test_the_learners_agree_on_several_steps(model_path: str, settings: config.Learner) -> None:
+    a, b = (learner(kind, model_path, settings, epochs=2) for kind in KINDS)
+    steps_a, steps_b = (list(made.update(make_preferences(6), 0)) for made in (a, b))
+    assert len(steps_a) == 4
+    for x, y in zip(steps_a, steps_b, strict=True):
+        assert (x.pair_ids, x.step, x.learning_rate) == (y.pair_ids, y.step, y.learning_rate)
+        assert (x.loss, x.margin, x.accuracy) == pytest.approx((y.loss, y.margin, y.accuracy), abs=1e-3)
+
+
+def test_our_scoring_is_trls(model_path: str) -> None:
+    """The CPU replacement of TRL's fused head gives every field that TRL's gives."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    from rlaif.learning.scoring import score_completions_only
+
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32) for _ in range(2))
+    fields = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    score_completions_only(ours, sum_sq_probs=True)
+    add_fused_lm_head(theirs, outputs=fields)
+    ids = torch.randint(3, 90, (3, 11))
+    labels = ids.masked_fill(torch.arange(11) < torch.tensor([[2], [5], [7]]), -100)
+    a, b = (m.eval()(input_ids=ids, labels=labels, fused_lm_head=True) for m in (ours, theirs))
+    for field in fields:
+        torch.testing.assert_close(a[field], b[field], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dropped_pair_changes_no_gradient(kind: str, model_path: str, settings: config.Learner) -> None:
+    made = learner(kind, model_path, settings)
+    disturb(made)
+    kept, dropped = make_preferences(3), make_preferences(1, seed=9)
+    loss, grads = gradients(made, kept)
+    gradients(made, dropped)  # seen by the trainer, then dropped: leaves nothing behind
+    again, grads_again = gradients(made, kept)
+    _, grads_with = gradients(made, kept + dropped)
+    assert loss == again
+    close(grads, grads_again)
+    assert any(not torch.allclose(grads[n], grads_with[n]) for n in grads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_iterations_of_one_step_are_one_trainer_of_two(
+    kind: str, model_path: str, settings: config.Learner
+) -> None:
+    first, second = make_preferences(4, seed=1), make_preferences(4, seed=2)
+    two, one = (learner(kind, model_path, settings) for _ in range(2))
+    steps = [*two.update(first, 0), *two.update(second, 1)]
+
+    rows = {p.pair_id: _row(p) for p in first + second}
+    for pairs in (first, second):
+        one._score_references([rows[p.pair_id] for p in pairs])
+    for step in steps:
+        one._step([rows[i] for i in step.pair_ids], 0)
+
+    assert [s.step for s in steps] == [1, 2]
+    close(weights(two), weights(one))
+    for a, b in zip(moments(two), moments(one), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_two_iterations_of_one_step_are_trls_own_training(
+    model_path: str, settings: config.Learner, tmp_path: Path
+) -> None:
+    """Against `DPOTrainer.train()` itself, from the same token ids, two steps in one call."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Given(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    pairs = make_preferences(8)
+    made = learner("dpo", model_path, settings)
+    steps = [*made.update(pairs[:4], 0), *made.update(pairs[4:], 1)]
+    order = {pair_id: i for i, pair_id in enumerate(i for s in steps for i in s.pair_ids)}
+    rows = [_row(p) for p in sorted(pairs, key=lambda p: order[p.pair_id])]
+    trl = Given(
+        model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attention_dropout=0.0),
+        ref_model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
+        args=DPOConfig(
+            str(tmp_path), learning_rate=1e-2, per_device_train_batch_size=4, num_train_epochs=1, bf16=False,
+            lr_scheduler_type="constant", gradient_checkpointing=False, report_to="none", save_strategy="no",
+            use_cpu=True, disable_tqdm=True, max_length=None,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(model_path),
+    )  # fmt: skip
+    trl.train()
+    close(weights(made), {n: p.data for n, p in trl.model.named_parameters()}, atol=1e-4)
+    theirs = trl.optimizer.state_dict()["state"].values()
+    expected = [s[name] for s in theirs for name in ("exp_avg", "exp_avg_sq", "step")]
+    for a, b in zip(moments(made), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [None, config.Lora(r=4, alpha=8)], ids=["full", "lora"])
+def test_save_and_load_go_on_as_if_nothing_happened(
+    kind: str, lora: config.Lora | None, model_path: str, settings: config.Learner, tmp_path: Path
+) -> None:
+    changes = {"lora": lora, "args": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4}}
+    made = learner(kind, model_path, settings, **changes)
+    list(made.update(make_preferences(6, seed=1), 0))
+    digest = made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    expected = list(made.update(make_preferences(6, seed=2), 1))
+
+    again = make_learner(
+        kind, model_path, settings.model_copy(update=changes), seed=7, state_dir=str(tmp_path / "state")
+    )
+    assert again.global_step == 2
+    assert again.save(str(tmp_path / "state2"), str(tmp_path / "policy2")) == digest
+    found = list(again.update(make_preferences(6, seed=2), 1))
+    assert [s.model_copy(update={"seconds": 0}) for s in found] == [
+        s.model_copy(update={"seconds": 0}) for s in expected
+    ]
+    assert expected[-1].learning_rate == 1e-2 * 3 / 4  # the schedule went on, too
+    close(weights(made), weights(again))
+    for a, b in zip(moments(made), moments(again), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [None, config.Lora(r=4, alpha=8)], ids=["full", "lora"])
+def test_the_exported_policy_is_the_trained_one(
+    lora: config.Lora | None, model_path: str, settings: config.Learner, tmp_path: Path
+) -> None:
+    made = learner("dpo", model_path, settings, lora=lora)
+    list(made.update(make_preferences(8), 0))
+    before = weights(made)
+    digest = made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    close(before, weights(made))
+
+    assert len(digest) == 16
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert exported.dtype == torch.bfloat16
+    assert exported.config.attention_dropout == 0.1, "the policy's own configuration, not the trainer's"
+    assert not list((tmp_path / "policy").glob("adapter*"))
+    AutoTokenizer.from_pretrained(tmp_path / "policy")
+    ids = torch.randint(3, 90, (2, 9))
+    trained = made.trainer.model.eval()(input_ids=ids).logits
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)(input_ids=ids).logits
+    error = (exported.float()(input_ids=ids).logits - trained).abs().mean()
+    assert error < 0.2 * (base - trained).abs().mean()
+
+
+def test_reference_previous_starts_every_update_at_ln_2(model_path: str, settings: config.Learner) -> None:
+    for lora in (None, config.Lora(r=4, alpha=8)):
+        moving = learner("dpo", model_path, settings, reference="previous", lora=lora)
+        fixed = learner("dpo", model_path, settings, reference="base", lora=lora)
+        first = [[s.loss for s in made.update(make_preferences(4), 0)][0] for made in (moving, fixed)]
+        second = [[s.loss for s in made.update(make_preferences(4), 1)][0] for made in (moving, fixed)]
+        assert first == pytest.approx([math.log(2)] * 2, abs=1e-5)
+        assert second[0] == pytest.approx(math.log(2), abs=1e-5)
+        assert second[1] < math.log(2) - 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_a_step_add_up_to_the_step(kind: str, model_path: str, settings: config.Learner) -> None:
+    whole = learner(kind, model_path, settings, batch_size=5)
+    parts = learner(kind, model_path, settings, batch_size=5, args={"per_device_train_batch_size": 2})
+    a, b = (next(made.update(make_preferences(5), 0)) for made in (whole, parts))
+    assert (a.loss, a.margin, a.grad_norm) == pytest.approx((b.loss, b.margin, b.grad_norm), abs=1e-4)
+    close(weights(whole), weights(parts), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_off_completion_gets_no_end_token(kind: str, model_path: str, settings: config.Learner) -> None:
+    """Without the end token's gradient, the loss must change when one is added."""
+    made = learner(kind, model_path, settings)
+    disturb(made)
+    pair = make_preferences(1)[0]
+    assert pair.chosen_token_ids[-1] != 2
+    ended = pair.model_copy(update={"chosen_token_ids": (*pair.chosen_token_ids, 2)})
+    assert gradients(made, [pair])[0] != pytest.approx(gradients(made, [ended])[0], abs=1e-4)
+
+
+def test_order_is_ours_and_follows_from_its_seed(model_path: str, settings: config.Learner) -> None:
+    made = learner("dpo", model_path, settings, epochs=2, batch_size=3)
+    pairs = make_preferences(7)
+    steps = list(made.update(pairs, 3))
+    seen = [i for s in steps for i in s.pair_ids]
+    assert seen == [pairs[i].pair_id for epoch in range(2) for i in epoch_order(7, 7, 3, epoch)]
+    assert [len(s.pair_ids) for s in steps] == [3, 3, 1] * 2
+    assert epoch_order(9, 0, 0, 0) != epoch_order(9, 0, 0, 1) != epoch_order(9, 0, 1, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_is_refused_before_it_reaches_the_weights(kind: str, model_path: str, settings: config.Learner) -> None:
+    made = learner(kind, model_path, settings)
+    list(made.update(make_preferences(4), 0))
+    before, step = weights(made), made.global_step
+    hook = made._unwrapped().get_output_embeddings().register_forward_hook(lambda m, i, o: o * float("nan"))
+    with pytest.raises(RlaifError, match=r"update step 2: the loss is nan .*0-\d.* not taken"):
+        list(made.update(make_preferences(4), 1))
+    hook.remove()
+    close(before, weights(made))
+    assert made.global_step == step
+    assert all(math.isfinite(s.loss) for s in made.update(make_preferences(4), 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_does_not_grow(kind: str, model_path: str, settings: config.Learner) -> None:
+    made = learner(kind, model_path, settings)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    def run(iteration: int) -> None:
+        list(made.update(make_preferences(8, seed=iteration), iteration))
+
+    for i in range(3):
+        run(i)
+    count, rss = tensors(), psutil.Process().memory_info().rss
+    for i in range(3, 23):
+        run(i)
+    assert tensors() <= count
+    assert psutil.Process().memory_info().rss < rss + 64 * 2**20
+    assert len(made.trainer.state.log_history) <= 2
+    assert all(len(v) <= 2 for v in made.trainer.state.__dict__.values() if isinstance(v, list))
+
+
+def test_callbacks_see_what_a_trl_user_expects(
+    model_path: str, settings: config.Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, Any]] = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(("begin", kwargs["optimizer"] is not None))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(("log", dict(logs)))
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(("end", state.global_step))
+
+    import transformers.integrations.integration_utils as trackers
+
+    monkeypatch.setitem(trackers.INTEGRATION_TO_CALLBACK, "tensorboard", Watch)
+    made = learner("dpo", model_path, settings, args={"report_to": ["tensorboard"]})
+    step = list(made.update(make_preferences(8), 0))[-1]
+    made.close()
+    assert [name for name, _ in seen] == ["begin", "log", "log", "end"]
+    logs = seen[2][1]
+    assert logs["rewards/margins"] == pytest.approx(step.margin)
+    assert (logs["loss"], logs["grad_norm"]) == pytest.approx((step.loss, step.grad_norm), abs=1e-4)
+    assert {"rewards/accuracies", "logps/chosen", "learning_rate", "entropy"} <= logs.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"args": {"weigth_decay": 0.1}}, "learner.args.weigth_decay.*did you mean `weight_decay`"),
+        ({"args": {"learning_rate": 0.1}}, "set in learner.learning_rate"),
+        ({"args": {"lr_scheduler_type": "cosine"}}, "max_steps"),
+        ({"args": {"sync_ref_model": True}}, "TRL refuses"),
+        ({"args": {"optim": "nonsense"}}, "TRL refuses.*nonsense"),
+        ({"loss_type": "nonsense"}, "nonsense"),
+        ({"kind": "online_dpo", "loss_type": "hinge"}, "learner.kind=dpo"),
+        ({"kind": "online_dpo", "args": {"missing_eos_penalty": 1.0}}, "flip verdicts"),
+        ({"kind": "ppo"}, "`dpo` and `online_dpo`"),
+    ],
+)
+def test_a_users_mistake_is_named(
+    changes: dict[str, Any], message: str, model_path: str, settings: config.Learner
+) -> None:
+    changed = settings.model_copy(update=changes)
+    with pytest.raises(UserError, match=message):
+        make_learner(changed.kind, model_path, changed, seed=0)
+
+
+def test_args_reach_trl(model_path: str, settings: config.Learner) -> None:
+    made = learner("dpo", model_path, settings, args={"weight_decay": 0.25, "label_smoothing": 0.125})
+    assert made.trainer.label_smoothing == 0.125
+    assert made.trainer.optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def test_state_of_another_model_is_refused(model_path: str, settings: config.Learner, tmp_path: Path) -> None:
+    learner("dpo", model_path, settings).save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    with pytest.raises(UserError, match="another model"):
+        make_learner("dpo", model_path, settings.model_copy(update={"lora": config.Lora()}), 7, str(tmp_path / "state"))
+    with pytest.raises(UserError, match="can't read the learner's state"):
+        make_learner("dpo", model_path, settings, 7, str(tmp_path / "nowhere"))
+
+
+def test_importing_the_package_is_light() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, rlaif.learning; print([m for m in ('torch', 'trl', 'transformers') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,235 @@
+"""Loading prompt sets, holding some out, and the order in which a run takes them."""
+
+from __future__ import annotations
+
+import builtins
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlaif.errors import UserError
+from rlaif.prompts import exclude_held_out, load_prompts, order, prompts_for, with_system
+from rlaif.records import Message, Prompt
+
+ROWS = [
+    {"id": "a", "category": "cooking", "prompt": "How do I boil an egg?"},
+    {"id": "b", "category": "travel", "prompt": 'What is a "visa", and who needs one?'},
+]
+
+
+def user(text: str, id: str = "x") -> Prompt:
+    return Prompt(id=id, messages=(Message(role="user", content=text),))
+
+
+def numbered(n: int) -> list[Prompt]:
+    return [user(f"question {i}", id=f"p{i}") for i in range(n)]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as f:
+            out = csv.DictWriter(f, list(rows[0]))
+            out.writeheader()
+            out.writerows(rows)
+    else:
+        pa = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_prompts(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / f"set{suffix}", ROWS)
+    prompts = load_prompts(f"set{suffix}", tmp_path)
+    assert [(p.id, p.category, p.text) for p in prompts] == [(r["id"], r["category"], r["prompt"]) for r in ROWS]
+    assert [m.role for m in prompts[0].messages] == ["user"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_chat_rows(tmp_path: Path, suffix: str) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi, how are you?"}]
+    cell = json.dumps(chat) if suffix == ".csv" else chat
+    write(tmp_path / f"chat{suffix}", [{"id": "c", "messages": cell}])
+    (prompt,) = load_prompts(f"chat{suffix}", tmp_path)
+    assert [m.model_dump() for m in prompt.messages] == chat
+
+
+def test_absolute_path_and_other_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "set.jsonl", [{"prompt": "Why?", "source": "me"}])
+    assert load_prompts(str(path), Path("/nowhere"))[0].text == "Why?"
+
+
+def test_ids_by_content_are_stable_and_differ(tmp_path: Path) -> None:
+    one = load_prompts(write(tmp_path / "1.jsonl", [{"prompt": "Why?"}, {"prompt": "Who?"}]).name, tmp_path)
+    two = load_prompts(write(tmp_path / "2.json", [{"prompt": "Who?"}, {"prompt": "Why?"}]).name, tmp_path)
+    assert [p.id for p in one] == [p.id for p in reversed(two)]
+    assert one[0].id != one[1].id
+
+
+def test_line_separator_inside_a_string(tmp_path: Path) -> None:
+    write(tmp_path / "u.jsonl", [{"prompt": "one\u2028two"}])
+    assert load_prompts("u.jsonl", tmp_path)[0].text == "one\u2028two"
+
+
+BAD_LINES = {
+    '{"prompt": "x"': "not valid JSON",
+    '["x"]': "expected an object, found list",
+    '{"text": "x"}': "either `prompt` (text) or `messages` (chat), found `text`",
+    '{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}': "found both",
+    '{"prompt": "  "}': "isn't blank",
+    '{"prompt": 7}': "must be text",
+    '{"messages": []}': "isn't empty",
+    '{"messages": "hello"}': "not JSON",
+    '{"messages": [{"role": "bot", "content": "x"}]}': "role",
+    '{"messages": [{"role": "assistant", "content": "x"}]}': "must be the user's",
+    '{"id": "a", "prompt": "again"}': "id `a` was already used at {path}:1",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text(f'{{"id": "a", "prompt": "fine"}}\n\n{line}\n')
+    with pytest.raises(UserError) as error:
+        load_prompts("set.jsonl", tmp_path)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert BAD_LINES[line].format(path=path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_repeated_prompt_without_ids_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "set.jsonl", [{"prompt": "Why?"}, {"prompt": "Why?"}])
+    with pytest.raises(UserError, match=r"set.jsonl:2: .*set.jsonl:1; the prompt is repeated"):
+        load_prompts("set.jsonl", tmp_path)
+
+
+def test_csv_rows_are_named_by_line(tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text("id,prompt\na,fine\nb,one, two\n")
+    with pytest.raises(UserError, match=r"set.csv:3: more cells"):
+        load_prompts("set.csv", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.jsonl", None, "no such prompt file"),
+        ("set.txt", "x", "unknown format `.txt`"),
+        ("set.jsonl", "\n", "no prompts in it"),
+        ("set.json", '{"prompt": "x"}', "expected a list"),
+        ("set.json", "[\n{]", r"set.json:2: not valid JSON"),
+        ("set.parquet", "not parquet", "not a readable Parquet file"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, name: str, content: str | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    with pytest.raises(UserError, match=says):
+        load_prompts(name, tmp_path)
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "set.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_prompts("set.jsonl", tmp_path)
+
+
+def test_datasets_name_and_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or ROWS)
+    assert [p.id for p in load_prompts("datasets:me/questions", tmp_path)] == ["a", "b"]
+    load_prompts("datasets:me/questions:test", tmp_path)
+    assert asked == [("me/questions", "train"), ("me/questions", "test")]
+
+
+def test_datasets_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(name: str, split: str) -> None:
+        raise ConnectionError("no route\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"datasets:me/q: datasets can't load it \(no route\)"):
+        load_prompts("datasets:me/q", tmp_path)
+
+
+@pytest.mark.parametrize(("source", "module"), [("set.parquet", "pyarrow"), ("datasets:x", "datasets")])
+def test_a_missing_package_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, module: str
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == module:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    (tmp_path / "set.parquet").write_bytes(b"x")
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=rf"{module}.*rlaif\[train\]"):
+        load_prompts(source, tmp_path)
+
+
+def test_with_system_respects_a_row_s_own() -> None:
+    own = Prompt(id="o", messages=(Message(role="system", content="mine"), Message(role="user", content="x")))
+    plain, kept = with_system([user("x"), own], "yours")
+    assert [m.content for m in plain.messages] == ["yours", "x"]
+    assert plain.id == "x"
+    assert kept == own
+    assert with_system([own], None) == [own]
+
+
+def test_exclude_held_out_by_id_and_by_text() -> None:
+    train = [user("a", id="1"), user("b", id="2"), user(" How  do I fly? ", id="3"), user("d", id="4")]
+    held = [user("other", id="2"), *with_system([user("how do I fly?", id="h")], "system")]
+    assert [p.id for p in exclude_held_out(train, held)] == ["1", "4"]
+
+
+def test_order_is_seeded_and_takes_all_in_every_pass() -> None:
+    prompts = numbered(7)
+    endless = order(prompts, seed=1)
+    first, second = [[next(endless).id for _ in range(7)] for _ in range(2)]
+    assert sorted(first) == sorted(second) == [p.id for p in prompts]
+    assert first != second
+    other = order(prompts, seed=2)
+    assert first != [next(other).id for _ in range(7)]
+
+
+@pytest.mark.parametrize("total", [5, 6, 7, 12])
+@pytest.mark.parametrize("per_iteration", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_iterations_take_every_prompt_equally_and_none_twice(total: int, per_iteration: int, seed: int) -> None:
+    prompts = numbered(total)
+    iterations = [[p.id for p in prompts_for(prompts, seed, i, per_iteration)] for i in range(3 * total)]
+    assert all(len(set(taken)) == per_iteration for taken in iterations)
+    stream = [id for taken in iterations for id in taken]
+    for start in range(0, len(stream), total):
+        assert len(set(stream[start : start + total])) == total  # a pass has every prompt once
+    assert set(Counter(stream).values()) == {3 * per_iteration}
+
+
+def test_more_than_there_are_repeats_as_little_as_possible() -> None:
+    taken = [p.id for p in prompts_for(numbered(3), 0, 1, 7)]
+    assert sorted(Counter(taken).values()) == [2, 2, 3]
+
+
+def test_iterations_are_pure() -> None:
+    prompts = numbered(10)
+    assert prompts_for(prompts, 3, 8, 4) == prompts_for(list(prompts), 3, 8, 4)
+    assert prompts_for(prompts, 3, 8, 4) != prompts_for(prompts, 4, 8, 4)
+
+
+def test_no_prompts_left() -> None:
+    with pytest.raises(UserError, match="no training prompts are left"):
+        prompts_for([], 0, 0, 4)
