@@ -232,9 +232,7 @@ def parse_constitution(text: str, name: str, version: int, source: str) -> Const
     for key in ("name", "version"):
         if key in tree:
             line = _line(root, (key,))
-            raise UserError(
-                f"{source}:{line}: `{key}` comes from the file's place (<name>/v<N>.yaml); delete the line"
-            )
+            raise UserError(f"{source}:{line}: `{key}` comes from the file's place (<name>/v<N>.yaml); delete the line")
     try:
         return Constitution.model_validate({**tree, "name": name, "version": version})
     except ValidationError as e:

@@ -7,7 +7,7 @@ import platform
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from rlaif.prompts import exclude_held_out, load_prompts, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, digest
 from rlaif.store import RunDir, read_json, read_rows, write_json
 from rlaif.texts import Texts
-from rlaif.workers import InlineWorker, Worker
+from rlaif.workers import start_worker
 
 HARMLESS = ("iterations", "eval.", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name")
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
@@ -56,7 +56,9 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             progress.note(f"{run.path}: all {job.iterations} iterations are done")
             return run
         workers = {
-            name: stack.enter_context(_worker(job, run, name, factory, kwargs))
+            name: stack.enter_context(
+                closing(start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log"))
+            )
             for name, factory, kwargs in (
                 ("sampler", "rlaif.sampling.role:make", {"model_path": str(base), "settings": job.sampling}),
                 ("judge", "rlaif.judging.likelihood:make", {"model_path": str(judge_model), "settings": job.judge}),
@@ -143,7 +145,7 @@ def _write_header(run: RunDir, job: Job, model_digests: dict[str, str]) -> None:
     if path.exists():
         before = read_json(path)
         for name, found in header["models"].items():
-            if before["models"][name] != found:
+            if before["models"].get(name) != found:
                 raise UserError(
                     f"{path}: the {name} model changed since the run was started "
                     f"({before['models'][name]} -> {found}); restore it, or start a new run with --name NAME"
@@ -167,20 +169,6 @@ def _revision() -> str | None:
         ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or None
-
-
-@contextmanager
-def _worker(job: Job, run: RunDir, name: str, factory: str, kwargs: dict[str, Any]) -> Iterator[Any]:
-    if job.workers == "inline":
-        yield InlineWorker(name, factory, kwargs)
-        return
-    log = run.path / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    worker = Worker(name, factory, kwargs, log_path=log)
-    try:
-        yield worker
-    finally:
-        worker.close()
 
 
 @contextmanager

@@ -40,17 +40,11 @@ from rlaif.records import (
 )
 from rlaif.store import RunDir, StageDir, read_json, replace_dir, write_json
 from rlaif.texts import Texts
+from rlaif.workers import WorkerLike
 
 BASE_POLICY = 0
 EVAL_SEED_ITERATION = -1
 """Held-out answers are drawn with the same seeds at every evaluation, so that two differ by the policy only."""
-
-
-class Worker(Protocol):
-    """A long-lived sampler, judge or learner; see rlaif/workers.py."""
-
-    def call(self, method: str, **kwargs: Any) -> Any: ...
-    def stream(self, method: str, **kwargs: Any) -> Iterator[Any]: ...
 
 
 class Progress(Protocol):
@@ -75,9 +69,9 @@ class Loop:
     base_digest: str
     judge_name: str
     """Kind and weights' digest: votes of other weights are other votes."""
-    sampler: Worker
-    judge: Worker
-    learner: Worker
+    sampler: WorkerLike
+    judge: WorkerLike
+    learner: WorkerLike
     progress: Progress
     _sampler_has: str | None = field(default=None, init=False)
     _learner_at: int | None = field(default=None, init=False)

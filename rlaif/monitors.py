@@ -121,7 +121,7 @@ def alarms(limits: Monitors, metrics: dict[str, Any], evaluation: dict[str, Any]
         out.append(f"sampled answers have {sampled['mean_words']:.1f} words on average, under {limits.min_mean_words:g}")
     if sampled["distinct_share"] < limits.min_distinct_share:
         out.append(f"only {sampled['distinct_share']:.0%} of the sampled answers are distinct")
-    kl = evaluation and evaluation["kl_per_token"]
+    kl = evaluation["kl_per_token"] if evaluation else None
     if kl is not None and limits.max_kl is not None and kl > limits.max_kl:
         out.append(f"KL from the base policy is {kl:.2f} nats a token, over {limits.max_kl:g}")
     return out

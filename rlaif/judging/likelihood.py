@@ -144,9 +144,7 @@ class LikelihoodJudge:
 
     def _setup(self, model: Any, tokenizer: Any, settings: Judge, name: str) -> None:
         if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                f"judge.model {name}: its tokenizer has no chat template; take an instruction-tuned model"
-            )
+            raise UserError(f"judge.model {name}: its tokenizer has no chat template; take an instruction-tuned model")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.settings = settings
@@ -240,16 +238,12 @@ class LikelihoodJudge:
                 for p in chunk
             ]
 
-    def _plain(
-        self, chunk: Sequence[Candidate], prompts: dict[str, tuple[Message, ...]], seed: int
-    ) -> list[Plain]:
+    def _plain(self, chunk: Sequence[Candidate], prompts: dict[str, tuple[Message, ...]], seed: int) -> list[Plain]:
         others = [_other_prompt(c.prompt_id, c.messages, prompts, seed) for c in chunk]
         own = self._logps([_Request(c.messages, self._answer(c)) for c in chunk])
         other = self._logps([_Request(m, self._answer(c)) for c, (_, m) in zip(chunk, others, strict=True)])
         return [
-            Plain(
-                completion_id=c.completion_id, other_prompt_id=o, tokens=len(self._answer(c)), logp=a, logp_other=b
-            )
+            Plain(completion_id=c.completion_id, other_prompt_id=o, tokens=len(self._answer(c)), logp=a, logp_other=b)
             for c, (o, _), a, b in zip(chunk, others, own, other, strict=True)
         ]
 
@@ -426,9 +420,7 @@ class LikelihoodJudge:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        self.model.model(
-            input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True
-        )
+        self.model.model(input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
         return [(layer.keys, layer.values) for layer in layers]
 

@@ -76,3 +76,8 @@ def make_learner(
 
         return OnlineDpoLearner(model_path, settings, seed, state_dir)
     raise UserError(f"learner.kind: no learner is called {kind!r}; there are `dpo` and `online_dpo`")
+
+
+def make(model_path: str, settings: config.Learner, seed: int) -> Learner:
+    """Factory for a worker process: the learner of the untrained policy."""
+    return make_learner(settings.kind, model_path, settings, seed)

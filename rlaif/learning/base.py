@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import difflib
 import hashlib
-import json
+import pickle
 import random
 import sys
 import tempfile
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -233,7 +234,7 @@ class TrlLearner(ABC):
         self._adapt(base)
         return self.trainer.accelerator.prepare_model(base, evaluation_mode=True)
 
-    def _adapt(self, model: PreTrainedModel) -> None:
+    def _adapt(self, model: PreTrainedModel) -> None:  # noqa: B027 (nothing to prepare is a good default)
         """Prepares policy or reference for the trainer's way of calling it, before accelerate wraps it."""
 
     # ---- building
@@ -317,12 +318,15 @@ class TrlLearner(ABC):
         """
         folder = Path(state_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        trainer = self.trainer
-        tensors, rest = _flatten_optimizer(trainer.optimizer.state_dict())
         save_file(self._trained(), folder / "weights.safetensors")
-        save_file(tensors | _rng_state(), folder / "optimizer.safetensors")
-        state = {"global_step": self.global_step, "optimizer": rest, "scheduler": trainer.lr_scheduler.state_dict()}
-        (folder / "state.json").write_text(json.dumps(state, default=_text))
+        state = {
+            "global_step": self.global_step,
+            "optimizer": self.trainer.optimizer.state_dict(),
+            "scheduler": self.trainer.lr_scheduler.state_dict(),
+            "rng": _rng_state(),
+        }
+        with _no_checksums():
+            torch.save(state, folder / "state.pt")
         return self._export(Path(policy_dir))
 
     def load(self, state_dir: str) -> None:
@@ -334,10 +338,10 @@ class TrlLearner(ABC):
         folder, trainer = Path(state_dir), self.trainer
         try:
             weights = load_file(folder / "weights.safetensors")
-            tensors = load_file(folder / "optimizer.safetensors")
-            state = json.loads((folder / "state.json").read_text())
-        except (OSError, ValueError) as e:
-            raise UserError(f"{folder}: can't read the learner's state ({e}); start the run again without it") from e
+            state = torch.load(folder / "state.pt", weights_only=True)
+        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
+            why = " ".join(str(e).split())
+            raise UserError(f"{folder}: can't read the learner's state ({why}); start the run again without it") from e
         mine = self._trained()
         differing = sorted(set(mine) ^ set(weights)) or [n for n in mine if mine[n].shape != weights[n].shape]
         if differing:
@@ -345,8 +349,8 @@ class TrlLearner(ABC):
         with torch.no_grad():
             for name, value in mine.items():
                 value.copy_(weights[name])
-        _set_rng_state(tensors)
-        trainer.optimizer.load_state_dict(_unflatten_optimizer(tensors, state["optimizer"]))
+        _set_rng_state(state["rng"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.lr_scheduler.load_state_dict(state["scheduler"])
         trainer.state.global_step = trainer._globalstep_last_logged = state["global_step"]
 
@@ -381,11 +385,11 @@ def epoch_order(pairs: int, seed: int, iteration: int, epoch: int) -> list[int]:
     return order
 
 
-def pad(rows: list[tuple[int, ...]] | list[list[int]], value: int, side: str) -> torch.Tensor:
-    """Token ids of several lengths as one tensor [rows, longest], filled up on one side."""
+def pad(rows: list[list[Any]], value: float, side: str) -> torch.Tensor:
+    """Rows of several lengths (token ids, log-probabilities) as one tensor [rows, longest], filled up on one side."""
     longest = max(map(len, rows))
     fill = [[value] * (longest - len(row)) for row in rows]
-    return torch.tensor([f + list(r) if side == "left" else list(r) + f for r, f in zip(rows, fill, strict=True)])
+    return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)])
 
 
 def _row(p: Preference) -> _Row:
@@ -423,7 +427,7 @@ def _no_dropout(model: nn.Module) -> None:
     attention modules keep theirs as a number."""
     for module in model.modules():
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+            module.attention_dropout = 0.0
 
 
 def _peft_config(lora: config.Lora | None) -> Any:
@@ -439,7 +443,7 @@ def _merged(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The state of a model with LoRA layers as that of a plain one. The masters are not touched: merging them and
     taking the adapter out again would leave rounding behind."""
     deltas = {
-        name: module.get_delta_weight("default")  # type: ignore[operator]
+        name: module.get_delta_weight("default")
         for name, module in model.named_modules()
         if hasattr(module, "get_delta_weight")
     }
@@ -463,38 +467,25 @@ def _bf16(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: copies[value.data_ptr()] for name, value in state.items()}
 
 
-def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state dict as tensors (`3.exp_avg`) for safetensors and the rest for JSON."""
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.contiguous()
-            else:
-                scalars.setdefault(str(index), {})[name] = value
-    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
-
-
-def _unflatten_optimizer(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        if index.isdigit():
-            state.setdefault(int(index), {})[name] = value
-    for index, values in rest["scalars"].items():
-        state.setdefault(int(index), {}).update(values)
-    return {"state": dict(sorted(state.items())), "param_groups": rest["param_groups"]}
+@contextmanager
+def _no_checksums() -> Iterator[None]:
+    """torch's zip checksums cost more time than the writing; a torn file is never renamed into place."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
-    state = {"rng.cpu": torch.get_rng_state()}
+    state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["rng.cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _set_rng_state(tensors: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

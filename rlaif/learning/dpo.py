@@ -65,9 +65,10 @@ class DpoLearner(TrlLearner):
         return trainer
 
     def _adapt(self, model: PreTrainedModel) -> None:
+        is_policy = model is self._unwrapped()
         if self.trainer.args.device.type == "cpu":
-            score_completions_only(model, sum_sq_probs=self.trainer.use_weighting)
-        elif model is not self._unwrapped():  # the policy has it from TRL
+            score_completions_only(model, metrics=is_policy, sum_sq_probs=is_policy and self.trainer.use_weighting)
+        elif not is_policy:  # the policy has it from TRL
             add_fused_lm_head(model)
 
     def _score_reference(self, model: nn.Module, rows: list[_Row]) -> None:

@@ -17,12 +17,16 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 
-def score_completions_only(model: PreTrainedModel, sum_sq_probs: bool = False) -> None:
+def score_completions_only(model: PreTrainedModel, metrics: bool = True, sum_sq_probs: bool = False) -> None:
     """Teaches `model` to answer `fused_lm_head=True` with a `FusedCausalLMOutput` over labelled positions.
 
     The model's own forward still does the work (logit scaling, soft-capping, routers), so any causal language model
-    fits; without `fused_lm_head` it is unchanged. Call it once, before accelerate wraps the model. `sum_sq_probs`
-    adds what TRL's `use_weighting` (WPO) needs.
+    fits; without `fused_lm_head` it is unchanged. Call it once, before accelerate wraps the model.
+
+    Args:
+        model: a causal language model.
+        metrics: also give what TRL logs beside the loss (entropy, mean logit, whether the token is the likeliest).
+        sum_sq_probs: also give what TRL's `use_weighting` (WPO) needs.
     """
     plain_forward = type(model).forward
 
@@ -53,19 +57,19 @@ def score_completions_only(model: PreTrainedModel, sum_sq_probs: bool = False) -
         def spread(values: torch.Tensor) -> torch.Tensor:
             return values.new_zeros(scored.shape).masked_scatter(scored, values)
 
-        with torch.no_grad():  # what TRL logs beside the loss
-            entropy = -(log_p.exp() * log_p).sum(-1)
-            mean_logits = logits.mean(-1)
-            is_top1 = log_p.argmax(-1) == tokens
-            log_sum_sq_probs = (2 * log_p).logsumexp(-1) if sum_sq_probs else None
+        extra: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            if metrics:
+                extra["entropy"] = spread(-(log_p.exp() * log_p).sum(-1))
+                extra["mean_logits"] = spread(logits.mean(-1))
+                extra["is_top1"] = spread(log_p.argmax(-1) == tokens)
+            if sum_sq_probs:
+                extra["log_sum_sq_probs"] = spread((2 * log_p).logsumexp(-1))
         return FusedCausalLMOutput(
             log_probs=spread(log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)),
-            entropy=spread(entropy),
-            mean_logits=spread(mean_logits),
-            is_top1=spread(is_top1),
-            log_sum_sq_probs=None if log_sum_sq_probs is None else spread(log_sum_sq_probs),
             label_mask=scored,
             aux_loss=getattr(output, "aux_loss", None),
+            **extra,
         )
 
     model.forward = types.MethodType(forward, model)

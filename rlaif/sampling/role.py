@@ -7,11 +7,12 @@ chat template, once per prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from rlaif import models
 from rlaif.config import Sampling
 from rlaif.records import Completion, PolicyVersion, Prompt
-from rlaif.sampling import SampleRequest
+from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.requests import render_prompt, seed_for
 
 
@@ -20,17 +21,33 @@ def make(model_path: str, settings: Sampling) -> SamplerRole:
     return SamplerRole(model_path, settings)
 
 
+def _engine(model_path: str, settings: Sampling) -> Engine:
+    if settings.engine == "vllm":
+        from rlaif.sampling import vllm
+
+        return vllm.Sampler(model_path, settings)
+    from rlaif.sampling import transformers
+
+    return transformers.Sampler(model_path, settings)
+
+
+class Engine(Protocol):
+    """vLLM or transformers: token ids in, token ids out."""
+
+    def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
+        """Yields samples as they finish."""
+
+    def load(self, policy_path: str) -> None:
+        """New weights, by folder."""
+
+
 class SamplerRole:
     """Samples completions of prompts from the newest weights it was given."""
 
     def __init__(self, model_path: str, settings: Sampling):
         self._settings = settings
         self._tokenizer = models.load_tokenizer(model_path)
-        if settings.engine == "vllm":
-            from rlaif.sampling.vllm import Sampler
-        else:
-            from rlaif.sampling.transformers import Sampler
-        self._engine = Sampler(model_path, settings)
+        self._engine = _engine(model_path, settings)
 
     def load(self, policy_path: str) -> None:
         """New weights, by folder."""

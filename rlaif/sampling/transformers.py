@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlaif import config, models
 from rlaif.sampling import Sample, SampleRequest
+from rlaif.sampling.nucleus import keep_nucleus
 from rlaif.sampling.requests import check_length
 
 BATCH = 32
@@ -112,10 +113,6 @@ def _draw(logits: torch.Tensor, request: SampleRequest, generator: torch.Generat
     """One token from one row of logits [vocabulary]: temperature, then the nucleus."""
     if request.temperature == 0:
         return int(logits.argmax())
-    p = (logits / request.temperature).softmax(dim=-1)
-    if request.top_p < 1:
-        ordered, order = p.sort(descending=True)
-        # The smallest set that reaches top_p: a token stays while those before it fall short.
-        ordered[ordered.cumsum(dim=0) - ordered >= request.top_p] = 0
-        p = torch.zeros_like(p).scatter_(0, order, ordered)
+    tempered = (logits / request.temperature).unsqueeze(0)
+    p = keep_nucleus(tempered, torch.tensor([request.top_p])).softmax(dim=-1)[0]
     return int(torch.multinomial(p, 1, generator=generator))

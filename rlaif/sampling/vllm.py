@@ -59,9 +59,15 @@ class Sampler:
         self._stop_token_ids = list(models.stop_token_ids(Path(model_path)))
         self._tokenizer = models.load_tokenizer(model_path)
         self._max_model_len = settings.max_model_len
+        self._on_cpu = bool(current_platform.is_cpu())
         device: dict[str, Any] = (
-            {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "block_size": 32}
-            if current_platform.is_cpu()
+            {
+                "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+                "block_size": 32,  # prompts are short: blocks of 128, the default, would never be shared
+                "enforce_eager": True,  # compiling needs a C++ compiler and a minute
+                "logits_processors": [_nucleus_processor()],
+            }
+            if self._on_cpu
             else {"gpu_memory_utilization": settings.gpu_memory_utilization}
         )
         self._llm = vllm.LLM(
@@ -70,7 +76,6 @@ class Sampler:
             max_model_len=settings.max_model_len,
             max_num_seqs=MAX_SEQUENCES,
             tensor_parallel_size=settings.tensor_parallel_size,
-            enforce_eager=current_platform.is_cpu(),
             seed=0,
             disable_log_stats=True,
             **device,
@@ -98,7 +103,8 @@ class Sampler:
             params = self._params_class(
                 max_tokens=r.max_tokens,
                 temperature=r.temperature,
-                top_p=r.top_p,
+                top_p=1.0 if self._on_cpu else r.top_p,
+                extra_args={"nucleus": r.top_p} if self._on_cpu else None,
                 seed=r.seed,
                 logprobs=0,  # of the sampled token alone; raw ones, before temperature
                 stop_token_ids=self._stop_token_ids,
@@ -132,3 +138,32 @@ class Sampler:
             finish_reason=completion.finish_reason,
             logprob=float(completion.cumulative_logprob),
         )
+
+
+def _nucleus_processor() -> type[Any]:
+    """Top-p as a vLLM logits processor, for the CPU, where vLLM's own sorts the vocabulary at every token."""
+    import torch
+    from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+    from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+    from rlaif.sampling.nucleus import keep_nucleus
+
+    class Nucleus(LogitsProcessor):  # type: ignore[misc, valid-type]
+        def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
+            self._by_row: dict[int, float] = {}
+            self._top_p = torch.ones(0)
+
+        def is_argmax_invariant(self) -> bool:
+            return True  # so it is applied after temperature, and not to greedy rows
+
+        def update_state(self, batch_update: BatchUpdate | None) -> None:
+            process_dict_updates(
+                self._by_row, batch_update, lambda params, _prompt, _output: (params.extra_args or {}).get("nucleus")
+            )
+            if batch_update is not None:
+                self._top_p = torch.tensor([self._by_row.get(row, 1.0) for row in range(batch_update.batch_size)])
+
+        def apply(self, logits: Any) -> Any:
+            return keep_nucleus(logits, self._top_p[: len(logits)])
+
+    return Nucleus

@@ -78,9 +78,7 @@ def constitution():
 
 def candidate(n, prompt, text, finish="stop", system=None):
     messages = (*([Message(role="system", content=system)] if system else []), Message(role="user", content=prompt))
-    return Candidate(
-        completion_id=f"c{n}", prompt_id=prompt, messages=messages, finish_reason=finish, text=text
-    )
+    return Candidate(completion_id=f"c{n}", prompt_id=prompt, messages=messages, finish_reason=finish, text=text)
 
 
 CANDIDATES = [
