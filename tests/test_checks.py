@@ -35,7 +35,8 @@ def test_reading_ease_orders_simple_before_hard():
     hard = reading_ease(
         "Atmospheric molecules preferentially scatter electromagnetic radiation of shorter wavelengths."
     )
-    assert simple is not None and hard is not None
+    assert simple is not None
+    assert hard is not None
     assert simple > 90
     assert hard < 10
     assert reading_ease("...") is None

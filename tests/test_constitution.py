@@ -75,7 +75,7 @@ def test_voices_keep_their_uses_and_take_examples_two_by_two():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("    prefer: Be brief.", "    prefers: Be brief.", "v1.yaml:8: unknown key `principles.1.prefers`; did you mean `prefer`?"),
+        ("    prefer: Be", "    prefers: Be", "v1.yaml:8: unknown key `principles.1.prefers`; did you mean `prefer`?"),
         ("use: evaluate", "use: evaluating", "v1.yaml:11: principles.1.paraphrases.0.use"),
         ("summary: Brief.", "sumary: Brief.", "`summary`"),
         ("    rule: Be brief.\n", "", "v1.yaml:6: `principles.1.rule` is missing"),
@@ -84,8 +84,8 @@ def test_voices_keep_their_uses_and_take_examples_two_by_two():
         ("    guard: true", "    guard: true\n    guard: false", "v1.yaml:6: `guard` is given twice"),
         ("summary: Brief.", "summary: [Brief", "not valid YAML"),
         ("summary: Brief.", "name: x\nsummary: Brief.", "v1.yaml:1: `name` comes from the file's place"),
-        ("worse: At a certain time.", "worse: Now.", "v1.yaml:15: principles.1.examples.2: `better` and `worse` are the same"),
-        ("    rule: Answer the question.", "    rule: Answer the question.\n    check: {max_word: 3}", "did you mean `max_words`?"),
+        ("worse: At a certain time.", "worse: Now.", "v1.yaml:15: principles.1.examples.2: `better` and `worse` are"),
+        ("    guard: true", "    guard: true\n    check: {max_word: 3}", "did you mean `max_words`?"),
     ],
 )  # fmt: skip
 def test_errors_name_file_line_and_the_near_key(old, new, message):
@@ -144,7 +144,8 @@ def test_load_says_what_there_is(tmp_path, reference, message):
 def test_shipped_texts_guard_first_and_have_voices_for_every_use(reference):
     constitution = load_constitution(SHIPPED, reference)
     first, *others = constitution.principles
-    assert first.guard and "answers the question" in first.rule
+    assert first.guard
+    assert "answers the question" in first.rule
     for principle in others:
         uses = [v.use for v in principle.voices]
         assert uses.count("decide") >= 2

@@ -12,9 +12,16 @@ from rlaif.records import Completion, PolicyVersion, Score
 
 def completion(prompt, index, text, policy="w"):
     return Completion(
-        id=f"{policy}-{prompt}-{index}", prompt_id=prompt, policy=PolicyVersion(iteration=0, digest=policy), index=index,
-        seed=0, prompt_token_ids=(1,), token_ids=(2,), text=text, finish_reason="stop",
-    )  # fmt: skip
+        id=f"{policy}-{prompt}-{index}",
+        prompt_id=prompt,
+        policy=PolicyVersion(iteration=0, digest=policy),
+        index=index,
+        seed=0,
+        prompt_token_ids=(1,),
+        token_ids=(2,),
+        text=text,
+        finish_reason="stop",
+    )
 
 
 def score(c, value, voice="v"):

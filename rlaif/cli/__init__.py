@@ -38,3 +38,7 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as e:
+        # A disk that is full, a folder that can't be read: no line of ours is at fault, a traceback helps nobody.
+        print(f"rlaif: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
+        sys.exit(1)

@@ -95,7 +95,9 @@ def status(run: RunPath, json_: Json = False) -> None:
 def export(
     run: RunPath,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A folder that does not exist yet.")],
-    iteration: Annotated[int | None, typer.Option(help="Policy after so many iterations; the newest by default.")] = None,
+    iteration: Annotated[
+        int | None, typer.Option(help="Policy after so many iterations; the newest by default.")
+    ] = None,
 ) -> None:
     """Write a policy as plain transformers files, with a model card."""
     from rlaif.export import export_policy

@@ -149,7 +149,7 @@ class LikelihoodJudge:
         self.tokenizer = tokenizer
         self.settings = settings
         self.name = name
-        self._known: dict[_Request, float] = {}
+        self._known: dict[_Request, tuple[float, ...]] = {}
         self._rendered: dict[tuple[Message, ...], tuple[int, ...]] = {}
         self._answers: dict[Any, tuple[int, ...]] = {}
 
@@ -264,7 +264,7 @@ class LikelihoodJudge:
             out.append(
                 {
                     "outcome": _side(difference, 0.0),
-                    "p_first": 1 / (1 + math.exp(-difference / self.settings.score_temperature)),
+                    "p_first": _sigmoid(difference / self.settings.score_temperature),
                     "score_first": round(a, 4),
                     "score_second": round(b, 4),
                     "raw_reply": json.dumps({"score": [round(a, 4), round(b, 4)], "tokens": tokens}),
@@ -276,26 +276,30 @@ class LikelihoodJudge:
     def _guard_answers(
         self, measure: str, sides: Sequence[Candidate], prompts: dict[str, tuple[Message, ...]], seed: int
     ) -> list[dict[str, Any]]:
-        """A guard votes for the side that is better by more than its tolerance, and is even otherwise."""
+        """A guard votes for the side that is better by more than its tolerance, and is even otherwise.
+
+        Both sides are measured over as many tokens as the shorter one has: a question leaves its mark on an
+        answer's first words, so a mean over all of them would speak against every longer answer.
+        """
+        values = self._token_logps([_Request(c.messages, self._answer(c)) for c in sides])
+        others: list[str | None] = [None] * len(sides)
+        tolerance = self.settings.fluency_tolerance
         if measure == "relevance":
-            plain = self._plain(sides, prompts, seed)
-            values = [p.relevance for p in plain]
             tolerance = self.settings.relevance_tolerance
-            tokens = [p.tokens for p in plain]
-            others: list[str | None] = [p.other_prompt_id for p in plain]
-        else:
-            tokens = [len(self._answer(c)) for c in sides]
-            sums = self._logps([_Request(c.messages, self._answer(c)) for c in sides])
-            values = [s / max(n, 1) for s, n in zip(sums, tokens, strict=True)]
-            tolerance = self.settings.fluency_tolerance
-            others = [None] * len(sides)
+            drawn = [_other_prompt(c.prompt_id, c.messages, prompts, seed) for c in sides]
+            others = [prompt_id for prompt_id, _ in drawn]
+            unasked = self._token_logps(
+                [_Request(m, self._answer(c)) for c, (_, m) in zip(sides, drawn, strict=True)]
+            )
+            values = [tuple(x - y for x, y in zip(v, u, strict=True)) for v, u in zip(values, unasked, strict=True)]
         out: list[dict[str, Any]] = []
         for i in range(0, len(sides), 2):
-            if 0 in tokens[i : i + 2]:
+            tokens = min(len(values[i]), len(values[i + 1]))
+            if not tokens:
                 out.append({"outcome": "abstain", "abstain_reason": "empty", "raw_reply": "{}"})
                 continue
-            a, b = values[i], values[i + 1]
-            reply = {measure: [round(a, 4), round(b, 4)], "tokens": tokens[i : i + 2], "tolerance": tolerance}
+            a, b = (sum(v[:tokens]) / tokens for v in values[i : i + 2])
+            reply: dict[str, Any] = {measure: [round(a, 4), round(b, 4)], "tokens": tokens, "tolerance": tolerance}
             if others[i] is not None:
                 reply["other_prompt"] = others[i]
             out.append(
@@ -306,7 +310,7 @@ class LikelihoodJudge:
                     "raw_reply": json.dumps(reply),
                     "usage": Usage(
                         prompt_tokens=sum(len(self._render(c.messages)) for c in sides[i : i + 2]),
-                        completion_tokens=sum(tokens[i : i + 2]),
+                        completion_tokens=sum(len(v) for v in values[i : i + 2]),
                     ),
                 }
             )
@@ -358,7 +362,11 @@ class LikelihoodJudge:
             yield chunk
 
     def _logps(self, requests: Sequence[_Request]) -> list[float]:
-        """Summed log p of each request's tokens, in nats; each different request is computed once."""
+        """Summed log p of each request's tokens, in nats."""
+        return [math.fsum(logps) for logps in self._token_logps(requests)]
+
+    def _token_logps(self, requests: Sequence[_Request]) -> list[tuple[float, ...]]:
+        """log p of each of a request's tokens, in nats; each different request is computed once."""
         missing = [r for r in dict.fromkeys(requests) if r not in self._known]
         if len(self._known) + len(missing) > _CACHE_ENTRIES:
             self._known.clear()
@@ -382,7 +390,7 @@ class LikelihoodJudge:
             if r.token_ids:
                 prompts.setdefault(self._render(r.messages), []).append(r)
             else:
-                self._known[r] = 0.0
+                self._known[r] = ()
         # A tokenizer that merges across the boundary gives such a prompt another beginning: score it alone.
         alike = [p for p in prompts if p[: len(shared)] == shared]
         unlike = [p for p in prompts if p[: len(shared)] != shared]
@@ -430,7 +438,7 @@ class LikelihoodJudge:
         requests: dict[tuple[int, ...], list[_Request]],
         start: int,
         prefix: list[tuple[torch.Tensor, torch.Tensor]] | None,
-    ) -> Iterator[tuple[_Request, float]]:
+    ) -> Iterator[tuple[_Request, tuple[float, ...]]]:
         """Two passes: the prompts' own tokens [P, S] once, then their answers [B, T] on top of the gathered KV.
 
         The last prompt token is left to the second pass, which needs the logits that follow it.
@@ -481,13 +489,16 @@ class LikelihoodJudge:
             part = slice(at, at + _VOCABULARY_ROWS)
             logits = self.model.lm_head(flat[part]).float()  # [rows, V]
             logp[part] = logits.gather(1, wanted[part, None]).squeeze(1) - logits.logsumexp(1)
-        sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        sums.index_add_(0, keep.nonzero()[:, 0], logp.double())
-        yield from zip((r for _, r in rows), sums.tolist(), strict=True)
+        of_row = logp.cpu().split([len(r.token_ids) for _, r in rows])
+        yield from ((r, tuple(values.tolist())) for (_, r), values in zip(rows, of_row, strict=True))
 
 
 def _side(difference: float, tolerance: float) -> Outcome:
     return "first" if difference > tolerance else "second" if difference < -tolerance else "tie"
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
 
 def _join(context: tuple[Message, ...], messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -148,7 +148,7 @@ def _nucleus_processor() -> type[Any]:
 
     from rlaif.sampling.nucleus import keep_nucleus
 
-    class Nucleus(LogitsProcessor):  # type: ignore[misc, valid-type]
+    class Nucleus(LogitsProcessor):
         def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
             self._by_row: dict[int, float] = {}
             self._top_p = torch.ones(0)

@@ -6,14 +6,15 @@ import pytest
 from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from vote_makers import MIRROR, PAIR, WEIGHTS, make_vote, mirrored, vote_lists
 
 from rlaif.config import Filters
 from rlaif.judging.filters import count_reasons, decide
 from rlaif.judging.verdicts import aggregate
+from tests.judging.vote_makers import MIRROR, PAIR, WEIGHTS, make_vote, mirrored, vote_lists
 
 TEXTS = {"a": "one", "b": "two"}
 FIRST = make_vote("first", 0, 0.9)
+FORWARD = make_vote("first", 0, 0.9, voice="v", order="forward")
 
 
 def decision(*votes, texts=TEXTS, **settings):
@@ -48,12 +49,12 @@ def settings_strategy():
         ([FIRST, make_vote("second", 1, 0.4)], {"min_agreement": 0.5}, ()),
         ([make_vote("first", 0, 0.55)], {"min_margin": 0.1}, ("low_margin",)),
         (
-            [make_vote("first", 0, 0.9, voice="v", order="forward"), make_vote("first", 1, 0.9, voice="v", order="reversed")],
+            [FORWARD, make_vote("first", 1, 0.9, voice="v", order="reversed")],
             {},
             (),
         ),
         (
-            [make_vote("first", 0, 0.9, voice="v", order="forward"), make_vote("second", 1, 0.4, voice="v", order="reversed")],
+            [FORWARD, make_vote("second", 1, 0.4, voice="v", order="reversed")],
             {"min_agreement": 0},
             ("order_flip",),
         ),

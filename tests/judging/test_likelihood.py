@@ -15,7 +15,7 @@ from rlaif.records import Message, Pair
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from rlaif.judging.likelihood import Candidate, LikelihoodJudge, _join
+from rlaif.judging.likelihood import Candidate, LikelihoodJudge, _join  # noqa: E402
 
 TEXT = """
 summary: Test.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given
-from vote_makers import MIRROR, WEIGHTS, make_vote, mirrored, vote_lists
 
 from rlaif.judging.verdicts import aggregate, by_pair
+from tests.judging.vote_makers import MIRROR, WEIGHTS, make_vote, mirrored, vote_lists
 
 
 def test_a_principle_asked_twice_counts_once():
@@ -27,7 +27,7 @@ def test_abstentions_are_counted_by_reason_and_never_vote():
     votes = [make_vote("abstain", 0, reason="empty"), make_vote("abstain", 1, reason="infra_error"),
              make_vote("second", 2, 0.4)]  # fmt: skip
     verdict = aggregate(votes)
-    assert verdict.outcome == "second" and verdict.valid_votes == 1 and verdict.agreement == 1.0
+    assert (verdict.outcome, verdict.valid_votes, verdict.agreement) == ("second", 1, 1.0)
     assert verdict.abstentions == {"empty": 1, "infra_error": 1}
 
 

@@ -1,0 +1,183 @@
+"""The tables in docs/*.md that say what the code's own docstrings say.
+
+In: the field docstrings of the job, the records and the constitution. Out: Markdown, written between the markers
+`<!-- generated: WHAT -->` and `<!-- /generated -->`; everything outside of them is written by hand.
+`python -m rlaif.docs` brings the pages up to date, tests/test_docs.py fails when one isn't.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import itertools
+import re
+import sys
+import textwrap
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from rlaif.config import Job
+from rlaif.errors import UserError
+
+_BLOCK = re.compile(r"(<!-- generated: (?P<what>[\w ]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
+_MODULES = ("rlaif.config", "rlaif.records", "rlaif.constitution", "rlaif.checks")
+_NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "`true`, `false`",
+    type(None): "null",
+    Any: "anything",
+}
+_BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def render(page: str) -> str:
+    """A page with its generated blocks made anew.
+
+    A block holds `job` (every section of the job file), `table CLASS` (settings with their defaults) or
+    `record CLASS` (the fields of a line in a run's files).
+
+    Raises:
+        UserError: a block asks for something else, or for a class that isn't there.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        kind, _, name = match["what"].partition(" ")
+        if kind == "job":
+            body = _job()
+        elif kind == "table":
+            body = _table(_model(name))
+        elif kind == "record":
+            body = _listing(_model(name))
+        else:
+            raise UserError(f"docs: `generated: {match['what']}`: expected job, table CLASS or record CLASS")
+        return f"{match[1]}{body}\n{match[3]}"
+
+    return _BLOCK.sub(block, page)
+
+
+def _model(name: str) -> type[BaseModel]:
+    for module in _MODULES:
+        found = getattr(importlib.import_module(module), name, None)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
+    raise UserError(f"docs: no class `{name}` in {', '.join(_MODULES)}")
+
+
+def _job() -> str:
+    """Every section of the job, the job's own keys first."""
+    sections: list[tuple[str, type[BaseModel]]] = [("", Job)]
+    parts = []
+    for prefix, model in sections:  # grows while it is read: a section can hold sections
+        own = {k: f for k, f in model.model_fields.items() if (inner := _section(f)) is None or inner[1]}
+        sections += [
+            (f"{prefix}.{k}".lstrip("."), inner[0]) for k, f in model.model_fields.items() if (inner := _section(f))
+        ]
+        title = f"## `{prefix}`\n\n{_first_paragraph(model)}" if prefix else "## The job itself"
+        parts.append(f"{title}\n\n{_table(model, own)}")
+    return "\n\n".join(parts)
+
+
+def _section(field: FieldInfo) -> tuple[type[BaseModel], bool] | None:
+    """The section that a field holds, and whether it may be absent; None for a plain value."""
+    options = typing.get_args(field.annotation) or (field.annotation,)
+    found = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return (found, type(None) in options) if found else None
+
+
+def _table(model: type[BaseModel], fields: dict[str, FieldInfo] | None = None) -> str:
+    says = _docstrings(model)
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for name, field in (model.model_fields if fields is None else fields).items():
+        default = "required" if field.is_required() else f"`{_shown(field.get_default(call_default_factory=True))}`"
+        cells = f"`{name}`", _type(field.annotation) + _bounds(field), default, says.get(name, "")
+        rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    return "\n".join(rows)
+
+
+def _listing(model: type[BaseModel]) -> str:
+    """The record and its fields as a code block, what is said about one above it."""
+    says = _docstrings(model)
+    lines = [f"# {line}" for line in textwrap.wrap(f"{model.__name__}: {_first_paragraph(model)}", 100)] + [""]
+    for name, field in model.model_fields.items():
+        lines += [f"# {line}" for line in textwrap.wrap(says.get(name, ""), 100)]
+        kind = _type(field.annotation).replace("`, `", " | ").replace(" or ", " | ").replace("`", "")
+        lines.append(f"{name}: {kind}")
+    return "\n".join(["```text", *lines, "```"])
+
+
+def _docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """Field → the text under it in the source, base classes included."""
+    out: dict[str, str] = {}
+    for cls in reversed(model.__mro__):
+        if not issubclass(cls, BaseModel) or cls is BaseModel:
+            continue
+        module = ast.parse(inspect.getsource(inspect.getmodule(cls)))  # type: ignore[arg-type]
+        body = next(n.body for n in module.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
+        for field, text in itertools.pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            ):
+                out[field.target.id] = " ".join(str(text.value.value).split())
+    return out
+
+
+def _first_paragraph(model: type[BaseModel]) -> str:
+    return " ".join((inspect.getdoc(model) or "").split("\n\n")[0].split())
+
+
+def _type(annotation: Any) -> str:
+    """An annotation in words."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{a}`" for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type(a) for a in args)
+    if origin in (list, tuple):
+        items = _type(args[0])
+        return f"list of {items}s" if items.endswith("number") else f"list of {items}"
+    if origin is dict:
+        return f"mapping of {_type(args[0])} to {_type(args[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.__name__
+    return _NAMES.get(annotation, str(annotation))
+
+
+def _bounds(field: FieldInfo) -> str:
+    limits = [f"{sign} {getattr(m, n):g}" for m in field.metadata for n, sign in _BOUNDS.items() if hasattr(m, n)]
+    return f", {' and '.join(limits)}" if limits else ""
+
+
+def _shown(value: Any) -> str:
+    """A default as YAML would hold it, in one line."""
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(value, BaseModel):
+        return "{}"
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+
+
+def main(folder: Path = Path("docs")) -> int:
+    """Rewrites the pages of a folder; says which ones changed."""
+    for path in sorted(folder.glob("*.md")):
+        before = path.read_text()
+        after = render(before)
+        if after != before:
+            path.write_text(after)
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

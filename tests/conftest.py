@@ -1,0 +1,58 @@
+"""What several test modules share: the tiny model, and a project (job, texts, prompts) that trains it in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlaif.config import Job, load_job
+from tests.stubs import write_texts
+
+# A run's steps are too small to share between threads, and the tests run on two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with a tokenizer and a chat template."""
+    from tests.sampling.conftest import make_model
+
+    return make_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+def make_project(root: Path, model: Path | str, **changes: Any) -> Path:
+    """Writes texts, prompts and a job under `root`; returns the job file. Everything in it is words of the model."""
+    write_texts(root, 1, 2)
+    for name, count, first in (("train", 12, 3), ("held_out", 4, 40)):
+        rows = [{"id": f"{name}{i}", "prompt": f"w{first + i} w{7 * i % 50 + 3} w4"} for i in range(count)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tree: dict[str, Any] = {
+        "iterations": 3,
+        "schedule": {0: "rules@1", 2: "rules@2"},
+        "policy": {"model": str(model)},
+        "prompts": {"train": "train.jsonl", "held_out": "held_out.jsonl", "per_iteration": 6},
+        "sampling": {"engine": "transformers", "completions_per_prompt": 4, "max_tokens": 12, "max_model_len": 64},
+        "judge": {"model": str(model)},
+        "filters": {"min_kept_pairs": 1, "min_agreement": 0.5, "guards": False},
+        "learner": {"precision": "fp32", "learning_rate": 1e-3, "batch_size": 2},
+        "replay": {"share": 0.3},
+        "eval": {"every": 2, "prompts": 3},
+        "workers": "inline",
+    }
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree and key != "schedule" else value
+    if "constitution" in changes:
+        del tree["schedule"]
+    path = root / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def project_job(root: Path, model: Path | str, **changes: Any) -> Job:
+    """`make_project`, loaded."""
+    return load_job(make_project(root, model, **changes))

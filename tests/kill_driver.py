@@ -1,0 +1,140 @@
+"""Runs the stub job, killing it at chosen writes, and says what was durable at each kill. Run by test_resume.py.
+
+    python -m tests.kill_driver ROOT COUNT SEED
+
+Every durable step of a run goes through a handful of calls (fsync, replace, write_text, rmtree, an event). Each is a
+kill point before and after it; a kill before the fsync of a row file also tears its last line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlaif.store import RunDir
+from tests.stubs import stub_loop, write_texts
+
+
+class Hooks:
+    """Counts the calls that change the disk; kills this process at the n-th point."""
+
+    def __init__(self, root: Path, kill_at: int | None) -> None:
+        self.labels: list[str] = []
+        self._root, self._kill_at = root, kill_at
+
+    def install(self) -> None:
+        self._wrap(os, "fsync", lambda fd: os.readlink(f"/proc/self/fd/{fd}"))
+        self._wrap(os, "replace", lambda src, dst: dst)
+        self._wrap(shutil, "rmtree", lambda path, *a, **k: path)
+        self._wrap(Path, "write_text", lambda path, *a, **k: path)
+        self._wrap(RunDir, "event", lambda run, kind, *a, **k: run.path / "events.jsonl")
+
+    def _wrap(self, owner: Any, name: str, path_of: Callable[..., Any]) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            path = Path(path_of(*args, **kwargs))
+            self._point(f"before {name}", path)
+            result = real(*args, **kwargs)
+            self._point(f"after {name}", path)
+            return result
+
+        setattr(owner, name, wrapped)
+
+    def _point(self, what: str, path: Path) -> None:
+        number = len(self.labels)
+        self.labels.append(f"{path.relative_to(self._root)}: {what}")
+        if number == self._kill_at:
+            if what == "before fsync" and path.name.endswith(".jsonl.partial"):
+                os.truncate(path, max(path.stat().st_size - 7, 0))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Runs it in a fork; returns the exit code, negative for a signal."""
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run(root: Path, kill_at: int | None = None) -> None:
+    write_texts(root, 1, 2)
+    os.fsync = lambda fd: None  # a killed process, unlike a machine without power, loses nothing that it wrote
+    hooks = Hooks(root, kill_at)
+    hooks.install()
+    stub_loop(root).run()
+    with (root.parent / "labels.json").open("w") as f:
+        json.dump(hooks.labels, f)
+
+
+def stage_of(label: str) -> str:
+    """`run/iterations/0002/votes.jsonl.partial: before fsync` → `iterations/votes`."""
+    path = Path(label.partition(":")[0])
+    return f"{path.parts[1]}/{re.split(r'[.]', path.name)[0]}"
+
+
+def choose(labels: list[str], count: int, seed: int) -> list[int]:
+    """Points in every stage, then anywhere."""
+    draw = random.Random(seed)
+    by_stage: dict[str, list[int]] = {}
+    for i, label in enumerate(labels):
+        by_stage.setdefault(stage_of(label), []).append(i)
+    chosen = [draw.choice(points) for points in by_stage.values()]
+    rest = [i for i in range(len(labels)) if i not in chosen]
+    return sorted((chosen + draw.sample(rest, max(count - len(chosen), 0)))[:count])
+
+
+def durable_ballots(root: Path) -> list[str]:
+    """Ballots whose vote is a whole line on disk."""
+    found = []
+    for path in [*root.glob("run/*/*/votes.jsonl"), *root.glob("run/*/*/votes.jsonl.partial")]:
+        whole = path.read_bytes()
+        lines = whole[: whole.rfind(b"\n") + 1].splitlines()
+        found += [json.loads(line)["ballot"]["id"] for line in lines]
+    return found
+
+
+def casts(root: Path) -> list[str]:
+    path = root / "casts.log"
+    return path.read_text().split() if path.exists() else []
+
+
+def main(root: Path, count: int, seed: int) -> None:
+    assert in_child(lambda: run(root / "whole")) == 0
+    labels: list[str] = json.loads((root / "labels.json").read_text())
+    points = choose(labels, count, seed)
+    kills = []
+    for number, point in enumerate(points):
+        here = root / f"kill{point:04d}"
+        kill_ats = [point]
+        if number % 3 == 0:  # and once more, on the way from there to the end
+            kill_ats.append(random.Random(point).randrange(max((len(labels) - point) // 2, 1)))
+        kill = {"label": labels[point], "stage": stage_of(labels[point]), "folder": here.name, "exits": [], "again": []}
+        for kill_at in kill_ats:
+            kill["exits"].append(in_child(lambda here=here, kill_at=kill_at: run(here, kill_at)))  # type: ignore[misc]
+            durable, before = set(durable_ballots(here)), len(casts(here))
+            kill.setdefault("durable", []).append((durable, before))
+        kill["exits"].append(in_child(lambda here=here: run(here)))  # type: ignore[misc]
+        everything = casts(here)
+        for durable, before in kill.pop("durable"):
+            kill["again"] += [b for b in everything[before:] if b in durable]
+        kills.append(kill)
+    print(json.dumps({"stages": sorted({stage_of(x) for x in labels}), "kills": kills}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

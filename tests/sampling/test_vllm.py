@@ -1,0 +1,114 @@
+"""The real engine, in a worker, on a tiny random model: one engine for all tests here."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlaif import config
+from rlaif.errors import UserError
+from rlaif.sampling import FACTORY, Sample, SampleRequest
+from rlaif.sampling.requests import seed_for
+from rlaif.workers import Worker
+from tests.sampling.conftest import END
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+
+def make_requests(count: int = 24, temperature: float = 1.0, top_p: float = 0.9) -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            id=f"r{i}",
+            prompt_token_ids=tuple(range(3, 5 + i % 5)),
+            seed=seed_for(0, 0, f"p{i}", 0),
+            max_tokens=24,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        for i in range(count)
+    ]
+
+
+def run(worker: Worker, requests: list[SampleRequest]) -> dict[str, Sample]:
+    return {s.id: s for batch in worker.stream("sample", requests=requests) for s in batch}
+
+
+@pytest.fixture(scope="module")
+def worker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    settings = config.Sampling(max_model_len=64, kv_cache_gib=0.05)
+    log = tmp_path_factory.mktemp("logs") / "sampler.log"
+    with Worker("sampler", FACTORY["vllm"], {"model_path": str(tiny), "settings": settings}, log) as w:
+        w.ready()
+        yield w
+
+
+def test_answers_are_complete_and_repeat(worker: Worker) -> None:
+    first = run(worker, make_requests())
+    assert sorted(first) == sorted(r.id for r in make_requests())
+    assert run(worker, make_requests()) == first
+    assert {s.finish_reason for s in first.values()} == {"stop", "length"}
+    for s in first.values():
+        assert (s.token_ids[-1] == END) == (s.finish_reason == "stop")
+        assert END not in s.token_ids[:-1]
+        assert len(s.token_ids) == 24 or s.finish_reason == "stop"
+        assert "w2 " not in f"{s.text} "
+    reseeded = [r.model_copy(update={"seed": r.seed ^ 1}) for r in make_requests()]
+    assert run(worker, reseeded) != first
+
+
+def test_logprobs_and_nucleus_are_the_models_own(worker: Worker, tiny: Path) -> None:
+    """Against a plain forward pass: raw log-probabilities, and no token from outside the tempered nucleus."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    requests = {r.id: r for r in make_requests(temperature=0.8, top_p=0.6)}
+    for s in run(worker, list(requests.values())).values():
+        prompt = requests[s.id].prompt_token_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + s.token_ids])).logits[0, len(prompt) - 1 : -1].float()
+        chosen = logits.log_softmax(dim=-1)[range(len(s.token_ids)), list(s.token_ids)]
+        assert s.logprob == pytest.approx(float(chosen.sum()), abs=0.1 + 0.02 * len(s.token_ids))  # bf16
+        p = (logits / 0.8).softmax(dim=-1)
+        for row, token in zip(p, s.token_ids, strict=True):
+            assert float(row[row > row[token]].sum()) < 0.6 + 0.03  # what is likelier doesn't fill the nucleus
+
+
+def test_greedy_ignores_seeds(worker: Worker) -> None:
+    greedy = make_requests(temperature=0.0)
+    reseeded = [r.model_copy(update={"seed": r.seed ^ 1}) for r in greedy]
+    assert run(worker, greedy) == run(worker, reseeded)
+
+
+def test_new_weights_by_path_and_back(worker: Worker, tiny: Path, other_tiny: Path) -> None:
+    before = run(worker, make_requests())
+    worker.call("load", policy_path=str(other_tiny))
+    changed = run(worker, make_requests())
+    worker.call("load", policy_path=str(tiny))
+    assert changed != before
+    assert run(worker, make_requests()) == before
+
+
+def test_a_batch_given_up_leaves_nothing_behind(worker: Worker) -> None:
+    whole = run(worker, make_requests())
+    stream = worker.stream("sample", requests=make_requests(24))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert run(worker, make_requests()) == whole
+
+
+def test_a_prompt_that_leaves_no_room_is_a_user_error(worker: Worker) -> None:
+    long = make_requests(1)[0].model_copy(update={"prompt_token_ids": (3,) * 60})
+    with pytest.raises(UserError, match="max_model_len is 64"):
+        run(worker, [long])
+
+
+def test_nothing_of_vllms_output_is_seen(worker: Worker, capfd: pytest.CaptureFixture[str]) -> None:
+    run(worker, make_requests(2))
+    assert capfd.readouterr() == ("", "")

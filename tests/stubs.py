@@ -1,0 +1,255 @@
+"""A run of stub workers: everything is a hash, so that any wrong weight, text or order shows in the decisions.
+
+The stub policy is a number; its answers depend on it. The stub learner's number depends on every pair that it ever
+trained on, in order. So two runs have the same preferences only if they took the same steps throughout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlaif.config import Job, parse_job
+from rlaif.constitution import Constitution
+from rlaif.loop import Loop
+from rlaif.records import (
+    Ballot,
+    Completion,
+    Message,
+    Pair,
+    PolicyVersion,
+    Preference,
+    Prompt,
+    Quality,
+    Score,
+    UpdateStep,
+    Vote,
+)
+from rlaif.store import RunDir
+from rlaif.texts import Texts
+from rlaif.workers import InlineWorker
+
+BASE_DIGEST = "base-weights"
+
+TEXT = """
+summary: {summary}
+principles:
+  - id: answers
+    rule: Answer the question.
+    guard: true
+  - id: wish
+    rule: "{rule}"
+    prefer: "{prefer}"
+    avoid: "{avoid}"
+    paraphrases:
+      - {{use: decide, prefer: "{prefer} w8", avoid: "{avoid} w8"}}
+      - {{use: select, prefer: "{prefer} w9", avoid: "{avoid} w9"}}
+      - {{use: evaluate, prefer: "{prefer} w11", avoid: "{avoid} w11"}}
+    check: {{max_words: 5}}
+"""
+
+
+def text(number: int = 1) -> str:
+    """A constitution whose sides are words of the tiny tokenizers."""
+    return TEXT.format(
+        summary=f"Text {number}.", rule=f"Rule {number}.", prefer=f"w{20 + number}", avoid=f"w{40 + number}"
+    )
+
+
+def write_texts(root: Path, *numbers: int, name: str = "rules") -> Path:
+    """`constitutions/<name>/v<number>.yaml` for each number."""
+    folder = root / "constitutions" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        (folder / f"v{number}.yaml").write_text(text(number))
+    return folder
+
+
+def fraction(*key: Any) -> float:
+    """A number in [0, 1) that follows from the key."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big") / 2**48
+
+
+class StubSampler:
+    """Answers that depend on the weights it holds; refuses to answer for others."""
+
+    def __init__(self) -> None:
+        self._digest = BASE_DIGEST
+
+    def load(self, policy_path: str) -> None:
+        self._digest = (Path(policy_path) / "weights.txt").read_text()
+
+    def sample(
+        self,
+        prompts: list[Prompt],
+        completions_per_prompt: int,
+        policy: PolicyVersion,
+        seed: int,
+        iteration: int,
+        prefix: str,
+    ) -> Iterator[list[Completion]]:
+        if policy.digest != self._digest:
+            raise RuntimeError(f"asked for answers of {policy.digest}, holding {self._digest}")
+        for prompt in reversed(prompts):  # engines finish in an order of their own
+            yield [
+                Completion(
+                    id=f"{prefix}-{prompt.id}-{i}",
+                    prompt_id=prompt.id,
+                    policy=policy,
+                    index=i,
+                    seed=i,
+                    prompt_token_ids=(1, 2),
+                    token_ids=tuple(range(3, 4 + int(9 * fraction(seed, iteration, prompt.id, i, self._digest)))),
+                    text=f"answer {fraction(seed, iteration, prompt.id, i, self._digest):.9f}, and a few more words",
+                    finish_reason="stop",
+                    logprob=-1.0,
+                )
+                for i in range(completions_per_prompt)
+            ]
+
+
+class StubJudge:
+    """Votes by hash; notes every ballot that it casts, before the loop hears of it."""
+
+    def __init__(self, casts: str | None = None) -> None:
+        self._casts = Path(casts) if casts else None
+
+    def score(self, candidates: list[Any], constitution: Constitution, voices: list[str]) -> Iterator[list[Score]]:
+        for voice in voices:
+            for c in candidates:
+                value = fraction(voice, c.text)
+                yield [Score(completion_id=c.completion_id, prompt_id=c.prompt_id, voice=voice, value=value)]
+
+    def cast(
+        self, ballots: list[Ballot], pairs: list[Pair], candidates: list[Any], constitution: Constitution
+    ) -> Iterator[list[Vote]]:
+        answers = {c.completion_id: c.text for c in candidates}
+        sides = {p.id: (answers[p.first], answers[p.second]) for p in pairs}
+        for n in range(0, len(ballots), 3):
+            chunk = ballots[n : n + 3]
+            if self._casts:
+                with self._casts.open("a") as f:
+                    f.writelines(f"{b.id}\n" for b in chunk)
+            yield [self._vote(b, *sides[b.pair_id]) for b in chunk]
+
+    def _vote(self, ballot: Ballot, first: str, second: str) -> Vote:
+        if ballot.guard:
+            return Vote(ballot=ballot, model="stub", outcome="tie", raw_reply="")
+        # The voices agree on most pairs, and on some they don't.
+        shared = fraction(ballot.constitution, first, second)
+        own = fraction(ballot.voice, ballot.template, first, second)
+        p = shared if own < 0.7 else 1 - shared
+        outcome = "first" if p > 0.5 else "second"
+        return Vote(ballot=ballot, model="stub", outcome=outcome, p_first=p, raw_reply=f"{p:.3f}")
+
+    def quality(self, candidates: list[Any], seed: int) -> Iterator[list[Quality]]:
+        yield [
+            Quality(completion_id=c.completion_id, tokens=5, logprob_per_token=-1.0, relevance=0.5) for c in candidates
+        ]
+
+
+class StubLearner:
+    """Weights are a digest of everything that it trained on, in order. `nan_at`: the step whose loss is no number."""
+
+    def __init__(self, nan_at: int | None = None) -> None:
+        self._weights, self._step, self._nan_at = BASE_DIGEST, 0, nan_at
+
+    def update(self, preferences: list[Preference], iteration: int) -> Iterator[UpdateStep]:
+        from rlaif.errors import RlaifError
+
+        for n in range(0, len(preferences), 2):
+            batch = preferences[n : n + 2]
+            self._step += 1
+            if self._step == self._nan_at:
+                raise RlaifError(f"update step {self._step}: the loss is nan; the step was not taken")
+            content = [self._weights, [(p.pair_id, p.chosen_id, p.source) for p in batch]]
+            self._weights = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+            yield UpdateStep(
+                step=self._step,
+                iteration=iteration,
+                pair_ids=tuple(p.pair_id for p in batch),
+                loss=0.5,
+                margin=0.1,
+                accuracy=1.0,
+                grad_norm=1.0,
+                learning_rate=1e-5,
+                seconds=0.0,
+            )
+
+    def save(self, state_dir: str, policy_dir: str) -> str:
+        Path(state_dir).mkdir(parents=True)
+        Path(policy_dir).mkdir(parents=True)
+        (Path(state_dir) / "state.json").write_text(json.dumps([self._weights, self._step]))
+        (Path(policy_dir) / "weights.txt").write_text(self._weights)
+        return self._weights
+
+    def load(self, state_dir: str) -> None:
+        self._weights, self._step = json.loads((Path(state_dir) / "state.json").read_text())
+
+
+class Quiet:
+    """A progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None: ...
+    def advance(self, n: int) -> None: ...
+    def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None: ...
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def stub_job(**changes: Any) -> Job:
+    """Four iterations; a change of text before the third, which also has too few pairs; replay."""
+    tree: dict[str, Any] = {
+        "iterations": 4,
+        "seed": 6,
+        "schedule": {0: "rules@1", 2: "rules@2"},
+        "prompts": {"per_iteration": 6},
+        "sampling": {"completions_per_prompt": 3},
+        "filters": {"min_kept_pairs": 3},
+        "replay": {"share": 0.4},
+        "eval": {"every": 2, "prompts": 3},
+        **changes,
+    }
+    if "constitution" in changes:
+        del tree["schedule"]
+    return parse_job(tree, "test")
+
+
+def stub_prompts(count: int, prefix: str) -> list[Prompt]:
+    return [
+        Prompt(id=f"{prefix}{i}", messages=(Message(role="user", content=f"question {i} of {prefix}"),))
+        for i in range(count)
+    ]
+
+
+def stub_loop(root: Path, job: Job | None = None, nan_at: int | None = None, progress: Quiet | None = None) -> Loop:
+    """A loop over `root/run` with fresh stub workers, as a new process would have them."""
+    job = job or stub_job()
+    if not (root / "constitutions").exists():
+        write_texts(root, 1, 2)
+    run = RunDir(root / "run")
+    progress = progress or Quiet()
+
+    def worker(name: str, factory: str, **kwargs: Any) -> InlineWorker:
+        return InlineWorker(name, f"tests.stubs:{factory}", kwargs)
+
+    return Loop(
+        job,
+        run,
+        Texts(job, run, root, progress.note),
+        stub_prompts(20, "train"),
+        stub_prompts(4, "held"),
+        root / "base",
+        base_digest=BASE_DIGEST,
+        judge_name="stub",
+        sampler=worker("sampler", "StubSampler"),
+        judge=worker("judge", "StubJudge", casts=str(root / "casts.log")),
+        learner=worker("learner", "StubLearner", nan_at=nan_at),
+        progress=progress,
+    )

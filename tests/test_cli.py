@@ -1,0 +1,185 @@
+"""The command line: exit codes, one line for a mistake, JSON that parses, nothing heavy for --help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlaif import cli
+from rlaif.errors import RlaifError, RunInterrupted, UserError, WorkerError
+from tests.conftest import make_project
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = [
+    ["run"],
+    ["status"],
+    ["export"],
+    ["chat"],
+    ["doctor"],
+    ["models"],
+    ["constitution", "list"],
+    ["constitution", "show"],
+    ["constitution", "check"],
+    ["constitution", "diff"],
+    ["judge", "bench"],
+]
+
+
+@pytest.fixture
+def rlaif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["rlaif", *arguments])
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+            sys.exit(0)
+        code = e.value.code
+        out = capsys.readouterr()
+        return (code if isinstance(code, int) else 0 if code is None else 1), out.out, out.err
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(rlaif, command: list[str]) -> None:
+    code, out, _ = rlaif(*command, "--help")
+    assert code == 0
+    assert f"Usage: rlaif {' '.join(command)}" in out
+    description = [line.strip() for line in out.splitlines()[1:] if line.strip()][0]
+    assert len(description) > 20
+    assert not description.startswith("Options")
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys; sys.argv = ['rlaif', '--help']\nfrom rlaif.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted({m.partition('.')[0] for m in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "rlaif doctor" in done.stdout
+    loaded = set(eval(done.stderr.splitlines()[-1]))
+    assert "typer" in loaded
+    assert not loaded & {"torch", "transformers", "trl", "vllm", "datasets", "peft", "scipy", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "jobs/none.yaml"], "jobs/none.yaml: can't read the job file"),
+        (["run", "jobs/quickstart.yaml", "--set", "learner.bta=1"], "unknown key `learner.bta`; did you mean `beta`?"),
+        (["run", "jobs/quickstart.yaml", "--set", "seed"], "expected KEY=VALUE"),
+        (["status", "no/run"], "not a run directory"),
+        (["export", "no/run", "--to", "x"], "not a run directory"),
+        (["chat", "no/run"], "not a run directory"),
+        (["models", "no/such/folder/here"], "no such folder"),
+        (["constitution", "show", "asistant"], "did you mean `assistant`?"),
+        (["constitution", "show", "assistant@99"], "there is assistant@1"),
+        (["run", "jobs/quickstart.yaml", "--dry-run", "--set", "prompts.train=gone.jsonl"], "gone.jsonl"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_2(rlaif, arguments: list[str], message: str) -> None:
+    code, out, err = rlaif(*arguments)
+    assert code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("rlaif: ")
+    assert message in err
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["status"], ["run", "a", "--no-such-option"], ["rum"]])
+def test_wrong_usage_is_exit_2(rlaif, arguments: list[str]) -> None:
+    code, _, err = rlaif(*arguments)
+    assert code == 2
+    assert "Usage:" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("yours"), 2, "rlaif: yours"),
+        (RlaifError("ours"), 1, "rlaif: ours"),
+        (WorkerError("worker"), 1, "rlaif: worker"),
+        (RunInterrupted("stopped"), 130, "rlaif: stopped"),
+        (OSError(28, "No space left on device", "a/file"), 1, "rlaif: a/file: No space left on device"),
+    ],
+)
+def test_exit_codes(rlaif, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, line: str) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert rlaif("doctor") == (code, "", line + "\n")
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(rlaif, tmp_path: Path) -> None:
+    make_project(tmp_path, "no/such/model")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = rlaif("run", "tiny.yaml", "--dry-run", "--json", cwd=tmp_path)
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["samples"] == 3 * 6 * 4
+    assert plan["train_prompts"] == 12
+    assert plan["constitutions"] == {"0": "rules@1", "2": "rules@2"}
+    assert plan["run"] == "runs/tiny"
+    code, out, _ = rlaif("run", "tiny.yaml", "--dry-run", cwd=tmp_path)
+    assert code == 0
+    assert "nothing was run" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_constitution_list_json(rlaif) -> None:
+    code, out, _ = rlaif("constitution", "list", "--json")
+    assert code == 0
+    assert {"assistant", "harmless"} <= {row["name"] for row in json.loads(out)}
+
+
+def test_doctor_json(rlaif) -> None:
+    code, out, _ = rlaif("doctor", "--json")
+    assert code in (0, 1)
+    assert {"name", "status", "found", "mend"} <= set(json.loads(out)[0])
+
+
+def test_a_broken_constitution_at_the_start_is_exit_2(rlaif, tmp_path: Path) -> None:
+    make_project(tmp_path, "no/such/model", constitution="rules")
+    (tmp_path / "constitutions/rules/v2.yaml").write_text("summary: [")
+    code, _, err = rlaif("run", "tiny.yaml", cwd=tmp_path)
+    assert code == 2
+    assert "v2.yaml:" in err
+    assert "Traceback" not in err
+
+
+def test_a_vanished_prompt_file_at_the_start_is_exit_2(rlaif, tmp_path: Path) -> None:
+    make_project(tmp_path, "no/such/model")
+    (tmp_path / "train.jsonl").unlink()
+    code, _, err = rlaif("run", "tiny.yaml", cwd=tmp_path)
+    assert code == 2
+    assert "train.jsonl" in err.splitlines()[-1]
+
+
+def test_a_run_from_the_command_line(tiny_model: Path, tmp_path: Path, rlaif) -> None:
+    pytest.importorskip("trl")
+    make_project(tmp_path, tiny_model, iterations=1, schedule={0: "rules@1"}, replay={"share": 0.0})
+    code, out, err = rlaif("run", "tiny.yaml", "--json", cwd=tmp_path)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert [e["updates"] for e in summary["evaluations"]] == [0, 1]
+    assert len(summary["answers"]) == 3
+    assert "iteration 1/1 done  rules@1" in err
+    code, out, _ = rlaif("status", "runs/tiny", "--json", cwd=tmp_path)
+    assert json.loads(out)["iterations_done"] == 1
+    code, out, err = rlaif("run", "runs/tiny", cwd=tmp_path)
+    assert code == 0
+    assert "held-out answers" in out
+    code, out, _ = rlaif("export", "runs/tiny", "--to", "policy", cwd=tmp_path)
+    assert code == 0
+    assert (tmp_path / "policy/model.safetensors").exists()
+    code, _, err = rlaif("run", "tiny.yaml", "--set", "seed=3", cwd=tmp_path)
+    assert code == 2
+    assert "seed (0 -> 3)" in err

@@ -1,0 +1,100 @@
+"""Job files: sparse, typed, and a mistake is one line that names key and file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from rlaif.config import Job, apply_override, changed_keys, load_job, parse_job
+from rlaif.errors import UserError
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> Job:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return load_job(path, list(overrides))
+
+
+def test_a_sparse_job_gets_its_defaults(tmp_path: Path) -> None:
+    job = load(tmp_path, "constitution: assistant")
+    assert job.learner.kind == "dpo"
+    assert parse_job(job.model_dump(mode="json"), "run.json") == job
+
+
+def test_a_schedule_survives_the_run_directory(tmp_path: Path) -> None:
+    job = load(tmp_path, "schedule: {0: assistant@1, 4: assistant@2}")
+    again = parse_job(job.model_dump(mode="json"), "run.json")
+    assert again.schedule == {0: "assistant@1", 4: "assistant@2"}
+    assert changed_keys(job.model_dump(mode="json"), again.model_dump(mode="json")) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("constitution: a\nlearner: {learning_rat: 1}", r"unknown key `learner\.learning_rat`; did you mean `learning_rate`\?"),
+        ("constitution: a\nlearner: {lora: {rank: 1}}", r"unknown key `learner\.lora\.rank`; known keys: alpha, r, "),
+        ("constitution: a\nitterations: 1", r"unknown key `itterations`; did you mean `iterations`\?"),
+        ("constitution: a\niterations: 0", r"iterations: .*greater than or equal to 1 \(found 0\)"),
+        ("constitution: a\nsampling: {engine: hf}", r"sampling\.engine: .*'vllm' or 'transformers' \(found 'hf'\)"),
+        ("iterations: 1", "exactly one of `constitution` and `schedule`"),
+        ("constitution: a\nschedule: {0: b}", "exactly one of `constitution` and `schedule`"),
+        ("schedule: {1: b}", "needs an entry for iteration 0"),
+        ("- a", "a job is a mapping of settings, found list"),
+        ("a: [", r"job\.yaml:1: not valid YAML|job\.yaml:2: not valid YAML"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as e:
+        load(tmp_path, text)
+    assert "job.yaml" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: can't read the job file"):
+        load_job(tmp_path / "none.yaml")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    job = load(tmp_path, "constitution: a", "learner.beta=0.2", "learner.lora={r: 4}", "learner.args.weight_decay=0.1")
+    assert job.learner.beta == 0.2
+    assert job.learner.lora is not None
+    assert job.learner.lora.r == 4
+    assert job.learner.args == {"weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("beta", "expected KEY=VALUE"),
+        ("=1", "expected KEY=VALUE"),
+        ("constitution.x=1", "`constitution` is a value, not a section"),
+        ("seed=[", "not valid YAML"),
+    ],
+)
+def test_bad_overrides(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        apply_override({"constitution": "a"}, override)
+
+
+def test_changed_keys_are_dotted() -> None:
+    old = {"a": {"b": 1, "c": 2}, "d": None, "s": {"0": "x"}}
+    new = {"a": {"b": 1, "c": 3}, "d": {"e": 1}, "s": {"0": "x", "4": "y"}}
+    assert changed_keys(old, new) == {"a.c": (2, 3), "d": (None, {"e": 1}), "s.4": (None, "y")}
+    assert changed_keys(old, old) == {}
+
+
+def test_every_field_has_a_docstring() -> None:
+    def undocumented(section: type[BaseModel], prefix: str = "") -> list[str]:
+        out = []
+        for name, field in section.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                out += undocumented(annotation, f"{prefix}{name}.")
+            elif not field.description:
+                out.append(prefix + name)
+        return out
+
+    assert undocumented(Job) == []

@@ -1,0 +1,164 @@
+"""The pages say what the code says: generated tables are fresh, links lead somewhere, every command shown exists."""
+
+import itertools
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from rlaif import docs
+from rlaif.cli import app
+from rlaif.config import Job, apply_override, load_job, parse_job
+from rlaif.constitution import Constitution, Example, Paraphrase, Principle, parse_constitution
+from rlaif.errors import UserError
+from rlaif.records import DropReason
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "prompts" / "README.md"]
+GENERATED = [p for p in PAGES if "<!-- generated:" in p.read_text()]
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every `rlaif …` in a code span or a shell block, as words; comments and `…` are cut off."""
+    text = page.read_text()
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    shown = [*spans, *(line for block in fences(page, "sh") for line in block.splitlines())]
+    calls = (re.match(r"(?:\.venv/bin/)?rlaif\s+(.*)", s) for s in shown)
+    return [shlex.split(m[1], comments=True) for m in calls if m and not m[1].startswith(("…", "--help"))]
+
+
+def problem(words: list[str]) -> str | None:
+    """What is wrong with a command line, as far as the CLI's own declarations say; None when nothing is."""
+    command: Any = typer.main.get_command(app)
+    rest = list(words)
+    while hasattr(command, "commands"):
+        names = rest.pop(0).split("|") if rest else []
+        while rest and rest[0] == "|":  # `rlaif constitution list | show | check`
+            names.append(rest[1])
+            del rest[:2]
+        unknown = [n for n in names if n not in command.commands]
+        if not names:
+            return None  # the name of a group alone
+        if unknown:
+            return f"no command {unknown} in {sorted(command.commands)}"
+        command = command.commands[names[0]]
+    known = {o for p in command.params for o in p.opts}
+    wrong = [w for w in rest if w.startswith("-") and w not in known]
+    return f"no option {wrong} in {sorted(known)}" if wrong else None
+
+
+@pytest.mark.parametrize("page", GENERATED, ids=lambda p: p.name)
+def test_generated_blocks_are_fresh(page: Path) -> None:
+    assert docs.render(page.read_text()) == page.read_text(), "run `python -m rlaif.docs`"
+
+
+def test_the_pages_that_are_made_from_docstrings() -> None:
+    assert {p.name for p in GENERATED} >= {"job.md", "constitution.md", "run-directory.md"}
+
+
+def test_a_stale_block_is_made_anew_and_the_rest_stays() -> None:
+    page = "before\n<!-- generated: table Check -->\nstale\n<!-- /generated -->\nafter\n"
+    out = docs.render(page)
+    assert "stale" not in out
+    assert "| `max_words` | whole number or null, ≥ 0 | `null` | At most this many words. |" in out
+    assert out.startswith("before\n")
+    assert out.endswith("\nafter\n")
+    assert docs.render(out) == out
+
+
+def test_a_block_that_names_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="no class `Nothing`"):
+        docs.render("<!-- generated: table Nothing -->\n<!-- /generated -->")
+
+
+def test_every_setting_is_in_the_job_page_with_a_meaning() -> None:
+    rows = re.findall(r"^\| `\w+` \|.*\|$", (ROOT / "docs" / "job.md").read_text(), re.MULTILINE)
+    empty = [r for r in rows if re.search(r"\|\s*\|$", r)]
+    assert not empty
+    assert len(rows) > len(Job.model_fields)
+
+
+def test_every_key_of_a_constitution_is_explained() -> None:
+    page = (ROOT / "docs" / "constitution.md").read_text()
+    keys = {k for m in (Principle, Paraphrase, Example, Constitution) for k in m.model_fields} - {"name", "version"}
+    assert [k for k in sorted(keys) if f"`{k}`" not in page] == []
+
+
+def test_every_drop_reason_is_explained() -> None:
+    page = (ROOT / "docs" / "run-directory.md").read_text()
+    assert [r for r in DropReason.__args__ if f"| `{r}` |" not in page] == []  # type: ignore[attr-defined]
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    missing = [x for x in links if not x.startswith(("http://", "https://")) and not (page.parent / x).exists()]
+    assert missing == []
+
+
+@pages
+def test_commands_exist(page: Path) -> None:
+    assert {" ".join(words): p for words in commands(page) if (p := problem(words))} == {}
+
+
+def test_the_command_test_sees_mistakes() -> None:
+    assert commands(ROOT / "README.md")
+    assert problem(["run", "jobs/quickstart.yaml", "--dry-run"]) is None
+    assert problem(["constitution", "list", "|", "show"]) is None
+    assert problem(["constitution", "list", "|", "shew"])
+    assert problem(["rum", "jobs/quickstart.yaml"])
+    assert problem(["run", "--dry-rum"])
+
+
+@pages
+def test_settings_in_commands_are_settings(page: Path) -> None:
+    calls = commands(page)
+    overrides = [value for words in calls for flag, value in itertools.pairwise(words) if flag == "--set"]
+    for override in overrides:
+        tree = {"constitution": "assistant"}
+        apply_override(tree, override)
+        parse_job(tree, f"{page.name}: --set {override}")
+
+
+@pages
+def test_make_targets_job_files_and_modules_exist(page: Path) -> None:
+    text = page.read_text()
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE)) <= targets
+    files = set(re.findall(r"\b(?:jobs|rlaif|benchmarks|scripts)/[\w/]+\.(?:yaml|py|sh)", text))
+    assert [f for f in sorted(files) if not (ROOT / f).exists()] == []
+
+
+@pages
+def test_yaml_examples_are_valid(page: Path) -> None:
+    for block in fences(page, "yaml"):
+        tree = yaml.safe_load(block)
+        if "principles" in tree:
+            parse_constitution(block, "example", 1, page.name)
+        elif set(tree) <= set(Job.model_fields):
+            parse_job(tree, page.name)
+
+
+@pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_jobs_load(job: Path) -> None:
+    load_job(job)
+
+
+def test_the_following_job_follows() -> None:
+    job = load_job(ROOT / "jobs" / "follow.yaml")
+    assert job.schedule is None
+    assert job.constitution == "assistant"
+
+
+def test_contributing_is_short() -> None:
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 75

@@ -1,0 +1,191 @@
+"""DESIGN's layers: imports go down only, heavy libraries stay where they belong, and the rest works without them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.stubs import stub_job, stub_loop
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "rlaif"
+MODULES = {
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in PACKAGE.rglob("*.py")
+}
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("rlaif", "rlaif.records", "rlaif.config", "rlaif.errors"),
+    (
+        "rlaif.checks",
+        "rlaif.constitution",
+        "rlaif.pairing",
+        "rlaif.judging",
+        "rlaif.judging.ballots",
+        "rlaif.judging.verdicts",
+        "rlaif.judging.filters",
+    ),
+    (
+        "rlaif.store",
+        "rlaif.models",
+        "rlaif.workers",
+        "rlaif.prompts",
+        "rlaif.sampling",
+        "rlaif.sampling.*",
+        "rlaif.judging.likelihood",
+        "rlaif.judging.bench",
+        "rlaif.learning",
+        "rlaif.learning.*",
+    ),
+    ("rlaif.loop", "rlaif.monitors", "rlaif.texts", "rlaif.launch"),
+    (
+        "rlaif.report",
+        "rlaif.export",
+        "rlaif.chat",
+        "rlaif.doctor",
+        "rlaif.docs",
+        "rlaif.plan_cost",
+        "rlaif.cli",
+        "rlaif.cli.*",
+        "rlaif.__main__",
+    ),
+)
+"""From the bottom up. A module that is new belongs in one of them."""
+
+HEAVY = ("torch", "vllm", "trl", "transformers", "peft", "datasets", "accelerate")
+AT_TOP = {
+    "torch": "rlaif.learning.* rlaif.sampling.transformers rlaif.sampling.nucleus",
+    "transformers": "rlaif.learning.* rlaif.sampling.transformers",
+    "trl": "rlaif.learning.*",
+    "datasets": "rlaif.learning.*",
+}
+"""Who may import a heavy library when it is imported itself; these modules are loaded by their worker only."""
+ANYWHERE = {
+    **AT_TOP,
+    "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm rlaif.judging.likelihood rlaif.models",
+    "transformers": f"{AT_TOP['transformers']} rlaif.judging.likelihood rlaif.models",
+    "vllm": "rlaif.sampling.vllm",
+    "peft": "rlaif.learning.base",
+    "datasets": "rlaif.learning.* rlaif.prompts",
+}
+
+
+def matches(module: str, patterns: str | tuple[str, ...]) -> bool:
+    known = patterns.split() if isinstance(patterns, str) else patterns
+    return any(module == p or (p.endswith(".*") and module.startswith(p[:-1])) for p in known)
+
+
+def layer_of(module: str) -> int:
+    found = [i for i, patterns in enumerate(LAYERS) if matches(module, patterns)]
+    assert len(found) == 1, f"{module} is in {len(found)} layers; give it one place in LAYERS"
+    return found[0]
+
+
+def imports(module: str, *, top_only: bool = False) -> set[str]:
+    """Modules that a module imports; with `top_only`, those it imports when it is imported (no TYPE_CHECKING)."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: import by the full name"
+            for a in node.names:  # `from rlaif import models` imports rlaif.models
+                whole = f"{node.module}.{a.name}"
+                found.add(whole if whole in MODULES else str(node.module))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(MODULES[module].read_text()))
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down_only(module: str) -> None:
+    mine = layer_of(module)
+    up = {i for i in imports(module) if i in MODULES and layer_of(i) > mine}
+    assert not up, f"{module} (layer {mine}) imports {up} from above"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_heavy_libraries_stay_in_their_modules(module: str) -> None:
+    for allowed, top_only in ((AT_TOP, True), (ANYWHERE, False)):
+        heavy = {i.partition(".")[0] for i in imports(module, top_only=top_only)} & set(HEAVY)
+        wrong = {library for library in heavy if not matches(module, allowed.get(library, ()))}
+        assert not wrong, f"{module} imports {wrong}{' at its top' if top_only else ''}"
+
+
+def test_the_import_reader_sees_what_it_should() -> None:
+    assert "torch" in imports("rlaif.learning.base", top_only=True)
+    assert "rlaif.models" in imports("rlaif.sampling.role")
+    assert "torch" in imports("rlaif.judging.likelihood")
+    assert "torch" not in imports("rlaif.judging.likelihood", top_only=True)
+
+
+BLOCKED = f"""
+import sys
+class Block:  # not None in sys.modules: scipy looks there to see what is loaded
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked")
+sys.meta_path.insert(0, Block())
+"""
+
+
+def without_heavy(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    command = [sys.executable, "-c", BLOCKED + code]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_block_blocks() -> None:
+    assert "ModuleNotFoundError" in without_heavy("import torch").stderr
+
+
+def test_everything_but_the_workers_imports_without_heavy_libraries() -> None:
+    workers_only = "rlaif.learning.* rlaif.sampling.transformers rlaif.sampling.nucleus"
+    names = [m for m in MODULES if not matches(m, workers_only) and m != "rlaif.__main__"]
+    assert {"rlaif.store", "rlaif.report", "rlaif.loop", "rlaif.cli"} < set(names)
+    done = without_heavy(f"import importlib\nfor name in {names!r}: importlib.import_module(name)")
+    assert done.returncode == 0, done.stderr
+
+
+def main(*arguments: str) -> str:
+    return f"sys.argv = {['rlaif', *arguments]!r}\nfrom rlaif.cli import main\nmain()"
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("constitution", "list"), ("constitution", "list", "--json")])
+def test_commands_without_heavy_libraries(arguments: tuple[str, ...]) -> None:
+    done = without_heavy(main(*arguments))
+    assert done.returncode == 0, done.stderr
+    assert "constitution" in done.stdout or "assistant" in done.stdout
+
+
+def test_status_and_report_without_heavy_libraries(tmp_path: Path) -> None:
+    from rlaif.store import write_json
+    from tests.stubs import stub_prompts
+
+    job = stub_job()
+    stub_loop(tmp_path, job).run()
+    run = tmp_path / "run"
+    write_json(run / "run.json", {"schema_version": 1, "job": job.model_dump(mode="json")})
+    (run / "prompts").mkdir()
+    (run / "prompts/held_out.jsonl").write_text("".join(p.model_dump_json() + "\n" for p in stub_prompts(4, "held")))
+    done = without_heavy(main("status", "run"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 iterations done" in done.stdout
+    assert json.loads(without_heavy(main("status", "run", "--json"), tmp_path).stdout)["iterations_done"] == 4
+    code = "from rlaif.report import *\nfrom rlaif.store import RunDir\nfrom pathlib import Path\n"
+    done = without_heavy(code + "r = RunDir.open(Path('run')); final_tables(r, write_summary(r))", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rules@2" in done.stdout
+    assert (run / "summary.png").stat().st_size > 10_000

@@ -1,0 +1,314 @@
+"""A whole job on a tiny random model (real sampler, judge and learner, in this process), and the loop's choices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlaif.config import Job
+from rlaif.errors import UserError
+from rlaif.records import (
+    Completion,
+    Decision,
+    Pair,
+    Plan,
+    PolicyVersion,
+    Preference,
+    Prompt,
+    Quality,
+    Score,
+    UpdateStep,
+    Vote,
+)
+from rlaif.store import RunDir, read_rows
+from tests.conftest import make_project, project_job
+from tests.stubs import Quiet, stub_job, stub_loop, text, write_texts
+
+STAGES: dict[str, type[Any]] = {
+    "completions": Completion,
+    "scores": Score,
+    "pairs": Pair,
+    "votes": Vote,
+    "decisions": Decision,
+    "preferences": Preference,
+    "updates": UpdateStep,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Three iterations with a change of text before the last, on the tiny model."""
+    pytest.importorskip("trl")
+    from rlaif.launch import execute
+
+    root = tmp_path_factory.mktemp("loop")
+    return execute(project_job(root, tiny_model), root / "runs" / "tiny", root, Quiet())
+
+
+def test_the_run_directory_is_complete(finished: RunDir) -> None:
+    assert finished.iterations() == [0, 1, 2]
+    assert finished.evaluations() == [0, 2, 3]
+    for name in ("run.json", "events.jsonl", "prompts/train.jsonl", "prompts/held_out.jsonl"):
+        assert (finished.path / name).exists(), name
+    for k in finished.iterations():
+        here = finished.iteration(k)
+        assert (here.path / "plan.json").exists()
+        assert (here.path / "metrics.json").exists()
+        for stage, record in STAGES.items():
+            assert here.read(stage, record), f"{stage} of iteration {k} has no rows"
+    assert (finished.iteration(2).path / "policy" / "model.safetensors").exists()
+    assert [p.name for p in (finished.path / "learner").iterdir()] == ["0002"]
+    assert not list(finished.path.rglob("*.partial"))
+
+
+def test_the_digests_in_the_meta_files_hold(finished: RunDir) -> None:
+    metas = list(finished.path.glob("*/*/*.meta.json"))
+    assert len(metas) > 25
+    for path in metas:
+        meta = json.loads(path.read_text())
+        rows = path.with_name(path.name.replace(".meta.json", ".jsonl"))
+        assert meta["sha256"] == hashlib.sha256(rows.read_bytes()).hexdigest(), path
+        assert meta["rows"] == len(rows.read_text().splitlines())
+        assert meta["schema_version"] == 1
+        for name, sha256 in meta["inputs"].items():
+            assert sha256 == hashlib.sha256((path.parent / f"{name}.jsonl").read_bytes()).hexdigest()
+    inputs = {k for p in metas for k in json.loads(p.read_text())["inputs"]}
+    assert {"completions", "scores", "pairs", "votes", "decisions", "preferences"} == inputs
+
+
+def test_each_row_follows_from_the_rows_before_it(finished: RunDir) -> None:
+    for k in finished.iterations():
+        here = finished.iteration(k)
+        plan = Plan.model_validate_json((here.path / "plan.json").read_text())
+        completions = {c.id: c for c in here.read("completions", Completion)}
+        pairs = {p.id: p for p in here.read("pairs", Pair)}
+        votes, decisions = here.read("votes", Vote), here.read("decisions", Decision)
+        preferences = here.read("preferences", Preference)
+        assert {c.policy for c in completions.values()} == {plan.policy}
+        assert {c.prompt_id for c in completions.values()} == set(plan.prompt_ids)
+        assert {v.ballot.constitution for v in votes} == {plan.constitution.hash}
+        assert {v.ballot.pair_id for v in votes} == set(pairs) == {d.pair_id for d in decisions}
+        assert not any(v.ballot.voice in pairs[v.ballot.pair_id].selected_by for v in votes)
+        kept = {d.pair_id: d for d in decisions if d.status == "kept"}
+        fresh = [p for p in preferences if p.source == "judge"]
+        assert [p.pair_id for p in fresh] == list(kept)
+        for p in fresh:
+            pair, winner = pairs[p.pair_id], kept[p.pair_id].winner
+            assert (p.chosen_id, p.rejected_id) == (
+                (pair.first, pair.second) if winner == "first" else (pair.second, pair.first)
+            )
+            assert p.chosen_token_ids == completions[p.chosen_id].token_ids
+            assert p.rejected == completions[p.rejected_id].text
+        steps = here.read("updates", UpdateStep)
+        assert sorted(i for s in steps for i in s.pair_ids) == sorted(p.pair_id for p in preferences)
+
+
+def test_steps_are_counted_over_the_whole_run(finished: RunDir) -> None:
+    steps = [s.step for k in finished.iterations() for s in finished.iteration(k).read("updates", UpdateStep)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_each_iteration_samples_from_the_policy_that_the_one_before_it_made(finished: RunDir) -> None:
+    versions = [
+        Plan.model_validate_json((finished.iteration(k).path / "plan.json").read_text()).policy
+        for k in finished.iterations()
+    ]
+    assert versions[0] == PolicyVersion(iteration=0, digest=finished.header["models"]["policy"])
+    for k in (1, 2):
+        digest = finished.iteration(k - 1).meta("updates")["policy_digest"]
+        assert versions[k] == PolicyVersion(iteration=k, digest=digest)
+    assert len({v.digest for v in versions}) == 3
+
+
+def test_the_scheduled_text_takes_over_and_is_kept_in_the_run(finished: RunDir) -> None:
+    refs = [
+        Plan.model_validate_json((finished.iteration(k).path / "plan.json").read_text()).constitution for k in range(3)
+    ]
+    assert [str(r) for r in refs] == ["rules@1", "rules@1", "rules@2"]
+    assert [(e.kind, e.iteration) for e in finished.events()] == [
+        ("started", None),
+        ("constitution_changed", 2),
+        ("finished", None),
+    ]
+    for ref in refs:
+        assert (finished.path / "constitutions" / ref.hash / "source.yaml").read_text() == text(ref.version)
+
+
+def test_only_pairs_of_the_text_in_force_are_replayed(finished: RunDir) -> None:
+    rows = [finished.iteration(k).read("preferences", Preference) for k in range(3)]
+    assert [sum(p.source == "replay" for p in r) for r in rows][::2] == [0, 0]
+    fresh = sum(p.source == "judge" for p in rows[1])
+    old = sum(p.source == "judge" for p in rows[0])
+    assert sum(p.source == "replay" for p in rows[1]) == min(round(fresh * 0.3 / 0.7), old) > 0
+
+
+def test_held_out_prompts_never_train(finished: RunDir) -> None:
+    held_out = {p.id for p in read_rows(finished.path / "prompts/held_out.jsonl", Prompt)}
+    sampled = {c.prompt_id for k in range(3) for c in finished.iteration(k).read("completions", Completion)}
+    evaluated = {c.prompt_id for k in (0, 2, 3) for c in finished.evaluation(k).read("completions", Completion)}
+    assert evaluated <= held_out
+    assert not sampled & held_out
+
+
+def test_evaluations_say_what_they_measured(finished: RunDir) -> None:
+    for updates, name in ((0, "rules@1"), (2, "rules@1"), (3, "rules@2")):
+        here = finished.evaluation(updates)
+        metrics = json.loads((here.path / "metrics.json").read_text())
+        assert f"{metrics['constitution']['name']}@{metrics['constitution']['version']}" == name
+        assert metrics["answers"] == len(here.read("quality", Quality)) == 3
+        assert (metrics["win_rate"] is None) == (updates == 0)
+        if updates:
+            assert {v.ballot.voice for v in here.read("votes", Vote)} == {"wish/paraphrase3"}
+            assert metrics["wins"] + metrics["losses"] + metrics["undecided"] == 3
+    base = json.loads((finished.evaluation(0).path / "metrics.json").read_text())
+    assert abs(base["kl_per_token"]) < 0.05  # the base policy against itself, in another precision
+
+
+def test_running_it_again_says_that_it_is_done(finished: RunDir) -> None:
+    from rlaif.config import parse_job
+    from rlaif.launch import execute
+
+    progress = Quiet()
+    root = finished.path.parent.parent
+    execute(parse_job(finished.header["job"], "run.json"), finished.path, root, progress)
+    assert any("all 3 iterations are done" in note for note in progress.notes)
+
+
+def test_other_weights_under_the_same_name_are_refused(finished: RunDir, tmp_path: Path) -> None:
+    from rlaif.config import parse_job
+    from rlaif.launch import _write_header
+
+    job = parse_job(finished.header["job"], "run.json")
+    with pytest.raises(UserError, match="the judge model changed since the run was started"):
+        _write_header(finished, job, finished.header["models"] | {"judge": "other"})
+
+
+# The loop's choices, on stubs.
+
+
+def events(root: Path, kind: str) -> list[tuple[int | None, str]]:
+    return [(e.iteration, e.message) for e in RunDir(root / "run").events() if e.kind == kind]
+
+
+def test_too_few_kept_pairs_is_a_recorded_skip(tmp_path: Path) -> None:
+    stub_loop(tmp_path, stub_job(iterations=1, filters={"min_kept_pairs": 7})).run()
+    here = RunDir(tmp_path / "run").iteration(0)
+    assert here.read("updates", UpdateStep) == []
+    assert here.meta("updates")["skipped"] is True
+    assert not (here.path / "policy").exists()
+    ((k, message),) = events(tmp_path, "skipped_update")
+    assert k == 0
+    assert "fewer than filters.min_kept_pairs=7" in message
+    assert json.loads((here.path / "metrics.json").read_text())["loss"] is None
+
+
+def following_job(**changes: Any) -> Job:
+    return stub_job(constitution="rules", **changes)
+
+
+def run_some(root: Path, iterations: int, **changes: Any) -> Quiet:
+    progress = Quiet()
+    stub_loop(root, following_job(iterations=iterations, **changes), progress=progress).run()
+    return progress
+
+
+class Editing(Quiet):
+    """Somebody who edits the text while an iteration is at work."""
+
+    def __init__(self, path: Path, content: str) -> None:
+        super().__init__()
+        self._path, self._content = path, content
+
+    def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None:
+        if iteration == 0:
+            self._path.write_text(self._content)
+
+
+@pytest.mark.parametrize("file", ["v1.yaml", "v2.yaml"])
+def test_an_edited_text_or_a_new_version_is_in_force_from_the_next_iteration(tmp_path: Path, file: str) -> None:
+    folder = write_texts(tmp_path, 1)
+    edited = text(3)
+    stub_loop(tmp_path, following_job(iterations=3), progress=Editing(folder / file, edited)).run()
+    run = RunDir(tmp_path / "run")
+    plans = [Plan.model_validate_json((run.iteration(k).path / "plan.json").read_text()) for k in range(3)]
+    hashes = [p.constitution.hash for p in plans]
+    assert hashes[0] != hashes[1] == hashes[2]
+    ((k, message),) = events(tmp_path, "constitution_changed")
+    assert k == 1
+    assert hashes[1] in message
+    assert (run.path / "constitutions" / hashes[1] / "source.yaml").read_text() == edited
+    assert run.evaluations() == [0, 1, 2, 3]  # at the change as well
+    votes = run.iteration(1).read("votes", Vote)
+    assert {v.ballot.constitution for v in votes} == {hashes[1]}
+
+
+def test_a_text_that_breaks_in_the_middle_leaves_the_last_good_one(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path, 1)
+    progress = Editing(folder / "v1.yaml", "summary: [")
+    stub_loop(tmp_path, following_job(iterations=3), progress=progress).run()
+    run = RunDir(tmp_path / "run")
+    plans = [Plan.model_validate_json((run.iteration(k).path / "plan.json").read_text()) for k in range(3)]
+    assert len({p.constitution.hash for p in plans}) == 1
+    ((k, message),) = events(tmp_path, "alarm")  # one, not one an iteration
+    assert k == 1
+    assert "v1.yaml:" in message
+    assert "stays in force" in message
+    assert any("stays in force" in note for note in progress.notes)
+    assert events(tmp_path, "constitution_changed") == []
+
+
+def test_a_broken_text_at_the_start_is_the_users_error(tmp_path: Path, tiny_model: Path) -> None:
+    from rlaif.launch import execute
+
+    make_project(tmp_path, tiny_model, constitution="rules")
+    (tmp_path / "constitutions/rules/v2.yaml").write_text("summary: [")
+    with pytest.raises(UserError, match=r"v2\.yaml:\d+: not valid YAML") as e:
+        execute(following_job(), tmp_path / "run", tmp_path, Quiet())
+    assert e.value.exit_code == 2
+
+
+def test_stop_on_alarm_stops_once_and_can_be_resumed(tmp_path: Path) -> None:
+    from rlaif.errors import RlaifError
+
+    job = stub_job(iterations=2, monitors={"min_mean_words": 99, "stop_on_alarm": True})
+    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 0"):
+        stub_loop(tmp_path, job).run()
+    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 1"):
+        stub_loop(tmp_path, job).run()
+    stub_loop(tmp_path, job).run()
+    assert [k for k, _ in events(tmp_path, "alarm")] == [0, 1]
+
+
+def test_weights_of_policies_that_nobody_needs_are_removed(tmp_path: Path) -> None:
+    stub_loop(tmp_path, stub_job(filters={"min_kept_pairs": 1}, eval={"every": 4, "prompts": 3})).run()
+    run = RunDir(tmp_path / "run")
+    kept = [k for k in run.iterations() if (run.iteration(k).path / "policy").exists()]
+    assert kept == [1, 3]  # evaluated at the change of text, and at the end
+    assert [p.name for p in (run.path / "learner").iterdir()] == ["0003"]
+
+
+def test_a_text_without_a_held_out_contrast_trains_but_has_no_win_rate(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path, 1)
+    plain = "".join(line for line in text(1).splitlines(keepends=True) if "use: evaluate" not in line)
+    (folder / "v1.yaml").write_text(plain)
+    run_some(tmp_path, 1)
+    metrics = json.loads((RunDir(tmp_path / "run").evaluation(1).path / "metrics.json").read_text())
+    assert metrics["win_rate"] is None
+    assert metrics["win_interval"] is None
+
+
+def test_a_judge_that_leaves_a_ballot_is_an_error_not_a_guess(tmp_path: Path) -> None:
+    from rlaif.errors import RlaifError
+    from tests.stubs import StubJudge
+
+    loop = stub_loop(tmp_path)
+    judge = StubJudge()
+    cast = judge.cast
+    judge.cast = lambda ballots, **kwargs: cast(ballots[:-1], **kwargs)  # type: ignore[method-assign,assignment]
+    loop.judge._target = judge  # type: ignore[attr-defined]
+    with pytest.raises(RlaifError, match=r"left 1 of .* ballots unanswered"):
+        loop.run()

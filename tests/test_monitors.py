@@ -1,0 +1,101 @@
+"""Metrics and alarms, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlaif.config import Monitors
+from rlaif.constitution import parse_constitution
+from rlaif.monitors import alarms, answer_stats, evaluation_metrics, interval
+from rlaif.records import Completion, Decision, Outcome, PolicyVersion, Quality, Verdict
+from tests.stubs import text
+
+
+def completion(n: int, words: str, *, ended: bool = True, logprob: float | None = -4.0) -> Completion:
+    return Completion(
+        id=f"c{n}",
+        prompt_id=f"p{n}",
+        policy=PolicyVersion(iteration=1, digest="d"),
+        index=0,
+        seed=0,
+        prompt_token_ids=(1,),
+        token_ids=(1, 2),
+        text=words,
+        finish_reason="stop" if ended else "length",
+        logprob=logprob,
+    )
+
+
+def decision(n: int, outcome: Outcome) -> Decision:
+    verdict = Verdict(pair_id=f"x{n}", outcome=outcome, p_first=None, agreement=None, valid_votes=0)
+    return Decision(pair_id=f"x{n}", status="dropped", reasons=("tie",), winner=None, verdict=verdict)
+
+
+def quality(n: int, tokens: int = 2, logprob: float = -3.0) -> Quality:
+    return Quality(completion_id=f"c{n}", tokens=tokens, logprob_per_token=logprob, relevance=n)
+
+
+RULES = parse_constitution(text(1), "rules", 1, "test")
+
+
+def test_wilson_interval() -> None:
+    # Wilson 1927, 8 of 10: (0.4902, 0.9433)
+    assert interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert interval(0, 0) == (0.0, 1.0)
+    assert interval(0, 5)[0] == 0.0
+
+
+def test_what_is_counted_about_answers() -> None:
+    answers = [completion(0, "one two three"), completion(1, "- a\n- b", ended=False)]
+    answers.append(answers[0].model_copy(update={"id": "again", "index": 1}))
+    stats = answer_stats(answers)
+    assert stats["ended_share"] == pytest.approx(2 / 3)
+    assert stats["distinct_share"] == pytest.approx(2 / 3)
+    assert stats["list_share"] == pytest.approx(1 / 3)
+    assert stats["mean_tokens"] == 2
+
+
+def test_a_pair_without_a_winner_is_half_a_win() -> None:
+    answers = [completion(n, "a b") for n in range(4)]
+    decisions = [decision(0, "first"), decision(1, "second"), decision(2, "tie")]  # the fourth answer equals the base's
+    m = evaluation_metrics(1, RULES, answers, [quality(n) for n in range(4)], decisions)
+    assert (m["wins"], m["losses"], m["undecided"]) == (1, 1, 2)
+    assert m["win_rate"] == 0.5
+    assert m["relevance"] == 1.5
+    assert m["checks"] == {"wish": 1.0}
+
+
+def test_the_base_policy_has_no_win_rate() -> None:
+    m = evaluation_metrics(0, RULES, [completion(0, "a")], [quality(0)], [])
+    assert m["win_rate"] is None
+    assert m["win_interval"] is None
+    assert m["undecided"] == 0
+
+
+def test_kl_is_a_mean_over_tokens() -> None:
+    answers = [completion(0, "a", logprob=-2.0), completion(1, "b", logprob=-4.0)]
+    m = evaluation_metrics(1, RULES, answers, [quality(0, 1, -4.0), quality(1, 3, -2.0)], [])
+    assert m["kl_per_token"] == pytest.approx(((-2 - 4) - (-4 - 6)) / 4)
+    answers[0] = completion(0, "a", logprob=None)  # an engine that does not say
+    assert evaluation_metrics(1, RULES, answers, [quality(0), quality(1)], [])["kl_per_token"] is None
+
+
+@pytest.mark.parametrize(
+    ("sampled", "kl", "limits", "found"),
+    [
+        ({}, 9.0, {}, []),
+        ({"mean_words": 5.9}, None, {}, ["5.9 words"]),
+        ({"distinct_share": 0.4}, None, {}, ["40% of the sampled answers are distinct"]),
+        ({}, 0.3, {"max_kl": 0.2}, ["KL from the base policy is 0.30"]),
+        ({}, 0.1, {"max_kl": 0.2}, []),
+        ({"mean_words": 1, "distinct_share": 0}, 1.0, {"max_kl": 0.2}, ["words", "distinct", "KL"]),
+    ],
+)
+def test_alarms(sampled: dict[str, float], kl: float | None, limits: dict[str, Any], found: list[str]) -> None:
+    metrics = {"sampled": {"mean_words": 20.0, "distinct_share": 1.0, **sampled}}
+    said = alarms(Monitors(**limits), metrics, {"kl_per_token": kl})
+    assert len(said) == len(found)
+    assert all(part in sentence for part, sentence in zip(found, said, strict=True))
+    assert alarms(Monitors(**limits), metrics, None) == said[: len(sampled)]

@@ -1,0 +1,54 @@
+"""Every file that is shipped for users to edit loads, and fits the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlaif.config import load_job
+from rlaif.constitution import constitution_files, list_constitutions, load_constitution
+from rlaif.judging.ballots import deciding_voices, evaluating_voices, selecting_voices
+from rlaif.plan_cost import estimate
+from rlaif.prompts import FORMATS, load_prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+TEXTS = [(n, v) for n, versions in constitution_files(ROOT / "constitutions").items() for v in versions]
+PROMPTS = sorted(p for p in (ROOT / "prompts").iterdir() if p.suffix in FORMATS and "bench" not in p.name)
+
+
+def test_there_are_files_to_test() -> None:
+    assert "quickstart" in {p.stem for p in JOBS}
+    assert ("assistant", 2) in TEXTS
+    assert len(PROMPTS) >= 2
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
+def test_every_job_loads_and_can_be_planned(path: Path) -> None:
+    job = load_job(path)
+    costs = estimate(job, ROOT)  # reads its prompts and texts
+    assert costs["train_prompts"] >= job.prompts.per_iteration
+    assert costs["pairs_at_most"] > 0
+    assert costs["evaluation_ballots_at_most"] > 0
+
+
+@pytest.mark.parametrize(("name", "version"), TEXTS)
+def test_every_constitution_loads_and_can_be_asked(name: str, version: int) -> None:
+    text = load_constitution(ROOT / "constitutions", f"{name}@{version}")
+    for voices in (selecting_voices, deciding_voices, evaluating_voices):
+        assert voices(text), f"{name}@{version} has no {voices.__name__}"
+
+
+def test_no_two_texts_are_the_same() -> None:
+    texts = list_constitutions(ROOT / "constitutions")
+    assert len({t.hash for t in texts}) == len(texts) == len(TEXTS)
+
+
+@pytest.mark.parametrize("path", PROMPTS, ids=lambda p: p.name)
+def test_every_prompt_file_loads(path: Path) -> None:
+    assert len(load_prompts(path.name, path.parent)) >= 60
+
+
+def test_there_is_a_licence_for_the_prompts() -> None:
+    assert (ROOT / "prompts" / "LICENSE").exists()
