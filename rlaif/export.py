@@ -76,7 +76,11 @@ def model_card(run: RunDir, updates: int) -> str:
         "|---|---|---|---|---|---|",
     ]
     for e in summary["evaluations"]:
-        win = "" if e["win_rate"] is None else f"{e['win_rate']:.2f} ({e['win_interval'][0]:.2f}-{e['win_interval'][1]:.2f})"
+        win = (
+            ""
+            if e["win_rate"] is None
+            else f"{e['win_rate']:.2f} ({e['win_interval'][0]:.2f}-{e['win_interval'][1]:.2f})"
+        )
         kl = "" if e["kl_per_token"] is None else f"{e['kl_per_token']:.3f}"
         text = f"{e['constitution']['name']}@{e['constitution']['version']}" if e["updates"] else "base"
         lines.append(f"| {e['updates']} | {text} | {win} | {e['mean_words']:.1f} | {e['ended_share']:.0%} | {kl} |")

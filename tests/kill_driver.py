@@ -88,12 +88,15 @@ def stage_of(label: str) -> str:
 
 
 def choose(labels: list[str], count: int, seed: int) -> list[int]:
-    """Points in every stage, then anywhere."""
+    """Points in every stage (torn lines among the votes), then anywhere."""
     draw = random.Random(seed)
     by_stage: dict[str, list[int]] = {}
     for i, label in enumerate(labels):
         by_stage.setdefault(stage_of(label), []).append(i)
-    chosen = [draw.choice(points) for points in by_stage.values()]
+    chosen = []
+    for points in by_stage.values():
+        torn = [i for i in points if labels[i].endswith("votes.jsonl.partial: before fsync")]
+        chosen.append(draw.choice(torn or points))
     rest = [i for i in range(len(labels)) if i not in chosen]
     return sorted((chosen + draw.sample(rest, max(count - len(chosen), 0)))[:count])
 

@@ -51,7 +51,7 @@ def test_every_command_has_help(rlaif, command: list[str]) -> None:
     code, out, _ = rlaif(*command, "--help")
     assert code == 0
     assert f"Usage: rlaif {' '.join(command)}" in out
-    description = [line.strip() for line in out.splitlines()[1:] if line.strip()][0]
+    description = next(line.strip() for line in out.splitlines()[1:] if line.strip())
     assert len(description) > 20
     assert not description.startswith("Options")
 

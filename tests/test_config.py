@@ -33,7 +33,7 @@ def test_a_schedule_survives_the_run_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("constitution: a\nlearner: {learning_rat: 1}", r"unknown key `learner\.learning_rat`; did you mean `learning_rate`\?"),
+        ("constitution: a\nlearner: {bta: 1}", r"unknown key `learner\.bta`; did you mean `beta`\?"),
         ("constitution: a\nlearner: {lora: {rank: 1}}", r"unknown key `learner\.lora\.rank`; known keys: alpha, r, "),
         ("constitution: a\nitterations: 1", r"unknown key `itterations`; did you mean `iterations`\?"),
         ("constitution: a\niterations: 0", r"iterations: .*greater than or equal to 1 \(found 0\)"),

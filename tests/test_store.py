@@ -136,9 +136,8 @@ def test_a_failed_write_leaves_the_old_json(tmp_path: Path) -> None:
 
 def test_one_writer(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    with run.lock():
-        with pytest.raises(UserError, match="another process writes this run"), RunDir(run.path).lock():
-            pass
+    with run.lock(), pytest.raises(UserError, match="another process writes this run"), RunDir(run.path).lock():
+        pass
     with run.lock():
         pass
 

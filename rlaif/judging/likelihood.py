@@ -288,9 +288,7 @@ class LikelihoodJudge:
             tolerance = self.settings.relevance_tolerance
             drawn = [_other_prompt(c.prompt_id, c.messages, prompts, seed) for c in sides]
             others = [prompt_id for prompt_id, _ in drawn]
-            unasked = self._token_logps(
-                [_Request(m, self._answer(c)) for c, (_, m) in zip(sides, drawn, strict=True)]
-            )
+            unasked = self._token_logps([_Request(m, self._answer(c)) for c, (_, m) in zip(sides, drawn, strict=True)])
             values = [tuple(x - y for x, y in zip(v, u, strict=True)) for v, u in zip(values, unasked, strict=True)]
         out: list[dict[str, Any]] = []
         for i in range(0, len(sides), 2):

@@ -127,24 +127,27 @@ class TrlLearner(ABC):
             RlaifError: the loss or a gradient is not finite. The weights are still those of the last good step.
         """
         rows = [_row(p) for p in preferences]
-        self._score_references(rows)
+        for step in self._steps(rows, iteration, epoch=0):
+            self._score_references(step)
         trainer = self.trainer
         trainer.state.log_history.clear()  # trackers have seen it; a long run must not keep it
         for epoch in range(self.settings.epochs):
-            order = epoch_order(len(rows), self.seed, iteration, epoch)
-            steps = [order[i : i + self.settings.batch_size] for i in range(0, len(order), self.settings.batch_size)]
+            steps = self._steps(rows, iteration, epoch)
             for number, step in enumerate(steps, 1):
                 if trainer.control.should_training_stop:
                     return
                 trainer.state.epoch = iteration * self.settings.epochs + epoch + number / len(steps)
-                yield self._step([rows[i] for i in step], iteration)
+                yield self._step(step, iteration)
+
+    def _steps(self, rows: list[_Row], iteration: int, epoch: int) -> list[list[_Row]]:
+        order = epoch_order(len(rows), self.seed, iteration, epoch)
+        return _chunks([rows[i] for i in order], self.settings.batch_size)
 
     def _step(self, rows: list[_Row], iteration: int) -> UpdateStep:
         trainer, started = self.trainer, time.perf_counter()
         handler, args, state = trainer.callback_handler, trainer.args, trainer.state
         trainer.control = handler.on_step_begin(args, state, trainer.control)
-        size = args.per_device_train_batch_size
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        parts = _chunks(rows, args.per_device_train_batch_size)
         losses = []
         for part in parts:
             # accelerate divides a loss by this: each part counts by its share of the step's pairs.
@@ -196,11 +199,11 @@ class TrlLearner(ABC):
     # ---- the reference policy
 
     def _score_references(self, rows: list[_Row]) -> None:
-        by_length = sorted(rows, key=_length)  # equal lengths together: less padding
-        size = self.trainer.args.per_device_train_batch_size
+        """In the parts that training will take: bf16 rounds differently in another batch, and a policy that equals
+        its reference would not start at a log-ratio of 0."""
         with torch.no_grad(), self._reference() as model:
-            for i in range(0, len(by_length), size):
-                self._score_reference(model, by_length[i : i + size])
+            for part in _chunks(rows, self.trainer.args.per_device_train_batch_size):
+                self._score_reference(model, part)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -402,8 +405,8 @@ def _row(p: Preference) -> _Row:
     }
 
 
-def _length(row: _Row) -> int:
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+def _chunks(rows: list[_Row], size: int) -> list[list[_Row]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _weighted(values: list[float], shares: list[float]) -> float:

@@ -9,6 +9,8 @@ update. The replacement below scores the completion positions alone, once, in th
 from __future__ import annotations
 
 import types
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ def score_completions_only(model: PreTrainedModel, metrics: bool = True, sum_sq_
     Args:
         model: a causal language model.
         metrics: also give what TRL logs beside the loss (entropy, mean logit, whether the token is the likeliest).
-        sum_sq_probs: also give what TRL's `use_weighting` (WPO) needs.
+        sum_sq_probs: with the metrics, what TRL's `use_weighting` (WPO) needs.
     """
     plain_forward = type(model).forward
 
@@ -50,26 +52,65 @@ def score_completions_only(model: PreTrainedModel, metrics: bool = True, sum_sq_
             output = plain_forward(self, *args, **kwargs)
         finally:
             hook.remove()
-        logits = output.logits.float()  # [scored tokens, vocabulary]
-        log_p = logits.log_softmax(-1)
         tokens = targets[scored]
+        log_p, log_z = _TokenLogProbs.apply(output.logits, tokens)
 
         def spread(values: torch.Tensor) -> torch.Tensor:
             return values.new_zeros(scored.shape).masked_scatter(scored, values)
 
-        extra: dict[str, torch.Tensor] = {}
-        with torch.no_grad():
-            if metrics:
-                extra["entropy"] = spread(-(log_p.exp() * log_p).sum(-1))
-                extra["mean_logits"] = spread(logits.mean(-1))
-                extra["is_top1"] = spread(log_p.argmax(-1) == tokens)
-            if sum_sq_probs:
-                extra["log_sum_sq_probs"] = spread((2 * log_p).logsumexp(-1))
+        extra = _statistics(output.logits.detach(), tokens, log_z, sum_sq_probs) if metrics else {}
         return FusedCausalLMOutput(
-            log_probs=spread(log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)),
+            log_probs=spread(log_p),
             label_mask=scored,
             aux_loss=getattr(output, "aux_loss", None),
-            **extra,
+            **{name: spread(values) for name, values in extra.items()},
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+_SLICE = 4 * 2**20
+"""Logits looked at together (16 MiB in fp32): copies of all of them cost more in fresh memory than the arithmetic."""
+
+
+def _slices(logits: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, _SLICE // logits.size(1))
+    return (slice(start, start + rows) for start in range(0, logits.size(0), rows))
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log p of one token a row, and the log-normaliser, in fp32: logits [n, vocabulary], tokens [n] -> [n], [n]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_z = torch.cat([logits[rows].float().logsumexp(-1) for rows in _slices(logits)] or [logits.new_zeros(0)])
+        ctx.save_for_backward(logits, tokens, log_z)
+        ctx.mark_non_differentiable(log_z)
+        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float() - log_z, log_z
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor, None]:
+        logits, tokens, log_z = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for rows in _slices(logits):  # d log p(token) / d logit_j = 1[j = token] - p_j
+            g = grad[rows].unsqueeze(-1)
+            part = logits[rows].float().sub_(log_z[rows].unsqueeze(-1)).exp_().mul_(-g)
+            out[rows] = part.scatter_add_(-1, tokens[rows].unsqueeze(-1), g)
+        return out, None
+
+
+@torch.no_grad()
+def _statistics(
+    logits: torch.Tensor, tokens: torch.Tensor, log_z: torch.Tensor, sum_sq_probs: bool
+) -> dict[str, torch.Tensor]:
+    """TRL's metrics of each scored token; logits [n, vocabulary], the rest [n]."""
+    found: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for rows in _slices(logits):
+        part, z = logits[rows].float(), log_z[rows]
+        p = (part - z.unsqueeze(-1)).exp_()
+        found["entropy"].append(z - torch.linalg.vecdot(p, part))
+        found["mean_logits"].append(part.mean(-1))
+        found["is_top1"].append(part.argmax(-1) == tokens[rows])
+        if sum_sq_probs:
+            found["log_sum_sq_probs"].append(torch.linalg.vecdot(p, p).log())
+    return {name: torch.cat(values) for name, values in found.items()}

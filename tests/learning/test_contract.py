@@ -250,6 +250,15 @@ def test_the_exported_policy_is_the_trained_one(
     assert error < 0.2 * (base - trained).abs().mean()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reference", ["base", "previous"])
+def test_bf16_starts_at_ln_2(kind: str, reference: str, model_path: str, settings: config.Learner) -> None:
+    """Policy and reference round alike: what the loss sees is the update, not bf16's noise."""
+    changes = {"precision": "bf16", "reference": reference, "batch_size": 8}
+    step = next(learner(kind, model_path, settings, **changes).update(make_preferences(8), 0))
+    assert (step.loss, step.margin) == pytest.approx((math.log(2), 0.0), abs=1e-6)
+
+
 def test_reference_previous_starts_every_update_at_ln_2(model_path: str, settings: config.Learner) -> None:
     for lora in (None, config.Lora(r=4, alpha=8)):
         moving = learner("dpo", model_path, settings, reference="previous", lora=lora)
