@@ -110,7 +110,7 @@ class Loop:
         self._prune_policies(k)
         self.progress.iteration_done(k, metrics)
         if alarms and self.job.monitors.stop_on_alarm:
-            raise RlaifError(f"stopped at an alarm in iteration {k}: {alarms[0]} (monitors.stop_on_alarm)")
+            raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarms[0]} (monitors.stop_on_alarm)")
 
     # One method a stage, in the order of the data flow.
 
@@ -136,7 +136,7 @@ class Loop:
         """Tells a change of text. Not when the plan is written: a run killed in between would never tell it."""
         k, text = plan.iteration, plan.constitution
         if k > 0 and self._previous_text(k) != text.hash:
-            message = f"from iteration {k} on, {text} ({text.hash}) is in force"
+            message = f"after {k} iterations, {text} ({text.hash}) is in force"
             if self._event_once("constitution_changed", message, k, **text.model_dump()):
                 self.progress.note(f"constitution changed: {message}")
 
@@ -299,7 +299,7 @@ class Loop:
             least = self.job.filters.min_kept_pairs
             message = f"{fresh} kept pairs, fewer than filters.min_kept_pairs={least}: no update"
             if self._event_once("skipped_update", message, k, kept=fresh):
-                self.progress.note(f"iteration {k}: {message}")
+                self.progress.note(f"iteration {k + 1}: {message}")
         else:
             for old in (self.dir.path / "learner").glob("*"):
                 if old.name != f"{k:04d}":
@@ -413,7 +413,7 @@ class Loop:
         alarms = monitors.alarms(self.job.monitors, metrics, evaluation)
         for alarm in alarms:
             if self._event_once("alarm", alarm, k):
-                self.progress.note(f"alarm in iteration {k}: {alarm}")
+                self.progress.note(f"alarm in iteration {k + 1}: {alarm}")
         return alarms
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from rlaif import models
@@ -15,6 +14,7 @@ from rlaif.config import Job
 from rlaif.constitution import load_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import deciding_voices, evaluating_voices, guard_voices, selecting_voices
+from rlaif.console import stdout_console
 from rlaif.prompts import exclude_held_out, load_prompts
 
 PROMPT_TOKENS = 40
@@ -94,9 +94,9 @@ def _parameters(model: str) -> int | None:
 
 def table(costs: dict[str, Any], where: Path) -> None:
     """Prints the plan."""
-    console = Console(highlight=False)
+    console = stdout_console()
     plan = Table(title=f"plan of {where} (nothing was run)", title_justify="left", show_header=False)
-    texts = ", ".join(f"from iteration {k}: {ref}" for k, ref in costs["constitutions"].items())
+    texts = ", ".join(f"after {k}: {ref}" if int(k) else f"first {ref}" for k, ref in costs["constitutions"].items())
     tokens = costs["tokens"]
     rows = {
         "iterations": f"{costs['iterations']} ({texts})",

@@ -6,10 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlaif.console import stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, Prompt
 from rlaif.store import RunDir, read_json, read_rows, write_json
@@ -47,7 +47,7 @@ def status_values(run: RunDir) -> dict[str, Any]:
 def status_table(run: RunDir) -> None:
     """Prints where a run stands."""
     values = status_values(run)
-    console = Console(highlight=False)
+    console = stdout_console()
     console.print(
         f"[bold]{escape(values['run'])}[/]  {values['iterations_done']} of {values['iterations']} iterations done"
     )
@@ -94,7 +94,7 @@ def write_summary(run: RunDir) -> dict[str, Any]:
 
 def final_tables(run: RunDir, summary: dict[str, Any]) -> None:
     """Prints the run: iterations, held-out evaluations, answers."""
-    console = Console(highlight=False, soft_wrap=False)
+    console = stdout_console()
     table = Table(title="iterations", title_justify="left")
     for column in ("iteration", "text", "pairs", "kept", "dropped", "loss", "words", "ended", "seconds by stage"):
         table.add_column(column, justify="left" if column in ("text", "dropped", "seconds by stage") else "right")

@@ -50,7 +50,7 @@ class Texts:
                 self._alarmed = str(e)
                 message = f"{e}; {self._last_good.ref} ({self._last_good.hash}) stays in force"
                 self._run.event("alarm", message, iteration)
-                self._note(f"alarm in iteration {iteration}: {message}")
+                self._note(f"alarm in iteration {iteration + 1}: {message}")
         return self._last_good
 
     def load(self, digest: str) -> Constitution:

@@ -204,10 +204,10 @@ class Quiet:
 
 
 def stub_job(**changes: Any) -> Job:
-    """Four iterations; a change of text before the third, which also has too few pairs; replay."""
+    """Four iterations; the second has too few pairs, the text changes before the third, the fourth replays."""
     tree: dict[str, Any] = {
         "iterations": 4,
-        "seed": 6,
+        "seed": 7,
         "schedule": {0: "rules@1", 2: "rules@2"},
         "prompts": {"per_iteration": 6},
         "sampling": {"completions_per_prompt": 3},

@@ -104,9 +104,9 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path: Path) -> N
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     stub_loop(tmp_path, stub_job(iterations=2)).run()
-    (tmp_path / "run/iterations/0001/policy/weights.txt").unlink()
-    (tmp_path / "run/iterations/0001/policy").rmdir()
-    with pytest.raises(RlaifError, match=r"iterations/0001/policy: the policy's weights are gone"):
+    (tmp_path / "run/iterations/0000/policy/weights.txt").unlink()
+    (tmp_path / "run/iterations/0000/policy").rmdir()
+    with pytest.raises(RlaifError, match=r"iterations/0000/policy: the policy's weights are gone"):
         stub_loop(tmp_path, stub_job(iterations=4)).run()
 
 
@@ -165,8 +165,8 @@ def test_nan_loss_is_one_line_and_the_last_good_weights_stay(tmp_path: Path) -> 
     with pytest.raises(WorkerError, match=r"learner worker failed: .*update step 5: the loss is nan") as e:
         stub_loop(tmp_path, nan_at=5).run()
     assert "\n" not in str(e.value)
-    assert not (tmp_path / "run/iterations/0001/updates.jsonl").exists()
-    assert not (tmp_path / "run/iterations/0001/policy").exists()
+    assert not (tmp_path / "run/iterations/0003/updates.jsonl").exists()
+    assert not (tmp_path / "run/iterations/0003/policy").exists()
     assert_goes_on(tmp_path)
 
 

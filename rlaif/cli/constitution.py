@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlaif.console import stdout_console
 from rlaif.constitution import diff as diff_constitutions
 from rlaif.constitution import list_constitutions, load_constitution
 
@@ -32,7 +32,7 @@ def list_(directory: Directory = DEFAULT, json_: Json = False) -> None:
     table = Table("constitution", "hash", "principles", "summary")
     for c in found:
         table.add_row(str(c.ref), c.hash, str(len(c.principles)), escape(c.summary))
-    Console().print(table)
+    stdout_console().print(table)
 
 
 @app.command()
@@ -42,7 +42,7 @@ def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = Fal
     if json_:
         typer.echo(text.model_dump_json(indent=1))
         return
-    console = Console(highlight=False)
+    console = stdout_console()
     console.print(f"[bold]{text.ref}[/] {text.hash}  {escape(text.summary)}")
     for p in text.principles:
         role = "guard" if p.guard else f"weight {p.weight:g}"
@@ -70,4 +70,4 @@ def diff(a: Reference, b: Reference, directory: Directory = DEFAULT, json_: Json
     table = Table("principle", "change", "field", a, b)
     for c in changes:
         table.add_row(*(escape(str(v)) if v is not None else "" for v in c.model_dump().values()))
-    Console().print(table if changes else "no difference")
+    stdout_console().print(table if changes else "no difference")

@@ -120,7 +120,6 @@ def chat(
 
 def doctor(json_: Json = False) -> None:
     """Print what this machine has, what is missing, and the command that mends it."""
-    from rich.console import Console
     from rich.table import Table
 
     from rlaif.doctor import diagnose
@@ -133,7 +132,7 @@ def doctor(json_: Json = False) -> None:
         marks = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "warning": "[yellow]warning[/]"}
         for c in checks:
             table.add_row(marks[c.status], c.name, c.found, c.mend or "")
-        Console().print(table)
+        stdout_console().print(table)
     if any(c.status == "missing" for c in checks):
         raise typer.Exit(1)
 

@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 
-def make_requests(count: int = 24, temperature: float = 1.0, top_p: float = 0.9) -> list[SampleRequest]:
+def make_requests(count: int = 40, temperature: float = 1.0, top_p: float = 1.0) -> list[SampleRequest]:
     return [
         SampleRequest(
             id=f"r{i}",
@@ -97,7 +97,7 @@ def test_new_weights_by_path_and_back(worker: Worker, tiny: Path, other_tiny: Pa
 
 def test_a_batch_given_up_leaves_nothing_behind(worker: Worker) -> None:
     whole = run(worker, make_requests())
-    stream = worker.stream("sample", requests=make_requests(24))
+    stream = worker.stream("sample", requests=make_requests())
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert run(worker, make_requests()) == whole
