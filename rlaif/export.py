@@ -86,7 +86,7 @@ def model_card(run: RunDir, updates: int) -> str:
         lines.append(f"| {e['updates']} | {text} | {win} | {e['mean_words']:.1f} | {e['ended_share']:.0%} | {kl} |")
     lines += [
         "",
-        "The judge's win rate says how far the policy follows the text in the judge's eyes; it is not a measure of truth.",
+        "The win rate says how far the policy follows the text in the judge's eyes; it is no measure of truth.",
         "",
         "## Versions",
         "",

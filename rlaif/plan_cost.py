@@ -11,10 +11,10 @@ from rich.table import Table
 
 from rlaif import models
 from rlaif.config import Job
+from rlaif.console import stdout_console
 from rlaif.constitution import load_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import deciding_voices, evaluating_voices, guard_voices, selecting_voices
-from rlaif.console import stdout_console
 from rlaif.prompts import exclude_held_out, load_prompts
 
 PROMPT_TOKENS = 40

@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("rlaif.loop", "rlaif.monitors", "rlaif.texts", "rlaif.launch"),
     (
+        "rlaif.console",
         "rlaif.report",
         "rlaif.export",
         "rlaif.chat",

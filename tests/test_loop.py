@@ -275,9 +275,9 @@ def test_stop_on_alarm_stops_once_and_can_be_resumed(tmp_path: Path) -> None:
     from rlaif.errors import RlaifError
 
     job = stub_job(iterations=2, monitors={"min_mean_words": 99, "stop_on_alarm": True})
-    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 0"):
-        stub_loop(tmp_path, job).run()
     with pytest.raises(RlaifError, match="stopped at an alarm in iteration 1"):
+        stub_loop(tmp_path, job).run()
+    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 2"):
         stub_loop(tmp_path, job).run()
     stub_loop(tmp_path, job).run()
     assert [k for k, _ in events(tmp_path, "alarm")] == [0, 1]

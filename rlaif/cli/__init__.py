@@ -29,7 +29,7 @@ app.add_typer(judge.app, name="judge")
 def main() -> None:
     """Entry point of the `rlaif` command."""
     try:
-        app()
+        app(prog_name="rlaif")
     except RlaifError as e:
         print(f"rlaif: {e}", file=sys.stderr)
         sys.exit(e.exit_code)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -67,7 +68,21 @@ def diff(a: Reference, b: Reference, directory: Directory = DEFAULT, json_: Json
     if json_:
         typer.echo(json.dumps([c.model_dump() for c in changes], indent=1))
         return
-    table = Table("principle", "change", "field", a, b)
+    console = stdout_console()
+    if not changes:
+        console.print("no difference")
     for c in changes:
-        table.add_row(*(escape(str(v)) if v is not None else "" for v in c.model_dump().values()))
-    stdout_console().print(table if changes else "no difference")
+        console.print(f"[bold]{c.principle or 'constitution'}[/] {c.kind}{f': {c.field}' if c.field else ''}")
+        for sign, colour, value in (("-", "red", c.before), ("+", "green", c.after)):
+            for line in _lines(value):
+                console.print(f"  [{colour}]{sign}[/] {escape(line)}")
+
+
+def _lines(value: Any) -> list[str]:
+    """A value as YAML lines, the way a constitution file has it; empty parts are left out."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        value = {k: v for k, v in value.items() if v not in (None, [], ())}
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+    return [line for line in text.splitlines() if line != "..."]

@@ -122,6 +122,7 @@ def doctor(json_: Json = False) -> None:
     """Print what this machine has, what is missing, and the command that mends it."""
     from rich.table import Table
 
+    from rlaif.console import stdout_console
     from rlaif.doctor import diagnose
 
     checks = diagnose()

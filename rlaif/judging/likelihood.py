@@ -282,6 +282,8 @@ class LikelihoodJudge:
         Both sides are measured over as many tokens as the shorter one has: a question leaves its mark on an
         answer's first words, so a mean over all of them would speak against every longer answer.
         """
+        if measure == "ending":
+            return [_ending_answer(*sides[i : i + 2]) for i in range(0, len(sides), 2)]
         values = self._token_logps([_Request(c.messages, self._answer(c)) for c in sides])
         others: list[str | None] = [None] * len(sides)
         tolerance = self.settings.fluency_tolerance
@@ -493,6 +495,15 @@ class LikelihoodJudge:
             logp[part] = torch.cat([z.float().log_softmax(1).gather(1, y)[:, 0] for z, y in pieces])
         of_row = logp.cpu().split([len(r.token_ids) for _, r in rows])
         yield from ((r, tuple(values.tolist())) for (_, r), values in zip(rows, of_row, strict=True))
+
+
+def _ending_answer(first: Candidate, second: Candidate) -> dict[str, Any]:
+    """A guard's vote for the side that ended by itself, when the other was cut off: half an answer is none.
+
+    Without it, a text that asks for more is followed by never stopping.
+    """
+    ended = [c.finish_reason == "stop" for c in (first, second)]
+    return {"outcome": _side(ended[0] - ended[1], 0.0), "raw_reply": json.dumps({"ended": ended})}
 
 
 def _side(difference: float, tolerance: float) -> Outcome:

@@ -171,13 +171,19 @@ def test_owed_ballots_get_the_numbers_of_a_whole_cast(model, constitution):
 def test_guard_votes_against_the_side_beyond_its_tolerance(model, constitution):
     strict = LikelihoodJudge.of(model, CharTokenizer(), Judge(relevance_tolerance=0.0, fluency_tolerance=0.0))
     loose = LikelihoodJudge.of(model, CharTokenizer(), Judge(relevance_tolerance=99.0, fluency_tolerance=99.0))
-    ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if b.guard]
+    ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if b.guard and not b.voice.endswith("/ending")]
     assert {b.voice for b in ballots} == {"answers/relevance", "answers/fluency"}
     for v in flat(strict.cast(ballots, PAIRS, CANDIDATES, constitution)):
         measure = v.ballot.voice.split("/")[1]
         a, b = json.loads(v.raw_reply)[measure]
         assert v.outcome == ("first" if a > b else "second")
     assert {v.outcome for v in flat(loose.cast(ballots, PAIRS, CANDIDATES, constitution))} == {"tie"}
+
+
+def test_ending_guard_votes_for_the_side_that_ended_by_itself(judge, constitution):
+    ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if b.voice == "answers/ending"]
+    votes = {v.ballot.pair_id: v.outcome for v in flat(judge.cast(ballots, PAIRS, CANDIDATES, constitution))}
+    assert votes == {"p0": "first", "p2": "tie", "p4": "first"}
 
 
 def test_plain_is_measured_against_another_prompt(model, judge):
@@ -193,7 +199,8 @@ def test_empty_completion_abstains(judge, constitution):
     candidates = [candidate(0, "Hi", "", "length"), candidate(1, "Hi", "Hello")]
     pairs = [Pair(id="p", prompt_id="Hi", first="c0", second="c1", method="all")]
     votes = flat(judge.cast(make_ballots(pairs, constitution, "t"), pairs, candidates, constitution))
-    assert {(v.outcome, v.abstain_reason) for v in votes} == {("abstain", "empty")}
+    measured = [v for v in votes if not v.ballot.voice.endswith("/ending")]
+    assert {(v.outcome, v.abstain_reason) for v in measured} == {("abstain", "empty")}
     assert [s.completion_id for s in flat(judge.score(candidates, constitution, ["brief/main"]))] == ["c1"]
 
 
