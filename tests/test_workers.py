@@ -252,7 +252,9 @@ def test_close_while_busy_kills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 _PARENT = """
-import sys, time
+import signal, sys, time
+# A shell that started the tests in the background has told them to ignore Ctrl-C; a user's terminal has not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from rlaif.workers import Worker
 worker = Worker("echo", {factory!r}, {{}}, __import__("pathlib").Path({log!r}))
 worker.ready()
