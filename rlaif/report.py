@@ -178,7 +178,14 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     x_eval = [e["updates"] for e in evaluations]
 
     words, wins, kept, sane = axes.flat
-    words.plot(x_iter, [m["sampled"]["mean_words"] for m in iterations], "o-", alpha=0.4, label="sampled")
+    # Sampled by the policy that the iteration started from, so one place to the left of its bars.
+    words.plot(
+        [m["iteration"] for m in iterations],
+        [m["sampled"]["mean_words"] for m in iterations],
+        "o-",
+        alpha=0.4,
+        label="sampled",
+    )
     words.plot(x_eval, [e["mean_words"] for e in evaluations], "s-", label="held out")
     words.set(title="words an answer", ylim=(0, None))
     judged = [e for e in evaluations if e["win_rate"] is not None]
