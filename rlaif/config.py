@@ -76,26 +76,131 @@ class Pairing(Section):
     """At most this many pairs a prompt."""
 
 
-class Judge(Section):
-    """Who compares."""
+class Juror(Section):
+    """One model behind an OpenAI-compatible server (`/v1/chat/completions`)."""
 
-    kind: Literal["likelihood"] = "likelihood"
-    """`likelihood`: a frozen model compares how likely an answer is under `prefer` and under `avoid`."""
+    model: str
+    """The name that the server knows."""
+    base_url: str = "https://api.openai.com/v1"
+    """The server, up to and including `/v1`."""
+    api_key_env: str | None = "OPENAI_API_KEY"
+    """The environment variable that holds the key; null for a server without one. Keys are never written or logged."""
+    temperature: float = Field(0.0, ge=0)
+    """Of the judge's replies."""
+    samples: int = Field(1, ge=1)
+    """Replies to each question; more than one needs a temperature above 0, or they would be one voice."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Length limit of a reply; the template's own when absent. A reasoning model needs room to think."""
+    logprobs: bool = True
+    """Ask for the log-probabilities of the label tokens, where the template's verdict is one letter."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Sent with every request as it is (`{reasoning_effort: low}`, `{chat_template_kwargs: {...}}`)."""
+
+
+class Budget(Section):
+    """What a judge may cost, over the whole run. At the limit the run stops, and can go on with a larger one."""
+
+    calls: int | None = Field(None, ge=1)
+    """Requests that were answered; a reply from the cache costs nothing."""
+    tokens: int | None = Field(None, ge=1)
+    """Prompt and completion tokens."""
+    money: float | None = Field(None, gt=0)
+    """By `judge.prices`, in their currency."""
+
+
+class Price(Section):
+    """What a model's tokens cost, per million."""
+
+    prompt: float = Field(ge=0)
+    """A million prompt tokens."""
+    completion: float = Field(ge=0)
+    """A million completion tokens."""
+
+
+class Judge(Juror):
+    """Who compares: `likelihood` (a frozen model in a worker), `chat` (a server) or `recorded` (votes of a log)."""
+
+    kind: Literal["likelihood", "chat", "recorded"] = "likelihood"
+    """`likelihood`: a frozen model compares how likely an answer is under `prefer` and under `avoid`. `chat`: any
+    OpenAI-compatible server answers a question rendered from a template. `recorded`: votes are looked up in a log."""
     model: str = "embedded:smollm2-135m-instruct"
-    """The frozen model that judges."""
-    batch_tokens: int = Field(2048, ge=64)
-    """Tokens of one forward pass."""
+    """likelihood: the frozen model that judges. chat: the name that the server knows."""
+    batch_tokens: int = Field(1024, ge=64)
+    """likelihood: tokens of one forward pass."""
     score_temperature: float = Field(4.0, gt=0)
-    """p(first) = sigmoid(score difference / this). In nats; larger is less sure."""
+    """likelihood: p(first) = sigmoid(score difference / this). In nats; larger is less sure."""
     relevance_tolerance: float = Field(0.3, ge=0)
-    """The guard votes against a side that is less relevant than the other by more than this (nat a token)."""
+    """likelihood: the guard votes against a side that is less relevant than the other by more than this (nat a
+    token)."""
     fluency_tolerance: float = Field(0.5, ge=0)
-    """The guard votes against a side that the frozen base finds less likely by more than this (nat a token)."""
+    """likelihood: the guard votes against a side that the frozen base finds less likely by more than this (nat a
+    token)."""
+    templates: list[str] = Field(default_factory=list)
+    """chat: judge templates (`prompts/judge/<name>.jinja`), each a voice; the constitution's own when empty."""
+    evaluate_templates: list[str] = Field(default_factory=list)
+    """chat: templates for held-out evaluation, so that a policy isn't measured with the question that trained it;
+    `templates` when empty."""
+    templates_dir: str = "prompts/judge"
+    """chat: folder of the templates."""
+    votes_per_principle: bool = False
+    """chat: one question for each principle instead of one for all; a guard's question can then veto."""
+    jury: list[Juror] = Field(default_factory=list)
+    """chat: more judges beside this one; each is a voice."""
+    clamp: tuple[float, float] | None = None
+    """chat: bounds of p(first) for templates that reason first, as in Constitutional AI: `[0.4, 0.6]`."""
+    concurrency: int = Field(16, ge=1)
+    """chat: requests under way at once, all judges together."""
+    timeout_s: float = Field(120.0, gt=0)
+    """chat: longest wait for one reply."""
+    max_retries: int = Field(5, ge=0)
+    """chat: further attempts after a 429, a 5xx, a timeout or a cut connection, with jittered exponential waits."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    """chat: limit of the server."""
+    tokens_per_minute: int | None = Field(None, ge=1)
+    """chat: limit of the server, prompt and completion together."""
+    breaker_failures: int = Field(20, ge=1)
+    """chat: this many ballots in a row that failed after all retries: the judge is down, and the run pauses."""
+    budget: Budget = Budget()
+    prices: dict[str, Price] = Field(default_factory=dict)
+    """chat: price per model name, for `budget.money` and the cost report."""
+    cache: str | None = "~/.cache/rlaif/replies"
+    """chat: folder of stored replies, shared between runs; null for none."""
+    early_stop: bool = False
+    """chat: cast ballots in rounds, and leave out a pair whose decision can't change any more. Never with a
+    calibrated filter."""
+    votes: str | None = None
+    """recorded: the votes (a run directory, a `votes.jsonl`, or a table as `rlaif judge bench --votes` takes)."""
+
+    @property
+    def jurors(self) -> tuple[Juror, ...]:
+        """All judges behind servers: this one, then the jury."""
+        mine = {name: getattr(self, name) for name in Juror.model_fields}
+        return (Juror.model_validate(mine), *self.jury)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Judge:
+        if self.kind == "chat" and self.model.startswith("embedded:"):
+            raise ValueError("judge.model: a chat judge needs the name that its server knows, for example gpt-4.1-mini")
+        if self.kind == "recorded" and not self.votes:
+            raise ValueError("judge.votes: kind `recorded` needs a log to look votes up in")
+        if self.kind != "chat" and self.jury:
+            raise ValueError("judge.jury: a jury sits behind servers; set judge.kind: chat")
+        for juror in self.jurors:
+            if juror.samples > 1 and juror.temperature == 0:
+                raise ValueError("judge.samples: equal requests at temperature 0 are one voice; raise the temperature")
+        return self
 
 
 class Filters(Section):
     """Which labels are trusted."""
 
+    aggregate: Literal["mean", "majority", "dawid_skene"] = "mean"
+    """How votes become a verdict: `mean` of p(first), `majority` of outcomes, `dawid_skene` for a jury (jurors are
+    weighted by how they agree, fitted once an iteration)."""
+    calibration: str | None = None
+    """File of `rlaif judge calibrate`: pairs under its threshold are dropped (`uncalibrated`)."""
+    uncalibrated: Literal["drop", "stop"] = "stop"
+    """When judge, template or constitution are not those that were calibrated: drop every pair, or stop the run."""
     min_votes: int = Field(1, ge=1)
     """Valid votes a pair needs (`too_few_votes`)."""
     max_abstention_share: float = Field(0.5, ge=0, le=1)

@@ -25,3 +25,11 @@ class RunInterrupted(RlaifError):
     """Ctrl-C or SIGTERM: the run stopped cleanly and can be resumed."""
 
     exit_code = 130
+
+
+class JudgeUnavailable(RlaifError):
+    """The judge's server is down, or refuses: the run pauses and can be resumed."""
+
+
+class BudgetSpent(UserError):
+    """The judge's budget is used up: the run stops cleanly and can go on with a larger one."""

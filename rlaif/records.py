@@ -139,6 +139,8 @@ class Ballot(Record):
     """The constitution's hash."""
     template: str
     """Hash of the text or template that the question is rendered from."""
+    parameters: str = ""
+    """Digest of the sampling parameters of a judge behind a server (model, temperature, max_tokens, ...)."""
 
 
 class Usage(Record):
@@ -160,6 +162,16 @@ class Vote(Record):
     """For a judge that scores: the voice's score of the first completion (nats)."""
     score_second: float | None = None
     raw_reply: str
+    finish_reason: str | None = None
+    """As the server says it; None without a server, or without a reply."""
+    prompt_hash: str | None = None
+    """Digest of the rendered messages, as they were sent."""
+    mass_neither: float | None = None
+    """Where p(first) comes from label tokens: the probability that was on neither label."""
+    error: str | None = None
+    """What went wrong, for `infra_error`: one line, no secrets."""
+    attempts: int = 1
+    """Requests that were made for it; 0 when it came from the cache."""
     usage: Usage = Usage()
     latency_s: float = 0.0
     cached: bool = False
@@ -176,6 +188,10 @@ class Verdict(Record):
     valid_votes: int
     abstentions: dict[AbstainReason, int] = Field(default_factory=dict)
     order_flip: bool = False
+    slot_first: int = 0
+    """Position bias: votes for the slot shown first, among ..."""
+    slot_votes: int = 0
+    """... votes for either slot by voices that were asked in both orders."""
     guard_first: int = 0
     """Guard votes for the first completion (that is, against the second)."""
     guard_second: int = 0
