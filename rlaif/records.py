@@ -261,6 +261,8 @@ class Plan(Record):
     iteration: int
     seed: int
     constitution: ConstitutionRef
+    templates: dict[str, str] = Field(default_factory=dict)
+    """Judge templates in force, for a judge that reads: name → hash."""
     policy: PolicyVersion
     prompt_ids: tuple[str, ...]
     evaluate: bool

@@ -1,11 +1,13 @@
 """Which text of the rules is in force, and the run's own copy of every text that it used.
 
 A job's `constitution: assistant` is read again before each iteration, so an edited file or a new version
-takes effect in the next one. `schedule` and pins such as `assistant@2` are read once, at the start.
+takes effect in the next one. `schedule` and pins such as `assistant@2` are read once, at the start. A judge that
+reads sees the text through templates; they are read, pinned and copied together with it.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from rlaif.config import Job
 from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import selecting_voices
-from rlaif.store import RunDir, disk_errors, read_json, write_json
+from rlaif.judging.templates import Template, load_template, parse_template, template_names
+from rlaif.store import RunDir, disk_errors, read_json, replace_dir, write_json
 
 
 class Texts:
@@ -33,9 +36,13 @@ class Texts:
         self._follows = job.constitution if job.constitution and "@" not in job.constitution else None
         self._schedule = job.schedule or {0: job.constitution or ""}
         self._alarmed: str | None = None
+        self._judge = job.judge
+        self._templates_dir = base_dir / job.judge.templates_dir
         # A pinned text comes from the run's own copy once there is one; what is on disk no longer matters.
         texts = [self._newest(self._follows)] if self._follows else list(map(self._pinned, self._schedule.values()))
         self._last_good = texts[0]
+        for text in texts:
+            self.templates_in_force(text)
 
     def in_force(self, iteration: int) -> Constitution:
         """The text for this iteration, copied into the run."""
@@ -43,8 +50,9 @@ class Texts:
             start = max(i for i in self._schedule if i <= iteration)
             return self._pinned(self._schedule[start])
         try:
-            self._last_good = self._newest(self._follows)
-            self._alarmed = None
+            newest = self._newest(self._follows)
+            self.templates_in_force(newest)
+            self._last_good, self._alarmed = newest, None
         except UserError as e:
             if self._alarmed != str(e):
                 self._alarmed = str(e)
@@ -56,6 +64,43 @@ class Texts:
     def load(self, digest: str) -> Constitution:
         """The run's copy of a text."""
         return Constitution.model_validate(read_json(self._run.path / "constitutions" / digest / "constitution.json"))
+
+    def templates_in_force(self, text: Constitution) -> dict[str, str]:
+        """Name → hash of the templates that show a text, copied into the run; none for a judge that doesn't read.
+
+        Raises:
+            UserError: a template is missing or can't be used.
+        """
+        if self._judge.kind != "chat":
+            return {}
+        names = [*template_names(self._judge, text, "decide"), *template_names(self._judge, text, "evaluate")]
+        return {name: self._template(name) for name in dict.fromkeys(names)}
+
+    def load_template(self, name: str, digest: str) -> Template:
+        """The run's copy of a template."""
+        folder = self._run.path / "constitutions" / digest
+        return parse_template(name, {f.name: f.read_text() for f in sorted(folder.glob("*.jinja"))}, str(folder))
+
+    def _template(self, name: str) -> str:
+        """Hash of a template: the pinned one where texts are pinned, else the one on disk. Copies it into the run."""
+        pins = self._run.path / "constitutions" / "pins.json"
+        known: dict[str, str] = read_json(pins) if pins.exists() else {}
+        key = f"template {name}"
+        if not self._follows and key in known:
+            return known[key]
+        template = load_template(self._templates_dir, name)
+        folder = self._run.path / "constitutions" / template.hash
+        if not folder.exists():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            with disk_errors(folder):
+                for source in template.sources:
+                    (partial / source.name).write_text(source.text)
+            replace_dir(partial, folder)
+        if not self._follows:
+            write_json(pins, known | {key: template.hash})
+        return template.hash
 
     def _pinned(self, reference: str) -> Constitution:
         pins = self._run.path / "constitutions" / "pins.json"
