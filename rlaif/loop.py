@@ -418,7 +418,7 @@ class Loop:
 
 
 def _candidates(completions: list[Completion], prompts: dict[str, Prompt]) -> list[Any]:
-    from rlaif.judging.likelihood import Candidate
+    from rlaif.judging.candidates import Candidate
 
     return [Candidate.of(c, prompts[c.prompt_id]) for c in completions]
 

@@ -2,20 +2,35 @@
 
 The three uses never mix: a voice that selected a pair never votes on it, and a held-out contrast
 (`use: evaluate`) neither selects nor decides, so that what measures the policy has not trained it.
+
+A judge behind a server is asked in both orders always, times templates, samples, jurors and, where the job says so,
+principles. Early stop: its ballots in rounds, and when a pair needs no more of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
+from rlaif.config import Filters, Juror
 from rlaif.constitution import Constitution, Principle, Use
-from rlaif.records import Ballot, Pair, digest
+from rlaif.errors import UserError
+from rlaif.judging import filters as rules
+from rlaif.judging.templates import Template, asks_by_principle
+from rlaif.judging.verdicts import aggregate
+from rlaif.records import Ballot, Outcome, Pair, Side, Vote, digest
 
 Role = Literal["decide", "evaluate"]
 
 GUARD_MEASURES = ("relevance", "fluency", "ending")
 """What a likelihood judge measures for a guard that has no contrast of its own."""
+
+_SIDES: tuple[Side, ...] = ("first", "second")
+
+# How many tokens to ask for at each place. Twenty is the most that servers give; with reasoning before the verdict
+# every one of its tokens carries them too.
+_TOP_LOGPROBS = {"letter": 20, "last_line": 5}
 
 
 def selecting_voices(constitution: Constitution) -> list[str]:
@@ -76,6 +91,150 @@ def make_ballots(
             identity = digest({**content, "first": pair.first, "second": pair.second})
             ballots.append(Ballot.model_validate({"id": identity, **content}))
     return ballots
+
+
+def juror_names(jurors: Sequence[Juror]) -> list[str]:
+    """What ballots call each juror: model and server, numbered where two have both in common. Never a key."""
+    names: list[str] = []
+    for juror in jurors:
+        # Without the user and password that an address can hold.
+        host = urlsplit(juror.base_url).netloc.rpartition("@")[2]
+        name = f"chat:{juror.model}@{host}"
+        same = sum(n == name or n.startswith(f"{name}#") for n in names)
+        names.append(f"{name}#{same + 1}" if same else name)
+    return names
+
+
+def request_parameters(juror: Juror, template: Template) -> dict[str, Any]:
+    """Everything of a request but its messages and its seed, as the server gets it; null in `extra_body` removes."""
+    body: dict[str, Any] = {
+        "model": juror.model,
+        "temperature": juror.temperature,
+        "max_tokens": juror.max_tokens or template.max_tokens,
+    }
+    if juror.logprobs and template.verdict in _TOP_LOGPROBS:
+        body |= {"logprobs": True, "top_logprobs": _TOP_LOGPROBS[template.verdict]}
+    if template.json_schema is not None:
+        schema = {"name": "verdict", "strict": True, "schema": template.json_schema}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if "max_completion_tokens" in juror.extra_body:  # servers refuse both
+        del body["max_tokens"]
+    return {k: v for k, v in (body | juror.extra_body).items() if v is not None}
+
+
+def make_chat_ballots(
+    pairs: Iterable[Pair],
+    constitution: Constitution,
+    jurors: Sequence[Juror],
+    templates: Sequence[Template],
+    role: Role = "decide",
+    votes_per_principle: bool = False,
+    seed: int = 0,
+) -> Iterator[Ballot]:
+    """Ballots for judges behind servers, pair by pair, one at a time: there may be millions.
+
+    A voice is template, principle (with `votes_per_principle`), juror and sample; each is asked in both orders. With
+    votes per principle a guard's ballots can veto, and are left out of `evaluate`; otherwise one question shows all
+    rules. At temperature 0 the seed is 0 whatever the job's: the question is the same. `templates` are those of the
+    role (`template_names`).
+
+    Raises:
+        UserError: votes per principle from a template that asks about the whole constitution only.
+    """
+    principles: list[Principle | None] = [None]
+    if votes_per_principle:
+        principles = [p for p in constitution.principles if role == "decide" or not p.guard]
+        for template in templates:
+            if not asks_by_principle(template):
+                raise UserError(
+                    f"judge.votes_per_principle: template `{template.name}` never shows `principle`, so every question "
+                    "would be the same; show it, or set judge.votes_per_principle: false"
+                )
+    everything = tuple(p.id for p in constitution.principles)
+    voices = [
+        {
+            "judge": name,
+            "voice": f"{template.name}/{principle.id}" if principle else template.name,
+            "principles": (principle.id,) if principle else everything,
+            "guard": principle is not None and principle.guard,
+            "sample_index": sample,
+            "seed": (seed * 1_000_003 + sample) % 2**31 if juror.temperature > 0 else 0,
+            "constitution": constitution.hash,
+            "template": template.hash,
+            "parameters": digest(request_parameters(juror, template)),
+        }
+        for sample in range(max(j.samples for j in jurors))
+        for template in templates
+        for principle in principles
+        for juror, name in zip(jurors, juror_names(jurors), strict=True)
+        if sample < juror.samples
+    ]
+    for pair in pairs:
+        for voice in voices:
+            if voice["voice"] in pair.selected_by:
+                continue
+            for order in ("forward", "reversed"):
+                content = {**voice, "pair_id": pair.id, "order": order}
+                identity = digest({**content, "first": pair.first, "second": pair.second})
+                yield Ballot.model_validate({"id": identity, **content})
+
+
+def rounds(ballots: Iterable[Ballot]) -> list[list[Ballot]]:
+    """The ballots in rounds, for early stop: in each, every pair's next voice, in both orders. Follows from the
+    ballots' own order alone, never from who answers first."""
+    out: list[list[Ballot]] = []
+    voices: dict[str, dict[tuple[str, str, int], int]] = {}
+    for ballot in ballots:
+        mine = voices.setdefault(ballot.pair_id, {})
+        turn = mine.setdefault((ballot.judge, ballot.voice, ballot.sample_index), len(mine))
+        if turn == len(out):
+            out.append([])
+        out[turn].append(ballot)
+    return out
+
+
+def settled(
+    votes: Sequence[Vote], left: Sequence[Ballot], settings: Filters, weights: Mapping[str, float] | None = None
+) -> bool:
+    """Whether no answer to the ballots that are left can change the filter's decision on a pair.
+
+    True once nothing is left, or when neither side can be kept any more. A pair that would be kept now never is
+    settled before its last vote: that vote could flip the order. Never true with a calibrated filter.
+    """
+    if not left:
+        return True
+    if not votes or settings.calibration is not None:
+        return False
+    return not any(_can_be_kept(side, votes, left, settings, weights) for side in _SIDES)
+
+
+def _can_be_kept(
+    side: Side, votes: Sequence[Vote], left: Sequence[Ballot], settings: Filters, weights: Mapping[str, float] | None
+) -> bool:
+    """Whether some answers could; each rule is given those that suit it best, so this errs on the side of yes."""
+    so_far = aggregate(votes, weights)
+    if rules.order_flip(so_far, settings):
+        return False
+    best = aggregate([*votes, *(_unanimous(b, side) for b in left)], weights)
+    if rules.too_few_votes(best, settings) or rules.abstained(best, settings):
+        return False
+    against = so_far.guard_second if side == "first" else so_far.guard_first
+    if settings.guards and against:
+        return False
+    if settings.aggregate == "dawid_skene":  # what a vote weighs is known after the last one
+        return True
+    if settings.aggregate == "majority":
+        hard = [v.model_copy(update={"p_first": None}) for v in votes]
+        best = aggregate([*hard, *(_unanimous(b, side) for b in left)], weights)
+    elif settings.aggregate == "mean" and rules.low_margin(best, settings):
+        return False
+    return best.outcome == side and not rules.low_agreement(best, settings)
+
+
+def _unanimous(ballot: Ballot, side: Side) -> Vote:
+    """The vote that helps a side most: for it, or from a guard not against it."""
+    outcome: Outcome = "tie" if ballot.guard else side
+    return Vote(ballot=ballot, model="", outcome=outcome, raw_reply="")
 
 
 def _electing(constitution: Constitution, use: Use) -> list[str]:

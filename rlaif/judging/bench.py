@@ -19,8 +19,8 @@ from rlaif.config import Filters
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import make_ballots
+from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import decide
-from rlaif.judging.likelihood import Candidate
 from rlaif.judging.verdicts import aggregate
 from rlaif.records import Ballot, Decision, DropReason, FinishReason, Message, Pair, Record, Side, Vote
 

@@ -27,14 +27,12 @@ from rlaif.config import Judge
 from rlaif.constitution import Constitution, Voice
 from rlaif.errors import UserError
 from rlaif.judging.ballots import GUARD_MEASURES
+from rlaif.judging.candidates import Candidate
 from rlaif.records import (
     Ballot,
-    Completion,
-    FinishReason,
     Message,
     Outcome,
     Pair,
-    Prompt,
     Quality,
     Record,
     Score,
@@ -49,32 +47,6 @@ _CHUNK_BATCHES = 4
 _VOCABULARY_ROWS = 256
 _SOFTMAX_ROWS = 16
 _CACHE_ENTRIES = 200_000
-
-
-class Candidate(Record):
-    """A completion as the judge needs it."""
-
-    completion_id: str
-    prompt_id: str
-    messages: tuple[Message, ...]
-    """The prompt as the policy saw it, system message included."""
-    token_ids: tuple[int, ...] | None = None
-    """As sampled, the end token included iff it ended by itself. When they are absent, or another model's (they
-    don't decode to `text`), the judge's own tokenizer reads `text`."""
-    finish_reason: FinishReason
-    text: str
-
-    @classmethod
-    def of(cls, completion: Completion, prompt: Prompt) -> Candidate:
-        """A sampled completion with the prompt that it answers."""
-        return cls(
-            completion_id=completion.id,
-            prompt_id=prompt.id,
-            messages=prompt.messages,
-            token_ids=completion.token_ids,
-            finish_reason=completion.finish_reason,
-            text=completion.text,
-        )
 
 
 def make(model_path: str, settings: Judge) -> LikelihoodJudge:

@@ -15,7 +15,8 @@ from rlaif.records import Message, Pair
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from rlaif.judging.likelihood import Candidate, LikelihoodJudge, _join  # noqa: E402
+from rlaif.judging.candidates import Candidate  # noqa: E402
+from rlaif.judging.likelihood import LikelihoodJudge, _join  # noqa: E402
 
 TEXT = """
 summary: Test.

@@ -1,0 +1,63 @@
+"""Stored replies of judges behind servers, shared between runs and processes.
+
+In: the digest of everything that determines a reply. Out: the raw reply, which is parsed again on every use, so that a
+better parser mends old verdicts too. A failed call is never stored.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rlaif.errors import UserError
+from rlaif.judging.parsing import Reply
+from rlaif.records import digest
+
+_SIZE_LIMIT_BYTES = 8 * 2**30
+
+
+def reply_key(base_url: str, body: dict[str, Any], seed: int, sample_index: int) -> str:
+    """Digest of what determines a reply; `body` is the request: model, all parameters, the rendered messages."""
+    return digest({"base_url": base_url.rstrip("/"), "body": body, "seed": seed, "sample_index": sample_index})
+
+
+class ReplyCache:
+    """A folder of replies. The library locks it between processes; the oldest go first when it is full."""
+
+    def __init__(self, folder: Path | str):
+        """Opens or creates the folder.
+
+        Raises:
+            UserError: it can't be written.
+        """
+        import diskcache
+
+        path = Path(folder).expanduser()
+        try:
+            self._cache = diskcache.Cache(str(path), size_limit=_SIZE_LIMIT_BYTES)
+        except (OSError, sqlite3.Error) as e:
+            raise UserError(
+                f"judge.cache: can't write to {path} ({e}); name another folder, or null for no cache"
+            ) from e
+
+    def get(self, key: str) -> Reply | None:
+        """The stored reply; None when there is none, or it can't be read."""
+        value = self._cache.get(key, retry=True)
+        try:
+            return None if value is None else Reply.model_validate_json(value)
+        except ValidationError:
+            return None
+
+    def put(self, replies: Iterable[tuple[str, Reply]]) -> None:
+        """Stores replies, all in one transaction."""
+        with self._cache.transact(retry=True):
+            for key, reply in replies:
+                self._cache.set(key, reply.model_dump_json(), retry=True)
+
+    def close(self) -> None:
+        """Closes the folder."""
+        self._cache.close()

@@ -1,0 +1,31 @@
+"""A completion as every judge needs it."""
+
+from __future__ import annotations
+
+from rlaif.records import Completion, FinishReason, Message, Prompt, Record
+
+
+class Candidate(Record):
+    """A completion with the prompt that it answers."""
+
+    completion_id: str
+    prompt_id: str
+    messages: tuple[Message, ...]
+    """The prompt as the policy saw it, system message included."""
+    token_ids: tuple[int, ...] | None = None
+    """As sampled, the end token included iff it ended by itself. When they are absent, or another model's (they
+    don't decode to `text`), a likelihood judge's own tokenizer reads `text`."""
+    finish_reason: FinishReason
+    text: str
+
+    @classmethod
+    def of(cls, completion: Completion, prompt: Prompt) -> Candidate:
+        """A sampled completion with the prompt that it answers."""
+        return cls(
+            completion_id=completion.id,
+            prompt_id=prompt.id,
+            messages=prompt.messages,
+            token_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
+            text=completion.text,
+        )

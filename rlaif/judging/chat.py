@@ -1,0 +1,355 @@
+"""The chat judge: ballots in, votes out, from any OpenAI-compatible server.
+
+In: ballots (`make_chat_ballots`), pairs, candidates and a constitution. Out: votes in chunks, in the order in which
+they were answered. Every ballot ends as a vote, which may be a typed abstention, or is still owed when `cast` raises:
+
+- `BudgetSpent`: the budget is used up; what was under way is answered and yielded first.
+- `JudgeUnavailable`: too many ballots in a row failed for good. Their abstentions are held back, and owed again.
+- `UserError`: the key, the model, the address or the request itself is wrong.
+
+Ballots are taken from their iterable when there is room, so memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rlaif.config import Judge, Juror
+from rlaif.constitution import Constitution
+from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
+from rlaif.judging.ballots import juror_names, request_parameters
+from rlaif.judging.cache import ReplyCache, reply_key
+from rlaif.judging.candidates import Candidate
+from rlaif.judging.parsing import Reply, label_mass, outcome, parse
+from rlaif.judging.templates import Template, render
+from rlaif.judging.transport import CallFailed, OpenAIServer, Pace, Server, shown_url
+from rlaif.records import Ballot, Message, Pair, Record, Usage, Vote, digest
+
+Connect = Callable[[Juror, Judge, asyncio.Semaphore, Pace, Pace, float], Server]
+
+
+class Spent(Record):
+    """What a judge has cost so far."""
+
+    calls: int = 0
+    tokens: int = 0
+    money: float = 0.0
+
+    def plus(self, usage: Usage, juror: Juror, settings: Judge) -> Spent:
+        """With one more answered call."""
+        price = settings.prices.get(juror.model)
+        money = 0.0
+        if price is not None:
+            money = (usage.prompt_tokens * price.prompt + usage.completion_tokens * price.completion) / 1e6
+        tokens = usage.prompt_tokens + usage.completion_tokens
+        return Spent(calls=self.calls + 1, tokens=self.tokens + tokens, money=self.money + money)
+
+
+def spent_on(votes: Iterable[Vote], settings: Judge) -> Spent:
+    """What the given votes cost: those of an earlier process count against the budget of this one."""
+    jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
+    spent = Spent()
+    for vote in votes:
+        if not vote.cached and vote.abstain_reason != "infra_error" and vote.ballot.judge in jurors:
+            spent = spent.plus(vote.usage, jurors[vote.ballot.judge], settings)
+    return spent
+
+
+def make(settings: Judge, templates: Sequence[Template], spent: Spent | None = None) -> ChatJudge:
+    """Factory for a worker process. `spent` is what earlier processes of the run have used of the budget."""
+    return ChatJudge(settings, templates, spent)
+
+
+class ChatJudge:
+    """Asks one or more models behind servers. `spent` grows with every answered call."""
+
+    def __init__(
+        self,
+        settings: Judge,
+        templates: Sequence[Template],
+        spent: Spent | None = None,
+        connect: Connect = OpenAIServer,
+        backoff_s: float = 0.5,
+    ):
+        """`connect` makes a juror's server; `backoff_s` is the longest first wait before another attempt.
+
+        Raises:
+            UserError: a key is missing, an address is none, a price is missing, or the cache can't be written.
+        """
+        for juror in settings.jurors:
+            if settings.budget.money is not None and juror.model not in settings.prices:
+                raise UserError(f"judge.prices: no price for `{juror.model}`, and judge.budget.money needs one")
+        self.settings = settings
+        self.spent = spent or Spent()
+        self._templates = {t.hash: t for t in templates}
+        self._jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
+        self._connect = connect
+        self._backoff_s = backoff_s
+        self._servers(asyncio.Semaphore())  # a missing key is found before any call
+        self._cache = ReplyCache(settings.cache) if settings.cache else None
+
+    def cast(
+        self,
+        ballots: Iterable[Ballot],
+        pairs: Sequence[Pair],
+        candidates: Sequence[Candidate],
+        constitution: Constitution,
+    ) -> Iterator[list[Vote]]:
+        """Votes on the given ballots, in chunks: write each before asking for the next.
+
+        A generator that is closed early leaves the ballots under way unanswered: they are owed again.
+
+        Raises:
+            BudgetSpent, JudgeUnavailable, UserError: see the module; all votes before it were yielded.
+            ValueError: a ballot about another constitution, template or juror than this judge's.
+        """
+        questions = _Questions(
+            {p.id: p for p in pairs}, {c.completion_id: c for c in candidates}, constitution, self._templates
+        )
+        with asyncio.Runner() as runner:
+            casting = _Casting(self, iter(ballots), questions)
+            runner.run(casting.start())
+            try:
+                while (chunk := runner.run(casting.next_chunk())) is not None:
+                    if chunk:
+                        yield chunk
+            finally:
+                runner.run(casting.stop())
+
+    def close(self) -> None:
+        """Closes the cache."""
+        if self._cache is not None:
+            self._cache.close()
+
+    def _servers(self, slots: asyncio.Semaphore) -> dict[str, Server]:
+        """A server for each juror; jurors at one address share its limits."""
+        paces: dict[str, tuple[Pace, Pace]] = {}
+        for juror in self._jurors.values():
+            limits = Pace(self.settings.requests_per_minute), Pace(self.settings.tokens_per_minute)
+            paces.setdefault(shown_url(juror), limits)
+        return {
+            name: self._connect(juror, self.settings, slots, *paces[shown_url(juror)], self._backoff_s)
+            for name, juror in self._jurors.items()
+        }
+
+
+class _Questions(NamedTuple):
+    """What ballots are rendered from."""
+
+    pairs: Mapping[str, Pair]
+    candidates: Mapping[str, Candidate]
+    constitution: Constitution
+    templates: Mapping[str, Template]
+
+    def template(self, ballot: Ballot) -> Template:
+        """The template of a ballot."""
+        if ballot.constitution != self.constitution.hash:
+            raise ValueError(f"ballot {ballot.id} is about another constitution")
+        if ballot.template not in self.templates:
+            raise ValueError(f"ballot {ballot.id} is of another template")
+        return self.templates[ballot.template]
+
+    def messages(self, ballot: Ballot) -> tuple[Message, ...]:
+        """A ballot's question, rendered."""
+        pair = self.pairs[ballot.pair_id]
+        shown = pair.swap() if ballot.order == "reversed" else pair
+        first, second = self.candidates[shown.first], self.candidates[shown.second]
+        _, _, asked = ballot.voice.partition("/")
+        principle = self.constitution.principle(asked) if asked else None
+        return render(self.template(ballot), self.constitution, principle, first.messages, first.text, second.text)
+
+
+class _Done(NamedTuple):
+    """A ballot that was answered, or failed for good."""
+
+    vote: Vote
+    failure: CallFailed | None = None
+    store: tuple[str, Reply] | None = None
+    """What the cache doesn't hold yet."""
+
+
+class _Casting:
+    """One `cast` on its way: a fixed number of tasks take ballots from one iterator."""
+
+    def __init__(self, judge: ChatJudge, ballots: Iterator[Ballot], questions: _Questions):
+        self.judge = judge
+        self.ballots = ballots
+        self.questions = questions
+        self.finished: list[_Done] = []
+        self.held: list[_Done] = []
+        """Failures since the last reply: whether they are votes shows with the next one."""
+        self.any_reply = False
+        self.error: Exception | None = None
+        """Why no more ballots are taken."""
+        self.under_way = 0
+
+    async def start(self) -> None:
+        """Starts the tasks. More than there are request slots, so that a wait before a retry leaves none empty."""
+        self.wake = asyncio.Event()
+        self.room = asyncio.Condition()
+        self.servers = self.judge._servers(asyncio.Semaphore(self.judge.settings.concurrency))
+        tasks = 2 * self.judge.settings.concurrency
+        self.tasks = [asyncio.create_task(self._work()) for _ in range(tasks)]
+
+    async def next_chunk(self) -> list[Vote] | None:
+        """The votes since the last call, at least one; None when all is done.
+
+        Raises:
+            BudgetSpent, JudgeUnavailable, UserError: after the last vote was returned.
+        """
+        while True:
+            all_done = all(t.done() for t in self.tasks)
+            if finished := self._take():
+                return [d.vote for d in finished]
+            # What is under way is still answered when the budget is spent; with any other error it is not.
+            if self.error is not None and (all_done or not isinstance(self.error, BudgetSpent)):
+                raise self.error
+            if all_done:
+                left, self.held = self.held, []
+                if left and not self.any_reply and all(d.failure and d.failure.kind != "broken" for d in left):
+                    raise self._unavailable(left)
+                return [d.vote for d in left] or None
+            await self.wake.wait()
+            self.wake.clear()
+
+    async def stop(self) -> None:
+        """Ends what is still under way."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        for server in self.servers.values():
+            await server.close()
+
+    def _take(self) -> list[_Done]:
+        """Finished votes that can be yielded, their replies stored."""
+        out: list[_Done] = []
+        for done in self.finished:
+            if done.vote.cached:  # says nothing about the server
+                out.append(done)
+            elif done.failure is None:
+                out += [*self.held, done]
+                self.held, self.any_reply = [], True
+            elif done.failure.kind == "rejected" and self.any_reply:
+                out.append(done)
+            elif self.error is None or isinstance(self.error, BudgetSpent):
+                self.held.append(done)
+                if len(self.held) >= self.judge.settings.breaker_failures:
+                    self.error = self._unavailable(self.held)
+        self.finished = []
+        if self.judge._cache is not None and (new := [d.store for d in out if d.store is not None]):
+            self.judge._cache.put(new)
+        return out
+
+    def _unavailable(self, failed: Sequence[_Done]) -> Exception:
+        """Why a row of failures ends the casting."""
+        last = failed[-1]
+        url = shown_url(self.judge._jurors[last.vote.ballot.judge])
+        if not self.any_reply and all(d.failure and d.failure.kind == "rejected" for d in failed):
+            return UserError(f"judge: {url} rejects every request; mend the job (judge.extra_body, judge.logprobs, …): "
+                             f"{last.vote.error}")  # fmt: skip
+        return JudgeUnavailable(
+            f"judge: {url} is down, {len(failed)} ballots in a row failed after all attempts (last: {last.vote.error}); "
+            "no vote is lost: run again when it is back"
+        )
+
+    async def _work(self) -> None:
+        """Answers ballots until none is left or there is a reason to stop."""
+        try:
+            while self.error is None and (ballot := next(self.ballots, None)) is not None:
+                done = await self._answer(ballot)
+                self.finished.append(done)
+                self.wake.set()
+                if done.vote.cached:
+                    await asyncio.sleep(0)  # a run of cached replies must not keep the others waiting
+        except Exception as e:
+            self.error = self.error or e
+        finally:
+            self.wake.set()
+
+    async def _answer(self, ballot: Ballot) -> _Done:
+        template = self.questions.template(ballot)
+        juror = self.judge._jurors.get(ballot.judge)
+        if juror is None:
+            raise ValueError(f"ballot {ballot.id} is for {ballot.judge}, which is no juror of this judge")
+        messages = self.questions.messages(ballot)
+        body = {**request_parameters(juror, template), "messages": [m.model_dump() for m in messages]}
+        if juror.temperature > 0 and "seed" not in juror.extra_body:
+            body["seed"] = ballot.seed
+        prompt_hash = digest(body["messages"])
+        key = reply_key(juror.base_url, body, ballot.seed, ballot.sample_index) if self.judge._cache else ""
+        if self.judge._cache is not None and (stored := self.judge._cache.get(key)) is not None:
+            vote = _vote(ballot, template, stored, prompt_hash, self.judge.settings.clamp)
+            return _Done(vote.model_copy(update={"cached": True, "attempts": 0}))
+        await self._enter()
+        try:
+            answer = await self.servers[ballot.judge].ask(body)
+            self.judge.spent = self.judge.spent.plus(answer.reply.usage, juror, self.judge.settings)
+        except CallFailed as e:
+            failed = Vote(
+                ballot=ballot, model=juror.model, outcome="abstain", abstain_reason="infra_error", raw_reply="",
+                prompt_hash=prompt_hash, error=e.error, attempts=e.attempts,
+            )  # fmt: skip
+            return _Done(failed, failure=e)
+        finally:
+            await self._leave()
+        vote = _vote(ballot, template, answer.reply, prompt_hash, self.judge.settings.clamp)
+        vote = vote.model_copy(update={"attempts": answer.attempts, "latency_s": round(answer.latency_s, 4)})
+        return _Done(vote, store=(key, answer.reply) if key else None)
+
+    async def _enter(self) -> None:
+        """Returns when the budget allows one more call, those under way counted.
+
+        Tokens and money are known afterwards only, so what is under way at their limit goes over it.
+
+        Raises:
+            BudgetSpent: it allows none.
+        """
+        calls = self.judge.settings.budget.calls
+        async with self.room:
+            while True:
+                self._check_budget()
+                if calls is None or self.judge.spent.calls + self.under_way < calls:
+                    self.under_way += 1
+                    return
+                await self.room.wait()
+
+    async def _leave(self) -> None:
+        async with self.room:
+            self.under_way -= 1
+            self.room.notify_all()
+
+    def _check_budget(self) -> None:
+        spent = self.judge.spent
+        for name, limit in self.judge.settings.budget:
+            if limit is not None and getattr(spent, name) >= limit:
+                raise BudgetSpent(
+                    f"judge.budget.{name}={limit:g} is spent ({spent.calls} calls, {spent.tokens} tokens, "
+                    f"{spent.money:.4g} money); every vote is saved: raise judge.budget.{name} and run again to go on"
+                )
+
+
+def _vote(
+    ballot: Ballot, template: Template, reply: Reply, prompt_hash: str, clamp: tuple[float, float] | None
+) -> Vote:
+    """The vote that a reply is."""
+    parsed = parse(reply, template.verdict, template.pattern)
+    found: dict[str, Any] = {"outcome": "abstain", "abstain_reason": parsed.abstain_reason}
+    if parsed.shown is not None:
+        found = {"outcome": outcome(parsed.shown, ballot.order)}
+    # A tie has no side that the labels' masses could speak for.
+    if parsed.shown in ("A", "B") and (mass := label_mass(reply.tokens)) is not None:
+        p_first = 1 - mass.p_first_shown if ballot.order == "reversed" else mass.p_first_shown
+        if clamp is not None and template.verdict != "letter":
+            p_first = min(max(p_first, clamp[0]), clamp[1])
+        found |= {"p_first": p_first, "mass_neither": mass.neither}
+    return Vote(
+        ballot=ballot,
+        model=reply.model,
+        raw_reply=reply.content or reply.refusal or "",
+        finish_reason=reply.finish_reason,
+        prompt_hash=prompt_hash,
+        usage=reply.usage,
+        **found,
+    )

@@ -1,0 +1,335 @@
+"""Requests to an OpenAI-compatible server: limits, retries, and what came back. The only module that imports openai.
+
+In: the body of a chat completion. Out: a `Reply` as the server gave it, or one of three errors: `UserError` (key, model
+or address), `CallFailed` (no reply after all attempts), both with one line that holds no key. Waits between attempts
+are exponential with full jitter; a server's Retry-After is honoured, up to a minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import os
+import random
+import re
+import time
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit, urlunsplit
+
+from rlaif.config import Judge, Juror
+from rlaif.errors import UserError
+from rlaif.judging.parsing import Reply, ReplyToken, TopToken
+from rlaif.records import Record, Usage
+
+MAX_RETRY_AFTER_S = 60.0
+MAX_BACKOFF_S = 30.0
+_RETRIED = (408, 409, 425, 429)
+_DOWN = (429, 502, 503, 504)
+_ERROR_CHARACTERS = 300
+# A verdict stands at the end of its reply; what comes before it needs no probabilities.
+_TOKENS_KEPT = 16
+
+FailureKind = Literal["down", "broken", "rejected"]
+"""`down`: no answer, or "not now". `broken`: an answer that is none. `rejected`: the server refuses the request."""
+
+
+class CallFailed(Exception):
+    """A request without a reply, after all attempts."""
+
+    def __init__(self, error: str, kind: FailureKind, attempts: int = 1):
+        super().__init__(error)
+        self.error = error
+        self.kind = kind
+        self.attempts = attempts
+
+
+class _Transient(Exception):
+    """An attempt that failed in a way that another may not."""
+
+    def __init__(self, error: str, kind: FailureKind, retry_after_s: float | None = None):
+        super().__init__(error)
+        self.error = error
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+
+
+class Answer(Record):
+    """A reply, and what it took to get it."""
+
+    reply: Reply
+    attempts: int
+    latency_s: float
+    """Of the attempt that succeeded."""
+
+
+class Server(Protocol):
+    """What a judge needs of a server."""
+
+    async def ask(self, body: dict[str, Any]) -> Answer:
+        """The reply to one chat completion."""
+        ...
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        ...
+
+
+class Pace:
+    """So many a minute, evenly spaced: no burst can break the limit. `None` is no limit."""
+
+    def __init__(self, per_minute: int | None):
+        self._interval_s = 60 / per_minute if per_minute else 0.0
+        self._free_at = 0.0
+
+    async def wait(self, amount: float = 1.0) -> None:
+        """Returns when `amount` more may be used."""
+        if self._interval_s:
+            now = time.monotonic()
+            start = max(now, self._free_at)
+            self._free_at = start + amount * self._interval_s
+            await asyncio.sleep(start - now)
+
+    def correct(self, amount: float) -> None:
+        """More (or less) was used than announced."""
+        self._free_at += amount * self._interval_s
+
+
+def api_key(juror: Juror) -> str | None:
+    """The key from the juror's environment variable; None when it names none.
+
+    Raises:
+        UserError: the variable is not set.
+    """
+    if juror.api_key_env is None:
+        return None
+    if key := os.environ.get(juror.api_key_env, "").strip():
+        return key
+    raise UserError(
+        f"judge.api_key_env: the environment variable {juror.api_key_env} is not set; export it with the key for "
+        f"{shown_url(juror)}, or set judge.api_key_env: null for a server without keys"
+    )
+
+
+def shown_url(juror: Juror) -> str:
+    """The juror's address without a user, a password or a query."""
+    parts = urlsplit(juror.base_url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+class OpenAIServer:
+    """One juror's server. Belongs to the event loop that it is first used in."""
+
+    def __init__(
+        self,
+        juror: Juror,
+        settings: Judge,
+        slots: AbstractAsyncContextManager[Any],
+        requests: Pace,
+        tokens: Pace,
+        backoff_s: float,
+    ):
+        """`slots` bounds the requests under way; `requests` and `tokens` are the server's limits.
+
+        Raises:
+            UserError: no key, or an address that is none.
+        """
+        from openai import AsyncOpenAI
+
+        self._key = api_key(juror)
+        if urlsplit(juror.base_url).scheme not in ("http", "https") or not urlsplit(juror.base_url).hostname:
+            raise UserError(f"judge.base_url: `{shown_url(juror)}` is no address; expected http(s)://HOST[:PORT]/v1")
+        self._juror = juror
+        self._settings = settings
+        self._slots = slots
+        self._requests = requests
+        self._tokens = tokens
+        self._backoff_s = backoff_s
+        # Retries are ours: they are counted, limited and recorded.
+        self._client = AsyncOpenAI(
+            api_key=self._key or "none", base_url=juror.base_url, max_retries=0, timeout=settings.timeout_s
+        )
+
+    async def ask(self, body: dict[str, Any]) -> Answer:
+        """The reply to one chat completion.
+
+        Raises:
+            CallFailed: no reply after all attempts, or the server rejects the request.
+            UserError: the key, the model or the address is wrong.
+        """
+        from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+
+        def wait_s(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            jitter = random.uniform(0, min(self._backoff_s * 2 ** (state.attempt_number - 1), MAX_BACKOFF_S))
+            if isinstance(error, _Transient) and error.retry_after_s is not None:
+                return min(error.retry_after_s, MAX_RETRY_AFTER_S) + min(jitter, self._backoff_s)
+            return jitter
+
+        attempts = 0
+        try:
+            async for attempt in AsyncRetrying(
+                stop=stop_after_attempt(self._settings.max_retries + 1),
+                wait=wait_s,
+                retry=retry_if_exception_type(_Transient),
+                reraise=True,
+            ):
+                with attempt:
+                    attempts += 1
+                    reply, latency_s = await self._attempt(body)
+        except _Transient as e:
+            raise CallFailed(e.error, e.kind, attempts) from None
+        return Answer(reply=reply, attempts=attempts, latency_s=latency_s)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.close()
+
+    async def _attempt(self, body: dict[str, Any]) -> tuple[Reply, float]:
+        expected = self._expected_tokens(body)
+        await self._requests.wait()
+        await self._tokens.wait(expected)
+        async with self._slots:
+            started = time.monotonic()
+            content = await self._post(body)
+            latency_s = time.monotonic() - started
+        reply = read_reply(content, self._juror.model, self._scrub)
+        used = reply.usage.prompt_tokens + reply.usage.completion_tokens
+        if used:
+            self._tokens.correct(used - expected)
+        return reply, latency_s
+
+    async def _post(self, body: dict[str, Any]) -> bytes:
+        """The body of the server's answer; openai's own models would refuse, or invent, what a server leaves out."""
+        import openai
+
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                answer = await self._client.post(
+                    "/chat/completions", body=body, cast_to=openai.HttpxBinaryResponseContent
+                )
+        except openai.APIStatusError as e:
+            raise self._status_error(e) from None
+        except (openai.APITimeoutError, TimeoutError):
+            raise _Transient(f"no reply within {self._settings.timeout_s:g} s", "down") from None
+        except openai.APIConnectionError as e:
+            cause = e.__cause__ or e
+            raise _Transient(self._scrub(f"{type(cause).__name__}: {cause}"), "down") from None
+        return answer.content
+
+    def _status_error(self, error: Any) -> Exception:
+        status, juror, url = error.status_code, self._juror, shown_url(self._juror)
+        said = self._scrub(_message(error.body) or error.response.text)
+        if status in (401, 403):
+            if juror.api_key_env is None:
+                return UserError(
+                    f"judge.api_key_env: {url} wants a key (HTTP {status}); name the variable that holds it"
+                )
+            return UserError(
+                f"judge.api_key_env: {url} refused the key in {juror.api_key_env} (HTTP {status}) for model "
+                f"`{juror.model}`; set it to a key of this server that may use this model"
+            )
+        if status == 404:
+            return UserError(
+                f"judge.model, judge.base_url: {url} has no model `{juror.model}`, or no chat completions at this "
+                f"address (HTTP 404: {said}); check both, the address usually ends in /v1"
+            )
+        if status in _RETRIED or status >= 500:
+            kind: FailureKind = "down" if status in _DOWN else "broken"
+            return _Transient(f"HTTP {status}: {said}", kind, retry_after_s(error.response.headers))
+        return CallFailed(f"HTTP {status}: {said}", "rejected")
+
+    def _expected_tokens(self, body: dict[str, Any]) -> float:
+        """A guess, corrected by the server's own count: four characters a token, and the shortest of replies."""
+        return sum(len(m["content"]) for m in body["messages"]) / 4 + 1
+
+    def _scrub(self, text: str) -> str:
+        """One line without the key, for logs and errors."""
+        if self._key:
+            text = text.replace(self._key, "[key]")
+        text = re.sub(r"\b(sk-|Bearer\s+)[^\s\"']{6,}", r"\1[key]", text)
+        line = " ".join(text.split())
+        return line[:_ERROR_CHARACTERS] + ("…" if len(line) > _ERROR_CHARACTERS else "")
+
+
+def retry_after_s(headers: Any) -> float | None:
+    """Seconds that a server asks to wait: `Retry-After` as a number or an HTTP date; None when it doesn't say."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(float(value), 0.0) if float(value) < float("inf") else None
+    except ValueError:
+        pass
+    try:
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return None
+
+
+def read_reply(content: bytes, model: str, scrub: Any = str) -> Reply:
+    """A server's answer as a `Reply`. What a verdict needs must be there; the rest may be missing or odd.
+
+    Raises:
+        _Transient: it holds no reply.
+    """
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError):
+        raise _Transient(scrub(f"not JSON: {content[:80].decode(errors='replace')!r}"), "broken") from None
+    tree = tree if isinstance(tree, dict) else {}
+    if tree.get("error"):
+        raise _Transient(scrub(f"an error instead of a reply: {_message(tree) or tree['error']}"), "broken")
+    choices = tree.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        raise _Transient("an answer without a choice", "broken")
+    said = message.get("content")
+    if isinstance(said, list):  # in parts, as some servers do
+        said = "".join(str(part.get("text") or "") for part in said if isinstance(part, dict))
+    if said is not None and not isinstance(said, str):
+        raise _Transient("an answer whose content is not text", "broken")
+    return Reply(
+        content=said,
+        refusal=_text(message.get("refusal")),
+        finish_reason=_text(choice.get("finish_reason")),
+        tokens=_reply_tokens(choice.get("logprobs")),
+        usage=_usage(tree.get("usage")),
+        model=_text(tree.get("model")) or model,
+    )
+
+
+def _reply_tokens(logprobs: Any) -> tuple[ReplyToken, ...]:
+    try:
+        return tuple(
+            ReplyToken(
+                token=at["token"],
+                top=tuple(TopToken(token=t["token"], logprob=t["logprob"]) for t in at.get("top_logprobs") or ()),
+            )
+            for at in logprobs["content"][-_TOKENS_KEPT:]
+        )
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return ()
+
+
+def _usage(tree: Any) -> Usage:
+    try:
+        return Usage(prompt_tokens=tree["prompt_tokens"], completion_tokens=tree.get("completion_tokens") or 0)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return Usage()
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _message(body: Any) -> str | None:
+    """The sentence in an error's body, in the forms that servers use."""
+    if isinstance(body, dict):
+        inner = body.get("error")
+        if isinstance(inner, dict):
+            return _text(inner.get("message"))
+        return _text(body.get("message")) or _text(inner) or _text(body.get("detail"))
+    return _text(body)

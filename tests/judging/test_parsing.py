@@ -1,0 +1,146 @@
+"""Replies: what is clear is a verdict, everything else is an abstention with its reason, and nothing crashes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlaif.judging.parsing import Reply, ReplyToken, TopToken, label_mass, outcome, parse
+from tests.test_layers import ROOT
+
+LLMBAR = ROOT.parent / "shared/data/llmbar"
+RAW = sorted(LLMBAR.glob("raw_*.json"))
+
+
+def said(content, kind="letter", finish_reason="stop", refusal=None, pattern=None):
+    parsed = parse(Reply(content=content, refusal=refusal, finish_reason=finish_reason, model="m"), kind, pattern)
+    assert (parsed.shown is None) != (parsed.abstain_reason is None)
+    return parsed.shown or parsed.abstain_reason
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("A", "A"), (" b \n", "B"), ("A.", "A"), ("**A**", "A"), ("[[B]]", "B"), ("Answer: A", "A"), ("(B)", "B"),
+        ("Answer B", "B"), ("The answer is A.", "A"), ("C", "tie"), ("tie", "tie"), ("`A`", "A"), ("Verdict: **B**", "B"),
+        ("<think>B B B</think>A", "A"), ("thoughts</think>\n\nB", "B"), ("<think>\n</think>\n", "empty"),
+        ("A or B", "unparsed"), ("A B", "unparsed"), ("Both", "unparsed"), ("D", "unparsed"), ("[[A]] [[B]]", "unparsed"),
+        ("A is better because B is long.", "unparsed"), ("А", "unparsed"), ("Ⓐ", "unparsed"), ("Ａ", "unparsed"),
+        ("", "empty"), (None, "empty"), ("  \n", "empty"), ("<think>A is", "truncated"), ("<THINK>A", "truncated"),
+        ("I'm sorry, but I can't compare these.", "refused"), ("I cannot help with that.", "refused"),
+        ("As an AI, I have no preference.", "refused"),
+    ],
+)  # fmt: skip
+def test_letter(content, expected):
+    assert said(content) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("Short.\nVerdict: A", "A"), ("Verdict: B", "B"), ("x\n\n**Verdict:** tie\n", "tie"), ("x\nverdict: [[a]].", "A"),
+        ("x\nFinal verdict: B", "B"), ("Verdict: A\nVerdict: B", "B"),
+        ("Verdict: A\nVerdict: D", "unparsed"), ("Verdict: A\nOr rather not.", "unparsed"), ("A", "unparsed"),
+        ("Verdict: A or B", "unparsed"), ("Verdict: both", "unparsed"), ("Verdict: A\nVerdict:", "unparsed"),
+        ("So A. Verdict: A", "unparsed"), ("<think>Verdict: A", "truncated"),
+        ("<think>x\nVerdict: A</think>I am not able to judge.", "refused"),
+    ],
+)  # fmt: skip
+def test_last_line(content, expected):
+    assert said(content, "last_line") == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"reason": "B is long", "verdict": "A"}', "A"), ('```json\n{"verdict": "B"}\n```', "B"),
+        ('{"verdict": "tie"}', "tie"), ('{"verdict": "A", "verdict": "B"}', "unparsed"), ('{"verdict": "D"}', "unparsed"),
+        ('{"verdict": ["A"]}', "unparsed"), ('["A"]', "unparsed"), ('"A"', "unparsed"), ("A", "unparsed"),
+        ('{"verdict": "A"} or {"verdict": "B"}', "unparsed"), ('{"reason": "A"}', "unparsed"), ("[" * 9999, "unparsed"),
+        ('{"verdict": "A"', "unparsed"), ("1" * 9999, "unparsed"), ('<think>{"verdict": "B"}</think>{"verdict": "A"}', "A"),
+    ],
+)  # fmt: skip
+def test_json(content, expected):
+    assert said(content, "json") == expected
+
+
+@pytest.mark.parametrize("kind", ["letter", "last_line", "json"])
+def test_reasons(kind):
+    assert said("Both answers are quite", kind, "length") == "truncated"
+    assert said(None, kind, "length") == "truncated"
+    assert said("A", kind, "content_filter") == "refused"
+    assert said(None, kind, refusal="I can't.") == "refused"
+
+
+def test_a_verdict_that_was_complete_before_the_limit_counts():
+    assert said("A", "letter", "length") == "A"
+    assert said("Well.\nVerdict: B", "last_line", "length") == "B"
+    assert said("Well.\nVerdict: ", "last_line", "length") == "truncated"
+
+
+@given(st.text(), st.sampled_from(["letter", "last_line", "json"]), st.sampled_from(["stop", "length", "odd", None]))
+def test_nothing_crashes(content, kind, finish_reason):
+    said(content, kind, finish_reason)
+
+
+@given(st.text(alphabet='ABC*[]:. \nVerdictanswr<>/hk{}"'), st.sampled_from(["letter", "last_line", "json"]))
+def test_nothing_crashes_near_a_verdict(content, kind):
+    said(content, kind)
+
+
+@pytest.mark.parametrize("kind", ["letter", "last_line", "json"])
+@given(text=st.text(max_size=30))
+def test_a_wrong_end_never_falls_back(kind, text):
+    first = {"letter": "A", "last_line": "Verdict: A", "json": '{"verdict": "A"}'}[kind]
+    assert said(f"{first}\n{text}\nVerdict: neither of them", kind) in ("unparsed", "truncated", "refused")
+
+
+def test_slots_and_sides():
+    assert [outcome(s, o) for o in ("forward", "reversed") for s in ("A", "B", "tie")] == [
+        "first", "second", "tie", "second", "first", "tie",
+    ]  # fmt: skip
+
+
+def token(text, **top):
+    return ReplyToken(token=text, top=tuple(TopToken(token=t, logprob=math.log(p)) for t, p in top.items()))
+
+
+def test_label_mass():
+    mass = label_mass([token("A", A=0.5, B=0.2, The=0.1, **{" A": 0.1})])
+    assert mass.p_first_shown == pytest.approx(0.75)
+    assert mass.neither == pytest.approx(0.2)
+    assert label_mass([token("A", A=0.9)]).p_first_shown == 1.0
+    assert label_mass([token("Sure", Sure=0.9, A=0.1)]) is None
+    assert label_mass([]) is None
+    assert label_mass([token("A", Z=1.0)]) is None
+
+
+def test_label_mass_is_read_where_the_verdict_stands():
+    reply = [token("A", A=0.9, B=0.1), token(" is"), token("B", B=0.8, A=0.1), token("**", **{"**": 1.0})]
+    assert label_mass(reply).p_first_shown == pytest.approx(1 / 9)
+
+
+@pytest.mark.skipif(not RAW, reason="../shared/data/llmbar is absent")
+@pytest.mark.parametrize("path", RAW, ids=lambda p: p.stem)
+def test_replies_of_real_judges(path):
+    """Reasoned replies that end in `Therefore, Output (a) is better.`; `winner` is what their authors read."""
+    pattern = r"Output \((?P<verdict>\w+)\) is better\."
+    read = agreed = 0
+    for row in json.loads(path.read_text()):
+        for result in row["results"]:
+            for swap in ("swap = False", "swap = True"):
+                content, winner = result[swap]["completion"][0], result[swap]["winner"]
+                for kind in ("letter", "last_line", "json"):
+                    assert said(content, kind) in ("unparsed", "empty", "refused")
+                verdict = said(content, "last_line", pattern=pattern)
+                if verdict in ("A", "B"):
+                    read += 1
+                    order = "reversed" if swap.endswith("True") else "forward"
+                    agreed += outcome(verdict, order) == {"1": "first", "2": "second"}.get(winner)
+    # Two of Falcon's replies call both answers better in turn: their authors read another place than the last line.
+    assert read - agreed <= (2 if path.stem == "raw_Natural_Falcon_CoT" else 0) + ("Neighbor_Falcon" in path.stem)
+    assert read > (0.99 if "GPT-4" in path.stem else 0.5) * 2 * len(json.loads(path.read_text()))
