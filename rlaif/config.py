@@ -83,10 +83,12 @@ class Judge(Section):
     """`likelihood`: a frozen model compares how likely an answer is under `prefer` and under `avoid`."""
     model: str = "embedded:smollm2-135m-instruct"
     """The frozen model that judges."""
-    batch_tokens: int = Field(2048, ge=64)
+    batch_tokens: int = Field(1024, ge=64)
     """Tokens of one forward pass."""
     score_temperature: float = Field(4.0, gt=0)
     """p(first) = sigmoid(score difference / this). In nats; larger is less sure."""
+    missing_eos_penalty: float = Field(10.0, ge=0)
+    """Taken from the score of a completion that the length limit cut off, in nats; as in TRL, for half an answer."""
     relevance_tolerance: float = Field(0.3, ge=0)
     """The guard votes against a side that is less relevant than the other by more than this (nat a token)."""
     fluency_tolerance: float = Field(0.5, ge=0)

@@ -14,7 +14,7 @@ from rlaif.records import Ballot, Pair, digest
 
 Role = Literal["decide", "evaluate"]
 
-GUARD_MEASURES = ("relevance", "fluency", "ending")
+GUARD_MEASURES = ("relevance", "fluency")
 """What a likelihood judge measures for a guard that has no contrast of its own."""
 
 
