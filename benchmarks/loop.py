@@ -10,8 +10,9 @@ one after another, each in a process of its own, on the same prompts:
 - `bare`: PyTorch on the token batches that the loop trained on, the limit for the update. Policy in fp32 under bf16
   autocast, one forward without gradient (the reference), one forward and backward of the DPO loss; the vocabulary is
   projected for completion tokens only, as in the loop. No clipping, optimizer, metrics or records: Adam is timed apart.
-- `trl`: TRL's `OnlineDPOTrainer` with transformers generation, its defaults but for fp32, a completion's length and
-  gradient checkpointing, which is off because generation has no KV cache with it.
+- `trl` and `trl_bf16`: TRL's `OnlineDPOTrainer` with transformers generation, in fp32 and under bf16 autocast; the
+  faster one counts. Its defaults but for a completion's length and gradient checkpointing, which is off because
+  generation has no KV cache with it.
 
 Each part starts with one batch that is not counted.
 """
@@ -44,7 +45,7 @@ BATCH = 8
 MAX_TOKENS = 64
 LEARNING_RATE = 5e-7
 """TRL's default for online DPO; too small to change a bf16 weight, so all parts sample from the same policy."""
-PARTS = ("loop", "vllm", "bare", "trl")
+PARTS = ("loop", "vllm", "bare", "trl", "trl_bf16")
 AIMS = {"trl": 3.0, "sampling": 0.9, "update": 0.7, "outside": 0.05}
 
 
@@ -117,11 +118,17 @@ class Report(Record):
     vllm: VllmTimes
     bare: BareTimes
     trl: TrlTimes
+    trl_bf16: TrlTimes
+
+    @property
+    def peer(self) -> TrlTimes:
+        """TRL at its faster precision."""
+        return max(self.trl, self.trl_bf16, key=lambda t: _rate(t.tokens, t.seconds))
 
     @property
     def ratio_to_trl(self) -> float:
         """Completion tokens a second of a whole iteration, over TRL's."""
-        return _rate(self.loop.tokens, self.loop.seconds) / _rate(self.trl.tokens, self.trl.seconds)
+        return _rate(self.loop.tokens, self.loop.seconds) / _rate(self.peer.tokens, self.peer.seconds)
 
     @property
     def sampling_vs_vllm(self) -> float:
@@ -157,7 +164,8 @@ class Report(Record):
 
 def render(report: Report) -> str:
     """The report as people read it."""
-    loop, vllm, bare, trl = report.loop, report.vllm, report.bare, report.trl
+    loop, vllm, bare, trl = report.loop, report.vllm, report.bare, report.peer
+    precision, other = ("bf16", report.trl) if trl is report.trl_bf16 else ("fp32", report.trl_bf16)
     busy = ", ".join(f"{part} {load:.1f}" for part, load in report.busy.items())
     rows = [
         ("whole iteration", loop.seconds, trl.seconds, None),
@@ -184,6 +192,8 @@ def render(report: Report) -> str:
         "",
         *(_row(name, values, ".0f") for name, *values in rates),
         "",
+        f"TRL ran in {precision}; in {'fp32' if precision == 'bf16' else 'bf16'} it made "
+        f"{_rate(other.tokens, other.seconds):.0f} tokens/s as a whole.",
         "TRL's steps include its reference and Adam. Limits: vLLM alone for sampling, bare PyTorch forward and",
         f"backward for the update (clipping and Adam, {bare.adam_s:.2f} s bare, are not in it).",
         f"vLLM alone without top-p: {_rate(vllm.tokens_without_top_p, vllm.seconds_without_top_p):.0f} tokens/s "
@@ -500,7 +510,7 @@ def part_bare(work: Path, model: Path, prompts: list[Prompt]) -> BareTimes:
     return BareTimes(reference_s=spent["reference"], forward_backward_s=spent["forward_backward"], adam_s=spent["adam"])
 
 
-def part_trl(work: Path, model: Path, prompts: list[Prompt]) -> TrlTimes:
+def part_trl(work: Path, model: Path, prompts: list[Prompt], bf16: bool) -> TrlTimes:
     """TRL's stock online DPO, one epoch, after one batch that is not counted."""
     import torch
     from datasets import Dataset
@@ -517,7 +527,7 @@ def part_trl(work: Path, model: Path, prompts: list[Prompt]) -> TrlTimes:
         per_device_train_batch_size=BATCH,
         num_train_epochs=1,
         max_new_tokens=MAX_TOKENS,
-        bf16=False,
+        bf16=bf16,
         gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),
         learning_rate=LEARNING_RATE,
@@ -567,7 +577,8 @@ _PART: dict[str, Callable[[Path, Path, list[Prompt]], Record]] = {
     "loop": part_loop,
     "vllm": part_vllm,
     "bare": part_bare,
-    "trl": part_trl,
+    "trl": partial(part_trl, bf16=False),
+    "trl_bf16": partial(part_trl, bf16=True),
 }
 
 

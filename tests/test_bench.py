@@ -11,7 +11,7 @@ from benchmarks import loop as bench
 from rlaif.records import Ballot, Pair
 
 
-def report(**loop: float) -> bench.Report:
+def report(trl_bf16_s: float = 110.0, **loop: float) -> bench.Report:
     times = {
         "seconds": 20.0, "load_s": 0.5, "sample_s": 10.0, "judge_s": 0.1, "reference_s": 2.0, "steps_s": 7.0,
         "save_s": 0.3, "tokens": 4000, "pairs": 32, "steps": 4,
@@ -24,6 +24,7 @@ def report(**loop: float) -> bench.Report:
         "vllm": {"seconds": 9.0, "tokens": 4000, "seconds_without_top_p": 8.0, "tokens_without_top_p": 4000},
         "bare": {"reference_s": 1.5, "forward_backward_s": 4.8, "adam_s": 0.5},
         "trl": {"seconds": 100.0, "sample_s": 60.0, "tokens": 4000, "steps": 4},
+        "trl_bf16": {"seconds": trl_bf16_s, "sample_s": 60.0, "tokens": 4000, "steps": 4},
     })  # fmt: skip
 
 
@@ -35,6 +36,12 @@ def test_ratios_are_what_they_say() -> None:
     assert r.update_vs_bare == pytest.approx(0.7)
     assert r.outside == pytest.approx(0.05)
     assert r.loop.rest_s == pytest.approx(0.1)
+
+
+def test_the_peer_is_trl_at_its_faster_precision() -> None:
+    assert report(trl_bf16_s=80.0).ratio_to_trl == pytest.approx(4.0)
+    assert "TRL ran in fp32; in bf16 it made 36 tokens/s" in bench.render(report())
+    assert "TRL ran in bf16; in fp32 it made 40 tokens/s" in bench.render(report(trl_bf16_s=80.0))
 
 
 def test_shorter_answers_do_not_count_as_speed() -> None:

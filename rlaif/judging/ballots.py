@@ -23,7 +23,7 @@ from rlaif.records import Ballot, Outcome, Pair, Side, Vote, digest
 
 Role = Literal["decide", "evaluate"]
 
-GUARD_MEASURES = ("relevance", "fluency", "ending")
+GUARD_MEASURES = ("relevance", "fluency")
 """What a likelihood judge measures for a guard that has no contrast of its own."""
 
 _SIDES: tuple[Side, ...] = ("first", "second")

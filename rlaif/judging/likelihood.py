@@ -6,7 +6,8 @@ voice with a wanted and an opposite side,
     score(y) = log p(y | prefer, x) - log p(y | avoid, x)          (nats, summed over the sampled tokens)
 
 where a side is an instruction (a system message) or examples (earlier chat turns). The end token is scored iff
-the completion ended by itself. See docs/judges.md for what was measured, and for what this judge can't do.
+the completion ended by itself; one that was cut off pays `judge.missing_eos_penalty` instead, or the way to please a
+text that asks for more would be never to stop. See docs/judges.md for what was measured, and for what this judge can't do.
 
 Speed, on a CPU, is arithmetic: the KV of a context's shared beginning is computed once and expanded over the
 batch, a prompt's own tokens once for all its completions, the output layer runs at completion positions only,
@@ -223,7 +224,11 @@ class LikelihoodJudge:
     def _contrast(self, voice: Voice, candidates: Sequence[Candidate]) -> list[float]:
         prefer = self._logps([_Request(_join(voice.prefer, c.messages), self._answer(c)) for c in candidates])
         avoid = self._logps([_Request(_join(voice.avoid, c.messages), self._answer(c)) for c in candidates])
-        return [a - b for a, b in zip(prefer, avoid, strict=True)]
+        penalty = self.settings.missing_eos_penalty
+        return [
+            a - b - (penalty if c.finish_reason == "length" else 0.0)
+            for c, a, b in zip(candidates, prefer, avoid, strict=True)
+        ]
 
     def _contrast_answers(self, voice: Voice, sides: Sequence[Candidate]) -> list[dict[str, Any]]:
         values = self._contrast(voice, sides)
@@ -254,8 +259,6 @@ class LikelihoodJudge:
         Both sides are measured over as many tokens as the shorter one has: a question leaves its mark on an
         answer's first words, so a mean over all of them would speak against every longer answer.
         """
-        if measure == "ending":
-            return [_ending_answer(*sides[i : i + 2]) for i in range(0, len(sides), 2)]
         values = self._token_logps([_Request(c.messages, self._answer(c)) for c in sides])
         others: list[str | None] = [None] * len(sides)
         tolerance = self.settings.fluency_tolerance
@@ -480,15 +483,6 @@ class LikelihoodJudge:
             pieces = zip(logits.split(rows_at_once), targets[part, None].split(rows_at_once), strict=True)
             logp[part] = torch.cat([z.float().log_softmax(1).gather(1, y)[:, 0] for z, y in pieces])
         return logp
-
-
-def _ending_answer(first: Candidate, second: Candidate) -> dict[str, Any]:
-    """A guard's vote for the side that ended by itself, when the other was cut off: half an answer is none.
-
-    Without it, a text that asks for more is followed by never stopping.
-    """
-    ended = [c.finish_reason == "stop" for c in (first, second)]
-    return {"outcome": _side(ended[0] - ended[1], 0.0), "raw_reply": json.dumps({"ended": ended})}
 
 
 def _side(difference: float, tolerance: float) -> Outcome:

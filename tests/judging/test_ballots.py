@@ -31,14 +31,14 @@ def test_uses_do_not_mix():
     assert selecting_voices(c) == ["brief/paraphrase1"]
     assert deciding_voices(c) == ["brief/main"]
     assert evaluating_voices(c) == ["brief/paraphrase2"]
-    assert guard_voices(c) == ["answers/relevance", "answers/fluency", "answers/ending", "polite/main"]
+    assert guard_voices(c) == ["answers/relevance", "answers/fluency", "polite/main"]
 
 
 def test_deciding_ballots_hold_guards_and_evaluating_ones_only_held_out_voices():
     deciding = make_ballots([PAIR], constitution(), "j")
     assert {(b.voice, b.guard) for b in deciding} == {
         ("brief/main", False), ("answers/relevance", True), ("answers/fluency", True),
-        ("answers/ending", True), ("polite/main", True)
+        ("polite/main", True)
     }  # fmt: skip
     assert {b.voice for b in make_ballots([PAIR], constitution(), "j", "evaluate")} == {"brief/paraphrase2"}
 
@@ -53,7 +53,7 @@ def test_ids_change_with_the_question_and_with_nothing_else():
         return {b.id for b in make_ballots([pair], constitution(text), judge, seed=seed)}
 
     assert ids() == ids()
-    assert len(ids()) == 5
+    assert len(ids()) == 4
     for other in (
         ids(pair=PAIR.swap()),
         ids(text=TEXT.replace("Be long", "Be longer")),

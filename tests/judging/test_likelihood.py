@@ -110,7 +110,7 @@ def flat(chunks):
 
 @pytest.mark.parametrize("batch_tokens", [64, 4096])
 def test_prefix_cache_equals_plain_path(model, constitution, batch_tokens):
-    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=batch_tokens))
+    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=batch_tokens, missing_eos_penalty=0.0))
     for voice in constitution.voices():
         got = judge._contrast(voice, CANDIDATES)
         for c, value in zip(CANDIDATES, got, strict=True):
@@ -172,7 +172,7 @@ def test_owed_ballots_get_the_numbers_of_a_whole_cast(model, constitution):
 def test_guard_votes_against_the_side_beyond_its_tolerance(model, constitution):
     strict = LikelihoodJudge.of(model, CharTokenizer(), Judge(relevance_tolerance=0.0, fluency_tolerance=0.0))
     loose = LikelihoodJudge.of(model, CharTokenizer(), Judge(relevance_tolerance=99.0, fluency_tolerance=99.0))
-    ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if b.guard and not b.voice.endswith("/ending")]
+    ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if b.guard]
     assert {b.voice for b in ballots} == {"answers/relevance", "answers/fluency"}
     for v in flat(strict.cast(ballots, PAIRS, CANDIDATES, constitution)):
         measure = v.ballot.voice.split("/")[1]
@@ -181,10 +181,17 @@ def test_guard_votes_against_the_side_beyond_its_tolerance(model, constitution):
     assert {v.outcome for v in flat(loose.cast(ballots, PAIRS, CANDIDATES, constitution))} == {"tie"}
 
 
-def test_ending_guard_votes_for_the_side_that_ended_by_itself(judge, constitution):
-    ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if b.voice == "answers/ending"]
-    votes = {v.ballot.pair_id: v.outcome for v in flat(judge.cast(ballots, PAIRS, CANDIDATES, constitution))}
-    assert votes == {"p0": "first", "p2": "tie", "p4": "first"}
+def test_a_completion_that_was_cut_off_pays_for_it(model, constitution):
+    free = LikelihoodJudge.of(model, CharTokenizer(), Judge(missing_eos_penalty=0.0))
+    strict = LikelihoodJudge.of(model, CharTokenizer(), Judge(missing_eos_penalty=7.0))
+    ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if not b.guard]
+    cut = {c.completion_id for c in CANDIDATES if c.finish_reason == "length"}
+    assert 0 < len(cut) < len(CANDIDATES)
+    by_id = {p.id: p for p in PAIRS}
+    for a, b in zip(*(flat(j.cast(ballots, PAIRS, CANDIDATES, constitution)) for j in (free, strict)), strict=True):
+        pair = by_id[a.ballot.pair_id]
+        assert b.score_first == pytest.approx(a.score_first - 7.0 * (pair.first in cut), abs=2e-4)
+        assert b.score_second == pytest.approx(a.score_second - 7.0 * (pair.second in cut), abs=2e-4)
 
 
 def test_plain_is_measured_against_another_prompt(model, judge):
@@ -200,8 +207,7 @@ def test_empty_completion_abstains(judge, constitution):
     candidates = [candidate(0, "Hi", "", "length"), candidate(1, "Hi", "Hello")]
     pairs = [Pair(id="p", prompt_id="Hi", first="c0", second="c1", method="all")]
     votes = flat(judge.cast(make_ballots(pairs, constitution, "t"), pairs, candidates, constitution))
-    measured = [v for v in votes if not v.ballot.voice.endswith("/ending")]
-    assert {(v.outcome, v.abstain_reason) for v in measured} == {("abstain", "empty")}
+    assert {(v.outcome, v.abstain_reason) for v in votes} == {("abstain", "empty")}
     assert [s.completion_id for s in flat(judge.score(candidates, constitution, ["brief/main"]))] == ["c1"]
 
 
