@@ -369,6 +369,7 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
             base_model=model,
             base_digest=digest_of(model),
             judge_name="hash",
+            measurer=workers["judge"],
             progress=_StopAfterIteration(),
             **workers,
         )

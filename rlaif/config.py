@@ -71,7 +71,8 @@ class Pairing(Section):
     """Which completions are compared."""
 
     method: Literal["random", "all", "best_worst"] = "best_worst"
-    """`best_worst` needs a judge that scores single completions; its selecting voices never decide."""
+    """`best_worst` needs a judge that scores single completions; its selecting voices never decide. Other judges:
+    `random` by default."""
     max_pairs_per_prompt: int = Field(1, ge=1)
     """At most this many pairs a prompt."""
 
@@ -316,6 +317,29 @@ class Job(Section):
     monitors: Monitors = Monitors()
     workers: Literal["process", "inline"] = "process"
     """Sampler, judge and learner each in a process of its own, or (tests) in the loop's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs_for_a_judge_without_scores(cls, tree: Any) -> Any:
+        if isinstance(tree, dict):
+            judge, pairing = tree.get("judge"), tree.get("pairing")
+            scores = not isinstance(judge, dict) or judge.get("kind", "likelihood") == "likelihood"
+            if not scores and pairing is None:
+                return tree | {"pairing": {"method": "random"}}
+            if not scores and isinstance(pairing, dict) and "method" not in pairing:
+                return tree | {"pairing": pairing | {"method": "random"}}
+        return tree
+
+    @model_validator(mode="after")
+    def _judge_that_scores(self) -> Job:
+        if self.pairing.method == "best_worst" and self.judge.kind != "likelihood":
+            raise ValueError(
+                f"pairing.method: `best_worst` needs a judge that scores single answers, `{self.judge.kind}` compares "
+                "two; set random or all"
+            )
+        if self.judge.early_stop and self.filters.calibration:
+            raise ValueError("judge.early_stop: never with filters.calibration, which counts on every vote; drop one")
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_texts(self) -> Job:

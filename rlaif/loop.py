@@ -19,8 +19,18 @@ from rlaif import monitors
 from rlaif.config import Job
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError
-from rlaif.judging.ballots import Role, evaluating_voices, make_ballots, selecting_voices
+from rlaif.judging.ballots import (
+    Role,
+    evaluating_voices,
+    make_ballots,
+    make_chat_ballots,
+    rounds,
+    selecting_voices,
+    settled,
+)
+from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import decide
+from rlaif.judging.templates import template_names
 from rlaif.judging.verdicts import aggregate, by_pair
 from rlaif.pairing import make_pairs
 from rlaif.prompts import prompts_for
@@ -72,6 +82,8 @@ class Loop:
     sampler: WorkerLike
     judge: WorkerLike
     learner: WorkerLike
+    measurer: WorkerLike
+    """Who says how sane an answer is: a likelihood judge on the base policy, often the judge itself."""
     progress: Progress
     _sampler_has: str | None = field(default=None, init=False)
     _learner_at: int | None = field(default=None, init=False)
@@ -89,20 +101,20 @@ class Loop:
         self._announce(plan)
         text = self.texts.load(plan.constitution.hash)
         if k == 0:
-            self._evaluate(BASE_POLICY, text)
-        elif self._previous_text(k) != text.hash:
-            self._evaluate(k, self.texts.load(self._previous_text(k)))
+            self._evaluate(BASE_POLICY, plan, text)
+        elif (before := self._plan_of(k - 1)).constitution.hash != text.hash:
+            self._evaluate(k, before, self.texts.load(before.constitution.hash))
 
         prompts = {p.id: p for p in self.train}
         completions = self._sample(plan, here, [prompts[i] for i in plan.prompt_ids])
         scores = self._score(plan, here, prompts, completions, text)
         pairs = self._pair(plan, here, completions, scores)
-        votes = self._judge(here, "decide", pairs, completions, prompts, text, k)
+        votes = self._judge(here, "decide", plan, pairs, completions, prompts, text)
         decisions = self._decide(here, pairs, votes, completions, text)
         preferences = self._mix(k, here, prompts, completions, pairs, decisions, text)
         steps = self._update(k, here, preferences)
 
-        evaluation = self._evaluate(k + 1, text) if plan.evaluate else None
+        evaluation = self._evaluate(k + 1, plan, text) if plan.evaluate else None
         metrics = monitors.iteration_metrics(here, plan, completions, pairs, votes, decisions, preferences, steps)
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(k, metrics, evaluation)
@@ -124,6 +136,7 @@ class Loop:
             iteration=k,
             seed=self.job.seed,
             constitution=text.ref,
+            templates=self.texts.templates_in_force(text),
             policy=self._policy_before(k)[0],
             prompt_ids=tuple(p.id for p in prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)),
             evaluate=last or (k + 1) % self.job.eval.every == 0,
@@ -135,7 +148,7 @@ class Loop:
     def _announce(self, plan: Plan) -> None:
         """Tells a change of text. Not when the plan is written: a run killed in between would never tell it."""
         k, text = plan.iteration, plan.constitution
-        if k > 0 and self._previous_text(k) != text.hash:
+        if k > 0 and self._plan_of(k - 1).constitution.hash != text.hash:
             message = f"after {k} iterations, {text} ({text.hash}) is in force"
             if self._event_once("constitution_changed", message, k, **text.model_dump()):
                 self.progress.note(f"constitution changed: {message}")
@@ -200,29 +213,53 @@ class Loop:
         self,
         here: StageDir,
         role: Role,
+        plan: Plan,
         pairs: list[Pair],
         completions: list[Completion],
         prompts: dict[str, Prompt],
         text: Constitution,
-        iteration: int,
     ) -> list[Vote]:
-        ballots = make_ballots(pairs, text, self.judge_name, role, self.job.seed)
+        settings = self.job.judge
+        asked: dict[str, Any] = {"constitution": text}
+        if settings.kind == "chat":
+            names = template_names(settings, text, role)
+            asked["templates"] = [self.texts.load_template(name, plan.templates[name]) for name in names]
+            ballots = list(
+                make_chat_ballots(
+                    pairs, text, settings.jurors, asked["templates"], role, settings.votes_per_principle, self.job.seed
+                )
+            )
+        else:
+            ballots = make_ballots(pairs, text, self.judge_name, role, self.job.seed)
+        in_rounds = rounds(ballots) if settings.early_stop else [ballots]
 
         def produce(done: list[Vote]) -> Iterator[list[Vote]]:
-            have = {v.ballot.id for v in done}
-            owed = [b for b in ballots if b.id not in have]
-            if not owed:
-                return
-            name = "judge" if role == "decide" else "evaluate"
-            self.progress.stage(iteration, name, len(owed), "votes", str(text.ref))
+            votes = list(done)
             wanted = {c for p in pairs for c in (p.first, p.second)}
-            candidates = _candidates([c for c in completions if c.id in wanted], prompts)
-            yield from self._advancing(
-                self.judge.stream("cast", ballots=owed, pairs=pairs, candidates=candidates, constitution=text)
-            )
+            asked["candidates"] = _candidates([c for c in completions if c.id in wanted], prompts)
+            for number, this_round in enumerate(in_rounds):
+                have = {v.ballot.id for v in votes}
+                decided = self._settled(votes, in_rounds, number, text) if number else set()
+                owed = [b for b in this_round if b.id not in have and b.pair_id not in decided]
+                if not owed:
+                    continue
+                name = "judge" if role == "decide" else "evaluate"
+                self.progress.stage(plan.iteration, name, len(owed), "votes", str(text.ref))
+                for chunk in self._advancing(self.judge.stream("cast", ballots=owed, pairs=pairs, **asked)):
+                    votes += chunk
+                    yield chunk
 
         votes = here.rows("votes", Vote, produce, inputs=["pairs"])
-        return _as_cast(votes, ballots)
+        return _as_cast(votes, ballots, complete=not settings.early_stop)
+
+    def _settled(self, votes: list[Vote], in_rounds: list[list[Ballot]], number: int, text: Constitution) -> set[str]:
+        """Pairs that round `number` can leave out, by the votes of the rounds before it."""
+        earlier = {b.id for ballots in in_rounds[:number] for b in ballots}
+        of_pair = by_pair([v for v in votes if v.ballot.id in earlier])
+        left: dict[str, list[Ballot]] = {}
+        for ballot in (b for ballots in in_rounds[number:] for b in ballots):
+            left.setdefault(ballot.pair_id, []).append(ballot)
+        return {p for p, mine in of_pair.items() if settled(mine, left.get(p, []), self.job.filters, text.weights)}
 
     def _decide(
         self, here: StageDir, pairs: list[Pair], votes: list[Vote], completions: list[Completion], text: Constitution
@@ -306,8 +343,8 @@ class Loop:
                     shutil.rmtree(old, ignore_errors=True)
         return steps
 
-    def _evaluate(self, updates: int, text: Constitution) -> dict[str, Any]:
-        """Held-out answers of the policy after `updates` iterations, against the base policy's, under `text`."""
+    def _evaluate(self, updates: int, plan: Plan, text: Constitution) -> dict[str, Any]:
+        """Held-out answers of the policy after `updates` iterations, against the base policy's, under a plan's text."""
         here = self.dir.evaluation(updates)
         if (here.path / "metrics.json").exists():
             metrics: dict[str, Any] = read_json(here.path / "metrics.json")
@@ -317,6 +354,7 @@ class Loop:
         by_id = {p.id: p for p in prompts}
         policy, _ = self._policy_before(updates)
         shown = max(updates - 1, 0)
+        judged = updates != BASE_POLICY and (self.job.judge.kind == "chat" or bool(evaluating_voices(text)))
 
         def sample(_: list[Completion]) -> Iterator[list[Completion]]:
             self._load_sampler(updates)
@@ -338,21 +376,23 @@ class Loop:
         def measure(_: list[Quality]) -> Iterator[list[Quality]]:
             self.progress.stage(shown, "sanity", len(completions), "answers", str(text.ref))
             candidates = _candidates(completions, by_id)
-            yield from self._advancing(self.judge.stream("quality", candidates=candidates, seed=self.job.seed))
+            yield from self._advancing(self.measurer.stream("quality", candidates=candidates, seed=self.job.seed))
 
         quality = here.rows("quality", Quality, measure, inputs=["completions"], resumable=False)
-        base, decisions = completions, []
+        base: list[Completion] = completions
+        decisions: list[Decision] | None = None
         if updates != BASE_POLICY:
             base = _in_order(self.dir.evaluation(BASE_POLICY).read("completions", Completion), list(by_id))
             pairs = [
                 Pair(id=f"eval{updates:04d}-{c.prompt_id}-{c.index}", prompt_id=c.prompt_id, first=c.id, second=b.id,
                      method="against_base")
                 for c, b in zip(completions, base, strict=True)
-                if c.text != b.text and evaluating_voices(text)
+                if c.text != b.text and judged
             ]  # fmt: skip
             here.rows("pairs", Pair, lambda _: [pairs], inputs=["completions"], resumable=False)
-            votes = self._judge(here, "evaluate", pairs, completions + base, by_id, text, shown)
-            decisions = self._decide(here, pairs, votes, completions + base, text)
+            votes = self._judge(here, "evaluate", plan, pairs, completions + base, by_id, text)
+            made = self._decide(here, pairs, votes, completions + base, text)
+            decisions = made if judged else None
         metrics = monitors.evaluation_metrics(updates, text, completions, quality, decisions)
         metrics["seconds"] = round(time.monotonic() - started, 1)
         write_json(here.path / "metrics.json", metrics)
@@ -365,9 +405,8 @@ class Loop:
             yield chunk
             self.progress.advance(len(chunk))
 
-    def _previous_text(self, k: int) -> str:
-        plan = Plan.model_validate(read_json(self.dir.iteration(k - 1).path / "plan.json"))
-        return plan.constitution.hash
+    def _plan_of(self, k: int) -> Plan:
+        return Plan.model_validate(read_json(self.dir.iteration(k).path / "plan.json"))
 
     def _policy_before(self, k: int) -> tuple[PolicyVersion, Path]:
         """The policy that iteration k samples from: version and folder."""
@@ -417,9 +456,7 @@ class Loop:
         return alarms
 
 
-def _candidates(completions: list[Completion], prompts: dict[str, Prompt]) -> list[Any]:
-    from rlaif.judging.candidates import Candidate
-
+def _candidates(completions: list[Completion], prompts: dict[str, Prompt]) -> list[Candidate]:
     return [Candidate.of(c, prompts[c.prompt_id]) for c in completions]
 
 
@@ -429,12 +466,12 @@ def _in_order(completions: list[Completion], prompt_ids: list[str]) -> list[Comp
     return sorted(completions, key=lambda c: (rank[c.prompt_id], c.index))
 
 
-def _as_cast(votes: list[Vote], ballots: list[Ballot]) -> list[Vote]:
-    """Votes in the order of their ballots, whatever order they arrived in."""
+def _as_cast(votes: list[Vote], ballots: list[Ballot], complete: bool) -> list[Vote]:
+    """Votes in the order of their ballots, whatever order they arrived in; `complete` when none may be left out."""
     by_ballot = {v.ballot.id: v for v in votes}
-    if missing := [b for b in ballots if b.id not in by_ballot]:
+    if complete and (missing := [b for b in ballots if b.id not in by_ballot]):
         raise RlaifError(f"the judge left {len(missing)} of {len(ballots)} ballots unanswered, first {missing[0].id}")
-    return [by_ballot[b.id] for b in ballots]
+    return [by_ballot[b.id] for b in ballots if b.id in by_ballot]
 
 
 def _preferences(

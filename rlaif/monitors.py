@@ -11,7 +11,6 @@ from scipy.stats import binomtest
 from rlaif.checks import count_list_items, count_words
 from rlaif.config import Monitors
 from rlaif.constitution import Constitution
-from rlaif.judging.ballots import evaluating_voices
 from rlaif.records import Completion, Decision, Pair, Plan, Preference, Quality, UpdateStep, Vote
 from rlaif.store import StageDir
 
@@ -37,6 +36,10 @@ def answer_stats(completions: list[Completion]) -> dict[str, float]:
         "ended_share": sum(c.finish_reason == "stop" for c in completions) / n,
         "distinct_share": len({(c.prompt_id, c.text) for c in completions}) / n,
     }
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def iteration_metrics(
@@ -71,7 +74,16 @@ def iteration_metrics(
         "loss": fmean(s.loss for s in steps) if steps else None,
         "margin": fmean(s.margin for s in steps) if steps else None,
         "grad_norm": fmean(s.grad_norm for s in steps) if steps else None,
+        "order_flips": sum(d.verdict.order_flip for d in decisions),
+        "position_bias": _share(
+            sum(d.verdict.slot_first for d in decisions), sum(d.verdict.slot_votes for d in decisions)
+        ),
+        "judge_calls": sum(v.attempts for v in votes),
+        "judge_cached": sum(v.cached for v in votes),
         "judge_tokens": sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes),
+        "judge_tokens_per_kept_pair": _share(
+            sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes), len(kept)
+        ),
         "seconds": {stage: here.meta(stage)["seconds"] for stage in STAGES},
     }
 
@@ -81,21 +93,21 @@ def evaluation_metrics(
     text: Constitution,
     completions: list[Completion],
     quality: list[Quality],
-    decisions: list[Decision],
+    decisions: list[Decision] | None,
 ) -> dict[str, Any]:
-    """metrics.json of an evaluation; `decisions` are empty for the base policy itself.
+    """metrics.json of an evaluation; `decisions` are None when nobody was asked: about the base policy itself, or
+    under a text without a held-out contrast.
 
     `win_rate` counts a held-out pair whose voices elect nobody, and an answer equal to the base policy's, as
-    half a win; it is None for the base policy, and under a text without a held-out contrast. KL per token is
-    the mean of log p(policy) - log p(base) over the sampled answers: an estimate, biased by temperature and top-p.
+    half a win; it is None when nobody was asked. KL per token is the mean of log p(policy) - log p(base) over the sampled answers: an estimate, biased by temperature and top-p.
     """
-    wins = sum(d.verdict.outcome == "first" for d in decisions)
-    losses = sum(d.verdict.outcome == "second" for d in decisions)
+    judged = decisions is not None
+    wins = sum(d.verdict.outcome == "first" for d in decisions or ())
+    losses = sum(d.verdict.outcome == "second" for d in decisions or ())
     n = len(completions)
     tokens = sum(q.tokens for q in quality)
     logprobs = [c.logprob for c in completions if c.logprob is not None]
     base_logprob = sum(q.logprob_per_token * q.tokens for q in quality)
-    judged = updates > 0 and bool(evaluating_voices(text))
     win_rate = (wins + (n - wins - losses) / 2) / n if judged else None
     return {
         "updates": updates,

@@ -100,6 +100,12 @@ class StageDir:
         """The rows of a complete stage."""
         return read_rows(self._file(stage), record)
 
+    def durable(self, stage: str, record: type[R]) -> list[R]:
+        """The rows that are on disk, of a complete stage or of an interrupted one."""
+        if self.is_complete(stage):
+            return self.read(stage, record)
+        return _recover(self.path / f"{stage}.jsonl.partial", record)
+
     def rows(
         self,
         stage: str,

@@ -249,7 +249,8 @@ def stub_loop(root: Path, job: Job | None = None, nan_at: int | None = None, pro
         base_digest=BASE_DIGEST,
         judge_name="stub",
         sampler=worker("sampler", "StubSampler"),
-        judge=worker("judge", "StubJudge", casts=str(root / "casts.log")),
+        judge=(judge := worker("judge", "StubJudge", casts=str(root / "casts.log"))),
+        measurer=judge,
         learner=worker("learner", "StubLearner", nan_at=nan_at),
         progress=progress,
     )

@@ -68,7 +68,7 @@ def test_a_pair_without_a_winner_is_half_a_win() -> None:
 
 
 def test_the_base_policy_has_no_win_rate() -> None:
-    m = evaluation_metrics(0, RULES, [completion(0, "a")], [quality(0)], [])
+    m = evaluation_metrics(0, RULES, [completion(0, "a")], [quality(0)], None)
     assert m["win_rate"] is None
     assert m["win_interval"] is None
     assert m["undecided"] == 0

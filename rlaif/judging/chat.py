@@ -23,43 +23,17 @@ from rlaif.judging.ballots import juror_names, request_parameters
 from rlaif.judging.cache import ReplyCache, reply_key
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.parsing import Reply, label_mass, outcome, parse
+from rlaif.judging.spending import Spent
 from rlaif.judging.templates import Template, render
 from rlaif.judging.transport import CallFailed, OpenAIServer, Pace, Server, shown_url
-from rlaif.records import Ballot, Message, Pair, Record, Usage, Vote, digest
+from rlaif.records import Ballot, Message, Pair, Vote, digest
 
 Connect = Callable[[Juror, Judge, asyncio.Semaphore, Pace, Pace, float], Server]
 
 
-class Spent(Record):
-    """What a judge has cost so far."""
-
-    calls: int = 0
-    tokens: int = 0
-    money: float = 0.0
-
-    def plus(self, usage: Usage, juror: Juror, settings: Judge) -> Spent:
-        """With one more answered call."""
-        price = settings.prices.get(juror.model)
-        money = 0.0
-        if price is not None:
-            money = (usage.prompt_tokens * price.prompt + usage.completion_tokens * price.completion) / 1e6
-        tokens = usage.prompt_tokens + usage.completion_tokens
-        return Spent(calls=self.calls + 1, tokens=self.tokens + tokens, money=self.money + money)
-
-
-def spent_on(votes: Iterable[Vote], settings: Judge) -> Spent:
-    """What the given votes cost: those of an earlier process count against the budget of this one."""
-    jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
-    spent = Spent()
-    for vote in votes:
-        if not vote.cached and vote.abstain_reason != "infra_error" and vote.ballot.judge in jurors:
-            spent = spent.plus(vote.usage, jurors[vote.ballot.judge], settings)
-    return spent
-
-
-def make(settings: Judge, templates: Sequence[Template], spent: Spent | None = None) -> ChatJudge:
+def make(settings: Judge, spent: Spent | None = None) -> ChatJudge:
     """Factory for a worker process. `spent` is what earlier processes of the run have used of the budget."""
-    return ChatJudge(settings, templates, spent)
+    return ChatJudge(settings, spent)
 
 
 class ChatJudge:
@@ -68,7 +42,6 @@ class ChatJudge:
     def __init__(
         self,
         settings: Judge,
-        templates: Sequence[Template],
         spent: Spent | None = None,
         connect: Connect = OpenAIServer,
         backoff_s: float = 0.5,
@@ -83,7 +56,6 @@ class ChatJudge:
                 raise UserError(f"judge.prices: no price for `{juror.model}`, and judge.budget.money needs one")
         self.settings = settings
         self.spent = spent or Spent()
-        self._templates = {t.hash: t for t in templates}
         self._jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
         self._connect = connect
         self._backoff_s = backoff_s
@@ -96,6 +68,7 @@ class ChatJudge:
         pairs: Sequence[Pair],
         candidates: Sequence[Candidate],
         constitution: Constitution,
+        templates: Sequence[Template],
     ) -> Iterator[list[Vote]]:
         """Votes on the given ballots, in chunks: write each before asking for the next.
 
@@ -106,7 +79,10 @@ class ChatJudge:
             ValueError: a ballot about another constitution, template or juror than this judge's.
         """
         questions = _Questions(
-            {p.id: p for p in pairs}, {c.completion_id: c for c in candidates}, constitution, self._templates
+            {p.id: p for p in pairs},
+            {c.completion_id: c for c in candidates},
+            constitution,
+            {t.hash: t for t in templates},
         )
         with asyncio.Runner() as runner:
             casting = _Casting(self, iter(ballots), questions)

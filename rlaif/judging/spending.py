@@ -1,0 +1,36 @@
+"""What a judge behind a server has cost: calls, tokens and, by the job's price table, money. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rlaif.config import Judge, Juror
+from rlaif.judging.ballots import juror_names
+from rlaif.records import Record, Usage, Vote
+
+
+class Spent(Record):
+    """What a judge has cost so far."""
+
+    calls: int = 0
+    tokens: int = 0
+    money: float = 0.0
+
+    def plus(self, usage: Usage, juror: Juror, settings: Judge) -> Spent:
+        """With one more answered call."""
+        price = settings.prices.get(juror.model)
+        money = 0.0
+        if price is not None:
+            money = (usage.prompt_tokens * price.prompt + usage.completion_tokens * price.completion) / 1e6
+        tokens = usage.prompt_tokens + usage.completion_tokens
+        return Spent(calls=self.calls + 1, tokens=self.tokens + tokens, money=self.money + money)
+
+
+def spent_on(votes: Iterable[Vote], settings: Judge) -> Spent:
+    """What the given votes cost: those of an earlier process count against the budget of this one."""
+    jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
+    spent = Spent()
+    for vote in votes:
+        if not vote.cached and vote.abstain_reason != "infra_error" and vote.ballot.judge in jurors:
+            spent = spent.plus(vote.usage, jurors[vote.ballot.judge], settings)
+    return spent
