@@ -10,14 +10,11 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from rlaif.cli.judge_attack import attack
 from rlaif.errors import UserError
 
 app = typer.Typer(help="Measure a judge on labelled pairs.", no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `judge` a group of commands while it has only one."""
+app.command()(attack)
 
 
 @app.command()

@@ -13,7 +13,9 @@ Ballots are taken from their iterable when there is room, so memory does not gro
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rlaif.config import Judge, Juror
@@ -145,6 +147,24 @@ class _Done(NamedTuple):
     store: tuple[str, Reply] | None = None
     """What the cache doesn't hold yet."""
 
+    @property
+    def broken(self) -> bool:
+        """The server answered something that is no reply."""
+        return self.failure is not None and self.failure.kind == "broken"
+
+    @property
+    def rejected(self) -> bool:
+        """The server refused the request."""
+        return self.failure is not None and self.failure.kind == "rejected"
+
+
+@dataclass
+class _Streak:
+    """A juror's failures since its last reply: whether they are votes shows with the next one."""
+
+    held: list[_Done] = field(default_factory=list)
+    any_reply: bool = False
+
 
 class _Casting:
     """One `cast` on its way: a fixed number of tasks take ballots from one iterator."""
@@ -154,9 +174,8 @@ class _Casting:
         self.ballots = ballots
         self.questions = questions
         self.finished: list[_Done] = []
-        self.held: list[_Done] = []
-        """Failures since the last reply: whether they are votes shows with the next one."""
-        self.any_reply = False
+        self.streaks: dict[str, _Streak] = defaultdict(_Streak)
+        """By juror: one that is down must not hide behind another that answers."""
         self.error: Exception | None = None
         """Why no more ballots are taken."""
         self.under_way = 0
@@ -183,10 +202,7 @@ class _Casting:
             if self.error is not None and (all_done or not isinstance(self.error, BudgetSpent)):
                 raise self.error
             if all_done:
-                left, self.held = self.held, []
-                if left and not self.any_reply and all(d.failure and d.failure.kind != "broken" for d in left):
-                    raise self._unavailable(left)
-                return [d.vote for d in left] or None
+                return [d.vote for d in self._last()] or None
             await self.wake.wait()
             self.wake.clear()
 
@@ -202,31 +218,48 @@ class _Casting:
         """Finished votes that can be yielded, their replies stored."""
         out: list[_Done] = []
         for done in self.finished:
+            streak = self.streaks[done.vote.ballot.judge]
             if done.vote.cached:  # says nothing about the server
                 out.append(done)
             elif done.failure is None:
-                out += [*self.held, done]
-                self.held, self.any_reply = [], True
-            elif done.failure.kind == "rejected" and self.any_reply:
+                out += [*streak.held, done]
+                streak.held, streak.any_reply = [], True
+            elif done.failure.kind == "rejected" and streak.any_reply:
                 out.append(done)
-            elif self.error is None or isinstance(self.error, BudgetSpent):
-                self.held.append(done)
-                if len(self.held) >= self.judge.settings.breaker_failures:
-                    self.error = self._unavailable(self.held)
+            else:
+                streak.held.append(done)
+                if len(streak.held) >= self.judge.settings.breaker_failures:
+                    self.error = self.error or self._unavailable(streak)
         self.finished = []
         if self.judge._cache is not None and (new := [d.store for d in out if d.store is not None]):
             self.judge._cache.put(new)
         return out
 
-    def _unavailable(self, failed: Sequence[_Done]) -> Exception:
+    def _last(self) -> list[_Done]:
+        """What is still held back when nothing more comes: votes, unless a juror never answered at all.
+
+        Raises:
+            JudgeUnavailable, UserError: it didn't.
+        """
+        for streak in self.streaks.values():
+            # One that answers, but not as it should, may do so for this ballot again and again: a vote, not a pause.
+            if streak.held and not streak.any_reply and not any(d.broken for d in streak.held):
+                raise self._unavailable(streak)
+        left = [d for streak in self.streaks.values() for d in streak.held]
+        self.streaks.clear()
+        return left
+
+    def _unavailable(self, streak: _Streak) -> Exception:
         """Why a row of failures ends the casting."""
-        last = failed[-1]
-        url = shown_url(self.judge._jurors[last.vote.ballot.judge])
-        if not self.any_reply and all(d.failure and d.failure.kind == "rejected" for d in failed):
-            return UserError(f"judge: {url} rejects every request; mend the job (judge.extra_body, judge.logprobs, …): "
-                             f"{last.vote.error}")  # fmt: skip
+        last = streak.held[-1].vote
+        url = shown_url(self.judge._jurors[last.ballot.judge])
+        if not streak.any_reply and all(d.rejected for d in streak.held):
+            return UserError(
+                f"judge: {url} rejects every request ({last.error}); mend the job: judge.model, judge.logprobs, "
+                "judge.extra_body"
+            )
         return JudgeUnavailable(
-            f"judge: {url} is down, {len(failed)} ballots in a row failed after all attempts (last: {last.vote.error}); "
+            f"judge: {url} is down, {len(streak.held)} ballots in a row failed after all attempts (last: {last.error}); "
             "no vote is lost: run again when it is back"
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import math
 import os
 import random
 import re
@@ -259,7 +260,8 @@ def retry_after_s(headers: Any) -> float | None:
     if value is None:
         return None
     try:
-        return max(float(value), 0.0) if float(value) < float("inf") else None
+        seconds = float(value)
+        return max(seconds, 0.0) if math.isfinite(seconds) else None
     except ValueError:
         pass
     try:

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlaif.config import Filters, Juror
 from rlaif.constitution import parse_constitution
-from rlaif.judging.ballots import deciding_voices, evaluating_voices, guard_voices, make_ballots, selecting_voices
-from rlaif.records import Pair
+from rlaif.errors import UserError
+from rlaif.judging.ballots import (
+    deciding_voices,
+    evaluating_voices,
+    guard_voices,
+    juror_names,
+    make_ballots,
+    make_chat_ballots,
+    rounds,
+    selecting_voices,
+    settled,
+)
+from rlaif.judging.filters import decide
+from rlaif.judging.templates import parse_template
+from rlaif.judging.verdicts import aggregate
+from rlaif.records import Pair, Vote
+from tests.judging.vote_makers import WEIGHTS, make_vote, vote_lists
 
 TEXT = """
 summary: Test.
@@ -62,3 +85,155 @@ def test_ids_change_with_the_question_and_with_nothing_else():
         ids(pair=PAIR.model_copy(update={"id": "q"})),
     ):
         assert not other & ids()
+
+
+# Judges behind servers
+
+
+def jurors(*changes):
+    return [Juror.model_validate({"model": "m", "api_key_env": None, "base_url": "http://me:pw@host:1/v1", **c})
+            for c in changes or ({},)]  # fmt: skip
+
+
+def template(text="", name="t"):
+    source = (
+        "{# verdict: letter; max_tokens: 8 #}{% block system %}{% for p in constitution.principles %}{{ p.rule }}"
+        "{% endfor %}{% endblock %}{% block user %}{{ messages }}{{ code }}{{ first }}{{ code }}{{ second }}{{ code }}"
+        "{{ principle.rule if principle else '' }}{% endblock %}"
+    )
+    return parse_template(name, {f"{name}.jinja": source + text})
+
+
+def chat_ballots(pairs=(PAIR,), juror_list=None, templates=None, text=TEXT, **options):
+    return list(make_chat_ballots(pairs, constitution(text), juror_list or jurors(), templates or [template()], **options))
+
+
+def test_a_chat_judge_is_asked_in_both_orders_times_everything():
+    two = jurors({}, {"model": "n", "temperature": 1.0, "samples": 3})
+    ballots = chat_ballots(juror_list=two, templates=[template(), template("x", "u")], votes_per_principle=True)
+    assert len(ballots) == len({b.id for b in ballots}) == 2 * 2 * 3 * (1 + 3)
+    voices = Counter((b.judge, b.voice, b.sample_index) for b in ballots)
+    assert set(voices.values()) == {2}
+    assert {b.voice for b in ballots} == {f"{t}/{p}" for t in "tu" for p in ("answers", "polite", "brief")}
+    assert {b.principles for b in ballots if b.guard} == {("answers",), ("polite",)}
+    assert {b.judge for b in ballots} == {"chat:m@host:1", "chat:n@host:1"}
+
+
+def test_one_question_for_all_rules_unless_the_job_says_otherwise():
+    for ballot in chat_ballots():
+        assert (ballot.voice, ballot.principles, ballot.guard) == ("t", ("answers", "polite", "brief"), False)
+
+
+def test_guards_do_not_evaluate():
+    assert {b.voice for b in chat_ballots(votes_per_principle=True, role="evaluate")} == {"t/brief"}
+
+
+def test_chat_ids_change_with_the_question_and_with_nothing_else():
+    def ids(**options):
+        return {b.id for b in chat_ballots(**options)}
+
+    hot = {"temperature": 1.0}
+    assert ids() == ids(seed=1) == ids(juror_list=jurors({"api_key_env": "X"}))
+    assert ids(juror_list=jurors(hot)) != ids(juror_list=jurors(hot), seed=1)
+    for other in (
+        ids(pairs=[PAIR.swap()]),
+        ids(text=TEXT.replace("Be brief.", "Be briefer.")),
+        ids(templates=[template("!")]),
+        *(ids(juror_list=jurors(c)) for c in (hot, {"max_tokens": 3}, {"model": "n"}, {"extra_body": {"a": 1}})),
+    ):
+        assert not other & ids()
+
+
+def test_two_jurors_that_differ_in_parameters_only_have_two_names():
+    assert juror_names(jurors({}, {"temperature": 1.0}, {"model": "n"}, {})) == [
+        "chat:m@host:1", "chat:m@host:1#2", "chat:n@host:1", "chat:m@host:1#3",
+    ]  # fmt: skip
+
+
+def test_votes_per_principle_need_a_template_that_shows_the_principle():
+    deaf = parse_template("deaf", {"deaf.jinja": template().sources[0].text.replace("if principle", "if false")})
+    with pytest.raises(UserError, match="`deaf` never shows `principle`"):
+        chat_ballots(templates=[deaf], votes_per_principle=True)
+    assert len(chat_ballots(templates=[deaf])) == 2
+
+
+def test_rounds_hold_both_orders_of_each_pairs_next_voice():
+    pairs = [PAIR, PAIR.model_copy(update={"id": "q", "selected_by": ("t",)})]
+    ballots = chat_ballots(pairs=pairs, templates=[template(), template("x", "u"), template("y", "v")])
+    turns = rounds(ballots)
+    assert [len(r) for r in turns] == [4, 4, 2]
+    assert sorted(b.id for r in turns for b in r) == sorted(b.id for b in ballots)
+    for turn in turns:
+        assert set(Counter((b.pair_id, b.judge, b.voice) for b in turn).values()) == {2}
+        assert set(Counter(b.pair_id for b in turn).values()) == {2}
+
+
+# Settled
+
+
+def slot_ballot(n):
+    """Ballots 0 and 1 are one voice's two orders, and so on; the last voice is a guard."""
+    order = ("forward", "reversed")[n % 2]
+    guard = n // 2 == 2
+    return make_vote("tie", n, voice=f"v{n // 2}", order=order, guard=guard, principle="kind" if guard else "brief").ballot
+
+
+def answers(ballot):
+    """What a vote on a ballot can be; soft votes can also contradict their outcome."""
+    soft = (None,) if ballot.guard else (None, 0.0, 0.3, 0.6, 1.0)
+    for outcome in ("first", "second", "tie"):
+        for p in soft if outcome != "tie" else (None,):
+            yield Vote(ballot=ballot, model="m", outcome=outcome, p_first=p, raw_reply="")
+    yield Vote(ballot=ballot, model="m", outcome="abstain", abstain_reason="empty", raw_reply="")
+
+
+@given(st.data())
+def test_settled_means_that_nothing_can_change_the_decision(data):
+    filters = Filters(
+        min_votes=data.draw(st.integers(1, 4)),
+        max_abstention_share=data.draw(st.sampled_from([0.0, 0.3, 0.5, 1.0])),
+        min_agreement=data.draw(st.sampled_from([0.0, 0.5, 0.6, 0.75, 1.0])),
+        min_margin=data.draw(st.sampled_from([0.0, 0.2, 0.4, 0.5])),
+        guards=data.draw(st.booleans()),
+    )
+    numbers = data.draw(st.permutations(range(6)))
+    cut = data.draw(st.integers(4, 5))
+    votes = [data.draw(st.sampled_from(list(answers(slot_ballot(n))))) for n in numbers[:cut]]
+    left = [slot_ballot(n) for n in numbers[cut:]]
+    if not settled(votes, left, filters):
+        return
+    texts = {"a": "1", "b": "2"}
+    ends = {
+        (d.status, d.winner)
+        for rest in itertools.product(*(list(answers(b)) for b in left))
+        for d in [decide(aggregate([*votes, *rest]), PAIR, filters, texts)]
+    }
+    assert ends == {("dropped", None)}
+
+
+def test_settled_saves_something():
+    def vote(outcome, n):
+        reason = "empty" if outcome == "abstain" else None
+        return Vote(ballot=slot_ballot(n), model="m", outcome=outcome, abstain_reason=reason, raw_reply="")
+
+    left = [slot_ballot(n) for n in (2, 3)]
+    flip = [vote("first", 0), vote("second", 1)]
+    agreed = [vote("first", 0), vote("first", 1)]
+    assert settled(flip, left, Filters())
+    assert not settled(flip, left, Filters(calibration="file.json"))
+    assert not settled(agreed, left, Filters())
+    assert settled(agreed, [], Filters())
+    assert not settled([], left, Filters())
+    assert settled([vote("first", 0), vote("tie", 1)], left, Filters(min_agreement=1.0))
+    assert settled([vote("abstain", 0), vote("abstain", 1)], [slot_ballot(2)], Filters(max_abstention_share=0.5))
+    assert not settled([vote("abstain", 0)], [slot_ballot(2)], Filters(max_abstention_share=0.5))
+    both_vetoed = [*agreed, vote("first", 4), vote("second", 5)]
+    assert settled(both_vetoed, left, Filters())
+    assert not settled(both_vetoed, left, Filters(guards=False))
+
+
+@given(vote_lists())
+def test_settled_is_never_wrong_about_random_votes(votes):
+    for cut in range(len(votes)):
+        if settled(votes[:cut], [v.ballot for v in votes[cut:]], Filters(), WEIGHTS):
+            assert decide(aggregate(votes, WEIGHTS), PAIR, Filters(), {"a": "1", "b": "2"}).status == "dropped"

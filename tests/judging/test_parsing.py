@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaif.judging.parsing import Reply, ReplyToken, TopToken, label_mass, outcome, parse
-from tests.test_layers import ROOT
+
+ROOT = Path(__file__).resolve().parents[2]
 
 LLMBAR = ROOT.parent / "shared/data/llmbar"
 RAW = sorted(LLMBAR.glob("raw_*.json"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rlaif.constitution import load_constitution
@@ -9,7 +11,8 @@ from rlaif.errors import UserError
 from rlaif.judging.attacks import ATTACKS
 from rlaif.judging.templates import asks_by_principle, load_template, parse_template, render
 from rlaif.records import Message
-from tests.test_layers import ROOT
+
+ROOT = Path(__file__).resolve().parents[2]
 
 FOLDER = ROOT / "prompts/judge"
 SHIPPED = sorted(p.stem for p in FOLDER.glob("[!_]*.jinja"))

@@ -1,0 +1,461 @@
+"""The chat judge against a server that fails on purpose: every ballot is a vote or owed, none is lost or cast twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rlaif.config import Judge
+from rlaif.constitution import load_constitution
+from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
+from rlaif.judging.ballots import make_chat_ballots
+from rlaif.judging.candidates import Candidate
+from rlaif.judging.chat import ChatJudge, Spent, spent_on
+from rlaif.judging.templates import load_template
+from rlaif.judging.transport import Pace, retry_after_s
+from rlaif.records import Message, Pair
+from tests.judging.fault_server import FAULTS, FaultServer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TEXT = load_constitution(ROOT / "constitutions", "assistant@1")
+LETTER = load_template(ROOT / "prompts/judge", "pairwise")
+REASONED = load_template(ROOT / "prompts/judge", "pairwise_reasoned")
+JSON = load_template(ROOT / "prompts/judge", "pairwise_json")
+KEY = "sk-very-secret-key-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", KEY)
+
+
+def questions(n):
+    """`n` pairs; the second answer is the longer one."""
+    pairs = [Pair(id=f"p{i}", prompt_id=f"x{i}", first=f"a{i}", second=f"b{i}", method="all") for i in range(n)]
+    candidates = [
+        Candidate(
+            completion_id=f"{side}{i}", prompt_id=f"x{i}", messages=(Message(role="user", content=f"Question {i}?"),),
+            finish_reason="stop", text="Yes." if side == "a" else f"No, and that is number {i}.",
+        )
+        for i in range(n) for side in "ab"
+    ]  # fmt: skip
+    return pairs, candidates
+
+
+def settings(server, **changes):
+    tree = {
+        "kind": "chat", "model": "m", "base_url": server if isinstance(server, str) else server.url,
+        "api_key_env": "TEST_KEY", "timeout_s": 10, "cache": None,
+    }  # fmt: skip
+    return Judge.model_validate({**tree, **changes})
+
+
+class Cast:
+    """A judge with its ballots; `run()` collects votes until the end or an error."""
+
+    def __init__(self, judge_settings, n=4, templates=(LETTER,), skip=(), spent=None, **ballots):
+        self.pairs, self.candidates = questions(n)
+        self.ballots = [
+            b
+            for b in make_chat_ballots(self.pairs, TEXT, judge_settings.jurors, templates, **ballots)
+            if b.id not in skip
+        ]
+        self.judge = ChatJudge(judge_settings, templates, spent, backoff_s=0.02)
+        self.votes = []
+        self.error = None
+
+    def stream(self):
+        return self.judge.cast(iter(self.ballots), self.pairs, self.candidates, TEXT)
+
+    def run(self):
+        try:
+            for chunk in self.stream():
+                assert chunk
+                self.votes += chunk
+        except (UserError, JudgeUnavailable) as e:
+            self.error = e
+            assert "\n" not in str(e)
+            assert KEY not in str(e)
+        return self.votes
+
+    @property
+    def ids(self):
+        return [v.ballot.id for v in self.votes]
+
+
+def test_votes_of_a_server_that_answers():
+    with FaultServer() as server:
+        cast = Cast(settings(server), 8, (LETTER,))
+        votes = cast.run()
+    assert cast.error is None
+    assert sorted(cast.ids) == sorted(b.id for b in cast.ballots)
+    for vote in votes:
+        assert vote.outcome == "second"
+        assert vote.p_first == pytest.approx(0.2 / 0.95, abs=1e-4)
+        assert vote.mass_neither == pytest.approx(0.05, abs=1e-4)
+        assert (vote.model, vote.finish_reason, vote.attempts, vote.cached) == ("m-1", "stop", 1, False)
+        assert (vote.usage.prompt_tokens, vote.usage.completion_tokens) == (100, 2)
+        assert vote.raw_reply == ("B" if vote.ballot.order == "forward" else "A")
+        assert vote.prompt_hash
+        assert vote.latency_s > 0
+        assert KEY not in vote.model_dump_json()
+    assert server.keys == {KEY}
+    assert cast.judge.spent == Spent(calls=16, tokens=16 * 102) == spent_on(votes, cast.judge.settings)
+
+
+def test_requests_ask_for_what_the_template_needs():
+    with FaultServer(say=lambda body: '{"verdict": "tie"}' if "response_format" in body else "Hm.\nVerdict: A") as server:
+        cast = Cast(settings(server, extra_body={"top_k": 1, "temperature": None}), 1, (LETTER, REASONED, JSON))
+        votes = cast.run()
+    of_template = {b["max_tokens"]: b for b in server.bodies}
+    assert of_template[8]["top_logprobs"] == 20
+    assert of_template[512]["top_logprobs"] == 5
+    assert "logprobs" not in of_template[400]
+    assert of_template[400]["response_format"]["json_schema"]["schema"]["required"] == ["reason", "verdict"]
+    assert all(b["top_k"] == 1 and "temperature" not in b and "seed" not in b for b in server.bodies)
+    assert [m["role"] for m in server.bodies[0]["messages"]] == ["system", "user"]
+    assert Counter(v.outcome for v in votes) == {"abstain": 2, "tie": 2, "first": 1, "second": 1}
+    assert all(v.p_first is None for v in votes)
+
+
+def test_samples_have_seeds_of_their_own():
+    with FaultServer() as server:
+        cast = Cast(settings(server, temperature=0.7, samples=3), 1, seed=5)
+        cast.run()
+    assert len({b["seed"] for b in server.bodies}) == 3
+    assert {b["seed"] for b in server.bodies} == {b.seed for b in cast.ballots}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_fails_every_ballot_ends_as_a_vote(seed):
+    with FaultServer(share=0.05, seed=seed) as server:
+        cast = Cast(settings(server, timeout_s=1, concurrency=16), 100)
+        votes = cast.run()
+    assert cast.error is None
+    assert sorted(cast.ids) == sorted(b.id for b in cast.ballots)
+    assert set(server.fates) == {*FAULTS, "fine"}
+    for vote in votes:
+        assert (vote.outcome == "abstain") == (vote.abstain_reason is not None)
+        assert (vote.abstain_reason == "infra_error") == (vote.error is not None)
+        assert vote.outcome in ("second", "abstain")
+    assert {v.abstain_reason for v in votes} - {None} <= {"truncated", "empty", "infra_error"}
+    assert sum(v.attempts for v in votes) == server.requests
+
+
+def test_concurrency_is_bounded_and_used():
+    with FaultServer(latency_s=0.03) as server:
+        assert len(Cast(settings(server, concurrency=7), 40).run()) == 80
+    assert server.most_open == 7
+
+
+def test_without_retries_every_fault_has_its_own_reason():
+    with FaultServer(share=0.09, seed=4) as server:
+        cast = Cast(settings(server, timeout_s=1, max_retries=0, breaker_failures=200), 60)
+        votes = cast.run()
+    said = " ".join(v.error or "" for v in votes)
+    for words in ("HTTP 429: slow down", "HTTP 500", "no reply within 1 s", "without a choice", "not JSON"):
+        assert words in said
+    assert sum(v.abstain_reason == "truncated" for v in votes) == server.fates["truncated"] > 0
+    assert sum(v.abstain_reason == "empty" for v in votes) == server.fates["null_content"] > 0
+    cut = [v for v in votes if v.error and ("incomplete" in v.error or "closed" in v.error or "disconnect" in v.error)]
+    assert len(cut) == server.fates["cut"] > 0
+
+
+def test_a_generator_closed_early_owes_what_it_did_not_yield():
+    with FaultServer(latency_s=0.03) as server:
+        first = Cast(settings(server, concurrency=4), 20)
+        stream = first.stream()
+        first.votes += next(stream)
+        first.votes += next(stream)
+        stream.close()
+        assert 0 < len(first.votes) < 40
+        second = Cast(settings(server, concurrency=4), 20, skip=set(first.ids))
+        second.run()
+    assert Counter(first.ids + second.ids) == Counter(b.id for b in Cast(settings(server), 20).ballots)
+
+
+def test_memory_does_not_grow_with_ballots():
+    """Ballots are taken from their iterator only when there is room."""
+    with FaultServer() as server:
+        cast = Cast(settings(server, concurrency=4), 60)
+        taken = 0
+
+        def counted():
+            nonlocal taken
+            for ballot in cast.ballots:
+                taken += 1
+                yield ballot
+
+        stream = cast.judge.cast(counted(), cast.pairs, cast.candidates, TEXT)
+        seen = 0
+        for chunk in stream:
+            seen += len(chunk)
+            assert taken - seen <= 16
+        assert seen == 120
+
+
+# Budget
+
+
+def test_a_budget_of_calls_is_exact_and_what_was_under_way_is_kept():
+    with FaultServer(latency_s=0.01) as server:
+        cast = Cast(settings(server, budget={"calls": 11}), 20)
+        cast.run()
+        assert isinstance(cast.error, BudgetSpent)
+        assert "judge.budget.calls=11 is spent" in str(cast.error)
+        assert len(cast.votes) == server.requests == 11
+        more = Cast(settings(server, budget={"calls": 40}), 20, skip=set(cast.ids), spent=cast.judge.spent)
+        more.run()
+    assert more.error is None
+    assert server.requests == 40
+    assert len(set(cast.ids + more.ids)) == 40
+
+
+def test_failed_calls_leave_room_in_the_budget():
+    with FaultServer(share=1.0, faults=("error_500",), only_first_attempt=True) as server:
+        cast = Cast(settings(server, budget={"calls": 8}, max_retries=2), 4)
+        cast.run()
+    assert cast.error is None
+    assert len(cast.votes) == 8
+    assert server.requests == 16
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"), [({"tokens": 1000}, "tokens"), ({"money": 0.001}, "money")], ids=["tokens", "money"]
+)
+def test_tokens_and_money_stop_the_run(budget, name):
+    prices = {"m": {"prompt": 1.0, "completion": 2.0}}
+    with FaultServer(latency_s=0.01) as server:
+        cast = Cast(settings(server, budget=budget, prices=prices, concurrency=2), 20)
+        cast.run()
+    assert isinstance(cast.error, BudgetSpent)
+    assert f"judge.budget.{name}" in str(cast.error)
+    assert 10 <= len(cast.votes) == server.requests <= 9 + 2 * 2
+    assert cast.judge.spent.money == pytest.approx(len(cast.votes) * 104 / 1e6)
+
+
+def test_money_needs_prices():
+    with pytest.raises(UserError, match="no price for `m`"):
+        Cast(settings("http://127.0.0.1:1/v1", budget={"money": 1.0}))
+
+
+# A judge that is down, and users' mistakes
+
+
+def test_a_server_that_is_not_there_pauses_the_run():
+    cast = Cast(settings("http://127.0.0.1:9/v1", max_retries=1, breaker_failures=5), 20)
+    assert cast.run() == []
+    assert isinstance(cast.error, JudgeUnavailable)
+    assert "127.0.0.1:9" in str(cast.error)
+    assert "run again when it is back" in str(cast.error)
+
+
+def test_also_with_fewer_ballots_than_the_breaker_waits_for():
+    cast = Cast(settings("http://127.0.0.1:9/v1", max_retries=0), 1)
+    assert cast.run() == []
+    assert isinstance(cast.error, JudgeUnavailable)
+
+
+def test_a_server_that_goes_down_keeps_its_votes_and_owes_the_rest():
+    with FaultServer() as server:
+        server.status = lambda body: 503 if server.requests > 11 else None
+        cast = Cast(settings(server, max_retries=0, breaker_failures=4, concurrency=1), 20)
+        cast.run()
+    assert isinstance(cast.error, JudgeUnavailable)
+    assert "HTTP 503" in str(cast.error)
+    assert len(cast.votes) == 11
+    assert all(v.outcome == "second" for v in cast.votes)
+
+
+def test_a_juror_that_is_down_does_not_hide_behind_one_that_answers():
+    with FaultServer() as server:
+        jury = [{"model": "n", "base_url": "http://127.0.0.1:9/v1", "api_key_env": None}]
+        cast = Cast(settings(server, jury=jury, max_retries=0, breaker_failures=5), 20)
+        cast.run()
+    assert isinstance(cast.error, JudgeUnavailable)
+    assert "127.0.0.1:9" in str(cast.error)
+    assert all(v.ballot.judge.startswith("chat:m@") and v.outcome == "second" for v in cast.votes)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, ["TEST_KEY", "HTTP 401"]), (403, ["TEST_KEY", "HTTP 403"]), (404, ["`m`", "/v1", "HTTP 404"]),
+        (400, ["rejects every request", "logprobs"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_at_once(status, words):
+    with FaultServer(status=status, message=f"wrong {KEY} or\nBearer abcdefgh1234") as server:
+        cast = Cast(settings(server, concurrency=4, breaker_failures=6), 20)
+        assert cast.run() == []
+    assert isinstance(cast.error, UserError)
+    assert all(w in str(cast.error) for w in words)
+    assert "abcdefgh1234" not in str(cast.error)
+    assert server.requests <= 16
+
+
+def test_a_rejected_request_among_others_is_an_abstention():
+    """Also several in a row: a server that rejects some questions is not down."""
+
+    def too_long(body):
+        number = int(re.search(r"Question (\d+)", body["messages"][-1]["content"])[1])
+        return 400 if 3 <= number <= 6 else None
+
+    with FaultServer(status=too_long, message="context too long") as server:
+        cast = Cast(settings(server, concurrency=1, breaker_failures=4), 10)
+        votes = cast.run()
+    assert cast.error is None
+    assert len(votes) == 20
+    rejected = [v for v in votes if v.abstain_reason == "infra_error"]
+    assert {v.ballot.pair_id for v in rejected} == {"p3", "p4", "p5", "p6"}
+    assert all(v.error == "HTTP 400: context too long" and v.attempts == 1 for v in rejected)
+
+
+def test_a_missing_key_is_found_before_any_call(monkeypatch):
+    monkeypatch.delenv("TEST_KEY")
+    with FaultServer() as server:
+        with pytest.raises(UserError, match="TEST_KEY is not set"):
+            Cast(settings(server))
+        assert server.requests == 0
+        assert len(Cast(settings(server, api_key_env=None)).run()) == 8
+
+
+def test_an_address_that_is_none():
+    with pytest.raises(UserError, match="judge.base_url: `localhost:8000/v1` is no address"):
+        Cast(settings("localhost:8000/v1"))
+
+
+def test_a_password_in_the_address_is_never_shown():
+    cast = Cast(settings("http://me:hunter2@127.0.0.1:9/v1", max_retries=0), 1)
+    cast.run()
+    assert "hunter2" not in str(cast.error)
+    assert "hunter2" not in cast.ballots[0].model_dump_json()
+
+
+# Cache
+
+
+def test_a_stored_reply_is_a_vote_without_a_call(tmp_path):
+    with FaultServer() as server:
+        make = lambda **changes: Cast(settings(server, cache=str(tmp_path), **changes), 5)  # noqa: E731
+        first = make()
+        first.run()
+        again = make(budget={"calls": 1})
+        again.run()
+        assert server.requests == 10
+        changes = ({"temperature": 0.5}, {"max_tokens": 9}, {"model": "n"}, {"extra_body": {"top_k": 1}})
+        for calls, change in enumerate(changes, 2):
+            make(**change).run()
+            assert server.requests == 10 * calls
+    assert again.error is None
+    assert again.judge.spent == Spent()
+    assert all((v.cached, v.attempts) == (True, 0) for v in again.votes)
+    plain = [v.model_dump(exclude={"cached", "attempts", "latency_s"}) for v in (*first.votes, *again.votes)]
+    by_id = lambda v: v["ballot"]["id"]  # noqa: E731
+    assert sorted(plain[:10], key=by_id) == sorted(plain[10:], key=by_id)
+
+
+def test_failures_are_never_stored(tmp_path):
+    with FaultServer(share=1.0, faults=("error_500",)) as server:
+        cast = Cast(settings(server, cache=str(tmp_path), max_retries=0), 3)
+        assert {v.abstain_reason for v in cast.run()} == {"infra_error"}
+        server.share = 0.0
+        assert {v.outcome for v in Cast(settings(server, cache=str(tmp_path)), 3).run()} == {"second"}
+        assert server.requests == 12
+
+
+def test_an_unreadable_entry_is_asked_again(tmp_path):
+    import diskcache
+
+    with FaultServer() as server:
+        Cast(settings(server, cache=str(tmp_path)), 2).run()
+        with diskcache.Cache(str(tmp_path)) as cache:
+            for key in list(cache):
+                cache[key] = "{torn"
+        assert {v.outcome for v in Cast(settings(server, cache=str(tmp_path)), 2).run()} == {"second"}
+        assert server.requests == 8
+
+
+PROCESS = """
+import sys
+from tests.judging.test_chat import Cast, settings
+url, cache = sys.argv[1:]
+votes = Cast(settings(url, cache=cache, api_key_env=None), 30).run()
+print(len(votes), sum(v.cached for v in votes))
+"""
+
+
+def test_processes_share_the_cache(tmp_path):
+    with FaultServer(latency_s=0.01) as server:
+        command = [sys.executable, "-c", PROCESS, server.url, str(tmp_path)]
+        running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        done = [p.communicate(timeout=60)[0].split() for p in running]
+        assert [d[0] for d in done] == ["60", "60"]
+        asked = server.requests
+        cast = Cast(settings(server, cache=str(tmp_path), api_key_env=None), 30)
+        assert all(v.cached for v in cast.run())
+        assert server.requests == asked <= 120
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="judge.cache"):
+        Cast(settings("http://127.0.0.1:9/v1", cache=str(tmp_path / "file/folder")))
+
+
+# Limits
+
+
+def test_requests_a_minute_are_spaced():
+    with FaultServer() as server:
+        Cast(settings(server, requests_per_minute=1200), 5).run()
+    # Nine gaps of 50 ms; the first request also opens its connection.
+    assert server.times[-1] - server.times[0] >= 0.7 * 9 * 0.05
+
+
+def test_tokens_a_minute_follow_the_servers_own_count():
+    async def three():
+        pace, start = Pace(6000), time.monotonic()
+        await pace.wait(1)
+        pace.correct(19)
+        await pace.wait(1)
+        return time.monotonic() - start
+
+    assert 0.19 < asyncio.run(three()) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [("2", 2, 2), ("0.5", 0.5, 0.5), ("-1", 0, 0), ("soon", None, None), ("nan", None, None), ("inf", None, None),
+     ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("Fri, 31 Dec 2060 23:59:59 GMT", 1e8, 1e10), (None, None, None)],
+)  # fmt: skip
+def test_retry_after(value, low, high):
+    found = retry_after_s({} if value is None else {"retry-after": value})
+    assert found is None if low is None else low <= found <= high
+
+
+def test_retry_after_is_waited_for():
+    with FaultServer(share=1.0, faults=("rate_limit",), only_first_attempt=True) as server:
+        votes = Cast(settings(server, concurrency=1), 1).run()
+    assert [v.attempts for v in votes] == [2, 2]
+    per_question = {}
+    for body, at in zip(server.bodies, server.times, strict=True):
+        per_question.setdefault(json.dumps(body), []).append(at)
+    assert all(b - a >= 0.05 for a, b in per_question.values())
+
+
+def test_a_ballot_of_another_text_or_template_is_refused():
+    cast = Cast(settings("http://127.0.0.1:9/v1"), 1)
+    for change in ({"constitution": "other"}, {"template": "other"}, {"judge": "other"}):
+        ballot = cast.ballots[0].model_copy(update=change)
+        with pytest.raises(ValueError, match=r"another|no juror"):
+            next(cast.judge.cast([ballot], cast.pairs, cast.candidates, TEXT))
