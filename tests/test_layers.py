@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.judging.ballots",
         "rlaif.judging.verdicts",
         "rlaif.judging.filters",
+        "rlaif.judging.calibration",
     ),
     (
         "rlaif.store",
@@ -39,6 +40,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.sampling.*",
         "rlaif.judging.likelihood",
         "rlaif.judging.bench",
+        "rlaif.judging.labelled",
+        "rlaif.judging.recorded",
+        "rlaif.judging.report",
         "rlaif.learning",
         "rlaif.learning.*",
     ),
