@@ -35,7 +35,7 @@ Map = Annotated[
     typer.Option("--map", metavar="KEY=COLUMN,...", help="Columns: id, prompt, first, second, label, slice; and what "
                  "the label column calls the sides: first_is=0,second_is=1."),
 ]  # fmt: skip
-By = Annotated[str | None, typer.Option("--by", metavar="COLUMN", help="The column that names slices.")]
+By = Annotated[str | None, typer.Option("--by", metavar="COLUMN", help="The column that names slices; `file`: each file is one.")]
 SplitOption = Annotated[
     str | None, typer.Option(help="`dev` to tune on, `test` to report, `all`. `dev` where the file has splits.")
 ]

@@ -199,7 +199,7 @@ def learn_threshold(scores: Any, errors: Any, alpha: float, delta: float) -> Thr
     Raises:
         ValueError: alpha or delta isn't inside (0, 1), or a score is NaN.
     """
-    from scipy.stats import beta, binom
+    from scipy.special import bdtr, betaincinv
 
     if not (0 < alpha < 1 and 0 < delta < 1):
         raise ValueError(f"alpha and delta lie between 0 and 1, got {alpha} and {delta}")
@@ -213,7 +213,7 @@ def learn_threshold(scores: Any, errors: Any, alpha: float, delta: float) -> Thr
     # Ends of runs of equal scores: the pairs that a threshold keeps, for every threshold that exists.
     ends = np.flatnonzero(np.append(score[1:] != score[:-1], True)) if len(score) else np.array([], dtype=int)
     ends = ends[ends + 1 >= least_pairs(alpha, delta)]
-    rejected = binom.cdf(wrong_so_far[ends], ends + 1, alpha) <= delta
+    rejected = bdtr(wrong_so_far[ends], ends + 1, alpha) <= delta  # P(Bin(kept, alpha) <= errors)
     passed = len(ends) if rejected.all() else int(np.argmin(rejected))
     at = ends[max(passed - 1, 0)] if len(ends) else None
     kept, failed = (0, 0) if at is None else (int(at) + 1, int(wrong_so_far[at]))
@@ -223,7 +223,7 @@ def learn_threshold(scores: Any, errors: Any, alpha: float, delta: float) -> Thr
         pairs=pairs,
         kept=kept,
         errors=failed,
-        error_bound=1.0 if failed == kept else float(beta.ppf(1 - delta, failed + 1, kept - failed)),
+        error_bound=1.0 if failed == kept else float(betaincinv(failed + 1, kept - failed, 1 - delta)),
     )
 
 

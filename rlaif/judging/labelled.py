@@ -39,6 +39,8 @@ _ANSWERS = (
     ("answer_a", "answer_b"),
     ("chosen", "rejected"),
 )
+FILE = "file"
+"""As a column of slices: each file is one, whatever its columns."""
 _ANNOTATOR = re.compile(r"annotator_?\d+")
 _MAP_KEYS = (*_COLUMNS, "first", "second", "first_is", "second_is")
 _NAMES: dict[str, Outcome] = {
@@ -193,7 +195,7 @@ def read_labelled(
     """The labelled pairs of some files, or those of one split.
 
     `columns` maps id, prompt, first, second, label and slice to the files' own names; what it leaves out is found by
-    the usual names. `by` names the column of slices. Without a column of slices, a file is a slice. `split` None is
+    the usual names. `by` names the column of slices (`file`: each file is one). Without one, a file is a slice. `split` None is
     `dev` for a file that has splits.
 
     Raises:
@@ -233,9 +235,11 @@ class _Reader:
         self.several = several
         head = table[0].values
         for key, column in chosen.items():
-            if key not in ("first_is", "second_is") and column not in head:
+            if key not in ("first_is", "second_is") and column not in head and (key, column) != ("slice", FILE):
                 raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}")
         self.columns = {key: chosen.get(key) or _find(names, head) for key, names in _COLUMNS.items()}
+        if self.columns["slice"] == FILE:
+            self.columns["slice"] = None
         answers = next((pair for pair in _ANSWERS if pair[0] in head and pair[1] in head), None)
         self.first = chosen.get("first") or (answers and answers[0])
         self.second = chosen.get("second") or (answers and answers[1])
@@ -297,12 +301,11 @@ class _Reader:
             prompt = f"{prompt}\n\n{self._text(row, self.about)}"
         used = {*self.columns.values(), self.first, self.second, self.about}
         others = {c: str(v) for c, v in row.values.items() if isinstance(v, str | int | float) and c not in used}
-        slices = {"slice": self.columns["slice"]} if self.columns["slice"] else {}
         return Labelled(
             id=f"{self.path.stem}/{key}" if self.several else key,
             key=key,
             file=self.path.stem,
-            slice=self._text(row, slices["slice"]) if slices else self.path.stem,
+            slice=self._text(row, self.columns["slice"]) if self.columns["slice"] else self.path.stem,
             prompt=prompt,
             first=self._text(row, self.first),
             second=self._text(row, self.second),
