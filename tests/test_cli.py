@@ -26,6 +26,7 @@ COMMANDS = [
     ["constitution", "check"],
     ["constitution", "diff"],
     ["judge", "bench"],
+    ["judge", "calibrate"],
 ]
 
 

@@ -16,6 +16,9 @@ from rlaif.records import Decision, DropReason, Pair, Verdict, Vote
 
 Rule = Callable[[Verdict, Filters], bool]
 
+_ROUNDING = 1e-9
+"""Of weights that sum to one: a verdict that is on a threshold must not fall under it by the last bit."""
+
 
 def decide(
     verdict: Verdict, pair: Pair, settings: Filters, texts: Mapping[str, str], calibrated: bool | None = None
@@ -87,13 +90,12 @@ def order_flip(verdict: Verdict, settings: Filters) -> bool:
 
 def low_agreement(verdict: Verdict, settings: Filters) -> bool:
     """The winner has less than `min_agreement` of the votes' weight."""
-    # The tolerance is for the rounding of weights that sum to one.
-    return verdict.agreement is not None and verdict.agreement < settings.min_agreement - 1e-9
+    return verdict.agreement is not None and verdict.agreement < settings.min_agreement - _ROUNDING
 
 
 def low_margin(verdict: Verdict, settings: Filters) -> bool:
     """p(first) is nearer to 0.5 than `min_margin`."""
-    return verdict.p_first is not None and abs(verdict.p_first - 0.5) < settings.min_margin
+    return verdict.p_first is not None and abs(verdict.p_first - 0.5) < settings.min_margin - _ROUNDING
 
 
 def trusted(
