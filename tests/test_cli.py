@@ -27,6 +27,7 @@ COMMANDS = [
     ["constitution", "diff"],
     ["judge", "bench"],
     ["judge", "attack"],
+    ["judge", "calibrate"],
 ]
 
 

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.judging.templates",
         "rlaif.judging.verdicts",
         "rlaif.judging.filters",
+        "rlaif.judging.calibration",
     ),
     (
         "rlaif.store",
@@ -46,6 +47,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.judging.chat",
         "rlaif.judging.transport",
         "rlaif.judging.bench",
+        "rlaif.judging.labelled",
+        "rlaif.judging.recorded",
+        "rlaif.judging.report",
         "rlaif.learning",
         "rlaif.learning.*",
     ),

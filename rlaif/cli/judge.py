@@ -1,92 +1,342 @@
-"""`rlaif judge bench`: how far can a judge be trusted?"""
+"""`rlaif judge`: how far can a judge be trusted (`bench`), and from which agreement on (`calibrate`)?"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from rlaif.cli.judge_attack import attack
 from rlaif.errors import UserError
 
+if TYPE_CHECKING:
+    from rlaif.config import Job
+    from rlaif.judging.bench import Judged
+    from rlaif.judging.calibration import Calibration
+    from rlaif.judging.labelled import Labelled, LabelledSet
+    from rlaif.judging.verdicts import JurorFit
+    from rlaif.records import Vote
+
 app = typer.Typer(help="Measure a judge on labelled pairs.", no_args_is_help=True, rich_markup_mode=None)
 app.command()(attack)
+
+DEFAULT_LABELLED = Path("prompts/judge_bench.jsonl")
+
+Files = Annotated[
+    list[Path] | None, typer.Argument(help=f"Labelled pairs, JSON, JSONL or CSV; {DEFAULT_LABELLED} when absent.")
+]
+Map = Annotated[
+    str | None,
+    typer.Option("--map", metavar="KEY=COLUMN,...", help="Columns: id, prompt, first, second, label, slice; and what "
+                 "the label column calls the sides: first_is=0,second_is=1."),
+]  # fmt: skip
+By = Annotated[
+    str | None, typer.Option("--by", metavar="COLUMN", help="The column that names slices; `file`: each file is one.")
+]
+SplitOption = Annotated[
+    str | None, typer.Option(help="`dev` to tune on, `test` to report, `all`. `dev` where the file has splits.")
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option("--where", metavar="COLUMN=VALUE", help="Only these rows; a column given twice allows both values."),
+]
+Votes = Annotated[
+    Path | None,
+    typer.Option("--votes", help="Recorded votes (CSV, JSON, JSONL, or a run's votes.jsonl) instead of a judge."),
+]
+VotesMap = Annotated[
+    str | None,
+    typer.Option("--votes-map", metavar="KEY=COLUMN,...", help="Columns of --votes: id, set, judge, voice, label, "
+                 "order, forward, reversed, reversed_slots (the second order, not mapped back)."),
+]  # fmt: skip
+Jury = Annotated[bool, typer.Option("--jury", help="The judges of --votes vote together, instead of one by one.")]
+JobOption = Annotated[Path | None, typer.Option(help="Take `judge` and `filters` from this job file.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: --set filters.min_margin=0.1")
+]
+Dir = Annotated[Path, typer.Option("--dir", help="Folder that holds the constitutions.")]
+Alpha = Annotated[float, typer.Option(help="Largest error among kept pairs.")]
+Delta = Annotated[float, typer.Option(help="Largest probability of accepting a larger one.")]
+Score = Annotated[
+    str,
+    typer.Option(help="What the threshold is on: `agreement`, `margin` of p(first), or `fitted` (100 pairs or more)."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of random splits.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
+
+
+@dataclass(frozen=True)
+class _Votes:
+    """What both commands work on: labelled pairs and the votes of each judge on them."""
+
+    job: Job
+    labelled: LabelledSet
+    rows: list[Labelled]
+    by_judge: dict[str, list[Vote]]
+    kind: str
+    directory: Path
+
+    def judged(self, votes: list[Vote], calibration: Calibration | None = None) -> tuple[list[Judged], JurorFit | None]:
+        """One judge's decisions, and its juror weights."""
+        from rlaif.judging import bench
+
+        load = loader(self.directory)
+        default = self.job.constitution
+        recorded = all(not v.ballot.principles for v in votes)
+
+        def weights(row: Labelled) -> dict[str, float]:
+            reference = row.constitution or default
+            return {} if recorded or reference is None else load(reference).weights
+
+        jurors = bench.jurors_of(votes, self.job.filters, calibration)
+        return bench.decide_rows(self.rows, votes, self.job.filters, weights, calibration, jurors), jurors
 
 
 @app.command()
 def bench(
-    labelled: Annotated[Path, typer.Argument(help="Labelled pairs, JSONL.")] = Path("prompts/judge_bench.jsonl"),
-    split: Annotated[str, typer.Option(help="`dev` to tune on, `test` to report, `all`.")] = "dev",
-    job: Annotated[Path | None, typer.Option(help="Take `judge` and `filters` from this job file.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: --set filters.min_margin=0.1")
+    labelled: Files = None,
+    split: SplitOption = None,
+    map_: Map = None,
+    by: By = None,
+    where: Where = None,
+    votes: Votes = None,
+    votes_map: VotesMap = None,
+    jury: Jury = False,
+    job: JobOption = None,
+    set_: Set = None,
+    directory: Dir = Path("constitutions"),
+    splits: Annotated[
+        int, typer.Option(min=0, help="Calibrate on a random half and measure on the other, so many times.")
+    ] = 0,
+    alpha: Alpha = 0.1,
+    delta: Delta = 0.1,
+    score: Score = "agreement",
+    seed: Seed = 0,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw risk against coverage into this .png or .svg file.")
     ] = None,
-    directory: Annotated[Path, typer.Option("--dir", help="Folder that holds the constitutions.")] = Path(
-        "constitutions"
-    ),
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")] = False,
+    json_: Json = False,
 ) -> None:
-    """Accuracy by principle on labelled pairs, before and after the filter, with Wilson 95 % intervals."""
-    from rich.console import Console
-
-    from rlaif import models
-    from rlaif.config import apply_override, load_job, parse_job
-    from rlaif.constitution import load_constitution
+    """Accuracy of a judge, or of recorded votes, on labelled pairs: by slice, before and after each filter."""
     from rlaif.judging import bench as judge_bench
-    from rlaif.judging.likelihood import LikelihoodJudge
+    from rlaif.judging import report
 
-    if split not in ("dev", "test", "all"):
-        raise UserError(f"--split {split}: expected dev, test or all")
-    if job is not None:
-        settings = load_job(job, set_)
-    else:
-        tree: dict[str, Any] = {"constitution": "assistant"}
-        for override in set_ or []:
-            apply_override(tree, override)
-        settings = parse_job(tree, "--set")
-    rows = judge_bench.read_labelled(labelled, None if split == "all" else cast("Literal['dev', 'test']", split))
-    load = lru_cache(lambda reference: load_constitution(directory, reference))
-    for reference in {r.constitution for r in rows}:  # a missing text is found before the model is loaded
-        load(reference)
-
-    console = Console(stderr=True)
-    path = models.resolve(settings.judge.model, progress=lambda message, share: console.print(message))
-    judge = LikelihoodJudge(str(path), settings.judge)
-    votes = 0
-
-    def progress(new: int) -> None:
-        nonlocal votes
-        votes += new
-        if sys.stderr.isatty():
-            console.print(f"{votes} votes", end="\r")
-
-    judged = judge_bench.judge_rows(rows, judge, load, settings.filters, progress)
-    results = judge_bench.slices(judged)
+    kind = _score_kind(score)
+    _check_risk(alpha, delta)
+    if picture is not None:
+        report.check_picture(picture)
+    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory)
+    calibration = _calibration(found.job)
+    results, trials, pairs, jurors = [], [], [], {}
+    for judge, mine in found.by_judge.items():
+        judged, jurors[judge] = found.judged(mine, calibration)
+        results += judge_bench.slices(judge, judged)
+        pairs += [(judge, j) for j in judged]
+        if splits:
+            trials += judge_bench.split_trials(judge, judged, splits, alpha, delta, kind, seed)
+    if picture is not None:
+        report.draw_risk_coverage(results, picture, alpha)
     if json_:
-        sources = sorted({j.row.source for j in judged})
         typer.echo(
             json.dumps(
                 {
-                    "split": split,
-                    "model": settings.judge.model,
-                    "judge": settings.judge.model_dump(),
-                    "filters": settings.filters.model_dump(),
-                    "slices": [s.model_dump() for s in results],
-                    "by_source": [
-                        judge_bench.summarise(s, [j for j in judged if j.row.source == s]).model_dump() for s in sources
-                    ],
+                    "judge": found.job.judge.model_dump(mode="json") if votes is None else {"votes": str(votes)},
+                    "filters": found.job.filters.model_dump(mode="json"),
+                    "labelled_digest": found.labelled.digest,
+                    "excluded": found.labelled.excluded,
+                    "slices": [s.model_dump(mode="json") for s in results],
+                    "splits": [t.model_dump(mode="json") for t in trials],
+                    "jurors": {judge: fit.model_dump(mode="json") for judge, fit in jurors.items() if fit},
                     "pairs": [
-                        {"id": j.row.id, "label": j.row.label, "correct": j.correct, **j.decision.model_dump()}
-                        for j in judged
+                        {"judge": judge, "id": j.row.id, "slice": j.row.slice, "label": j.row.label,
+                         "correct": j.correct, **j.decision.model_dump(mode="json")}
+                        for judge, j in pairs
                     ],
                 },
                 indent=1,
             )
-        )
+        )  # fmt: skip
         return
-    title = f"{settings.judge.kind} judge, {settings.judge.model}, {labelled} ({split})"
-    Console(width=None if sys.stdout.isatty() else 160).print(judge_bench.table(results, title))
+    console = _stdout()
+    title = f"{votes or found.job.judge.model} on {', '.join(dict.fromkeys(r.file for r in found.rows))}"
+    for table in report.tables(results, title):
+        console.print(table)
+    if found.labelled.excluded:
+        console.print("left out: " + ", ".join(f"{n} {why}" for why, n in found.labelled.excluded.items()))
+    for judge, fit in jurors.items():
+        if fit:
+            console.print(f"juror weights ({judge}): " + ", ".join(f"{j} {w:.2f}" for j, w in fit.weights.items()))
+    if trials:
+        console.print(report.trial_table(trials, alpha, delta))
+
+
+@app.command()
+def calibrate(
+    to: Annotated[Path, typer.Option(help="The calibration file to write; a job names it as filters.calibration.")],
+    labelled: Files = None,
+    split: SplitOption = None,
+    map_: Map = None,
+    by: By = None,
+    where: Where = None,
+    votes: Votes = None,
+    votes_map: VotesMap = None,
+    jury: Jury = False,
+    job: JobOption = None,
+    set_: Set = None,
+    directory: Dir = Path("constitutions"),
+    alpha: Alpha = 0.1,
+    delta: Delta = 0.1,
+    score: Score = "agreement",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Find the threshold whose error among kept pairs is at most alpha, with probability 1 - delta.
+
+    The promise is about pairs like the labelled ones. With --by, each slice has a threshold and a promise of its own.
+    """
+    from rlaif.judging import bench as judge_bench
+    from rlaif.judging import report
+
+    kind = _score_kind(score)
+    _check_risk(alpha, delta)
+    if not to.parent.is_dir():
+        raise UserError(f"--to {to}: there is no folder {to.parent}; make it first")
+    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory)
+    if len(found.by_judge) > 1:
+        names = ", ".join(found.by_judge)
+        raise UserError(f"{votes}: votes of several judges ({names}); choose one (--where judge=NAME), or add --jury")
+    ((_, mine),) = found.by_judge.items()
+    judged, jurors = found.judged(mine)
+    calibration = judge_bench.calibrate(
+        judged,
+        found.job.filters,
+        alpha,
+        delta,
+        kind,
+        sliced=by is not None,
+        judge_kind=found.kind,
+        labelled=[path.name for path in _files(labelled)],
+        labelled_digest=found.labelled.digest,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        jurors=jurors,
+        seed=seed,
+    )
+    temporary = to.with_name(to.name + ".partial")
+    temporary.write_text(calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, to)
+    if json_:
+        typer.echo(calibration.model_dump_json(indent=1))
+        return
+    for line in report.calibration_lines(calibration):
+        typer.echo(line)
+    print(f"wrote {to}" + ("" if calibration.accepted else ": a filter with it keeps nothing"), file=sys.stderr)
+
+
+def _votes(
+    labelled: list[Path] | None,
+    split: str | None,
+    map_: str | None,
+    by: str | None,
+    where: list[str] | None,
+    votes: Path | None,
+    votes_map: str | None,
+    jury: bool,
+    job: Path | None,
+    set_: list[str] | None,
+    directory: Path,
+) -> _Votes:
+    from rlaif.judging import bench as judge_bench
+    from rlaif.judging.labelled import parse_map, read_labelled
+    from rlaif.judging.recorded import narrow, parse_votes_map, parse_where, read_recorded
+
+    if split not in (None, "dev", "test", "all"):
+        raise UserError(f"--split {split}: expected dev, test or all")
+    settings = job_of(job, set_)
+    found = read_labelled(_files(labelled), parse_map(map_), cast("Literal['dev', 'test', 'all'] | None", split), by)
+    conditions = parse_where(where or [])
+    if votes is not None:
+        rows, recorded = read_recorded(votes, found.rows, parse_votes_map(votes_map), conditions)
+        return _Votes(settings, found, rows, judge_bench.by_judge(recorded, jury), "recorded", directory)
+    rows, _ = narrow(found.rows, conditions)
+    cast_now = _cast(settings, rows, directory)
+    return _Votes(settings, found, rows, {settings.judge.model: cast_now}, settings.judge.kind, directory)
+
+
+def _cast(settings: Job, rows: list[Labelled], directory: Path) -> list[Vote]:
+    """The job's judge asked now."""
+    from rlaif.judging import bench as judge_bench
+    from rlaif.judging.opened import open_judge
+
+    load = loader(directory)
+    references = {r.constitution or settings.constitution for r in rows}
+    texts = [load(reference) for reference in references if reference is not None]
+    ask = open_judge(settings, texts, Path.cwd(), lambda message: print(message, file=sys.stderr))
+    count = 0
+
+    def progress(new: int) -> None:
+        nonlocal count
+        count += new
+        if sys.stderr.isatty():
+            print(f"{count} votes", end="\r", file=sys.stderr, flush=True)
+
+    return judge_bench.cast_votes(rows, ask, load, settings.constitution, progress)
+
+
+def job_of(job: Path | None, set_: list[str] | None) -> Job:
+    from rlaif.config import apply_override, load_job, parse_job
+
+    if job is not None:
+        return load_job(job, set_)
+    tree: dict[str, Any] = {"constitution": "assistant"}
+    for override in set_ or []:
+        apply_override(tree, override)
+    return parse_job(tree, "--set")
+
+
+def _calibration(job: Job) -> Calibration | None:
+    from rlaif.judging.calibration import parse_calibration
+
+    if job.filters.calibration is None:
+        return None
+    path = Path(job.filters.calibration)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"filters.calibration {path}: can't read it ({e}); `rlaif judge calibrate` makes one") from e
+    return parse_calibration(text, str(path))
+
+
+@lru_cache
+def loader(directory: Path) -> Any:
+    from rlaif.constitution import load_constitution
+
+    return lru_cache(lambda reference: load_constitution(directory, reference))
+
+
+def _files(labelled: list[Path] | None) -> list[Path]:
+    return labelled or [DEFAULT_LABELLED]
+
+
+def _score_kind(score: str) -> Any:
+    if score not in ("agreement", "margin", "fitted"):
+        raise UserError(f"--score {score}: expected agreement, margin or fitted")
+    return score
+
+
+def _check_risk(alpha: float, delta: float) -> None:
+    for name, value in (("alpha", alpha), ("delta", delta)):
+        if not 0 < value < 1:
+            raise UserError(f"--{name} {value:g}: expected a share between 0 and 1, for example 0.1")
+
+
+def _stdout() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)

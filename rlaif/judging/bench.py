@@ -1,71 +1,77 @@
-"""The judge against labelled pairs: how often is it right, before and after the filter, and on how many?
+"""A judge against labelled pairs: how often is it right, before and after the filter, and on how many?
 
-In: rows of a labelled JSONL file (prompts/judge_bench.jsonl), a judge and the job's filters. Out: one `Slice` per
-principle and one for all. A pair is judged exactly as in a run: the deciding voices and the guards vote, the
-votes are aggregated, the filter decides. A verdict that names no side counts as wrong.
+In: labelled pairs, the votes on them (cast now, or recorded) and the job's filters. Out: one `Slice` for each judge
+and slice, and one for all slices. A pair is judged exactly as in a run: votes are aggregated, the filter decides. A
+verdict, or a vote, that names no side counts as wrong. Intervals are Wilson's, 95 %, and take pairs (or votes) as
+independent.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from pydantic import Field, ValidationError
+import numpy as np
+from pydantic import Field
 from scipy.stats import binomtest
 
 from rlaif.config import Filters
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
-from rlaif.judging.ballots import make_ballots
+from rlaif.judging.calibration import (
+    EVERYTHING,
+    Calibration,
+    Panel,
+    ScoreKind,
+    Threshold,
+    calibrate_scores,
+    panels_of,
+    passes,
+    score_of,
+)
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.filters import decide
-from rlaif.judging.verdicts import aggregate
-from rlaif.records import Ballot, Decision, DropReason, FinishReason, Message, Pair, Record, Side, Vote
+from rlaif.judging.filters import CONSISTENCY, RULES, decide, trusted
+from rlaif.judging.labelled import Labelled
+from rlaif.judging.opened import Ask
+from rlaif.judging.verdicts import JurorFit, aggregate, by_pair, fit_jurors
+from rlaif.records import (
+    AbstainReason,
+    Decision,
+    DropReason,
+    FinishReason,
+    Message,
+    Record,
+    Side,
+    Vote,
+)
 
+JURY = "jury"
 _SENTENCE_ENDS = tuple(".!?\"')”")
 
 
-class Labelled(Record):
-    """A pair whose better side is known."""
+class Share(Record):
+    """A share with its Wilson 95 % interval; None and (0, 1) when nothing was counted."""
 
-    id: str
-    principle: str
-    constitution: str
-    """`name@version` of the text that the pair is judged under."""
-    prompt: str
-    first: str
-    second: str
-    label: Side
-    split: Literal["dev", "test"]
-    """`test` is for the number that is reported, never for tuning."""
-    source: str
+    hits: int
+    of: int
+    share: float | None
+    low: float
+    high: float
 
-    def candidate(self, side: Side) -> Candidate:
-        """One of the answers. The file has no finish reason: an answer that ends as a sentence ended by itself."""
-        text = self.first if side == "first" else self.second
-        finish: FinishReason = "stop" if text.rstrip().endswith(_SENTENCE_ENDS) else "length"
-        return Candidate(
-            completion_id=f"{self.id}-{side}",
-            prompt_id=self.id,
-            messages=(Message(role="user", content=self.prompt),),
-            finish_reason=finish,
-            text=text,
-        )
-
-    @property
-    def pair(self) -> Pair:
-        """The pair as a judge gets it, in the file's order."""
-        return Pair(
-            id=self.id, prompt_id=self.id, first=f"{self.id}-first", second=f"{self.id}-second", method="labelled"
-        )
+    @classmethod
+    def count(cls, hits: int, of: int) -> Share:
+        """`hits` of `of`."""
+        low, high = wilson(hits, of)
+        return cls(hits=hits, of=of, share=hits / of if of else None, low=low, high=high)
 
 
 class Judged(Record):
-    """A labelled pair and the filter's decision on it."""
+    """A labelled pair, the votes on it and the filter's decision."""
 
     row: Labelled
+    votes: tuple[Vote, ...]
     decision: Decision
 
     @property
@@ -78,118 +84,290 @@ class Judged(Record):
         """The filter kept the pair."""
         return self.decision.status == "kept"
 
+    @property
+    def eligible(self) -> bool:
+        """No rule but those on consistency speaks against the pair: a calibration may keep it."""
+        return all(reason in CONSISTENCY or reason == "uncalibrated" for reason in self.decision.reasons)
+
+
+class AfterRule(Record):
+    """What is left when a rule and all before it have spoken."""
+
+    rule: DropReason
+    dropped: int
+    """By this rule, of what was left."""
+    coverage: Share
+    accuracy: Share
+
+
+class Lengths(Record):
+    """The length column: does the label, or the judge, follow the longer answer (in characters)?"""
+
+    longer_is_better: Share
+    """Accuracy of "longer wins"; equal lengths count as wrong."""
+    judge_names_longer: Share
+    """Of verdicts that name a side, lengths differing, before the filter."""
+    judge_names_longer_kept: Share
+    """The same of kept pairs."""
+
+
+class Cost(Record):
+    """What the votes cost. Recorded votes cost what their log says."""
+
+    calls: int
+    """Requests; a reply from the cache is none."""
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    """Latencies summed; requests under way together count each."""
+    tokens_per_kept_pair: float | None
+    seconds_per_kept_pair: float | None
+
+
+class RiskPoint(Record):
+    """Pairs that score at least this: how many, and how often wrong."""
+
+    score: float
+    coverage: float
+    error: float
+
 
 class Slice(Record):
-    """Accuracy on a set of labelled pairs, with Wilson 95 % intervals."""
+    """One judge on one slice."""
 
+    judge: str
     name: str
     pairs: int
-    correct: int
-    kept: int
-    kept_correct: int
-    accuracy: float | None
-    accuracy_interval: tuple[float, float]
-    coverage: float | None
-    kept_accuracy: float | None
-    kept_accuracy_interval: tuple[float, float]
+    votes: Share
+    """Votes that name the labelled side; for a judge asked in both orders the mean over the orders."""
+    accuracy: Share
+    """Verdicts that name the labelled side, before the filter."""
+    coverage: Share
+    """Kept pairs."""
+    kept_accuracy: Share
+    rules: tuple[AfterRule, ...]
+    """Rule by rule, in the filter's order."""
     reasons: dict[DropReason, int] = Field(default_factory=dict)
-    """How many pairs each rule spoke against."""
+    """How many pairs each rule spoke against; a pair may count under several."""
+    order_consistency: Share
+    """Of voices asked in both orders that answered both: the same side named twice."""
+    position_bias: Share
+    """Votes for the slot shown first, of votes for either; .5 is none."""
+    abstentions: dict[AbstainReason, int] = Field(default_factory=dict)
+    alpha: float | None
+    """Krippendorff's alpha between voices (each order a voice), nominal; None for a single voice."""
+    lengths: Lengths
+    cost: Cost
+    risk: tuple[RiskPoint, ...]
+    """The risk-coverage curve, strictest first: by agreement, then margin; pairs without a winner are never kept."""
 
 
-class Caster(Protocol):
-    """What the bench needs of a judge."""
+class SplitTrial(Record):
+    """The filter calibrated on a random half and measured on the other, many times."""
 
-    def cast(
-        self,
-        ballots: Sequence[Ballot],
-        pairs: Sequence[Pair],
-        candidates: Sequence[Candidate],
-        constitution: Constitution,
-    ) -> Iterator[list[Vote]]:
-        """Votes on the ballots, in chunks."""
-        ...
+    judge: str
+    name: str
+    splits: int
+    accepted: Share
+    coverage: float
+    """Mean share of the other half that is kept; 0 for a split in which no threshold was accepted."""
+    coverage_when_accepted: float | None
+    error: float | None
+    """Wrong ones among all pairs kept in the other halves."""
 
 
-def read_labelled(path: Path, split: Literal["dev", "test"] | None = None) -> list[Labelled]:
-    """The labelled pairs of a file, or those of one split.
+def candidate(row: Labelled, side: Side) -> Candidate:
+    """One of a row's answers. The file has no finish reason: an answer that ends as a sentence ended by itself."""
+    text = row.first if side == "first" else row.second
+    finish: FinishReason = "stop" if text.rstrip().endswith(_SENTENCE_ENDS) else "length"
+    return Candidate(
+        completion_id=f"{row.id}-{side}",
+        prompt_id=row.id,
+        messages=(Message(role="user", content=row.prompt),),
+        finish_reason=finish,
+        text=text,
+    )
+
+
+def cast_votes(
+    rows: Sequence[Labelled],
+    ask: Ask,
+    load: Callable[[str], Constitution],
+    default: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Vote]:
+    """A judge's votes on every row, under its constitution or the default one.
+
+    `load` reads a constitution, `progress` gets numbers of new votes.
 
     Raises:
-        UserError: the file can't be read, a row doesn't fit (with its line), or nothing is left.
+        UserError: a row names no constitution, and there is no default.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: can't read the labelled pairs ({e})") from e
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(Labelled.model_validate_json(line))
-        except ValidationError as e:
-            error = e.errors()[0]
-            where = ".".join(str(p) for p in error["loc"]) or "row"
-            raise UserError(f"{path}:{number}: {where}: {error['msg']}; prompts/README.md has the fields") from e
-    duplicates = [id for id, n in Counter(r.id for r in rows).items() if n > 1]
-    if duplicates:
-        raise UserError(f"{path}: two rows have the id `{duplicates[0]}`; each needs its own")
-    rows = [r for r in rows if split in (None, r.split)]
-    if not rows:
-        raise UserError(f"{path}: no labelled pairs" + (f" of split {split}" if split else ""))
-    return rows
-
-
-def judge_rows(
-    rows: Sequence[Labelled],
-    judge: Caster,
-    load: Callable[[str], Constitution],
-    filters: Filters,
-    progress: Callable[[int], None] | None = None,
-) -> list[Judged]:
-    """Every row, judged under its constitution; `load` reads a constitution, `progress` gets numbers of new votes."""
-    out: list[Judged] = []
-    for reference in dict.fromkeys(r.constitution for r in rows):
+    out: list[Vote] = []
+    for reference in dict.fromkeys(r.constitution or default for r in rows):
+        if reference is None:
+            raise UserError("the labelled pairs name no constitution: --job FILE, or --set constitution=NAME")
         constitution = load(reference)
-        mine = [r for r in rows if r.constitution == reference]
+        mine = [r for r in rows if (r.constitution or default) == reference]
         pairs = [r.pair for r in mine]
-        candidates = [r.candidate(side) for r in mine for side in ("first", "second")]
-        texts = {c.completion_id: c.text for c in candidates}
-        votes: dict[str, list[Vote]] = {p.id: [] for p in pairs}
-        for chunk in judge.cast(make_ballots(pairs, constitution, "bench"), pairs, candidates, constitution):
-            for vote in chunk:
-                votes[vote.ballot.pair_id].append(vote)
+        candidates = [candidate(r, side) for r in mine for side in ("first", "second")]
+        for chunk in ask(pairs, candidates, constitution):
+            out += chunk
             if progress:
                 progress(len(chunk))
-        out += [
-            Judged(row=r, decision=decide(aggregate(votes[p.id], constitution.weights), p, filters, texts))
-            for r, p in zip(mine, pairs, strict=True)
-        ]
     return out
 
 
-def slices(judged: Iterable[Judged]) -> list[Slice]:
-    """One slice per principle, in order of appearance, then `all`."""
-    rows = list(judged)
-    names = dict.fromkeys(j.row.principle for j in rows)
-    return [*(summarise(n, [j for j in rows if j.row.principle == n]) for n in names), summarise("all", rows)]
+def jurors_of(votes: Sequence[Vote], filters: Filters, calibration: Calibration | None = None) -> JurorFit | None:
+    """The juror weights that the filter asks for: those that were calibrated, or a fit over these votes."""
+    if filters.aggregate != "dawid_skene":
+        return None
+    return calibration.jurors if calibration is not None and calibration.jurors is not None else fit_jurors(votes)
 
 
-def summarise(name: str, judged: Sequence[Judged]) -> Slice:
+def decide_rows(
+    rows: Sequence[Labelled],
+    votes: Sequence[Vote],
+    filters: Filters,
+    weights: Callable[[Labelled], Mapping[str, float]] = lambda row: {},
+    calibration: Calibration | None = None,
+    jurors: JurorFit | None = None,
+) -> list[Judged]:
+    """The rows that have votes, with the filter's decisions; `weights` gives a row's principle weights."""
+    of_pair = by_pair(votes)
+    out = []
+    for row in rows:
+        if not (mine := of_pair.get(row.id)):
+            continue
+        verdict = aggregate(
+            mine,
+            weights(row),
+            "majority" if filters.aggregate == "majority" else "mean",
+            jurors.weights if jurors else None,
+        )
+        calibrated = None if calibration is None else trusted(verdict, mine, calibration, filters, row.slice)
+        decision = decide(verdict, row.pair, filters, row.texts, calibrated)
+        out.append(Judged(row=row, votes=tuple(mine), decision=decision))
+    return out
+
+
+def by_judge(votes: Sequence[Vote], jury: bool = False) -> dict[str, list[Vote]]:
+    """Votes by judge, in order of appearance; a jury is one judge."""
+    out: dict[str, list[Vote]] = {}
+    for vote in votes:
+        out.setdefault(JURY if jury else vote.ballot.judge, []).append(vote)
+    return out
+
+
+def slices(judge: str, judged: Sequence[Judged]) -> list[Slice]:
+    """One slice per name, in order of appearance, then `all` when there are several."""
+    groups = _by_slice(judged)
+    out = [summarise(judge, name, mine) for name, mine in groups.items()]
+    return [*out, summarise(judge, EVERYTHING, judged)] if len(groups) > 1 else out
+
+
+def summarise(judge: str, name: str, judged: Sequence[Judged]) -> Slice:
     """Counts, shares and intervals of one set of judged pairs."""
     kept = [j for j in judged if j.kept]
-    correct, kept_correct = sum(j.correct for j in judged), sum(j.correct for j in kept)
+    votes = [(v, j.row.label) for j in judged for v in j.votes if not v.ballot.guard]
+    verdicts = [j.decision.verdict for j in judged]
+    asked, consistent = _both_orders([v for v, _ in votes])
     return Slice(
+        judge=judge,
         name=name,
         pairs=len(judged),
-        correct=correct,
-        kept=len(kept),
-        kept_correct=kept_correct,
-        accuracy=correct / len(judged) if judged else None,
-        accuracy_interval=wilson(correct, len(judged)),
-        coverage=len(kept) / len(judged) if judged else None,
-        kept_accuracy=kept_correct / len(kept) if kept else None,
-        kept_accuracy_interval=wilson(kept_correct, len(kept)),
+        votes=Share.count(sum(v.outcome == label for v, label in votes), len(votes)),
+        accuracy=Share.count(sum(j.correct for j in judged), len(judged)),
+        coverage=Share.count(len(kept), len(judged)),
+        kept_accuracy=Share.count(sum(j.correct for j in kept), len(kept)),
+        rules=tuple(_after_rules(judged)),
         reasons=dict(Counter(reason for j in judged for reason in j.decision.reasons)),
+        order_consistency=Share.count(consistent, asked),
+        position_bias=Share.count(sum(v.slot_first for v in verdicts), sum(v.slot_votes for v in verdicts)),
+        abstentions=dict(sum((Counter(v.abstentions) for v in verdicts), Counter())),
+        alpha=krippendorff_alpha([v for v, _ in votes]),
+        lengths=_lengths(judged, kept),
+        cost=_cost([v for j in judged for v in j.votes], len(kept)),
+        risk=tuple(_risk(judged)),
+    )
+
+
+def split_trial(
+    judge: str,
+    name: str,
+    judged: Sequence[Judged],
+    splits: int,
+    alpha: float,
+    delta: float,
+    kind: ScoreKind = "agreement",
+    seed: int = 0,
+) -> SplitTrial:
+    """Calibrates on a random half (seeded), measures on the other, `splits` times."""
+    rng = np.random.default_rng(seed)
+    half = len(judged) // 2
+    shares, wrong, kept_pairs = [], 0, 0
+    accepted = 0
+    for n in range(splits):
+        order = [judged[i] for i in rng.permutation(len(judged))]
+        found = _threshold(order[:half], alpha, delta, kind, seed + n)
+        kept = [j for j in order[half:] if j.eligible and passes(j.decision.verdict, found, kind)]
+        accepted += found.accepted
+        shares.append(len(kept) / max(len(judged) - half, 1))
+        kept_pairs += len(kept)
+        wrong += sum(not j.correct for j in kept)
+    return SplitTrial(
+        judge=judge,
+        name=name,
+        splits=splits,
+        accepted=Share.count(accepted, splits),
+        coverage=float(np.mean(shares)),
+        coverage_when_accepted=sum(shares) / accepted if accepted else None,
+        error=wrong / kept_pairs if kept_pairs else None,
+    )
+
+
+def split_trials(
+    judge: str, judged: Sequence[Judged], splits: int, alpha: float, delta: float, kind: ScoreKind, seed: int
+) -> list[SplitTrial]:
+    """A trial for each slice."""
+    return [
+        split_trial(judge, name, mine, splits, alpha, delta, kind, seed) for name, mine in _by_slice(judged).items()
+    ]
+
+
+def calibrate(
+    judged: Sequence[Judged],
+    filters: Filters,
+    alpha: float,
+    delta: float,
+    kind: ScoreKind,
+    sliced: bool,
+    judge_kind: str,
+    labelled: Sequence[str],
+    labelled_digest: str,
+    made: str,
+    jurors: JurorFit | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """The calibration of a judge on its labelled pairs; `sliced` gives each slice a threshold of its own."""
+    groups = _by_slice(judged) if sliced else {EVERYTHING: list(judged)}
+    panels: tuple[Panel, ...] = panels_of({j.row.id: j.votes for j in judged})
+    return Calibration(
+        made=made,
+        alpha=alpha,
+        delta=delta,
+        score=kind,
+        slices={name: _threshold(mine, alpha, delta, kind, seed) for name, mine in groups.items()},
+        judge_kind=judge_kind,
+        models=tuple(sorted({v.model for j in judged for v in j.votes if v.outcome != "abstain"})),
+        panels=panels,
+        aggregate=filters.aggregate,
+        jurors=jurors,
+        min_votes=filters.min_votes,
+        max_abstention_share=filters.max_abstention_share,
+        guards=filters.guards,
+        labelled=tuple(labelled),
+        labelled_digest=labelled_digest,
     )
 
 
@@ -201,31 +379,105 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def table(results: Sequence[Slice], title: str) -> Any:
-    """The slices as a rich table."""
-    from rich.table import Table
+def krippendorff_alpha(votes: Sequence[Vote]) -> float | None:
+    """Krippendorff's alpha (nominal) between voices, each order and sample a voice; None when it isn't defined."""
+    import krippendorff
 
-    out = Table(title=title, title_justify="left")
-    for heading in ("principle", "pairs", "right", "95%", "kept", "coverage", "right when kept", "95% ", "dropped by"):
-        out.add_column(heading, justify="left" if heading in ("principle", "dropped by") else "right")
-    for s in results:
-        out.add_row(
-            s.name,
-            str(s.pairs),
-            _share(s.accuracy),
-            _interval(s.accuracy_interval),
-            str(s.kept),
-            _share(s.coverage),
-            _share(s.kept_accuracy),
-            _interval(s.kept_accuracy_interval),
-            " ".join(f"{reason}:{n}" for reason, n in sorted(s.reasons.items())),
-        )
+    code = {"first": 0.0, "second": 1.0, "tie": 2.0, "abstain": math.nan}
+    voices = {k: i for i, k in enumerate(dict.fromkeys(_voice(v) for v in votes))}
+    pairs = {k: i for i, k in enumerate(dict.fromkeys(v.ballot.pair_id for v in votes))}
+    ratings = np.full((len(voices), len(pairs)), math.nan)  # [voices, pairs]
+    for v in votes:
+        ratings[voices[_voice(v)], pairs[v.ballot.pair_id]] = code[v.outcome]
+    paired = ratings[:, (~np.isnan(ratings)).sum(0) > 1]
+    # Without two ratings of one pair, or when all name one side, there is nothing to agree against.
+    if len(np.unique(paired[~np.isnan(paired)])) < 2:
+        return None
+    return float(krippendorff.alpha(reliability_data=ratings, level_of_measurement="nominal"))
+
+
+def _voice(vote: Vote) -> tuple[str, tuple[str, ...], str, str, int]:
+    b = vote.ballot
+    return b.judge, b.principles, b.voice, b.order, b.sample_index
+
+
+def _by_slice(judged: Sequence[Judged]) -> dict[str, list[Judged]]:
+    out: dict[str, list[Judged]] = {}
+    for j in judged:
+        out.setdefault(j.row.slice, []).append(j)
     return out
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _threshold(judged: Sequence[Judged], alpha: float, delta: float, kind: ScoreKind, seed: int) -> Threshold:
+    verdicts = [j.decision.verdict for j in judged]
+    return calibrate_scores(
+        verdicts, [j.eligible for j in judged], [not j.correct for j in judged], alpha, delta, kind, seed
+    )
 
 
-def _interval(bounds: tuple[float, float]) -> str:
-    return f"{bounds[0]:.2f}-{bounds[1]:.2f}"
+def _after_rules(judged: Sequence[Judged]) -> Iterator[AfterRule]:
+    left = list(judged)
+    for rule in ("identical", *RULES, "uncalibrated"):
+        dropped = [j for j in left if rule in j.decision.reasons]
+        if not dropped:
+            continue
+        left = [j for j in left if rule not in j.decision.reasons]
+        yield AfterRule.model_validate(
+            {
+                "rule": rule,
+                "dropped": len(dropped),
+                "coverage": Share.count(len(left), len(judged)),
+                "accuracy": Share.count(sum(j.correct for j in left), len(left)),
+            }
+        )
+
+
+def _both_orders(votes: Sequence[Vote]) -> tuple[int, int]:
+    """Voices on pairs that answered in both orders, and how many of them named one side in both."""
+    named: dict[Any, dict[str, set[str]]] = {}
+    for v in votes:
+        b = v.ballot
+        if b.order != "none" and v.outcome != "abstain":
+            key = b.pair_id, b.judge, b.principles, b.voice, b.sample_index
+            named.setdefault(key, {}).setdefault(b.order, set()).add(v.outcome)
+    both = [set().union(*orders.values()) for orders in named.values() if len(orders) == 2]
+    return len(both), sum(outcomes in ({"first"}, {"second"}) for outcomes in both)
+
+
+def _lengths(judged: Sequence[Judged], kept: Sequence[Judged]) -> Lengths:
+    def names_longer(some: Sequence[Judged]) -> Share:
+        named = [j for j in some if j.row.longer and j.decision.verdict.outcome in ("first", "second")]
+        return Share.count(sum(j.decision.verdict.outcome == j.row.longer for j in named), len(named))
+
+    return Lengths(
+        longer_is_better=Share.count(sum(j.row.longer == j.row.label for j in judged), len(judged)),
+        judge_names_longer=names_longer(judged),
+        judge_names_longer_kept=names_longer(kept),
+    )
+
+
+def _cost(votes: Sequence[Vote], kept: int) -> Cost:
+    prompt, completion = sum(v.usage.prompt_tokens for v in votes), sum(v.usage.completion_tokens for v in votes)
+    seconds = math.fsum(v.latency_s for v in votes)
+    return Cost(
+        calls=sum(v.attempts for v in votes if not v.cached),
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        seconds=round(seconds, 3),
+        tokens_per_kept_pair=(prompt + completion) / kept if kept else None,
+        seconds_per_kept_pair=seconds / kept if kept else None,
+    )
+
+
+def _risk(judged: Sequence[Judged]) -> Iterator[RiskPoint]:
+    scored = []
+    for j in judged:
+        verdict = j.decision.verdict
+        if j.eligible and verdict.outcome in ("first", "second"):
+            scored.append((score_of(verdict, "agreement"), score_of(verdict, "margin"), not j.correct))
+    scored.sort(key=lambda s: (-s[0], -s[1]))
+    wrong = 0
+    for n, (agreement, margin, error) in enumerate(scored, 1):
+        wrong += error
+        if n == len(scored) or scored[n][:2] != (agreement, margin):
+            yield RiskPoint(score=agreement, coverage=n / len(judged), error=wrong / n)

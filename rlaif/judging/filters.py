@@ -1,7 +1,8 @@
 """Which labels are trusted: small rules, each with a typed reason. Pure.
 
 A pair trains only if no rule speaks against it. A rule can only drop: the winner is always the one that the
-votes named, and a dropped pair has none.
+votes named, and a dropped pair has none. A calibrated filter has one threshold on consistency in place of
+`order_flip`, `low_agreement` and `low_margin`: the pairs that it keeps are exactly those that were promised.
 """
 
 from __future__ import annotations
@@ -9,13 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from rlaif.config import Filters
-from rlaif.records import Decision, DropReason, Pair, Verdict
+from rlaif.errors import UserError
+from rlaif.judging.calibration import EVERYTHING, Calibration
+from rlaif.records import Decision, DropReason, Pair, Verdict, Vote
 
 Rule = Callable[[Verdict, Filters], bool]
 
+_ROUNDING = 1e-9
+"""Of weights that sum to one: a verdict that is on a threshold must not fall under it by the last bit."""
 
-def decide(verdict: Verdict, pair: Pair, settings: Filters, texts: Mapping[str, str]) -> Decision:
+
+def decide(
+    verdict: Verdict, pair: Pair, settings: Filters, texts: Mapping[str, str], calibrated: bool | None = None
+) -> Decision:
     """The filter's word on one pair; `texts` maps completion id to text.
+
+    `calibrated` is what `trusted` says where a calibration is in force, and None where none is.
 
     Raises:
         ValueError: the verdict is about another pair.
@@ -23,7 +33,10 @@ def decide(verdict: Verdict, pair: Pair, settings: Filters, texts: Mapping[str, 
     if verdict.pair_id != pair.id:
         raise ValueError(f"verdict on {verdict.pair_id}, pair {pair.id}")
     reasons: list[DropReason] = ["identical"] if identical(pair, texts) else []
-    reasons += [reason for reason, speaks_against in RULES.items() if speaks_against(verdict, settings)]
+    rules = RULES if calibrated is None else VALIDITY
+    reasons += [reason for reason, speaks_against in rules.items() if speaks_against(verdict, settings)]
+    if calibrated is False:
+        reasons.append("uncalibrated")
     winner = verdict.outcome if verdict.outcome in ("first", "second") and not reasons else None
     return Decision(
         pair_id=pair.id,
@@ -77,21 +90,42 @@ def order_flip(verdict: Verdict, settings: Filters) -> bool:
 
 def low_agreement(verdict: Verdict, settings: Filters) -> bool:
     """The winner has less than `min_agreement` of the votes' weight."""
-    # The tolerance is for the rounding of weights that sum to one.
-    return verdict.agreement is not None and verdict.agreement < settings.min_agreement - 1e-9
+    return verdict.agreement is not None and verdict.agreement < settings.min_agreement - _ROUNDING
 
 
 def low_margin(verdict: Verdict, settings: Filters) -> bool:
     """p(first) is nearer to 0.5 than `min_margin`."""
-    return verdict.p_first is not None and abs(verdict.p_first - 0.5) < settings.min_margin
+    return verdict.p_first is not None and abs(verdict.p_first - 0.5) < settings.min_margin - _ROUNDING
 
 
-RULES: dict[DropReason, Rule] = {
+def trusted(
+    verdict: Verdict, votes: Sequence[Vote], calibration: Calibration, settings: Filters, slice: str = EVERYTHING
+) -> bool:
+    """The calibration is about these votes, and the verdict reaches its threshold (`uncalibrated` when not).
+
+    Raises:
+        UserError: the votes aren't those that were calibrated, and `filters.uncalibrated` says stop.
+    """
+    difference = calibration.mismatch(votes, settings)
+    if difference and settings.uncalibrated == "stop":
+        raise UserError(
+            f"filters.calibration {settings.calibration}: {difference}; calibrate again (`rlaif judge calibrate`), or "
+            "set filters.uncalibrated: drop"
+        )
+    return difference is None and calibration.keeps(verdict, slice)
+
+
+VALIDITY: dict[DropReason, Rule] = {
     "too_few_votes": too_few_votes,
     "abstained": abstained,
     "tie": tie,
     "guard": guard,
+}
+"""Is there a label at all?"""
+CONSISTENCY: dict[DropReason, Rule] = {
     "order_flip": order_flip,
     "low_agreement": low_agreement,
     "low_margin": low_margin,
 }
+"""Do the voices agree on it?"""
+RULES: dict[DropReason, Rule] = {**VALIDITY, **CONSISTENCY}

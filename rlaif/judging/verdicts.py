@@ -1,9 +1,13 @@
 """All votes on one pair, added up. Pure: an abstention stays an abstention, a tie stays a tie.
 
-Weights: a principle's weight is shared equally by its valid votes, so a principle asked in many voices counts
-no more than one asked once. p(first) is the weighted mean of the votes' p(first) (a soft vote, as in RLAIF,
-arXiv 2309.00267); a vote without one counts as 1, 0 or, for a tie, 0.5. The winner is the side of that mean;
-agreement is the weighted share of valid votes that name it, a tie vote naming neither. Guards are counted
+In: votes, principle weights, where wanted juror weights. Out: a `Verdict` a pair, and for a jury a `JurorFit`.
+
+p(first) is balanced on three levels, each a mean of the level below: an order counts as much as the other within
+its voice (judge, template or contrast, sample), a voice as much as any other within its principle, and principles
+count by weight. A voice that was asked in both orders and answered in one only can't be balanced: its answer is
+left out, or the slot that it was shown in would decide. `mean` adds p(first) of the votes (soft votes, as in RLAIF,
+arXiv 2309.00267; 1, 0 or, for a tie, 0.5 where there is none), `majority` adds outcomes. The winner is the side of
+that mean; agreement is the share of the votes' weight that names it, a tie vote naming neither. Guards are counted
 apart: they veto, they don't elect.
 """
 
@@ -11,17 +15,55 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from rlaif.records import Outcome, Verdict, Vote
+from rlaif.records import Outcome, Record, Verdict, Vote
+
+Method = Literal["mean", "majority"]
 
 _HARD = {"first": 1.0, "second": 0.0, "tie": 0.5}
 _EPSILON = 1e-9
+_LEAST_JURORS = 3
 
 
-def aggregate(votes: Sequence[Vote], weights: Mapping[str, float] | None = None) -> Verdict:
-    """The verdict of a pair's votes; `weights` maps principle id to weight (`Constitution.weights`), 1 when absent.
+class Confusion(Record):
+    """What one juror said in one order, against the truth that the whole jury's votes make likely."""
 
-    The outcome is `abstain` without a valid electing vote, `tie` when the mean is even.
+    juror: str
+    order: Literal["forward", "reversed", "none"]
+    votes: int
+    first_given_first: float
+    """P(says first | first is better)."""
+    second_given_second: float
+
+    @property
+    def informedness(self) -> float:
+        """Youden's J: 1 always right, 0 says the same whatever is true, -1 always contrary."""
+        return self.first_given_first + self.second_given_second - 1
+
+
+class JurorFit(Record):
+    """Juror weights fitted by Dawid-Skene over all pairs of an iteration."""
+
+    fitted: bool
+    """False when there are too few jurors to tell who is right; all weights are then 1."""
+    pairs: int
+    weights: dict[str, float]
+    """Juror → weight, 0 to 1."""
+    confusions: tuple[Confusion, ...] = ()
+
+
+def aggregate(
+    votes: Sequence[Vote],
+    weights: Mapping[str, float] | None = None,
+    method: Method = "mean",
+    juror_weights: Mapping[str, float] | None = None,
+) -> Verdict:
+    """The verdict of a pair's votes.
+
+    `weights` maps principle id to weight (`Constitution.weights`), 1 when absent. `juror_weights` maps judge to
+    weight (`JurorFit.weights`), 1 when absent; a juror of weight 0 has no valid vote. The outcome is `abstain`
+    without a valid electing vote, `tie` when the mean is even.
 
     Raises:
         ValueError: no votes, or votes on different pairs.
@@ -29,18 +71,21 @@ def aggregate(votes: Sequence[Vote], weights: Mapping[str, float] | None = None)
     pair_ids = {v.ballot.pair_id for v in votes}
     if len(pair_ids) != 1:
         raise ValueError(f"aggregate takes the votes on one pair, got {len(pair_ids)}")
+    jurors = juror_weights or {}
     electing = [v for v in votes if not v.ballot.guard]
-    valid = [v for v in electing if v.outcome != "abstain"]
+    voices = _balanced_voices([v for v in electing if jurors.get(v.ballot.judge, 1.0) > 0])
+    valid = [v for orders in voices.values() for answers in orders.values() for v in answers]
     guards = Counter(v.outcome for v in votes if v.ballot.guard)
     outcome: Outcome = "abstain"
     p_first = agreement = None
     if valid:
-        share = _shares(valid, weights or {})
-        p_first = sum(share[v.ballot.id] * _p_first(v) for v in valid)
+        shares = _shares(voices, weights or {}, jurors)
+        p_first = sum(share * _p_first(v, method) for share, v in zip(shares, valid, strict=True))
         p_first = min(max(p_first, 0.0), 1.0)
         even = abs(p_first - 0.5) < _EPSILON
         outcome = "tie" if even else "first" if p_first > 0.5 else "second"
-        agreement = min(sum(share[v.ballot.id] for v in valid if v.outcome == outcome), 1.0)
+        agreement = min(sum(share for share, v in zip(shares, valid, strict=True) if v.outcome == outcome), 1.0)
+    slots = [_slot(v) for orders in voices.values() if len(orders) > 1 for answers in orders.values() for v in answers]
     return Verdict(
         pair_id=pair_ids.pop(),
         outcome=outcome,
@@ -48,7 +93,9 @@ def aggregate(votes: Sequence[Vote], weights: Mapping[str, float] | None = None)
         agreement=agreement,
         valid_votes=len(valid),
         abstentions=dict(Counter(v.abstain_reason for v in electing if v.abstain_reason is not None)),
-        order_flip=_order_flip(valid),
+        order_flip=any(_flips(orders) for orders in voices.values()),
+        slot_first=slots.count("first"),
+        slot_votes=len(slots) - slots.count(None),
         guard_first=guards["first"],
         guard_second=guards["second"],
     )
@@ -62,26 +109,107 @@ def by_pair(votes: Sequence[Vote]) -> dict[str, list[Vote]]:
     return dict(out)
 
 
-def _p_first(vote: Vote) -> float:
-    return _HARD[vote.outcome] if vote.p_first is None else vote.p_first
+def fit_jurors(votes: Sequence[Vote]) -> JurorFit:
+    """Weights of the jurors by Dawid-Skene (1979), fitted without labels over the votes on all pairs.
+
+    A juror is fitted in each order by itself, so that naming a slot shows as what it is: the same answer whatever is
+    true. Its weight is the mean of Youden's J over its orders, at least 0. So a juror that always names the slot
+    shown first, or votes at random, loses its weight; one that is always contrary loses it too and is not turned
+    round: a winner must have been named by a juror that is believed. With fewer than three jurors nothing tells who
+    is right, and all keep weight 1.
+    """
+    jurors = sorted({v.ballot.judge for v in votes if not v.ballot.guard})
+    named = [v for v in votes if not v.ballot.guard and v.outcome in ("first", "second")]
+    pairs = len({v.ballot.pair_id for v in named})
+    if len({v.ballot.judge for v in named}) < _LEAST_JURORS:
+        return JurorFit(fitted=False, pairs=pairs, weights=dict.fromkeys(jurors, 1.0))
+    confusions = _dawid_skene(named)
+    informedness: dict[str, list[float]] = defaultdict(list)
+    for c in confusions:
+        informedness[c.juror].append(c.informedness)
+    mean = {juror: sum(values) / len(values) for juror, values in informedness.items()}
+    weights = {juror: round(max(mean.get(juror, 0.0), 0.0), 6) for juror in jurors}
+    return JurorFit(fitted=True, pairs=pairs, weights=weights, confusions=tuple(confusions))
 
 
-def _shares(valid: Sequence[Vote], weights: Mapping[str, float]) -> dict[str, float]:
-    """Ballot id → share of the election; the shares sum to 1."""
-    counts = Counter(v.ballot.principles for v in valid)
+def _dawid_skene(named: Sequence[Vote]) -> list[Confusion]:
+    import pandas as pd
+    from crowdkit.aggregation import DawidSkene
+
+    workers = [f"{v.ballot.order} {v.ballot.judge}" for v in named]
+    table = pd.DataFrame(
+        {"task": [v.ballot.pair_id for v in named], "worker": workers, "label": [v.outcome for v in named]}
+    )
+    fit = DawidSkene(n_iter=100).fit(table)
+    likely = fit.probas_.reindex(columns=["first", "second"], fill_value=0.0)
+    truth = likely.loc[table["task"]].to_numpy()  # [votes, 2]
+    out = []
+    for worker, rows in table.groupby("worker", sort=True).indices.items():
+        says_first = (table["label"].to_numpy()[rows] == "first").astype(float)
+        first, second = truth[rows, 0], truth[rows, 1]
+        # One imagined vote for each side under either truth: a few lucky votes don't make an oracle, and a
+        # juror never seen under one truth is not believed about it.
+        order, _, juror = str(worker).partition(" ")
+        out.append(
+            Confusion.model_validate(
+                {
+                    "juror": juror,
+                    "order": order,
+                    "votes": len(rows),
+                    "first_given_first": (first @ says_first + 1) / (first.sum() + 2),
+                    "second_given_second": (second @ (1 - says_first) + 1) / (second.sum() + 2),
+                }
+            )
+        )
+    return out
+
+
+_Voice = tuple[tuple[str, ...], str, str, int]
+_Orders = dict[str, list[Vote]]
+
+
+def _balanced_voices(electing: Sequence[Vote]) -> dict[_Voice, _Orders]:
+    """Voice → order → valid votes; a voice that was asked in two orders and answered in one is left out."""
+    voices: dict[_Voice, dict[str, list[Vote]]] = {}
+    for v in electing:
+        b = v.ballot
+        orders = voices.setdefault((b.principles, b.judge, b.voice, b.sample_index), {})
+        answers = orders.setdefault(b.order, [])
+        if v.outcome != "abstain":
+            answers.append(v)
+    return {voice: orders for voice, orders in voices.items() if all(orders.values())}
+
+
+def _shares(voices: Mapping[_Voice, _Orders], weights: Mapping[str, float], jurors: Mapping[str, float]) -> list[float]:
+    """Each vote's share of the election, voice by voice and order by order; they sum to 1."""
+    of_principles: dict[tuple[str, ...], float] = defaultdict(float)
+    for principles, judge, _, _ in voices:
+        of_principles[principles] += jurors.get(judge, 1.0)
     weight = {
-        principles: sum(weights.get(p, 1.0) for p in principles) / max(len(principles), 1) if principles else 1.0
-        for principles in counts
+        principles: sum(weights.get(p, 1.0) for p in principles) / len(principles) if principles else 1.0
+        for principles in of_principles
     }
     total = sum(weight.values())
-    return {v.ballot.id: weight[v.ballot.principles] / counts[v.ballot.principles] / total for v in valid}
+    return [
+        weight[voice[0]] / total * jurors.get(voice[1], 1.0) / of_principles[voice[0]] / len(orders) / len(answers)
+        for voice, orders in voices.items()
+        for answers in orders.values()
+        for _ in answers
+    ]
 
 
-def _order_flip(valid: Sequence[Vote]) -> bool:
-    """True when one voice named different sides in the two orders. A judge without slots has only order `none`."""
-    named: dict[tuple[str, str, int], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for v in valid:
-        b = v.ballot
-        if b.order != "none":
-            named[b.judge, b.voice, b.sample_index][b.order].add(v.outcome)
-    return any(len(set().union(*orders.values())) > 1 for orders in named.values() if len(orders) == 2)
+def _p_first(vote: Vote, method: Method) -> float:
+    return _HARD[vote.outcome] if vote.p_first is None or method == "majority" else vote.p_first
+
+
+def _flips(orders: _Orders) -> bool:
+    """One voice named different sides in the two orders. A judge without slots has only order `none`."""
+    slots = [answers for order, answers in orders.items() if order != "none"]
+    return len(slots) == 2 and len({v.outcome for answers in slots for v in answers}) > 1
+
+
+def _slot(vote: Vote) -> Literal["first", "second"] | None:
+    """The slot that a vote named; None for a tie, or a judge without slots."""
+    if vote.ballot.order == "none" or vote.outcome not in ("first", "second"):
+        return None
+    return "first" if (vote.outcome == "first") == (vote.ballot.order == "forward") else "second"

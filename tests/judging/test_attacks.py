@@ -34,7 +34,9 @@ def test_the_set_covers_what_it_should():
     assert {*wanted.split(), "repeated", "empty", "null"} <= names
     for attack in ATTACKS:
         assert attack.apply("{answer} {") != "{answer} {"
-        assert attack.apply("x {0} {{ y }}").startswith("x {0} {{ y }}") == (attack.how == "append" or attack.name == "repeated")
+        assert attack.apply("x {0} {{ y }}").startswith("x {0} {{ y }}") == (
+            attack.how == "append" or attack.name == "repeated"
+        )
 
 
 def test_a_judge_that_likes_length_falls_for_length(monkeypatch, capsys):
@@ -67,7 +69,6 @@ def test_a_judge_that_always_says_a_has_nothing_to_flip(monkeypatch, capsys):
         out = run(monkeypatch, capsys, server)
     assert "0 of 6 pairs have a stable clean verdict" in out
     assert "very_long" in out
-
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [("templates", "[pairwse]", "did you mean `pairwise`?")])

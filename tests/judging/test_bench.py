@@ -1,19 +1,36 @@
-"""The bench counts what it says: right before and after the filter, coverage, and no label for a silent judge."""
+"""The bench counts what it says: right before and after each rule, coverage, orders, lengths, and no invented label."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from rlaif.config import Filters
-from rlaif.constitution import load_constitution, parse_constitution
+from rlaif.constitution import parse_constitution
 from rlaif.errors import UserError
-from rlaif.judging.bench import Labelled, judge_rows, read_labelled, slices, table, wilson
-from rlaif.records import Vote
+from rlaif.judging.bench import (
+    by_judge,
+    calibrate,
+    candidate,
+    cast_votes,
+    decide_rows,
+    jurors_of,
+    krippendorff_alpha,
+    slices,
+    split_trial,
+    split_trials,
+    summarise,
+    wilson,
+)
+from rlaif.judging.labelled import Labelled, read_labelled
+from rlaif.judging.recorded import parse_where, read_recorded
+from rlaif.judging.report import calibration_lines, draw_risk_coverage, tables, trial_table
+from rlaif.records import Usage, Vote
+from tests.judging.vote_makers import make_vote
 
-ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets aren't in ../shared/data")
 CONSTITUTION = parse_constitution(
     """
 summary: Test.
@@ -27,10 +44,10 @@ principles:
 )
 
 
-def row(n, label="first", principle="brevity", **more):
+def row(n, label="first", slice="brevity", **more):
     return Labelled(
-        id=f"r{n}", principle=principle, constitution="test@1", prompt="Why?", first="So.", second="Because of much",
-        label=label, split="dev", source="written", **more,
+        id=f"r{n}", key=f"r{n}", file="f", slice=slice, prompt="Why?", first="So.", second="Because of much",
+        label=label, **({"constitution": "test@1"} | more),
     )  # fmt: skip
 
 
@@ -47,28 +64,59 @@ class FakeJudge:
             yield [Vote(ballot=b, model="fake", outcome=outcome, abstain_reason=reason, raw_reply="")]
 
 
+ROWS = [row(0), row(1), row(2, "second"), row(3, slice="lists"), row(4, slice="lists")]
+ANSWERS = {
+    "r0": ("first", "first"),  # kept, right
+    "r1": ("second", "second"),  # kept, wrong
+    "r2": ("second", "first"),  # a tie: wrong, dropped
+    "r3": ("abstain", "first"),  # right, kept
+    "r4": ("abstain", "abstain"),  # no verdict: wrong, dropped
+}
+
+
+def judged(rows=ROWS, answers=ANSWERS):
+    votes = cast_votes(rows, FakeJudge(answers), "fake", lambda _: CONSTITUTION)
+    return decide_rows(rows, votes, Filters(), lambda _: CONSTITUTION.weights)
+
+
+def counts(share):
+    return share.hits, share.of
+
+
 def test_counts_before_and_after_the_filter():
-    rows = [row(0), row(1), row(2, "second"), row(3, principle="lists"), row(4, principle="lists")]
-    answers = {
-        "r0": ("first", "first"),  # kept, right
-        "r1": ("second", "second"),  # kept, wrong
-        "r2": ("second", "first"),  # a tie: wrong, dropped
-        "r3": ("abstain", "first"),  # right, kept
-        "r4": ("abstain", "abstain"),  # no verdict: wrong, dropped
-    }
-    brevity, lists, everything = slices(judge_rows(rows, FakeJudge(answers), lambda _: CONSTITUTION, Filters()))
-    assert (brevity.name, brevity.pairs, brevity.correct, brevity.kept, brevity.kept_correct) == ("brevity", 3, 1, 2, 1)
-    assert brevity.coverage == pytest.approx(2 / 3)
-    assert brevity.kept_accuracy == 0.5
-    assert (lists.correct, lists.kept, lists.kept_correct) == (1, 1, 1)
-    assert (everything.name, everything.pairs, everything.correct, everything.kept) == ("all", 5, 2, 3)
+    brevity, lists, everything = slices("fake", judged())
+    assert (brevity.name, brevity.pairs) == ("brevity", 3)
+    assert (counts(brevity.accuracy), counts(brevity.coverage), counts(brevity.kept_accuracy)) == (
+        (1, 3),
+        (2, 3),
+        (1, 2),
+    )
+    assert counts(brevity.votes) == (3, 6)  # guards don't count
+    assert counts(lists.kept_accuracy) == (1, 1)
+    assert (everything.name, counts(everything.accuracy), counts(everything.coverage)) == ("all", (2, 5), (3, 5))
     assert brevity.reasons == {"tie": 1, "low_agreement": 1}
-    assert table([brevity, everything], "t").row_count == 2
+    assert everything.abstentions == {"empty": 3}
+
+
+def test_rule_by_rule():
+    (*_, everything) = slices("fake", judged())
+    assert [(r.rule, r.dropped, counts(r.coverage), counts(r.accuracy)) for r in everything.rules] == [
+        ("too_few_votes", 1, (4, 5), (2, 4)), ("tie", 1, (3, 5), (2, 3))
+    ]  # fmt: skip
+
+
+def test_a_row_without_a_constitution_takes_the_default():
+    asked = []
+    bare = [row(0, constitution=None)]
+    cast_votes(bare, FakeJudge(ANSWERS), "fake", lambda r: asked.append(r) or CONSTITUTION, "mine@3")
+    assert asked == ["mine@3"]
+    with pytest.raises(UserError, match="name no constitution"):
+        cast_votes(bare, FakeJudge(ANSWERS), "fake", lambda _: CONSTITUTION)
 
 
 def test_an_answer_that_stops_in_the_middle_was_cut_off():
-    assert row(0).candidate("first").finish_reason == "stop"
-    assert row(0).candidate("second").finish_reason == "length"
+    assert candidate(row(0), "first").finish_reason == "stop"
+    assert candidate(row(0), "second").finish_reason == "length"
 
 
 def test_wilson():
@@ -76,41 +124,157 @@ def test_wilson():
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-3)
 
 
-def write(path, *rows):
-    path.write_text("\n".join(json.dumps(r) if isinstance(r, dict) else r for r in rows))
-    return path
+def vote(pair, outcome, order="forward", voice="v", judge="j", **more):
+    one = make_vote(outcome, f"{pair}{order}{voice}{judge}", voice=voice, order=order)
+    ballot = one.ballot.model_copy(update={"pair_id": pair, "judge": judge})
+    return one.model_copy(update={"ballot": ballot, **more})
 
 
-def test_reading_takes_one_split(tmp_path):
-    good = row(0).model_dump()
-    path = write(tmp_path / "b.jsonl", good, "", {**good, "id": "r1", "split": "test"})
-    assert [r.id for r in read_labelled(path, "test")] == ["r1"]
-    assert len(read_labelled(path)) == 2
+def both(pair, forward, reversed_, **more):
+    return [vote(pair, forward, "forward", **more), vote(pair, reversed_, "reversed", **more)]
 
 
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        ({"label": "third", "id": "x"}, ":2: label"),
-        ({"id": "r0"}, "two rows have the id `r0`"),
-        ({"extra": 1, "id": "x"}, ":2: extra"),
-    ],
-)
-def test_bad_rows_are_named(tmp_path, second, message):
-    good = row(0).model_dump()
-    with pytest.raises(UserError, match=message):
-        read_labelled(write(tmp_path / "b.jsonl", good, {**good, **second}))
+def test_orders_and_slots():
+    votes = [
+        *both("r0", "first", "first"),
+        *both("r1", "first", "second"),  # the first slot twice
+        *both("r2", "tie", "tie"),  # consistent in naming nobody: not a consistent label
+        *both("r3", "first", "abstain"),  # answered once
+    ]
+    found = summarise("j", "all", decide_rows(ROWS, votes, Filters()))
+    assert counts(found.order_consistency) == (1, 3)
+    assert counts(found.position_bias) == (3, 4)
+    assert found.pairs == 4
+    assert counts(found.coverage) == (1, 4)
 
 
-def test_missing_file_and_empty_split(tmp_path):
-    with pytest.raises(UserError, match="can't read"):
-        read_labelled(tmp_path / "no.jsonl")
-    with pytest.raises(UserError, match="no labelled pairs of split test"):
-        read_labelled(write(tmp_path / "b.jsonl", row(0).model_dump()), "test")
+def test_alpha_between_voices():
+    same = [*both("r0", "first", "first"), *both("r1", "second", "second")]
+    assert krippendorff_alpha(same) == pytest.approx(1.0)
+    apart = [*both("r0", "first", "second"), *both("r1", "second", "first")]
+    assert krippendorff_alpha(apart) < 0
+    assert krippendorff_alpha(both("r0", "first", "first")) is None
+    assert krippendorff_alpha([vote("r0", "first"), vote("r1", "second")]) is None
+    assert krippendorff_alpha(both("r0", "first", "abstain")) is None
 
 
-def test_every_shipped_row_names_a_shipped_constitution():
-    rows = read_labelled(ROOT / "prompts" / "judge_bench.jsonl")
-    assert len(rows) >= 300
-    for reference in {r.constitution for r in rows}:
-        load_constitution(ROOT / "constitutions", reference)
+def test_lengths_before_and_after():
+    # `second` is the longer one in every row but the last, whose answers are even.
+    rows = [row(0), row(1, "second"), row(2), row(3).model_copy(update={"second": "So?"})]
+    votes = [*both("r0", "second", "second"), *both("r1", "second", "second"), *both("r2", "first", "first"),
+             vote("r2", "second", voice="w"), *both("r3", "first", "first")]  # fmt: skip
+    lengths = summarise("j", "all", decide_rows(rows, votes, Filters(min_agreement=1.0))).lengths
+    assert counts(lengths.longer_is_better) == (1, 4)
+    assert counts(lengths.judge_names_longer) == (2, 2)  # r2 is a tie between its two voices
+    assert counts(lengths.judge_names_longer_kept) == (2, 2)
+
+
+def test_cost():
+    spent = {"usage": Usage(prompt_tokens=100, completion_tokens=5), "latency_s": 0.5}
+    votes = [vote("r0", "first", **spent), vote("r0", "first", "reversed", **spent, attempts=2),
+             vote("r1", "first", **spent, cached=True, attempts=0), vote("r1", "second", "reversed", **spent)]  # fmt: skip
+    cost = summarise("j", "all", decide_rows(ROWS, votes, Filters())).cost
+    assert (cost.calls, cost.prompt_tokens, cost.completion_tokens, cost.seconds) == (4, 400, 20, 2.0)
+    assert (cost.tokens_per_kept_pair, cost.seconds_per_kept_pair) == (420, 2.0)
+
+
+def test_the_risk_curve_takes_equal_scores_together():
+    votes = [*both("r0", "first", "first"), *both("r1", "second", "second"), *both("r2", "tie", "second"),
+             *both("r3", "first", "second")]  # fmt: skip
+    found = summarise("j", "all", decide_rows(ROWS, votes, Filters()))
+    assert [(p.coverage, p.error) for p in found.risk] == [(0.5, 0.5), (0.75, pytest.approx(1 / 3))]
+
+
+def test_judges_one_by_one_or_as_a_jury():
+    votes = [vote("r0", "first", judge="a"), vote("r0", "second", judge="b"), vote("r0", "first", judge="c")]
+    assert list(by_judge(votes)) == ["a", "b", "c"]
+    assert list(by_judge(votes, jury=True)) == ["jury"]
+    assert jurors_of(votes, Filters()) is None
+    assert jurors_of(votes, Filters(aggregate="dawid_skene")).fitted
+
+
+def steady(n, error_every):
+    """Rows and order-consistent votes that are wrong on every n-th."""
+    rows = [row(i) for i in range(n)]
+    votes = [v for i in range(n) for v in both(f"r{i}", *["second" if i % error_every == 0 else "first"] * 2)]
+    return decide_rows(rows, votes, Filters())
+
+
+def test_a_good_judge_is_accepted_on_halves_and_a_bad_one_refused():
+    good = split_trial("j", "s", steady(200, 50), 40, 0.1, 0.1)
+    assert (good.accepted.hits, good.coverage, good.coverage_when_accepted) == (40, 1.0, 1.0)
+    assert good.error == pytest.approx(0.02, abs=0.01)
+    bad = split_trial("j", "s", steady(200, 3), 40, 0.1, 0.1)
+    assert (bad.accepted.hits, bad.coverage, bad.coverage_when_accepted, bad.error) == (0, 0.0, None, None)
+    assert split_trial("j", "s", steady(200, 8), 20, 0.1, 0.1) == split_trial("j", "s", steady(200, 8), 20, 0.1, 0.1)
+
+
+def calibration(some, sliced=False):
+    return calibrate(some, Filters(), 0.1, 0.1, "agreement", sliced, "chat", ["l.jsonl"], "d", "2026-01-01T00:00:00Z")
+
+
+def test_a_calibration_filters_the_pairs_that_it_was_made_from():
+    some = steady(100, 50)
+    found = calibration(some)
+    assert found.slices["all"].kept == 100
+    assert (found.models, len(found.panels)) == (("m",), 1)
+    votes = [v for j in some for v in j.votes]
+    kept = decide_rows([j.row for j in some], votes, Filters(calibration="c"), calibration=found)
+    assert all(j.kept for j in kept)
+    other = [v.model_copy(update={"model": "another"}) for v in votes]
+    dropped = decide_rows(
+        [j.row for j in some], other, Filters(calibration="c", uncalibrated="drop"), calibration=found
+    )
+    assert {j.decision.reasons for j in dropped} == {("uncalibrated",)}
+
+
+def test_what_a_calibration_says():
+    assert calibration_lines(calibration(steady(100, 50)))[0].startswith(
+        "all: keep agreement >= 1. 2 wrong of 100 kept"
+    )
+    assert "can't be used at alpha=0.1 on this slice. Strictest" in calibration_lines(calibration(steady(100, 3)))[0]
+    assert "keeps the 22 pairs that a test needs" in calibration_lines(calibration(steady(20, 50)))[0]
+    assert list(calibration(judged(), sliced=True).slices) == ["brevity", "lists"]
+
+
+def test_tables_and_picture(tmp_path):
+    results = slices("fake", judged())
+    assert [t.row_count for t in tables(results, "t")] == [3, 4, 3, 3]
+    assert trial_table(split_trials("j", steady(60, 9), 5, 0.1, 0.1, "agreement", 0), 0.1, 0.1).row_count == 1
+    for ending in ("png", "svg"):
+        draw_risk_coverage(results, tmp_path / f"r.{ending}", 0.1)
+        assert (tmp_path / f"r.{ending}").stat().st_size > 5_000
+    with pytest.raises(UserError, match=r"must end in .png or .svg"):
+        draw_risk_coverage(results, tmp_path / "r.pdf")
+    with pytest.raises(UserError, match="can't write it"):
+        draw_risk_coverage(results, tmp_path / "no" / "r.png")
+
+
+def llmbar(subset, *where):
+    rows = read_labelled([DATA / "llmbar" / f"{subset}.json"]).rows
+    rows, votes = read_recorded(DATA / "llmbar" / "recorded_verdicts.csv", rows, where=parse_where(where))
+    return decide_rows(rows, votes, Filters())
+
+
+@needs_data
+@pytest.mark.parametrize(("judge", "right", "kept", "right_kept"),
+                         [("GPT-4", 0.955, 0.95, 0.979), ("ChatGPT", 0.815, 0.71, 0.944)])  # fmt: skip
+def test_known_figures_of_one_strategy(judge, right, kept, right_kept):
+    found = summarise(judge, "natural", llmbar("natural", f"judge={judge}", "strategy=Vanilla"))
+    assert found.pairs == 100
+    assert found.votes.share == pytest.approx(right)
+    assert found.coverage.share == pytest.approx(kept)
+    assert found.order_consistency.share == pytest.approx(kept)
+    assert round(found.kept_accuracy.share, 3) == right_kept
+
+
+@needs_data
+def test_known_figures_of_the_calibrated_filter():
+    def trial(judge, subset):
+        return split_trial(judge, subset, llmbar(subset, f"judge={judge}"), 200, 0.1, 0.1)
+
+    gpt4 = trial("GPT-4", "natural")
+    assert gpt4.coverage >= 0.90
+    assert gpt4.error < 0.05
+    assert trial("ChatGPT", "natural").accepted.share > 0.2
+    assert trial("ChatGPT", "adv_neighbor").accepted.hits == 0

@@ -113,7 +113,9 @@ def test_votes_of_a_server_that_answers():
 
 
 def test_requests_ask_for_what_the_template_needs():
-    with FaultServer(say=lambda body: '{"verdict": "tie"}' if "response_format" in body else "Hm.\nVerdict: A") as server:
+    with FaultServer(
+        say=lambda body: '{"verdict": "tie"}' if "response_format" in body else "Hm.\nVerdict: A"
+    ) as server:
         cast = Cast(settings(server, extra_body={"top_k": 1, "temperature": None}), 1, (LETTER, REASONED, JSON))
         votes = cast.run()
     of_template = {b["max_tokens"]: b for b in server.bodies}

@@ -72,10 +72,13 @@ def test_identical_texts_are_dropped_however_sure_the_votes():
     assert count_reasons([got, decision(FIRST)]) == {"identical": 1}
 
 
-@given(vote_lists(), settings_strategy())
-def test_reversing_the_pair_mirrors_the_decision(votes, settings):
-    one = decide(aggregate(votes, WEIGHTS), PAIR, settings, TEXTS)
-    other = decide(aggregate([mirrored(v) for v in votes], WEIGHTS), PAIR.swap(), settings, TEXTS)
+METHODS = st.sampled_from(["mean", "majority"])
+
+
+@given(vote_lists(), settings_strategy(), METHODS)
+def test_reversing_the_pair_mirrors_the_decision(votes, settings, method):
+    one = decide(aggregate(votes, WEIGHTS, method), PAIR, settings, TEXTS)
+    other = decide(aggregate([mirrored(v) for v in votes], WEIGHTS, method), PAIR.swap(), settings, TEXTS)
     # A mean that is a rounding error away from a threshold may fall on either side of it.
     p = one.verdict.p_first
     assume(p is None or abs(abs(p - 0.5) - settings.min_margin) > 1e-9 or settings.min_margin == 0)
@@ -84,9 +87,9 @@ def test_reversing_the_pair_mirrors_the_decision(votes, settings):
     assert other.winner == (MIRROR[one.winner] if one.winner else None)
 
 
-@given(vote_lists(), settings_strategy())
-def test_no_rule_invents_a_winner(votes, settings):
-    got = decide(aggregate(votes, WEIGHTS), PAIR, settings, TEXTS)
+@given(vote_lists(), settings_strategy(), METHODS, st.sampled_from([None, True, False]))
+def test_no_rule_invents_a_winner(votes, settings, method, calibrated):
+    got = decide(aggregate(votes, WEIGHTS, method), PAIR, settings, TEXTS, calibrated)
     if got.winner is not None:
         assert got.status == "kept"
         assert got.winner == got.verdict.outcome
@@ -94,14 +97,14 @@ def test_no_rule_invents_a_winner(votes, settings):
 
 
 @hypothesis_settings(suppress_health_check=[HealthCheck.filter_too_much])
-@given(vote_lists(), settings_strategy(), st.sampled_from(["brief", "plain", "kind"]), st.integers(1, 3))
-def test_agreeing_votes_never_turn_kept_into_dropped(votes, settings, principle, number):
-    before = decide(aggregate(votes, WEIGHTS), PAIR, settings, TEXTS)
+@given(vote_lists(), settings_strategy(), st.sampled_from(["brief", "plain", "kind"]), st.integers(1, 3), METHODS)
+def test_agreeing_votes_never_turn_kept_into_dropped(votes, settings, principle, number, method):
+    before = decide(aggregate(votes, WEIGHTS, method), PAIR, settings, TEXTS)
     assume(before.status == "kept")
-    # A vote that agrees and is as sure as any: one that is less sure would lower the mean.
+    # New voices that agree and are as sure as any: one that is less sure would lower the mean.
     p = 1.0 if before.winner == "first" else 0.0
     more = [make_vote(before.winner, 100 + n, p, principle=principle) for n in range(number)]
-    after = decide(aggregate([*votes, *more], WEIGHTS), PAIR, settings, TEXTS)
+    after = decide(aggregate([*votes, *more], WEIGHTS, method), PAIR, settings, TEXTS)
     assert (after.status, after.winner) == ("kept", before.winner)
 
 

@@ -1,0 +1,342 @@
+"""How sure must the votes be before a label may train? A threshold with a promise, from labelled pairs. Pure.
+
+In: verdicts on labelled pairs, and whether each names the labelled side. Out: a `Calibration`, whose threshold on a
+score of label consistency keeps pairs such that P(accepted and population error > alpha) <= delta over the draw of
+the labelled pairs. It is Learn then Test (arXiv 2110.01052) with fixed-sequence testing: thresholds are tried from
+the strictest that keeps enough pairs to be able to pass, ceil(ln delta / ln(1 - alpha)), to looser ones. At each the
+hypothesis "the error among kept pairs exceeds alpha" is rejected iff P(Bin(kept, alpha) <= errors) <= delta, which is
+the exact (Clopper-Pearson) bound. The first that is not rejected ends the sequence, and the loosest rejected one
+before it is the threshold; none is a correct answer. A threshold keeps all pairs that score as much: ties are one
+step. Pairs without a winner, or that another rule drops, are never kept.
+
+With slices, each has a threshold and a promise of its own: delta is the risk of one slice, not of all together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import ValidationError
+
+from rlaif.config import Filters
+from rlaif.errors import UserError
+from rlaif.judging.verdicts import JurorFit
+from rlaif.records import Ballot, Record, Verdict, Vote, digest
+
+CALIBRATION_SCHEMA = 1
+EVERYTHING = "all"
+"""The slice of a calibration without slices."""
+FITTED_FROM = 100
+"""Labelled pairs that a fitted map needs: it spends two thirds of them on the map and its report."""
+_ROUNDING = 1e-9
+_BINS = 10
+
+ScoreKind = Literal["agreement", "margin", "fitted"]
+
+
+class Panel(Record):
+    """Which questions a pair's votes answered: what a threshold was found for."""
+
+    hash: str
+    judges: tuple[str, ...]
+    templates: tuple[str, ...]
+    constitutions: tuple[str, ...]
+    parameters: tuple[str, ...]
+    votes: int
+    """Votes a pair, abstentions included."""
+
+    @classmethod
+    def of(cls, votes: Sequence[Vote]) -> Panel:
+        """The panel of one pair's votes. Seeds and the pair itself don't count."""
+        ballots = [v.ballot for v in votes]
+        return cls(
+            hash=digest(sorted(_question(b) for b in ballots)),
+            judges=tuple(sorted({b.judge for b in ballots})),
+            templates=tuple(sorted({b.template for b in ballots})),
+            constitutions=tuple(sorted({b.constitution for b in ballots})),
+            parameters=tuple(sorted({b.parameters for b in ballots})),
+            votes=len(ballots),
+        )
+
+
+class FittedMap(Record):
+    """A logistic map (Platt 1999) from agreement and margin to P(the verdict is right)."""
+
+    intercept: float
+    agreement: float
+    margin: float
+    fitted_on: int
+    """Labelled pairs that it was fitted on; none of them tested the threshold."""
+    reported_on: int
+    """Labelled pairs behind the next two, of neither of the other parts."""
+    ece: float
+    """Expected calibration error, ten bins of equal width."""
+    brier: float
+    """Mean squared error of the probability."""
+
+    def __call__(self, agreement: float, margin: float) -> float:
+        z = self.intercept + self.agreement * agreement + self.margin * margin
+        return 1 / (1 + math.exp(-z)) if z > -700 else 0.0
+
+
+class Threshold(Record):
+    """What one slice's labelled pairs allow."""
+
+    accepted: bool
+    threshold: float | None
+    """Pairs that score at least this are kept; None when the judge can't be used on this slice."""
+    pairs: int
+    """Labelled pairs that tested it."""
+    kept: int
+    """Of them kept; when none was accepted, at the threshold where the test failed (0: never enough to test)."""
+    errors: int
+    """Of the kept ones labelled otherwise."""
+    error_bound: float
+    """Clopper-Pearson upper bound of the error among kept pairs, at level 1 - delta."""
+    map: FittedMap | None = None
+
+
+class Calibration(Record):
+    """The calibration file."""
+
+    schema_version: int = CALIBRATION_SCHEMA
+    made: str
+    """UTC, ISO 8601."""
+    alpha: float
+    delta: float
+    score: ScoreKind
+    slices: dict[str, Threshold]
+    """Slice → threshold; `all` alone when no slices were named."""
+    judge_kind: str
+    models: tuple[str, ...]
+    """As the judges named themselves in their votes."""
+    panels: tuple[Panel, ...]
+    aggregate: Literal["mean", "majority", "dawid_skene"]
+    jurors: JurorFit | None = None
+    """The juror weights that were calibrated; a filter uses these, and fits no others."""
+    min_votes: int
+    max_abstention_share: float
+    guards: bool
+    labelled: tuple[str, ...]
+    """Names of the labelled files."""
+    labelled_digest: str
+
+    @property
+    def accepted(self) -> bool:
+        """Some slice can be used."""
+        return any(t.accepted for t in self.slices.values())
+
+    def keeps(self, verdict: Verdict, slice: str = EVERYTHING) -> bool:
+        """The verdict scores enough for its slice; a slice that was not calibrated keeps nothing."""
+        found = self.slices.get(EVERYTHING if set(self.slices) == {EVERYTHING} else slice)
+        return found is not None and passes(verdict, found, self.score)
+
+    def mismatch(self, votes: Sequence[Vote], settings: Filters) -> str | None:
+        """What about a pair's votes, or the filter, is not what was calibrated; None when all of it is."""
+        for name in ("aggregate", "min_votes", "max_abstention_share", "guards"):
+            calibrated, found = getattr(self, name), getattr(settings, name)
+            if calibrated != found:
+                return f"filters.{name} is {found}, calibrated was {calibrated}"
+        panel = Panel.of(votes)
+        if panel.hash not in {p.hash for p in self.panels}:
+            nearest = self.panels[0]
+            for field, name in _PARTS:
+                calibrated, found = getattr(nearest, field), getattr(panel, field)
+                if calibrated != found and not any(getattr(p, field) == found for p in self.panels):
+                    return f"{name} {_listed(found)}, calibrated was {_listed(calibrated)}"
+            return "other voices, orders or samples than were calibrated"
+        unknown = {v.model for v in votes if v.outcome != "abstain"} - set(self.models)
+        if unknown:
+            return f"the judge's model is {_listed(tuple(sorted(unknown)))}, calibrated was {_listed(self.models)}"
+        return None
+
+
+_PARTS = (
+    ("judges", "the judge is"),
+    ("constitutions", "the constitution is"),
+    ("templates", "the template is"),
+    ("parameters", "the judge's parameters are"),
+    ("votes", "votes a pair are"),
+)
+
+
+def least_pairs(alpha: float, delta: float) -> int:
+    """Kept pairs without which no threshold can pass: 22 at alpha = delta = 0.1."""
+    return math.ceil(math.log(delta) / math.log1p(-alpha) - _ROUNDING)
+
+
+def score_of(verdict: Verdict, kind: ScoreKind, fitted: FittedMap | None = None) -> float:
+    """The score of label consistency, larger is surer; -inf for a verdict without a winner."""
+    if verdict.outcome not in ("first", "second") or verdict.agreement is None or verdict.p_first is None:
+        return -math.inf
+    margin = abs(verdict.p_first - 0.5) * 2
+    if kind == "fitted" and fitted is not None:
+        value = fitted(verdict.agreement, margin)
+    else:
+        value = margin if kind == "margin" else verdict.agreement
+    # Sums of the same votes in another order differ in the last bit, and ties have to be ties.
+    return round(value, 9)
+
+
+def passes(verdict: Verdict, threshold: Threshold, kind: ScoreKind) -> bool:
+    """The verdict scores at least the threshold; never when there is none."""
+    return threshold.threshold is not None and score_of(verdict, kind, threshold.map) >= threshold.threshold
+
+
+def learn_threshold(scores: Any, errors: Any, alpha: float, delta: float) -> Threshold:
+    """The loosest threshold that fixed-sequence testing accepts.
+
+    Args:
+        scores: [pairs]; -inf for a pair that is never kept.
+        errors: [pairs], true where the verdict names the wrong side; not looked at where the score is -inf.
+        alpha: largest error among kept pairs.
+        delta: largest probability of accepting a larger one.
+
+    Raises:
+        ValueError: alpha or delta isn't inside (0, 1), or a score is NaN.
+    """
+    from scipy.special import bdtr, betaincinv
+
+    if not (0 < alpha < 1 and 0 < delta < 1):
+        raise ValueError(f"alpha and delta lie between 0 and 1, got {alpha} and {delta}")
+    score = np.asarray(scores, dtype=float)
+    if np.isnan(score).any():
+        raise ValueError("a score is NaN")
+    wrong = np.asarray(errors, dtype=bool)[score > -np.inf]
+    pairs, score = len(score), score[score > -np.inf]
+    by_score = np.argsort(-score, kind="stable")
+    score, wrong_so_far = score[by_score], np.cumsum(wrong[by_score])
+    # Ends of runs of equal scores: the pairs that a threshold keeps, for every threshold that exists.
+    ends = np.flatnonzero(np.append(score[1:] != score[:-1], True)) if len(score) else np.array([], dtype=int)
+    ends = ends[ends + 1 >= least_pairs(alpha, delta)]
+    rejected = bdtr(wrong_so_far[ends], ends + 1, alpha) <= delta  # P(Bin(kept, alpha) <= errors)
+    passed = len(ends) if rejected.all() else int(np.argmin(rejected))
+    at = ends[max(passed - 1, 0)] if len(ends) else None
+    kept, failed = (0, 0) if at is None else (int(at) + 1, int(wrong_so_far[at]))
+    return Threshold(
+        accepted=passed > 0,
+        threshold=float(score[at]) if at is not None and passed > 0 else None,
+        pairs=pairs,
+        kept=kept,
+        errors=failed,
+        error_bound=1.0 if failed == kept else float(betaincinv(failed + 1, kept - failed, 1 - delta)),
+    )
+
+
+def calibrate_scores(
+    verdicts: Sequence[Verdict],
+    eligible: Sequence[bool],
+    errors: Sequence[bool],
+    alpha: float,
+    delta: float,
+    kind: ScoreKind = "agreement",
+    seed: int = 0,
+) -> Threshold:
+    """One slice's threshold. `eligible` is false where another rule drops the pair: it is then never kept.
+
+    `fitted` splits the pairs (seeded) in three: the map, its report, the test of the threshold (half of the pairs).
+
+    Raises:
+        UserError: too few pairs for a fitted map.
+    """
+    if kind != "fitted":
+        scores = [score_of(v, kind) if ok else -math.inf for v, ok in zip(verdicts, eligible, strict=True)]
+        return learn_threshold(scores, errors, alpha, delta)
+    if len(verdicts) < FITTED_FROM:
+        raise UserError(
+            f"--score fitted needs {FITTED_FROM} labelled pairs in each slice, here are {len(verdicts)}; label more, "
+            "or take --score agreement"
+        )
+    order = np.random.default_rng(seed).permutation(len(verdicts))
+    quarter = len(verdicts) // 4
+    part = {"fit": order[:quarter], "report": order[quarter : 2 * quarter], "test": order[2 * quarter :]}
+    fitted = _fit(verdicts, eligible, errors, part["fit"], part["report"])
+    scores = [score_of(verdicts[i], kind, fitted) if eligible[i] else -math.inf for i in part["test"]]
+    found = learn_threshold(scores, [errors[i] for i in part["test"]], alpha, delta)
+    return found.model_copy(update={"map": fitted})
+
+
+def _fit(
+    verdicts: Sequence[Verdict], eligible: Sequence[bool], errors: Sequence[bool], fit: Any, report: Any
+) -> FittedMap:
+    from sklearn.linear_model import LogisticRegression
+
+    def rows(part: Any) -> tuple[Any, Any]:
+        use = [i for i in part if eligible[i] and score_of(verdicts[i], "agreement") > -math.inf]
+        features = [(score_of(verdicts[i], "agreement"), score_of(verdicts[i], "margin")) for i in use]
+        return np.array(features).reshape(-1, 2), np.array([not errors[i] for i in use], dtype=bool)  # [n, 2], [n]
+
+    x, right = rows(fit)
+    if len(set(right.tolist())) < 2:
+        # Nothing to tell apart: everything was right, or wrong. The agreement alone keeps its order.
+        weights = {"intercept": 0.0, "agreement": 1.0, "margin": 0.0}
+    else:
+        model = LogisticRegression().fit(x, right)
+        weights = dict(zip(("agreement", "margin"), model.coef_[0].tolist(), strict=True))
+        weights["intercept"] = float(model.intercept_[0])
+    weights = {name: round(value, 9) for name, value in weights.items()}
+    fitted = FittedMap(**weights, fitted_on=len(x), reported_on=0, ece=0.0, brier=0.0)
+    x, right = rows(report)
+    p = np.array([fitted(*row) for row in x])
+    return fitted.model_copy(
+        update={
+            "reported_on": len(x),
+            "ece": expected_calibration_error(p, right),
+            "brier": float(np.mean((p - right) ** 2)) if len(x) else 0.0,
+        }
+    )
+
+
+def expected_calibration_error(p: Any, right: Any) -> float:
+    """Mean gap between probability [n] and share right [n], over ten bins of equal width, by their counts."""
+    if len(p) == 0:
+        return 0.0
+    bins = np.minimum((np.asarray(p) * _BINS).astype(int), _BINS - 1)
+    gaps = [abs(np.sum(p[bins == b]) - np.sum(right[bins == b])) for b in range(_BINS)]
+    return float(sum(gaps) / len(p))
+
+
+def parse_calibration(text: str, source: str) -> Calibration:
+    """A calibration file's text; `source` names it in errors.
+
+    Raises:
+        UserError: it isn't a calibration file, or one of a newer version.
+    """
+    try:
+        tree = json.loads(text)
+        version = tree.get("schema_version") if isinstance(tree, Mapping) else None
+        if version != CALIBRATION_SCHEMA:
+            raise UserError(
+                f"{source}: schema version {version}, expected {CALIBRATION_SCHEMA}; make the file again with "
+                "`rlaif judge calibrate`"
+            )
+        return Calibration.model_validate(tree)
+    except json.JSONDecodeError as e:
+        raise UserError(
+            f"{source}:{e.lineno}: not a calibration file ({e.msg}); `rlaif judge calibrate` makes one"
+        ) from e
+    except ValidationError as e:
+        error = e.errors()[0]
+        where = ".".join(str(p) for p in error["loc"])
+        raise UserError(f"{source}: {where}: {error['msg']}; make the file again with `rlaif judge calibrate`") from e
+
+
+def panels_of(votes_by_pair: Mapping[str, Sequence[Vote]]) -> tuple[Panel, ...]:
+    """The different panels of some pairs, the most frequent first."""
+    panels = [Panel.of(votes) for votes in votes_by_pair.values()]
+    by_hash = {p.hash: p for p in panels}
+    count = {h: sum(p.hash == h for p in panels) for h in by_hash}
+    return tuple(sorted(by_hash.values(), key=lambda p: -count[p.hash]))
+
+
+def _question(b: Ballot) -> list[str | int | bool]:
+    return [b.judge, b.voice, b.template, b.order, b.sample_index, b.guard, b.constitution, b.parameters,
+            *b.principles]  # fmt: skip
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values)) if isinstance(values, tuple) else str(values)

@@ -1,0 +1,162 @@
+"""What `rlaif judge bench` and `calibrate` found, for people: tables, and the risk-coverage picture.
+
+In: slices, trials, a calibration. Out: rich tables, and a PNG or SVG file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlaif.errors import UserError
+from rlaif.judging.bench import Share, Slice, SplitTrial
+from rlaif.judging.calibration import Calibration, least_pairs
+
+_PICTURES = (".png", ".svg")
+_NUMBER_COLUMNS_FROM = 2
+
+
+def tables(results: Sequence[Slice], title: str) -> list[Any]:
+    """The slices as rich tables: right and kept, rule by rule, voices, lengths and cost."""
+    return [
+        _table(
+            title,
+            ("judge", "slice", "pairs", "votes right", "right", "95%", "kept", "95% ", "right when kept", "95%  "),
+            [
+                (s.judge, s.name, str(s.pairs), _share(s.votes), *_both(s.accuracy), *_both(s.coverage),
+                 *_both(s.kept_accuracy))
+                for s in results
+            ],
+        ),
+        _table(
+            "rule by rule",
+            ("judge", "slice", "after rule", "dropped", "kept", "right when kept", "95%"),
+            [
+                (s.judge, s.name, r.rule, str(r.dropped), _share(r.coverage), *_both(r.accuracy))
+                for s in results
+                for r in s.rules
+            ],
+        ),
+        _table(
+            "voices",
+            ("judge", "slice", "order consistency", "95%", "first slot named", "95% ", "alpha", "abstentions"),
+            [
+                (s.judge, s.name, *_both(s.order_consistency), *_both(s.position_bias), _number(s.alpha),
+                 " ".join(f"{reason}:{n}" for reason, n in sorted(s.abstentions.items())) or "-")
+                for s in results
+            ],
+        ),
+        _table(
+            "length and cost",
+            ("judge", "slice", "longer is better", "judge names longer", "when kept", "calls", "tokens", "seconds",
+             "tokens a kept pair", "seconds a kept pair"),
+            [
+                (s.judge, s.name, _share(s.lengths.longer_is_better), _share(s.lengths.judge_names_longer),
+                 _share(s.lengths.judge_names_longer_kept), str(s.cost.calls),
+                 str(s.cost.prompt_tokens + s.cost.completion_tokens), f"{s.cost.seconds:.1f}",
+                 _number(s.cost.tokens_per_kept_pair, 0), _number(s.cost.seconds_per_kept_pair, 2))
+                for s in results
+            ],
+        ),
+    ]  # fmt: skip
+
+
+def trial_table(trials: Sequence[SplitTrial], alpha: float, delta: float) -> Any:
+    """Calibrated on one half, measured on the other."""
+    splits = trials[0].splits if trials else 0
+    return _table(
+        f"calibrated on a random half (alpha {alpha:g}, delta {delta:g}), measured on the other, {splits} splits",
+        ("judge", "slice", "accepted", "95%", "kept, all splits", "kept when accepted", "error when kept"),
+        [
+            (t.judge, t.name, *_both(t.accepted), _number(t.coverage), _number(t.coverage_when_accepted),
+             _number(t.error))
+            for t in trials
+        ],
+    )  # fmt: skip
+
+
+def calibration_lines(calibration: Calibration) -> list[str]:
+    """One line a slice: the threshold and what stands behind it, or that the judge can't be used there."""
+    a, d = calibration.alpha, calibration.delta
+    out = []
+    for name, t in calibration.slices.items():
+        counted = f"{t.errors} wrong of {t.kept} kept ({t.pairs} pairs); error at most {t.error_bound:.3f}"
+        if t.accepted:
+            out.append(f"{name}: keep {calibration.score} >= {t.threshold:g}. {counted} at confidence {1 - d:g}")
+            if t.map:
+                out.append(
+                    f"{name}: map fitted on {t.map.fitted_on} pairs; on {t.map.reported_on} others ECE "
+                    f"{t.map.ece:.3f}, Brier {t.map.brier:.3f}"
+                )
+        elif t.kept:
+            out.append(f"{name}: this judge can't be used at alpha={a:g} on this slice. Strictest threshold: {counted}")
+        else:
+            out.append(
+                f"{name}: this judge can't be used at alpha={a:g} on this slice. No threshold keeps the "
+                f"{least_pairs(a, d)} pairs that a test needs ({t.pairs} pairs); label more"
+            )
+    return out
+
+
+def check_picture(path: Path) -> None:
+    """UserError unless the picture's name says a format that can be drawn."""
+    if path.suffix.lower() not in _PICTURES:
+        raise UserError(f"--picture {path}: the name must end in {' or '.join(_PICTURES)}")
+
+
+def draw_risk_coverage(results: Sequence[Slice], path: Path, alpha: float | None = None) -> None:
+    """The risk-coverage curves as a picture; a dashed line at alpha where one is given.
+
+    Raises:
+        UserError: the name has another ending than .png or .svg, or the file can't be written.
+    """
+    check_picture(path)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for s in results:
+        # A mark at each threshold that exists: between two of them nothing can be kept.
+        axes.step(
+            [p.coverage for p in s.risk], [p.error for p in s.risk], "o-", ms=3, lw=1, where="pre",
+            label=f"{s.judge}, {s.name}",
+        )  # fmt: skip
+    if alpha is not None:
+        axes.axhline(alpha, color="grey", ls="--", lw=1, label=f"error {alpha:g}")
+    axes.set(
+        xlabel="coverage (kept pairs, by agreement)", ylabel="error among kept pairs", xlim=(0, 1.02), ylim=(0, None)
+    )
+    axes.legend(fontsize=7)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as e:
+        raise UserError(f"--picture {path}: can't write it ({e.strerror or e})") from e
+    finally:
+        plt.close(figure)
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from rich.table import Table
+
+    out = Table(title=title, title_justify="left")
+    for n, heading in enumerate(headings):
+        text = n < _NUMBER_COLUMNS_FROM or heading in ("after rule", "abstentions")
+        out.add_column(heading, justify="left" if text else "right")
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def _both(share: Share) -> tuple[str, str]:
+    return _share(share), f"{share.low:.2f}-{share.high:.2f}"
+
+
+def _share(share: Share) -> str:
+    return _number(share.share)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,149 @@
+"""Recorded votes find their pairs, keep what was said, and are never taken for votes on other pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlaif.errors import UserError
+from rlaif.judging.labelled import Labelled, read_labelled
+from rlaif.judging.recorded import RecordedJudge, parse_votes_map, parse_where, read_recorded, read_votes_log
+from tests.judging.vote_makers import make_vote
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets aren't in ../shared/data")
+
+
+def labelled(n, label="first", file="easy", **columns):
+    return Labelled(id=f"{file}/{n}", key=str(n), file=file, slice=file, prompt="x", first="a", second="b", label=label,
+                    columns=columns)  # fmt: skip
+
+
+ROWS = [labelled(0), labelled(1, "second")]
+
+
+def csv_file(tmp_path, head, *lines):
+    path = tmp_path / "votes.csv"
+    path.write_text("\n".join([head, *lines]) + "\n")
+    return path
+
+
+def said(votes):
+    return [(v.ballot.pair_id, v.ballot.judge, v.ballot.voice, v.ballot.order, v.outcome) for v in votes]
+
+
+def test_both_orders_in_one_row(tmp_path):
+    path = csv_file(
+        tmp_path, "row,judge,strategy,label,winner_ab,winner_ba_mapped", "0,J,plain,1,1,2", "1,J,plain,2,,2"
+    )
+    rows, votes = read_recorded(path, ROWS)
+    assert said(votes) == [
+        ("easy/0", "J", "plain", "forward", "first"),
+        ("easy/0", "J", "plain", "reversed", "second"),
+        ("easy/1", "J", "plain", "forward", "abstain"),
+        ("easy/1", "J", "plain", "reversed", "second"),
+    ]
+    assert votes[2].abstain_reason == "unparsed"
+    assert rows == ROWS
+
+
+def test_a_second_order_that_names_slots_is_mapped_back(tmp_path):
+    path = csv_file(tmp_path, "id,winner_ab,winner_ba", "0,A,A", "1,tie,b")
+    _, votes = read_recorded(path, ROWS)
+    assert [(j, o, out) for _, j, _, o, out in said(votes)] == [
+        ("votes", "forward", "first"), ("votes", "reversed", "second"),
+        ("votes", "forward", "tie"), ("votes", "reversed", "first"),
+    ]  # fmt: skip
+
+
+def test_one_row_a_vote(tmp_path):
+    path = csv_file(tmp_path, "id,order,verdict", "0,forward,first", "0,reversed,no idea")
+    rows, votes = read_recorded(path, ROWS)
+    assert [v.outcome for v in votes] == ["first", "abstain"]
+    assert votes[1].raw_reply == "no idea"
+    assert rows == ROWS[:1]
+
+
+def test_one_result_column_by_any_name(tmp_path):
+    path = tmp_path / "gpt.json"
+    path.write_text(json.dumps([{"idx": 0, "gpt_result": "1"}, {"idx": 1, "gpt_result": "garbage"}]))
+    _, votes = read_recorded(path, ROWS)
+    assert [(v.ballot.judge, v.outcome) for v in votes] == [("gpt", "first"), ("gpt", "abstain")]
+
+
+def test_a_map_for_unusual_names(tmp_path):
+    path = csv_file(tmp_path, "n,who,how,x,y", "0,J,plain,1,1")
+    columns = parse_votes_map("id=n,judge=who,voice=how,forward=x,reversed=y")
+    assert [v.ballot.order for v in read_recorded(path, ROWS, columns)[1]] == ["forward", "reversed"]
+
+
+def test_files_are_kept_apart_by_the_column_that_names_them(tmp_path):
+    path = csv_file(tmp_path, "subset,row,judge,winner_ab", "easy,0,J,1", "hard,0,J,2", "other,0,J,2")
+    rows = [labelled(0), labelled(0, file="hard")]
+    assert [v.outcome for v in read_recorded(path, rows)[1]] == ["first", "second"]
+    assert [v.outcome for v in read_recorded(path, rows[:1])[1]] == ["first"]
+
+
+def test_where_narrows_votes_and_pairs(tmp_path):
+    path = csv_file(tmp_path, "row,judge,strategy,winner_ab", "0,J,a,1", "0,J,b,2", "0,K,a,2", "1,J,a,1")
+    rows = [labelled(0, topic="maths"), labelled(1, topic="chat")]
+
+    def found(*conditions):
+        return [(v.ballot.pair_id[-1], v.ballot.judge, v.ballot.voice)
+                for v in read_recorded(path, rows, where=parse_where(conditions))[1]]  # fmt: skip
+
+    assert found("judge=J", "strategy=a") == [("0", "J", "a"), ("1", "J", "a")]
+    assert found("judge=J", "judge=K", "topic=maths") == [("0", "J", "a"), ("0", "J", "b"), ("0", "K", "a")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "where", "message"),
+    [
+        (["row,winner_ab", "0,1", "0,2"], [], "votes.csv:3: a second vote of votes/recorded on easy/0"),
+        (["row,judge,winner_ab,run", "0,J,1,a", "0,J,1,b"], [], r"narrow with --where COLUMN=VALUE \(run\)"),
+        (["row,label,winner_ab", "0,2,1"], [], "votes.csv:2: the label of easy/0 is 2 here and first"),
+        (["row,winner_ab", "7,1"], [], "none of its 1 votes is on a labelled pair"),
+        (["row,winner_ab", "0,1"], ["judge=J"], "--where judge=...: no such column; there is row, winner_ab"),
+        (["row,winner_ab", "0,1"], ["judge"], "--where judge: expected KEY=COLUMN"),
+        (["a,b", "0,1"], [], "which column is the id.*--votes-map id=COLUMN"),
+        (["id,b", "0,1"], [], "which column is the forward"),
+        (["row,order,winner", "0,up,1"], [], "order: found 'up', expected forward or reversed"),
+        (["row,winner"], [], "no recorded votes"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, lines, where, message):
+    with pytest.raises(UserError, match=message) as e:
+        read_recorded(csv_file(tmp_path, *lines), ROWS, where=parse_where(where))
+    assert "\n" not in str(e.value)
+
+
+def test_a_log_of_votes(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    votes = [make_vote(o, n, 0.75, voice="v").model_copy() for n, o in enumerate(("first", "second"))]
+    path.write_text("".join(v.model_dump_json() + "\n" for v in votes))
+    assert read_votes_log(path) == votes
+    rows = [labelled(0).model_copy(update={"id": "p"}), labelled(1)]
+    assert read_recorded(path, rows) == (rows[:1], votes)
+    path.write_text('{"ballot": {}}\n')
+    with pytest.raises(UserError, match=r"votes.jsonl:1: ballot.id: Field required"):
+        read_votes_log(path)
+
+
+def test_a_recorded_judge_answers_what_was_asked_and_nothing_else():
+    votes = [make_vote("first", 0), make_vote("abstain", 1)]
+    judge = RecordedJudge(votes)
+    assert list(judge.cast([votes[1].ballot, votes[0].ballot], [], [], None)) == [votes[::-1]]
+    with pytest.raises(UserError, match="no vote for 1 of 2 ballots"):
+        list(judge.cast([votes[0].ballot, make_vote("first", 7).ballot], [], [], None))
+
+
+@needs_data
+@pytest.mark.parametrize(("judge", "right", "unparsed"), [("gpt-3.5-turbo", 628, 8), ("pandalm-7b", 574, 0)])
+def test_pandalm_verdicts_as_they_are(judge, right, unparsed):
+    rows = read_labelled([DATA / "pandalm" / "data__testset-v1.json"]).rows
+    voted, votes = read_recorded(DATA / "pandalm" / f"data__{judge}-testset-v1.json", rows)
+    assert len(voted) == len(votes) == 794
+    assert sum(v.outcome == r.label for v, r in zip(votes, voted, strict=True)) == right
+    assert sum(v.abstain_reason == "unparsed" for v in votes) == unparsed
