@@ -145,7 +145,7 @@ class Work:
     def run(self, judge: ChatJudge, n: int) -> int:
         """Casts `n` ballots; the number of valid votes."""
         ballots = self.ballots(judge.settings, n)
-        chunks = judge.cast(ballots, self.pairs, self.candidates, self.constitution)
+        chunks = judge.cast(ballots, self.pairs, self.candidates, self.constitution, [self.template])
         return sum(vote.outcome != "abstain" for chunk in chunks for vote in chunk)
 
 
@@ -161,7 +161,7 @@ def throughput(ballots: int) -> dict[str, float]:
                 kind="chat", model="m", base_url=f"http://127.0.0.1:{here.recv()}/v1", api_key_env=None,
                 concurrency=CONCURRENCY, cache=cache,
             )  # fmt: skip
-            judge = ChatJudge(settings, [work.template])
+            judge = ChatJudge(settings)
             started, cpu = time.perf_counter(), time.process_time()
             valid = work.run(judge, ballots)
             seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -182,7 +182,7 @@ def memory(sizes: list[int]) -> list[dict[str, float]]:
     out = []
     for size in sorted(sizes):
         started = time.perf_counter()
-        work.run(ChatJudge(settings, [work.template], connect=AtOnce), size)
+        work.run(ChatJudge(settings, connect=AtOnce), size)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         out.append({"ballots": size, "peak_gib": peak, "seconds": time.perf_counter() - started})
     return out

@@ -11,7 +11,6 @@ import pytest
 
 from rlaif import cli
 from rlaif.judging.attacks import ATTACKS
-from rlaif.judging.bench import read_labelled
 from tests.judging.fault_server import FaultServer, longer
 
 ROOT = Path(__file__).resolve().parents[2]

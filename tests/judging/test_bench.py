@@ -9,6 +9,7 @@ import pytest
 from rlaif.config import Filters
 from rlaif.constitution import parse_constitution
 from rlaif.errors import UserError
+from rlaif.judging.ballots import make_ballots
 from rlaif.judging.bench import (
     by_judge,
     calibrate,
@@ -57,8 +58,8 @@ class FakeJudge:
     def __init__(self, answers):
         self.answers = answers
 
-    def cast(self, ballots, pairs, candidates, constitution):
-        for b in ballots:
+    def ask(self, pairs, candidates, constitution):
+        for b in make_ballots(pairs, constitution, "fake"):
             outcome = "tie" if b.guard else self.answers[b.pair_id][b.voice == "brief/main"]
             reason = "empty" if outcome == "abstain" else None
             yield [Vote(ballot=b, model="fake", outcome=outcome, abstain_reason=reason, raw_reply="")]
@@ -75,7 +76,7 @@ ANSWERS = {
 
 
 def judged(rows=ROWS, answers=ANSWERS):
-    votes = cast_votes(rows, FakeJudge(answers), "fake", lambda _: CONSTITUTION)
+    votes = cast_votes(rows, FakeJudge(answers).ask, lambda _: CONSTITUTION)
     return decide_rows(rows, votes, Filters(), lambda _: CONSTITUTION.weights)
 
 
@@ -108,10 +109,10 @@ def test_rule_by_rule():
 def test_a_row_without_a_constitution_takes_the_default():
     asked = []
     bare = [row(0, constitution=None)]
-    cast_votes(bare, FakeJudge(ANSWERS), "fake", lambda r: asked.append(r) or CONSTITUTION, "mine@3")
+    cast_votes(bare, FakeJudge(ANSWERS).ask, lambda r: asked.append(r) or CONSTITUTION, "mine@3")
     assert asked == ["mine@3"]
     with pytest.raises(UserError, match="name no constitution"):
-        cast_votes(bare, FakeJudge(ANSWERS), "fake", lambda _: CONSTITUTION)
+        cast_votes(bare, FakeJudge(ANSWERS).ask, lambda _: CONSTITUTION)
 
 
 def test_an_answer_that_stops_in_the_middle_was_cut_off():

@@ -18,7 +18,8 @@ from rlaif.constitution import load_constitution
 from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.ballots import make_chat_ballots
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.chat import ChatJudge, Spent, spent_on
+from rlaif.judging.chat import ChatJudge
+from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.templates import load_template
 from rlaif.judging.transport import Pace, retry_after_s
 from rlaif.records import Message, Pair
@@ -69,12 +70,13 @@ class Cast:
             for b in make_chat_ballots(self.pairs, TEXT, judge_settings.jurors, templates, **ballots)
             if b.id not in skip
         ]
-        self.judge = ChatJudge(judge_settings, templates, spent, backoff_s=0.02)
+        self.templates = templates
+        self.judge = ChatJudge(judge_settings, spent, backoff_s=0.02)
         self.votes = []
         self.error = None
 
     def stream(self):
-        return self.judge.cast(iter(self.ballots), self.pairs, self.candidates, TEXT)
+        return self.judge.cast(iter(self.ballots), self.pairs, self.candidates, TEXT, self.templates)
 
     def run(self):
         try:
@@ -197,7 +199,7 @@ def test_memory_does_not_grow_with_ballots():
                 taken += 1
                 yield ballot
 
-        stream = cast.judge.cast(counted(), cast.pairs, cast.candidates, TEXT)
+        stream = cast.judge.cast(counted(), cast.pairs, cast.candidates, TEXT, cast.templates)
         seen = 0
         for chunk in stream:
             seen += len(chunk)
@@ -460,4 +462,4 @@ def test_a_ballot_of_another_text_or_template_is_refused():
     for change in ({"constitution": "other"}, {"template": "other"}, {"judge": "other"}):
         ballot = cast.ballots[0].model_copy(update=change)
         with pytest.raises(ValueError, match=r"another|no juror"):
-            next(cast.judge.cast([ballot], cast.pairs, cast.candidates, TEXT))
+            next(cast.judge.cast([ballot], cast.pairs, cast.candidates, TEXT, cast.templates))
