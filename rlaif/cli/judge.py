@@ -35,7 +35,9 @@ Map = Annotated[
     typer.Option("--map", metavar="KEY=COLUMN,...", help="Columns: id, prompt, first, second, label, slice; and what "
                  "the label column calls the sides: first_is=0,second_is=1."),
 ]  # fmt: skip
-By = Annotated[str | None, typer.Option("--by", metavar="COLUMN", help="The column that names slices; `file`: each file is one.")]
+By = Annotated[
+    str | None, typer.Option("--by", metavar="COLUMN", help="The column that names slices; `file`: each file is one.")
+]
 SplitOption = Annotated[
     str | None, typer.Option(help="`dev` to tune on, `test` to report, `all`. `dev` where the file has splits.")
 ]
@@ -61,7 +63,8 @@ Dir = Annotated[Path, typer.Option("--dir", help="Folder that holds the constitu
 Alpha = Annotated[float, typer.Option(help="Largest error among kept pairs.")]
 Delta = Annotated[float, typer.Option(help="Largest probability of accepting a larger one.")]
 Score = Annotated[
-    str, typer.Option(help="What the threshold is on: `agreement`, `margin` of p(first), or `fitted` (100 pairs or more).")
+    str,
+    typer.Option(help="What the threshold is on: `agreement`, `margin` of p(first), or `fitted` (100 pairs or more)."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of random splits.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
@@ -78,9 +81,7 @@ class _Votes:
     kind: str
     directory: Path
 
-    def judged(
-        self, votes: list[Vote], calibration: Calibration | None = None
-    ) -> tuple[list[Judged], JurorFit | None]:
+    def judged(self, votes: list[Vote], calibration: Calibration | None = None) -> tuple[list[Judged], JurorFit | None]:
         """One judge's decisions, and its juror weights."""
         from rlaif.judging import bench
 
@@ -116,7 +117,9 @@ def bench(
     delta: Delta = 0.1,
     score: Score = "agreement",
     seed: Seed = 0,
-    picture: Annotated[Path | None, typer.Option(help="Draw risk against coverage into this .png or .svg file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw risk against coverage into this .png or .svg file.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Accuracy of a judge, or of recorded votes, on labelled pairs: by slice, before and after each filter."""
@@ -254,9 +257,7 @@ def _votes(
     if split not in (None, "dev", "test", "all"):
         raise UserError(f"--split {split}: expected dev, test or all")
     settings = _job(job, set_)
-    found = read_labelled(
-        _files(labelled), parse_map(map_), cast("Literal['dev', 'test', 'all'] | None", split), by
-    )
+    found = read_labelled(_files(labelled), parse_map(map_), cast("Literal['dev', 'test', 'all'] | None", split), by)
     conditions = parse_where(where or [])
     if votes is not None:
         rows, recorded = read_recorded(votes, found.rows, parse_votes_map(votes_map), conditions)

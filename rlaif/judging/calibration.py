@@ -316,7 +316,9 @@ def parse_calibration(text: str, source: str) -> Calibration:
             )
         return Calibration.model_validate(tree)
     except json.JSONDecodeError as e:
-        raise UserError(f"{source}:{e.lineno}: not a calibration file ({e.msg}); `rlaif judge calibrate` makes one") from e
+        raise UserError(
+            f"{source}:{e.lineno}: not a calibration file ({e.msg}); `rlaif judge calibrate` makes one"
+        ) from e
     except ValidationError as e:
         error = e.errors()[0]
         where = ".".join(str(p) for p in error["loc"])

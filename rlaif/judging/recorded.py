@@ -167,9 +167,7 @@ def _table(
         of["forward"] = results[0] if len(results) == 1 else None
     if of["id"] is None or not any(of[k] for k in ("forward", "reversed", "reversed_slots")):
         what = "id" if of["id"] is None else "forward"
-        raise UserError(
-            f"{path}: which column is the {what}? It has {', '.join(head)}; say --votes-map {what}=COLUMN"
-        )
+        raise UserError(f"{path}: which column is the {what}? It has {', '.join(head)}; say --votes-map {what}=COLUMN")
     files = {r.file for r in rows}
     by_set = of["set"] is not None and any(row.values[of["set"]] in files for row in table)
     pair_of = {(r.file if by_set else None, r.key): r for r in rows}

@@ -140,8 +140,7 @@ def _dawid_skene(named: Sequence[Vote]) -> list[Confusion]:
     table = pd.DataFrame(
         {"task": [v.ballot.pair_id for v in named], "worker": workers, "label": [v.outcome for v in named]}
     )
-    fit = DawidSkene(n_iter=100).fit(table)
-    likely = fit.probas_.reindex(columns=["first", "second"], fill_value=0.0)
+    likely = DawidSkene(n_iter=100).fit_predict_proba(table).reindex(columns=["first", "second"], fill_value=0.0)
     truth = likely.loc[table["task"]].to_numpy()  # [votes, 2]
     out = []
     for worker, rows in table.groupby("worker", sort=True).indices.items():
@@ -180,9 +179,7 @@ def _balanced_voices(electing: Sequence[Vote]) -> dict[_Voice, _Orders]:
     return {voice: orders for voice, orders in voices.items() if all(orders.values())}
 
 
-def _shares(
-    voices: Mapping[_Voice, _Orders], weights: Mapping[str, float], jurors: Mapping[str, float]
-) -> list[float]:
+def _shares(voices: Mapping[_Voice, _Orders], weights: Mapping[str, float], jurors: Mapping[str, float]) -> list[float]:
     """Each vote's share of the election, voice by voice and order by order; they sum to 1."""
     of_principles: dict[tuple[str, ...], float] = defaultdict(float)
     for principles, judge, _, _ in voices:

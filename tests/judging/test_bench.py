@@ -86,7 +86,7 @@ def counts(share):
 def test_counts_before_and_after_the_filter():
     brevity, lists, everything = slices("fake", judged())
     assert (brevity.name, brevity.pairs) == ("brevity", 3)
-    assert (counts(brevity.accuracy), counts(brevity.coverage), counts(brevity.kept_accuracy)) == ((1, 3), (2, 3), (1, 2))
+    assert [counts(s) for s in (brevity.accuracy, brevity.coverage, brevity.kept_accuracy)] == [(1, 3), (2, 3), (1, 2)]
     assert counts(brevity.votes) == (3, 6)  # guards don't count
     assert counts(lists.kept_accuracy) == (1, 1)
     assert (everything.name, counts(everything.accuracy), counts(everything.coverage)) == ("all", (2, 5), (3, 5))
@@ -167,8 +167,12 @@ def test_lengths_before_and_after():
 
 def test_cost():
     spent = {"usage": Usage(prompt_tokens=100, completion_tokens=5), "latency_s": 0.5}
-    votes = [vote("r0", "first", **spent), vote("r0", "first", "reversed", **spent, attempts=2),
-             vote("r1", "first", **spent, cached=True, attempts=0), vote("r1", "second", "reversed", **spent)]  # fmt: skip
+    votes = [
+        vote("r0", "first", **spent),
+        vote("r0", "first", "reversed", **spent, attempts=2),
+        vote("r1", "first", **spent, cached=True, attempts=0),
+        vote("r1", "second", "reversed", **spent),
+    ]
     cost = summarise("j", "all", decide_rows(ROWS, votes, Filters())).cost
     assert (cost.calls, cost.prompt_tokens, cost.completion_tokens, cost.seconds) == (4, 400, 20, 2.0)
     assert (cost.tokens_per_kept_pair, cost.seconds_per_kept_pair) == (420, 2.0)
@@ -218,12 +222,16 @@ def test_a_calibration_filters_the_pairs_that_it_was_made_from():
     kept = decide_rows([j.row for j in some], votes, Filters(calibration="c"), calibration=found)
     assert all(j.kept for j in kept)
     other = [v.model_copy(update={"model": "another"}) for v in votes]
-    dropped = decide_rows([j.row for j in some], other, Filters(calibration="c", uncalibrated="drop"), calibration=found)
+    dropped = decide_rows(
+        [j.row for j in some], other, Filters(calibration="c", uncalibrated="drop"), calibration=found
+    )
     assert {j.decision.reasons for j in dropped} == {("uncalibrated",)}
 
 
 def test_what_a_calibration_says():
-    assert calibration_lines(calibration(steady(100, 50)))[0].startswith("all: keep agreement >= 1. 2 wrong of 100 kept")
+    assert calibration_lines(calibration(steady(100, 50)))[0].startswith(
+        "all: keep agreement >= 1. 2 wrong of 100 kept"
+    )
     assert "can't be used at alpha=0.1 on this slice. Strictest" in calibration_lines(calibration(steady(100, 3)))[0]
     assert "keeps the 22 pairs that a test needs" in calibration_lines(calibration(steady(20, 50)))[0]
     assert list(calibration(judged(), sliced=True).slices) == ["brevity", "lists"]

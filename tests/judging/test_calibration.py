@@ -299,7 +299,11 @@ def test_each_slice_has_its_own_threshold():
 
 
 def test_the_threshold_takes_the_place_of_the_rules_on_consistency():
-    votes = [*VOTES, make_vote("first", 2, voice="w", order="forward"), make_vote("tie", 3, voice="w", order="reversed")]
+    votes = [
+        *VOTES,
+        make_vote("first", 2, voice="w", order="forward"),
+        make_vote("tie", 3, voice="w", order="reversed"),
+    ]
     mixed = aggregate(votes)
     texts = {"a": "one", "b": "two"}
     assert set(decide(mixed, PAIR, SETTINGS, texts).reasons) == {"order_flip", "low_agreement"}
