@@ -16,6 +16,7 @@ from typing import Any
 from rlaif import __version__, models
 from rlaif.config import Job, Judge, changed_keys
 from rlaif.errors import RunInterrupted, UserError
+from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.loop import Loop, Progress
 from rlaif.prompts import exclude_held_out, load_prompts, with_system
@@ -87,6 +88,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             base_digest=digests["policy"],
             judge_name=f"{job.judge.kind}:{digests.get('judge', job.judge.model)}",
             progress=progress,
+            calibration=_calibration(run, job, base_dir),
             **workers,
         )
         try:
@@ -103,6 +105,22 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
 
 def _likelihood(model: Path, settings: Judge) -> tuple[str, dict[str, Any]]:
     return "rlaif.judging.likelihood:make", {"model_path": str(model), "settings": settings}
+
+
+def _calibration(run: RunDir, job: Job, base_dir: Path) -> Calibration | None:
+    """The run's own copy of the calibration file, made at the start."""
+    if job.filters.calibration is None:
+        return None
+    copy = run.path / "calibration.json"
+    if not copy.exists():
+        calibration = read_calibration(base_dir / job.filters.calibration)
+        if not calibration.accepted:
+            raise UserError(
+                f"filters.calibration {job.filters.calibration}: no threshold reached its target, so nothing would be "
+                "kept; calibrate another judge, or give a larger --alpha"
+            )
+        write_json(copy, calibration.model_dump(mode="json"))
+    return read_calibration(copy)
 
 
 def _spent(run: RunDir, job: Job) -> Spent:

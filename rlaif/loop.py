@@ -28,10 +28,11 @@ from rlaif.judging.ballots import (
     selecting_voices,
     settled,
 )
+from rlaif.judging.calibration import Calibration
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.filters import decide
+from rlaif.judging.filters import decide, trusted
 from rlaif.judging.templates import template_names
-from rlaif.judging.verdicts import aggregate, by_pair
+from rlaif.judging.verdicts import aggregate, by_pair, fit_jurors
 from rlaif.pairing import make_pairs
 from rlaif.prompts import prompts_for
 from rlaif.records import (
@@ -85,6 +86,8 @@ class Loop:
     measurer: WorkerLike
     """Who says how sane an answer is: a likelihood judge on the base policy, often the judge itself."""
     progress: Progress
+    calibration: Calibration | None = None
+    """In force for the whole run (`filters.calibration`)."""
     _sampler_has: str | None = field(default=None, init=False)
     _learner_at: int | None = field(default=None, init=False)
     """Iterations that the learner process has behind it; None until its state is known."""
@@ -110,7 +113,7 @@ class Loop:
         scores = self._score(plan, here, prompts, completions, text)
         pairs = self._pair(plan, here, completions, scores)
         votes = self._judge(here, "decide", plan, pairs, completions, prompts, text)
-        decisions = self._decide(here, pairs, votes, completions, text)
+        decisions = self._decide(here, "decide", pairs, votes, completions, text)
         preferences = self._mix(k, here, prompts, completions, pairs, decisions, text)
         steps = self._update(k, here, preferences)
 
@@ -262,15 +265,39 @@ class Loop:
         return {p for p, mine in of_pair.items() if settled(mine, left.get(p, []), self.job.filters, text.weights)}
 
     def _decide(
-        self, here: StageDir, pairs: list[Pair], votes: list[Vote], completions: list[Completion], text: Constitution
+        self,
+        here: StageDir,
+        role: Role,
+        pairs: list[Pair],
+        votes: list[Vote],
+        completions: list[Completion],
+        text: Constitution,
     ) -> list[Decision]:
         texts = {c.id: c.text for c in completions}
-        of_pair = by_pair(votes)
+        filters, of_pair = self.job.filters, by_pair(votes)
+        # A calibration is a promise about pairs that train; held-out pairs only measure.
+        calibration = self.calibration if role == "decide" else None
 
         def produce(_: list[Decision]) -> Iterator[list[Decision]]:
-            yield [decide(aggregate(of_pair[p.id], text.weights), p, self.job.filters, texts) for p in pairs]
+            jurors = self._jurors(here, votes)
+            made = []
+            for pair in pairs:
+                mine = of_pair[pair.id]
+                verdict = aggregate(mine, text.weights, filters.aggregate, jurors)
+                promised = trusted(verdict, mine, calibration, filters) if calibration else None
+                made.append(decide(verdict, pair, filters, texts, promised))
+            yield made
 
         return here.rows("decisions", Decision, produce, inputs=["votes"], resumable=False)
+
+    def _jurors(self, here: StageDir, votes: list[Vote]) -> dict[str, float] | None:
+        """What each juror's votes weigh; written beside the decisions that follow from it."""
+        if self.job.filters.aggregate != "dawid_skene":
+            return None
+        calibrated = self.calibration.jurors if self.calibration else None
+        fit = calibrated or fit_jurors(votes)
+        write_json(here.path / "jurors.json", fit.model_dump(mode="json"))
+        return fit.weights
 
     def _mix(
         self,
@@ -391,7 +418,7 @@ class Loop:
             ]  # fmt: skip
             here.rows("pairs", Pair, lambda _: [pairs], inputs=["completions"], resumable=False)
             votes = self._judge(here, "evaluate", plan, pairs, completions + base, by_id, text)
-            made = self._decide(here, pairs, votes, completions + base, text)
+            made = self._decide(here, "evaluate", pairs, votes, completions + base, text)
             decisions = made if judged else None
         metrics = monitors.evaluation_metrics(updates, text, completions, quality, decisions)
         metrics["seconds"] = round(time.monotonic() - started, 1)

@@ -98,8 +98,9 @@ def evaluation_metrics(
     """metrics.json of an evaluation; `decisions` are None when nobody was asked: about the base policy itself, or
     under a text without a held-out contrast.
 
-    `win_rate` counts a held-out pair whose voices elect nobody, and an answer equal to the base policy's, as
-    half a win; it is None when nobody was asked. KL per token is the mean of log p(policy) - log p(base) over the sampled answers: an estimate, biased by temperature and top-p.
+    `win_rate` counts a held-out pair whose voices elect nobody, and an answer equal to the base policy's, as half a
+    win; it is None when nobody was asked. KL per token is the mean of log p(policy) - log p(base) over the sampled
+    answers: an estimate, biased by temperature and top-p.
     """
     judged = decisions is not None
     wins = sum(d.verdict.outcome == "first" for d in decisions or ())

@@ -301,16 +301,9 @@ def job_of(job: Path | None, set_: list[str] | None) -> Job:
 
 
 def _calibration(job: Job) -> Calibration | None:
-    from rlaif.judging.calibration import parse_calibration
+    from rlaif.judging.calibration import read_calibration
 
-    if job.filters.calibration is None:
-        return None
-    path = Path(job.filters.calibration)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"filters.calibration {path}: can't read it ({e}); `rlaif judge calibrate` makes one") from e
-    return parse_calibration(text, str(path))
+    return read_calibration(Path(job.filters.calibration)) if job.filters.calibration else None
 
 
 @lru_cache

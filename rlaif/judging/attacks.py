@@ -131,7 +131,8 @@ def attack_judge(
 ) -> AttackReport:
     """Judges every row clean, then every stable one under each attack.
 
-    `load` reads a constitution by reference, `default` is for rows that name none, `progress` gets numbers of new votes.
+    `load` reads a constitution by reference, `default` is for rows that name none, `progress` gets numbers of new
+    votes.
     """
     results: dict[str, list[str]] = {a.name: [] for a in attacks}
     stable = 0

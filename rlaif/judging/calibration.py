@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -298,6 +299,19 @@ def expected_calibration_error(p: Any, right: Any) -> float:
     bins = np.minimum((np.asarray(p) * _BINS).astype(int), _BINS - 1)
     gaps = [abs(np.sum(p[bins == b]) - np.sum(right[bins == b])) for b in range(_BINS)]
     return float(sum(gaps) / len(p))
+
+
+def read_calibration(path: Path) -> Calibration:
+    """A calibration file.
+
+    Raises:
+        UserError: it can't be read, or is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"filters.calibration {path}: can't read it ({e}); `rlaif judge calibrate` makes one") from e
+    return parse_calibration(text, str(path))
 
 
 def parse_calibration(text: str, source: str) -> Calibration:

@@ -259,8 +259,8 @@ class _Casting:
                 "judge.extra_body"
             )
         return JudgeUnavailable(
-            f"judge: {url} is down, {len(streak.held)} ballots in a row failed after all attempts (last: {last.error}); "
-            "no vote is lost: run again when it is back"
+            f"judge: {url} is down, {len(streak.held)} ballots in a row failed after all attempts (last: "
+            f"{last.error}); no vote is lost: run again when it is back"
         )
 
     async def _work(self) -> None:

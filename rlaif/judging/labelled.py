@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import Field
+
 from rlaif.errors import UserError
 from rlaif.records import Outcome, Pair, Record, Side
 
@@ -68,7 +70,7 @@ class Labelled(Record):
     """`name@version` of the text that the pair is judged under, where the file says so."""
     split: Split | None = None
     """`test` is for the number that is reported, never for tuning."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     """The row's other short columns, for `--where` and `--by`."""
 
     @property
@@ -195,8 +197,8 @@ def read_labelled(
     """The labelled pairs of some files, or those of one split.
 
     `columns` maps id, prompt, first, second, label and slice to the files' own names; what it leaves out is found by
-    the usual names. `by` names the column of slices (`file`: each file is one). Without one, a file is a slice. `split` None is
-    `dev` for a file that has splits.
+    the usual names. `by` names the column of slices (`file`: each file is one). Without one, a file is a slice.
+    `split` None is `dev` for a file that has splits.
 
     Raises:
         UserError: a file can't be read, a row doesn't fit (with its line), or nothing is left.

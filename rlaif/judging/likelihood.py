@@ -7,7 +7,8 @@ voice with a wanted and an opposite side,
 
 where a side is an instruction (a system message) or examples (earlier chat turns). The end token is scored iff
 the completion ended by itself; one that was cut off pays `judge.missing_eos_penalty` instead, or the way to please a
-text that asks for more would be never to stop. See docs/judges.md for what was measured, and for what this judge can't do.
+text that asks for more would be never to stop. See docs/judges.md for what was measured, and for what this judge
+can't do.
 
 Speed, on a CPU, is arithmetic: the KV of a context's shared beginning is computed once and expanded over the
 batch, a prompt's own tokens once for all its completions, the output layer runs at completion positions only,

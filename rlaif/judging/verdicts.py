@@ -140,8 +140,7 @@ def _dawid_skene(named: Sequence[Vote]) -> list[Confusion]:
     table = pd.DataFrame(
         {"task": [v.ballot.pair_id for v in named], "worker": workers, "label": [v.outcome for v in named]}
     )
-    fit = DawidSkene(n_iter=100).fit(table)
-    likely = fit.probas_.reindex(columns=["first", "second"], fill_value=0.0)
+    likely = DawidSkene(n_iter=100).fit_predict_proba(table).reindex(columns=["first", "second"], fill_value=0.0)
     truth = likely.loc[table["task"]].to_numpy()  # [votes, 2]
     out = []
     for worker, rows in table.groupby("worker", sort=True).indices.items():

@@ -193,7 +193,7 @@ class TrlLearner(ABC):
         what = f"the loss is {loss}" if not values[0].isfinite() else f"the gradient norm is {grad_norm}"
         raise RlaifError(
             f"update step {self.global_step + 1}: {what} (pairs {', '.join(row['pair_id'] for row in rows)}); the step "
-            "was not taken. Go on with a lower rate: add --set learner.learning_rate=VALUE --allow-change to the same command"
+            "was not taken. Lower the rate: add --set learner.learning_rate=VALUE --allow-change to the command"
         )
 
     # ---- the reference policy
@@ -359,7 +359,7 @@ class TrlLearner(ABC):
         trainer.state.global_step = trainer._globalstep_last_logged = state["global_step"]
 
     def _keep_learning_rate(self) -> None:
-        """A state brings its learning rate along; a job that was resumed with another one (`--allow-change`) means it."""
+        """A state brings its learning rate along; a job resumed with another one (`--allow-change`) means that one."""
         optimizer, scheduler, wanted = self.trainer.optimizer, self.trainer.lr_scheduler, self.settings.learning_rate
         for group, before in zip(optimizer.param_groups, list(scheduler.base_lrs), strict=True):
             group["lr"] *= wanted / before

@@ -38,7 +38,7 @@ class FaultServer:
         faults: tuple[str, ...] = FAULTS,
         latency_s: float = 0.0,
         say: Callable[[dict[str, Any]], str | None] = longer,
-        status: int | None | Callable[[dict[str, Any]], int | None] = None,
+        status: int | Callable[[dict[str, Any]], int | None] | None = None,
         message: str = "no",
         seed: int = 0,
         only_first_attempt: bool = False,

@@ -87,11 +87,7 @@ def counts(share):
 def test_counts_before_and_after_the_filter():
     brevity, lists, everything = slices("fake", judged())
     assert (brevity.name, brevity.pairs) == ("brevity", 3)
-    assert (counts(brevity.accuracy), counts(brevity.coverage), counts(brevity.kept_accuracy)) == (
-        (1, 3),
-        (2, 3),
-        (1, 2),
-    )
+    assert [counts(s) for s in (brevity.accuracy, brevity.coverage, brevity.kept_accuracy)] == [(1, 3), (2, 3), (1, 2)]
     assert counts(brevity.votes) == (3, 6)  # guards don't count
     assert counts(lists.kept_accuracy) == (1, 1)
     assert (everything.name, counts(everything.accuracy), counts(everything.coverage)) == ("all", (2, 5), (3, 5))
@@ -172,8 +168,12 @@ def test_lengths_before_and_after():
 
 def test_cost():
     spent = {"usage": Usage(prompt_tokens=100, completion_tokens=5), "latency_s": 0.5}
-    votes = [vote("r0", "first", **spent), vote("r0", "first", "reversed", **spent, attempts=2),
-             vote("r1", "first", **spent, cached=True, attempts=0), vote("r1", "second", "reversed", **spent)]  # fmt: skip
+    votes = [
+        vote("r0", "first", **spent),
+        vote("r0", "first", "reversed", **spent, attempts=2),
+        vote("r1", "first", **spent, cached=True, attempts=0),
+        vote("r1", "second", "reversed", **spent),
+    ]
     cost = summarise("j", "all", decide_rows(ROWS, votes, Filters())).cost
     assert (cost.calls, cost.prompt_tokens, cost.completion_tokens, cost.seconds) == (4, 400, 20, 2.0)
     assert (cost.tokens_per_kept_pair, cost.seconds_per_kept_pair) == (420, 2.0)

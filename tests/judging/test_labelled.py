@@ -137,7 +137,7 @@ def test_a_map_of_nonsense(tmp_path):
     with pytest.raises(UserError, match="no column `q`; it has id, principle"):
         read_labelled([path], parse_map("prompt=q"))
     for bad in ("prompt", "promt=q"):
-        with pytest.raises(UserError, match="--map .*expected KEY=COLUMN.*keys: id, prompt"):
+        with pytest.raises(UserError, match=r"--map .*expected KEY=COLUMN.*keys: id, prompt"):
             parse_map(bad)
 
 

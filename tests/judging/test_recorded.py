@@ -35,9 +35,8 @@ def said(votes):
 
 
 def test_both_orders_in_one_row(tmp_path):
-    path = csv_file(
-        tmp_path, "row,judge,strategy,label,winner_ab,winner_ba_mapped", "0,J,plain,1,1,2", "1,J,plain,2,,2"
-    )
+    head = "row,judge,strategy,label,winner_ab,winner_ba_mapped"
+    path = csv_file(tmp_path, head, "0,J,plain,1,1,2", "1,J,plain,2,,2")
     rows, votes = read_recorded(path, ROWS)
     assert said(votes) == [
         ("easy/0", "J", "plain", "forward", "first"),

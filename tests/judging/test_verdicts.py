@@ -72,7 +72,7 @@ def test_an_order_counts_as_much_as_the_other():
 
 
 def test_a_voice_counts_as_much_as_another_however_often_it_was_asked():
-    votes = in_orders(("forward", "first", None), ("reversed", "first", None)) + [make_vote("second", 5, voice="w")]
+    votes = [*in_orders(("forward", "first", None), ("reversed", "first", None)), make_vote("second", 5, voice="w")]
     assert aggregate(votes).outcome == "tie"
 
 

@@ -1,0 +1,125 @@
+"""`rlaif judge bench` and `calibrate` from the command line, on recorded votes: no model is loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlaif import cli
+
+
+@pytest.fixture
+def rlaif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Runs `rlaif judge ...` in a folder with labelled pairs and votes: (exit code, stdout, stderr)."""
+    rows = [{"input": f"q{n}", "output_1": "short", "output_2": "much longer", "label": 1 + n % 2, "topic": "ab"[n > 39]}
+            for n in range(80)]  # fmt: skip
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    lines = ["row,judge,strategy,winner_ab,winner_ba_mapped"]
+    for n in range(80):
+        right, wrong = 1 + n % 2, 2 - n % 2
+        lines.append(f"{n},good,plain,{right if n % 40 else wrong},{right if n % 40 else wrong}")
+        lines.append(f"{n},coin,plain,{right if n % 3 else wrong},{wrong if n % 4 else right}")
+    (tmp_path / "votes.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rlaif", "judge", *arguments])
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+            sys.exit(0)
+        out = capsys.readouterr()
+        return int(e.value.code or 0), out.out, out.err
+
+    return run
+
+
+RECORDED = ("pairs.json", "--votes", "votes.csv")
+
+
+def test_bench_reports_every_judge(rlaif) -> None:
+    code, out, _ = rlaif("bench", *RECORDED, "--by", "topic", "--splits", "20", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert [(s["judge"], s["name"]) for s in report["slices"]] == [
+        ("good", "a"), ("good", "b"), ("good", "all"), ("coin", "a"), ("coin", "b"), ("coin", "all")
+    ]  # fmt: skip
+    good = report["slices"][2]
+    assert good["accuracy"]["share"] == pytest.approx(78 / 80)
+    assert len(report["splits"]) == 4
+    assert len(report["pairs"]) == 160
+
+
+def test_bench_prints_tables_and_draws(rlaif, tmp_path: Path) -> None:
+    code, out, _ = rlaif("bench", *RECORDED, "--splits", "5", "--picture", "risk.svg")
+    assert code == 0
+    for heading in (
+        "right when kept",
+        "rule by rule",
+        "order consistency",
+        "longer is better",
+        "calibrated on a random",
+    ):
+        assert heading in out
+    assert (tmp_path / "risk.svg").stat().st_size > 5_000
+
+
+def test_a_jury_reports_its_weights(rlaif) -> None:
+    code, out, _ = rlaif("bench", *RECORDED, "--jury", "--set", "filters.aggregate=dawid_skene")
+    assert code == 0
+    assert "juror weights (jury): good 1.00, coin 1.00" in out  # two can't tell who is right
+
+
+def test_calibrate_then_filter(rlaif, tmp_path: Path) -> None:
+    code, out, err = rlaif("calibrate", *RECORDED, "--where", "judge=good", "--to", "c.json")
+    assert code == 0
+    assert "all: keep agreement >= 1. 2 wrong of 80 kept" in out
+    assert "wrote c.json" in err
+    assert json.loads((tmp_path / "c.json").read_text())["models"] == ["good"]
+    use = ("--set", "filters.calibration=c.json")
+    code, out, _ = rlaif("bench", *RECORDED, "--where", "judge=good", *use, "--json")
+    assert json.loads(out)["slices"][0]["coverage"]["share"] == 1.0
+    code, out, err = rlaif("bench", *RECORDED, "--where", "judge=coin", *use)
+    assert (code, out) == (2, "")
+    assert "filters.calibration c.json: the judge is coin, calibrated was good" in err
+    code, out, _ = rlaif(
+        "bench", *RECORDED, "--where", "judge=coin", *use, "--set", "filters.uncalibrated=drop", "--json"
+    )
+    assert json.loads(out)["slices"][0]["reasons"]["uncalibrated"] == 80
+
+
+def test_a_judge_that_can_not_be_used_is_an_answer(rlaif, tmp_path: Path) -> None:
+    code, out, err = rlaif("calibrate", *RECORDED, "--where", "judge=coin", "--by", "topic", "--to", "c.json")
+    assert code == 0
+    assert out.count("this judge can't be used at alpha=0.1 on this slice") == 2
+    assert "a filter with it keeps nothing" in err
+    assert not any(s["accepted"] for s in json.loads((tmp_path / "c.json").read_text())["slices"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "gone.json"], "gone.json: can't read the file"),
+        (["bench", *RECORDED, "--where", "judg=good"], "--where judg=...: no such column; there is"),
+        (["bench", *RECORDED, "--by", "colour"], "no column `colour`"),
+        (["bench", *RECORDED, "--score", "luck"], "--score luck: expected agreement, margin or fitted"),
+        (["bench", *RECORDED, "--alpha", "1.5"], "--alpha 1.5: expected a share between 0 and 1"),
+        (["bench", *RECORDED, "--picture", "r.bmp"], "must end in .png or .svg"),
+        (["bench", *RECORDED, "--split", "tst"], "--split tst: expected dev, test or all"),
+        (["bench", *RECORDED, "--set", "filters.calibration=no.json"], "filters.calibration no.json: can't read it"),
+        (["bench", *RECORDED, "--set", "filters.calibration=pairs.json"], "pairs.json: schema version None"),
+        (["calibrate", *RECORDED, "--to", "c.json"], "votes of several judges (good, coin); choose one"),
+        (["calibrate", *RECORDED, "--where", "judge=good", "--to", "no/c.json"], "there is no folder no"),
+        (
+            ["calibrate", *RECORDED, "--where", "judge=good", "--score", "fitted", "--to", "c.json"],
+            "needs 100 labelled",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_2(rlaif, arguments: list[str], message: str) -> None:
+    code, out, err = rlaif(*arguments)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert message in err
