@@ -3,12 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 JOB ?= jobs/quickstart.yaml
+PORT ?= 8000
 export VENV
 
-.PHONY: help setup quickstart test lint format bench clean
+.PHONY: help setup quickstart test lint format bench bench-judge judge-server clean
 
 help: ## what there is
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## the virtual environment, torch, vLLM, the embedded model
 
@@ -34,6 +35,14 @@ format: $(STAMP) ## puts the code into shape
 
 bench: $(STAMP) ## speed of the loop beside TRL's stock trainer and two limits
 	@$(BIN)/python -m benchmarks.loop $(ARGS)
+
+bench-judge: $(STAMP) ## speed of a judge behind a server, of parsing and verdicts, and its memory
+	@$(BIN)/python -m benchmarks.judge $(ARGS)
+
+judge-server: $(STAMP) ## vLLM's OpenAI-compatible server with the embedded model, on loopback (PORT=8000)
+	@VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING $(BIN)/python -m vllm.entrypoints.openai.api_server \
+		--model "$$($(BIN)/rlaif models embedded:smollm2-135m-instruct)" --served-model-name smollm2 \
+		--host 127.0.0.1 --port $(PORT) --max-model-len 2048 --enforce-eager
 
 clean: ## removes the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
