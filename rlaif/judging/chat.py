@@ -29,6 +29,9 @@ from rlaif.judging.templates import Template, render
 from rlaif.judging.transport import CallFailed, OpenAIServer, Pace, Server, shown_url
 from rlaif.records import Ballot, Message, Pair, Record, Usage, Vote, digest
 
+_CHUNK_S = 0.02
+"""Replies that come within this time are one chunk: one write to the cache, and one by whoever keeps the votes."""
+
 Connect = Callable[[Juror, Judge, asyncio.Semaphore, Pace, Pace, float], Server]
 
 
@@ -228,6 +231,7 @@ class _Casting:
             if all_done:
                 return [d.vote for d in self._last()] or None
             await self.wake.wait()
+            await asyncio.sleep(_CHUNK_S)
             self.wake.clear()
 
     async def stop(self) -> None:
@@ -341,12 +345,11 @@ class _Casting:
         """
         calls = self.judge.settings.budget.calls
         async with self.room:
-            while True:
-                self._check_budget()
-                if calls is None or self.judge.spent.calls + self.under_way < calls:
-                    self.under_way += 1
-                    return
+            self._check_budget()
+            while calls is not None and self.judge.spent.calls + self.under_way >= calls:
                 await self.room.wait()
+                self._check_budget()
+            self.under_way += 1
 
     async def _leave(self) -> None:
         async with self.room:
