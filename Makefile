@@ -5,10 +5,10 @@ STAMP := $(VENV)/.setup-done
 JOB ?= jobs/quickstart.yaml
 export VENV
 
-.PHONY: help setup quickstart test lint format bench clean
+.PHONY: help setup quickstart test lint format bench bench-judge clean
 
 help: ## what there is
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## the virtual environment, torch, vLLM, the embedded model
 
@@ -34,6 +34,9 @@ format: $(STAMP) ## puts the code into shape
 
 bench: $(STAMP) ## speed of the loop beside TRL's stock trainer and two limits
 	@$(BIN)/python -m benchmarks.loop $(ARGS)
+
+bench-judge: $(STAMP) ## speed and memory of the chat judge
+	@$(BIN)/python -m benchmarks.judge $(ARGS)
 
 clean: ## removes the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

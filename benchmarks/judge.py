@@ -122,7 +122,9 @@ class Work:
     def __init__(self, pairs: int):
         self.constitution = load_constitution("constitutions", "assistant@1")
         self.template = load_template("prompts/judge", "pairwise")
-        self.pairs = [Pair(id=f"p{i}", prompt_id=f"x{i}", first=f"a{i}", second=f"b{i}", method="all") for i in range(pairs)]
+        self.pairs = [
+            Pair(id=f"p{i}", prompt_id=f"x{i}", first=f"a{i}", second=f"b{i}", method="all") for i in range(pairs)
+        ]
         self.candidates = [
             Candidate(
                 completion_id=f"{side}{i}",
@@ -190,7 +192,7 @@ def main() -> None:
     """Prints both measurements."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ballots", type=int, default=4000, help="requests of the throughput part; 0 leaves it out")
-    parser.add_argument("--memory", type=int, nargs="*", default=[10_000, 100_000, 1_000_000], help="numbers of ballots")
+    parser.add_argument("--memory", type=int, nargs="*", default=[10_000, 100_000, 1_000_000], help="ballots")
     parser.add_argument("--json", action="store_true", help="JSON for programs")
     options = parser.parse_args()
     if not Path("prompts/judge").is_dir():

@@ -11,11 +11,9 @@ import pytest
 
 from rlaif import cli
 from rlaif.judging.attacks import ATTACKS
-from rlaif.judging.bench import read_labelled
 from tests.judging.fault_server import FaultServer, longer
 
 ROOT = Path(__file__).resolve().parents[2]
-PAIRS = ROOT / "prompts/judge_bench.jsonl"
 
 
 def run(monkeypatch, capsys, server, *arguments):
@@ -34,7 +32,8 @@ def test_the_set_covers_what_it_should():
     assert {*wanted.split(), "repeated", "empty", "null"} <= names
     for attack in ATTACKS:
         assert attack.apply("{answer} {") != "{answer} {"
-        assert attack.apply("x {0} {{ y }}").startswith("x {0} {{ y }}") == (attack.how == "append" or attack.name == "repeated")
+        kept = attack.apply("x {0} {{ y }}").startswith("x {0} {{ y }}")
+        assert kept == (attack.how == "append" or attack.name == "repeated")
 
 
 def test_a_judge_that_likes_length_falls_for_length(monkeypatch, capsys):
@@ -67,7 +66,6 @@ def test_a_judge_that_always_says_a_has_nothing_to_flip(monkeypatch, capsys):
         out = run(monkeypatch, capsys, server)
     assert "0 of 6 pairs have a stable clean verdict" in out
     assert "very_long" in out
-
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [("templates", "[pairwse]", "did you mean `pairwise`?")])

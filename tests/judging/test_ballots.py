@@ -105,7 +105,9 @@ def template(text="", name="t"):
 
 
 def chat_ballots(pairs=(PAIR,), juror_list=None, templates=None, text=TEXT, **options):
-    return list(make_chat_ballots(pairs, constitution(text), juror_list or jurors(), templates or [template()], **options))
+    return list(
+        make_chat_ballots(pairs, constitution(text), juror_list or jurors(), templates or [template()], **options)
+    )
 
 
 def test_a_chat_judge_is_asked_in_both_orders_times_everything():
@@ -175,7 +177,9 @@ def slot_ballot(n):
     """Ballots 0 and 1 are one voice's two orders, and so on; the last voice is a guard."""
     order = ("forward", "reversed")[n % 2]
     guard = n // 2 == 2
-    return make_vote("tie", n, voice=f"v{n // 2}", order=order, guard=guard, principle="kind" if guard else "brief").ballot
+    return make_vote(
+        "tie", n, voice=f"v{n // 2}", order=order, guard=guard, principle="kind" if guard else "brief"
+    ).ballot
 
 
 def answers(ballot):
