@@ -288,6 +288,7 @@ def test_a_server_that_is_not_there_pauses_the_run():
     cast = Cast(settings("http://127.0.0.1:9/v1", max_retries=1, breaker_failures=5), 20)
     assert cast.run() == []
     assert isinstance(cast.error, JudgeUnavailable)
+    assert cast.error.exit_code == 2
     assert "127.0.0.1:9" in str(cast.error)
     assert "run again when it is back" in str(cast.error)
 
