@@ -192,9 +192,7 @@ def main() -> None:
     """Prints both measurements."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ballots", type=int, default=4000, help="requests of the throughput part; 0 leaves it out")
-    parser.add_argument(
-        "--memory", type=int, nargs="*", default=[10_000, 100_000, 1_000_000], help="numbers of ballots"
-    )
+    parser.add_argument("--memory", type=int, nargs="*", default=[10_000, 100_000, 1_000_000], help="ballots")
     parser.add_argument("--json", action="store_true", help="JSON for programs")
     options = parser.parse_args()
     if not Path("prompts/judge").is_dir():

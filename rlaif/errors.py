@@ -30,6 +30,8 @@ class RunInterrupted(RlaifError):
 class JudgeUnavailable(RlaifError):
     """The judge's server is down, or refuses: the run pauses and can be resumed."""
 
+    exit_code = 2
+
 
 class BudgetSpent(UserError):
     """The judge's budget is used up: the run stops cleanly and can go on with a larger one."""

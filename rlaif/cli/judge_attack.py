@@ -46,9 +46,8 @@ def attack(
 
     report = attacks.attack_judge(rows, ask, load, settings.filters, settings.constitution, progress=progress)
     if json_:
-        typer.echo(
-            json.dumps({"model": settings.judge.model, "labelled": str(labelled), **report.model_dump()}, indent=1)
-        )
+        head = {"model": settings.judge.model, "labelled": str(labelled)}
+        typer.echo(json.dumps(head | report.model_dump(), indent=1))
         return
     title = f"attacks on the {settings.judge.kind} judge {settings.judge.model}, {labelled}"
     stdout_console().print(attacks.table(report, title))

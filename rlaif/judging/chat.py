@@ -30,6 +30,9 @@ from rlaif.judging.templates import Template, render
 from rlaif.judging.transport import CallFailed, OpenAIServer, Pace, Server, shown_url
 from rlaif.records import Ballot, Message, Pair, Vote, digest
 
+_CHUNK_S = 0.02
+"""Replies that come within this time are one chunk: one write to the cache, and one by whoever keeps the votes."""
+
 Connect = Callable[[Juror, Judge, asyncio.Semaphore, Pace, Pace, float], Server]
 
 
@@ -84,6 +87,7 @@ class ChatJudge:
             {p.id: p for p in pairs},
             {c.completion_id: c for c in candidates},
             constitution,
+            constitution.hash,
             {t.hash: t for t in templates},
         )
         with asyncio.Runner() as runner:
@@ -119,24 +123,26 @@ class _Questions(NamedTuple):
     pairs: Mapping[str, Pair]
     candidates: Mapping[str, Candidate]
     constitution: Constitution
+    constitution_hash: str
+    """Computed once: it is compared with every ballot's."""
     templates: Mapping[str, Template]
 
     def template(self, ballot: Ballot) -> Template:
         """The template of a ballot."""
-        if ballot.constitution != self.constitution.hash:
+        if ballot.constitution != self.constitution_hash:
             raise ValueError(f"ballot {ballot.id} is about another constitution")
         if ballot.template not in self.templates:
             raise ValueError(f"ballot {ballot.id} is of another template")
         return self.templates[ballot.template]
 
-    def messages(self, ballot: Ballot) -> tuple[Message, ...]:
+    def messages(self, ballot: Ballot, template: Template) -> tuple[Message, ...]:
         """A ballot's question, rendered."""
         pair = self.pairs[ballot.pair_id]
         shown = pair.swap() if ballot.order == "reversed" else pair
         first, second = self.candidates[shown.first], self.candidates[shown.second]
         _, _, asked = ballot.voice.partition("/")
         principle = self.constitution.principle(asked) if asked else None
-        return render(self.template(ballot), self.constitution, principle, first.messages, first.text, second.text)
+        return render(template, self.constitution, principle, first.messages, first.text, second.text)
 
 
 class _Done(NamedTuple):
@@ -173,7 +179,7 @@ class _Casting:
         self.judge = judge
         self.ballots = ballots
         self.questions = questions
-        self.finished: list[_Done] = []
+        self.ready: list[_Done] = []
         self.streaks: dict[str, _Streak] = defaultdict(_Streak)
         """By juror: one that is down must not hide behind another that answers."""
         self.error: Exception | None = None
@@ -196,14 +202,15 @@ class _Casting:
         """
         while True:
             all_done = all(t.done() for t in self.tasks)
-            if finished := self._take():
-                return [d.vote for d in finished]
+            if ready := self._take():
+                return [d.vote for d in ready]
             # What is under way is still answered when the budget is spent; with any other error it is not.
             if self.error is not None and (all_done or not isinstance(self.error, BudgetSpent)):
                 raise self.error
             if all_done:
                 return [d.vote for d in self._last()] or None
             await self.wake.wait()
+            await asyncio.sleep(_CHUNK_S)
             self.wake.clear()
 
     async def stop(self) -> None:
@@ -214,23 +221,24 @@ class _Casting:
         for server in self.servers.values():
             await server.close()
 
+    def _finish(self, done: _Done) -> None:
+        """Sorts out whether a finished ballot is a vote already, or held back with its juror's other failures."""
+        streak = self.streaks[done.vote.ballot.judge]
+        if done.vote.cached:  # says nothing about the server
+            self.ready.append(done)
+        elif done.failure is None:
+            self.ready += [*streak.held, done]
+            streak.held, streak.any_reply = [], True
+        elif done.rejected and streak.any_reply:
+            self.ready.append(done)
+        else:
+            streak.held.append(done)
+            if len(streak.held) >= self.judge.settings.breaker_failures:
+                self.error = self.error or self._unavailable(streak)
+
     def _take(self) -> list[_Done]:
-        """Finished votes that can be yielded, their replies stored."""
-        out: list[_Done] = []
-        for done in self.finished:
-            streak = self.streaks[done.vote.ballot.judge]
-            if done.vote.cached:  # says nothing about the server
-                out.append(done)
-            elif done.failure is None:
-                out += [*streak.held, done]
-                streak.held, streak.any_reply = [], True
-            elif done.failure.kind == "rejected" and streak.any_reply:
-                out.append(done)
-            else:
-                streak.held.append(done)
-                if len(streak.held) >= self.judge.settings.breaker_failures:
-                    self.error = self.error or self._unavailable(streak)
-        self.finished = []
+        """Votes that can be yielded, their replies stored."""
+        out, self.ready = self.ready, []
         if self.judge._cache is not None and (new := [d.store for d in out if d.store is not None]):
             self.judge._cache.put(new)
         return out
@@ -259,8 +267,8 @@ class _Casting:
                 "judge.extra_body"
             )
         return JudgeUnavailable(
-            f"judge: {url} is down, {len(streak.held)} ballots in a row failed after all attempts (last: "
-            f"{last.error}); no vote is lost: run again when it is back"
+            f"judge: {url} is down, {len(streak.held)} ballots in a row failed after all attempts (last: {last.error}"
+            "); no vote is lost: run again when it is back"
         )
 
     async def _work(self) -> None:
@@ -268,7 +276,7 @@ class _Casting:
         try:
             while self.error is None and (ballot := next(self.ballots, None)) is not None:
                 done = await self._answer(ballot)
-                self.finished.append(done)
+                self._finish(done)
                 self.wake.set()
                 if done.vote.cached:
                     await asyncio.sleep(0)  # a run of cached replies must not keep the others waiting
@@ -282,15 +290,15 @@ class _Casting:
         juror = self.judge._jurors.get(ballot.judge)
         if juror is None:
             raise ValueError(f"ballot {ballot.id} is for {ballot.judge}, which is no juror of this judge")
-        messages = self.questions.messages(ballot)
+        messages = self.questions.messages(ballot, template)
         body = {**request_parameters(juror, template), "messages": [m.model_dump() for m in messages]}
         if juror.temperature > 0 and "seed" not in juror.extra_body:
             body["seed"] = ballot.seed
         prompt_hash = digest(body["messages"])
         key = reply_key(juror.base_url, body, ballot.seed, ballot.sample_index) if self.judge._cache else ""
         if self.judge._cache is not None and (stored := self.judge._cache.get(key)) is not None:
-            vote = _vote(ballot, template, stored, prompt_hash, self.judge.settings.clamp)
-            return _Done(vote.model_copy(update={"cached": True, "attempts": 0}))
+            how: dict[str, Any] = {"cached": True, "attempts": 0}
+            return _Done(_vote(ballot, template, stored, prompt_hash, self.judge.settings.clamp, how))
         await self._enter()
         try:
             answer = await self.servers[ballot.judge].ask(body)
@@ -303,8 +311,8 @@ class _Casting:
             return _Done(failed, failure=e)
         finally:
             await self._leave()
-        vote = _vote(ballot, template, answer.reply, prompt_hash, self.judge.settings.clamp)
-        vote = vote.model_copy(update={"attempts": answer.attempts, "latency_s": round(answer.latency_s, 4)})
+        how = {"attempts": answer.attempts, "latency_s": round(answer.latency_s, 4)}
+        vote = _vote(ballot, template, answer.reply, prompt_hash, self.judge.settings.clamp, how)
         return _Done(vote, store=(key, answer.reply) if key else None)
 
     async def _enter(self) -> None:
@@ -317,12 +325,11 @@ class _Casting:
         """
         calls = self.judge.settings.budget.calls
         async with self.room:
-            while True:
-                self._check_budget()
-                if calls is None or self.judge.spent.calls + self.under_way < calls:
-                    self.under_way += 1
-                    return
+            self._check_budget()
+            while calls is not None and self.judge.spent.calls + self.under_way >= calls:
                 await self.room.wait()
+                self._check_budget()
+            self.under_way += 1
 
     async def _leave(self) -> None:
         async with self.room:
@@ -340,9 +347,14 @@ class _Casting:
 
 
 def _vote(
-    ballot: Ballot, template: Template, reply: Reply, prompt_hash: str, clamp: tuple[float, float] | None
+    ballot: Ballot,
+    template: Template,
+    reply: Reply,
+    prompt_hash: str,
+    clamp: tuple[float, float] | None,
+    how: Mapping[str, Any],
 ) -> Vote:
-    """The vote that a reply is."""
+    """The vote that a reply is; `how` it was got are further fields."""
     parsed = parse(reply, template.verdict, template.pattern)
     found: dict[str, Any] = {"outcome": "abstain", "abstain_reason": parsed.abstain_reason}
     if parsed.shown is not None:
@@ -361,4 +373,5 @@ def _vote(
         prompt_hash=prompt_hash,
         usage=reply.usage,
         **found,
+        **how,
     )

@@ -16,13 +16,17 @@ import random
 import re
 import time
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 from rlaif.config import Judge, Juror
 from rlaif.errors import UserError
 from rlaif.judging.parsing import Reply, ReplyToken, TopToken
 from rlaif.records import Record, Usage
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 MAX_RETRY_AFTER_S = 60.0
 MAX_BACKOFF_S = 30.0
@@ -31,6 +35,8 @@ _DOWN = (429, 502, 503, 504)
 _ERROR_CHARACTERS = 300
 # A verdict stands at the end of its reply; what comes before it needs no probabilities.
 _TOKENS_KEPT = 16
+# A client looks through all of its connections at every request: 64 in one pool cost more than the rest of the call.
+_REQUESTS_PER_CLIENT = 8
 
 FailureKind = Literal["down", "broken", "rejected"]
 """`down`: no answer, or "not now". `broken`: an answer that is none. `rejected`: the server refuses the request."""
@@ -148,9 +154,16 @@ class OpenAIServer:
         self._tokens = tokens
         self._backoff_s = backoff_s
         # Retries are ours: they are counted, limited and recorded.
-        self._client = AsyncOpenAI(
-            api_key=self._key or "none", base_url=juror.base_url, max_retries=0, timeout=settings.timeout_s
+        self._connect = partial(
+            AsyncOpenAI,
+            api_key=self._key or "none",
+            base_url=juror.base_url,
+            max_retries=0,
+            timeout=settings.timeout_s,
         )
+        self._clients: list[AsyncOpenAI] = []
+        self._free: list[AsyncOpenAI] = []
+        """Clients by how many more requests each may carry, the one used last at the end."""
 
     async def ask(self, body: dict[str, Any]) -> Answer:
         """The reply to one chat completion.
@@ -185,7 +198,8 @@ class OpenAIServer:
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._client.close()
+        for client in self._clients:
+            await client.close()
 
     async def _attempt(self, body: dict[str, Any]) -> tuple[Reply, float]:
         expected = self._expected_tokens(body)
@@ -205,11 +219,10 @@ class OpenAIServer:
         """The body of the server's answer; openai's own models would refuse, or invent, what a server leaves out."""
         import openai
 
+        client = self._client()
         try:
             async with asyncio.timeout(self._settings.timeout_s):
-                answer = await self._client.post(
-                    "/chat/completions", body=body, cast_to=openai.HttpxBinaryResponseContent
-                )
+                answer = await client.post("/chat/completions", body=body, cast_to=openai.HttpxBinaryResponseContent)
         except openai.APIStatusError as e:
             raise self._status_error(e) from None
         except (openai.APITimeoutError, TimeoutError):
@@ -217,7 +230,16 @@ class OpenAIServer:
         except openai.APIConnectionError as e:
             cause = e.__cause__ or e
             raise _Transient(self._scrub(f"{type(cause).__name__}: {cause}"), "down") from None
+        finally:
+            self._free.append(client)
         return answer.content
+
+    def _client(self) -> AsyncOpenAI:
+        """A client with room for one more request; it goes back to `_free` after it."""
+        if not self._free:
+            self._clients.append(self._connect())
+            self._free += [self._clients[-1]] * _REQUESTS_PER_CLIENT
+        return self._free.pop()
 
     def _status_error(self, error: Any) -> Exception:
         status, juror, url = error.status_code, self._juror, shown_url(self._juror)

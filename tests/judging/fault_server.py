@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 FAULTS = (
-    "rate_limit", "error_500", "hang", "cut", "no_choices", "bad_json", "wrong_type", "truncated", "null_content", "slow",
+    "rate_limit", "error_500", "hang", "cut", "no_choices", "bad_json", "wrong_type", "truncated", "null_content",
+    "slow",
 )  # fmt: skip
 _QUOTE = re.compile(r"BEGIN ANSWER (?P<slot>[AB]) (?P<code>\w+)\n(?P<text>.*?)\nEND ANSWER (?P=slot) (?P=code)", re.S)
 

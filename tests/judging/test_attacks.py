@@ -14,7 +14,6 @@ from rlaif.judging.attacks import ATTACKS
 from tests.judging.fault_server import FaultServer, longer
 
 ROOT = Path(__file__).resolve().parents[2]
-PAIRS = ROOT / "prompts/judge_bench.jsonl"
 
 
 def run(monkeypatch, capsys, server, *arguments):
@@ -33,9 +32,8 @@ def test_the_set_covers_what_it_should():
     assert {*wanted.split(), "repeated", "empty", "null"} <= names
     for attack in ATTACKS:
         assert attack.apply("{answer} {") != "{answer} {"
-        assert attack.apply("x {0} {{ y }}").startswith("x {0} {{ y }}") == (
-            attack.how == "append" or attack.name == "repeated"
-        )
+        kept = attack.apply("x {0} {{ y }}").startswith("x {0} {{ y }}")
+        assert kept == (attack.how == "append" or attack.name == "repeated")
 
 
 def test_a_judge_that_likes_length_falls_for_length(monkeypatch, capsys):

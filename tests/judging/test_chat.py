@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.chat import ChatJudge
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.templates import load_template
-from rlaif.judging.transport import Pace, retry_after_s
+from rlaif.judging.transport import Answer, Pace, read_reply, retry_after_s
 from rlaif.records import Message, Pair
 from tests.judging.fault_server import FAULTS, FaultServer
 
@@ -85,8 +86,8 @@ class Cast:
                 self.votes += chunk
         except (UserError, JudgeUnavailable) as e:
             self.error = e
-            assert "\n" not in str(e)
-            assert KEY not in str(e)
+        assert "\n" not in str(self.error)
+        assert KEY not in str(self.error)
         return self.votes
 
     @property
@@ -115,9 +116,10 @@ def test_votes_of_a_server_that_answers():
 
 
 def test_requests_ask_for_what_the_template_needs():
-    with FaultServer(
-        say=lambda body: '{"verdict": "tie"}' if "response_format" in body else "Hm.\nVerdict: A"
-    ) as server:
+    def say(body):
+        return '{"verdict": "tie"}' if "response_format" in body else "Hm.\nVerdict: A"
+
+    with FaultServer(say=say) as server:
         cast = Cast(settings(server, extra_body={"top_k": 1, "temperature": None}), 1, (LETTER, REASONED, JSON))
         votes = cast.run()
     of_template = {b["max_tokens"]: b for b in server.bodies}
@@ -137,6 +139,35 @@ def test_samples_have_seeds_of_their_own():
         cast.run()
     assert len({b["seed"] for b in server.bodies}) == 3
     assert {b["seed"] for b in server.bodies} == {b.seed for b in cast.ballots}
+
+
+@pytest.mark.parametrize(("clamp", "expected"), [(None, 0.99), ((0.4, 0.6), 0.6)], ids=["free", "clamped"])
+def test_reasoned_votes_can_be_clamped(clamp, expected):
+    """As in Constitutional AI; a letter without reasoning never is."""
+    top = [{"token": t, "logprob": math.log(p)} for t, p in ((" A", 0.99), (" B", 0.01))]
+    logprobs = {"content": [{"token": " A", "logprob": -0.01, "top_logprobs": top}]}
+
+    class Canned:
+        def __init__(self, *_):
+            pass
+
+        async def ask(self, body):
+            said = "A" if body["max_tokens"] == 8 else "So.\nVerdict: A"
+            tree = {"choices": [{"message": {"content": said}, "logprobs": logprobs}]}
+            return Answer(reply=read_reply(json.dumps(tree).encode(), "m"), attempts=1, latency_s=0.1)
+
+        async def close(self):
+            pass
+
+    cast = Cast(settings("http://127.0.0.1:9/v1", clamp=clamp), 1, (LETTER, REASONED))
+    cast.judge = ChatJudge(cast.judge.settings, (LETTER, REASONED), connect=Canned)
+    found = {(v.ballot.voice, v.ballot.order): v.p_first for v in cast.run()}
+    assert found == {
+        ("pairwise", "forward"): pytest.approx(0.99),
+        ("pairwise", "reversed"): pytest.approx(0.01),
+        ("pairwise_reasoned", "forward"): pytest.approx(expected),
+        ("pairwise_reasoned", "reversed"): pytest.approx(1 - expected),
+    }
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -259,6 +290,7 @@ def test_a_server_that_is_not_there_pauses_the_run():
     cast = Cast(settings("http://127.0.0.1:9/v1", max_retries=1, breaker_failures=5), 20)
     assert cast.run() == []
     assert isinstance(cast.error, JudgeUnavailable)
+    assert cast.error.exit_code == 2
     assert "127.0.0.1:9" in str(cast.error)
     assert "run again when it is back" in str(cast.error)
 
@@ -334,7 +366,7 @@ def test_a_missing_key_is_found_before_any_call(monkeypatch):
 
 
 def test_an_address_that_is_none():
-    with pytest.raises(UserError, match="judge.base_url: `localhost:8000/v1` is no address"):
+    with pytest.raises(UserError, match="`localhost:8000/v1` is no address"):
         Cast(settings("localhost:8000/v1"))
 
 
@@ -362,6 +394,7 @@ def test_a_stored_reply_is_a_vote_without_a_call(tmp_path):
             assert server.requests == 10 * calls
     assert again.error is None
     assert again.judge.spent == Spent()
+    assert not any(KEY.encode() in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
     assert all((v.cached, v.attempts) == (True, 0) for v in again.votes)
     plain = [v.model_dump(exclude={"cached", "attempts", "latency_s"}) for v in (*first.votes, *again.votes)]
     by_id = lambda v: v["ballot"]["id"]  # noqa: E731
@@ -412,7 +445,7 @@ def test_processes_share_the_cache(tmp_path):
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="judge.cache"):
+    with pytest.raises(UserError, match=r"judge\.cache: can't write"):
         Cast(settings("http://127.0.0.1:9/v1", cache=str(tmp_path / "file/folder")))
 
 

@@ -28,9 +28,11 @@ def said(content, kind="letter", finish_reason="stop", refusal=None, pattern=Non
     ("content", "expected"),
     [
         ("A", "A"), (" b \n", "B"), ("A.", "A"), ("**A**", "A"), ("[[B]]", "B"), ("Answer: A", "A"), ("(B)", "B"),
-        ("Answer B", "B"), ("The answer is A.", "A"), ("C", "tie"), ("tie", "tie"), ("`A`", "A"), ("Verdict: **B**", "B"),
+        ("Answer B", "B"), ("The answer is A.", "A"), ("C", "tie"), ("tie", "tie"), ("`A`", "A"),
+        ("Verdict: **B**", "B"),
         ("<think>B B B</think>A", "A"), ("thoughts</think>\n\nB", "B"), ("<think>\n</think>\n", "empty"),
-        ("A or B", "unparsed"), ("A B", "unparsed"), ("Both", "unparsed"), ("D", "unparsed"), ("[[A]] [[B]]", "unparsed"),
+        ("A or B", "unparsed"), ("A B", "unparsed"), ("Both", "unparsed"), ("D", "unparsed"),
+        ("[[A]] [[B]]", "unparsed"),
         ("A is better because B is long.", "unparsed"), ("А", "unparsed"), ("Ⓐ", "unparsed"), ("Ａ", "unparsed"),
         ("", "empty"), (None, "empty"), ("  \n", "empty"), ("<think>A is", "truncated"), ("<THINK>A", "truncated"),
         ("I'm sorry, but I can't compare these.", "refused"), ("I cannot help with that.", "refused"),
@@ -44,7 +46,8 @@ def test_letter(content, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("Short.\nVerdict: A", "A"), ("Verdict: B", "B"), ("x\n\n**Verdict:** tie\n", "tie"), ("x\nverdict: [[a]].", "A"),
+        ("Short.\nVerdict: A", "A"), ("Verdict: B", "B"), ("x\n\n**Verdict:** tie\n", "tie"),
+        ("x\nverdict: [[a]].", "A"),
         ("x\nFinal verdict: B", "B"), ("Verdict: A\nVerdict: B", "B"),
         ("Verdict: A\nVerdict: D", "unparsed"), ("Verdict: A\nOr rather not.", "unparsed"), ("A", "unparsed"),
         ("Verdict: A or B", "unparsed"), ("Verdict: both", "unparsed"), ("Verdict: A\nVerdict:", "unparsed"),
@@ -60,10 +63,12 @@ def test_last_line(content, expected):
     ("content", "expected"),
     [
         ('{"reason": "B is long", "verdict": "A"}', "A"), ('```json\n{"verdict": "B"}\n```', "B"),
-        ('{"verdict": "tie"}', "tie"), ('{"verdict": "A", "verdict": "B"}', "unparsed"), ('{"verdict": "D"}', "unparsed"),
+        ('{"verdict": "tie"}', "tie"), ('{"verdict": "A", "verdict": "B"}', "unparsed"),
+        ('{"verdict": "D"}', "unparsed"),
         ('{"verdict": ["A"]}', "unparsed"), ('["A"]', "unparsed"), ('"A"', "unparsed"), ("A", "unparsed"),
         ('{"verdict": "A"} or {"verdict": "B"}', "unparsed"), ('{"reason": "A"}', "unparsed"), ("[" * 9999, "unparsed"),
-        ('{"verdict": "A"', "unparsed"), ("1" * 9999, "unparsed"), ('<think>{"verdict": "B"}</think>{"verdict": "A"}', "A"),
+        ('{"verdict": "A"', "unparsed"), ("1" * 9999, "unparsed"),
+        ('<think>{"verdict": "B"}</think>{"verdict": "A"}', "A"),
     ],
 )  # fmt: skip
 def test_json(content, expected):

@@ -1,4 +1,4 @@
-"""Templates: everything that a judge must see is in them, users' mistakes are found before any call, text stays data."""
+"""Templates: what a judge must see is in them, users' mistakes are found before any call, text stays data."""
 
 from __future__ import annotations
 
