@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
-from rlaif.judging.labelled import Labelled, outcome_of, parse_pairs, read_table
+from rlaif.judging.labelled import Labelled, find_column, outcome_of, parse_pairs, read_table
 from rlaif.records import Ballot, Outcome, Pair, Usage, Vote
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
@@ -140,9 +140,11 @@ def read_votes_log(path: Path) -> list[Vote]:
         UserError: the file can't be read, or a line isn't a vote.
     """
     out = []
+    number = 0
     try:
         with path.open(encoding="utf-8") as lines, _without_collector():
-            for number, line in enumerate(lines, 1):
+            for line in lines:
+                number += 1
                 if line.strip():
                     out.append(Vote.model_validate_json(line))
     except ValidationError as e:
@@ -188,7 +190,7 @@ def _table(
     for column in chosen.values():
         if column not in head:
             raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}")
-    of = {key: chosen.get(key) or next((n for n in names if n in head), None) for key, names in _COLUMNS.items()}
+    of = {key: chosen.get(key) or find_column(names, head) for key, names in _COLUMNS.items()}
     if not any(of[k] for k in ("forward", "reversed", "reversed_slots")):
         results = [c for c in head if c.endswith("_result")]
         of["forward"] = results[0] if len(results) == 1 else None
