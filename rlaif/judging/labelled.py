@@ -110,8 +110,8 @@ class _Row(NamedTuple):
     values: Mapping[str, Any]
 
 
-def parse_pairs(text: str, option: str, allowed: Sequence[str] | None = None) -> dict[str, str]:
-    """`a=b,c=d` as a mapping.
+def parse_columns(text: str, option: str, allowed: Sequence[str]) -> dict[str, str]:
+    """`key=column,key=column` as a mapping.
 
     Raises:
         UserError: not of that form, or a key that isn't allowed; `option` names it.
@@ -120,16 +120,15 @@ def parse_pairs(text: str, option: str, allowed: Sequence[str] | None = None) ->
     for part in text.split(","):
         key, equals, value = part.partition("=")
         key = key.strip()
-        if not equals or not key or (allowed is not None and key not in allowed):
-            known = f"; keys: {', '.join(allowed)}" if allowed else ""
-            raise UserError(f"{option} {part}: expected KEY=COLUMN,...{known}")
+        if not equals or key not in allowed:
+            raise UserError(f"{option} {part}: expected KEY=COLUMN,...; keys: {', '.join(allowed)}")
         out[key] = value.strip()
     return out
 
 
 def parse_map(text: str | None) -> dict[str, str]:
     """The column map of labelled files; `first_is` and `second_is` say what the label column calls the sides."""
-    return parse_pairs(text, "--map", _MAP_KEYS) if text else {}
+    return parse_columns(text, "--map", _MAP_KEYS) if text else {}
 
 
 def outcome_of(value: Any) -> Outcome | None:

@@ -9,7 +9,6 @@ the row says which pair it is about by an id or index, and a second order may be
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
-from rlaif.judging.labelled import Labelled, find_column, outcome_of, parse_pairs, read_table
+from rlaif.judging.labelled import Labelled, find_column, outcome_of, parse_columns, read_table
 from rlaif.records import Ballot, Outcome, Pair, Usage, Vote
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
@@ -40,15 +39,17 @@ _NO_USAGE = Usage()
 
 def parse_votes_map(text: str | None) -> dict[str, str]:
     """The column map of a table of votes."""
-    return parse_pairs(text, "--votes-map", _MAP_KEYS) if text else {}
+    return parse_columns(text, "--votes-map", _MAP_KEYS) if text else {}
 
 
 def parse_where(conditions: Sequence[str]) -> dict[str, set[str]]:
     """Column → allowed values; the same column twice allows both."""
     out: dict[str, set[str]] = {}
     for condition in conditions:
-        for column, value in parse_pairs(condition, "--where").items():
-            out.setdefault(column, set()).add(value)
+        column, equals, value = condition.partition("=")
+        if not equals or not column:
+            raise UserError(f"--where {condition}: expected COLUMN=VALUE")
+        out.setdefault(column, set()).add(value)
     return out
 
 
@@ -265,8 +266,3 @@ def _vote(id: str, pair_id: str, judge: str, voice: str, order: _Order, cell: An
         raw_reply="" if cell is None else str(cell),
         usage=_NO_USAGE,
     )
-
-
-def count_by_judge(votes: Sequence[Vote]) -> dict[str, int]:
-    """Votes a judge, in order of appearance."""
-    return dict(Counter(v.ballot.judge for v in votes))

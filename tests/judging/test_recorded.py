@@ -94,6 +94,7 @@ def test_where_narrows_votes_and_pairs(tmp_path):
                 for v in read_recorded(path, rows, where=parse_where(conditions))[1]]  # fmt: skip
 
     assert found("judge=J", "strategy=a") == [("0", "J", "a"), ("1", "J", "a")]
+    assert parse_where(["a=b,c=d"]) == {"a": {"b,c=d"}}
     assert found("judge=J", "judge=K", "topic=maths") == [("0", "J", "a"), ("0", "J", "b"), ("0", "K", "a")]
 
 
@@ -105,7 +106,7 @@ def test_where_narrows_votes_and_pairs(tmp_path):
         (["row,label,winner_ab", "0,2,1"], [], "votes.csv:2: the label of easy/0 is 2 here and first"),
         (["row,winner_ab", "7,1"], [], "no vote is on a labelled pair"),
         (["row,winner_ab", "0,1"], ["judge=J"], "--where judge=...: no such column; there is row, winner_ab"),
-        (["row,winner_ab", "0,1"], ["judge"], "--where judge: expected KEY=COLUMN"),
+        (["row,winner_ab", "0,1"], ["judge"], "--where judge: expected COLUMN=VALUE"),
         (["a,b", "0,1"], [], "which column is the id.*--votes-map id=COLUMN"),
         (["id,b", "0,1"], [], "which column is the forward"),
         (["row,order,winner", "0,up,1"], [], "order: found 'up', expected forward or reversed"),
