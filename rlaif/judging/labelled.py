@@ -46,9 +46,9 @@ FILE = "file"
 _ANNOTATOR = re.compile(r"annotator_?\d+")
 _MAP_KEYS = (*_COLUMNS, "first", "second", "first_is", "second_is")
 _NAMES: dict[str, Outcome] = {
-    **dict.fromkeys(("1", "first", "a", "model_a", "output_1", "response1", "response_1", "[[a]]"), "first"),
-    **dict.fromkeys(("2", "second", "b", "model_b", "output_2", "response2", "response_2", "[[b]]"), "second"),
-    **dict.fromkeys(("0", "tie", "tie (bothbad)", "both", "equal", "c", "[[c]]"), "tie"),
+    **dict.fromkeys(("1", "first", "a", "model_a", "output_1", "response1", "response_1", "[[a]]", "a>b"), "first"),
+    **dict.fromkeys(("2", "second", "b", "model_b", "output_2", "response2", "response_2", "[[b]]", "b>a"), "second"),
+    **dict.fromkeys(("0", "tie", "tie (bothbad)", "both", "equal", "c", "[[c]]", "a=b"), "tie"),
 }
 
 
@@ -110,8 +110,8 @@ class _Row(NamedTuple):
     values: Mapping[str, Any]
 
 
-def parse_pairs(text: str, option: str, allowed: Sequence[str] | None = None) -> dict[str, str]:
-    """`a=b,c=d` as a mapping.
+def parse_columns(text: str, option: str, allowed: Sequence[str]) -> dict[str, str]:
+    """`key=column,key=column` as a mapping.
 
     Raises:
         UserError: not of that form, or a key that isn't allowed; `option` names it.
@@ -120,21 +120,21 @@ def parse_pairs(text: str, option: str, allowed: Sequence[str] | None = None) ->
     for part in text.split(","):
         key, equals, value = part.partition("=")
         key = key.strip()
-        if not equals or not key or (allowed is not None and key not in allowed):
-            known = f"; keys: {', '.join(allowed)}" if allowed else ""
-            raise UserError(f"{option} {part}: expected KEY=COLUMN,...{known}")
+        if not equals or key not in allowed:
+            raise UserError(f"{option} {part}: expected KEY=COLUMN,...; keys: {', '.join(allowed)}")
         out[key] = value.strip()
     return out
 
 
 def parse_map(text: str | None) -> dict[str, str]:
     """The column map of labelled files; `first_is` and `second_is` say what the label column calls the sides."""
-    return parse_pairs(text, "--map", _MAP_KEYS) if text else {}
+    return parse_columns(text, "--map", _MAP_KEYS) if text else {}
 
 
 def outcome_of(value: Any) -> Outcome | None:
     """What a label or a recorded winner means: 1, A, first, model_a, ...; None when it means nothing."""
-    return _NAMES.get(str(value).strip().lower()) if value is not None else None
+    # 1.0 is how a table writes 1 when a cell of the column is empty.
+    return _NAMES.get(str(value).strip().lower().removesuffix(".0")) if value is not None else None
 
 
 def file_digest(paths: Sequence[Path]) -> str:
@@ -239,12 +239,12 @@ class _Reader:
         for key, column in chosen.items():
             if key not in ("first_is", "second_is") and column not in head and (key, column) != ("slice", FILE):
                 raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}")
-        self.columns = {key: chosen.get(key) or _find(names, head) for key, names in _COLUMNS.items()}
+        self.columns = {key: chosen.get(key) or find_column(names, head) for key, names in _COLUMNS.items()}
         if self.columns["slice"] == FILE:
             self.columns["slice"] = None
-        answers = next((pair for pair in _ANSWERS if pair[0] in head and pair[1] in head), None)
-        self.first = chosen.get("first") or (answers and answers[0])
-        self.second = chosen.get("second") or (answers and answers[1])
+        found = ((find_column((a,), head), find_column((b,), head)) for a, b in _ANSWERS)
+        first, second = next((both for both in found if all(both)), (None, None))
+        self.first, self.second = chosen.get("first") or first, chosen.get("second") or second
         self.annotators = [] if "label" in chosen else [c for c in head if _ANNOTATOR.fullmatch(c)]
         self.chosen_is_first = "label" not in chosen and (self.first, self.second) == ("chosen", "rejected")
         # PandaLM, Alpaca: the task is the instruction, and the text that it is about.
@@ -344,5 +344,7 @@ class _Reader:
         return str(value)
 
 
-def _find(names: Sequence[str], head: Mapping[str, Any]) -> str | None:
-    return next((n for n in names if n in head), None)
+def find_column(names: Sequence[str], head: Mapping[str, Any]) -> str | None:
+    """The first of the names that is a column, as the file writes it; upper and lower case are one."""
+    columns = {column.lower(): column for column in head}
+    return next((columns[n] for n in names if n in columns), None)

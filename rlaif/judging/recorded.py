@@ -8,8 +8,9 @@ the row says which pair it is about by an id or index, and a second order may be
 
 from __future__ import annotations
 
-from collections import Counter
+import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
-from rlaif.judging.labelled import Labelled, outcome_of, parse_pairs, read_table
+from rlaif.judging.labelled import Labelled, find_column, outcome_of, parse_columns, read_table
 from rlaif.records import Ballot, Outcome, Pair, Usage, Vote
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
@@ -38,15 +39,17 @@ _NO_USAGE = Usage()
 
 def parse_votes_map(text: str | None) -> dict[str, str]:
     """The column map of a table of votes."""
-    return parse_pairs(text, "--votes-map", _MAP_KEYS) if text else {}
+    return parse_columns(text, "--votes-map", _MAP_KEYS) if text else {}
 
 
 def parse_where(conditions: Sequence[str]) -> dict[str, set[str]]:
     """Column → allowed values; the same column twice allows both."""
     out: dict[str, set[str]] = {}
     for condition in conditions:
-        for column, value in parse_pairs(condition, "--where").items():
-            out.setdefault(column, set()).add(value)
+        column, equals, value = condition.partition("=")
+        if not equals or not column:
+            raise UserError(f"--where {condition}: expected COLUMN=VALUE")
+        out.setdefault(column, set()).add(value)
     return out
 
 
@@ -82,15 +85,14 @@ def read_recorded(
         UserError: the file can't be read, its rows aren't about these pairs, its labels are others, or two votes
             answer one question (with the line).
     """
-    table = read_table(path)
-    if not table:
-        raise UserError(f"{path}: no recorded votes")
-    head = table[0].values
-    if "ballot" in head:
+    if _is_log(path):
         left, rest = narrow(rows, where or {}, ("judge", "voice"))
-        votes = [v for v in _log(table) if all(getattr(v.ballot, c) in values for c, values in rest.items())]
+        votes = [v for v in read_votes_log(path) if all(getattr(v.ballot, c) in values for c, values in rest.items())]
     else:
-        left, rest = narrow(rows, where or {}, tuple(head))
+        table = read_table(path)
+        if not table:
+            raise UserError(f"{path}: no recorded votes")
+        left, rest = narrow(rows, where or {}, tuple(table[0].values))
         votes = list(_table(path, table, left, columns or {}, rest))
     by_id: dict[str, list[Vote]] = {r.id: [] for r in left}
     for vote in votes:
@@ -99,8 +101,8 @@ def read_recorded(
     voted = [r for r in left if by_id[r.id]]
     if not voted:
         raise UserError(
-            f"{path}: none of its {len(votes) or len(table)} votes is on a labelled pair; a vote and its pair share an "
-            "id or a row number (--votes-map id=COLUMN)"
+            f"{path}: no vote is on a labelled pair; a vote and its pair share an id or a row number "
+            "(--votes-map id=COLUMN)"
         )
     return voted, [v for r in voted for v in by_id[r.id]]
 
@@ -138,16 +140,44 @@ def read_votes_log(path: Path) -> list[Vote]:
     Raises:
         UserError: the file can't be read, or a line isn't a vote.
     """
-    return list(_log(read_table(path)))
+    out = []
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as lines, _without_collector():
+            for line in lines:
+                number += 1
+                if line.strip():
+                    out.append(Vote.model_validate_json(line))
+    except ValidationError as e:
+        error = e.errors()[0]
+        where = ".".join(str(p) for p in error["loc"]) or "row"
+        raise UserError(f"{path}:{number}: {where}: {error['msg']}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: can't read the votes ({e})") from e
+    return out
 
 
-def _log(table: Sequence[Any]) -> Iterator[Vote]:
-    for row in table:
-        try:
-            yield Vote.model_validate(row.values)
-        except ValidationError as e:
-            error = e.errors()[0]
-            raise UserError(f"{row.where}: {'.'.join(str(p) for p in error['loc'])}: {error['msg']}") from e
+def _is_log(path: Path) -> bool:
+    """The file is JSONL whose rows hold a ballot."""
+    if path.suffix != ".jsonl":
+        return False
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return '"ballot"' in next((line for line in lines if line.strip()), "")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: can't read the votes ({e})") from e
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Records hold no cycles, and the collector walks all of them again and again: two thirds of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _table(
@@ -161,7 +191,7 @@ def _table(
     for column in chosen.values():
         if column not in head:
             raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}")
-    of = {key: chosen.get(key) or next((n for n in names if n in head), None) for key, names in _COLUMNS.items()}
+    of = {key: chosen.get(key) or find_column(names, head) for key, names in _COLUMNS.items()}
     if not any(of[k] for k in ("forward", "reversed", "reversed_slots")):
         results = [c for c in head if c.endswith("_result")]
         of["forward"] = results[0] if len(results) == 1 else None
@@ -236,8 +266,3 @@ def _vote(id: str, pair_id: str, judge: str, voice: str, order: _Order, cell: An
         raw_reply="" if cell is None else str(cell),
         usage=_NO_USAGE,
     )
-
-
-def count_by_judge(votes: Sequence[Vote]) -> dict[str, int]:
-    """Votes a judge, in order of appearance."""
-    return dict(Counter(v.ballot.judge for v in votes))

@@ -14,8 +14,10 @@ from rlaif import cli
 @pytest.fixture
 def rlaif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Runs `rlaif judge ...` in a folder with labelled pairs and votes: (exit code, stdout, stderr)."""
-    rows = [{"input": f"q{n}", "output_1": "short", "output_2": "much longer", "label": 1 + n % 2, "topic": "ab"[n > 39]}
-            for n in range(80)]  # fmt: skip
+    rows = [
+        {"input": f"q{n}", "output_1": "short", "output_2": "longer", "label": 1 + n % 2, "topic": "ab"[n > 39]}
+        for n in range(80)
+    ]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     lines = ["row,judge,strategy,winner_ab,winner_ba_mapped"]
     for n in range(80):
@@ -69,7 +71,7 @@ def test_bench_prints_tables_and_draws(rlaif, tmp_path: Path) -> None:
 def test_a_jury_reports_its_weights(rlaif) -> None:
     code, out, _ = rlaif("bench", *RECORDED, "--jury", "--set", "filters.aggregate=dawid_skene")
     assert code == 0
-    assert "juror weights (jury): good 1.00, coin 1.00" in out  # two can't tell who is right
+    assert "juror weights (jury): coin 1.00, good 1.00" in out  # two can't tell who is right
 
 
 def test_calibrate_then_filter(rlaif, tmp_path: Path) -> None:
@@ -123,3 +125,28 @@ def test_a_users_mistake_is_one_line_and_exit_2(rlaif, arguments: list[str], mes
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert message in err
+
+
+def test_the_likelihood_judge_is_calibrated_under_the_name_that_a_run_gives_it(
+    tiny_model, tmp_path, monkeypatch, capsys
+):
+    from rlaif import models
+    from tests.conftest import make_project
+
+    make_project(tmp_path, tiny_model)
+    rows = [{"prompt": f"w{n} w4", "first": f"w{n + 3} w5.", "second": "w6 w7 w8.", "label": "first",
+             "constitution": "rules@1"} for n in range(30)]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.chdir(tmp_path)
+    for command in (["bench", "--json"], ["calibrate", "--to", "c.json"]):
+        monkeypatch.setattr(sys, "argv", ["rlaif", "judge", *command, "pairs.jsonl", "--job", "tiny.yaml"])
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+            sys.exit(0)
+        assert not e.value.code
+    made = json.loads((tmp_path / "c.json").read_text())
+    assert made["judge_kind"] == "likelihood"
+    assert made["panels"][0]["judges"] == [f"likelihood:{models.digest_of(tiny_model)}"]
+    report = json.loads(capsys.readouterr().out.split("\nall: ")[0])
+    assert report["slices"][0]["pairs"] == 30
+    assert report["slices"][0]["cost"]["prompt_tokens"] > 0

@@ -70,6 +70,14 @@ def test_chosen_and_rejected(tmp_path):
     assert (only.first, only.label, only.slice) == ("good", "first", "chat")
 
 
+def test_names_in_capitals_and_labels_of_other_sets(tmp_path):
+    rows = [{"Question": "x", "response_A": "a", "response_B": "b", "label": label}
+            for label in ("A>B", "B>A", "A=B", 2.0, "model_a")]  # fmt: skip
+    found = read_labelled([write(tmp_path / "p.json", *rows)])
+    assert [r.label for r in found.rows] == ["first", "second", "second", "first"]
+    assert found.excluded == {"tie": 1}
+
+
 def test_a_csv_with_unusual_columns(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text('q,left,right,best,topic\n"Say ""hi""\nplease",hello,bye,L,chat\nx,y,z,R,maths\n')

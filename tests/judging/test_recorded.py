@@ -94,6 +94,7 @@ def test_where_narrows_votes_and_pairs(tmp_path):
                 for v in read_recorded(path, rows, where=parse_where(conditions))[1]]  # fmt: skip
 
     assert found("judge=J", "strategy=a") == [("0", "J", "a"), ("1", "J", "a")]
+    assert parse_where(["a=b,c=d"]) == {"a": {"b,c=d"}}
     assert found("judge=J", "judge=K", "topic=maths") == [("0", "J", "a"), ("0", "J", "b"), ("0", "K", "a")]
 
 
@@ -103,9 +104,9 @@ def test_where_narrows_votes_and_pairs(tmp_path):
         (["row,winner_ab", "0,1", "0,2"], [], "votes.csv:3: a second vote of votes/recorded on easy/0"),
         (["row,judge,winner_ab,run", "0,J,1,a", "0,J,1,b"], [], r"narrow with --where COLUMN=VALUE \(run\)"),
         (["row,label,winner_ab", "0,2,1"], [], "votes.csv:2: the label of easy/0 is 2 here and first"),
-        (["row,winner_ab", "7,1"], [], "none of its 1 votes is on a labelled pair"),
+        (["row,winner_ab", "7,1"], [], "no vote is on a labelled pair"),
         (["row,winner_ab", "0,1"], ["judge=J"], "--where judge=...: no such column; there is row, winner_ab"),
-        (["row,winner_ab", "0,1"], ["judge"], "--where judge: expected KEY=COLUMN"),
+        (["row,winner_ab", "0,1"], ["judge"], "--where judge: expected COLUMN=VALUE"),
         (["a,b", "0,1"], [], "which column is the id.*--votes-map id=COLUMN"),
         (["id,b", "0,1"], [], "which column is the forward"),
         (["row,order,winner", "0,up,1"], [], "order: found 'up', expected forward or reversed"),
@@ -128,6 +129,11 @@ def test_a_log_of_votes(tmp_path):
     path.write_text('{"ballot": {}}\n')
     with pytest.raises(UserError, match=r"votes.jsonl:1: ballot.id: Field required"):
         read_votes_log(path)
+    path.write_text(votes[0].model_dump_json() + "\n{")
+    with pytest.raises(UserError, match=r"votes.jsonl:2: row: Invalid JSON"):
+        read_recorded(path, rows)
+    with pytest.raises(UserError, match=r"gone.jsonl: can't read the votes"):
+        read_recorded(tmp_path / "gone.jsonl", rows)
 
 
 def test_a_recorded_judge_answers_what_was_asked_and_nothing_else():
