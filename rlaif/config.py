@@ -130,7 +130,7 @@ class Judge(Juror):
     """likelihood: tokens of one forward pass."""
     score_temperature: float = Field(4.0, gt=0)
     """likelihood: p(first) = sigmoid(score difference / this). In nats; larger is less sure."""
-    missing_eos_penalty: float = Field(10.0, ge=0)
+    missing_eos_penalty: float = Field(20.0, ge=0)
     """likelihood: taken from the score of a completion that the length limit cut off, in nats; as in TRL, for half an
     answer."""
     relevance_tolerance: float = Field(0.3, ge=0)
