@@ -160,7 +160,7 @@ def test_reasoned_votes_can_be_clamped(clamp, expected):
             pass
 
     cast = Cast(settings("http://127.0.0.1:9/v1", clamp=clamp), 1, (LETTER, REASONED))
-    cast.judge = ChatJudge(cast.judge.settings, (LETTER, REASONED), connect=Canned)
+    cast.judge = ChatJudge(cast.judge.settings, connect=Canned)
     found = {(v.ballot.voice, v.ballot.order): v.p_first for v in cast.run()}
     assert found == {
         ("pairwise", "forward"): pytest.approx(0.99),
