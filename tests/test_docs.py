@@ -134,8 +134,8 @@ def test_settings_in_commands_are_settings(page: Path) -> None:
 @pages
 def test_make_targets_job_files_and_modules_exist(page: Path) -> None:
     text = page.read_text()
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE)) <= targets
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)) <= targets
     files = set(re.findall(r"\b(?:jobs|rlaif|benchmarks|scripts)/[\w/]+\.(?:yaml|py|sh)", text))
     assert [f for f in sorted(files) if not (ROOT / f).exists()] == []
 
@@ -147,7 +147,8 @@ def test_yaml_examples_are_valid(page: Path) -> None:
         if "principles" in tree:
             parse_constitution(block, "example", 1, page.name)
         elif set(tree) <= set(Job.model_fields):
-            parse_job(tree, page.name)
+            whole = tree if {"constitution", "schedule"} & set(tree) else {"constitution": "assistant", **tree}
+            parse_job(whole, page.name)
 
 
 def test_harmless_changes_are_the_ones_that_the_job_page_names() -> None:
