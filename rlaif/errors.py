@@ -27,10 +27,8 @@ class RunInterrupted(RlaifError):
     exit_code = 130
 
 
-class JudgeUnavailable(RlaifError):
+class JudgeUnavailable(UserError):
     """The judge's server is down, or refuses: the run pauses and can be resumed."""
-
-    exit_code = 2
 
 
 class BudgetSpent(UserError):

@@ -283,7 +283,7 @@ class Loop:
             made = []
             for pair in pairs:
                 mine = of_pair[pair.id]
-                verdict = aggregate(mine, text.weights, "majority" if filters.aggregate == "majority" else "mean", jurors)
+                verdict = aggregate(mine, text.weights, filters.aggregate, jurors)
                 promised = trusted(verdict, mine, calibration, filters) if calibration else None
                 made.append(decide(verdict, pair, filters, texts, promised))
             yield made

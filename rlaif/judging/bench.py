@@ -242,7 +242,7 @@ def decide_rows(
         verdict = aggregate(
             mine,
             weights(row),
-            "majority" if filters.aggregate == "majority" else "mean",
+            filters.aggregate,
             jurors.weights if jurors else None,
         )
         calibrated = None if calibration is None else trusted(verdict, mine, calibration, filters, row.slice)

@@ -19,7 +19,7 @@ from typing import Literal
 
 from rlaif.records import Outcome, Record, Verdict, Vote
 
-Method = Literal["mean", "majority"]
+Method = Literal["mean", "majority", "dawid_skene"]
 
 _HARD = {"first": 1.0, "second": 0.0, "tie": 0.5}
 _EPSILON = 1e-9

@@ -1,0 +1,152 @@
+"""The loop with a judge behind a server: templates in the plan, budgets, rounds, jurors, calibrations, restarts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlaif.config import Job
+from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
+from rlaif.judging.spending import Spent, spent_on
+from rlaif.loop import Loop
+from rlaif.records import Decision, Plan, Vote
+from rlaif.workers import InlineWorker
+from tests.judging.fault_server import FaultServer
+from tests.stubs import stub_job, stub_loop
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def greater_number(body: dict[str, Any]) -> str:
+    """The slot whose answer holds the greater number: the stub policy's answers are all of one length."""
+    text = body["messages"][-1]["content"]
+    slots = re.split(r"BEGIN ANSWER B ", text)
+    numbers = [re.findall(r"answer (0\.\d+)", part)[-1] for part in slots]
+    return "A" if numbers[0] > numbers[1] else "B"
+
+
+def chat_job(server: FaultServer, judge: dict[str, Any] | None = None, **changes: Any) -> Job:
+    settings = {"kind": "chat", "model": "m", "base_url": server.url, "api_key_env": None, "cache": None,
+                "max_retries": 0, **(judge or {})}  # fmt: skip
+    filters = {"min_kept_pairs": 2, **changes.pop("filters", {})}
+    return stub_job(judge=settings, iterations=3, filters=filters, **changes)
+
+
+def chat_loop(root: Path, job: Job, spent: Spent | None = None) -> Loop:
+    if not (root / "prompts").exists():
+        shutil.copytree(ROOT / "prompts" / "judge", root / "prompts" / "judge")
+    loop = stub_loop(root, job)
+    loop.judge = InlineWorker("judge", "rlaif.judging.chat:make", {"settings": job.judge, "spent": spent})
+    return loop
+
+
+def all_votes(loop: Loop) -> list[Vote]:
+    stages = [*map(loop.dir.iteration, loop.dir.iterations()), *map(loop.dir.evaluation, loop.dir.evaluations())]
+    return [v for stage in stages for v in stage.durable("votes", Vote)]
+
+
+def test_a_run_is_judged_over_http(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        loop = chat_loop(tmp_path, chat_job(server))
+        loop.run()
+    here = loop.dir.iteration(0)
+    votes, decisions = here.read("votes", Vote), here.read("decisions", Decision)
+    assert {v.ballot.order for v in votes} == {"forward", "reversed"}
+    assert all(d.status == "kept" and d.verdict.agreement == 1 for d in decisions)
+    plan = Plan.model_validate_json((here.path / "plan.json").read_text())
+    copy = loop.dir.path / "constitutions" / plan.templates["pairwise"] / "pairwise.jinja"
+    assert copy.read_text() == (tmp_path / "prompts/judge/pairwise.jinja").read_text()
+    metrics = json.loads((here.path / "metrics.json").read_text())
+    assert metrics["position_bias"] == 0.5
+    assert metrics["judge_calls"] == len(votes)
+    evaluation = json.loads((loop.dir.evaluation(2).path / "metrics.json").read_text())
+    assert evaluation["win_rate"] is not None
+
+
+def test_a_budget_stops_the_run_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        job = chat_job(server, {"budget": {"calls": 7}, "concurrency": 2})
+        loop = chat_loop(tmp_path, job)
+        with pytest.raises(BudgetSpent, match=r"judge\.budget\.calls=7 is spent"):
+            loop.run()
+        assert len(all_votes(loop)) == server.requests == 7
+        still = chat_loop(tmp_path, job, spent_on(all_votes(loop), job.judge))
+        with pytest.raises(BudgetSpent):
+            still.run()
+        assert server.requests == 7
+        more = chat_job(server, {"budget": {"calls": 5000}})
+        chat_loop(tmp_path, more, spent_on(all_votes(loop), more.judge)).run()
+        cast = all_votes(loop)
+        assert len({v.ballot.id for v in cast}) == len(cast) == server.requests  # none asked twice
+
+
+def test_a_judge_that_is_down_leaves_nothing_behind(tmp_path: Path) -> None:
+    with FaultServer(status=503) as server:
+        loop = chat_loop(tmp_path, chat_job(server, {"breaker_failures": 3}))
+        with pytest.raises(JudgeUnavailable, match="is down"):
+            loop.run()
+        assert all_votes(loop) == []
+        server.status, server.say = None, greater_number
+        chat_loop(tmp_path, chat_job(server, {"breaker_failures": 3})).run()
+    assert all(v.outcome != "abstain" for v in all_votes(loop))
+
+
+def test_early_stop_saves_ballots_and_changes_no_decision(tmp_path: Path) -> None:
+    def undecided(body: dict[str, Any]) -> str:
+        # One template always names the slot shown first: the pair's order flips, and nothing can save it.
+        return "A" if "one letter" in body["messages"][0]["content"] else greater_number(body)
+
+    judge = {"templates": ["pairwise", "pairwise_reasoned"]}
+    results = []
+    with FaultServer(say=undecided) as server:
+        for name, early_stop in (("whole", False), ("early", True)):
+            (tmp_path / name).mkdir()
+            loop = chat_loop(tmp_path / name, chat_job(server, {**judge, "early_stop": early_stop}))
+            loop.run()
+            here = loop.dir.iteration(0)
+            results.append((here.read("votes", Vote), [d.status for d in here.read("decisions", Decision)]))
+    (whole, kept), (early, kept_early) = results
+    assert kept == kept_early == ["dropped"] * len(kept)
+    assert len(early) == len(whole) / 2
+
+
+def test_a_template_that_vanishes_mid_run_is_the_runs_own(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        job = chat_job(server, {"budget": {"calls": 7}})
+        with pytest.raises(BudgetSpent):
+            chat_loop(tmp_path, job).run()
+        shutil.rmtree(tmp_path / "prompts" / "judge")
+        chat_loop(tmp_path, chat_job(server)).run()
+
+
+def test_an_unknown_template_is_found_before_anything_runs(tmp_path: Path) -> None:
+    with FaultServer() as server, pytest.raises(UserError, match="did you mean `pairwise`"):
+        chat_loop(tmp_path, chat_job(server, {"templates": ["pairwse"]}))
+
+
+def test_jurors_that_are_believed_are_written_down(tmp_path: Path) -> None:
+    def jury(body: dict[str, Any]) -> str:
+        told = greater_number(body)
+        return {"contrary": "B" if told == "A" else "A", "first": "A"}.get(body["model"], told)
+
+    with FaultServer(say=jury) as server:
+        others = [{"model": m, "base_url": server.url, "api_key_env": None} for m in ("n", "contrary", "first")]
+        job = chat_job(server, {"jury": others}, filters={"aggregate": "dawid_skene", "min_agreement": 0.6})
+        loop = chat_loop(tmp_path, job)
+        loop.run()
+    weights = json.loads((loop.dir.iteration(0).path / "jurors.json").read_text())["weights"]
+    names = {name.split(":")[1].split("@")[0]: weight for name, weight in weights.items()}
+    assert names["contrary"] == names["first"] == 0
+    assert min(names["m"], names["n"]) > 0.5
+    assert {d.status for d in loop.dir.iteration(0).read("decisions", Decision)} == {"kept"}
+
+
+def test_best_worst_needs_a_judge_that_scores() -> None:
+    with pytest.raises(UserError, match="best_worst"):
+        stub_job(judge={"kind": "chat", "model": "m"}, pairing={"method": "best_worst"})
+    assert stub_job(judge={"kind": "chat", "model": "m"}).pairing.method == "random"
