@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from rlaif import __version__, models
-from rlaif.config import Job, Judge, changed_keys
+from rlaif.config import Job, Judge, changed_keys, parse_job
 from rlaif.errors import RunInterrupted, UserError
 from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.judging.spending import Spent, spent_on
@@ -133,7 +133,9 @@ def _check_resume(run: RunDir, job: Job, allow_change: bool) -> Job:
     path = run.path / "run.json"
     if not path.exists():
         return job
-    changes = changed_keys(RunDir.open(run.path).header["job"], job.model_dump(mode="json"))
+    # Settings that this rlaif has and the run's did not count as their defaults.
+    before = parse_job(RunDir.open(run.path).header["job"], str(path))
+    changes = changed_keys(before.model_dump(mode="json"), job.model_dump(mode="json"))
     if not changes:
         return job
     named = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in changes.items())

@@ -251,6 +251,19 @@ def test_an_unchanged_job_with_a_schedule_is_not_a_change(begun: Path) -> None:
     assert RunDir(begun).events() == []
 
 
+def test_a_setting_that_the_run_did_not_know_counts_as_its_default(begun: Path) -> None:
+    from rlaif.config import load_job
+    from rlaif.launch import _check_resume
+
+    header = json.loads((begun / "run.json").read_text())
+    del header["job"]["judge"]["early_stop"], header["job"]["filters"]["aggregate"]
+    (begun / "run.json").write_text(json.dumps(header))
+    job = begun.parent.parent / "tiny.yaml"
+    _check_resume(RunDir(begun), load_job(job), allow_change=False)
+    with pytest.raises(UserError, match=r"filters\.aggregate"):
+        _check_resume(RunDir(begun), load_job(job, ["filters.aggregate=majority"]), allow_change=True)
+
+
 def test_prompts_that_vanish_matter_only_before_the_start(tmp_path: Path) -> None:
     from rlaif.launch import _prompts
     from tests.conftest import project_job
