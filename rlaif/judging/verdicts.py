@@ -62,7 +62,7 @@ def aggregate(
     """The verdict of a pair's votes.
 
     `method` says what a vote counts: its p(first), or with `majority` its outcome; `dawid_skene` is the mean with juror
-    weights. `weights` maps principle id to weight (`Constitution.weights`), 1 when absent. `juror_weights` maps judge to
+    weights. `weights` maps principle id to weight (`Constitution.weights`), 1 when absent, `juror_weights` judge to
     weight (`JurorFit.weights`), 1 when absent; a juror of weight 0 has no valid vote. The outcome is `abstain`
     without a valid electing vote, `tie` when the mean is even.
 
