@@ -186,7 +186,7 @@ def rounds(ballots: Iterable[Ballot]) -> list[list[Ballot]]:
     voices: dict[str, dict[tuple[str, str, int], int]] = {}
     for ballot in ballots:
         mine = voices.setdefault(ballot.pair_id, {})
-        turn = mine.setdefault((ballot.judge, ballot.voice, ballot.sample_index), len(mine))
+        turn = mine.setdefault(_voice(ballot), len(mine))
         if turn == len(out):
             out.append([])
         out[turn].append(ballot)
@@ -199,11 +199,14 @@ def settled(
     """Whether no answer to the ballots that are left can change the filter's decision on a pair.
 
     True once nothing is left, or when neither side can be kept any more. A pair that would be kept now never is
-    settled before its last vote: that vote could flip the order. Never true with a calibrated filter.
+    settled before its last vote: that vote could flip the order. Never true with a calibrated filter, nor while a
+    voice has been asked in one of its orders only: an abstention in the other takes its vote away again.
     """
     if not left:
         return True
     if not votes or settings.calibration is not None:
+        return False
+    if {_voice(v.ballot) for v in votes} & {_voice(b) for b in left}:
         return False
     return not any(_can_be_kept(side, votes, left, settings, weights) for side in _SIDES)
 
@@ -229,6 +232,10 @@ def _can_be_kept(
     elif settings.aggregate == "mean" and rules.low_margin(best, settings):
         return False
     return best.outcome == side and not rules.low_agreement(best, settings)
+
+
+def _voice(ballot: Ballot) -> tuple[str, str, int]:
+    return ballot.judge, ballot.voice, ballot.sample_index
 
 
 def _unanimous(ballot: Ballot, side: Side) -> Vote:
