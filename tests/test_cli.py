@@ -76,6 +76,19 @@ def test_help_is_light() -> None:
     [
         (["run", "jobs/none.yaml"], "jobs/none.yaml: can't read the job file"),
         (["run", "jobs/quickstart.yaml", "--set", "learner.bta=1"], "unknown key `learner.bta`; did you mean `beta`?"),
+        (
+            [
+                "run",
+                "jobs/quickstart.yaml",
+                "--set",
+                "judge.kind=recorded",
+                "--set",
+                "judge.votes=x",
+                "--set",
+                "pairing.method=random",
+            ],
+            "fresh answers have no recorded votes",
+        ),
         (["run", "jobs/quickstart.yaml", "--set", "seed"], "expected KEY=VALUE"),
         (["status", "no/run"], "not a run directory"),
         (["export", "no/run", "--to", "x"], "not a run directory"),
