@@ -42,9 +42,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         RunInterrupted: Ctrl-C or SIGTERM; the same command goes on.
     """
     if job.judge.kind == "recorded":
-        raise UserError(
-            "judge.kind: fresh answers have no recorded votes; name a judge that answers (likelihood or chat)"
-        )
+        raise UserError("judge.kind: fresh answers have no recorded votes; name likelihood or chat")
     run = RunDir(run_dir)
     with ExitStack() as stack:
         stack.enter_context(run.lock())
