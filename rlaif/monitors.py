@@ -6,23 +6,14 @@ from collections import Counter
 from statistics import fmean
 from typing import Any
 
-from scipy.stats import binomtest
-
 from rlaif.checks import count_list_items, count_words
 from rlaif.config import Monitors
 from rlaif.constitution import Constitution
+from rlaif.intervals import wilson
 from rlaif.records import Completion, Decision, Pair, Plan, Preference, Quality, UpdateStep, Vote
 from rlaif.store import StageDir
 
 STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
-
-
-def interval(successes: float, n: int) -> tuple[float, float]:
-    """Wilson 95 % interval of a share (Wilson 1927); (0, 1) when nothing was counted."""
-    if n == 0:
-        return 0.0, 1.0
-    ci = binomtest(round(successes), n).proportion_ci(method="wilson")
-    return float(ci.low), float(ci.high)
 
 
 def answer_stats(completions: list[Completion]) -> dict[str, float]:
@@ -115,7 +106,7 @@ def evaluation_metrics(
         "constitution": text.ref.model_dump(),
         **answer_stats(completions),
         "win_rate": win_rate,
-        "win_interval": interval(win_rate * n, n) if win_rate is not None else None,
+        "win_interval": wilson(round(win_rate * n), n) if win_rate is not None else None,
         "wins": wins,
         "losses": losses,
         "undecided": n - wins - losses if judged else 0,

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "rlaif.checks",
         "rlaif.constitution",
+        "rlaif.intervals",
         "rlaif.pairing",
         "rlaif.judging",
         "rlaif.judging.ballots",

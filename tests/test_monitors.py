@@ -8,7 +8,7 @@ import pytest
 
 from rlaif.config import Monitors
 from rlaif.constitution import parse_constitution
-from rlaif.monitors import alarms, answer_stats, evaluation_metrics, interval
+from rlaif.monitors import alarms, answer_stats, evaluation_metrics
 from rlaif.records import Completion, Decision, Outcome, PolicyVersion, Quality, Verdict
 from tests.stubs import text
 
@@ -38,13 +38,6 @@ def quality(n: int, tokens: int = 2, logprob: float = -3.0) -> Quality:
 
 
 RULES = parse_constitution(text(1), "rules", 1, "test")
-
-
-def test_wilson_interval() -> None:
-    # Wilson 1927, 8 of 10: (0.4902, 0.9433)
-    assert interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert interval(0, 0) == (0.0, 1.0)
-    assert interval(0, 5)[0] == 0.0
 
 
 def test_what_is_counted_about_answers() -> None:

@@ -7,13 +7,14 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from rlaif.cli.judge_attack import attack
+from rlaif.cli.judge_common import DEFAULT_LABELLED, Dir, JobOption, Json, Set, job_of, loader, open_asked
+from rlaif.console import stdout_console
 from rlaif.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure a judge on labelled pairs.", no_args_is_help=True, rich_markup_mode=None)
 app.command()(attack)
-
-DEFAULT_LABELLED = Path("prompts/judge_bench.jsonl")
 
 Files = Annotated[
     list[Path] | None, typer.Argument(help=f"Labelled pairs, JSON, JSONL or CSV; {DEFAULT_LABELLED} when absent.")
@@ -57,11 +56,6 @@ VotesMap = Annotated[
                  "order, forward, reversed, reversed_slots (the second order, not mapped back)."),
 ]  # fmt: skip
 Jury = Annotated[bool, typer.Option("--jury", help="The judges of --votes vote together, instead of one by one.")]
-JobOption = Annotated[Path | None, typer.Option(help="Take `judge` and `filters` from this job file.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: --set filters.min_margin=0.1")
-]
-Dir = Annotated[Path, typer.Option("--dir", help="Folder that holds the constitutions.")]
 Alpha = Annotated[float, typer.Option(help="Largest error among kept pairs.")]
 Delta = Annotated[float, typer.Option(help="Largest probability of accepting a larger one.")]
 Score = Annotated[
@@ -69,7 +63,6 @@ Score = Annotated[
     typer.Option(help="What the threshold is on: `agreement`, `margin` of p(first), or `fitted` (100 pairs or more)."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of random splits.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 
 
 @dataclass(frozen=True)
@@ -164,7 +157,7 @@ def bench(
             )
         )  # fmt: skip
         return
-    console = _stdout()
+    console = stdout_console()
     title = f"{votes or found.job.judge.model} on {', '.join(dict.fromkeys(r.file for r in found.rows))}"
     for table in report.tables(results, title):
         console.print(table)
@@ -265,52 +258,15 @@ def _votes(
         rows, recorded = read_recorded(votes, found.rows, parse_votes_map(votes_map), conditions)
         return _Votes(settings, found, rows, judge_bench.by_judge(recorded, jury), "recorded", directory)
     rows, _ = narrow(found.rows, conditions)
-    cast_now = _cast(settings, rows, directory)
+    ask, progress = open_asked(settings, rows, directory)
+    cast_now = judge_bench.cast_votes(rows, ask, loader(directory), settings.constitution, progress)
     return _Votes(settings, found, rows, {settings.judge.model: cast_now}, settings.judge.kind, directory)
-
-
-def _cast(settings: Job, rows: list[Labelled], directory: Path) -> list[Vote]:
-    """The job's judge asked now."""
-    from rlaif.judging import bench as judge_bench
-    from rlaif.judging.opened import open_judge
-
-    load = loader(directory)
-    references = {r.constitution or settings.constitution for r in rows}
-    texts = [load(reference) for reference in references if reference is not None]
-    ask = open_judge(settings, texts, Path.cwd(), lambda message: print(message, file=sys.stderr))
-    count = 0
-
-    def progress(new: int) -> None:
-        nonlocal count
-        count += new
-        if sys.stderr.isatty():
-            print(f"{count} votes", end="\r", file=sys.stderr, flush=True)
-
-    return judge_bench.cast_votes(rows, ask, load, settings.constitution, progress)
-
-
-def job_of(job: Path | None, set_: list[str] | None) -> Job:
-    from rlaif.config import apply_override, load_job, parse_job
-
-    if job is not None:
-        return load_job(job, set_)
-    tree: dict[str, Any] = {"constitution": "assistant"}
-    for override in set_ or []:
-        apply_override(tree, override)
-    return parse_job(tree, "--set")
 
 
 def _calibration(job: Job) -> Calibration | None:
     from rlaif.judging.calibration import read_calibration
 
     return read_calibration(Path(job.filters.calibration)) if job.filters.calibration else None
-
-
-@lru_cache
-def loader(directory: Path) -> Any:
-    from rlaif.constitution import load_constitution
-
-    return lru_cache(lambda reference: load_constitution(directory, reference))
 
 
 def _files(labelled: list[Path] | None) -> list[Path]:
@@ -327,9 +283,3 @@ def _check_risk(alpha: float, delta: float) -> None:
     for name, value in (("alpha", alpha), ("delta", delta)):
         if not 0 < value < 1:
             raise UserError(f"--{name} {value:g}: expected a share between 0 and 1, for example 0.1")
-
-
-def _stdout() -> Any:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160)

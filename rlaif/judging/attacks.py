@@ -14,7 +14,8 @@ from typing import Literal
 from rlaif.config import Filters
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
-from rlaif.judging.bench import candidate, wilson
+from rlaif.intervals import wilson
+from rlaif.judging.bench import candidate
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import decide
 from rlaif.judging.labelled import Labelled

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field
-from scipy.stats import binomtest
 
 from rlaif.config import Filters
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
+from rlaif.intervals import wilson
 from rlaif.judging.calibration import (
     EVERYTHING,
     Calibration,
@@ -369,14 +369,6 @@ def calibrate(
         labelled=tuple(labelled),
         labelled_digest=labelled_digest,
     )
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson 95 % interval of a share (Wilson 1927); (0, 1) when nothing was counted."""
-    if n == 0:
-        return 0.0, 1.0
-    interval = binomtest(successes, n).proportion_ci(0.95, "wilson")
-    return float(interval.low), float(interval.high)
 
 
 def krippendorff_alpha(votes: Sequence[Vote]) -> float | None:

@@ -22,7 +22,6 @@ from rlaif.judging.bench import (
     split_trial,
     split_trials,
     summarise,
-    wilson,
 )
 from rlaif.judging.labelled import Labelled, read_labelled
 from rlaif.judging.recorded import parse_where, read_recorded
@@ -114,11 +113,6 @@ def test_a_row_without_a_constitution_takes_the_default():
 def test_an_answer_that_stops_in_the_middle_was_cut_off():
     assert candidate(row(0), "first").finish_reason == "stop"
     assert candidate(row(0), "second").finish_reason == "length"
-
-
-def test_wilson():
-    assert wilson(0, 0) == (0.0, 1.0)
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-3)
 
 
 def vote(pair, outcome, order="forward", voice="v", judge="j", **more):

@@ -1,0 +1,64 @@
+"""What the `rlaif judge` commands share: options, the job, and its judge asked now."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rlaif.config import Job
+    from rlaif.constitution import Constitution
+    from rlaif.judging.labelled import Labelled
+    from rlaif.judging.opened import Ask
+
+DEFAULT_LABELLED = Path("prompts/judge_bench.jsonl")
+
+JobOption = Annotated[Path | None, typer.Option(help="Take `judge` and `filters` from this job file.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: --set filters.min_margin=0.1")
+]
+Dir = Annotated[Path, typer.Option("--dir", help="Folder that holds the constitutions.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
+
+
+def job_of(job: Path | None, set_: list[str] | None) -> Job:
+    """The job file, or the defaults, with the overrides."""
+    from rlaif.config import apply_override, load_job, parse_job
+
+    if job is not None:
+        return load_job(job, set_)
+    tree: dict[str, Any] = {"constitution": "assistant"}
+    for override in set_ or []:
+        apply_override(tree, override)
+    return parse_job(tree, "--set")
+
+
+@lru_cache
+def loader(directory: Path) -> Callable[[str], Constitution]:
+    """Reads each constitution of the folder once."""
+    from rlaif.constitution import load_constitution
+
+    return lru_cache(lambda reference: load_constitution(directory, reference))
+
+
+def open_asked(job: Job, rows: Iterable[Labelled], directory: Path) -> tuple[Ask, Callable[[int], None]]:
+    """The job's judge, for these rows' constitutions, and a counter of its votes on the terminal."""
+    from rlaif.judging.opened import open_judge
+
+    references = {r.constitution or job.constitution for r in rows}
+    texts = [loader(directory)(reference) for reference in references if reference is not None]
+    ask = open_judge(job, texts, Path.cwd(), lambda message: print(message, file=sys.stderr))
+    count = 0
+
+    def progress(new: int) -> None:
+        nonlocal count
+        count += new
+        if sys.stderr.isatty():
+            print(f"{count} votes", end="\r", file=sys.stderr, flush=True)
+
+    return ask, progress
