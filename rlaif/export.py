@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from rlaif.errors import UserError
-from rlaif.report import summarise
+from rlaif.summary import summarise
 from rlaif.store import RunDir, replace_dir
 
 

@@ -58,8 +58,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("rlaif.loop", "rlaif.monitors", "rlaif.texts", "rlaif.launch"),
     (
+        "rlaif.audit",
+        "rlaif.audit.*",
         "rlaif.console",
         "rlaif.report",
+        "rlaif.review",
+        "rlaif.review.*",
+        "rlaif.summary",
+        "rlaif.view",
+        "rlaif.view.*",
         "rlaif.export",
         "rlaif.chat",
         "rlaif.doctor",
@@ -169,7 +176,7 @@ def test_the_block_blocks() -> None:
 def test_everything_but_the_workers_imports_without_heavy_libraries() -> None:
     workers_only = "rlaif.learning.* rlaif.sampling.transformers rlaif.sampling.nucleus"
     names = [m for m in MODULES if not matches(m, workers_only) and m != "rlaif.__main__"]
-    assert {"rlaif.store", "rlaif.report", "rlaif.loop", "rlaif.cli"} < set(names)
+    assert {"rlaif.store", "rlaif.summary", "rlaif.loop", "rlaif.cli"} < set(names)
     done = without_heavy(f"import importlib\nfor name in {names!r}: importlib.import_module(name)")
     assert done.returncode == 0, done.stderr
 
@@ -199,7 +206,7 @@ def test_status_and_report_without_heavy_libraries(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "4 of 4 iterations done" in done.stdout
     assert json.loads(without_heavy(main("status", "run", "--json"), tmp_path).stdout)["iterations_done"] == 4
-    code = "from rlaif.report import *\nfrom rlaif.store import RunDir\nfrom pathlib import Path\n"
+    code = "from rlaif.summary import *\nfrom rlaif.store import RunDir\nfrom pathlib import Path\n"
     done = without_heavy(code + "r = RunDir.open(Path('run')); final_tables(r, write_summary(r))", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "rules@2" in done.stdout

@@ -46,7 +46,7 @@ def run(
     """
     from rlaif.cli.progress import make_progress
     from rlaif.launch import execute
-    from rlaif.report import final_tables, write_summary
+    from rlaif.summary import final_tables, write_summary
 
     settings, where = _job_and_run(job, set_ or [], name, runs)
     if dry_run:
@@ -83,7 +83,7 @@ def _print_plan(job: Job, where: Path, as_json: bool) -> None:
 
 def status(run: RunPath, json_: Json = False) -> None:
     """Say where a run stands: iteration, stage, text in force, alarms."""
-    from rlaif.report import status_table, status_values
+    from rlaif.summary import status_table, status_values
 
     directory = RunDir.open(run)
     if json_:

@@ -1,0 +1,1 @@
+"""`rlaif view`: a run as pages in a browser, on loopback."""
