@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from rlaif.errors import UserError
-from rlaif.summary import summarise
 from rlaif.store import RunDir, replace_dir
+from rlaif.summary import summarise
 
 
 def policy_path(run: RunDir, iteration: int | None = None) -> tuple[int, Path]:
