@@ -18,6 +18,7 @@ from rlaif.config import Job, Judge, changed_keys, parse_job
 from rlaif.errors import RunInterrupted, UserError
 from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.judging.spending import Spent, spent_on
+from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
 from rlaif.prompts import exclude_held_out, load_prompts, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
@@ -43,6 +44,9 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
     """
     if job.judge.kind == "recorded":
         raise UserError("judge.kind: fresh answers have no recorded votes; name likelihood or chat")
+    if job.judge.kind == "chat":
+        for juror in job.judge.jurors:  # before minutes of sampling
+            check_address(juror)
     run = RunDir(run_dir)
     with ExitStack() as stack:
         stack.enter_context(run.lock())
