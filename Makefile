@@ -38,6 +38,7 @@ bench: $(STAMP) ## speed of the loop beside TRL's stock trainer and two limits
 
 bench-judge: $(STAMP) ## speed of a judge behind a server, of parsing and verdicts, and its memory
 	@$(BIN)/python -m benchmarks.judge $(ARGS)
+	@$(BIN)/python -m benchmarks.judge_verdicts
 
 judge-server: $(STAMP) ## vLLM's OpenAI-compatible server with the embedded model, on loopback (PORT=8000)
 	@VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING $(BIN)/python -m vllm.entrypoints.openai.api_server \

@@ -54,8 +54,7 @@ def test_uses_do_not_mix():
     assert selecting_voices(c) == ["brief/paraphrase1"]
     assert deciding_voices(c) == ["brief/main"]
     assert evaluating_voices(c) == ["brief/paraphrase2"]
-    pair = Pair(id="p", prompt_id="q", first="a", second="b", method="all")
-    guards = [b.voice for b in make_ballots([pair], c, "j") if b.guard]
+    guards = [b.voice for b in make_ballots([PAIR], c, "j") if b.guard]
     assert guards == ["answers/relevance", "answers/fluency", "polite/main"]
 
 
