@@ -1,6 +1,6 @@
 """How fast the loop is, beside TRL's stock trainer and two limits: `make bench`.
 
-In: prompts, a model, a judge that costs nothing. Out: seconds by stage, tokens a second, ratios. The parts run one after
+In: prompts, a model, a judge that costs nothing. Out: seconds by stage, tokens a second, ratios. Parts run one after
 another, each in a process of its own, on the same prompts:
 
 - `loop`: one whole iteration of `rlaif.loop.Loop` with its sampler and learner workers, as `rlaif run` does it: the
@@ -204,7 +204,7 @@ def render(report: Report) -> str:
         *(_row(name, values, ".0f") for name, *values in rates),
         "",
         f"TRL stock: its defaults. TRL tuned: no gradient checkpointing, in {precision}, its faster precision here.",
-        "TRL's steps include its reference and Adam. Limits: vLLM alone for sampling, bare PyTorch forward and backward",
+        "TRL's steps include reference and Adam. Limits: vLLM alone for sampling, bare PyTorch forward and backward",
         f"for the update (clipping and Adam, {bare.adam_s:.2f} s bare, are not in it), plain writes for what is saved.",
         f"vLLM alone without top-p: {_rate(vllm.tokens_without_top_p, vllm.seconds_without_top_p):.0f} tokens/s "
         f"(this loop, with it: {report.sampling_vs_vllm_without_top_p:.2f} of that)",
