@@ -44,3 +44,8 @@ def run_of(ctx: typer.Context) -> RunDir:
     """The run that a subcommand is about."""
     run: RunDir = ctx.obj
     return run
+
+
+from rlaif.cli.audit_verify import verify  # noqa: E402
+
+app.command()(verify)
