@@ -46,6 +46,8 @@ def run_of(ctx: typer.Context) -> RunDir:
     return run
 
 
+from rlaif.cli.audit_replay import replay  # noqa: E402
 from rlaif.cli.audit_verify import verify  # noqa: E402
 
 app.command()(verify)
+app.command()(replay)
