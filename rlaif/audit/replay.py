@@ -266,7 +266,7 @@ class Iteration:
         texts = self._texts()
         weights = self.text.weights
         self.votes = self.reparsed = 0
-        before = _rows(self.here, "decisions", Decision)
+        before = stage_rows(self.here, "decisions", Decision)
         for pair, mine in self._pairs():
             was = next(before, None)
             if was is None or was.pair_id != pair.id:
@@ -299,7 +299,7 @@ class Iteration:
         rank: dict[tuple[str, ...], int] | None = None
         path = self.here.path / "votes.jsonl"
         with path.open("rb") as f:
-            for pair in _rows(self.here, "pairs", Pair):
+            for pair in stage_rows(self.here, "pairs", Pair):
                 mine: list[Vote] = []
                 places = self._places.get(pair.id, [])
                 for place in places:
@@ -330,8 +330,8 @@ class Iteration:
         path = self.here.path / "votes.jsonl"
         with path.open("rb") as f:
             for number, line in enumerate(f, 1):
-                if match := _PAIR_ID.search(line):
-                    places.setdefault(match[1].decode("utf-8", "replace"), []).append(at)
+                if (pair := pair_named(line)) is not None:
+                    places.setdefault(pair, []).append(at)
                 elif line.strip():
                     self._problem(f"{path}:{number}: not a Vote (it names no pair)")
                 at += len(line)
@@ -357,7 +357,7 @@ class Iteration:
         """Completion → a digest of its text without the space around it: all that `identical` needs of it."""
         return {
             c.id: hashlib.blake2b(c.text.strip().encode(), digest_size=12).hexdigest()
-            for c in _rows(self.here, "completions", Completion)
+            for c in stage_rows(self.here, "completions", Completion)
         }
 
     def _read(self, vote: Vote) -> Vote:
@@ -428,7 +428,13 @@ def _template(folder: Path, name: str) -> Template:
     return parse_template(name, {f.name: f.read_text() for f in sorted(folder.glob("*.jinja"))}, str(folder))
 
 
-def _rows(here: StageDir, stage: str, record: type[R]) -> Iterator[R]:
+def pair_named(line: bytes) -> str | None:
+    """The pair that a line of votes.jsonl is about, without reading the rest of it."""
+    match = _PAIR_ID.search(line)
+    return match[1].decode("utf-8", "replace") if match else None
+
+
+def stage_rows(here: StageDir, stage: str, record: type[R]) -> Iterator[R]:
     """A stage's rows, one at a time.
 
     Raises:
@@ -476,10 +482,10 @@ def _with_texts(run: RunDir, changes: Sequence[Change]) -> Iterator[Change]:
     pairs: dict[str, Pair] = {}
     answers: dict[str, str] = {}
     for k, ids in wanted.items():
-        mine = {p.id: p for p in _rows(run.iteration(k), "pairs", Pair) if p.id in ids}
+        mine = {p.id: p for p in stage_rows(run.iteration(k), "pairs", Pair) if p.id in ids}
         pairs |= mine
         sides = {c for p in mine.values() for c in (p.first, p.second)}
-        answers |= {c.id: c.text for c in _rows(run.iteration(k), "completions", Completion) if c.id in sides}
+        answers |= {c.id: c.text for c in stage_rows(run.iteration(k), "completions", Completion) if c.id in sides}
     file = run.path / "prompts" / "train.jsonl"
     asked = {p.prompt_id for p in pairs.values()}
     prompts: dict[str, str] = {}
