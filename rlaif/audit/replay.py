@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -40,7 +40,7 @@ _SCORES_ARE_ROUNDED = 1.1e-4
 _REPARSED = ("judge.score_temperature", "judge.relevance_tolerance", "judge.fluency_tolerance", "judge.clamp")
 """Settings of the judge that say what a recorded reply or score means."""
 
-Kind = Literal["newly_kept", "newly_dropped", "reversed", "other_reasons"]
+Kind = Literal["newly_kept", "newly_dropped", "newly_reviewed", "reversed", "other_reasons"]
 R = TypeVar("R", bound=Record)
 
 
@@ -86,6 +86,8 @@ class Replayed(Record):
     kept_after: int
     newly_kept: int
     newly_dropped: int
+    newly_reviewed: int
+    """Sent to a person."""
     reversed: int
     """Kept both times, with the other side as winner."""
     other_reasons: int
@@ -216,7 +218,7 @@ def replay(
                     )
         votes += again.votes
         problems += again.problems
-        named = ("pairs", "kept_before", "kept_after", "newly_kept", "newly_dropped", "reversed", "other_reasons")
+        named = ("pairs", "kept_before", "kept_after", *get_args(Kind))
         rows.append(
             Replayed(
                 iteration=k,
@@ -254,7 +256,12 @@ class Iteration:
         folder = run.path / "constitutions"
         text = read_json(folder / self.plan.constitution.hash / "constitution.json")
         self.text = Constitution.model_validate(text)
-        self.templates = {hash: _template(folder / hash, name) for name, hash in self.plan.templates.items()}
+        self.templates = {h: t for name, h in self.plan.templates.items() if (t := _template(folder / h, name))}
+        if settings.parser and len(self.templates) < len(self.plan.templates):
+            gone = next(h for h in self.plan.templates.values() if h not in self.templates)
+            raise RlaifError(
+                f"{folder / gone}: the judge template is gone, and --parser needs to know its replies' form"
+            )
         self.problems: list[str] = []
         self.votes = self.reparsed = 0
         self._places = self._index()
@@ -424,8 +431,10 @@ def _voice(b: Ballot) -> tuple[str, ...]:
     return b.judge, b.voice, str(b.sample_index), b.order
 
 
-def _template(folder: Path, name: str) -> Template:
-    return parse_template(name, {f.name: f.read_text() for f in sorted(folder.glob("*.jinja"))}, str(folder))
+def _template(folder: Path, name: str) -> Template | None:
+    """The run's copy of a template; None when it is gone."""
+    sources = {f.name: f.read_text() for f in sorted(folder.glob("*.jinja"))}
+    return parse_template(name, sources, str(folder)) if f"{name}.jinja" in sources else None
 
 
 def pair_named(line: bytes) -> str | None:
@@ -459,17 +468,20 @@ def _label(decision: Decision) -> str:
     return decision.reasons[0] if decision.status == "dropped" and decision.reasons else decision.status
 
 
+_BY_STATUS: dict[str, Kind] = {"kept": "newly_kept", "dropped": "newly_dropped", "review": "newly_reviewed"}
+
+
 def _kind(before: Decision, after: Decision) -> Kind | None:
-    if (before.status == "kept") != (after.status == "kept"):
-        return "newly_kept" if after.status == "kept" else "newly_dropped"
+    if before.status != after.status:
+        return _BY_STATUS[after.status]
     if before.winner != after.winner:
         return "reversed"
-    return "other_reasons" if (before.status, before.reasons) != (after.status, after.reasons) else None
+    return "other_reasons" if before.reasons != after.reasons else None
 
 
 def _in_turn(found: Mapping[Kind, Sequence[Change]]) -> list[Change]:
     """Ten changes, the kinds in turn, those that train first; other reasons for a pair that stays dropped don't."""
-    kinds: tuple[Kind, ...] = ("reversed", "newly_kept", "newly_dropped")
+    kinds: tuple[Kind, ...] = ("reversed", "newly_kept", "newly_dropped", "newly_reviewed")
     turns = zip_longest(*(found.get(kind, ()) for kind in kinds))
     return [change for change in chain.from_iterable(turns) if change is not None][:EXAMPLES]
 

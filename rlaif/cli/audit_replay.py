@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rlaif.audit.replay import Change, Replay
 
 _PREVIEW = 140
+_COUNTED = ("pairs", "kept_before", "kept_after", "newly_kept", "newly_dropped", "newly_reviewed", "reversed",
+            "other_reasons")  # fmt: skip
 
 
 def replay(
@@ -70,25 +72,24 @@ def _show(found: Replay, parser: bool) -> None:
         console.print(f"note: {escape(note)}")
     for problem in found.problems:
         console.print(f"[red]{escape(problem)}[/]; its pair is left out")
-    columns = ("iteration", "constitution", "pairs", "kept", "would keep", "newly kept", "newly dropped", "reversed",
-               "other reasons", "")  # fmt: skip
+    columns = ("iteration", "constitution", "pairs", "kept", "would keep", "newly kept", "newly dropped", "to review",
+               "reversed", "other reasons", "")  # fmt: skip
     table = Table(*columns)
     for name in columns[2:-1]:
         next(c for c in table.columns if c.header == name).justify = "right"
     for i in found.iterations:
         update = "" if i.updated == i.would_update else "no update any more" if i.updated else "now an update"
-        numbers = (i.pairs, i.kept_before, i.kept_after, i.newly_kept, i.newly_dropped, i.reversed, i.other_reasons)
+        numbers = [getattr(i, name) for name in _COUNTED]
         table.add_row(str(i.iteration + 1), i.constitution, *map(str, numbers), update)
-    named = ("pairs", "kept_before", "kept_after", "newly_kept", "newly_dropped", "reversed", "other_reasons")
     table.add_section()
-    table.add_row("all", "", *(str(found.total(name)) for name in named), "")
+    table.add_row("all", "", *(str(found.total(name)) for name in _COUNTED), "")
     console.print(table)
     reasons = Table("before", "after", "pairs")
     reasons.columns[2].justify = "right"
     for t in found.transitions:
         reasons.add_row(t.before, t.after if t.after != t.before else "the same", str(t.pairs))
     console.print(reasons)
-    if not any(found.total(name) for name in named[3:]):
+    if not any(found.total(name) for name in _COUNTED[3:]):
         console.print("every decision is as it was made")
     for change in found.examples:
         _example(console, change)
