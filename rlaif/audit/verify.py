@@ -111,7 +111,9 @@ class _Checking:
     def found(self, file: str | Path, what: str, line: int | None = None) -> None:
         name = str(file.relative_to(self.run.path)) if isinstance(file, Path) else file
         self.wrong.add(name)
-        self.findings.append(Finding(file=name, line=line, what=what))
+        finding = Finding(file=name, line=line, what=what)
+        if finding not in self.findings:
+            self.findings.append(finding)
 
     # Heads.
 
@@ -185,7 +187,11 @@ class _Checking:
                 sha.update(part)
                 left -= len(part)
         if left or sha.hexdigest() != covered[-1].sha256:
-            self._lines(path, b"".join(base64.b64decode(g.row_digests) for g in covered), grows=True)
+            try:
+                then = b"".join(base64.b64decode(g.row_digests, validate=True) for g in covered)
+            except ValueError:
+                then = b""
+            self._lines(path, then, grows=True)
 
     def _uncovered(self) -> None:
         """Files of finished iterations that no head covers came later."""
@@ -199,12 +205,16 @@ class _Checking:
     def _told(self) -> None:
         """Events tell of iterations and heads that must be here."""
         known = {head.name for head in self.chain}
+        newest = max(self.iterations, default=-1)
         for number, event in self._events():
             if (head := event.data.get("head")) and head not in known:
                 self.found(
                     "events.jsonl", f"tells of head {head}, and {FILE} has none such: heads were {_LOST}", number
                 )
-            if event.iteration is not None and event.iteration not in self.iterations:
+            if event.iteration is None or self.run.iteration(event.iteration).path.exists():
+                continue
+            # A text that doesn't parse is told before the folder of its iteration is made.
+            if event.kind != "alarm" or event.iteration != newest + 1:
                 self.found(
                     "events.jsonl", f"tells of iteration {event.iteration + 1}, whose folder is gone (a removed tail)",
                     number,
@@ -279,7 +289,10 @@ class _Checking:
             meta = read_json(path)
             if not isinstance(meta, dict) or not {"sha256", "rows", "inputs"} <= set(meta):
                 raise ValueError("it holds no digest")
-        except (RlaifError, ValueError, UnicodeDecodeError) as e:
+            if not isinstance(meta["inputs"], dict):
+                raise ValueError("its inputs are none")
+            base64.b64decode(meta.get("row_digests", ""), validate=True)
+        except (RlaifError, ValueError, TypeError) as e:
             self.found(path, f"is no meta file any more ({str(e).removeprefix(f'{path}:')})")
             return None
         return meta
@@ -368,7 +381,7 @@ class _Checking:
             return None
         try:
             return Plan.model_validate(read_json(path))
-        except (RlaifError, ValidationError):
+        except (RlaifError, ValueError):  # no JSON, no UTF-8, no plan
             self.found(path, "is no plan any more: it was damaged after it was written")
             return None
 

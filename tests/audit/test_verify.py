@@ -239,6 +239,27 @@ def test_a_run_without_row_digests_and_heads_names_the_file(run: RunDir) -> None
     ]
 
 
+def test_any_flipped_bit_of_any_covered_file_is_found(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written, tmp_path / "run")
+    files = [
+        p
+        for p in sorted((tmp_path / "run").rglob("*"))
+        if p.is_file() and p.parent.name != "policy" and "learner" not in p.parts and p.name != "run.json"
+    ]
+    assert {"heads.jsonl", "events.jsonl", "plan.json", "votes.jsonl", "votes.meta.json"} < {p.name for p in files}
+    draw = random.Random(3)
+    for path in [*files, *draw.choices(files, k=30)]:
+        whole = path.read_bytes()
+        if not whole:
+            continue
+        at = draw.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :])
+        told = findings(RunDir(tmp_path / "run"))
+        assert any(str(path.relative_to(tmp_path / "run")) in f for f in told), (path, at, whole[at : at + 1], told)
+        path.write_bytes(whole)
+    assert findings(RunDir(tmp_path / "run")) == []
+
+
 class Stopping(Quiet):
     """Verifies the run at every stage that begins, and stops it in the third iteration."""
 
