@@ -3,8 +3,8 @@
 In: a run, the text before and after, and the run's judge. Out: an `Effect`: how many verdicts on a seeded sample of the
 run's own pairs turn round, which of the edit's parts do it, and examples.
 
-The verdict before is the stored one where the pair was judged with exactly the questions that would be asked now
-(their ids say so); elsewhere the judge is asked under the old text too. A part of an edit is a principle that was
+A verdict is the stored one where the pair was judged with exactly the questions that would be asked now (their ids
+say so); elsewhere the judge is asked, under the old text too. A part of an edit is a principle that was
 added, removed or changed, or the text's own fields. A part *alone* turns a verdict when the old text with only this
 part edited turns it too; it is *needed* when the new text without this part doesn't. For the likelihood judge, whose
 votes are each about one principle, both follow from the votes at hand. A judge that reads all rules in one question is
@@ -81,7 +81,9 @@ class Effect(Record):
     pairs: int
     """Sampled."""
     stored: int
-    """Of them with a stored verdict under the old text; on the others the judge was asked under both."""
+    """Of them with a stored verdict under the old text ..."""
+    stored_after: int
+    """... and under the new one, where the run went on with it; elsewhere the judge was asked."""
     asked: int
     """Votes that were cast for this."""
     compared: int
@@ -146,14 +148,17 @@ def effect_of(
         raise UserError(f"{before.ref} and {after.ref} say the same ({before.hash}): there is nothing to ask")
     asking = _Asking(judge, job, _draw(run, sample, seed), progress)
     notes: list[str] = []
-    known = asking.stored(before, _same_judge(job, run_job))
-    old_votes = known | asking.votes(before, [p for p in asking.sample.pairs if p.id not in known])
-    new_votes = asking.votes(after, asking.sample.pairs)
+    same_judge = _same_judge(job, run_job)
+    known, known_after = (asking.stored(text, same_judge) for text in (before, after))
+    old_votes, new_votes = (
+        stored | asking.votes(text, [p for p in asking.sample.pairs if p.id not in stored])
+        for text, stored in ((before, known), (after, known_after))
+    )
     old, new = asking.verdicts(before, old_votes), asking.verdicts(after, new_votes)
     both = [p.id for p in asking.sample.pairs if p.id in old and p.id in new]
     decided = [id for id in both if _sides(old[id], new[id])]
     turned = [id for id in decided if old[id].outcome != new[id].outcome]
-    notes += _repeated(known, new_votes)
+    notes += _repeated([(old_votes[id], new_votes[id]) for id in both if (id in known) != (id in known_after)])
     apart = turned
     alone: dict[str, set[str]] = {}
     needed: dict[str, set[str]] = {}
@@ -205,6 +210,7 @@ def effect_of(
         seed=seed,
         pairs=len(pairs),
         stored=len(known),
+        stored_after=len(known_after),
         asked=asking.asked,
         compared=len(decided),
         turned=len(turned),
@@ -339,12 +345,12 @@ def _same_judge(job: Job, run_job: Job) -> bool:
     return not set(changed_keys(mine, runs)) & set(_MEANING)
 
 
-def _repeated(stored: Mapping[str, Sequence[Vote]], asked: Mapping[str, Sequence[Vote]]) -> list[str]:
-    """How often the judge says something else to the same question: what it varies by itself."""
+def _repeated(both: Sequence[tuple[Sequence[Vote], Sequence[Vote]]]) -> list[str]:
+    """How often the judge says something else to the same question, once stored and once now: what varies by itself."""
     same = other = 0
-    for id, votes in stored.items():
-        again = {_question(v): v for v in asked.get(id, ()) if not v.ballot.guard}
-        for vote in votes:
+    for before, after in both:
+        again = {_question(v): v for v in after if not v.ballot.guard}
+        for vote in before:
             if (now := again.get(_question(vote))) is not None and not vote.ballot.guard:
                 same += 1
                 other += now.outcome != vote.outcome

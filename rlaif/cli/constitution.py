@@ -148,10 +148,10 @@ def _effect(
 
 def _show_effect(effect: Effect) -> None:
     console = stdout_console()
-    stored = f"{effect.stored} with their stored verdict, {effect.pairs - effect.stored} asked under both texts"
+    stored = f"verdicts in the run: {effect.stored} under {effect.before}, {effect.stored_after} under {effect.after}"
     console.print(
-        f"\n{effect.pairs} pairs of {escape(effect.run)} (seed {effect.seed}; {stored}), {effect.asked} votes of "
-        f"{escape(', '.join(effect.judges))}"
+        f"\n{effect.pairs} pairs of {escape(effect.run)} (seed {effect.seed}; {escape(stored)}), {effect.asked} votes "
+        f"now by {escape(', '.join(effect.judges))}"
     )
     if effect.share is None:
         console.print("on no pair do both texts name a side: nothing to compare")

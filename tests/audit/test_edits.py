@@ -154,13 +154,17 @@ def test_stored_votes_are_taken_only_for_the_very_same_questions(root: Path) -> 
     assert (colder.turned, colder.parts) == (measured(root).turned, measured(root).parts)
 
 
-def test_pairs_that_were_judged_under_another_text_are_asked_about_twice(root: Path) -> None:
+def test_verdicts_that_the_run_has_under_the_new_text_are_taken_too(root: Path) -> None:
     run = RunDir.open(root / "run")
     own = parse_job(run.header["job"], "run.json")
     before, after = texts(root)
     back = effect_of(run, after, before, own, own, voices())
-    assert (back.stored, back.asked) == (0, 30 * 6)
+    assert (back.stored, back.stored_after, back.asked) == (0, 30, 30 * 3)
     assert back.turned == measured(root).turned
+    third = after.model_copy(update={"version": 3, "summary": "Another."})
+    neither = effect_of(run, after, third, own, own, voices())
+    assert (neither.stored, neither.stored_after, neither.asked) == (0, 0, 30 * 6)
+    assert (neither.turned, [p.needed for p in neither.parts]) == (0, [None])
 
 
 def test_the_sample_is_seeded(root: Path) -> None:

@@ -284,6 +284,14 @@ def test_a_run_that_is_being_written_holds_at_every_stage(tmp_path: Path) -> Non
     assert verify(RunDir(tmp_path / "run")).holds
 
 
+def test_a_run_prints_its_head_after_each_iteration(tmp_path: Path) -> None:
+    progress = Quiet()
+    stub_loop(tmp_path, progress=progress).run()
+    heads = [head.name for head in read_heads(tmp_path / "run") if head is not None]
+    assert [note for note in progress.notes if note.startswith("head ")] == [f"head {name}" for name in heads]
+    assert [name.partition(":")[0] for name in heads] == ["1", "2", "3", "4"]
+
+
 def test_heads_go_on_where_a_run_was_killed_before_its_head(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     write_json(tmp_path / "run/run.json", {"schema_version": 1, "models": {"policy": BASE_DIGEST}})
