@@ -68,14 +68,21 @@ class Report(Record):
         return not self.findings
 
 
-def verify(run: RunDir, head: str | None = None, progress: Callable[[str], None] = lambda folder: None) -> Report:
+def verify(
+    run: RunDir,
+    head: str | None = None,
+    progress: Callable[[str], None] = lambda folder: None,
+    weights: bool = True,
+) -> Report:
     """Checks a run; `head` is one that was noted elsewhere, `progress` is told each folder.
+
+    `weights` reads the policies that are on the disk, which can be larger than all the rest.
 
     Raises:
         UserError: `head` is none.
     """
     noted = parse_head(head) if head else None
-    checking = _Checking(run, progress)
+    checking = _Checking(run, progress, weights)
     checking.heads()
     checking.folders()
     checking.plans()
@@ -95,9 +102,10 @@ def verify(run: RunDir, head: str | None = None, progress: Callable[[str], None]
 class _Checking:
     """One verification on its way."""
 
-    def __init__(self, run: RunDir, progress: Callable[[str], None]):
+    def __init__(self, run: RunDir, progress: Callable[[str], None], weights: bool):
         self.run = run
         self.progress = progress
+        self.weights = weights
         self.findings: list[Finding] = []
         self.notes: list[str] = []
         self.counts = dict.fromkeys(("stages", "rows", "texts", "policies"), 0)
@@ -387,8 +395,9 @@ class _Checking:
 
     def _weights(self, folder: Path, expected: str | None) -> None:
         try:
-            if not any(folder.glob("*.safetensors")):
+            if not self.weights or not any(folder.glob("*.safetensors")):
                 return  # pruned
+            self.progress(str(folder.relative_to(self.run.path)))
             found = export_digest(folder)
         except OSError:
             return  # pruned just now

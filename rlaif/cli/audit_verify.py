@@ -19,6 +19,9 @@ def verify(
     head: Annotated[
         str | None, typer.Option(metavar="DIGEST", help="A head that was noted elsewhere: is a tail missing since?")
     ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights/--no-weights", help="Read the policies' weights too, where they are still there.")
+    ] = True,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Check every digest and the chain of inputs; name the file and line that was changed, cut or added.
@@ -29,9 +32,10 @@ def verify(
     from rlaif.audit.verify import verify as check
 
     tty = sys.stderr.isatty()
-    report = check(run_of(ctx), head, lambda folder: print(folder, end="\r", file=sys.stderr) if tty else None)
+    told = (lambda folder: print(folder, end="\r", file=sys.stderr)) if tty else (lambda folder: None)
+    report = check(run_of(ctx), head, told, weights)
     if json_:
-        typer.echo(report.model_copy().model_dump_json(indent=1))
+        typer.echo(report.model_dump_json(indent=1))
     else:
         console = stdout_console()
         console.print(

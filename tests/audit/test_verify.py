@@ -218,6 +218,7 @@ def test_a_policy_whose_weights_are_others_is_found(run: RunDir) -> None:
     folder = run.iteration(3).path / "policy"
     (folder / "model.safetensors").write_bytes(b"other weights")
     assert verify(run).findings[0].file == "iterations/0003/policy"
+    assert verify(run, weights=False).holds
     shutil.rmtree(folder)  # pruned
     assert verify(run).holds
 
