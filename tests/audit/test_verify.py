@@ -160,6 +160,23 @@ def test_events_are_only_appended(run: RunDir) -> None:
     assert findings(run) == ["events.jsonl:1: the line was cut after it was written (it stood here)"]
 
 
+def test_the_job_may_only_change_when_a_run_goes_on(run: RunDir) -> None:
+    header = json.loads((run.path / "run.json").read_text())
+    header["job"]["iterations"] = 9
+    write_json(run.path / "run.json", header)
+    assert findings(run) == ["run.json: was changed after heads.jsonl:4 was written, and no run went on since"]
+    run.event("resumed", "9 iterations")
+    assert findings(run) == []
+
+
+def test_a_plan_that_names_another_policy_is_found(run: RunDir) -> None:
+    path = run.iteration(2).path / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["policy"]["digest"] = "another"
+    write_json(path, plan)
+    assert findings(run)[-1].startswith("iterations/0002/plan.json: names policy another, and iteration ")
+
+
 def test_an_edited_text_is_found(run: RunDir) -> None:
     hash = json.loads((run.iteration(0).path / "plan.json").read_text())["constitution"]["hash"]
     copy = run.path / "constitutions" / hash / "constitution.json"
