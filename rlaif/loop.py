@@ -19,6 +19,7 @@ from rlaif import monitors
 from rlaif.config import Job
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError
+from rlaif.heads import write_head
 from rlaif.judging.ballots import (
     Role,
     evaluating_voices,
@@ -97,6 +98,7 @@ class Loop:
         for k in range(self.job.iterations):
             if not (self.dir.iteration(k).path / "metrics.json").exists():
                 self._iterate(k)
+        write_head(self.dir)
 
     def _iterate(self, k: int) -> None:
         here = self.dir.iteration(k)
@@ -124,7 +126,9 @@ class Loop:
         alarms = self._alarms(k, metrics, evaluation)
         write_json(here.path / "metrics.json", metrics)
         self._prune_policies(k)
+        head = write_head(self.dir)
         self.progress.iteration_done(k, metrics)
+        self.progress.note(f"head {head.name}")
         if alarms and self.job.monitors.stop_on_alarm:
             raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarms[0]} (monitors.stop_on_alarm)")
 

@@ -44,3 +44,10 @@ def run_of(ctx: typer.Context) -> RunDir:
     """The run that a subcommand is about."""
     run: RunDir = ctx.obj
     return run
+
+
+from rlaif.cli.audit_replay import replay  # noqa: E402
+from rlaif.cli.audit_verify import verify  # noqa: E402
+
+app.command()(verify)
+app.command()(replay)
