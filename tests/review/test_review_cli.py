@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import re
 import select
 import subprocess
 import sys
@@ -58,12 +57,12 @@ def test_labels_from_a_pipe(run: RunDir) -> None:
 def test_the_screen_has_prompt_answers_and_rules_and_no_verdict(run: RunDir) -> None:
     question = Queue(run).next("ann")
     assert question
+    Queue(run).release("ann")
     out = piped(run, "c\nq\n", "--author", "ann").stdout
     for shown in (*question.shown, question.messages[-1].content, "Rule 1.", "summary: Text 1."):
         assert shown in out
     assert out.index(question.shown[0]) < out.index(question.shown[1])
-    verdicts = r"first\b|second|agreement|winner|0\.\d{3}\b|uncertain|kept"
-    assert not re.findall(verdicts, out.replace("\n", " ").split("summary:")[0].split("answer 1")[0])
+    assert not [word for word in ("judge", "agreement", "p(first)", "verdict", "uncertain") if word in out]
     assert not labels_path(run).exists()
 
 
@@ -218,6 +217,5 @@ def test_ctrl_c_gives_the_pair_back(run: RunDir) -> None:
     terminal.expect("q quit")
     assert Queue(run).counts().claimed == 1
     terminal.press("\x03")
-    terminal.expect("rlaif: interrupted")
     assert terminal.exit_code() == 130
     assert Queue(run).counts().claimed == 0
