@@ -110,6 +110,12 @@ def test_json_for_programs(rlaif, run: RunDir) -> None:  # noqa: F811
     assert sorted(run.path.rglob("*")) == before
 
 
+def test_status_says_how_many_wait(rlaif, run: RunDir) -> None:  # noqa: F811
+    waiting = Queue(run).counts().waiting
+    assert f"{waiting} pairs wait for a person: rlaif review {run.path}" in rlaif("status", str(run.path))[1]
+    assert json.loads(rlaif("status", str(run.path), "--json")[1])["waiting_for_review"] == waiting
+
+
 def test_a_run_that_asks_nothing_says_which_setting_does(tmp_path: Path) -> None:
     plain = reviewed(tmp_path, iterations=1, filters={"min_kept_pairs": 1})
     done = piped(plain, "", "--author", "ann")
