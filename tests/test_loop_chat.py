@@ -189,6 +189,15 @@ def test_a_missing_key_is_found_before_anything_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_secret_in_the_address_never_reaches_a_run(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        job = chat_job(server, {"base_url": "http://me:hunter2@127.0.0.1:9/v1"})
+    with pytest.raises(UserError, match=r"^judge.base_url: http://127.0.0.1:9/v1 comes with a user") as e:
+        execute(job, tmp_path / "run", tmp_path, None)
+    assert "hunter2" not in str(e.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_calibration_of_another_judge_is_found_before_anything_runs(tmp_path: Path) -> None:
     with FaultServer(say=greater_number) as server:
         loop = chat_loop(tmp_path, chat_job(server, filters={"calibration": "other.json"}))
