@@ -123,6 +123,26 @@ class Index:
             names = [d[0] for d in cursor.description or ()]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
+    def ask(self, sql: str, limit: int) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """A user's own query: column names, and at most `limit` rows.
+
+        Raises:
+            UserError: it is wrong, more than one statement, or wants more than to read these tables.
+        """
+        import duckdb
+
+        try:
+            with self._reading() as connection:
+                statements = connection.extract_statements(sql)
+                if len(statements) != 1:
+                    raise UserError(f"sql: one SELECT at a time, found {len(statements)} statements")
+                if statements[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+                    raise UserError(f"sql: read-only, and this is a {statements[0].type.name}; ask with SELECT")
+                cursor = connection.execute(statements[0])
+                return [d[0] for d in cursor.description or ()], cursor.fetchmany(limit)
+        except duckdb.Error as e:
+            raise UserError(f"sql: {' '.join(str(e).split())}") from e
+
     def refresh(self) -> None:
         """Takes in what the run wrote since the last look; cheap when that is nothing."""
         for attempt in (1, 2):

@@ -281,6 +281,61 @@ def _preview(text: str) -> str:
     return line if len(line) <= PREVIEW_CHARS and len(text) <= 2 * PREVIEW_CHARS else line[: PREVIEW_CHARS - 1] + "…"
 
 
+class VoiceSides(Record):
+    """What one voice said about a pair, order by order."""
+
+    judge: str
+    voice: str
+    principles: tuple[str, ...]
+    guard: bool
+    sample_index: int
+    forward: tuple[Outcome, ...]
+    """With the first completion shown first."""
+    reversed: tuple[Outcome, ...]
+    unordered: tuple[Outcome, ...]
+    """Of a judge without slots."""
+
+
+class Split(Record):
+    """A pair on which votes point to different sides."""
+
+    row: PairRow
+    voices: tuple[VoiceSides, ...]
+
+
+class SplitPage(Record):
+    """A part of a list of splits."""
+
+    total: int
+    offset: int
+    rows: tuple[Split, ...]
+
+
+def splits(index: Index, filter: PairFilter, limit: int = 50, offset: int = 0) -> SplitPage:
+    """A page of pairs with every voice's word on them; `filter` says `flipped` or `disagreeing`."""
+    page = list_pairs(index, filter, limit=limit, offset=offset)
+    voices = voice_sides(index, [r.pair_id for r in page.rows])
+    rows = tuple(Split(row=r, voices=tuple(voices.get(r.pair_id, ()))) for r in page.rows)
+    return SplitPage(total=page.total, offset=offset, rows=rows)
+
+
+def voice_sides(index: Index, pair_ids: Sequence[str]) -> dict[str, list[VoiceSides]]:
+    """Pair id → what each voice said, in the order in which they were asked."""
+    found = index.rows(
+        """SELECT pair_id, judge, voice, principles, guard, sample_index,
+            list(outcome ORDER BY line) FILTER (shown = 'forward') AS forward,
+            list(outcome ORDER BY line) FILTER (shown = 'reversed') AS reversed,
+            list(outcome ORDER BY line) FILTER (shown = 'none') AS unordered
+        FROM votes WHERE pair_id IN (SELECT unnest(?::VARCHAR[])) GROUP BY ALL ORDER BY min(line)""",
+        [list(pair_ids)],
+    )
+    out: dict[str, list[VoiceSides]] = {}
+    for r in found:
+        lists = {k: tuple(r[k] or ()) for k in ("principles", "forward", "reversed", "unordered")}
+        out.setdefault(r.pop("pair_id"), []).append(VoiceSides.model_validate(r | lists))
+    return out
+
+
 # One pair.
 
 

@@ -332,3 +332,18 @@ def create_statements() -> list[str]:
         columns = ", ".join(f'"{c.name}" {c.type}' for c in all_columns(table))
         statements.append(f"CREATE TABLE {table.name} ({columns})")
     return statements
+
+
+def describe() -> str:
+    """The tables and their columns, for people."""
+    lines = [
+        "Rows of the log's files have `iteration` (from 0) or `evaluation`, the folder's number, and `line`.",
+        "",
+    ]
+    for table in (*SMALL_TABLES.values(), *STAGE_TABLES.values()):
+        lines.append(f"{table.name}: {table.about}")
+        for c in table.columns:
+            about = f"  {c.about}" if c.about else ""
+            lines.append(f"    {c.name} {c.type}{about}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
