@@ -103,7 +103,7 @@ def write_run(
         {
             "name": path.name,
             "iterations": iterations,
-            "schedule": {0: str(texts[0].ref), iterations // 2: str(texts[1].ref)} if iterations > 1 else {0: "rules@1"},
+            "schedule": {0: "rules@1", **({iterations // 2: "rules@2"} if iterations > 1 else {})},
             "judge": {
                 "kind": "chat", "model": "careful", "base_url": "https://judge.example/v1",
                 "templates": list(_TEMPLATES), "jury": [{"model": "contrary", "base_url": "https://judge.example/v1"}],
@@ -203,8 +203,10 @@ class _Run:
             preferences.add(
                 f'{{"pair_id":"{pair.id}","iteration":{k},"source":"judge","constitution":"{text.hash}",'
                 f'"prompt_id":"{pair.prompt_id}","chosen_id":"{ids[chosen]}","rejected_id":"{ids[1 - chosen]}",'
-                f'"prompt_token_ids":{prompt},"chosen_token_ids":{sides[chosen]},"rejected_token_ids":{sides[1 - chosen]},'
-                f'"prompt":"{self.prompts[pair.prompt_id]}","chosen":"{answers[chosen]}","rejected":"{answers[1 - chosen]}",'
+                f'"prompt_token_ids":{prompt},"chosen_token_ids":{sides[chosen]},'
+                f'"rejected_token_ids":{sides[1 - chosen]},'
+                f'"prompt":"{self.prompts[pair.prompt_id]}","chosen":"{answers[chosen]}",'
+                f'"rejected":"{answers[1 - chosen]}",'
                 f'"p_chosen":{p},"agreement":{v.agreement}}}'
             )
             kept.append(pair.id)
@@ -268,7 +270,6 @@ class _Run:
         stages = ["completions", "pairs", "votes", "decisions"]
         rows = {s: _Rows(folder, s) for s in [*stages, "scores" if keep else "quality"]}
         counted: Counter[str] = Counter()
-        rng = self.rng
         for n, prompt_id in enumerate(prompt_ids):
             ids = [f"{prefix}-{prompt_id}-{n}-{i}" for i in (0, 1)]
             answers = [self._answer(c, prompt_id, i) for i, c in enumerate(ids)]

@@ -89,7 +89,8 @@ def _settings(first: RunDir, second: RunDir) -> list[Setting]:
 # Texts are compared by DuckDB's 64-bit hash, which depends on its version only; both indexes are of one.
 _HASHED = """
 SELECT p.pair_id, p.iteration, p.prompt_id, d.status, d.outcome, d.agreement,
-    hash(coalesce(q.text, p.prompt_id), least(a.text, b.text), greatest(a.text, b.text)) AS key, a.text > b.text AS swapped
+    hash(coalesce(q.text, p.prompt_id), least(a.text, b.text), greatest(a.text, b.text)) AS key,
+    a.text > b.text AS swapped
 FROM pairs p LEFT JOIN decisions d USING (pair_id)
 JOIN completions a ON a.completion_id = p.first JOIN completions b ON b.completion_id = p.second
 LEFT JOIN (SELECT prompt_id, any_value(text) AS text FROM prompts GROUP BY ALL) q ON q.prompt_id = p.prompt_id

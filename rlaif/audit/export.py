@@ -106,7 +106,8 @@ def _features(datasets: Any) -> Any:
             "prompt": messages, "chosen": messages, "rejected": messages,
             "pair_id": text, "iteration": whole, "source": text, "constitution": text, "constitution_hash": text,
             "policy_iteration": whole, "policy_digest": text, "p_chosen": real, "agreement": real,
-            "valid_votes": whole, "abstentions": whole, "judges": datasets.List(text), "judge_models": datasets.List(text),
+            "valid_votes": whole, "abstentions": whole, "judges": datasets.List(text),
+            "judge_models": datasets.List(text),
             "prompt_id": text, "chosen_finish_reason": text, "rejected_finish_reason": text, "run": text,
         }
     )  # fmt: skip

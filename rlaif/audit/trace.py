@@ -130,6 +130,11 @@ def trace(index: Index, run: RunDir, checkpoint: str, limit: int | None = None, 
     Raises:
         UserError: no such checkpoint.
     """
+    with index.session():
+        return _trace(index, run, checkpoint, limit, offset)
+
+
+def _trace(index: Index, run: RunDir, checkpoint: str, limit: int | None, offset: int) -> Trace:
     after, digest = find_checkpoint(index, run, checkpoint)
     (counted,) = index.rows(f"SELECT count(*) AS n, count(DISTINCT f.pair_id) AS pairs FROM {_TRAINED}", [after])
     steps = {
@@ -154,8 +159,9 @@ def trace(index: Index, run: RunDir, checkpoint: str, limit: int | None = None, 
 
 def _texts(index: Index, run: RunDir, after: int) -> list[TracedText]:
     found = index.rows(
-        f"SELECT t.hash, c.text_name, t.n FROM (SELECT f.constitution AS hash, count(*) AS n, min(f.iteration) AS since "
-        f"FROM {_TRAINED} GROUP BY ALL) t LEFT JOIN constitutions c ON c.constitution = t.hash ORDER BY t.since",
+        f"""SELECT t.hash, c.text_name, t.n FROM (
+            SELECT f.constitution AS hash, count(*) AS n, min(f.iteration) AS since FROM {_TRAINED} GROUP BY ALL
+        ) t LEFT JOIN constitutions c ON c.constitution = t.hash ORDER BY t.since""",
         [after],
     )
     folder = run.path / "constitutions"

@@ -620,8 +620,8 @@ def _print_compared(found: Compared) -> None:
     else:
         console.print("the same settings")
     console.print(
-        f"{found.comparable} pairs of both runs have the same prompt and answers; {found.differing} of them were decided "
-        f"differently, {found.reversed} the other way round"
+        f"{found.comparable} pairs of both runs have the same prompt and answers; {found.differing} of them were "
+        f"decided differently, {found.reversed} the other way round"
     )
     if found.examples:
         table = Table("prompt", "pair", "decision", "agree", "pair in the second", "decision", "agree")
@@ -638,7 +638,9 @@ def _tables_help() -> str:
     """The tables, for `rlaif audit RUN sql --help`."""
     from rlaif.audit.tables import describe
 
-    return "Ask the tables themselves, read-only, in DuckDB's SQL.\n\n\b\n" + describe()
+    # \b: these lines are not to be wrapped
+    tables = "\n\n".join(f"\b\n{table}" for table in describe().split("\n\n"))
+    return f"Ask the tables themselves, read-only, in DuckDB's SQL.\n\n{tables}"
 
 
 @app.command(help=_tables_help(), context_settings={"max_content_width": 120})
