@@ -11,6 +11,7 @@ who updates holds the lock alone, and everything that it took in of one folder a
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     import duckdb
 
 VERSION = 1
-"""Rises when tables change; an index of another version is made anew."""
+"""Rises when what is taken in changes; an index of another version, other tables or another DuckDB is made anew."""
 
 MEMORY_LIMIT = "1GB"
 _TAIL_BYTES = 4096
@@ -91,8 +92,9 @@ class Index:
         import duckdb
 
         self.run = run
-        name = digest([str(run.path.resolve()), VERSION, duckdb.__version__])
-        self.path = cache_root() / "audit" / f"{run.path.resolve().name}-{name}.duckdb"
+        self._name = f"{run.path.resolve().name}-{digest(str(run.path.resolve()))}"
+        layout = digest([VERSION, duckdb.__version__, create_statements()])
+        self.path = cache_root() / "audit" / f"{self._name}-{layout}.duckdb"
         self.problems: list[str] = []
         """One line for each damaged or missing file or line."""
         self._progress = progress or (lambda what, share: None)
@@ -298,6 +300,7 @@ class Index:
             fresh = not self.path.exists()
             with self._connect(read_only=False) as connection:
                 if fresh:
+                    self._remove_others()
                     _create(connection)
                 taken = _taken(connection.execute(_FILES).fetchall())
                 small = connection.execute("SELECT digest FROM small").fetchall()[0][0]
@@ -422,8 +425,9 @@ class Index:
             except FileNotFoundError:
                 return None
             except (RlaifError, UnicodeDecodeError) as e:
-                message = str(e).removeprefix(f"{path}:").strip()
-                connection.execute("INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", [*key, str(path), None, message])
+                line, _, message = str(e).removeprefix(f"{path}:").partition(": ")
+                values = [*key, str(path), int(line) if line.isdigit() else None, message or line]
+                connection.execute("INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", values)
                 return None
 
         for k in self.run.iterations():
@@ -482,6 +486,13 @@ class Index:
                         told = True
                     time.sleep(_LOCK_WAIT_S)
             yield
+
+    def _remove_others(self) -> None:
+        """Removes indexes of this run that an earlier rlaif or DuckDB left."""
+        for old in self.path.parent.glob(f"{glob.escape(self._name)}-*"):
+            if not old.name.startswith(self.path.name):
+                with suppress(OSError):
+                    old.unlink()
 
     def _remove(self) -> None:
         for suffix in ("", ".wal"):
@@ -570,7 +581,7 @@ def _transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
 def _where(key: Key) -> tuple[str, list[Any]]:
     """A condition for the rows of a source in its table, and its parameters."""
     table, iteration, evaluation = key
-    places = {c.name for c in STAGE_TABLES[table].where}
+    places = {c.name for c in STAGE_TABLES[table].where}  # what a row says itself is another thing
     if "held_out" in places:
         return "held_out = ?", [iteration == 1]
     if "iteration" not in places:

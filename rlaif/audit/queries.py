@@ -411,7 +411,8 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
     reference, text = _constitution_of(index, run, base)
     messages = index.rows("SELECT messages FROM prompts WHERE prompt_id = ?", [pair.prompt_id])
     labels = index.rows(
-        "SELECT * EXCLUDE (iteration, evaluation, line) FROM labels WHERE pair_id = ? ORDER BY line", [pair_id]
+        "SELECT pair_id, iteration, outcome, author, time, reason FROM labels WHERE pair_id = ? ORDER BY line",
+        [pair_id],
     )
     return PairDetail(
         row=row,

@@ -279,6 +279,7 @@ STAGE_TABLES: dict[str, Table] = {
         "human labels, in the order in which they were given; the newest of a pair counts",
         (
             Column("pair_id", "VARCHAR", "r.pair_id"),
+            Column("iteration", "INTEGER", "r.iteration", "of the pair, from 0"),
             Column("outcome", "VARCHAR", "r.outcome", "first, second, tie, skip"),
             Column("author", "VARCHAR", "r.author"),
             Column("time", "VARCHAR", "r.time", "UTC, ISO 8601"),
