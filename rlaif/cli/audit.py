@@ -706,3 +706,10 @@ def export(
         typer.echo(json.dumps({"file": str(to), "rows": rows}))
     else:
         typer.echo(f"{rows} preferences: {to}")
+
+
+from rlaif.cli.audit_replay import replay  # noqa: E402
+from rlaif.cli.audit_verify import verify  # noqa: E402
+
+app.command()(verify)
+app.command()(replay)
