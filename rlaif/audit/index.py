@@ -179,7 +179,8 @@ class Index:
                 return
             except _duckdb().Error as e:
                 # Torn by a full disk or a killed machine: it is only a copy.
-                if attempt == 2:
+                # A lock is not ours: somebody looks at the file with DuckDB itself.
+                if attempt == 2 or "Could not set lock" in str(e):
                     raise RlaifError(f"{self.path}: the index can't be used ({_first_line(e)})") from e
                 with self._lock(alone=True):
                     self._remove()
