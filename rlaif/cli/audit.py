@@ -586,10 +586,8 @@ def _print_compared(found: Compared) -> None:
 
     console = stdout_console()
     table = Table("", *(inert(r) for r in found.runs))
-    for name, texts in (("texts", found.texts),):
-        table.add_row(
-            name, *(", ".join(f"{inert(c.constitution)} from iteration {c.iteration + 1}" for c in t) for t in texts)
-        )
+    texts = (", ".join(f"{inert(c.constitution)} from iteration {c.iteration + 1}" for c in t) for t in found.texts)
+    table.add_row("texts", *texts)
     lines: dict[str, list[str]] = {}
     for t in found.totals:
         for name, value in {
