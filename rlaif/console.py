@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from rich.console import Console
 
 PIPED_COLUMNS = 160
-# Control characters but newline and tab → their pictures.
-_PICTURES = (
-    {i: 0x2400 + i for i in range(32) if i not in (9, 10)} | {127: 0x2421} | dict.fromkeys(range(128, 160), 65533)
-)
+_ACTIVE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tab and newline, and those that turn the direction of writing."""
 
 
 def stdout_console() -> Console:
@@ -18,8 +17,13 @@ def stdout_console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_COLUMNS)
 
 
+def visible(text: str) -> str:
+    """A model's or a user's text as a terminal may show it: what would steer the terminal is replaced."""
+    return _ACTIVE.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
 def inert(text: str) -> str:
-    """Somebody else's text for a rich console: no markup, and no control character that could steer a terminal."""
+    """`visible`, for a rich console: no markup either."""
     from rich.markup import escape
 
-    return escape(text.translate(_PICTURES))
+    return escape(visible(text))

@@ -12,6 +12,7 @@ from rich.table import Table
 from rlaif.console import stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, Prompt
+from rlaif.review.queue import Queue
 from rlaif.store import RunDir, read_json, read_rows, write_json
 
 STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
@@ -41,6 +42,7 @@ def status_values(run: RunDir) -> dict[str, Any]:
         "constitution": text,
         "last_event": events[-1].model_dump() if events else None,
         "alarms": [e.model_dump() for e in events if e.kind == "alarm"],
+        "waiting_for_review": Queue(run).counts().waiting,
     }
 
 
@@ -61,6 +63,8 @@ def status_table(run: RunDir) -> None:
         console.print(f"last event: {event['kind']} at {event['time']}: {escape(event['message'])}")
     for alarm in values["alarms"]:
         console.print(f"[red]alarm[/] in iteration {alarm['iteration']}: {escape(alarm['message'])}")
+    if values["waiting_for_review"]:
+        console.print(f"{values['waiting_for_review']} pairs wait for a person: rlaif review {escape(str(run.path))}")
     if values["iterations_done"] < values["iterations"]:
         console.print(f"go on with: rlaif run {values['run']}")
 
@@ -105,7 +109,7 @@ def final_tables(run: RunDir, summary: dict[str, Any]) -> None:
             _text(m),
             str(m["pairs"]),
             "-" if m["kept_share"] is None else f"{m['kept_share']:.0%}",
-            ", ".join(f"{r} {n}" for r, n in sorted(m["dropped_by_first_reason"].items())),
+            ", ".join(f"{r} {n}" for r, n in [*sorted(m["dropped_by_first_reason"].items()), *_sent(m)]),
             "-" if m["loss"] is None else f"{m['loss']:.3f}",
             f"{m['sampled']['mean_words']:.1f}",
             f"{m['sampled']['ended_share']:.0%}",
@@ -161,6 +165,11 @@ def final_tables(run: RunDir, summary: dict[str, Any]) -> None:
     console.print(f"\npicture: {run.path / 'summary.png'}   the same for programs: {run.path / 'summary.json'}")
 
 
+def _sent(metrics: dict[str, Any]) -> list[tuple[str, int]]:
+    """Pairs that went to review, where some did."""
+    return [("to review", metrics["review"])] if metrics.get("review") else []
+
+
 def _text(metrics: dict[str, Any]) -> str:
     return f"{metrics['constitution']['name']}@{metrics['constitution']['version']}"
 
@@ -205,6 +214,10 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         counts = [m["dropped_by_first_reason"].get(reason, 0) for m in iterations]
         kept.bar(x_iter, counts, bottom=bottom, label=reason, alpha=0.6)
         bottom = [b + c for b, c in zip(bottom, counts, strict=True)]
+    if any(_sent(m) for m in iterations):
+        kept.bar(
+            x_iter, [m.get("review", 0) for m in iterations], bottom=bottom, label="to review", hatch="//", alpha=0.6
+        )
     kept.set(title="pairs: kept, and dropped by reason", xlabel="iteration")
     sane.plot(x_eval, [e["relevance"] for e in evaluations], "o-", label="relevance (nat a token)")
     sane.plot(x_eval, [e["kl_per_token"] or 0 for e in evaluations], "s-", label="KL (nat a token)")

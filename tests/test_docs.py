@@ -119,6 +119,8 @@ def test_the_command_test_sees_mistakes() -> None:
     assert problem(["run", "jobs/quickstart.yaml", "--dry-run"]) is None
     assert problem(["constitution", "list", "|", "show"]) is None
     assert problem(["constitution", "list", "|", "shew"])
+    assert problem(["audit", "RUN", "agreement", "--json"]) is None
+    assert problem(["audit", "RUN", "agrement"])
     assert problem(["rum", "jobs/quickstart.yaml"])
     assert problem(["run", "--dry-rum"])
 

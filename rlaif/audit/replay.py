@@ -25,7 +25,7 @@ from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.ballots import make_ballots, make_chat_ballots
 from rlaif.judging.calibration import Calibration, read_calibration
-from rlaif.judging.filters import decide, trusted
+from rlaif.judging.filters import decide, to_review, trusted
 from rlaif.judging.likelihood import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
@@ -268,6 +268,16 @@ class Iteration:
 
     def decisions(self) -> Iterator[tuple[Decision, Decision]]:
         """(as it was made, as it would be made) of each pair, in the order of the pairs."""
+        if self.settings.job.filters.review is None:
+            yield from self._decided()
+            return
+        # Which pairs are least certain is known when all of an iteration are decided.
+        both = list(self._decided())
+        yield from zip(
+            (was for was, _ in both), to_review([now for _, now in both], self.settings.job.filters), strict=True
+        )
+
+    def _decided(self) -> Iterator[tuple[Decision, Decision]]:
         filters, calibration = self.settings.job.filters, self.settings.calibration
         jurors = self._jurors()
         texts = self._texts()

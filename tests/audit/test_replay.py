@@ -68,9 +68,18 @@ def jury(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return run
 
 
-@pytest.fixture(params=["likelihood", "jury"])
+@pytest.fixture(scope="module")
+def reviewed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run whose filter sends the least certain pairs to people."""
+    filters = {"min_kept_pairs": 2, "review": {"top_uncertain": 2}}
+    run = stub_run(tmp_path_factory.mktemp("reviewed"), stub_job(filters=filters))
+    assert any(d.status == "review" for d in run.iteration(0).read("decisions", Decision))
+    return run
+
+
+@pytest.fixture(params=["likelihood", "jury", "reviewed"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> RunDir:
-    """A copy of either."""
+    """A copy of each."""
     shutil.copytree(request.getfixturevalue(request.param).path, tmp_path / "run")
     return RunDir.open(tmp_path / "run")
 
