@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from rlaif.cli import audit, constitution, judge, run
+from rlaif.cli import audit, constitution, judge, run, view
 from rlaif.errors import RlaifError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ run.register(app)
 app.add_typer(audit.app, name="audit")
 app.add_typer(constitution.app, name="constitution")
 app.add_typer(judge.app, name="judge")
+app.command()(view.view)
 
 
 def main() -> None:
