@@ -195,6 +195,22 @@ class Judge(Juror):
         return self
 
 
+class Review(Section):
+    """Which pairs a person is asked about, instead of being kept or dropped. They wait in the run for a label."""
+
+    below_agreement: float | None = Field(None, ge=0, le=1)
+    """Every pair whose votes agree less than this; null for none."""
+    top_uncertain: int = Field(0, ge=0)
+    """Of the rest, this many an iteration: lowest agreement first, then p(first) nearest to 0.5. Kept pairs too, where
+    no other is less certain; with a calibration only pairs that it doesn't keep."""
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Review:
+        if self.below_agreement is None and not self.top_uncertain:
+            raise ValueError("filters.review: give below_agreement, top_uncertain or both; leave it out for no review")
+        return self
+
+
 class Filters(Section):
     """Which labels are trusted."""
 
@@ -216,7 +232,9 @@ class Filters(Section):
     guards: bool = True
     """A guard's vote against the winner drops the pair (`guard`)."""
     min_kept_pairs: int = Field(4, ge=1)
-    """Fewer kept pairs than this: no update in this iteration, recorded as `skipped_update`."""
+    """Fewer kept pairs than this, human labels included: no update in this iteration, recorded as `skipped_update`."""
+    review: Review | None = None
+    """Pairs to ask a person about; absent: no review."""
 
 
 class Lora(Section):
@@ -339,6 +357,8 @@ class Job(Section):
             )
         if self.judge.early_stop and self.filters.calibration:
             raise ValueError("judge.early_stop: never with filters.calibration, which counts on every vote; drop one")
+        if self.judge.early_stop and self.filters.review:
+            raise ValueError("judge.early_stop: never with filters.review, which compares pairs by all votes; drop one")
         return self
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ from rlaif.judging.ballots import (
 )
 from rlaif.judging.calibration import Calibration
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.filters import decide, trusted
+from rlaif.judging.filters import decide, to_review, trusted
 from rlaif.judging.templates import template_names
 from rlaif.judging.verdicts import aggregate, by_pair, fit_jurors
 from rlaif.pairing import make_pairs
@@ -286,7 +286,8 @@ class Loop:
                 verdict = aggregate(mine, text.weights, filters.aggregate, jurors)
                 promised = trusted(verdict, mine, calibration, filters) if calibration else None
                 made.append(decide(verdict, pair, filters, texts, promised))
-            yield made
+            # Held-out pairs are never labelled: they only measure.
+            yield to_review(made, filters) if role == "decide" else made
 
         return here.rows("decisions", Decision, produce, inputs=["votes"], resumable=False)
 

@@ -30,6 +30,8 @@ DropReason = Literal[
     "uncalibrated",
 ]
 
+ReviewRule = Literal["below_agreement", "top_uncertain"]
+
 
 def digest(value: Any) -> str:
     """sha256 (hex, first 16 digits) of a value's canonical JSON: the identity of plans, ballots and texts."""
@@ -205,6 +207,21 @@ class Decision(Record):
     reasons: tuple[DropReason, ...]
     winner: Side | None
     verdict: Verdict
+    review_rule: ReviewRule | None = None
+    """The setting of `filters.review` that sent the pair to review."""
+
+
+class HumanLabel(Record):
+    """A reviewer's word on a pair: one line of review/labels.jsonl, appended, never changed. The newest counts."""
+
+    pair_id: str
+    iteration: int
+    """The iteration that sampled and judged the pair."""
+    outcome: Literal["first", "second", "tie", "skip"]
+    author: str
+    time: str
+    """UTC, ISO 8601."""
+    reason: str | None = None
 
 
 class Preference(Record):

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -67,11 +68,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def read_rows(path: Path, record: type[R]) -> list[R]:
-    """Reads a complete JSONL file; a damaged line is an error that names file and line."""
+def read_rows(path: Path, record: type[R], only: re.Pattern[bytes] | None = None) -> list[R]:
+    """Reads a complete JSONL file; a damaged line is an error that names file and line.
+
+    `only` spares parsing: lines in which it is nowhere found are left out, unread.
+    """
     rows = []
     with path.open("rb") as f:
         for number, line in enumerate(f, 1):
+            if only is not None and only.search(line) is None:
+                continue
             try:
                 rows.append(record.model_validate_json(line))
             except ValidationError as e:
@@ -96,9 +102,9 @@ class StageDir:
         meta: dict[str, Any] = read_json(self.path / f"{stage}.meta.json")
         return meta
 
-    def read(self, stage: str, record: type[R]) -> list[R]:
-        """The rows of a complete stage."""
-        return read_rows(self._file(stage), record)
+    def read(self, stage: str, record: type[R], only: re.Pattern[bytes] | None = None) -> list[R]:
+        """The rows of a complete stage; with `only`, those whose line it is found in."""
+        return read_rows(self._file(stage), record, only)
 
     def durable(self, stage: str, record: type[R]) -> list[R]:
         """The rows that are on disk, of a complete stage or of an interrupted one."""

@@ -55,6 +55,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.judging.report",
         "rlaif.learning",
         "rlaif.learning.*",
+        "rlaif.review.labels",
     ),
     ("rlaif.loop", "rlaif.monitors", "rlaif.texts", "rlaif.launch"),
     (
@@ -63,7 +64,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.console",
         "rlaif.report",
         "rlaif.review",
-        "rlaif.review.*",
+        "rlaif.review.agreement",
+        "rlaif.review.queue",
         "rlaif.summary",
         "rlaif.view",
         "rlaif.view.*",

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from rlaif.cli import audit, constitution, judge, run, view
+from rlaif.cli import audit, constitution, judge, review, run, view
 from rlaif.errors import RlaifError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 run.register(app)
+app.command()(review.review)
 app.add_typer(audit.app, name="audit")
 app.add_typer(constitution.app, name="constitution")
 app.add_typer(judge.app, name="judge")

@@ -199,12 +199,13 @@ def settled(
     """Whether no answer to the ballots that are left can change the filter's decision on a pair.
 
     True once nothing is left, or when neither side can be kept any more. A pair that would be kept now never is
-    settled before its last vote: that vote could flip the order. Never true with a calibrated filter, nor while a
-    voice has been asked in one of its orders only: an abstention in the other takes its vote away again.
+    settled before its last vote: that vote could flip the order. Never true with a calibrated filter or a review,
+    which compare verdicts of all votes, nor while a voice has been asked in one of its orders only: an abstention in
+    the other takes its vote away again.
     """
     if not left:
         return True
-    if not votes or settings.calibration is not None:
+    if not votes or settings.calibration is not None or settings.review is not None:
         return False
     if {_voice(v.ballot) for v in votes} & {_voice(b) for b in left}:
         return False

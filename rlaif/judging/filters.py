@@ -3,6 +3,8 @@
 A pair trains only if no rule speaks against it. A rule can only drop: the winner is always the one that the
 votes named, and a dropped pair has none. A calibrated filter has one threshold on consistency in place of
 `order_flip`, `low_agreement` and `low_margin`: the pairs that it keeps are exactly those that were promised.
+
+`to_review` then takes the pairs of an iteration that a person is asked about (`filters.review`).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rlaif.config import Filters
 from rlaif.errors import UserError
 from rlaif.judging.calibration import EVERYTHING, Calibration
-from rlaif.records import Decision, DropReason, Pair, Verdict, Vote
+from rlaif.records import Decision, DropReason, Pair, ReviewRule, Verdict, Vote
 
 Rule = Callable[[Verdict, Filters], bool]
 
@@ -45,6 +47,41 @@ def decide(
         winner=winner,
         verdict=verdict,
     )
+
+
+def to_review(decisions: Sequence[Decision], settings: Filters) -> list[Decision]:
+    """An iteration's decisions, those to ask a person about with status `review` and without a winner.
+
+    Asked about is a pair with a verdict that can be doubted: neither identical, nor vetoed by a guard, nor short of
+    valid votes (a judge that fails is mended, not outvoted). Their reasons stay; `review_rule` says what sent them.
+    With a calibration, only pairs that it doesn't keep: its promise is about exactly those that it keeps.
+    """
+    review = settings.review
+    if review is None:
+        return list(decisions)
+    doubtful = [d for d in decisions if _UNASKABLE.isdisjoint(d.reasons) and d.verdict.agreement is not None]
+    if settings.calibration is not None:
+        doubtful = [d for d in doubtful if d.status != "kept"]
+    rules: dict[str, ReviewRule] = {}
+    if review.below_agreement is not None:
+        bound = review.below_agreement - _ROUNDING
+        rules = {d.pair_id: "below_agreement" for d in doubtful if (d.verdict.agreement or 0.0) < bound}
+    rest = sorted((d for d in doubtful if d.pair_id not in rules), key=certainty)
+    rules |= {d.pair_id: "top_uncertain" for d in rest[: review.top_uncertain]}
+    return [
+        d.model_copy(update={"status": "review", "winner": None, "review_rule": rules[d.pair_id]})
+        if d.pair_id in rules
+        else d
+        for d in decisions
+    ]
+
+
+def certainty(decision: Decision) -> tuple[float, float, str]:
+    """A sort key, the least certain pair first: agreement, then |p(first) - 0.5|, then the pair's id."""
+    verdict = decision.verdict
+    margin = 0.5 if verdict.p_first is None else abs(verdict.p_first - 0.5)
+    # Sums of the same votes in another order differ in the last bit, and ties have to be ties.
+    return round(verdict.agreement or 0.0, 9), round(margin, 9), decision.pair_id
 
 
 def count_reasons(decisions: Sequence[Decision]) -> dict[DropReason, int]:
@@ -129,3 +166,5 @@ CONSISTENCY: dict[DropReason, Rule] = {
 }
 """Do the voices agree on it?"""
 RULES: dict[DropReason, Rule] = {**VALIDITY, **CONSISTENCY}
+_UNASKABLE: frozenset[DropReason] = frozenset({"identical", "too_few_votes", "abstained", "guard"})
+"""Nothing to ask a person about: no difference, no verdict, or a side that doesn't answer at all."""

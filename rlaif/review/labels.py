@@ -1,0 +1,182 @@
+"""Human labels: how they are kept, which one counts, and which ones an update takes.
+
+In: a run directory. Out: its `review/labels.jsonl`, one `HumanLabel` a line, appended under a lock and made durable
+before `append` returns; no line is ever changed. A tail torn by a kill was never acknowledged: it is not read, and
+cut off by the next append.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from rlaif.errors import RlaifError
+from rlaif.records import HumanLabel, Record, Side
+from rlaif.store import RunDir, disk_errors
+
+LOCK_TIMEOUT_S = 30.0
+
+
+class LabelLog(Record):
+    """The labels of a run at one moment."""
+
+    labels: tuple[HumanLabel, ...]
+    """In the order in which they were given."""
+    problems: tuple[str, ...] = ()
+    """One line for each damaged line of the file that was left out."""
+    size: int = 0
+    """Bytes that were read; later labels come after them."""
+    sha256: str = hashlib.sha256().hexdigest()
+    """Of these bytes: what somebody read can be found again, however much was appended since."""
+
+
+def labels_path(run: RunDir) -> Path:
+    """The run's labels.jsonl."""
+    return run.path / "review" / "labels.jsonl"
+
+
+@contextmanager
+def review_lock(run: RunDir) -> Iterator[None]:
+    """Holds the run's review folder, for a moment: reviewers and the page take turns. A killed holder lets go.
+
+    Raises:
+        RlaifError: somebody holds it for longer than any label takes.
+    """
+    folder = run.path / "review"
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=LOCK_TIMEOUT_S)
+        except Timeout as e:
+            raise RlaifError(f"{folder}: another process has held the labels for {LOCK_TIMEOUT_S:.0f} s; end it") from e
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_labels(run: RunDir) -> LabelLog:
+    """All labels of a run; damaged lines are left out and named. Needs no lock: lines appear whole or last."""
+    path = labels_path(run)
+    content = path.read_bytes() if path.exists() else b""
+    labels, problems = [], []
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                labels.append(HumanLabel.model_validate_json(line))
+        except ValidationError as e:
+            if number == len(lines):
+                content = content[: len(content) - len(line)]
+            else:
+                problem = e.errors()[0]
+                where = ".".join(map(str, problem["loc"])) or "line"
+                problems.append(f"{path}:{number}: not a label ({where}: {problem['msg']}); it is left out")
+    digest = hashlib.sha256(content).hexdigest()
+    return LabelLog(labels=tuple(labels), problems=tuple(problems), size=len(content), sha256=digest)
+
+
+def append(run: RunDir, label: HumanLabel) -> None:
+    """Adds a label, durable when this returns. The caller holds `review_lock`.
+
+    Raises:
+        RlaifError: the disk is full; the file is as it was before.
+    """
+    path = labels_path(run)
+    is_new = not path.exists()
+    with disk_errors(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = _mend(file)
+            try:
+                row = label.model_dump_json().encode() + b"\n"
+                while row:
+                    row = row[os.write(file, row) :]
+                os.fsync(file)
+            except OSError:
+                os.ftruncate(file, size)
+                raise
+        finally:
+            os.close(file)
+        if is_new:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def _mend(file: int) -> int:
+    """Ends a torn tail: a whole label gets its line end, anything else is cut off. Returns the file's size."""
+    size = os.fstat(file).st_size
+    content = os.pread(file, size, 0)
+    tail = content[content.rfind(b"\n") + 1 :]
+    if not tail:
+        return size
+    try:
+        HumanLabel.model_validate_json(tail)
+        os.write(file, b"\n")
+        return size + 1
+    except ValidationError:
+        os.ftruncate(file, size - len(tail))
+        return size - len(tail)
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the millisecond: a label's time."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def in_force(labels: Iterable[HumanLabel]) -> dict[str, HumanLabel]:
+    """Pair id → the label that counts: the newest. A skip takes back its author's own label, nobody else's."""
+    by_author: dict[str, dict[str, HumanLabel]] = {}
+    for label in labels:
+        mine = by_author.setdefault(label.pair_id, {})
+        mine.pop(label.author, None)  # to the end: a dict keeps the order of insertion
+        mine[label.author] = label
+    newest = {pair: [m for m in mine.values() if m.outcome != "skip"] for pair, mine in by_author.items()}
+    return {pair: given[-1] for pair, given in newest.items() if given}
+
+
+def joining(
+    labels: Mapping[str, HumanLabel],
+    joined: Mapping[str, Side],
+    texts: Mapping[int, str],
+    iteration: int,
+    text: str,
+) -> tuple[list[HumanLabel], list[HumanLabel]]:
+    """(labels that join an update, labels that are stale for it).
+
+    `labels` are those in force, `joined` says which side of a pair an earlier update took last as chosen, `texts` maps
+    iteration to its constitution's hash, `text` is the one in force in `iteration`. A label joins once, after the
+    iteration that its pair is from, and again when it names the other side since. Stale is one whose pair was judged
+    under another text: it waits until that is in force again. Ties never train.
+    """
+    owed = [
+        label
+        for label in labels.values()
+        if label.outcome in ("first", "second")
+        and label.iteration < iteration
+        and label.iteration in texts
+        and joined.get(label.pair_id) != label.outcome
+    ]
+    owed.sort(key=lambda label: (label.iteration, label.pair_id))
+    return [x for x in owed if texts[x.iteration] == text], [x for x in owed if texts[x.iteration] != text]
+
+
+def joined_sides(run: RunDir, iterations: Iterable[int]) -> dict[str, Side]:
+    """Pair id → the side that an update of these iterations took last as chosen by a person."""
+    out: dict[str, Side] = {}
+    for k in iterations:
+        here = run.iteration(k)
+        if here.is_complete("preferences"):
+            out |= here.meta("preferences").get("labels", {}).get("joined", {})
+    return out

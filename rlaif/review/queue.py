@@ -1,0 +1,281 @@
+"""The review queue: which pair a person is asked about next, and what the answer means.
+
+In: a run directory whose filter sent pairs to review. Out: questions, one at a time, and labels. A question is blind:
+it holds no verdict and doesn't say which completion the pair calls first; the order shown is drawn for each pair and
+author. A pair that is being shown is claimed, so that two reviewers get different ones; a claim expires.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from rlaif.constitution import Constitution
+from rlaif.errors import RlaifError, UserError
+from rlaif.judging.filters import certainty
+from rlaif.records import (
+    Completion,
+    Decision,
+    HumanLabel,
+    Message,
+    Pair,
+    Plan,
+    Prompt,
+    Record,
+    digest,
+)
+from rlaif.review import labels as log
+from rlaif.store import RunDir, StageDir, read_json, read_rows, write_json
+
+CLAIM_S = 600.0
+"""How long a pair that is shown to one reviewer is kept from the others."""
+
+Shown = Literal["1", "2", "t", "s"]
+"""An answer: the completion shown first, the one shown second, a tie, or skip."""
+
+R = TypeVar("R", Pair, Completion, Prompt)
+_SENT = re.compile(rb'"status":\s*"review"')
+
+
+class Question(Record):
+    """What a reviewer sees."""
+
+    pair_id: str
+    iteration: int
+    messages: tuple[Message, ...]
+    """The prompt."""
+    shown: tuple[str, str]
+    """The two completions' texts, in the order drawn for this pair and author."""
+    cut_off: tuple[bool, bool]
+    """Whether the length limit cut them off."""
+    constitution: Constitution
+    """The text that the pair was judged under."""
+    constitution_source: str
+    """The same as its author wrote it (YAML)."""
+
+
+class Counts(Record):
+    """Where the queue stands, in pairs."""
+
+    sent: int
+    """Sent to review so far."""
+    waiting: int
+    """Without a label."""
+    claimed: int
+    """Of those, being shown to somebody."""
+    labelled: int
+    joined: int
+    """Labels that an update has trained on."""
+    outcomes: dict[str, int]
+    """Of the labels in force: first, second, tie."""
+    authors: dict[str, int]
+    """The same, by author."""
+
+
+class Claim(Record):
+    """A pair that somebody is looking at."""
+
+    author: str
+    session: str
+    until: float
+    """Seconds since the epoch."""
+
+
+class Queue:
+    """The pairs of a run that wait for people. One object may serve many reviewers; it keeps up with a growing run."""
+
+    def __init__(self, run: RunDir):
+        self._run = run
+        self._sent: dict[int, list[Decision]] = {}  # of iterations whose decisions are complete: they never change
+        self._plans: dict[int, Plan] = {}
+        self.problems: tuple[str, ...] = ()
+        """One line for each damaged line of the labels, as last read."""
+
+    def next(self, author: str, session: str = "") -> Question | None:
+        """The pair to ask this author about now, claimed for them; None when none waits that isn't another's.
+
+        An author who asks again without answering gets the same pair. `session` tells apart two terminals of one
+        author, which then get different pairs where there are enough.
+
+        Raises:
+            RlaifError: a file of the run is damaged, or the disk is full.
+        """
+        with log.review_lock(self._run):
+            claims = self._claims()
+            labels = self._read_labels()
+            skipped = {x.pair_id for x in labels if x.author == author and x.outcome == "skip"}
+            waiting = self._waiting(labels)
+            others = {p for p, c in claims.items() if c.author != author}
+            mine = {p for p, c in claims.items() if c.author == author and c.session == session}
+            elsewhere = set(claims) - others - mine
+            free = [d for d in waiting if d.pair_id not in others]
+            if not free:
+                return None
+            # Stable: among equals the order of the queue stays.
+            chosen = min(free, key=lambda d: (d.pair_id in elsewhere, d.pair_id not in mine, d.pair_id in skipped))
+            claims = {p: c for p, c in claims.items() if p not in mine}
+            claims[chosen.pair_id] = Claim(author=author, session=session, until=time.time() + CLAIM_S)
+            self._write_claims(claims)
+        return self.question(chosen.pair_id, author)
+
+    def question(self, pair_id: str, author: str) -> Question:
+        """The question about one pair, whatever its state; to look at it again, and to correct a label.
+
+        Raises:
+            UserError: no such pair was sent to review.
+        """
+        k = self._iteration_of(pair_id)
+        here = self._run.iteration(k)
+        pair = _by_id(here.path / "pairs.jsonl", Pair, pair_id)[pair_id]
+        if _swapped(pair_id, author):
+            pair = pair.swap()
+        completions = _by_id(here.path / "completions.jsonl", Completion, pair.first, pair.second)
+        first, second = completions[pair.first], completions[pair.second]
+        prompt = _by_id(self._run.path / "prompts" / "train.jsonl", Prompt, pair.prompt_id)[pair.prompt_id]
+        folder = self._run.path / "constitutions" / self._plan(k).constitution.hash
+        return Question(
+            pair_id=pair_id,
+            iteration=k,
+            messages=prompt.messages,
+            shown=(first.text, second.text),
+            cut_off=(first.finish_reason == "length", second.finish_reason == "length"),
+            constitution=Constitution.model_validate(read_json(folder / "constitution.json")),
+            constitution_source=(folder / "source.yaml").read_text(),
+        )
+
+    def answer(
+        self, pair_id: str, shown: Shown, author: str, reason: str | None = None, session: str = ""
+    ) -> HumanLabel:
+        """Stores an author's answer as a label, durable when this returns, and lets go of the pair.
+
+        Raises:
+            UserError: no such pair was sent to review, or the answer or the author isn't one.
+            RlaifError: the disk is full; no label is lost, and this one isn't stored.
+        """
+        if shown not in ("1", "2", "t", "s"):
+            raise UserError(f"answer {shown!r}: expected 1, 2, t (tie) or s (skip)")
+        if not author.strip():
+            raise UserError("author: a label needs the name of who gave it")
+        first, second = ("second", "first") if _swapped(pair_id, author) else ("first", "second")
+        label = HumanLabel.model_validate(
+            {
+                "pair_id": pair_id,
+                "iteration": self._iteration_of(pair_id),
+                "outcome": {"1": first, "2": second, "t": "tie", "s": "skip"}[shown],
+                "author": author,
+                "time": log.now(),
+                "reason": (reason or "").strip() or None,
+            }
+        )
+        with log.review_lock(self._run):
+            log.append(self._run, label)
+            claims = self._claims()
+            if (claim := claims.get(pair_id)) and claim.author == author:
+                del claims[pair_id]
+                self._write_claims(claims)
+        return label
+
+    def release(self, author: str, session: str = "") -> None:
+        """Gives back what this author's session was shown and didn't answer."""
+        with log.review_lock(self._run):
+            claims = self._claims()
+            left = {p: c for p, c in claims.items() if (c.author, c.session) != (author, session)}
+            if left != claims:
+                self._write_claims(left)
+
+    def counts(self) -> Counts:
+        """Where the queue stands. Writes nothing."""
+        labels = self._read_labels()
+        sent = {d.pair_id for d in self._all_sent()}
+        standing = [label for pair, label in log.in_force(labels).items() if pair in sent]
+        waiting = sent - {label.pair_id for label in standing}
+        return Counts(
+            sent=len(sent),
+            waiting=len(waiting),
+            claimed=len(waiting & set(self._claims())),
+            labelled=len(standing),
+            joined=len(log.joined_sides(self._run, self._run.iterations())),
+            outcomes=dict(Counter(label.outcome for label in standing)),
+            authors=dict(Counter(label.author for label in standing)),
+        )
+
+    # What these share.
+
+    def _all_sent(self) -> list[Decision]:
+        """Decisions with status review, of all iterations that have decided."""
+        for k in self._run.iterations():
+            here = self._run.iteration(k)
+            if k not in self._sent and here.is_complete("decisions"):
+                self._sent[k] = sent_to_review(here)
+        return [d for k in sorted(self._sent) for d in self._sent[k]]
+
+    def _waiting(self, labels: Iterable[HumanLabel]) -> list[Decision]:
+        """Pairs without a label, the most useful first: judged under the newest text, then of the newest iteration,
+        then the least certain."""
+        labelled = log.in_force(labels)
+        self._all_sent()
+        if not self._sent:
+            return []
+        newest = self._plan(max(self._sent)).constitution.hash
+        order = sorted(self._sent, key=lambda k: (self._plan(k).constitution.hash != newest, -k))
+        return [d for k in order for d in sorted(self._sent[k], key=certainty) if d.pair_id not in labelled]
+
+    def _iteration_of(self, pair_id: str) -> int:
+        self._all_sent()
+        for k, decisions in self._sent.items():
+            if any(d.pair_id == pair_id for d in decisions):
+                return k
+        raise UserError(f"{self._run.path}: no pair {pair_id} was sent to review")
+
+    def _plan(self, k: int) -> Plan:
+        if k not in self._plans:
+            self._plans[k] = Plan.model_validate(read_json(self._run.iteration(k).path / "plan.json"))
+        return self._plans[k]
+
+    def _read_labels(self) -> tuple[HumanLabel, ...]:
+        found = log.read_labels(self._run)
+        self.problems = found.problems
+        return found.labels
+
+    @property
+    def _claims_path(self) -> Path:
+        return self._run.path / "review" / "claims.json"
+
+    def _claims(self) -> dict[str, Claim]:
+        """Claims that haven't expired. They only spare work: a damaged file counts as none."""
+        try:
+            found = {p: Claim.model_validate(c) for p, c in json.loads(self._claims_path.read_text()).items()}
+        except (FileNotFoundError, ValueError, AttributeError):
+            return {}
+        return {p: c for p, c in found.items() if c.until > time.time()}
+
+    def _write_claims(self, claims: dict[str, Claim]) -> None:
+        write_json(self._claims_path, {p: c.model_dump() for p, c in claims.items()})
+
+
+def sent_to_review(here: StageDir) -> list[Decision]:
+    """The decisions of one iteration with status review."""
+    return [d for d in here.read("decisions", Decision, _SENT) if d.status == "review"]
+
+
+def _by_id(path: Path, record: type[R], *ids: str) -> dict[str, R]:
+    """The rows with these ids, read without parsing the others.
+
+    Raises:
+        RlaifError: one isn't there.
+    """
+    known = re.compile(b"|".join(re.escape(json.dumps(i, ensure_ascii=False).encode()) for i in ids))
+    rows = {str(row.id): row for row in read_rows(path, record, known)}
+    if missing := [i for i in ids if i not in rows]:
+        raise RlaifError(f"{path}: {missing[0]} is missing; the file was changed after it was written")
+    return rows
+
+
+def _swapped(pair_id: str, author: str) -> bool:
+    """Whether this author is shown the pair's second completion first."""
+    return int(digest(["shown", pair_id, author]), 16) % 2 == 1
