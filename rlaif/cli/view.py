@@ -33,6 +33,7 @@ def view(
 
     import uvicorn
 
+    from rlaif.audit.index import Index
     from rlaif.view.app import is_loopback, make_app
 
     if not is_loopback(host):
@@ -41,9 +42,17 @@ def view(
             "there is no password. Better: --host 127.0.0.1 and an SSH tunnel",
             file=sys.stderr,
         )
-    app = make_app(opened, host)
+    index = Index.open(opened, _told)
+    app = make_app(opened, index, host)
     shown = f"[{host}]" if ":" in host else host
     typer.echo(f"http://{shown}:{listening.getsockname()[1]}/")
     print(f"rlaif: showing {run}; Ctrl-C ends it", file=sys.stderr)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False))
     server.run(sockets=[listening])
+
+
+def _told(what: str, share: float) -> None:
+    """The first look at a large run takes a while."""
+    if sys.stderr.isatty():
+        end = "\n" if share >= 1 else ""
+        print(f"\rrlaif: indexing {share:4.0%}  {what:<50.50}", end=end, file=sys.stderr, flush=True)

@@ -1,19 +1,20 @@
 """A run's pictures as geometry: what `templates/picture.html` draws as SVG, on the page and in the report. Pure.
 
-In: the numbers of `metrics.json` (docs/run-directory.md), in order, and the loss of every step. Out: a `Picture`
-each. Colours are CSS classes, so that light and dark are the style sheet's matter.
+In: a run's numbers (`Facts`). Out: a `Picture` each. Colours are CSS classes, so that light and dark are the style
+sheet's matter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from statistics import fmean
 from typing import Any, get_args
 
+from rlaif.audit.queries import IterationRow
 from rlaif.records import DropReason
+from rlaif.view.facts import Facts, Metrics
 
 WIDTH, HEIGHT = 440, 214
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 22, 34
@@ -22,7 +23,6 @@ MOST_POINTS = 300
 MOST_LABELS = 4
 """More changes of text than this are marked without their names."""
 
-Metrics = dict[str, Any]
 Format = Callable[[float], str]
 Spot = tuple[float, float]
 """x and y in data units."""
@@ -145,28 +145,31 @@ def nice(low: float, high: float, most: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def pictures(
-    iterations: Sequence[Metrics], evaluations: Sequence[Metrics], steps: Sequence[tuple[int, float]]
-) -> list[Picture]:
-    """All pictures of a run; `steps` are (iteration, loss) of every optimizer step, in order."""
-    changes = _changes(iterations)
-    ends = [*(m["iteration"] + 1 for m in iterations), *(e["updates"] for e in evaluations), 1]
+def pictures(facts: Facts) -> list[Picture]:
+    """All pictures of a run."""
+    iterations, evaluations = facts.overview.iterations, facts.evaluations
+    # The first text is no change.
+    changes = [(c.iteration, c.constitution) for c in facts.overview.changes[1:]]
+    ends = [*(r.iteration + 1 for r in iterations), *(e["updates"] for e in evaluations), 1]
     time = _Time("iteration", 0, max(ends), [(k + 0.5, name) for k, name in changes])
 
     def line(key: str, title: str, series: dict[str, list[Spot]], **more: Any) -> Picture:
         return _line_picture(key, title, series, time, **more)
 
-    def of(metrics: Sequence[Metrics], x: str, get: Callable[[Metrics], float | None], shift: int = 0) -> list[Spot]:
-        return [(m[x] + shift, value) for m in metrics if (value := get(m)) is not None]
+    def each(get: Callable[[IterationRow], float | None], shift: int = 1) -> list[Spot]:
+        return [(r.iteration + shift, value) for r in iterations if (value := get(r)) is not None]
+
+    def held_out(get: Callable[[Metrics], float | None]) -> list[Spot]:
+        return [(e["updates"], value) for e in evaluations if (value := get(e)) is not None]
 
     judged = [e for e in evaluations if e["win_rate"] is not None]
     checks = sorted({name for e in evaluations for name in e["checks"]})
     return [
-        _kept(iterations, time),
+        _kept(facts.parts, time),
         line(
             "win-rate",
             "Win rate against the base",
-            {"held-out answers": of(judged, "updates", lambda e: e["win_rate"])},
+            {"held-out answers": held_out(lambda e: e["win_rate"])},
             intervals=[(e["updates"], *e["win_interval"]) for e in judged],
             write=percent,
             y_range=(0, 1),
@@ -177,8 +180,8 @@ def pictures(
         ),
         line(
             "agreement",
-            "Agreement of the judge's voices",
-            {"mean over pairs": of(iterations, "iteration", lambda m: m["mean_agreement"], 1)},
+            "Agreement of the judge’s voices",
+            {"mean over pairs": each(lambda r: r.agreement)},
             write=percent,
             y_range=(0, 1),
             note="agreement is not correctness",
@@ -187,7 +190,7 @@ def pictures(
         line(
             "position-bias",
             "Position bias",
-            {"votes for the slot shown first": of(iterations, "iteration", lambda m: m.get("position_bias"), 1)},
+            {"votes for the slot shown first": each(lambda r: r.position_bias)},
             write=percent,
             y_range=(0, 1),
             reference=0.5,
@@ -199,8 +202,8 @@ def pictures(
             "Mean length of an answer, words",
             {
                 # Sampled by the policy that the iteration started from.
-                "sampled for training": of(iterations, "iteration", lambda m: m["sampled"]["mean_words"]),
-                "held out": of(evaluations, "updates", lambda e: e["mean_words"]),
+                "sampled for training": each(lambda r: r.mean_words, shift=0),
+                "held out": held_out(lambda e: e["mean_words"]),
             },
             write=decimals(1),
             empty="no answer yet",
@@ -208,7 +211,7 @@ def pictures(
         line(
             "kl",
             "KL from the base, nats a token",
-            {"held-out answers": of(evaluations, "updates", lambda e: e["kl_per_token"])},
+            {"held-out answers": held_out(lambda e: e["kl_per_token"])},
             write=decimals(3),
             empty="not measured: the engine reported no log-probabilities",
         ),
@@ -216,8 +219,8 @@ def pictures(
             "sanity",
             "Sanity, nats a token",
             {
-                "relevance to the prompt": of(evaluations, "updates", lambda e: e["relevance"]),
-                "−log p under the base policy": of(evaluations, "updates", lambda e: -e["base_logprob_per_token"]),
+                "relevance to the prompt": held_out(lambda e: e["relevance"]),
+                "−log p under the base policy": held_out(lambda e: -e["base_logprob_per_token"]),
             },
             write=decimals(2),
             empty="no evaluation yet",
@@ -225,22 +228,13 @@ def pictures(
         line(
             "checks",
             "Checks that held-out answers pass",
-            {name: of(evaluations, "updates", lambda e, name=name: e["checks"].get(name)) for name in checks},  # type: ignore[misc]
+            {name: held_out(lambda e, name=name: e["checks"].get(name)) for name in checks},  # type: ignore[misc]
             write=percent,
             y_range=(0, 1),
             note="mechanical, never a training label",
             empty="no principle has a check",
         ),
-        _loss(steps, changes),
-    ]
-
-
-def _changes(iterations: Sequence[Metrics]) -> list[tuple[int, str]]:
-    """(iterations before it, name) of every text that came into force after the first."""
-    return [
-        (after["iteration"], f"{after['constitution']['name']}@{after['constitution']['version']}")
-        for before, after in pairwise(iterations)
-        if before["constitution"]["hash"] != after["constitution"]["hash"]
+        _loss(facts.losses, changes),
     ]
 
 
@@ -328,37 +322,36 @@ def _tick(value: float, ticks: list[float], write: Format) -> str:
     return write(value) if write is percent and ticks[-1] <= 1 else f"{value:g}"
 
 
-def _kept(iterations: Sequence[Metrics], time: _Time) -> Picture:
+def _kept(parts: Mapping[int, Mapping[str, int]], time: _Time) -> Picture:
     """Shares, so that iterations of different sizes compare; the counts are said."""
     title, key = "Pairs kept, dropped by reason", "kept"
-    parts = [(m, {"kept": m["kept"], **m["dropped_by_first_reason"]}) for m in iterations]
-    parts = [(m, counts) for m, counts in parts if sum(counts.values())]
     if not parts:
         return Picture(key, title, time.label, empty="no pair was decided on yet")
-    order = ("kept", *get_args(DropReason))
-    kinds = sorted({r for _, counts in parts for r in counts}, key=lambda r: order.index(r) if r in order else 99)
+    order = ("kept", "review", *get_args(DropReason))
+    found = {kind for counts in parts.values() for kind in counts}
+    kinds = sorted(found, key=lambda kind: order.index(kind) if kind in order else len(order))
     scale = _Scale((time.low, time.high), (0, 1))
     slot = (WIDTH - LEFT - RIGHT) / (time.high - time.low)
     bars = []
-    for m, counts in parts:
+    for k, counts in sorted(parts.items()):
         total, base = sum(counts.values()), 0
         for kind in kinds:
             if n := counts.get(kind, 0):
                 top, bottom = scale.y((base + n) / total), scale.y(base / total)
-                says = f"iteration {m['iteration'] + 1}: {kind} {n} of {total} ({percent(n / total)})"
+                says = f"iteration {k + 1}: {kind.replace('_', ' ')} {n} of {total} ({percent(n / total)})"
                 # Bar k lies between k - 1 and k: it leads from one policy to the next.
-                x = scale.x(m["iteration"]) + 0.08 * slot
-                bars.append(Bar(x, top, 0.84 * slot, bottom - top, kind, says))
+                bars.append(Bar(scale.x(k) + 0.08 * slot, top, 0.84 * slot, bottom - top, kind, says))
                 base += n
-    kept, all_pairs = sum(c["kept"] for _, c in parts), sum(sum(c.values()) for _, c in parts)
-    last = parts[-1][1]
+    kept = sum(counts.get("kept", 0) for counts in parts.values())
+    pairs = sum(sum(counts.values()) for counts in parts.values())
+    last = parts[max(parts)]
     bar_time = _Time(time.label, time.low, time.high, [(at - 0.5, name) for at, name in time.changes])
     return Picture(
         key,
         title,
         time.label,
-        latest=f"{percent(last['kept'] / sum(last.values()))} kept",
-        says=f"{title}. Kept {kept} of {all_pairs} pairs over {len(parts)} iterations.",
+        latest=f"{percent(last.get('kept', 0) / sum(last.values()))} kept",
+        says=f"{title}. Kept {kept} of {pairs} pairs over {len(parts)} iterations.",
         bars=bars,
         kinds=kinds,
         marks=list(bar_time.marks(scale)),

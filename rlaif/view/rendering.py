@@ -34,6 +34,7 @@ def environment() -> jinja2.Environment:
         "count": lambda value: MISSING if value is None else f"{value:,}".replace(",", "\u202f"),
         "path": lambda value: quote(str(value), safe=""),
         "words": lambda value: str(value).replace("_", " "),
+        "log_place": lambda value: "/".join(str(value).rsplit("/", 2)[-2:]),
         "when": lambda value: str(value)[:16].replace("T", " ") + " UTC",
     }
     return made
