@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
+from rlaif.errors import UserError
+from rlaif.records import Record
 from rlaif.store import RunDir
+
+if TYPE_CHECKING:
+    from rlaif.audit.index import Index
+    from rlaif.audit.queries import Overview, Page, PairDetail, PairFilter
 
 
 class RunFirst(TyperGroup):
@@ -27,20 +36,380 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+Limit = Annotated[int, typer.Option(min=1, help="Most rows to print.")]
+Offset = Annotated[int, typer.Option(min=0, help="Rows to leave out first.")]
+
 
 @app.callback()
 def overview(
     ctx: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, for example runs/quickstart.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")] = False,
+    json_: Json = False,
 ) -> None:
     """Without a command: the run on one screen."""
     ctx.obj = RunDir.open(run)
     if ctx.invoked_subcommand is None:
-        raise NotImplementedError
+        from rlaif.audit.queries import overview as ask
+
+        with opened(ctx) as index:
+            found = ask(index, index.run)
+        if json_:
+            print_json(found)
+        else:
+            _print_overview(found)
 
 
 def run_of(ctx: typer.Context) -> RunDir:
     """The run that a subcommand is about."""
     run: RunDir = ctx.obj
     return run
+
+
+@contextmanager
+def opened(ctx: typer.Context) -> Iterator[Index]:
+    """The index of the run, up to date; building it shows on stderr, and so do damaged lines."""
+    from rlaif.audit.index import Index
+
+    with Building() as building, Index.open(run_of(ctx), building.told) as index:
+        building.close()
+        for problem in index.problems:
+            typer.echo(f"rlaif: {problem}", err=True)
+        yield index
+
+
+class Building:
+    """Shows how far the index is: a line that moves on a terminal, few lines elsewhere, nothing when it is quick."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._next = 0.0
+        self._shown = False
+
+    def __enter__(self) -> Building:
+        import time
+
+        self._clock = time.monotonic
+        self._quiet_until = self._clock() + 0.5
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def told(self, what: str, share: float) -> None:
+        """A step of the index."""
+        now = self._clock()
+        if now < self._quiet_until:
+            return
+        if self._terminal:
+            sys.stderr.write(f"\r\x1b[Kindexing {share:4.0%}  {what}")
+        elif share >= self._next:
+            sys.stderr.write(f"indexing {share:.0%}  {what}\n")
+            self._next = share + 0.1
+        sys.stderr.flush()
+        self._shown = True
+
+    def close(self) -> None:
+        """Takes the moving line away."""
+        if self._shown and self._terminal:
+            sys.stderr.write("\r\x1b[K")
+        self._shown = False
+
+
+def print_json(record: Record) -> None:
+    """Prints a record for programs."""
+    typer.echo(record.model_dump_json(indent=1))
+
+
+# Numbers as people read them.
+
+
+def share(value: float | None) -> str:
+    """A share in per cent."""
+    return "-" if value is None else f"{value:.0%}"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number; a dash when there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def counts(values: dict[str, int]) -> str:
+    """Names with how often."""
+    return ", ".join(f"{name} {n}" for name, n in values.items())
+
+
+def _print_overview(found: Overview) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from rlaif.console import stdout_console
+
+    console = stdout_console()
+    t = found.totals
+    done = sum(r.done for r in found.iterations)
+    console.print(f"[bold]{escape(found.run)}[/]  {done} of {found.iterations_planned or '?'} iterations done")
+    console.print(
+        "texts: "
+        + "  ".join(f"{escape(c.constitution)} ({c.hash}) from iteration {c.iteration + 1}" for c in found.changes)
+    )
+    kept = share(t.kept / t.decided if t.decided else None)
+    console.print(
+        f"pairs {t.pairs}, kept {t.kept} ({kept}), dropped {t.dropped}"
+        + (f" ({counts(t.reasons)})" if t.reasons else "")
+        + (f", in review {t.review}" if t.review else "")
+    )
+    console.print(
+        f"agreement {number(t.agreement)}, position bias {number(t.position_bias)}, order flips {t.order_flips}, "
+        f"abstentions {sum(t.abstentions.values())} of {t.votes} votes"
+        + (f" ({counts(t.abstentions)})" if t.abstentions else "")
+    )
+    console.print(f"trained on {t.preferences} preferences ({t.replayed} replayed, {t.human} human) in {t.steps} steps")
+    for c in found.cost:
+        money = "" if c.money is None else f", cost {c.money:.4f}"
+        console.print(
+            f"judge {escape(c.judge)}: {c.votes} votes, {c.calls} calls, {c.cached} cached, "
+            f"{c.prompt_tokens + c.completion_tokens} tokens{money}"
+        )
+    table = Table()
+    for column in (
+        "iteration", "text", "pairs", "kept", "dropped", "agree", "slot 1", "abst.", "cached", "loss", "words",
+    ):  # fmt: skip
+        table.add_column(column, justify="left" if column in ("text", "dropped") else "right")
+    for r in _ends(found.iterations):
+        if r is None:
+            table.add_row(*["…"] * len(table.columns))
+            continue
+        table.add_row(
+            str(r.iteration + 1),
+            escape(r.constitution or "-"),
+            str(r.pairs),
+            share(r.kept / r.decided if r.decided else None),
+            counts(r.reasons),
+            number(r.agreement),
+            number(r.position_bias),
+            str(r.abstentions),
+            share(r.cached / r.votes if r.votes else None),
+            "skipped" if r.skipped else number(r.loss, 3),
+            number(r.mean_words, 1),
+        )
+    console.print(table)
+    for e in found.evaluations:
+        if e.win_rate is not None and e.win_interval is not None:
+            low, high = e.win_interval
+            console.print(
+                f"after {e.updates}: win rate {e.win_rate:.2f} ({low:.2f}-{high:.2f}) against the base policy, "
+                f"{number(e.mean_words, 1)} words, KL {number(e.kl_per_token, 3)} a token"
+            )
+    for alarm in found.alarms[-5:]:
+        console.print(f"[red]alarm[/] {escape(alarm)}")
+    if not found.alarms:
+        console.print("no alarms")
+
+
+_FIRST_ROWS, _LAST_ROWS = 8, 8
+
+
+def _ends(rows: tuple[Any, ...]) -> list[Any]:
+    """The first and the last rows of a long table, None between them: an overview fits on a screen."""
+    if len(rows) <= _FIRST_ROWS + _LAST_ROWS:
+        return list(rows)
+    return [*rows[:_FIRST_ROWS], None, *rows[-_LAST_ROWS:]]
+
+
+# Lists.
+
+
+@app.command("list")
+def list_(
+    ctx: typer.Context,
+    iteration: Annotated[int | None, typer.Option(help="Iteration, from 1 as tables show it.")] = None,
+    constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
+    status: Annotated[Literal["kept", "dropped", "review"] | None, typer.Option(help="The filter's word.")] = None,
+    reason: Annotated[str | None, typer.Option(help="A rule that spoke against the pair.")] = None,
+    principle: Annotated[str | None, typer.Option(help="A principle that some vote is about.")] = None,
+    judge: Annotated[str | None, typer.Option(help="A judge that voted (a part of its name).")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Least agreement.")] = None,
+    max_agreement: Annotated[float | None, typer.Option(help="Most agreement.")] = None,
+    flipped: Annotated[
+        bool | None, typer.Option("--flipped/--not-flipped", help="A voice changed sides with the order.")
+    ] = None,
+    disagreeing: Annotated[
+        bool | None, typer.Option("--disagreeing/--agreeing", help="Voices or judges name different sides.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text in the prompt or an answer, whatever the case.")] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Held-out pairs; --iteration is then the number of updates.")
+    ] = False,
+    sort: Annotated[Literal["log", "agreement", "margin", "length"], typer.Option(help="Order of the rows.")] = "log",
+    descending: Annotated[bool, typer.Option("--descending", help="Largest first.")] = False,
+    limit: Limit = 50,
+    offset: Offset = 0,
+    json_: Json = False,
+) -> None:
+    """List pairs with their decisions."""
+    filter = _filter(
+        iteration=iteration if iteration is None or evaluation else iteration - 1,
+        constitution=constitution,
+        status=status,
+        reason=reason,
+        principle=principle,
+        judge=judge,
+        min_agreement=min_agreement,
+        max_agreement=max_agreement,
+        flipped=flipped,
+        disagreeing=disagreeing,
+        text=text,
+        evaluation=evaluation,
+    )
+    _list(ctx, filter, sort, descending, limit, offset, json_)
+
+
+def _filter(**fields: Any) -> PairFilter:
+    from pydantic import ValidationError
+
+    from rlaif.audit.queries import PairFilter
+
+    try:
+        return PairFilter.model_validate(fields)
+    except ValidationError as e:
+        error = e.errors()[0]
+        raise UserError(f"--{str(error['loc'][0]).replace('_', '-')}: {error['msg']} (found {error['input']!r})") from e
+
+
+def _list(
+    ctx: typer.Context, filter: PairFilter, sort: Any, descending: bool, limit: int, offset: int, json_: bool
+) -> None:
+    from rlaif.audit.queries import list_pairs
+
+    with opened(ctx) as index:
+        page = list_pairs(index, filter, sort, descending, limit, offset)
+    if json_:
+        print_json(page)
+    else:
+        _print_page(page)
+
+
+def _print_page(page: Page) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from rlaif.console import stdout_console
+
+    console = stdout_console()
+    table = Table()
+    for column in ("pair", "iter.", "text", "prompt", "decision", "verdict", "agree", "p(first)", "votes"):
+        table.add_column(column, justify="right" if column in ("iter.", "agree", "p(first)", "votes") else "left",
+                         no_wrap=column in ("pair", "verdict"))  # fmt: skip
+    for r in page.rows:
+        table.add_row(
+            r.pair_id,
+            f"eval {r.iteration}" if r.evaluation else str(r.iteration + 1),
+            escape(r.constitution or "-"),
+            escape(_short(r.prompt)),
+            f"{r.status or 'undecided'} {' '.join(r.reasons)}".strip(),
+            f"{r.outcome or '-'}{' (flip)' if r.order_flip else ''}",
+            number(r.agreement),
+            number(r.p_first),
+            f"{r.valid_votes}" + (f"+{r.abstentions} abst." if r.abstentions else ""),
+        )
+    if page.rows:
+        console.print(table)
+    last = page.offset + len(page.rows)
+    shown = f"{page.offset + 1}-{last} of " if page.rows else ""
+    console.print(f"{shown}{page.total} pairs" + (f"; more with --offset {last}" if last < page.total else ""))
+
+
+def _short(text: str, most: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+# One pair.
+
+
+@app.command()
+def show(
+    ctx: typer.Context,
+    pair: Annotated[str, typer.Argument(metavar="PAIR", help="A pair's id, or the beginning of it.")],
+    questions: Annotated[bool, typer.Option("--questions", help="Also print each rendered question.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show one pair: answers side by side, every vote, rule by rule why it was kept, and where it trained."""
+    from rlaif.audit.queries import question_of
+    from rlaif.audit.queries import show as ask
+
+    with opened(ctx) as index:
+        found = ask(index, index.run, pair)
+        asked = {v.ballot.id: question_of(index.run, found, v.ballot.id) for v in found.votes} if questions else {}
+    if json_:
+        import json
+
+        values = found.model_dump(mode="json") | ({"questions": asked} if questions else {})
+        typer.echo(json.dumps(values, indent=1, ensure_ascii=False))
+    else:
+        _print_pair(found, asked)
+
+
+def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from rlaif.console import stdout_console
+
+    console = stdout_console()
+    row = found.row
+    where = f"evaluation after {row.iteration}" if row.evaluation else f"iteration {row.iteration + 1}"
+    text = f"{found.constitution} ({found.constitution.hash})" if found.constitution else "text unknown"
+    console.print(f"[bold]pair {row.pair_id}[/]  {where}, judged under {escape(text)}, paired by {found.pair.method}")
+    for m in found.prompt_messages:
+        console.print(f"[dim]{m.role}:[/] {escape(m.content)}")
+    sides = Table(show_lines=True, expand=True)
+    for name, completion in (("first", found.first), ("second", found.second)):
+        ended = "not in the log" if completion is None else completion.finish_reason
+        mark = " (chosen)" if row.winner == name else ""
+        sides.add_column(f"{name}{mark}: {getattr(found.pair, name)}, {ended}", ratio=1)
+    sides.add_row(*(escape(c.text) if c else "-" for c in (found.first, found.second)))
+    console.print(sides)
+
+    votes = Table(title="votes", title_justify="left")
+    for column in ("ballot", "judge", "voice", "shown", "outcome", "p(first)", "raw reply"):
+        votes.add_column(column, justify="right" if column == "p(first)" else "left", no_wrap=column == "ballot")
+    for v in found.votes:
+        b = v.ballot
+        votes.add_row(
+            b.id,
+            escape(f"{b.judge} ({v.model})"),
+            escape(f"{b.voice}{f' #{b.sample_index}' if b.sample_index else ''}{' guard' if b.guard else ''}"),
+            {"forward": "first, second", "reversed": "second, first"}.get(b.order, "no slots"),
+            f"{v.outcome}{f' ({v.abstain_reason})' if v.abstain_reason else ''}",
+            number(v.p_first, 3),
+            escape(v.raw_reply or v.error or ""),
+        )
+    console.print(votes)
+    for ballot_id, question in asked.items():
+        console.print(f"\n[bold]question of ballot {ballot_id}[/]")
+        console.print(escape(question))
+
+    if found.decision is None:
+        console.print("not decided yet")
+    else:
+        verdict = found.decision.verdict
+        console.print(
+            f"verdict: [bold]{verdict.outcome}[/], p(first) {number(verdict.p_first, 3)}, agreement "
+            f"{number(verdict.agreement, 3)}; decision: [bold]{found.decision.status}[/]"
+        )
+        for rule in found.rules:
+            mark = "[green]passed[/]" if rule.passed else "[red]against[/]"
+            console.print(f"  {mark}  {rule.name:13} {escape(rule.sentence)}")
+    for label in found.labels:
+        because = f": {label.reason}" if label.reason else ""
+        console.print(escape(f"label: {label.outcome} by {label.author} at {label.time}{because}"))
+    for t in found.preferences:
+        steps = f"step {', '.join(map(str, t.steps))}" if t.steps else "no step"
+        after = f"into policy {t.policy_after} (after {t.iteration + 1})" if t.policy_after else "no policy yet"
+        console.print(f"trained in iteration {t.iteration + 1} as {t.source}, {t.chosen} chosen: {steps}, {after}")
+    if not found.preferences:
+        console.print("never trained on")
+    if found.vote_lines:
+        console.print(escape(f"votes: {found.vote_lines[0]} to line {found.vote_lines[-1].rpartition(':')[2]}"))

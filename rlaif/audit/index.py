@@ -1,0 +1,543 @@
+"""The index of a run: its JSONL files as DuckDB tables (`rlaif.audit.tables`), kept outside the run.
+
+A run directory goes in, SQL answers come out. The index is one file in the user's cache folder and can be thrown away
+at any time. A complete stage is taken in once, and again when its file changes; a file that still grows is taken in
+from where the last look ended. Damaged lines are skipped and named in `problems`.
+
+Any number of processes may use it at once: who reads holds a shared lock and a read-only connection for one question,
+who updates holds the lock alone, and everything that it took in of one folder appears at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rlaif.audit.tables import EVALUATION_STAGES, SMALL_TABLES, STAGE_TABLES, STAGES, create_statements
+from rlaif.errors import RlaifError, UserError
+from rlaif.models import cache_root
+from rlaif.records import digest
+from rlaif.store import RunDir, disk_errors, read_json
+
+if TYPE_CHECKING:
+    import duckdb
+
+VERSION = 1
+"""Rises when tables change; an index of another version is made anew."""
+
+MEMORY_LIMIT = "1GB"
+_TAIL_BYTES = 4096
+"""Of a growing file: what was last taken in must still stand there, or the file was begun anew."""
+_LOCK_WAIT_S = 0.05
+
+Progress = Callable[[str, float], None]
+"""Told what is being read, and the share of all bytes that is done."""
+
+
+class Source(NamedTuple):
+    """A JSONL file of the run that one table takes in."""
+
+    table: str
+    iteration: int | None
+    evaluation: int | None
+    path: Path
+    grows: bool
+    """Rows may still be added to it."""
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Which part of a table it is."""
+        return self.table, -1 if self.iteration is None else self.iteration, _or_minus_one(self.evaluation)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the index has of a source."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    sha256: str | None
+    """As the stage's meta file says it."""
+    bytes: int
+    """Whole lines that were taken in."""
+    lines: int
+    tail: str
+
+
+class Index:
+    """Answers to SQL about one run. Use it as a context manager; several threads may ask at once."""
+
+    def __init__(self, run: RunDir, progress: Progress | None = None):
+        """Use `open`; this one looks at nothing yet."""
+        import duckdb
+
+        self.run = run
+        name = digest([str(run.path.resolve()), VERSION, duckdb.__version__])
+        self.path = cache_root() / "audit" / f"{run.path.resolve().name}-{name}.duckdb"
+        self.problems: list[str] = []
+        """One line for each damaged or missing file or line."""
+        self._progress = progress or (lambda what, share: None)
+        self._small: str | None = None
+        with _writable(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def open(cls, run: RunDir, progress: Progress | None = None) -> Index:
+        """The index, up to date with the run.
+
+        Raises:
+            UserError: the cache folder can't be written.
+        """
+        index = cls(run, progress)
+        index.refresh()
+        return index
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is held open between questions."""
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """The rows that a query gives, as mappings of column to value.
+
+        Raises:
+            duckdb.Error: the query is wrong, or tries to write or to read another file.
+        """
+        with self._reading() as connection:
+            cursor = connection.execute(sql, list(parameters))
+            names = [d[0] for d in cursor.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def refresh(self) -> None:
+        """Takes in what the run wrote since the last look; cheap when that is nothing."""
+        for attempt in (1, 2):
+            try:
+                if self._owed() is not None:
+                    self._update()
+                self.problems = self._missing() + [
+                    f"{r['file']}{'' if r['line'] is None else ':' + str(r['line'])}: {r['message']}"
+                    for r in self.rows("SELECT * FROM problems ORDER BY file, line")
+                ]
+                return
+            except _duckdb().Error as e:
+                # Torn by a full disk or a killed machine: it is only a copy.
+                if attempt == 2:
+                    raise RlaifError(f"{self.path}: the index can't be used ({_first_line(e)})") from e
+                with self._lock(alone=True):
+                    self._remove()
+
+    def source_lines(self, table: str, row: dict[str, Any], lines: Iterable[int]) -> dict[int, bytes]:
+        """Lines of the file that a row of a stage's table came from: line number → bytes.
+
+        `row` has `iteration` and `evaluation`.
+        """
+        found = self._path_of(table, row["iteration"], row["evaluation"])
+        return read_lines(found, lines) if found else {}
+
+    def file_of(self, table: str, row: dict[str, Any]) -> Path:
+        """The file that a row of a stage's table came from; `row` has `iteration` and `evaluation`."""
+        found = self._path_of(table, row["iteration"], row["evaluation"])
+        return found or self.run.path / f"{table}.jsonl"
+
+    # Looking at the run.
+
+    def _path_of(self, table: str, iteration: int | None, evaluation: int | None) -> Path | None:
+        here = self.run.iteration(iteration) if iteration is not None else self.run.evaluation(evaluation or 0)
+        for name in (f"{table}.jsonl", f"{table}.jsonl.partial"):
+            if (here.path / name).exists():
+                return here.path / name
+        return None
+
+    def _sources(self) -> list[Source]:
+        """Every JSONL file of the run, in the order of the log."""
+        found = [
+            Source("prompts", None, None, self.run.path / "prompts" / f"{name}.jsonl", False)._replace(iteration=k)
+            for k, name in ((0, "train"), (1, "held_out"))
+        ]
+        found.append(Source("events", None, None, self.run.path / "events.jsonl", True))
+        found.append(Source("labels", None, None, self.run.path / "review" / "labels.jsonl", True))
+        found = [s for s in found if s.path.exists()]
+        for k in self.run.iterations():
+            found += self._stages(self.run.iteration(k).path, STAGES, k, None)
+        for k in self.run.evaluations():
+            found += self._stages(self.run.evaluation(k).path, EVALUATION_STAGES, None, k)
+        return found
+
+    def _stages(
+        self, folder: Path, stages: Sequence[str], iteration: int | None, evaluation: int | None
+    ) -> list[Source]:
+        names = {e.name for e in os.scandir(folder)}
+        found = []
+        for stage in stages:
+            if f"{stage}.jsonl" in names:
+                found.append(Source(stage, iteration, evaluation, folder / f"{stage}.jsonl", False))
+            elif f"{stage}.jsonl.partial" in names:
+                found.append(Source(stage, iteration, evaluation, folder / f"{stage}.jsonl.partial", True))
+        return found
+
+    def _missing(self) -> list[str]:
+        """Stages that must have been there: a later one of the same folder is."""
+        out = []
+        for numbers, folder, stages in (
+            (self.run.iterations(), self.run.iteration, STAGES),
+            (self.run.evaluations(), self.run.evaluation, EVALUATION_STAGES),
+        ):
+            for k in numbers:
+                here = folder(k)
+                there = [here.is_complete(s) for s in stages]
+                last = max((i for i, t in enumerate(there) if t), default=-1)
+                out += [
+                    f"{here.path / stages[i]}.jsonl: missing, though {stages[last]}.jsonl is there"
+                    for i in range(last)
+                    if not there[i]
+                ]
+        return out
+
+    def _small_files(self) -> list[Path]:
+        path = self.run.path
+        found = [path / "run.json"]
+        for k in self.run.iterations():
+            found += [self.run.iteration(k).path / n for n in ("plan.json", "metrics.json", "updates.meta.json")]
+        found += [self.run.evaluation(k).path / "metrics.json" for k in self.run.evaluations()]
+        return [*found, *sorted((path / "constitutions").glob("*/constitution.json"))]
+
+    def _small_digest(self) -> str:
+        seen = []
+        for path in self._small_files():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                seen.append((str(path.relative_to(self.run.path)), status.st_size, status.st_mtime_ns))
+        return digest(seen)
+
+    def _owed(self) -> tuple[list[Source], list[tuple[str, int, int]], bool] | None:
+        """What an update has to do: sources to take in, parts to remove, whether small files changed."""
+        taken: dict[tuple[str, int, int], Taken] = {}
+        small = ""
+        if self.path.exists():
+            for r in self.rows("SELECT * FROM files"):
+                values = {name: r[name] for name in Taken.__dataclass_fields__}
+                taken[r["source_table"], r["iteration"], r["evaluation"]] = Taken(**values)
+            small = self.rows("SELECT digest FROM small")[0]["digest"]
+        return self._compare(taken, small)
+
+    def _compare(
+        self, taken: dict[tuple[str, int, int], Taken], small: str
+    ) -> tuple[list[Source], list[tuple[str, int, int]], bool] | None:
+        sources = self._sources()
+        owed = []
+        for source in sources:
+            try:
+                status = source.path.stat()
+            except FileNotFoundError:  # renamed just now; the next look finds it
+                continue
+            known = taken.get(source.key)
+            now = (source.path.name, status.st_size, status.st_mtime_ns)
+            if known is None or now != (known.name, known.size, known.mtime_ns):
+                owed.append(source)
+        gone = sorted(set(taken) - {s.key for s in sources})
+        small_changed = self._small_digest() != small
+        return (owed, gone, small_changed) if owed or gone or small_changed else None
+
+    # Updating.
+
+    def _update(self) -> None:
+        with self._lock(alone=True), _writable(self.path):
+            fresh = not self.path.exists()
+            with self._connect(read_only=False) as connection:
+                if fresh:
+                    _create(connection)
+                taken = {}
+                for row in connection.execute(
+                    "SELECT source_table, iteration, evaluation, name, size, mtime_ns, sha256, bytes, lines, tail "
+                    "FROM files"
+                ).fetchall():
+                    taken[row[0], row[1], row[2]] = Taken(*row[3:])
+                small = connection.execute("SELECT digest FROM small").fetchall()[0][0]
+                owed = self._compare(taken, small)
+                if owed is None:  # another process did it
+                    return
+                sources, gone, small_changed = owed
+                total = sum(s.path.stat().st_size for s in sources if s.path.exists()) or 1
+                done = 0
+                for key in gone:
+                    _forget(connection, key)
+                for source in sources:
+                    folder = f"{source.path.parent.name}/{source.path.name}"
+                    self._progress(folder, done / total)
+                    with contextlib.suppress(FileNotFoundError):
+                        done += source.path.stat().st_size
+                        self._take(connection, source, taken.get(source.key))
+                if small_changed:
+                    self._take_small(connection)
+                self._progress("done", 1.0)
+
+    def _take(self, connection: duckdb.DuckDBPyConnection, source: Source, known: Taken | None) -> None:
+        """Takes in one file: the whole of it, or what was added since the last look."""
+        status = source.path.stat()
+        start, lines = 0, 0
+        if known is not None and source.grows and known.name == source.path.name and _still(source.path, known):
+            start, lines = known.bytes, known.lines
+        end = _end_of_lines(source.path, status.st_size) if source.grows else status.st_size
+        connection.execute("BEGIN")
+        try:
+            if start == 0:
+                _forget(connection, source.key)
+            if end > start:
+                with _part(source.path, start, end, status.st_size) as path:
+                    lines = self._insert(connection, source, path, lines)
+            sha256 = None
+            meta = source.path.with_name(f"{source.table}.meta.json")
+            if not source.grows and meta.exists():
+                with contextlib.suppress(RlaifError):
+                    sha256 = read_json(meta).get("sha256")
+            connection.execute(
+                "DELETE FROM files WHERE source_table = ? AND iteration = ? AND evaluation = ?", list(source.key)
+            )
+            connection.execute(
+                "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [*source.key, source.path.name, status.st_size, status.st_mtime_ns, sha256, end, lines,
+                 _tail(source.path, end)],
+            )  # fmt: skip
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+
+    def _insert(self, connection: duckdb.DuckDBPyConnection, source: Source, path: Path, before: int) -> int:
+        """Inserts a file's rows, numbered from `before` + 1; how many lines there are now."""
+        table = STAGE_TABLES[source.table]
+        fields = ", ".join(f"{name}: '{type}'" for name, type in table.json_columns().items())
+        columns = ", ".join(f'{c.source} AS "{c.name}"' for c in table.columns)
+        where = f"? + r.line::INTEGER AS line, r.{table.key} IS NULL AS damaged"
+        read = (
+            f"FROM (SELECT row_number() OVER () AS line, * FROM read_json(?, format = 'newline_delimited', "
+            f"ignore_errors = true, columns = {{{fields}}})) r"
+        )
+        connection.execute(
+            f"CREATE OR REPLACE TEMP TABLE taken AS SELECT ?::INTEGER AS iteration, ?::INTEGER AS evaluation, {where}, "
+            f"{columns} {read}",
+            [source.iteration, source.evaluation, before, str(path)],
+        )
+        connection.execute(f"INSERT INTO {table.name} SELECT * EXCLUDE (damaged) FROM taken WHERE NOT damaged")
+        name = str(source.path)
+        connection.execute(
+            "INSERT INTO problems SELECT ?, ?, ?, ?, line, ? FROM taken WHERE damaged",
+            [*source.key, name, f"not a line of {source.table}; it was damaged after it was written, and is left out"],
+        )
+        found = connection.execute("SELECT coalesce(max(line), ?) FROM taken", [before]).fetchall()[0][0]
+        connection.execute("DROP TABLE taken")
+        return int(found)
+
+    def _take_small(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Takes in plans, metrics and texts, all of them anew."""
+        key = ("small", -1, -1)
+        seen = self._small_digest()
+        connection.execute("BEGIN")
+        _forget(connection, key)
+        for name in SMALL_TABLES:
+            connection.execute(f"DELETE FROM {name}")
+
+        def read(path: Path) -> dict[str, Any] | None:
+            try:
+                value: dict[str, Any] = read_json(path)
+                return value
+            except FileNotFoundError:
+                return None
+            except (RlaifError, UnicodeDecodeError) as e:
+                message = str(e).removeprefix(f"{path}:").strip()
+                connection.execute("INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", [*key, str(path), None, message])
+                return None
+
+        for k in self.run.iterations():
+            here = self.run.iteration(k).path
+            plan, metrics = read(here / "plan.json"), read(here / "metrics.json")
+            meta = read(here / "updates.meta.json") if (here / "updates.jsonl").exists() else None
+            text = (plan or metrics or {}).get("constitution") or {}
+            policy = (plan or metrics or {}).get("policy") or {}
+            connection.execute(
+                "INSERT INTO iterations VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [k, text.get("hash"), _text_name(text), policy.get("iteration"), policy.get("digest"),
+                 (meta or {}).get("policy_digest"), (meta or {}).get("skipped"), _dumped(metrics)],
+            )  # fmt: skip
+        for k in self.run.evaluations():
+            metrics = read(self.run.evaluation(k).path / "metrics.json")
+            # An evaluation that is under way is judged under the text of the iteration that led to it.
+            plan = None if metrics else read(self.run.iteration(max(k - 1, 0)).path / "plan.json")
+            text = (metrics or plan or {}).get("constitution") or {}
+            connection.execute(
+                "INSERT INTO evaluations VALUES (?, ?, ?, ?)", [k, text.get("hash"), _text_name(text), _dumped(metrics)]
+            )
+        for path in sorted((self.run.path / "constitutions").glob("*/constitution.json")):
+            if (content := read(path)) is not None:
+                connection.execute(
+                    "INSERT INTO constitutions VALUES (?, ?, ?)",
+                    [path.parent.name, _text_name(content), _dumped(content)],
+                )
+        connection.execute("UPDATE small SET digest = ?", [seen])
+        connection.execute("COMMIT")
+
+    # The file.
+
+    @contextmanager
+    def _reading(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        with self._lock(alone=False), self._connect(read_only=True) as connection:
+            yield connection
+
+    def _connect(self, read_only: bool) -> duckdb.DuckDBPyConnection:
+        settings: dict[str, Any] = {"memory_limit": MEMORY_LIMIT}
+        if read_only:
+            settings |= {"enable_external_access": "false", "lock_configuration": "true"}
+        return _duckdb().connect(str(self.path), read_only=read_only, config=settings)
+
+    @contextmanager
+    def _lock(self, alone: bool) -> Iterator[None]:
+        """Holds the index's lock, between threads as well as between processes."""
+        with open(f"{self.path}.lock", "a") as f:
+            kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+            told = False
+            while True:
+                try:
+                    fcntl.flock(f, kind | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not told:
+                        self._progress("waiting for another process that uses the index", 0.0)
+                        told = True
+                    time.sleep(_LOCK_WAIT_S)
+            yield
+
+    def _remove(self) -> None:
+        for suffix in ("", ".wal"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+
+
+def read_lines(path: Path, numbers: Iterable[int]) -> dict[int, bytes]:
+    """Some lines of a file, by number from 1; reads up to the last of them only."""
+    wanted = sorted(set(numbers))
+    out: dict[int, bytes] = {}
+    if not wanted:
+        return out
+    line = 1
+    with path.open("rb") as f:
+        while wanted and (block := f.readlines(1 << 20)):
+            while wanted and wanted[0] < line + len(block):
+                number = wanted.pop(0)
+                out[number] = block[number - line]
+            line += len(block)
+    return out
+
+
+def _duckdb() -> Any:
+    import duckdb
+
+    return duckdb
+
+
+def _or_minus_one(value: int | None) -> int:
+    return -1 if value is None else value
+
+
+def _text_name(text: dict[str, Any]) -> str | None:
+    return f"{text['name']}@{text['version']}" if "name" in text and "version" in text else None
+
+
+def _dumped(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        with disk_errors(path):
+            yield
+    except UserError as e:
+        raise UserError(f"{e}; set RLAIF_CACHE to a folder for the index of runs") from e
+
+
+def _create(connection: duckdb.DuckDBPyConnection) -> None:
+    connection.execute("BEGIN")
+    for statement in create_statements():
+        connection.execute(statement)
+    connection.execute(
+        "CREATE TABLE files (source_table VARCHAR, iteration INTEGER, evaluation INTEGER, name VARCHAR, size BIGINT, "
+        "mtime_ns BIGINT, sha256 VARCHAR, bytes BIGINT, lines INTEGER, tail VARCHAR)"
+    )
+    connection.execute(
+        "CREATE TABLE problems (source_table VARCHAR, iteration INTEGER, evaluation INTEGER, file VARCHAR, "
+        "line INTEGER, message VARCHAR)"
+    )
+    connection.execute("CREATE TABLE small (digest VARCHAR)")
+    connection.execute("INSERT INTO small VALUES ('')")
+    connection.execute("COMMIT")
+
+
+def _forget(connection: duckdb.DuckDBPyConnection, key: tuple[str, int, int]) -> None:
+    """Removes what was taken in of a source."""
+    table, *numbers = key
+    if table in STAGE_TABLES:
+        where = "iteration IS NOT DISTINCT FROM nullif(?, -1) AND evaluation IS NOT DISTINCT FROM nullif(?, -1)"
+        connection.execute(f"DELETE FROM {table} WHERE {where}", numbers)
+    for name in ("files", "problems"):
+        connection.execute(f"DELETE FROM {name} WHERE source_table = ? AND iteration = ? AND evaluation = ?", list(key))
+
+
+def _end_of_lines(path: Path, size: int) -> int:
+    """Bytes up to the last line break: a line behind it is torn, or still being written."""
+    with path.open("rb") as f:
+        end = size
+        while end > 0:
+            start = max(0, end - (1 << 16))
+            f.seek(start)
+            found = f.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def _tail(path: Path, end: int) -> str:
+    """Digest of the last bytes before `end`."""
+    start = max(0, end - _TAIL_BYTES)
+    with path.open("rb") as f:
+        f.seek(start)
+        return hashlib.sha256(f.read(end - start)).hexdigest()
+
+
+def _still(path: Path, known: Taken) -> bool:
+    """What was taken in of a growing file still stands there."""
+    return path.stat().st_size >= known.bytes and _tail(path, known.bytes) == known.tail
+
+
+@contextmanager
+def _part(path: Path, start: int, end: int, size: int) -> Iterator[Path]:
+    """A file that holds the bytes from `start` to `end`: the file itself when that is all of it."""
+    if start == 0 and end == size:
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as part, path.open("rb") as f:
+        f.seek(start)
+        left = end - start
+        while left and (block := f.read(min(left, 1 << 20))):
+            part.write(block)
+            left -= len(block)
+        part.flush()
+        yield Path(part.name)

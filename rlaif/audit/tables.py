@@ -1,0 +1,334 @@
+"""The index's tables: which file each comes from, and how a JSON row becomes columns. Pure.
+
+Column types follow from the records, so that a key that older rows lack is NULL and every row has the same columns.
+Token ids and raw replies stay in the files: a row has the line that it came from.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from rlaif.records import (
+    Completion,
+    Decision,
+    Event,
+    Pair,
+    Preference,
+    Prompt,
+    Quality,
+    Record,
+    Score,
+    UpdateStep,
+    Vote,
+)
+
+
+class LabelLine(Record):
+    """One line of review/labels.jsonl."""
+
+    pair_id: str
+    iteration: int | None = None
+    outcome: Literal["first", "second", "tie", "skip"]
+    author: str | None = None
+    time: str | None = None
+    reason: str | None = None
+
+
+STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
+"""Of an iteration, in the order of the data flow."""
+EVALUATION_STAGES = ("completions", "quality", "pairs", "votes", "decisions")
+
+
+class Column(NamedTuple):
+    """A column: its name, its type, how it follows from the row's JSON, and what it says."""
+
+    name: str
+    type: str
+    source: str
+    """An SQL expression over the record's fields."""
+    about: str = ""
+
+
+class Table(NamedTuple):
+    """A table of the index."""
+
+    name: str
+    about: str
+    columns: tuple[Column, ...]
+    record: type[Record] | None = None
+    """The record of the JSONL rows that it is read from; None for tables that are made from small JSON files."""
+    key: str = ""
+    """A field that every sound row has: where it is NULL the line was damaged."""
+    as_json: tuple[str, ...] = ()
+    """Fields that are kept as JSON text while they are read."""
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Name → DuckDB type of every column."""
+        return {c.name: c.type for c in self.columns}
+
+    def json_columns(self) -> dict[str, str]:
+        """Field → DuckDB type of what has to be read of a row: the fields that some column is made from."""
+        assert self.record is not None
+        sources = " ".join(c.source for c in self.columns)
+        return {
+            name: "JSON" if name in self.as_json else duckdb_type(field.annotation)
+            for name, field in self.record.model_fields.items()
+            if f"r.{name}" in sources
+        }
+
+
+def duckdb_type(annotation: Any) -> str:
+    """The DuckDB type that holds a record's field."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return duckdb_type(next(a for a in arguments if a is not type(None)))
+    if origin is Literal:
+        return "VARCHAR"
+    if origin is tuple:
+        return f"{duckdb_type(arguments[0])}[]"
+    if origin is dict:
+        return "JSON" if arguments[1] is Any else f"MAP({duckdb_type(arguments[0])}, {duckdb_type(arguments[1])})"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = (f'"{name}" {duckdb_type(f.annotation)}' for name, f in annotation.model_fields.items())
+        return f"STRUCT({', '.join(fields)})"
+    return {str: "VARCHAR", int: "BIGINT", float: "DOUBLE", bool: "BOOLEAN"}[annotation]
+
+
+_WHERE = (
+    Column("iteration", "INTEGER", "", "folder iterations/NNNN, from 0; NULL in an evaluation"),
+    Column("evaluation", "INTEGER", "", "folder evaluations/NNNN; NULL in an iteration"),
+    Column("line", "INTEGER", "", "line of the file, from 1"),
+)
+
+STAGE_TABLES: dict[str, Table] = {
+    "completions": Table(
+        "completions",
+        "sampled answers",
+        (
+            Column("completion_id", "VARCHAR", "r.id"),
+            Column("prompt_id", "VARCHAR", "r.prompt_id"),
+            Column("policy_iteration", "INTEGER", "r.policy.iteration", "updates behind the policy that sampled"),
+            Column("policy_digest", "VARCHAR", "r.policy.digest"),
+            Column("text", "VARCHAR", "r.text"),
+            Column("finish_reason", "VARCHAR", "r.finish_reason", "stop, or length: cut off"),
+            Column("tokens", "INTEGER", "json_array_length(r.token_ids)"),
+            Column("chars", "INTEGER", "length(r.text)"),
+            Column("logprob", "DOUBLE", "r.logprob", "nats, summed over the tokens"),
+        ),
+        Completion,
+        "id",
+        ("token_ids",),
+    ),
+    "scores": Table(
+        "scores",
+        "scores by which best_worst chose pairs",
+        (
+            Column("completion_id", "VARCHAR", "r.completion_id"),
+            Column("voice", "VARCHAR", "r.voice"),
+            Column("value", "DOUBLE", "r.value", "nats; more is better"),
+        ),
+        Score,
+        "completion_id",
+    ),
+    "pairs": Table(
+        "pairs",
+        "what was compared",
+        (
+            Column("pair_id", "VARCHAR", "r.id"),
+            Column("prompt_id", "VARCHAR", "r.prompt_id"),
+            Column("first", "VARCHAR", "r.first", "completion_id"),
+            Column("second", "VARCHAR", "r.second", "completion_id"),
+            Column("method", "VARCHAR", "r.method"),
+        ),
+        Pair,
+        "id",
+    ),
+    "votes": Table(
+        "votes",
+        "one row a vote; the raw reply is in the file, `show PAIR` prints it",
+        (
+            Column("ballot_id", "VARCHAR", "r.ballot.id"),
+            Column("pair_id", "VARCHAR", "r.ballot.pair_id"),
+            Column("judge", "VARCHAR", "r.ballot.judge"),
+            Column("voice", "VARCHAR", "r.ballot.voice"),
+            Column("principles", "VARCHAR[]", "r.ballot.principles"),
+            Column("guard", "BOOLEAN", "r.ballot.guard", "vetoes, doesn't elect"),
+            Column("shown", "VARCHAR", "r.ballot.order", "forward, reversed; none: no slots"),
+            Column("sample_index", "INTEGER", "r.ballot.sample_index"),
+            Column("constitution", "VARCHAR", "r.ballot.constitution", "hash"),
+            Column("template", "VARCHAR", "r.ballot.template", "hash"),
+            Column("model", "VARCHAR", "r.model"),
+            Column("outcome", "VARCHAR", "r.outcome", "first, second, tie, abstain"),
+            Column("abstain_reason", "VARCHAR", "r.abstain_reason"),
+            Column("p_first", "DOUBLE", "r.p_first"),
+            Column("error", "VARCHAR", "r.error"),
+            Column("attempts", "INTEGER", "coalesce(r.attempts, 1)", "requests; 0 from the cache"),
+            Column("prompt_tokens", "BIGINT", "coalesce(r.usage.prompt_tokens, 0)"),
+            Column("completion_tokens", "BIGINT", "coalesce(r.usage.completion_tokens, 0)"),
+            Column("latency_s", "DOUBLE", "r.latency_s"),
+            Column("cached", "BOOLEAN", "coalesce(r.cached, false)"),
+        ),
+        Vote,
+        "ballot.id",
+    ),
+    "decisions": Table(
+        "decisions",
+        "one row a pair: the verdict, kept or not, why",
+        (
+            Column("pair_id", "VARCHAR", "r.pair_id"),
+            Column("status", "VARCHAR", "r.status", "kept, dropped, review"),
+            Column("reasons", "VARCHAR[]", "r.reasons", "every rule that spoke against it"),
+            Column("winner", "VARCHAR", "r.winner", "first, second; NULL unless kept"),
+            Column("outcome", "VARCHAR", "r.verdict.outcome", "the verdict's, kept or not"),
+            Column("p_first", "DOUBLE", "r.verdict.p_first"),
+            Column("agreement", "DOUBLE", "r.verdict.agreement"),
+            Column("valid_votes", "INTEGER", "r.verdict.valid_votes"),
+            Column("abstentions", "INTEGER", "coalesce(list_sum(map_values(r.verdict.abstentions)), 0)"),
+            Column("order_flip", "BOOLEAN", "coalesce(r.verdict.order_flip, false)"),
+            Column("slot_first", "INTEGER", "coalesce(r.verdict.slot_first, 0)", "votes for the slot shown first"),
+            Column("slot_votes", "INTEGER", "coalesce(r.verdict.slot_votes, 0)", "votes for a slot"),
+            Column("guard_first", "INTEGER", "r.verdict.guard_first"),
+            Column("guard_second", "INTEGER", "r.verdict.guard_second"),
+        ),
+        Decision,
+        "pair_id",
+    ),
+    "preferences": Table(
+        "preferences",
+        "exactly what training saw; `iteration` is the one that trained on it",
+        (
+            Column("pair_id", "VARCHAR", "r.pair_id"),
+            Column("judged_in", "INTEGER", "r.iteration", "the iteration that sampled and judged the pair"),
+            Column("source", "VARCHAR", "r.source", "judge, replay, human"),
+            Column("constitution", "VARCHAR", "r.constitution", "hash"),
+            Column("prompt_id", "VARCHAR", "r.prompt_id"),
+            Column("chosen_id", "VARCHAR", "r.chosen_id", "completion_id"),
+            Column("rejected_id", "VARCHAR", "r.rejected_id", "completion_id"),
+            Column("p_chosen", "DOUBLE", "r.p_chosen"),
+            Column("agreement", "DOUBLE", "r.agreement"),
+        ),
+        Preference,
+        "pair_id",
+    ),
+    "updates": Table(
+        "updates",
+        "one row an optimizer step",
+        (
+            Column("step", "INTEGER", "r.step", "global, from 1"),
+            Column("pair_ids", "VARCHAR[]", "r.pair_ids"),
+            Column("loss", "DOUBLE", "r.loss"),
+            Column("margin", "DOUBLE", "r.margin"),
+            Column("accuracy", "DOUBLE", "r.accuracy"),
+            Column("grad_norm", "DOUBLE", "r.grad_norm"),
+            Column("learning_rate", "DOUBLE", "r.learning_rate"),
+            Column("seconds", "DOUBLE", "r.seconds"),
+        ),
+        UpdateStep,
+        "step",
+    ),
+    "quality": Table(
+        "quality",
+        "how sane held-out answers are",
+        (
+            Column("completion_id", "VARCHAR", "r.completion_id"),
+            Column("tokens", "INTEGER", "r.tokens"),
+            Column("logprob_per_token", "DOUBLE", "r.logprob_per_token", "nats"),
+            Column("relevance", "DOUBLE", "r.relevance", "nats a token"),
+        ),
+        Quality,
+        "completion_id",
+    ),
+    "prompts": Table(
+        "prompts",
+        "the run's prompts",
+        (
+            Column("prompt_id", "VARCHAR", "r.id"),
+            Column("category", "VARCHAR", "r.category"),
+            Column("text", "VARCHAR", "r.messages[-1].content", "the last user message"),
+            Column("messages", "STRUCT(role VARCHAR, content VARCHAR)[]", "r.messages"),
+        ),
+        Prompt,
+        "id",
+    ),
+    "events": Table(
+        "events",
+        "what happened, in order",
+        (
+            Column("time", "VARCHAR", "r.time", "UTC, ISO 8601"),
+            Column("kind", "VARCHAR", "r.kind"),
+            Column("about", "INTEGER", "r.iteration", "iteration, from 0"),
+            Column("message", "VARCHAR", "r.message"),
+            Column("data", "JSON", "r.data"),
+        ),
+        Event,
+        "kind",
+    ),
+    "labels": Table(
+        "labels",
+        "human labels, in the order in which they were given; the newest of a pair counts",
+        (
+            Column("pair_id", "VARCHAR", "r.pair_id"),
+            Column("outcome", "VARCHAR", "r.outcome", "first, second, tie, skip"),
+            Column("author", "VARCHAR", "r.author"),
+            Column("time", "VARCHAR", "r.time", "UTC, ISO 8601"),
+            Column("reason", "VARCHAR", "r.reason"),
+        ),
+        LabelLine,
+        "outcome",
+    ),
+}  # fmt: skip
+
+SMALL_TABLES: dict[str, Table] = {
+    "iterations": Table(
+        "iterations",
+        "one row an iteration: plan.json and metrics.json",
+        (
+            Column("iteration", "INTEGER", "", "from 0"),
+            Column("constitution", "VARCHAR", "", "hash of the text in force"),
+            Column("text_name", "VARCHAR", "", "name@version"),
+            Column("policy_iteration", "INTEGER", "", "updates behind the policy that sampled"),
+            Column("policy_digest", "VARCHAR", "", "of the policy that sampled"),
+            Column("policy_after", "VARCHAR", "", "digest of the policy after it; NULL without an update"),
+            Column("skipped", "BOOLEAN", "", "no update: too few kept pairs; NULL until it is known"),
+            Column("metrics", "JSON", "", "metrics.json; NULL until the iteration is done"),
+        ),
+    ),
+    "evaluations": Table(
+        "evaluations",
+        "one row an evaluation",
+        (
+            Column("evaluation", "INTEGER", "", "after so many iterations; 0 is the base policy"),
+            Column("constitution", "VARCHAR", "", "hash of the text that it was judged under"),
+            Column("text_name", "VARCHAR", "", "name@version"),
+            Column("metrics", "JSON", "", "metrics.json; NULL until it is done"),
+        ),
+    ),
+    "constitutions": Table(
+        "constitutions",
+        "every text that was in force",
+        (
+            Column("constitution", "VARCHAR", "", "hash"),
+            Column("text_name", "VARCHAR", "", "name@version"),
+            Column("content", "JSON", "", "constitution.json"),
+        ),
+    ),
+}  # fmt: skip
+
+
+def all_columns(table: Table) -> tuple[Column, ...]:
+    """A table's columns, those that say where a row stands included."""
+    return (*_WHERE, *table.columns) if table.record is not None else table.columns
+
+
+def create_statements() -> list[str]:
+    """SQL that makes the tables."""
+    statements = []
+    for table in (*STAGE_TABLES.values(), *SMALL_TABLES.values()):
+        columns = ", ".join(f'"{c.name}" {c.type}' for c in all_columns(table))
+        statements.append(f"CREATE TABLE {table.name} ({columns})")
+    return statements
