@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.view.runs import make_run
+from tests.view.runs import make_run, reviewed_job
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -48,6 +48,13 @@ def stub_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(stub_run: Path) -> Iterator[str]:
     """Where the stub run's pages are."""
     with served(stub_run) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def review_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where the pages of a run are that has pairs to review."""
+    with served(make_run(tmp_path_factory.mktemp("review"), reviewed_job())) as url:
         yield url
 
 

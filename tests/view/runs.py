@@ -27,6 +27,11 @@ class HostileSampler(StubSampler):
             yield [c.model_copy(update={"text": HOSTILE[c.index % len(HOSTILE)] + c.text}) for c in chunk]
 
 
+def reviewed_job(**changes: Any) -> Job:
+    """A stub job that sends two pairs an iteration to people."""
+    return stub_job(filters={"min_kept_pairs": 2, "review": {"top_uncertain": 2}}, **changes)
+
+
 def make_run(root: Path, job: Job | None = None, hostile: bool = False) -> Path:
     """Runs, or goes on with, a stub job under `root`; returns the run directory, as complete as a real one."""
     job = job or stub_job()

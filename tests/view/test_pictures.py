@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from rlaif.audit.index import Index
 from rlaif.store import RunDir
-from rlaif.view.facts import Losses, read_numbers, totals
+from rlaif.view.facts import Facts, read_facts
 from rlaif.view.pictures import MOST_POINTS, Picture, nice, pictures
 
 
@@ -22,14 +23,21 @@ def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
     assert len(steps) == 1
 
 
-def drawn(run: Path) -> dict[str, Picture]:
-    opened = RunDir.open(run)
-    numbers = read_numbers(opened)
-    return {p.key: p for p in pictures(numbers.iterations, numbers.evaluations, Losses(opened).read())}
+@pytest.fixture(scope="module")
+def facts(stub_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLAIF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        run = RunDir.open(stub_run)
+        return read_facts(Index.open(run), run)
 
 
-def test_everything_lies_in_its_frame(stub_run: Path) -> None:
-    found = drawn(stub_run)
+@pytest.fixture(scope="module")
+def drawn(facts: Facts) -> dict[str, Picture]:
+    return {p.key: p for p in pictures(facts)}
+
+
+def test_everything_lies_in_its_frame(drawn: dict[str, Picture]) -> None:
+    found = drawn
     assert not any(found[key].empty for key in ("kept", "win-rate", "agreement", "length", "kl", "loss"))
     for p in found.values():
         for point in [q for line in p.lines for q in line.points]:
@@ -40,42 +48,34 @@ def test_everything_lies_in_its_frame(stub_run: Path) -> None:
             assert p.top - 1 <= bar.y <= bar.y + bar.height <= p.bottom + 1
 
 
-def test_a_change_of_text_is_marked_on_every_axis(stub_run: Path) -> None:
-    for p in drawn(stub_run).values():
+def test_a_change_of_text_is_marked_on_every_axis(drawn: dict[str, Picture]) -> None:
+    for p in drawn.values():
         assert p.empty or [m.label for m in p.marks] == ["rules@2"], p.key
 
 
-def test_a_stack_holds_every_pair_once(stub_run: Path) -> None:
-    numbers = read_numbers(RunDir.open(stub_run))
-    kept = drawn(stub_run)["kept"]
+def test_a_stack_holds_every_pair_once(facts: Facts, drawn: dict[str, Picture]) -> None:
+    kept = drawn["kept"]
     heights: dict[float, float] = {}
     for bar in kept.bars:
         heights[bar.x] = heights.get(bar.x, 0) + bar.height
-    assert len(heights) == len(numbers.iterations)
+    assert len(heights) == len(facts.overview.iterations)
     assert all(h == pytest.approx(kept.bottom - kept.top) for h in heights.values())
 
 
-def test_what_was_not_measured_is_said(stub_run: Path) -> None:
-    assert "both orders" in drawn(stub_run)["position-bias"].empty
-    assert all(p.empty for p in pictures([], [], []))
+def test_what_was_not_measured_is_said(facts: Facts, drawn: dict[str, Picture]) -> None:
+    assert "both orders" in drawn["position-bias"].empty
+    nothing = facts.overview.model_copy(update={"iterations": (), "changes": ()})
+    assert all(p.empty for p in pictures(Facts(nothing, [], {}, [])))
 
 
-def test_many_steps_become_means_that_keep_the_level() -> None:
-    loss = next(p for p in pictures([], [], [(0, 1.0), (0, 3.0)] * 5000) if p.key == "loss")
+def test_many_steps_become_means_that_keep_the_level(facts: Facts) -> None:
+    loss = next(p for p in pictures(replace(facts, losses=[(0, 1.0), (0, 3.0)] * 5000)) if p.key == "loss")
     assert len(loss.lines[0].points) <= MOST_POINTS
     assert {round(p.y, 3) for p in loss.lines[0].points} == {round(loss.lines[0].points[0].y, 3)}
     assert "mean of" in loss.lines[0].name
 
 
-def test_a_win_rate_is_not_joined_across_texts(stub_run: Path) -> None:
-    found = drawn(stub_run)
+def test_a_win_rate_is_not_joined_across_texts(drawn: dict[str, Picture]) -> None:
+    found = drawn
     assert found["win-rate"].lines[0].path.count("M") == 2
     assert found["length"].lines[0].path.count("M") == 1
-
-
-def test_older_metrics_have_fewer_numbers() -> None:
-    row: dict[str, Any] = {"pairs": 4, "kept": 3, "dropped_by_first_reason": {"tie": 1}, "votes": 8, "abstentions": {},
-                           "mean_agreement": None, "judge_tokens": 10, "trained_pairs": 3, "replayed_pairs": 0,
-                           "steps": 1, "seconds": {"votes": 1.0}}  # fmt: skip
-    found = totals([row])
-    assert (found.kept_share, found.calls, found.position_bias, found.mean_agreement) == (0.75, None, None, None)
