@@ -7,7 +7,6 @@ talks to three workers (sampler, judge, learner) in records and paths. Online DP
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import decide, to_review, trusted
 from rlaif.judging.templates import template_names
 from rlaif.judging.verdicts import aggregate, by_pair, fit_jurors
+from rlaif.mixing import labelled, preferences_of, read_now, replayed
 from rlaif.pairing import make_pairs
 from rlaif.prompts import prompts_for
 from rlaif.records import (
@@ -310,25 +310,40 @@ class Loop:
         decisions: list[Decision],
         text: Constitution,
     ) -> list[Preference]:
+        labels: dict[str, Any] = {}
+
         def produce(_: list[Preference]) -> Iterator[list[Preference]]:
-            fresh = _preferences(k, prompts, completions, pairs, decisions, text)
-            yield fresh + self._replayed(k, len(fresh), text)
+            now = read_now(self.dir)
+            human, joined = labelled(self.dir, now, k, prompts, text)
+            fresh = human + preferences_of(k, prompts, completions, pairs, decisions, text)
+            labels.update(joined)
+            yield fresh + replayed(self.dir, now, k, fresh, self.job.replay, self.job.seed, text)
 
-        return here.rows("preferences", Preference, produce, inputs=["decisions"], resumable=False)
+        rows = here.rows(
+            "preferences",
+            Preference,
+            produce,
+            inputs=["decisions"],
+            resumable=False,
+            before_commit=lambda: {"labels": labels} if labels else {},
+        )
+        self._tell_labels(k)
+        return rows
 
-    def _replayed(self, k: int, fresh: int, text: Constitution) -> list[Preference]:
-        """Older pairs for this update: judged under the text in force, not older than `replay.max_age`."""
-        share = self.job.replay.share
-        wanted = round(fresh * share / (1 - share))
-        if not wanted:
-            return []
-        old = [
-            p.model_copy(update={"source": "replay"})
-            for i in range(max(0, k - self.job.replay.max_age), k)
-            for p in self.dir.iteration(i).read("preferences", Preference)
-            if p.source != "replay" and p.constitution == text.hash
-        ]
-        return random.Random(f"replay-{self.job.seed}-{k}").sample(old, min(wanted, len(old)))
+    def _tell_labels(self, k: int) -> None:
+        """Notes which labels joined an update, how many can't yet, and what couldn't be read of them."""
+        found = self.dir.iteration(k).meta("preferences").get("labels", {})
+        before = self.dir.iteration(k - 1).meta("preferences").get("labels", {}) if k else {}
+        events: list[tuple[str, str, dict[str, Any]]] = [("alarm", p, {}) for p in found.get("problems", [])]
+        if joined := found.get("joined"):
+            message = f"{len(joined)} pairs join the update as people labelled them"
+            events.append(("labels_joined", message, {"pairs": joined}))
+        if (stale := found.get("stale")) and stale != before.get("stale"):
+            message = f"{stale} human labels wait: their pairs were judged under another text than the one in force"
+            events.append(("labels_stale", message, {"labels": stale}))
+        for kind, message, data in events:
+            if self._event_once(kind, message, k, **data):
+                self.progress.note(f"iteration {k + 1}: {message}")
 
     def _update(self, k: int, here: StageDir, preferences: list[Preference]) -> list[UpdateStep]:
         fresh = sum(p.source != "replay" for p in preferences)
@@ -362,7 +377,8 @@ class Loop:
         steps = here.rows("updates", UpdateStep, produce, inputs=["preferences"], resumable=False, before_commit=commit)
         if skip:
             least = self.job.filters.min_kept_pairs
-            message = f"{fresh} kept pairs, fewer than filters.min_kept_pairs={least}: no update"
+            kept = "kept or labelled" if any(p.source == "human" for p in preferences) else "kept"
+            message = f"{fresh} {kept} pairs, fewer than filters.min_kept_pairs={least}: no update"
             if self._event_once("skipped_update", message, k, kept=fresh):
                 self.progress.note(f"iteration {k + 1}: {message}")
         else:
@@ -500,43 +516,3 @@ def _as_cast(votes: list[Vote], ballots: list[Ballot], complete: bool) -> list[V
     if complete and (missing := [b for b in ballots if b.id not in by_ballot]):
         raise RlaifError(f"the judge left {len(missing)} of {len(ballots)} ballots unanswered, first {missing[0].id}")
     return [by_ballot[b.id] for b in ballots if b.id in by_ballot]
-
-
-def _preferences(
-    k: int,
-    prompts: dict[str, Prompt],
-    completions: list[Completion],
-    pairs: list[Pair],
-    decisions: list[Decision],
-    text: Constitution,
-) -> list[Preference]:
-    """One row for each kept pair: what training sees."""
-    by_id = {c.id: c for c in completions}
-    pair_of = {p.id: p for p in pairs}
-    rows = []
-    for decision in decisions:
-        if decision.status != "kept" or decision.winner is None:
-            continue
-        pair = pair_of[decision.pair_id] if decision.winner == "first" else pair_of[decision.pair_id].swap()
-        chosen, rejected = by_id[pair.first], by_id[pair.second]
-        p_first = decision.verdict.p_first
-        rows.append(
-            Preference(
-                pair_id=pair.id,
-                iteration=k,
-                source="judge",
-                constitution=text.hash,
-                prompt_id=pair.prompt_id,
-                chosen_id=chosen.id,
-                rejected_id=rejected.id,
-                prompt_token_ids=chosen.prompt_token_ids,
-                chosen_token_ids=chosen.token_ids,
-                rejected_token_ids=rejected.token_ids,
-                prompt=prompts[pair.prompt_id].text,
-                chosen=chosen.text,
-                rejected=rejected.text,
-                p_chosen=None if p_first is None else p_first if decision.winner == "first" else 1 - p_first,
-                agreement=decision.verdict.agreement,
-            )
-        )
-    return rows

@@ -45,7 +45,7 @@ def iteration_metrics(
 ) -> dict[str, Any]:
     """metrics.json of an iteration."""
     kept = [d for d in decisions if d.status == "kept"]
-    reasons = Counter(d.reasons[0] for d in decisions if d.reasons)
+    reasons = Counter(d.reasons[0] for d in decisions if d.status == "dropped")
     agreements = [d.verdict.agreement for d in decisions if d.verdict.agreement is not None]
     return {
         "iteration": plan.iteration,
@@ -57,9 +57,11 @@ def iteration_metrics(
         "abstentions": dict(Counter(v.abstain_reason for v in votes if v.abstain_reason)),
         "kept": len(kept),
         "kept_share": len(kept) / len(decisions) if decisions else None,
+        "review": sum(d.status == "review" for d in decisions),
         "dropped_by_first_reason": dict(reasons),
         "mean_agreement": fmean(agreements) if agreements else None,
         "trained_pairs": len(preferences),
+        "human_pairs": sum(p.source == "human" for p in preferences),
         "replayed_pairs": sum(p.source == "replay" for p in preferences),
         "steps": len(steps),
         "loss": fmean(s.loss for s in steps) if steps else None,

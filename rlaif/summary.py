@@ -105,7 +105,7 @@ def final_tables(run: RunDir, summary: dict[str, Any]) -> None:
             _text(m),
             str(m["pairs"]),
             "-" if m["kept_share"] is None else f"{m['kept_share']:.0%}",
-            ", ".join(f"{r} {n}" for r, n in sorted(m["dropped_by_first_reason"].items())),
+            ", ".join(f"{r} {n}" for r, n in [*sorted(m["dropped_by_first_reason"].items()), *_sent(m)]),
             "-" if m["loss"] is None else f"{m['loss']:.3f}",
             f"{m['sampled']['mean_words']:.1f}",
             f"{m['sampled']['ended_share']:.0%}",
@@ -161,6 +161,11 @@ def final_tables(run: RunDir, summary: dict[str, Any]) -> None:
     console.print(f"\npicture: {run.path / 'summary.png'}   the same for programs: {run.path / 'summary.json'}")
 
 
+def _sent(metrics: dict[str, Any]) -> list[tuple[str, int]]:
+    """Pairs that went to review, where some did."""
+    return [("to review", metrics["review"])] if metrics.get("review") else []
+
+
 def _text(metrics: dict[str, Any]) -> str:
     return f"{metrics['constitution']['name']}@{metrics['constitution']['version']}"
 
@@ -205,6 +210,10 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         counts = [m["dropped_by_first_reason"].get(reason, 0) for m in iterations]
         kept.bar(x_iter, counts, bottom=bottom, label=reason, alpha=0.6)
         bottom = [b + c for b, c in zip(bottom, counts, strict=True)]
+    if any(_sent(m) for m in iterations):
+        kept.bar(
+            x_iter, [m.get("review", 0) for m in iterations], bottom=bottom, label="to review", hatch="//", alpha=0.6
+        )
     kept.set(title="pairs: kept, and dropped by reason", xlabel="iteration")
     sane.plot(x_eval, [e["relevance"] for e in evaluations], "o-", label="relevance (nat a token)")
     sane.plot(x_eval, [e["kl_per_token"] or 0 for e in evaluations], "s-", label="KL (nat a token)")

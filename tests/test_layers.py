@@ -57,7 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.learning.*",
         "rlaif.review.labels",
     ),
-    ("rlaif.loop", "rlaif.monitors", "rlaif.texts", "rlaif.launch"),
+    ("rlaif.loop", "rlaif.mixing", "rlaif.monitors", "rlaif.texts", "rlaif.launch"),
     (
         "rlaif.audit",
         "rlaif.audit.*",

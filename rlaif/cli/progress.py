@@ -98,10 +98,11 @@ def iteration_line(iteration: int, iterations: int, metrics: dict[str, Any]) -> 
     text = metrics["constitution"]
     sampled = metrics["sampled"]
     dropped = ", ".join(f"{r} {n}" for r, n in sorted(metrics["dropped_by_first_reason"].items()))
+    review = f", {n} to review" if (n := metrics.get("review")) else ""
     loss = "no update" if metrics["loss"] is None else f"loss {metrics['loss']:.3f}"
     return (
         f"iteration {iteration + 1}/{iterations} done  {text['name']}@{text['version']}  "
-        f"kept {metrics['kept']}/{metrics['pairs']}{f' (dropped: {dropped})' if dropped else ''}  {loss}  "
+        f"kept {metrics['kept']}/{metrics['pairs']}{f' (dropped: {dropped})' if dropped else ''}{review}  {loss}  "
         f"sampled {sampled['mean_words']:.0f} words, {sampled['ended_share']:.0%} ended  "
         f"{sum(metrics['seconds'].values()):.0f} s"
     )

@@ -63,7 +63,7 @@ class _Reviewer:
         self._console: Console = stdout_console()
         self._last: str | None = None
         self._skipped: set[str] = set()
-        self._given = 0
+        self._given: set[str] = set()
         self._counts = queue.counts()
 
     @contextmanager
@@ -89,7 +89,7 @@ class _Reviewer:
         self._counts = self._queue.counts()
         others = f", {self._counts.claimed} of them shown to others" if self._counts.claimed and not question else ""
         self._say(
-            f"{self._given} labelled by {visible(self._author)} now; {self._counts.labelled} in all, "
+            f"{len(self._given)} labelled by {visible(self._author)} now; {self._counts.labelled} in all, "
             f"{self._counts.waiting} waiting{others}"
         )
 
@@ -110,18 +110,19 @@ class _Reviewer:
                     return False
                 self._show(question)
             elif key in ("1", "2", "t", "s"):
-                self._answer(question.pair_id, cast("Shown", key), rest or reason, correcting)
+                self._answer(question.pair_id, cast("Shown", key), rest or reason)
                 return True
             elif key:
                 print(f"{visible(key)!r} is no key: {KEYS}", file=sys.stderr)
 
-    def _answer(self, pair_id: str, key: Shown, reason: str | None, correcting: bool) -> None:
+    def _answer(self, pair_id: str, key: Shown, reason: str | None) -> None:
         self._queue.answer(pair_id, key, self._author, reason)
         self._say({"1": "→ the first shown", "2": "→ the second shown", "t": "→ tie", "s": "→ skipped"}[key])
         if key == "s":
             self._skipped.add(pair_id)
-        elif not correcting:
-            self._given += 1
+            self._given.discard(pair_id)
+        else:
+            self._given.add(pair_id)
         self._last = pair_id
 
     def _show(self, question: Question, correcting: bool = False) -> None:
@@ -152,7 +153,7 @@ class _Reviewer:
         from rich.padding import Padding
         from rich.text import Text
 
-        self._console.print(Padding(Text(visible(text)), (0, 0, 0, 2)))
+        self._console.print(Padding(Text(visible(text)), (0, 0, 0, 2), expand=False))
 
     def _key(self) -> tuple[str, str]:
         """A key, and from a pipe what stands after it; `q` at the end of the input."""

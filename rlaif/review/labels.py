@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +20,11 @@ from pydantic import ValidationError
 
 from rlaif.errors import RlaifError
 from rlaif.records import HumanLabel, Record, Side
-from rlaif.store import RunDir, disk_errors
+from rlaif.store import RunDir, StageDir, disk_errors
 
 LOCK_TIMEOUT_S = 30.0
+REVIEW = re.compile(rb'"status":\s*"review"')
+"""In the line of a decision that sent its pair to review."""
 
 
 class LabelLog(Record):
@@ -173,10 +176,19 @@ def joining(
 
 
 def joined_sides(run: RunDir, iterations: Iterable[int]) -> dict[str, Side]:
-    """Pair id → the side that an update of these iterations took last as chosen by a person."""
+    """Pair id → the side that an update of these iterations took last as chosen by a person.
+
+    An iteration whose update was skipped trained on nothing: its labels are still owed.
+    """
     out: dict[str, Side] = {}
     for k in iterations:
         here = run.iteration(k)
-        if here.is_complete("preferences"):
-            out |= here.meta("preferences").get("labels", {}).get("joined", {})
+        if here.is_complete("updates") and not here.meta("updates")["skipped"]:
+            out |= labels_of(here)
     return out
+
+
+def labels_of(here: StageDir) -> dict[str, Side]:
+    """Pair id → side of the labels among an iteration's preferences."""
+    found: dict[str, Side] = here.meta("preferences").get("labels", {}).get("joined", {})
+    return found

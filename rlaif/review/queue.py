@@ -39,7 +39,6 @@ Shown = Literal["1", "2", "t", "s"]
 """An answer: the completion shown first, the one shown second, a tie, or skip."""
 
 R = TypeVar("R", Pair, Completion, Prompt)
-_SENT = re.compile(rb'"status":\s*"review"')
 
 
 class Question(Record):
@@ -260,7 +259,7 @@ class Queue:
 
 def sent_to_review(here: StageDir) -> list[Decision]:
     """The decisions of one iteration with status review."""
-    return [d for d in here.read("decisions", Decision, _SENT) if d.status == "review"]
+    return [d for d in here.read("decisions", Decision, log.REVIEW) if d.status == "review"]
 
 
 def _by_id(path: Path, record: type[R], *ids: str) -> dict[str, R]:

@@ -1,0 +1,82 @@
+"""`rlaif audit RUN agreement`: what the judge said, against what people said."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlaif.cli.audit import run_of
+from rlaif.console import stdout_console, visible
+
+if TYPE_CHECKING:
+    from rlaif.review.agreement import Agreement
+
+
+def agreement(
+    ctx: typer.Context,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")] = False,
+) -> None:
+    """Judge against human on reviewed pairs: accuracy and Cohen's kappa, by slice.
+
+    The labels are those of `rlaif review`. A pair on which a person, or the judge, named no side is counted apart.
+    """
+    from rlaif.review.agreement import agreement as measured
+    from rlaif.review.agreement import labelled_pairs
+
+    run = run_of(ctx)
+    pairs, problems = labelled_pairs(run)
+    rows = measured(pairs)
+    for problem in problems:
+        print(f"rlaif: {problem}", file=sys.stderr)
+    if json_:
+        beside = [
+            {
+                **x.label.model_dump(mode="json"),
+                "judge": x.decision.verdict.outcome,
+                "judge_p_first": x.decision.verdict.p_first,
+                "judge_agreement": x.decision.verdict.agreement,
+                "reasons": list(x.decision.reasons),
+                "review_rule": x.decision.review_rule,
+                "constitution": x.constitution,
+            }
+            for x in pairs
+        ]
+        agreed = [row.model_dump(mode="json") for row in rows]
+        print(json.dumps({"run": str(run.path), "agreement": agreed, "labels": beside, "problems": problems}))
+    elif not pairs:
+        stdout_console().print(f"{run.path}: no pair is labelled yet; rlaif review {run.path} shows those that wait",
+                               markup=False)  # fmt: skip
+    else:
+        _table(rows)
+
+
+def _table(rows: list[Agreement]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="judge against human, on reviewed pairs", title_justify="left")
+    for column in ("slice", "", "labels", "same side", "accuracy", "95%", "kappa", "human ties", "judge undecided"):
+        table.add_column(column, justify="left" if column in ("slice", "") else "right")
+    before = None
+    for row in rows:
+        low, high = row.interval
+        table.add_row(
+            "" if row.slice == before else row.slice,
+            escape(visible(row.value)) if row.slice != "all" else "",
+            str(row.labels),
+            f"{row.same}/{row.decided}",
+            "-" if row.accuracy is None else f"{row.accuracy:.0%}",
+            "-" if row.accuracy is None else f"{low:.0%}-{high:.0%}",
+            "-" if row.kappa is None else f"{row.kappa:.2f}",
+            str(row.human_ties),
+            str(row.judge_undecided),
+        )
+        before = row.slice
+    console = stdout_console()
+    console.print(table)
+    console.print(
+        "Reviewed pairs are those that the filter doubted: this says little about the pairs that it was sure of."
+    )

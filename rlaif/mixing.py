@@ -1,0 +1,140 @@
+"""What an update trains on: pairs that people labelled, then this iteration's kept ones, then replayed ones.
+
+In: decisions of this iteration, the run's labels, the preferences of earlier iterations. Out: `Preference` rows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlaif.config import Replay
+from rlaif.constitution import Constitution
+from rlaif.records import Completion, Decision, Pair, Plan, Preference, Prompt, Side
+from rlaif.review.labels import (
+    REVIEW,
+    LabelLog,
+    in_force,
+    joined_sides,
+    joining,
+    labels_of,
+    labels_path,
+    read_labels,
+    review_lock,
+)
+from rlaif.store import RunDir, read_json
+
+
+def preferences_of(
+    k: int,
+    prompts: Mapping[str, Prompt],
+    completions: Sequence[Completion],
+    pairs: Sequence[Pair],
+    decisions: Sequence[Decision],
+    text: Constitution,
+) -> list[Preference]:
+    """One row for each kept pair of iteration k: what training sees."""
+    by_id = {c.id: c for c in completions}
+    pair_of = {p.id: p for p in pairs}
+    rows = []
+    for decision in decisions:
+        if decision.status != "kept" or decision.winner is None:
+            continue
+        pair = pair_of[decision.pair_id] if decision.winner == "first" else pair_of[decision.pair_id].swap()
+        chosen, rejected = by_id[pair.first], by_id[pair.second]
+        p_first = decision.verdict.p_first
+        rows.append(
+            Preference(
+                pair_id=pair.id,
+                iteration=k,
+                source="judge",
+                constitution=text.hash,
+                prompt_id=pair.prompt_id,
+                chosen_id=chosen.id,
+                rejected_id=rejected.id,
+                prompt_token_ids=chosen.prompt_token_ids,
+                chosen_token_ids=chosen.token_ids,
+                rejected_token_ids=rejected.token_ids,
+                prompt=prompts[pair.prompt_id].text,
+                chosen=chosen.text,
+                rejected=rejected.text,
+                p_chosen=None if p_first is None else p_first if decision.winner == "first" else 1 - p_first,
+                agreement=decision.verdict.agreement,
+            )
+        )
+    return rows
+
+
+def read_now(run: RunDir) -> LabelLog | None:
+    """The labels of this moment; None where nobody labelled yet. Later ones are for the next update."""
+    if not labels_path(run).exists():
+        return None
+    with review_lock(run):
+        return read_labels(run)
+
+
+def labelled(
+    run: RunDir, log: LabelLog | None, k: int, prompts: Mapping[str, Prompt], text: Constitution
+) -> tuple[list[Preference], dict[str, Any]]:
+    """Pairs of earlier iterations as people labelled them, each once; and what the stage's meta file says about it.
+
+    Their p(chosen) and agreement stay the judge's.
+    """
+    if log is None:
+        return [], {}
+    labels = in_force(log.labels)
+    given_in = {x.iteration for x in labels.values()}
+    plans = {i: Plan.model_validate(read_json(run.iteration(i).path / "plan.json")) for i in range(k) if i in given_in}
+    judged_under = {i: plan.constitution.hash for i, plan in plans.items()}
+    joins, stale = joining(labels, joined_sides(run, range(k)), judged_under, k, text.hash)
+    rows: list[Preference] = []
+    joined: dict[str, Side] = {}
+    for i in sorted({x.iteration for x in joins}):
+        here, sides = run.iteration(i), {x.pair_id: x.outcome for x in joins if x.iteration == i}
+        decisions = [
+            d.model_copy(update={"status": "kept", "winner": sides[d.pair_id]})
+            for d in here.read("decisions", Decision, REVIEW)
+            if d.pair_id in sides and d.status == "review"
+        ]
+        completions, pairs = here.read("completions", Completion), here.read("pairs", Pair)
+        made = preferences_of(i, prompts, completions, pairs, decisions, text)
+        rows += [p.model_copy(update={"source": "human"}) for p in made]
+        joined |= {d.pair_id: d.winner for d in decisions if d.winner is not None}
+    problems = [*log.problems]
+    if unknown := [x.pair_id for x in joins if x.pair_id not in joined]:
+        problems.append(f"{labels_path(run)}: no pair {', '.join(unknown)} was sent to review; its label is left out")
+    # With size and digest an auditor finds the labels of that moment, whatever was appended since.
+    said = {"size": log.size, "sha256": log.sha256, "joined": joined, "stale": len(stale), "problems": problems}
+    return rows, said
+
+
+def replayed(
+    run: RunDir,
+    log: LabelLog | None,
+    k: int,
+    fresh: Sequence[Preference],
+    settings: Replay,
+    seed: int,
+    text: Constitution,
+) -> list[Preference]:
+    """Older pairs for this update: judged under the text in force, not older than `replay.max_age`.
+
+    A pair that people labelled is replayed only as its label in force has it, and not beside itself.
+    """
+    wanted = round(len(fresh) * settings.share / (1 - settings.share))
+    if not wanted:
+        return []
+    labels = in_force(log.labels) if log else {}
+    now = {p.pair_id for p in fresh}
+    old: dict[str, Preference] = {}
+    for i in range(max(0, k - settings.max_age), k):
+        here = run.iteration(i)
+        sides = labels_of(here)
+        for p in here.read("preferences", Preference):
+            if p.source == "replay" or p.constitution != text.hash or p.pair_id in now:
+                continue
+            label = labels.get(p.pair_id)
+            if p.source == "judge" or (label is not None and label.outcome == sides[p.pair_id]):
+                old[p.pair_id] = p.model_copy(update={"source": "replay"})
+    return random.Random(f"replay-{seed}-{k}").sample(list(old.values()), min(wanted, len(old)))
