@@ -15,15 +15,16 @@ from typing import Any
 import yaml
 
 from rlaif.audit.index import Index
-from rlaif.audit.queries import Overview, show
+from rlaif.audit.queries import Overview
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import Calibration, read_calibration
-from rlaif.records import Message, Record
+from rlaif.records import Record
 from rlaif.review.agreement import Agreement, agreement, labelled_pairs
 from rlaif.store import RunDir, disk_errors, file_digest, read_json
 from rlaif.summary import summarise
 from rlaif.view.facts import Facts, Metrics, read_facts
+from rlaif.view.pictures import percent, pictures
 
 EXAMPLES = 10
 MOST_CHARS = 1500
@@ -161,8 +162,8 @@ def make_report(index: Index, run: RunDir) -> Report:
         calibration=calibration,
         human=human,
         dropped=dict(sorted(dropped.items(), key=lambda item: -item[1])),
-        kept_examples=tuple(_examples(index, run, job["seed"], "status = 'kept'")),
-        dropped_examples=tuple(_examples(index, run, job["seed"], "status = 'dropped'")),
+        kept_examples=tuple(_examples(index, job["seed"], "kept")),
+        dropped_examples=tuple(_examples(index, job["seed"], "dropped")),
         before_after=tuple(_before_after(run)),
         seconds=_seconds(index, facts),
         header=header,
@@ -172,7 +173,6 @@ def make_report(index: Index, run: RunDir) -> Report:
 
 def write_report(report: Report, index: Index, run: RunDir, to: Path) -> Path:
     """Writes the HTML file, whole or not at all."""
-    from rlaif.view.pictures import pictures
     from rlaif.view.rendering import render, style
 
     facts = read_facts(index, run)
@@ -211,8 +211,8 @@ def _caveats(
         low, high = last["win_interval"]
         if low <= 0.5 <= high:
             out.append(
-                f"No clear difference to the base policy: the win rate's 95 % interval, {low:.0%} to {high:.0%}, "
-                "holds one half."
+                f"No clear difference to the base policy: the win rate's 95 % interval, {percent(low)} to "
+                f"{percent(high)}, holds one half."
             )
         out.append(
             f"The win rate is over {last['answers']} held-out answers, by the judge that also made the training "
@@ -230,7 +230,8 @@ def _caveats(
             f"Only {human[0].decided} pairs have both a person's and the judge's word: too few to conclude from."
         )
     if totals.position_bias is not None and abs(totals.position_bias - 0.5) > BIASED:
-        out.append(f"The judge names the slot shown first in {totals.position_bias:.0%} of its votes; 50 % is no bias.")
+        bias = percent(totals.position_bias)
+        out.append(f"The judge names the slot shown first in {bias} of its votes; 50 % is no bias.")
     if totals.preferences < FEW_PAIRS:
         out.append(f"Only {totals.preferences} preferences were trained on.")
     base = next((e for e in facts.evaluations if e["updates"] == 0), None)
@@ -239,8 +240,8 @@ def _caveats(
         change = newest["mean_words"] / base["mean_words"] - 1
         if abs(change) > LENGTH_MOVED:
             out.append(
-                f"Held-out answers became {abs(change):.0%} {'longer' if change > 0 else 'shorter'}; unless the text "
-                "asks for that, a win may be a matter of length."
+                f"Held-out answers became {percent(abs(change))} {'longer' if change > 0 else 'shorter'}; unless the "
+                "text asks for that, a win may be a matter of length."
             )
     return out
 
@@ -273,40 +274,45 @@ def _prompts(run: RunDir, index: Index, job: dict[str, Any]) -> list[PromptFile]
     return out
 
 
-def _examples(index: Index, run: RunDir, seed: int, condition: str) -> list[Example]:
+def _examples(index: Index, seed: int, status: str) -> list[Example]:
     """Pairs drawn by the run's seed: the same ones whenever the report is made."""
-    drawn = index.rows(
-        f"SELECT pair_id FROM decisions WHERE iteration IS NOT NULL AND {condition} "
-        "ORDER BY md5(pair_id || '-' || ?::VARCHAR), pair_id LIMIT ?",
-        [str(seed), EXAMPLES],
+    rows = index.rows(
+        """SELECT p.pair_id, p.iteration, i.text_name AS constitution, q.messages, d.winner, d.outcome, d.reasons,
+            d.agreement, a.text AS first_text, b.text AS second_text
+        FROM decisions d JOIN pairs p ON p.pair_id = d.pair_id AND p.iteration = d.iteration
+        LEFT JOIN iterations i ON i.iteration = p.iteration
+        LEFT JOIN prompts q ON q.prompt_id = p.prompt_id
+        LEFT JOIN completions a ON a.completion_id = p.first
+        LEFT JOIN completions b ON b.completion_id = p.second
+        WHERE d.status = ? ORDER BY md5(p.pair_id || '-' || ?::VARCHAR), p.pair_id LIMIT ?""",
+        [status, str(seed), EXAMPLES],
     )
-    out = []
-    for row in drawn:
-        detail = show(index, run, row["pair_id"])
-        out.append(
-            Example(
-                pair_id=detail.row.pair_id,
-                iteration=detail.row.iteration,
-                constitution=detail.row.constitution,
-                prompt=_cut(_conversation(detail.prompt_messages) or detail.row.prompt),
-                winner=detail.row.winner,
-                outcome=detail.row.outcome,
-                reasons=detail.row.reasons,
-                agreement=detail.row.agreement,
-                first=_cut(detail.first.text if detail.first else "(not in the log)"),
-                second=_cut(detail.second.text if detail.second else "(not in the log)"),
-            )
+    return [
+        Example(
+            pair_id=row["pair_id"],
+            iteration=row["iteration"],
+            constitution=row["constitution"],
+            prompt=_cut(_conversation(row["messages"])),
+            winner=row["winner"],
+            outcome=row["outcome"],
+            reasons=tuple(row["reasons"] or ()),
+            agreement=row["agreement"],
+            first=_cut(row["first_text"]),
+            second=_cut(row["second_text"]),
         )
-    return out
+        for row in rows
+    ]
 
 
-def _conversation(messages: tuple[Message, ...]) -> str:
+def _conversation(messages: list[dict[str, str]] | None) -> str | None:
     """The turns without the system message, which all prompts of a run share."""
-    turns = [m for m in messages if m.role != "system"]
-    return turns[0].content if len(turns) == 1 else "\n\n".join(f"{m.role}: {m.content}" for m in turns)
+    turns = [m for m in messages or () if m["role"] != "system"]
+    return "\n\n".join(m["content"] if len(turns) == 1 else f"{m['role']}: {m['content']}" for m in turns) or None
 
 
-def _cut(text: str) -> str:
+def _cut(text: str | None) -> str:
+    if text is None:
+        return "(not in the log)"
     return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]} … ({len(text) - MOST_CHARS} more characters)"
 
 
