@@ -6,7 +6,7 @@ JOB ?= jobs/quickstart.yaml
 PORT ?= 8000
 export VENV
 
-.PHONY: help setup quickstart test lint format bench bench-judge judge-server clean
+.PHONY: help setup quickstart test lint format bench bench-judge bench-audit judge-server clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ bench: $(STAMP) ## speed of the loop beside TRL's stock trainer and two limits
 
 bench-judge: $(STAMP) ## speed of a judge behind a server, of parsing and verdicts, and its memory
 	@$(BIN)/python -m benchmarks.judge $(ARGS)
+
+bench-audit: $(STAMP) ## speed and memory of the audit on a run of a million votes
+	@$(BIN)/python -m benchmarks.audit $(ARGS)
 
 judge-server: $(STAMP) ## vLLM's OpenAI-compatible server with the embedded model, on loopback (PORT=8000)
 	@VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING $(BIN)/python -m vllm.entrypoints.openai.api_server \

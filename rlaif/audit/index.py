@@ -10,20 +10,22 @@ who updates holds the lock alone, and everything that it took in of one folder a
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlaif.audit.tables import EVALUATION_STAGES, SMALL_TABLES, STAGE_TABLES, STAGES, create_statements
+from rlaif.audit.tables import EVALUATION_STAGES, FILL_PANELS, SMALL_TABLES, STAGE_TABLES, STAGES, create_statements
 from rlaif.errors import RlaifError, UserError
 from rlaif.models import cache_root
 from rlaif.records import digest
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     import duckdb
 
 VERSION = 1
-"""Rises when tables change; an index of another version is made anew."""
+"""Rises when what is taken in changes; an index of another version, other tables or another DuckDB is made anew."""
 
 MEMORY_LIMIT = "1GB"
 _TAIL_BYTES = 4096
@@ -42,6 +44,10 @@ _LOCK_WAIT_S = 0.05
 
 Progress = Callable[[str, float], None]
 """Told what is being read, and the share of all bytes that is done."""
+
+
+Key = tuple[str, int, int]
+"""A part of a table: its name, the iteration or -1, the evaluation or -1."""
 
 
 class Source(NamedTuple):
@@ -55,9 +61,12 @@ class Source(NamedTuple):
     """Rows may still be added to it."""
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> Key:
         """Which part of a table it is."""
-        return self.table, -1 if self.iteration is None else self.iteration, _or_minus_one(self.evaluation)
+        return self.table, _or_minus_one(self.iteration), _or_minus_one(self.evaluation)
+
+
+Owed = tuple[list[Source], list[Key], bool]
 
 
 @dataclass(frozen=True)
@@ -83,12 +92,13 @@ class Index:
         import duckdb
 
         self.run = run
-        name = digest([str(run.path.resolve()), VERSION, duckdb.__version__])
-        self.path = cache_root() / "audit" / f"{run.path.resolve().name}-{name}.duckdb"
+        self._name = f"{run.path.resolve().name}-{digest(str(run.path.resolve()))}"
+        layout = digest([VERSION, duckdb.__version__, create_statements()])
+        self.path = cache_root() / "audit" / f"{self._name}-{layout}.duckdb"
         self.problems: list[str] = []
         """One line for each damaged or missing file or line."""
         self._progress = progress or (lambda what, share: None)
-        self._small: str | None = None
+        self._local = threading.local()
         with _writable(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -112,16 +122,49 @@ class Index:
     def close(self) -> None:
         """Nothing is held open between questions."""
 
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Questions asked inside, by this thread, share one connection and see one state of the index."""
+        if self._local.__dict__.get("connection") is not None:
+            yield
+            return
+        with self._reading() as connection:
+            self._local.connection = connection
+            try:
+                yield
+            finally:
+                self._local.connection = None
+
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """The rows that a query gives, as mappings of column to value.
 
         Raises:
             duckdb.Error: the query is wrong, or tries to write or to read another file.
         """
-        with self._reading() as connection:
-            cursor = connection.execute(sql, list(parameters))
+        with self.session():
+            cursor = self._local.connection.execute(sql, list(parameters))
             names = [d[0] for d in cursor.description or ()]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def ask(self, sql: str, limit: int) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """A user's own query: column names, and at most `limit` rows.
+
+        Raises:
+            UserError: it is wrong, more than one statement, or wants more than to read these tables.
+        """
+        import duckdb
+
+        try:
+            with self._reading() as connection:
+                statements = connection.extract_statements(sql)
+                if len(statements) != 1:
+                    raise UserError(f"sql: one SELECT at a time, found {len(statements)} statements")
+                if statements[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+                    raise UserError(f"sql: read-only, and this is a {statements[0].type.name}; ask with SELECT")
+                cursor = connection.execute(statements[0])
+                return [d[0] for d in cursor.description or ()], cursor.fetchmany(limit)
+        except duckdb.Error as e:
+            raise UserError(f"sql: {' '.join(str(e).split())}") from e
 
     def refresh(self) -> None:
         """Takes in what the run wrote since the last look; cheap when that is nothing."""
@@ -129,9 +172,9 @@ class Index:
             try:
                 if self._owed() is not None:
                     self._update()
+                found = self.rows("SELECT * FROM problems ORDER BY file, line")
                 self.problems = self._missing() + [
-                    f"{r['file']}{'' if r['line'] is None else ':' + str(r['line'])}: {r['message']}"
-                    for r in self.rows("SELECT * FROM problems ORDER BY file, line")
+                    f"{r['file']}{'' if r['line'] is None else ':' + str(r['line'])}: {r['message']}" for r in found
                 ]
                 return
             except _duckdb().Error as e:
@@ -219,25 +262,22 @@ class Index:
     def _small_digest(self) -> str:
         seen = []
         for path in self._small_files():
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 status = path.stat()
                 seen.append((str(path.relative_to(self.run.path)), status.st_size, status.st_mtime_ns))
         return digest(seen)
 
-    def _owed(self) -> tuple[list[Source], list[tuple[str, int, int]], bool] | None:
+    def _owed(self) -> Owed | None:
         """What an update has to do: sources to take in, parts to remove, whether small files changed."""
-        taken: dict[tuple[str, int, int], Taken] = {}
+        taken: dict[Key, Taken] = {}
         small = ""
         if self.path.exists():
-            for r in self.rows("SELECT * FROM files"):
-                values = {name: r[name] for name in Taken.__dataclass_fields__}
-                taken[r["source_table"], r["iteration"], r["evaluation"]] = Taken(**values)
-            small = self.rows("SELECT digest FROM small")[0]["digest"]
+            with self._reading() as connection:
+                taken = _taken(connection.execute(_FILES).fetchall())
+                small = connection.execute("SELECT digest FROM small").fetchall()[0][0]
         return self._compare(taken, small)
 
-    def _compare(
-        self, taken: dict[tuple[str, int, int], Taken], small: str
-    ) -> tuple[list[Source], list[tuple[str, int, int]], bool] | None:
+    def _compare(self, taken: dict[Key, Taken], small: str) -> Owed | None:
         sources = self._sources()
         owed = []
         for source in sources:
@@ -260,94 +300,120 @@ class Index:
             fresh = not self.path.exists()
             with self._connect(read_only=False) as connection:
                 if fresh:
+                    self._remove_others()
                     _create(connection)
-                taken = {}
-                for row in connection.execute(
-                    "SELECT source_table, iteration, evaluation, name, size, mtime_ns, sha256, bytes, lines, tail "
-                    "FROM files"
-                ).fetchall():
-                    taken[row[0], row[1], row[2]] = Taken(*row[3:])
+                taken = _taken(connection.execute(_FILES).fetchall())
                 small = connection.execute("SELECT digest FROM small").fetchall()[0][0]
                 owed = self._compare(taken, small)
                 if owed is None:  # another process did it
                     return
                 sources, gone, small_changed = owed
-                total = sum(s.path.stat().st_size for s in sources if s.path.exists()) or 1
-                done = 0
-                for key in gone:
-                    _forget(connection, key)
-                for source in sources:
-                    folder = f"{source.path.parent.name}/{source.path.name}"
-                    self._progress(folder, done / total)
-                    with contextlib.suppress(FileNotFoundError):
-                        done += source.path.stat().st_size
-                        self._take(connection, source, taken.get(source.key))
+                sizes = [_size(s.path) for s in sources]
+                total, done = sum(sizes) or 1, 0
+                with _transaction(connection):
+                    for key in gone:
+                        _forget(connection, key)
+                for folder, group in groupby(zip(sources, sizes, strict=True), lambda item: item[0].path.parent):
+                    of_folder = list(group)
+                    self._progress(f"{folder.parent.name}/{folder.name}", done / total)
+                    try:
+                        with _transaction(connection):
+                            for source, _ in of_folder:
+                                self._take(connection, source, taken.get(source.key))
+                            self._fill_panels(connection, [s for s, _ in of_folder])
+                    except (FileNotFoundError, _duckdb().IOException):
+                        # Completed, that is renamed, just now: the next look finds it under its new name.
+                        if all(s.path.exists() for s, _ in of_folder):
+                            raise
+                    done += sum(size for _, size in of_folder)
                 if small_changed:
-                    self._take_small(connection)
+                    with _transaction(connection):
+                        self._take_small(connection)
                 self._progress("done", 1.0)
 
     def _take(self, connection: duckdb.DuckDBPyConnection, source: Source, known: Taken | None) -> None:
         """Takes in one file: the whole of it, or what was added since the last look."""
         status = source.path.stat()
-        start, lines = 0, 0
-        if known is not None and source.grows and known.name == source.path.name and _still(source.path, known):
-            start, lines = known.bytes, known.lines
-        end = _end_of_lines(source.path, status.st_size) if source.grows else status.st_size
-        connection.execute("BEGIN")
-        try:
-            if start == 0:
-                _forget(connection, source.key)
-            if end > start:
-                with _part(source.path, start, end, status.st_size) as path:
-                    lines = self._insert(connection, source, path, lines)
-            sha256 = None
-            meta = source.path.with_name(f"{source.table}.meta.json")
-            if not source.grows and meta.exists():
-                with contextlib.suppress(RlaifError):
-                    sha256 = read_json(meta).get("sha256")
-            connection.execute(
-                "DELETE FROM files WHERE source_table = ? AND iteration = ? AND evaluation = ?", list(source.key)
-            )
-            connection.execute(
-                "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [*source.key, source.path.name, status.st_size, status.st_mtime_ns, sha256, end, lines,
-                 _tail(source.path, end)],
-            )  # fmt: skip
-            connection.execute("COMMIT")
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
+        start, lines, end = 0, 0, status.st_size
+        if source.grows:
+            end = _end_of_lines(source.path, status.st_size)
+            if known is not None and known.name == source.path.name and _still(source.path, known):
+                start, lines = known.bytes, known.lines
+        if start == 0:
+            _forget(connection, source.key)
+        if end > start:
+            with _part(source.path, start, end) if source.grows else nullcontext(source.path) as path:
+                lines += self._insert(connection, source, path, lines)
+        sha256 = None
+        meta = source.path.with_name(f"{source.table}.meta.json")
+        if not source.grows and meta.exists():
+            with suppress(RlaifError):  # `verify` speaks about meta files
+                found = read_json(meta)
+                sha256 = found.get("sha256")
+                if found.get("rows") not in (None, lines):
+                    self._problem(connection, source, None, f"has {lines} lines, {meta.name} says {found['rows']}")
+        connection.execute(
+            "DELETE FROM files WHERE source_table = ? AND iteration = ? AND evaluation = ?", list(source.key)
+        )
+        connection.execute(
+            "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [*source.key, source.path.name, status.st_size, status.st_mtime_ns, sha256, end, lines,
+             _tail(source.path, end)],
+        )  # fmt: skip
 
     def _insert(self, connection: duckdb.DuckDBPyConnection, source: Source, path: Path, before: int) -> int:
-        """Inserts a file's rows, numbered from `before` + 1; how many lines there are now."""
+        """Inserts a file's rows, numbered from `before` + 1; how many lines it has."""
+        lines = _count_lines(path)
+        try:
+            found = self._read(connection, source, path, before)
+        except _duckdb().Error:
+            if not path.exists():
+                raise
+            found = -1
+        if found != lines:
+            # Something is damaged. Which line it is, and the right numbers for all others, takes a slower look.
+            if found >= 0:
+                where, values = _where(source.key)
+                connection.execute(f"DELETE FROM {source.table} WHERE {where} AND line > ?", [*values, before])
+            with _mended(path, STAGE_TABLES[source.table].key) as (mended, damaged):
+                self._read(connection, source, mended, before)
+            for line in damaged:
+                what = f"not a line of {source.table}; it was damaged after it was written, and is left out"
+                self._problem(connection, source, before + line, what)
+        return lines
+
+    def _read(self, connection: duckdb.DuckDBPyConnection, source: Source, path: Path, before: int) -> int:
+        """Inserts the sound rows of a file; how many there are."""
         table = STAGE_TABLES[source.table]
         fields = ", ".join(f"{name}: '{type}'" for name, type in table.json_columns().items())
-        columns = ", ".join(f'{c.source} AS "{c.name}"' for c in table.columns)
-        where = f"? + r.line::INTEGER AS line, r.{table.key} IS NULL AS damaged"
-        read = (
-            f"FROM (SELECT row_number() OVER () AS line, * FROM read_json(?, format = 'newline_delimited', "
-            f"ignore_errors = true, columns = {{{fields}}})) r"
-        )
+        columns = ", ".join(c.source for c in table.columns)
+        places = {"iteration": source.iteration, "evaluation": source.evaluation, "held_out": source.iteration == 1}
+        where = ", ".join("?" if c.name in places else "? + r.line" for c in table.where)
+        values = [places.get(c.name, before) for c in table.where]
+        found = connection.execute(
+            f"INSERT INTO {table.name} SELECT {where}, {columns} FROM (SELECT row_number() OVER () AS line, * FROM "
+            f"read_json(?, format = 'newline_delimited', ignore_errors = true, columns = {{{fields}}})) r "
+            f"WHERE r.{table.key} IS NOT NULL",
+            [*values, str(path)],
+        ).fetchall()
+        return int(found[0][0])
+
+    def _fill_panels(self, connection: duckdb.DuckDBPyConnection, sources: list[Source]) -> None:
+        for source in sources:
+            if source.table == "votes":
+                where, values = _where(source.key)
+                connection.execute(f"DELETE FROM panels WHERE {where}", values)
+                connection.execute(FILL_PANELS, [source.iteration, source.evaluation])
+
+    def _problem(self, connection: duckdb.DuckDBPyConnection, source: Source, line: int | None, message: str) -> None:
         connection.execute(
-            f"CREATE OR REPLACE TEMP TABLE taken AS SELECT ?::INTEGER AS iteration, ?::INTEGER AS evaluation, {where}, "
-            f"{columns} {read}",
-            [source.iteration, source.evaluation, before, str(path)],
+            "INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", [*source.key, str(source.path), line, message]
         )
-        connection.execute(f"INSERT INTO {table.name} SELECT * EXCLUDE (damaged) FROM taken WHERE NOT damaged")
-        name = str(source.path)
-        connection.execute(
-            "INSERT INTO problems SELECT ?, ?, ?, ?, line, ? FROM taken WHERE damaged",
-            [*source.key, name, f"not a line of {source.table}; it was damaged after it was written, and is left out"],
-        )
-        found = connection.execute("SELECT coalesce(max(line), ?) FROM taken", [before]).fetchall()[0][0]
-        connection.execute("DROP TABLE taken")
-        return int(found)
 
     def _take_small(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Takes in plans, metrics and texts, all of them anew."""
-        key = ("small", -1, -1)
+        key: Key = ("small", -1, -1)
         seen = self._small_digest()
-        connection.execute("BEGIN")
         _forget(connection, key)
         for name in SMALL_TABLES:
             connection.execute(f"DELETE FROM {name}")
@@ -359,8 +425,9 @@ class Index:
             except FileNotFoundError:
                 return None
             except (RlaifError, UnicodeDecodeError) as e:
-                message = str(e).removeprefix(f"{path}:").strip()
-                connection.execute("INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", [*key, str(path), None, message])
+                line, _, message = str(e).removeprefix(f"{path}:").partition(": ")
+                values = [*key, str(path), int(line) if line.isdigit() else None, message or line]
+                connection.execute("INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", values)
                 return None
 
         for k in self.run.iterations():
@@ -389,7 +456,6 @@ class Index:
                     [path.parent.name, _text_name(content), _dumped(content)],
                 )
         connection.execute("UPDATE small SET digest = ?", [seen])
-        connection.execute("COMMIT")
 
     # The file.
 
@@ -420,6 +486,13 @@ class Index:
                         told = True
                     time.sleep(_LOCK_WAIT_S)
             yield
+
+    def _remove_others(self) -> None:
+        """Removes indexes of this run that an earlier rlaif or DuckDB left."""
+        for old in self.path.parent.glob(f"{glob.escape(self._name)}-*"):
+            if not old.name.startswith(self.path.name):
+                with suppress(OSError):
+                    old.unlink()
 
     def _remove(self) -> None:
         for suffix in ("", ".wal"):
@@ -473,31 +546,94 @@ def _writable(path: Path) -> Iterator[None]:
         raise UserError(f"{e}; set RLAIF_CACHE to a folder for the index of runs") from e
 
 
+_FILES = "SELECT source_table, iteration, evaluation, name, size, mtime_ns, sha256, bytes, lines, tail FROM files"
+
+
+def _taken(rows: list[tuple[Any, ...]]) -> dict[Key, Taken]:
+    return {(r[0], r[1], r[2]): Taken(*r[3:]) for r in rows}
+
+
 def _create(connection: duckdb.DuckDBPyConnection) -> None:
+    key = "source_table VARCHAR, iteration INTEGER, evaluation INTEGER"
+    with _transaction(connection):
+        for statement in create_statements():
+            connection.execute(statement)
+        connection.execute(
+            f"CREATE TABLE files ({key}, name VARCHAR, size BIGINT, mtime_ns BIGINT, sha256 VARCHAR, bytes BIGINT, "
+            "lines INTEGER, tail VARCHAR)"
+        )
+        connection.execute(f"CREATE TABLE problems ({key}, file VARCHAR, line INTEGER, message VARCHAR)")
+        connection.execute("CREATE TABLE small (digest VARCHAR)")
+        connection.execute("INSERT INTO small VALUES ('')")
+
+
+@contextmanager
+def _transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
     connection.execute("BEGIN")
-    for statement in create_statements():
-        connection.execute(statement)
-    connection.execute(
-        "CREATE TABLE files (source_table VARCHAR, iteration INTEGER, evaluation INTEGER, name VARCHAR, size BIGINT, "
-        "mtime_ns BIGINT, sha256 VARCHAR, bytes BIGINT, lines INTEGER, tail VARCHAR)"
-    )
-    connection.execute(
-        "CREATE TABLE problems (source_table VARCHAR, iteration INTEGER, evaluation INTEGER, file VARCHAR, "
-        "line INTEGER, message VARCHAR)"
-    )
-    connection.execute("CREATE TABLE small (digest VARCHAR)")
-    connection.execute("INSERT INTO small VALUES ('')")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
     connection.execute("COMMIT")
 
 
-def _forget(connection: duckdb.DuckDBPyConnection, key: tuple[str, int, int]) -> None:
+def _where(key: Key) -> tuple[str, list[Any]]:
+    """A condition for the rows of a source in its table, and its parameters."""
+    table, iteration, evaluation = key
+    places = {c.name for c in STAGE_TABLES[table].where}  # what a row says itself is another thing
+    if "held_out" in places:
+        return "held_out = ?", [iteration == 1]
+    if "iteration" not in places:
+        return "true", []
+    where = "iteration IS NOT DISTINCT FROM nullif(?, -1) AND evaluation IS NOT DISTINCT FROM nullif(?, -1)"
+    return where, [iteration, evaluation]
+
+
+def _forget(connection: duckdb.DuckDBPyConnection, key: Key) -> None:
     """Removes what was taken in of a source."""
-    table, *numbers = key
+    table = key[0]
     if table in STAGE_TABLES:
-        where = "iteration IS NOT DISTINCT FROM nullif(?, -1) AND evaluation IS NOT DISTINCT FROM nullif(?, -1)"
-        connection.execute(f"DELETE FROM {table} WHERE {where}", numbers)
+        where, values = _where(key)
+        connection.execute(f"DELETE FROM {table} WHERE {where}", values)
+        if table == "votes":
+            connection.execute(f"DELETE FROM panels WHERE {where}", values)
     for name in ("files", "problems"):
         connection.execute(f"DELETE FROM {name} WHERE source_table = ? AND iteration = ? AND evaluation = ?", list(key))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _count_lines(path: Path) -> int:
+    """Lines of a file; one without a line break at the end counts."""
+    lines, last = 0, b"\n"
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            lines += block.count(b"\n")
+            last = block[-1:]
+    return lines + (last != b"\n")
+
+
+@contextmanager
+def _mended(path: Path, key: str) -> Iterator[tuple[Path, list[int]]]:
+    """A copy in which every damaged line is an empty object, so that all others keep their number; and the numbers."""
+    damaged = []
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy, path.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                value = json.loads(line)
+                for part in key.split("."):
+                    value = value[part]
+                sound = value is not None
+            except (ValueError, TypeError, KeyError):
+                sound = False
+            if not sound:
+                damaged.append(number)
+            copy.write(line.rstrip(b"\n") + b"\n" if sound else b"{}\n")
+        copy.flush()
+        yield Path(copy.name), damaged
 
 
 def _end_of_lines(path: Path, size: int) -> int:
@@ -528,11 +664,8 @@ def _still(path: Path, known: Taken) -> bool:
 
 
 @contextmanager
-def _part(path: Path, start: int, end: int, size: int) -> Iterator[Path]:
-    """A file that holds the bytes from `start` to `end`: the file itself when that is all of it."""
-    if start == 0 and end == size:
-        yield path
-        return
+def _part(path: Path, start: int, end: int) -> Iterator[Path]:
+    """A copy of the bytes from `start` to `end`: the file itself may grow while it is read."""
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as part, path.open("rb") as f:
         f.seek(start)
         left = end - start

@@ -41,22 +41,13 @@ PREVIEW_CHARS = 160
 Status = Literal["kept", "dropped", "review"]
 Sort = Literal["log", "agreement", "margin", "length"]
 
-_SORTS: dict[str, str] = {
-    "log": "p.iteration {d} NULLS LAST, p.evaluation {d} NULLS LAST, p.line {d}",
-    "agreement": "d.agreement {d} NULLS LAST, p.iteration, p.evaluation, p.line",
-    "margin": "abs(d.p_first - 0.5) {d} NULLS LAST, p.iteration, p.evaluation, p.line",
-    "length": "a.chars + b.chars {d} NULLS LAST, p.iteration, p.evaluation, p.line",
+_KEYS: dict[Sort, str] = {
+    "log": "NULL",
+    "agreement": "d.agreement",
+    "margin": "abs(d.p_first - 0.5)",
+    "length": "a.chars + b.chars",
 }
-_LENGTHS = "LEFT JOIN completions a ON a.completion_id = p.first LEFT JOIN completions b ON b.completion_id = p.second"
-
-# A voice names a side when all its valid votes do, in whatever order they were asked: a flip is no disagreement.
-DISAGREEING = """
-SELECT pair_id FROM (
-    SELECT pair_id, min(outcome) AS side FROM votes
-    WHERE NOT guard AND outcome IN ('first', 'second')
-    GROUP BY pair_id, principles, judge, voice, sample_index HAVING min(outcome) = max(outcome)
-) GROUP BY pair_id HAVING min(side) <> max(side)
-"""
+"""What a list is sorted by; `log` by where pairs stand in the log."""
 
 
 class PairFilter(Record):
@@ -172,24 +163,52 @@ def list_pairs(
     offset: int = 0,
 ) -> Page:
     """A page of the pairs that a filter lets through."""
-    where, parameters = _where(index, filter or PairFilter())
-    lengths = _LENGTHS if sort == "length" else ""
-    order = _SORTS[sort].format(d="DESC" if descending else "ASC")
-    base = f"FROM pairs p LEFT JOIN decisions d USING (pair_id) {lengths} WHERE {where}"
-    found = index.rows(
-        f"SELECT count(*) OVER () AS total, {_COLUMNS} {base} ORDER BY {order} LIMIT ? OFFSET ?",
-        [*parameters, limit, offset],
-    )
-    total = found[0]["total"] if found else index.rows(f"SELECT count(*) AS n {base}", parameters)[0]["n"]
-    return Page(total=total, offset=offset, rows=_as_rows(index, found))
+    where, parameters = _where(filter or PairFilter())
+    direction = "DESC" if descending else "ASC"
+    order = f"iteration {direction}, evaluation {direction}, line {direction}"
+    if sort != "log":
+        order = f"key {direction} NULLS LAST, iteration, evaluation, line"
+    joins = "".join(join for name, join in _JOINS.items() if f"{name}." in where + _KEYS[sort])
+    base = f"FROM pairs p {joins} WHERE {where}"
+    with index.session():
+        # Narrow rows first; what a page shows is then looked up for its few pairs.
+        found = index.rows(
+            "WITH found AS MATERIALIZED "
+            f"(SELECT p.pair_id, p.iteration, p.evaluation, p.line, {_KEYS[sort]} AS key {base}) "
+            f"SELECT pair_id, (SELECT count(*) FROM found) AS total FROM found ORDER BY {order} LIMIT ? OFFSET ?",
+            [*parameters, limit, offset],
+        )
+        if found or not offset:
+            total = found[0]["total"] if found else 0
+        else:
+            total = index.rows(f"SELECT count(*) AS n {base}", parameters)[0]["n"]
+        rows = pair_rows(index, [r["pair_id"] for r in found])
+    return Page(total=total, offset=offset, rows=rows)
 
 
+_JOINS = {
+    "d": " LEFT JOIN decisions d ON d.pair_id = p.pair_id",
+    "v": " LEFT JOIN panels v ON v.pair_id = p.pair_id",
+    "a": " LEFT JOIN completions a ON a.completion_id = p.first",
+    "b": " LEFT JOIN completions b ON b.completion_id = p.second",
+}
 _COLUMNS = """p.pair_id, p.iteration, p.evaluation, p.line, p.prompt_id, p.first, p.second, d.status, d.reasons,
 d.winner, d.outcome, d.agreement, d.p_first, d.order_flip, d.valid_votes, d.abstentions"""
 
 
-def _where(index: Index, filter: PairFilter) -> tuple[str, list[Any]]:
-    """An SQL condition on pairs `p` and decisions `d`, and its parameters."""
+def pair_rows(index: Index, pair_ids: Sequence[str]) -> tuple[PairRow, ...]:
+    """The given pairs, in the given order; ids that aren't in the log are left out."""
+    found = index.rows(
+        f"SELECT {_COLUMNS} FROM (SELECT * FROM pairs WHERE pair_id IN (SELECT unnest(?::VARCHAR[]))) p "
+        "LEFT JOIN (SELECT * FROM decisions WHERE pair_id IN (SELECT unnest(?::VARCHAR[]))) d USING (pair_id)",
+        [list(pair_ids), list(pair_ids)],
+    )
+    by_id = {r["pair_id"]: r for r in found}
+    return _as_rows(index, [by_id[i] for i in pair_ids if i in by_id])
+
+
+def _where(filter: PairFilter) -> tuple[str, list[Any]]:
+    """An SQL condition on pairs `p` and what `_JOINS` joins to them, and its parameters."""
     number = "evaluation" if filter.evaluation else "iteration"
     conditions, parameters = [f"p.{number} IS NOT NULL"], list[Any]()
 
@@ -210,9 +229,9 @@ def _where(index: Index, filter: PairFilter) -> tuple[str, list[Any]]:
     if filter.reason is not None:
         add("list_contains(d.reasons, ?)", filter.reason)
     if filter.principle is not None:
-        add("p.pair_id IN (SELECT pair_id FROM votes WHERE list_contains(principles, ?))", filter.principle)
+        add("list_contains(v.principles, ?)", filter.principle)
     if filter.judge is not None:
-        add("p.pair_id IN (SELECT pair_id FROM votes WHERE contains(judge, ?))", filter.judge)
+        add("contains(array_to_string(v.judges, chr(10)), ?)", filter.judge)
     if filter.min_agreement is not None:
         add("d.agreement >= ?", filter.min_agreement)
     if filter.max_agreement is not None:
@@ -220,15 +239,16 @@ def _where(index: Index, filter: PairFilter) -> tuple[str, list[Any]]:
     if filter.flipped is not None:
         add("coalesce(d.order_flip, false) = ?", filter.flipped)
     if filter.disagreeing is not None:
-        add(f"p.pair_id {'' if filter.disagreeing else 'NOT '}IN ({DISAGREEING})")
+        add("coalesce(v.disagreeing, false) = ?", filter.disagreeing)
     if filter.text is not None:
-        wanted = filter.text.lower()
+        # One look at the answers for both sides.
         add(
-            "(p.prompt_id IN (SELECT prompt_id FROM prompts WHERE contains(lower(text), ?))"
-            " OR p.first IN (SELECT completion_id FROM completions WHERE contains(lower(text), ?))"
-            " OR p.second IN (SELECT completion_id FROM completions WHERE contains(lower(text), ?)))",
-            wanted, wanted, wanted,
-        )  # fmt: skip
+            "(p.prompt_id IN (SELECT prompt_id FROM prompts WHERE contains(lower(text), ?)) OR p.pair_id IN ("
+            "SELECT s.pair_id FROM (SELECT pair_id, unnest([first, second]) AS id FROM pairs) s "
+            "JOIN completions c ON c.completion_id = s.id WHERE contains(lower(c.text), ?)))",
+            filter.text.lower(),
+            filter.text.lower(),
+        )
     return " AND ".join(conditions), parameters
 
 
@@ -281,6 +301,61 @@ def _preview(text: str) -> str:
     return line if len(line) <= PREVIEW_CHARS and len(text) <= 2 * PREVIEW_CHARS else line[: PREVIEW_CHARS - 1] + "…"
 
 
+class VoiceSides(Record):
+    """What one voice said about a pair, order by order."""
+
+    judge: str
+    voice: str
+    principles: tuple[str, ...]
+    guard: bool
+    sample_index: int
+    forward: tuple[Outcome, ...]
+    """With the first completion shown first."""
+    reversed: tuple[Outcome, ...]
+    unordered: tuple[Outcome, ...]
+    """Of a judge without slots."""
+
+
+class Split(Record):
+    """A pair on which votes point to different sides."""
+
+    row: PairRow
+    voices: tuple[VoiceSides, ...]
+
+
+class SplitPage(Record):
+    """A part of a list of splits."""
+
+    total: int
+    offset: int
+    rows: tuple[Split, ...]
+
+
+def splits(index: Index, filter: PairFilter, limit: int = 50, offset: int = 0) -> SplitPage:
+    """A page of pairs with every voice's word on them; `filter` says `flipped` or `disagreeing`."""
+    page = list_pairs(index, filter, limit=limit, offset=offset)
+    voices = voice_sides(index, [r.pair_id for r in page.rows])
+    rows = tuple(Split(row=r, voices=tuple(voices.get(r.pair_id, ()))) for r in page.rows)
+    return SplitPage(total=page.total, offset=offset, rows=rows)
+
+
+def voice_sides(index: Index, pair_ids: Sequence[str]) -> dict[str, list[VoiceSides]]:
+    """Pair id → what each voice said, in the order in which they were asked."""
+    found = index.rows(
+        """SELECT pair_id, judge, voice, principles, guard, sample_index,
+            list(outcome ORDER BY line) FILTER (shown = 'forward') AS forward,
+            list(outcome ORDER BY line) FILTER (shown = 'reversed') AS reversed,
+            list(outcome ORDER BY line) FILTER (shown = 'none') AS unordered
+        FROM votes WHERE pair_id IN (SELECT unnest(?::VARCHAR[])) GROUP BY ALL ORDER BY min(line)""",
+        [list(pair_ids)],
+    )
+    out: dict[str, list[VoiceSides]] = {}
+    for r in found:
+        lists = {k: tuple(r[k] or ()) for k in ("principles", "forward", "reversed", "unordered")}
+        out.setdefault(r.pop("pair_id"), []).append(VoiceSides.model_validate(r | lists))
+    return out
+
+
 # One pair.
 
 
@@ -311,9 +386,13 @@ def show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
     Raises:
         UserError: no such pair, or several.
     """
-    pair_id = find_pair(index, pair_id)
+    with index.session():
+        return _show(index, run, find_pair(index, pair_id))
+
+
+def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
     found = index.rows(
-        f"SELECT {_COLUMNS}, p.method, d.line AS decision_line "
+        f"SELECT {_COLUMNS}, d.line AS decision_line "
         "FROM pairs p LEFT JOIN decisions d USING (pair_id) WHERE p.pair_id = ?",
         [pair_id],
     )
@@ -332,7 +411,8 @@ def show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
     reference, text = _constitution_of(index, run, base)
     messages = index.rows("SELECT messages FROM prompts WHERE prompt_id = ?", [pair.prompt_id])
     labels = index.rows(
-        "SELECT * EXCLUDE (iteration, evaluation, line) FROM labels WHERE pair_id = ? ORDER BY line", [pair_id]
+        "SELECT pair_id, iteration, outcome, author, time, reason FROM labels WHERE pair_id = ? ORDER BY line",
+        [pair_id],
     )
     return PairDetail(
         row=row,
@@ -695,6 +775,11 @@ class Overview(Record):
 
 def overview(index: Index, run: RunDir) -> Overview:
     """The run on one screen."""
+    with index.session():
+        return _overview(index, run)
+
+
+def _overview(index: Index, run: RunDir) -> Overview:
     changes: list[TextChange] = []
     for r in index.rows("SELECT * FROM iterations WHERE text_name IS NOT NULL ORDER BY iteration"):
         if not changes or changes[-1].hash != r["constitution"]:
@@ -708,8 +793,8 @@ def overview(index: Index, run: RunDir) -> Overview:
         totals=_totals(index),
         evaluations=tuple(_evaluation_rows(index)),
         alarms=tuple(
-            f"iteration {r['about'] + 1}: {r['message']}" if r["about"] is not None else r["message"]
-            for r in index.rows("SELECT about, message FROM events WHERE kind = 'alarm' ORDER BY line")
+            f"iteration {r['iteration'] + 1}: {r['message']}" if r["iteration"] is not None else r["message"]
+            for r in index.rows("SELECT iteration, message FROM events WHERE kind = 'alarm' ORDER BY line")
         ),
         cost=tuple(_costs(index, header.get("job", {}).get("judge", {}).get("prices") or {})),
         problems=tuple(index.problems),

@@ -53,6 +53,14 @@ class Column(NamedTuple):
     about: str = ""
 
 
+LINE = Column("line", "INTEGER", "", "line of the file, from 1")
+WHERE = (
+    Column("iteration", "INTEGER", "", "folder iterations/NNNN, from 0; NULL in an evaluation"),
+    Column("evaluation", "INTEGER", "", "folder evaluations/NNNN; NULL in an iteration"),
+    LINE,
+)
+
+
 class Table(NamedTuple):
     """A table of the index."""
 
@@ -65,6 +73,8 @@ class Table(NamedTuple):
     """A field that every sound row has: where it is NULL the line was damaged."""
     as_json: tuple[str, ...] = ()
     """Fields that are kept as JSON text while they are read."""
+    where: tuple[Column, ...] = WHERE
+    """Columns that say where a row stands."""
 
     @property
     def types(self) -> dict[str, str]:
@@ -98,12 +108,6 @@ def duckdb_type(annotation: Any) -> str:
         return f"STRUCT({', '.join(fields)})"
     return {str: "VARCHAR", int: "BIGINT", float: "DOUBLE", bool: "BOOLEAN"}[annotation]
 
-
-_WHERE = (
-    Column("iteration", "INTEGER", "", "folder iterations/NNNN, from 0; NULL in an evaluation"),
-    Column("evaluation", "INTEGER", "", "folder evaluations/NNNN; NULL in an iteration"),
-    Column("line", "INTEGER", "", "line of the file, from 1"),
-)
 
 STAGE_TABLES: dict[str, Table] = {
     "completions": Table(
@@ -254,6 +258,7 @@ STAGE_TABLES: dict[str, Table] = {
         ),
         Prompt,
         "id",
+        where=(Column("held_out", "BOOLEAN", "", "never trained on"), LINE),
     ),
     "events": Table(
         "events",
@@ -261,18 +266,20 @@ STAGE_TABLES: dict[str, Table] = {
         (
             Column("time", "VARCHAR", "r.time", "UTC, ISO 8601"),
             Column("kind", "VARCHAR", "r.kind"),
-            Column("about", "INTEGER", "r.iteration", "iteration, from 0"),
+            Column("iteration", "INTEGER", "r.iteration", "from 0"),
             Column("message", "VARCHAR", "r.message"),
             Column("data", "JSON", "r.data"),
         ),
         Event,
         "kind",
+        where=(LINE,),
     ),
     "labels": Table(
         "labels",
         "human labels, in the order in which they were given; the newest of a pair counts",
         (
             Column("pair_id", "VARCHAR", "r.pair_id"),
+            Column("iteration", "INTEGER", "r.iteration", "of the pair, from 0"),
             Column("outcome", "VARCHAR", "r.outcome", "first, second, tie, skip"),
             Column("author", "VARCHAR", "r.author"),
             Column("time", "VARCHAR", "r.time", "UTC, ISO 8601"),
@@ -280,6 +287,7 @@ STAGE_TABLES: dict[str, Table] = {
         ),
         LabelLine,
         "outcome",
+        where=(LINE,),
     ),
 }  # fmt: skip
 
@@ -297,6 +305,7 @@ SMALL_TABLES: dict[str, Table] = {
             Column("skipped", "BOOLEAN", "", "no update: too few kept pairs; NULL until it is known"),
             Column("metrics", "JSON", "", "metrics.json; NULL until the iteration is done"),
         ),
+        where=(),
     ),
     "evaluations": Table(
         "evaluations",
@@ -307,6 +316,7 @@ SMALL_TABLES: dict[str, Table] = {
             Column("text_name", "VARCHAR", "", "name@version"),
             Column("metrics", "JSON", "", "metrics.json; NULL until it is done"),
         ),
+        where=(),
     ),
     "constitutions": Table(
         "constitutions",
@@ -316,19 +326,62 @@ SMALL_TABLES: dict[str, Table] = {
             Column("text_name", "VARCHAR", "", "name@version"),
             Column("content", "JSON", "", "constitution.json"),
         ),
+        where=(),
     ),
 }  # fmt: skip
 
 
+PANELS = Table(
+    "panels",
+    "one row a pair with votes: who was asked; made from votes",
+    (
+        Column("pair_id", "VARCHAR", ""),
+        Column("judges", "VARCHAR[]", ""),
+        Column("principles", "VARCHAR[]", ""),
+        Column("disagreeing", "BOOLEAN", "", "voices or judges, each sure of itself, name different sides"),
+    ),
+    where=WHERE[:2],
+)
+
+# A voice names a side when all its votes do, in whatever order they were asked: a flip is no disagreement.
+FILL_PANELS = """
+INSERT INTO panels
+WITH voices AS (
+    SELECT iteration, evaluation, pair_id, judge, principles, any_value(guard) AS guard, min(outcome) AS side,
+        min(outcome) = max(outcome) AND min(outcome) IN ('first', 'second') AS sure
+    FROM votes WHERE iteration IS NOT DISTINCT FROM ? AND evaluation IS NOT DISTINCT FROM ?
+    GROUP BY iteration, evaluation, pair_id, judge, principles, voice, sample_index
+)
+SELECT iteration, evaluation, pair_id, list_sort(list_distinct(list(judge))),
+    list_sort(list_distinct(flatten(list(principles)))),
+    coalesce(min(side) FILTER (sure AND NOT guard) <> max(side) FILTER (sure AND NOT guard), false)
+FROM voices GROUP BY iteration, evaluation, pair_id
+"""
+
+TABLES = (*SMALL_TABLES.values(), *STAGE_TABLES.values(), PANELS)
+
+
 def all_columns(table: Table) -> tuple[Column, ...]:
     """A table's columns, those that say where a row stands included."""
-    return (*_WHERE, *table.columns) if table.record is not None else table.columns
+    return (*table.where, *table.columns)
 
 
 def create_statements() -> list[str]:
     """SQL that makes the tables."""
     statements = []
-    for table in (*STAGE_TABLES.values(), *SMALL_TABLES.values()):
+    for table in TABLES:
         columns = ", ".join(f'"{c.name}" {c.type}' for c in all_columns(table))
         statements.append(f"CREATE TABLE {table.name} ({columns})")
     return statements
+
+
+def describe() -> str:
+    """The tables and their columns, for people."""
+    lines = []
+    for table in TABLES:
+        lines.append(f"{table.name}: {table.about}")
+        for c in all_columns(table):
+            about = f"  {c.about}" if c.about else ""
+            lines.append(f"    {c.name} {c.type}{about}")
+        lines.append("")
+    return "\n".join(lines).rstrip()

@@ -16,6 +16,7 @@ from rlaif.records import Record
 from rlaif.store import RunDir
 
 if TYPE_CHECKING:
+    from rlaif.audit.compare import Compared
     from rlaif.audit.index import Index
     from rlaif.audit.queries import Overview, Page, PairDetail, PairFilter
 
@@ -67,11 +68,11 @@ def run_of(ctx: typer.Context) -> RunDir:
 
 
 @contextmanager
-def opened(ctx: typer.Context) -> Iterator[Index]:
-    """The index of the run, up to date; building it shows on stderr, and so do damaged lines."""
+def opened(ctx: typer.Context, run: RunDir | None = None) -> Iterator[Index]:
+    """The index of the run (or of another one), up to date; building it shows on stderr, and so do damaged lines."""
     from rlaif.audit.index import Index
 
-    with Building() as building, Index.open(run_of(ctx), building.told) as index:
+    with Building() as building, Index.open(run or run_of(ctx), building.told) as index:
         building.close()
         for problem in index.problems:
             typer.echo(f"rlaif: {problem}", err=True)
@@ -315,9 +316,7 @@ def _print_page(page: Page) -> None:
         )
     if page.rows:
         console.print(table)
-    last = page.offset + len(page.rows)
-    shown = f"{page.offset + 1}-{last} of " if page.rows else ""
-    console.print(f"{shown}{page.total} pairs" + (f"; more with --offset {last}" if last < page.total else ""))
+    _print_total(page.total, page.offset, len(page.rows))
 
 
 def _short(text: str, most: int = 60) -> str:
@@ -363,7 +362,7 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
     text = f"{found.constitution} ({found.constitution.hash})" if found.constitution else "text unknown"
     console.print(f"[bold]pair {row.pair_id}[/]  {where}, judged under {escape(text)}, paired by {found.pair.method}")
     for m in found.prompt_messages:
-        console.print(f"[dim]{m.role}:[/] {escape(m.content)}")
+        console.print(f"[dim]{m.role}:[/] {escape(m.content)}", soft_wrap=True)
     sides = Table(show_lines=True, expand=True)
     for name, completion in (("first", found.first), ("second", found.second)):
         ended = "not in the log" if completion is None else completion.finish_reason
@@ -389,7 +388,7 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
     console.print(votes)
     for ballot_id, question in asked.items():
         console.print(f"\n[bold]question of ballot {ballot_id}[/]")
-        console.print(escape(question))
+        console.print(escape(question), soft_wrap=True)
 
     if found.decision is None:
         console.print("not decided yet")
@@ -413,3 +412,286 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
         console.print("never trained on")
     if found.vote_lines:
         console.print(escape(f"votes: {found.vote_lines[0]} to line {found.vote_lines[-1].rpartition(':')[2]}"))
+
+
+# Votes that point to different sides.
+
+
+@app.command()
+def flips(
+    ctx: typer.Context,
+    iteration: Annotated[int | None, typer.Option(help="Iteration, from 1 as tables show it.")] = None,
+    constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
+    limit: Limit = 50,
+    offset: Offset = 0,
+    json_: Json = False,
+) -> None:
+    """Pairs on which a voice named another side when the order changed."""
+    _splits(ctx, {"flipped": True}, iteration, constitution, limit, offset, json_)
+
+
+@app.command()
+def disagree(
+    ctx: typer.Context,
+    iteration: Annotated[int | None, typer.Option(help="Iteration, from 1 as tables show it.")] = None,
+    constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
+    limit: Limit = 50,
+    offset: Offset = 0,
+    json_: Json = False,
+) -> None:
+    """Pairs on which voices or judges, each sure of itself in both orders, name different sides."""
+    _splits(ctx, {"disagreeing": True}, iteration, constitution, limit, offset, json_)
+
+
+def _splits(
+    ctx: typer.Context,
+    wanted: dict[str, bool],
+    iteration: int | None,
+    constitution: str | None,
+    limit: int,
+    offset: int,
+    json_: bool,
+) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from rlaif.audit.queries import splits
+    from rlaif.console import stdout_console
+
+    filter = _filter(iteration=None if iteration is None else iteration - 1, constitution=constitution, **wanted)
+    with opened(ctx) as index:
+        page = splits(index, filter, limit, offset)
+    if json_:
+        print_json(page)
+        return
+    table = Table()
+    for column in ("pair", "iter.", "prompt", "decision", "judge", "voice", "first shown first", "second shown first"):
+        table.add_column(column, justify="right" if column == "iter." else "left", no_wrap=column == "pair")
+    for split in page.rows:
+        r = split.row
+        start = [r.pair_id, str(r.iteration + 1), escape(_short(r.prompt, 40)), r.status or "undecided"]
+        for v in split.voices:
+            voice = f"{v.voice}{f' #{v.sample_index}' if v.sample_index else ''}{' guard' if v.guard else ''}"
+            forward = " ".join(v.forward or v.unordered) or "-"
+            table.add_row(*start, escape(v.judge), escape(voice), forward, " ".join(v.reversed) or "-")
+            start = [""] * 4
+        table.add_section()
+    console = stdout_console()
+    if page.rows:
+        console.print(table)
+    _print_total(page.total, page.offset, len(page.rows))
+
+
+def _print_total(total: int, offset: int, shown: int, what: str = "pairs") -> None:
+    from rlaif.console import stdout_console
+
+    last = offset + shown
+    start = f"{offset + 1}-{last} of " if shown else ""
+    stdout_console().print(f"{start}{total} {what}" + (f"; more with --offset {last}" if last < total else ""))
+
+
+# A checkpoint's lineage, two runs, the tables themselves.
+
+
+@app.command()
+def trace(
+    ctx: typer.Context,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Policy after N iterations: N, its digest, or its folder.")
+    ],
+    limit: Annotated[int | None, typer.Option(min=0, help="Most preferences to list; 20, with --json all.")] = None,
+    offset: Offset = 0,
+    json_: Json = False,
+) -> None:
+    """Every preference that went into a policy, back to its votes and to the text that it was judged under."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from rlaif.audit.trace import trace as ask
+    from rlaif.console import stdout_console
+
+    with opened(ctx) as index:
+        found = ask(index, index.run, checkpoint, (None if json_ else 20) if limit is None else limit, offset)
+    if json_:
+        print_json(found)
+        return
+    console = stdout_console()
+    skipped = f", no update in {', '.join(str(k + 1) for k in found.skipped)}" if found.skipped else ""
+    console.print(
+        f"[bold]policy {found.digest}[/], after iteration {found.after}: {found.preferences} preferences on "
+        f"{found.pairs} pairs in {found.steps} steps{skipped}; from base policy {found.base_digest or '-'}"
+    )
+    for text in found.texts:
+        console.print(
+            escape(f"{text.name or 'unknown text'} ({text.hash}): {text.preferences} preferences; {text.file}")
+        )
+    table = Table(title="what each iteration added", title_justify="left")
+    for column in ("iteration", "judged under", "preferences", "judge", "replay", "human", "votes", "agree", "steps"):
+        table.add_column(column, justify="left" if column == "judged under" else "right")
+    table.add_column("policy after")
+    for r in found.iterations:
+        table.add_row(
+            str(r.iteration + 1), escape(r.constitution or "-"), str(r.preferences), str(r.judged), str(r.replayed),
+            str(r.human), str(r.votes), number(r.agreement), str(r.steps), r.policy_after or "-",
+        )  # fmt: skip
+    console.print(table)
+    if not found.rows:
+        return
+    table = Table(title="preferences", title_justify="left")
+    for column in ("in", "pair", "source", "judged under", "prompt", "chosen", "p", "agree", "steps", "votes"):
+        table.add_column(
+            column, justify="right" if column in ("in", "p", "agree") else "left", no_wrap=column == "pair"
+        )
+    for p in found.rows:
+        lines = f"{len(p.vote_lines)} in {p.judged_in + 1}"
+        if p.vote_lines:
+            lines += f": line {p.vote_lines[0]}" + (" …" if len(p.vote_lines) > 1 else "")
+        table.add_row(
+            str(p.iteration + 1), p.pair_id, p.source, escape(p.constitution or p.constitution_hash),
+            escape(_short(p.prompt, 40)), p.chosen_id, number(p.p_chosen), number(p.agreement),
+            ", ".join(map(str, p.steps)), lines,
+        )  # fmt: skip
+    console.print(table)
+    _print_total(found.preferences, offset, len(found.rows), "preferences")
+
+
+@app.command()
+def compare(
+    ctx: typer.Context,
+    other: Annotated[Path, typer.Argument(metavar="RUN2", help="Another run directory.")],
+    limit: Annotated[int, typer.Option(min=0, help="Most pairs that were decided differently to list.")] = 10,
+    json_: Json = False,
+) -> None:
+    """Two runs side by side: settings, texts, kept share, agreement, evaluations, pairs decided differently."""
+    from rlaif.audit.compare import compare as ask
+
+    with opened(ctx) as first, opened(ctx, RunDir.open(other)) as second:
+        found = ask(first, second, limit)
+    if json_:
+        print_json(found)
+    else:
+        _print_compared(found)
+
+
+def _print_compared(found: Compared) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from rlaif.console import stdout_console
+
+    console = stdout_console()
+    table = Table("", *(escape(r) for r in found.runs))
+    for name, texts in (("texts", found.texts),):
+        table.add_row(
+            name, *(", ".join(f"{escape(c.constitution)} from iteration {c.iteration + 1}" for c in t) for t in texts)
+        )
+    lines: dict[str, list[str]] = {}
+    for t in found.totals:
+        for name, value in {
+            "pairs": str(t.pairs),
+            "kept": f"{t.kept} ({share(t.kept / t.decided if t.decided else None)})",
+            "dropped": counts(t.reasons),
+            "agreement": number(t.agreement),
+            "position bias": number(t.position_bias),
+            "order flips": str(t.order_flips),
+            "abstentions": f"{sum(t.abstentions.values())} of {t.votes} votes",
+            "trained on": f"{t.preferences} preferences in {t.steps} steps",
+        }.items():
+            lines.setdefault(name, []).append(value)
+    for name, values in lines.items():
+        table.add_row(name, *values)
+    wins = [
+        {e.updates: e for e in evaluations if e.win_rate is not None and e.win_interval is not None}
+        for evaluations in found.evaluations
+    ]
+    for updates in sorted({*wins[0], *wins[1]}):
+        cells = []
+        for side in wins:
+            e = side.get(updates)
+            low, high = (e.win_interval or (0, 1)) if e else (0, 1)
+            cells.append(f"{e.win_rate:.2f} ({low:.2f}-{high:.2f})" if e and e.win_rate is not None else "-")
+        table.add_row(f"win rate after {updates}", *cells)
+    console.print(table)
+    if found.settings:
+        table = Table("setting", *(escape(r) for r in found.runs), title="settings that differ", title_justify="left")
+        for s in found.settings:
+            table.add_row(escape(s.key), escape(repr(s.first)), escape(repr(s.second)))
+        console.print(table)
+    else:
+        console.print("the same settings")
+    console.print(
+        f"{found.comparable} pairs of both runs have the same prompt and answers; {found.differing} of them were "
+        f"decided differently, {found.reversed} the other way round"
+    )
+    if found.examples:
+        table = Table("prompt", "pair", "decision", "agree", "pair in the second", "decision", "agree")
+        for d in found.examples:
+            table.add_row(
+                escape(_short(d.prompt, 40)),
+                d.first_pair, f"{d.first_status or '-'} {d.first_outcome or ''}", number(d.first_agreement),
+                d.second_pair, f"{d.second_status or '-'} {d.second_outcome or ''}", number(d.second_agreement),
+            )  # fmt: skip
+        console.print(table)
+
+
+def _tables_help() -> str:
+    """The tables, for `rlaif audit RUN sql --help`."""
+    from rlaif.audit.tables import describe
+
+    # \b: these lines are not to be wrapped
+    tables = "\n\n".join(f"\b\n{table}" for table in describe().split("\n\n"))
+    return f"Ask the tables themselves, read-only, in DuckDB's SQL.\n\n{tables}"
+
+
+@app.command(help=_tables_help(), context_settings={"max_content_width": 120})
+def sql(
+    ctx: typer.Context,
+    query: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT, in quotes.")],
+    limit: Annotated[int, typer.Option(min=1, help="Most rows to print.")] = 1000,
+    json_: Json = False,
+) -> None:
+    """See `_tables_help`."""
+    import json
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    from rlaif.console import stdout_console
+
+    with opened(ctx) as index:
+        found = index.ask(query, limit + 1)
+    names, rows = found
+    more, rows = len(rows) > limit, rows[:limit]
+    if json_:
+        values = [dict(zip(names, row, strict=True)) for row in rows]
+        typer.echo(json.dumps(values, indent=1, ensure_ascii=False, default=str))
+    else:
+        table = Table(*(escape(n) for n in names))
+        for row in rows:
+            table.add_row(*("-" if v is None else escape(str(v)) for v in row))
+        stdout_console().print(table)
+    if more:
+        typer.echo(f"rlaif: only the first {limit} rows; --limit gives more", err=True)
+
+
+@app.command()
+def export(
+    ctx: typer.Context,
+    to: Annotated[Path, typer.Option("--to", metavar="FILE", help="A new .parquet or .jsonl file.")],
+    iteration: Annotated[int | None, typer.Option(help="Only this iteration, from 1 as tables show it.")] = None,
+    constitution: Annotated[
+        str | None, typer.Option(help="Only pairs judged under it: name@version, or a hash (its beginning).")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write the preferences as a dataset for TRL, with columns that say where each row comes from."""
+    import json
+
+    from rlaif.audit.export import export_preferences
+
+    with opened(ctx) as index:
+        rows = export_preferences(index, to, None if iteration is None else iteration - 1, constitution)
+    if json_:
+        typer.echo(json.dumps({"file": str(to), "rows": rows}))
+    else:
+        typer.echo(f"{rows} preferences: {to}")

@@ -1,0 +1,246 @@
+"""What went into a checkpoint: every preference, back to its votes and to the text that it was judged under."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from rlaif.audit.index import Index
+from rlaif.errors import UserError
+from rlaif.records import Record
+from rlaif.store import RunDir
+
+
+class TracedText(Record):
+    """A constitution that preferences were judged under."""
+
+    name: str | None
+    """name@version"""
+    hash: str
+    preferences: int
+    file: str
+    """The run's copy, as its author wrote it."""
+
+
+class TracedIteration(Record):
+    """What one iteration added, under one text."""
+
+    iteration: int
+    """From 0."""
+    constitution: str | None
+    """name@version of the text that the pairs were judged under."""
+    preferences: int
+    judged: int
+    replayed: int
+    human: int
+    votes: int
+    """Votes on these pairs."""
+    agreement: float | None
+    steps: int
+    policy_after: str | None
+
+
+class TracedPreference(Record):
+    """One preference that was trained on."""
+
+    iteration: int
+    """The one that trained on it, from 0."""
+    judged_in: int
+    """The one that sampled and judged the pair, from 0."""
+    pair_id: str
+    source: Literal["judge", "replay", "human"]
+    constitution: str | None
+    constitution_hash: str
+    prompt: str
+    chosen_id: str
+    rejected_id: str
+    p_chosen: float | None
+    agreement: float | None
+    steps: tuple[int, ...]
+    """Global optimizer steps, from 1."""
+    votes_file: str
+    vote_lines: tuple[int, ...]
+
+
+class Trace(Record):
+    """A checkpoint's lineage."""
+
+    after: int
+    """The checkpoint is the policy after so many iterations."""
+    digest: str
+    base_digest: str | None
+    """Of the policy before any update."""
+    preferences: int
+    pairs: int
+    """Different pairs: a replayed one counts once."""
+    steps: int
+    skipped: tuple[int, ...]
+    """Iterations without an update, from 0."""
+    texts: tuple[TracedText, ...]
+    iterations: tuple[TracedIteration, ...]
+    rows: tuple[TracedPreference, ...]
+
+
+# A preference was trained on when its iteration's update was made.
+_TRAINED = "preferences f JOIN iterations i USING (iteration) WHERE i.policy_after IS NOT NULL AND f.iteration < ?"
+
+
+def find_checkpoint(index: Index, run: RunDir, checkpoint: str) -> tuple[int, str]:
+    """The policy after how many iterations, and its digest.
+
+    `checkpoint` is that number, a digest (its beginning), or the path of a policy's or a learner's folder.
+
+    Raises:
+        UserError: this run has no such policy, or the digest begins several.
+    """
+    made = {
+        r["iteration"] + 1: str(r["policy_after"])
+        for r in index.rows(
+            "SELECT iteration, policy_after FROM iterations WHERE policy_after IS NOT NULL ORDER BY ALL"
+        )
+    }
+    known = ", ".join(f"{n} ({d})" for n, d in list(made.items())[-5:]) or "none yet"
+    hint = f"the newest policies, after so many iterations (digest): {known}"
+    path = Path(checkpoint)
+    if path.is_dir() and not checkpoint.isdigit():
+        folders = {run.iteration(n - 1).path.resolve() / "policy": n for n in made}
+        folders |= {(run.path / "learner" / f"{n - 1:04d}").resolve(): n for n in made}
+        folders |= {run.iteration(n - 1).path.resolve(): n for n in made}
+        if path.resolve() not in folders:
+            raise UserError(f"{checkpoint}: not a policy of {run.path}; {hint}")
+        after = folders[path.resolve()]
+        return after, made[after]
+    if checkpoint.isdigit() and int(checkpoint) <= len(run.iterations()):
+        # After an iteration without an update, the policy is still the one before.
+        after = max((n for n in made if n <= int(checkpoint)), default=0)
+        if not after:
+            raise UserError(f"{checkpoint}: that is the base policy of {run.path}, nothing was trained; {hint}")
+        return after, made[after]
+    found = [n for n, d in made.items() if d.startswith(checkpoint)]
+    if len(found) == 1:
+        return found[0], made[found[0]]
+    if found:
+        raise UserError(f"`{checkpoint}` begins the digests of several policies; {hint}")
+    raise UserError(f"no checkpoint `{checkpoint}` in {run.path}; {hint}")
+
+
+def trace(index: Index, run: RunDir, checkpoint: str, limit: int | None = None, offset: int = 0) -> Trace:
+    """The lineage of a checkpoint. `rows` holds every preference, or `limit` of them in the order of training.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
+    with index.session():
+        return _trace(index, run, checkpoint, limit, offset)
+
+
+def _trace(index: Index, run: RunDir, checkpoint: str, limit: int | None, offset: int) -> Trace:
+    after, digest = find_checkpoint(index, run, checkpoint)
+    (counted,) = index.rows(f"SELECT count(*) AS n, count(DISTINCT f.pair_id) AS pairs FROM {_TRAINED}", [after])
+    steps = {
+        r["iteration"]: r["n"]
+        for r in index.rows("SELECT iteration, count(*) AS n FROM updates WHERE iteration < ? GROUP BY ALL", [after])
+    }
+    base = index.rows("SELECT policy_digest FROM iterations WHERE policy_iteration = 0 LIMIT 1")
+    skipped = index.rows("SELECT iteration FROM iterations WHERE skipped AND iteration < ? ORDER BY ALL", [after])
+    return Trace(
+        after=after,
+        digest=digest,
+        base_digest=base[0]["policy_digest"] if base else None,
+        preferences=counted["n"],
+        pairs=counted["pairs"],
+        steps=sum(steps.values()),
+        skipped=tuple(r["iteration"] for r in skipped),
+        texts=tuple(_texts(index, run, after)),
+        iterations=tuple(_iterations(index, after, steps)),
+        rows=tuple(_rows(index, after, limit, offset)),
+    )
+
+
+def _texts(index: Index, run: RunDir, after: int) -> list[TracedText]:
+    found = index.rows(
+        f"""SELECT t.hash, c.text_name, t.n FROM (
+            SELECT f.constitution AS hash, count(*) AS n, min(f.iteration) AS since FROM {_TRAINED} GROUP BY ALL
+        ) t LEFT JOIN constitutions c ON c.constitution = t.hash ORDER BY t.since""",
+        [after],
+    )
+    folder = run.path / "constitutions"
+    return [
+        TracedText(
+            name=r["text_name"], hash=r["hash"], preferences=r["n"], file=str(folder / r["hash"] / "source.yaml")
+        )
+        for r in found
+    ]
+
+
+def _iterations(index: Index, after: int, steps: dict[int, int]) -> list[TracedIteration]:
+    found = index.rows(
+        f"""WITH trained AS (SELECT f.*, i.policy_after FROM {_TRAINED}),
+            cast_votes AS (SELECT pair_id, count(*) AS n FROM votes WHERE iteration IS NOT NULL GROUP BY ALL)
+        SELECT t.iteration, c.text_name, any_value(t.policy_after) AS policy_after, count(*) AS preferences,
+            count(*) FILTER (source = 'judge') AS judged, count(*) FILTER (source = 'replay') AS replayed,
+            count(*) FILTER (source = 'human') AS human, sum(v.n) AS votes, avg(t.agreement) AS agreement
+        FROM trained t LEFT JOIN cast_votes v USING (pair_id) LEFT JOIN constitutions c USING (constitution)
+        GROUP BY t.iteration, t.constitution, c.text_name ORDER BY t.iteration, c.text_name""",
+        [after],
+    )
+    return [
+        TracedIteration(
+            iteration=r["iteration"],
+            constitution=r["text_name"],
+            preferences=r["preferences"],
+            judged=r["judged"],
+            replayed=r["replayed"],
+            human=r["human"],
+            votes=int(r["votes"] or 0),
+            agreement=r["agreement"],
+            steps=steps.get(r["iteration"], 0),
+            policy_after=r["policy_after"],
+        )
+        for r in found
+    ]
+
+
+def _rows(index: Index, after: int, limit: int | None, offset: int) -> list[TracedPreference]:
+    if limit == 0:
+        return []
+    found = index.rows(
+        f"""WITH trained AS (SELECT f.* FROM {_TRAINED} ORDER BY f.iteration, f.line LIMIT ? OFFSET ?),
+            steps AS (
+                SELECT iteration, pair_id, list(step ORDER BY step) AS steps
+                FROM (SELECT iteration, step, unnest(pair_ids) AS pair_id FROM updates) GROUP BY ALL),
+            cast_votes AS (
+                SELECT pair_id, list(line ORDER BY line) AS lines FROM votes
+                WHERE pair_id IN (SELECT pair_id FROM trained) GROUP BY ALL)
+        SELECT t.*, c.text_name, coalesce(p.text, t.prompt_id) AS prompt, s.steps, v.lines
+        FROM trained t LEFT JOIN steps s USING (iteration, pair_id) LEFT JOIN cast_votes v USING (pair_id)
+        LEFT JOIN constitutions c USING (constitution)
+        LEFT JOIN (SELECT prompt_id, any_value(text) AS text FROM prompts GROUP BY ALL) p USING (prompt_id)
+        ORDER BY t.iteration, t.line""",
+        [after, limit, offset],
+    )
+    files: dict[int, str] = {}
+    rows = []
+    for r in found:
+        judged: dict[str, Any] = {"iteration": r["judged_in"], "evaluation": None}
+        if r["judged_in"] not in files:
+            files[r["judged_in"]] = str(index.file_of("votes", judged))
+        rows.append(
+            TracedPreference(
+                iteration=r["iteration"],
+                judged_in=r["judged_in"],
+                pair_id=r["pair_id"],
+                source=r["source"],
+                constitution=r["text_name"],
+                constitution_hash=r["constitution"],
+                prompt=r["prompt"],
+                chosen_id=r["chosen_id"],
+                rejected_id=r["rejected_id"],
+                p_chosen=r["p_chosen"],
+                agreement=r["agreement"],
+                steps=tuple(r["steps"] or ()),
+                votes_file=files[r["judged_in"]],
+                vote_lines=tuple(r["lines"] or ()),
+            )
+        )
+    return rows
