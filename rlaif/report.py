@@ -131,6 +131,11 @@ def make_report(index: Index, run: RunDir) -> Report:
     Raises:
         UserError: no iteration is finished yet.
     """
+    with index.session():
+        return _make(index, run)
+
+
+def _make(index: Index, run: RunDir) -> Report:
     facts = read_facts(index, run)
     done = sum(r.done for r in facts.overview.iterations)
     if not done:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any
@@ -73,6 +74,13 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
         # A lone surrogate in a candidate's text can't be sent as it is.
         return HTMLResponse(html.encode("utf-8", "replace"), code)
 
+    @contextmanager
+    def fresh() -> Iterator[Index]:
+        """The index with what the run wrote since; a page's questions see one state of it."""
+        index.refresh()
+        with index.session():
+            yield index
+
     def waiting() -> int:
         """Pairs that wait for a person, for the page's tab."""
         try:
@@ -119,8 +127,8 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
     def overview() -> Response:
         # The version first: what is written while we read is news to the page that we make.
         now = version_of(run)
-        index.refresh()
-        facts = read_facts(index, run)
+        with fresh():
+            facts = read_facts(index, run)
         return page(
             "overview.html",
             page="overview",
@@ -136,14 +144,15 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
         asked, problems = Asked.parse(request.query_params)
         if not problems and dict(request.query_params) != asked.values:
             return RedirectResponse(asked.address(), 303)
-        index.refresh()
-        found = queries.list_pairs(index, asked.filter, asked.sort, asked.descending, asked.limit, asked.offset)
+        with fresh():
+            found = queries.list_pairs(index, asked.filter, asked.sort, asked.descending, asked.limit, asked.offset)
+            names = _known_names(index)
         return page(
             "pairs.html",
             page="pairs",
             asked=asked,
             values=asked.values,
-            choices=CHOICES | _known_names(index),
+            choices=CHOICES | names,
             found=found,
             pages=asked.pages(found),
             problems=problems,
@@ -151,30 +160,31 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
 
     @app.get("/pairs/{pair_id:path}")
     def pair(pair_id: str) -> Response:
-        index.refresh()
-        detail = queries.show(index, run, pair_id)
+        with fresh():
+            detail = queries.show(index, run, pair_id)
         return page("pair.html", page="pairs", detail=detail, voices=_by_voice(detail))
 
     @app.get("/questions/{ballot_id}/{pair_id:path}")
     def question(ballot_id: str, pair_id: str) -> Response:
-        index.refresh()
-        detail = queries.show(index, run, pair_id)
+        with fresh():
+            detail = queries.show(index, run, pair_id)
         text = queries.question_of(run, detail, ballot_id)
         vote = next(v for v in detail.votes if v.ballot.id.startswith(ballot_id))
         return page("question.html", page="pairs", detail=detail, vote=vote, text=text)
 
     @app.get("/constitutions")
     def constitutions() -> Response:
-        index.refresh()
-        return page("constitutions.html", page="constitutions", texts=_texts(index))
+        with fresh():
+            texts = _texts(index)
+        return page("constitutions.html", page="constitutions", texts=texts)
 
     @app.get("/constitutions/{digest}")
     def constitution(digest: str) -> Response:
         folder = run.path / "constitutions" / digest
         if not _HASH.fullmatch(digest) or not folder.is_dir():
             raise UserError(f"no text {digest} in {run.path}/constitutions")
-        index.refresh()
-        texts = _texts(index)
+        with fresh():
+            texts = _texts(index)
         place = next((i for i, t in enumerate(texts) if t["hash"] == digest), None)
         files = {
             p.name: p.read_text(errors="replace") for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".jinja")
@@ -211,10 +221,8 @@ def _known_names(index: Index) -> dict[str, tuple[str, ...]]:
 
     return {
         "constitution": names("SELECT DISTINCT text_name AS name FROM iterations ORDER BY name"),
-        "principle": names(
-            "SELECT DISTINCT unnest(principles) AS name FROM (SELECT DISTINCT principles FROM votes) ORDER BY name"
-        ),
-        "judge": names("SELECT DISTINCT judge AS name FROM votes ORDER BY name"),
+        "principle": names("SELECT DISTINCT unnest(principles) AS name FROM panels ORDER BY name"),
+        "judge": names("SELECT DISTINCT unnest(judges) AS name FROM panels ORDER BY name"),
     }
 
 
@@ -231,7 +239,7 @@ def _by_voice(detail: queries.PairDetail) -> list[dict[str, Any]]:
             "voice": voice,
             "principles": principles,
             "sample": sample,
-            "votes": votes,
+            "votes": sorted(votes, key=lambda row: row[0].ballot.order),
             "flipped": len({v.outcome for v, _ in votes if v.outcome in ("first", "second")}) > 1,
         }
         for (guard, judge, voice, principles, sample), votes in sorted(groups.items(), key=lambda item: item[0][:3])

@@ -84,9 +84,9 @@ def test_a_pair_says_why(chromium: Browser, address: str) -> None:
         t.page.get_by_role("heading", name="Why it was kept").wait_for()
         assert t.page.locator(".box.won").count() == 1
         assert "optimizer step" in main_text(t.page)
-        assert t.page.locator("details pre").first.is_hidden()
-        t.page.get_by_text("Reply", exact=True).first.click()
-        assert t.page.locator("details pre").first.is_visible()
+        assert t.page.locator("td pre").first.is_hidden()
+        t.page.locator("td summary").first.click()
+        assert t.page.locator("td pre").first.is_visible()
         t.page.get_by_role("link", name="Question").first.click()
         t.page.get_by_role("heading", name="What the judge was asked").wait_for()
 
