@@ -162,7 +162,7 @@ def _make(index: Index, run: RunDir) -> Report:
         overview=facts.overview,
         evaluations=tuple(facts.evaluations),
         texts=tuple(_text(run, c.constitution, c.hash, c.iteration) for c in facts.overview.changes),
-        prompts=tuple(_prompts(run, index, job)),
+        prompts=tuple(_prompts(run, job)),
         prompts_used=used,
         calibration=calibration,
         human=human,
@@ -220,8 +220,8 @@ def _caveats(
                 f"{percent(high)}, holds one half."
             )
         out.append(
-            f"The win rate is over {last['answers']} held-out answers, by the judge that also made the training "
-            "labels: it says how far the policy follows this judge, not how good it is."
+            f"The win rate is over {last['answers'] or 'some'} held-out answers, by the judge that also made the "
+            "training labels: it says how far the policy follows this judge, not how good it is."
         )
     if calibration is None:
         out.append(
@@ -241,7 +241,7 @@ def _caveats(
         out.append(f"Only {totals.preferences} preferences were trained on.")
     base = next((e for e in facts.evaluations if e["updates"] == 0), None)
     newest = facts.evaluations[-1] if facts.evaluations else None
-    if base and newest and base["mean_words"]:
+    if base and newest and base["mean_words"] and newest["mean_words"]:
         change = newest["mean_words"] / base["mean_words"] - 1
         if abs(change) > LENGTH_MOVED:
             out.append(
@@ -263,19 +263,14 @@ def _text(run: RunDir, name: str, digest: str, since: int) -> Text:
     )
 
 
-def _prompts(run: RunDir, index: Index, job: dict[str, Any]) -> list[PromptFile]:
-    counts = {r["iteration"]: r["n"] for r in index.rows("SELECT iteration, count(*) AS n FROM prompts GROUP BY ALL")}
+def _prompts(run: RunDir, job: dict[str, Any]) -> list[PromptFile]:
     out = []
-    for number, (use, key) in enumerate((("training", "train"), ("held out", "held_out"))):
+    for use, key in (("training", "train"), ("held out", "held_out")):
         path = run.path / "prompts" / f"{key}.jsonl"
-        out.append(
-            PromptFile(
-                use=use,
-                source=job["prompts"][key],
-                prompts=counts.get(number, 0),
-                sha256=file_digest(path) if path.exists() else None,
-            )
-        )
+        there = path.exists()
+        count = sum(1 for line in path.open("rb") if line.strip()) if there else 0
+        sha256 = file_digest(path) if there else None
+        out.append(PromptFile(use=use, source=job["prompts"][key], prompts=count, sha256=sha256))
     return out
 
 
@@ -340,9 +335,9 @@ def _seconds(index: Index, facts: Facts) -> dict[str, float]:
     total: dict[str, float] = {}
     for row in index.rows("SELECT metrics FROM iterations WHERE metrics IS NOT NULL"):
         metrics: Metrics = json.loads(row["metrics"])
-        for stage, seconds in metrics["seconds"].items():
+        for stage, seconds in metrics.get("seconds", {}).items():
             total[stage] = total.get(stage, 0.0) + seconds
-    total["evaluations"] = sum(e.get("seconds", 0.0) for e in facts.evaluations)
+    total["evaluations"] = sum(e["seconds"] or 0.0 for e in facts.evaluations)
     return {stage: round(seconds, 1) for stage, seconds in total.items()}
 
 

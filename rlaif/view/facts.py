@@ -17,6 +17,12 @@ from rlaif.store import RunDir
 
 Metrics = dict[str, Any]
 
+_EVALUATION: Metrics = dict.fromkeys(
+    ("answers", "win_rate", "win_interval", "wins", "losses", "undecided", "mean_words", "ended_share", "kl_per_token",
+     "relevance", "base_logprob_per_token", "seconds")
+) | {"checks": {}}  # fmt: skip
+"""What an evaluation of another version may lack."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -33,7 +39,7 @@ class Facts:
     @property
     def last_judged(self) -> Metrics | None:
         """The newest evaluation that was judged against the base policy."""
-        return next((e for e in reversed(self.evaluations) if e.get("win_rate") is not None), None)
+        return next((e for e in reversed(self.evaluations) if e["win_rate"] is not None and e["win_interval"]), None)
 
 
 def read_facts(index: Index, run: RunDir) -> Facts:
@@ -48,7 +54,7 @@ def read_facts(index: Index, run: RunDir) -> Facts:
     losses = index.rows("SELECT iteration, loss FROM updates WHERE iteration IS NOT NULL ORDER BY iteration, step")
     return Facts(
         overview=overview(index, run),
-        evaluations=[json.loads(row["metrics"]) for row in evaluations],
+        evaluations=[_EVALUATION | json.loads(row["metrics"]) for row in evaluations],
         parts=parts,
         losses=[(row["iteration"], row["loss"]) for row in losses if row["loss"] is not None],
     )

@@ -162,13 +162,13 @@ def pictures(facts: Facts) -> list[Picture]:
     def held_out(get: Callable[[Metrics], float | None]) -> list[Spot]:
         return [(e["updates"], value) for e in evaluations if (value := get(e)) is not None]
 
-    judged = [e for e in evaluations if e["win_rate"] is not None]
+    judged = [e for e in evaluations if e["win_rate"] is not None and e["win_interval"]]
     checks = sorted({name for e in evaluations for name in e["checks"]})
     return [
         _kept(facts.parts, time),
         line(
             "win-rate",
-            "Win rate against the base",
+            "Win rate against base",
             {"held-out answers": held_out(lambda e: e["win_rate"])},
             intervals=[(e["updates"], *e["win_interval"]) for e in judged],
             write=percent,
@@ -210,7 +210,7 @@ def pictures(facts: Facts) -> list[Picture]:
         ),
         line(
             "kl",
-            "KL from the base, nats a token",
+            "KL from base, nats a token",
             {"held-out answers": held_out(lambda e: e["kl_per_token"])},
             write=decimals(3),
             empty="not measured: the engine reported no log-probabilities",
@@ -220,7 +220,9 @@ def pictures(facts: Facts) -> list[Picture]:
             "Sanity, nats a token",
             {
                 "relevance to the prompt": held_out(lambda e: e["relevance"]),
-                "−log p under the base policy": held_out(lambda e: -e["base_logprob_per_token"]),
+                "−log p under the base policy": held_out(
+                    lambda e: None if (p := e["base_logprob_per_token"]) is None else -p
+                ),
             },
             write=decimals(2),
             empty="no evaluation yet",
@@ -324,7 +326,7 @@ def _tick(value: float, ticks: list[float], write: Format) -> str:
 
 def _kept(parts: Mapping[int, Mapping[str, int]], time: _Time) -> Picture:
     """Shares, so that iterations of different sizes compare; the counts are said."""
-    title, key = "Pairs kept, dropped by reason", "kept"
+    title, key = "Kept and dropped pairs", "kept"
     if not parts:
         return Picture(key, title, time.label, empty="no pair was decided on yet")
     order = ("kept", "review", *get_args(DropReason))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlaif.audit.index import Index
+from rlaif.report import make_report
 from rlaif.store import RunDir
+from rlaif.summary import status_values
 from rlaif.view.facts import Facts, read_facts
 from rlaif.view.pictures import MOST_POINTS, Picture, nice, pictures
+from rlaif.view.rendering import render
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.003), (-3.2, 5), (0, 12345), (2, 2), (0, 0)])
@@ -79,3 +84,20 @@ def test_a_win_rate_is_not_joined_across_texts(drawn: dict[str, Picture]) -> Non
     found = drawn
     assert found["win-rate"].lines[0].path.count("M") == 2
     assert found["length"].lines[0].path.count("M") == 1
+
+
+def test_an_evaluation_may_lack_numbers(stub_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLAIF_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(stub_run, tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    for k in run.evaluations():
+        path = run.evaluation(k).path / "metrics.json"
+        metrics = json.loads(path.read_text())
+        path.write_text(json.dumps({name: metrics[name] for name in ("updates", "constitution", "mean_words")}))
+    index = Index.open(run)
+    facts = read_facts(index, run)
+    assert {p.key for p in pictures(facts) if p.empty} >= {"win-rate", "kl", "sanity", "checks"}
+    around = {"run_name": "run", "page": "", "version": "", "every_ms": 0, "waiting": 0, "job": run.header["job"]}
+    html = render("overview.html", status=status_values(run), facts=facts, pictures=pictures(facts), **around)
+    assert "not judged yet" in html
+    assert "Nothing was judged" in " ".join(make_report(index, run).caveats)
