@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rlaif.cli.audit import Building
 from rlaif.store import RunDir
 
 
@@ -27,7 +28,8 @@ def report(
     from rlaif.report import make_report, write_report
 
     opened = RunDir.open(run)
-    with Index.open(opened) as index:
+    with Building() as building, Index.open(opened, building.told) as index:
+        building.close()
         made = make_report(index, opened)
         if json_:
             typer.echo(made.model_dump_json(indent=1))

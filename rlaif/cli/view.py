@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from rlaif.cli.audit import Building
 from rlaif.errors import UserError
 from rlaif.store import RunDir
 
@@ -42,7 +43,8 @@ def view(
             "there is no password. Better: --host 127.0.0.1 and an SSH tunnel",
             file=sys.stderr,
         )
-    index = Index.open(opened, _told)
+    with Building() as building:  # the first look at a large run takes a while
+        index = Index.open(opened, building.told)
     app = make_app(opened, index, host)
     shown = f"[{host}]" if ":" in host else host
     typer.echo(f"http://{shown}:{listening.getsockname()[1]}/")
@@ -51,10 +53,3 @@ def view(
         uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1)
     )
     server.run(sockets=[listening])
-
-
-def _told(what: str, share: float) -> None:
-    """The first look at a large run takes a while."""
-    if sys.stderr.isatty():
-        end = "\n" if share >= 1 else ""
-        print(f"\rrlaif: indexing {share:4.0%}  {what:<50.50}", end=end, file=sys.stderr, flush=True)

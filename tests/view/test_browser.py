@@ -190,11 +190,12 @@ def test_review_by_keys_is_blind_and_stored(chromium: Browser, tmp_path: Path) -
         assert not any(word in text.lower() for word in ("agreement", "p(first)", "verdict", "kept", "guard"))
         pair = t.page.locator("input[name=pair]").get_attribute("value")
         shown = t.page.locator("section.box .text").all_inner_texts()
-        reason = t.page.get_by_label("Reason, if you like")
-        reason.focus()
+        t.page.get_by_label("Reason, if you like").focus()
         t.page.keyboard.type("1 says more")
-        assert labels_of(run) == [], "a key typed into the reason is no label"
-        reason.blur()
+        t.page.keyboard.press("Enter")
+        t.page.wait_for_timeout(300)
+        assert labels_of(run) == [], "a key typed into the reason is no label, nor is Enter"
+        t.page.keyboard.press("Escape")
         t.page.keyboard.press("2")
         t.page.get_by_role("status").wait_for()
         (label,) = labels_of(run)
@@ -253,3 +254,14 @@ def test_screenshots(chromium: Browser, stub_run: Path, tmp_path: Path) -> None:
         t.page.goto(f"{url}/pairs?status=kept&sort=length")
         t.page.goto(url + pair_links(t.page)[len(pair_links(t.page)) // 2])
         shoot(t.page, "view-pair.png", "[aria-label=Rules]")
+
+
+def test_screenshot_of_the_review(chromium: Browser, tmp_path: Path) -> None:
+    given = os.environ.get("RLAIF_SCREENSHOT_REVIEW_RUN")
+    run = Path(given) if given else make_run(tmp_path, reviewed_job())
+    folder = Path(os.environ.get("RLAIF_SCREENSHOTS", tmp_path))
+    with served(run) as url, tab(chromium, viewport={"width": 1160, "height": 800}) as t:
+        t.page.goto(f"{url}/review")
+        name_reviewer(t.page, "Ada")
+        t.page.screenshot(path=folder / "view-review.png", full_page=True)
+    assert 10_000 < (folder / "view-review.png").stat().st_size < 150_000

@@ -30,6 +30,7 @@ if (seen) {
 const review = document.querySelector("form[data-review]");
 if (review) {
   document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && typing()) document.activeElement.blur();
     if (typing() || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
     const button = review.querySelector(`button[data-key="${CSS.escape(event.key)}"]`);
     if (button) {
