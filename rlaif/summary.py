@@ -12,6 +12,7 @@ from rich.table import Table
 from rlaif.console import stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, Prompt
+from rlaif.review.queue import Queue
 from rlaif.store import RunDir, read_json, read_rows, write_json
 
 STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
@@ -41,6 +42,7 @@ def status_values(run: RunDir) -> dict[str, Any]:
         "constitution": text,
         "last_event": events[-1].model_dump() if events else None,
         "alarms": [e.model_dump() for e in events if e.kind == "alarm"],
+        "waiting_for_review": Queue(run).counts().waiting,
     }
 
 
@@ -61,6 +63,8 @@ def status_table(run: RunDir) -> None:
         console.print(f"last event: {event['kind']} at {event['time']}: {escape(event['message'])}")
     for alarm in values["alarms"]:
         console.print(f"[red]alarm[/] in iteration {alarm['iteration']}: {escape(alarm['message'])}")
+    if values["waiting_for_review"]:
+        console.print(f"{values['waiting_for_review']} pairs wait for a person: rlaif review {escape(str(run.path))}")
     if values["iterations_done"] < values["iterations"]:
         console.print(f"go on with: rlaif run {values['run']}")
 

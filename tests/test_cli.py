@@ -28,6 +28,7 @@ COMMANDS = [
     ["judge", "bench"],
     ["judge", "attack"],
     ["judge", "calibrate"],
+    ["review"],
 ]
 
 

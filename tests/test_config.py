@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -98,3 +99,23 @@ def test_every_field_has_a_docstring() -> None:
         return out
 
     assert undocumented(Job) == []
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"filters": {"review": {}}}, r"filters\.review: give below_agreement, top_uncertain or both"),
+        (
+            {"filters": {"review": {"below_agreement": 2}}},
+            r"filters\.review\.below_agreement: .*less than or equal to 1",
+        ),
+        ({"filters": {"review": {"below_agrement": 1}}}, "did you mean `below_agreement`"),
+        (
+            {"filters": {"review": {"top_uncertain": 3}}, "judge": {"early_stop": True}},
+            r"judge\.early_stop: never with filters\.review",
+        ),
+    ],
+)
+def test_what_a_review_cant_be(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_job({"constitution": "assistant", **tree}, "job.yaml")

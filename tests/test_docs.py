@@ -43,6 +43,8 @@ def problem(words: list[str]) -> str | None:
     command: Any = typer.main.get_command(app)
     rest = list(words)
     while hasattr(command, "commands"):
+        if rest and rest[0] not in command.commands and any(p.param_type_name == "argument" for p in command.params):
+            del rest[0]  # `rlaif audit RUN COMMAND`
         names = rest.pop(0).split("|") if rest else []
         while rest and rest[0] == "|":  # `rlaif constitution list | show | check`
             names.append(rest[1])
@@ -117,6 +119,8 @@ def test_the_command_test_sees_mistakes() -> None:
     assert problem(["run", "jobs/quickstart.yaml", "--dry-run"]) is None
     assert problem(["constitution", "list", "|", "show"]) is None
     assert problem(["constitution", "list", "|", "shew"])
+    assert problem(["audit", "RUN", "agreement", "--json"]) is None
+    assert problem(["audit", "RUN", "agrement"])
     assert problem(["rum", "jobs/quickstart.yaml"])
     assert problem(["run", "--dry-rum"])
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import select
 import socket
 import sys
+import termios
+import tty
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
     from rlaif.review.queue import Counts, Question, Queue, Shown
 
 KEYS = "1 or 2 the better one, t tie, s skip, r reason, u correct the last, c whole text of the rules, q quit"
-_ENTER = ("\r", "\n")
 
 
 def review(
@@ -47,18 +49,17 @@ def review(
         counts = queue.counts()
         print(json.dumps({"run": str(run), **counts.model_dump(), "problems": queue.problems}))
         return
-    reviewer = _Reviewer(queue, author or _user())
+    reviewer = _Reviewer(queue, author or _user(), _Terminal() if sys.stdin.isatty() else _Pipe())
     for problem in queue.problems:
         print(f"rlaif: {problem}", file=sys.stderr)
-    with reviewer.session():
-        reviewer.work()
+    reviewer.work()
 
 
 class _Reviewer:
-    """One person at a terminal, or a pipe of lines."""
+    """One person, and what they were shown and said since they started."""
 
-    def __init__(self, queue: Queue, author: str):
-        self._queue, self._author = queue, author
+    def __init__(self, queue: Queue, author: str, keys: _Pipe | _Terminal):
+        self._queue, self._author, self._keys = queue, author, keys
         self._session = f"{socket.gethostname()}:{os.getpid()}"
         self._console: Console = stdout_console()
         self._last: str | None = None
@@ -66,43 +67,44 @@ class _Reviewer:
         self._given: set[str] = set()
         self._counts = queue.counts()
 
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        """Whatever ends it, the pair on the screen is given back to the queue."""
-        try:
-            yield
-        finally:
-            with suppress(RlaifError):
-                self._queue.release(self._author, self._session)
-
     def work(self) -> None:
-        """Asks until nobody answers, or nothing waits."""
+        """Asks until nobody answers, or nothing waits. Whatever ends it, the pair on the screen is given back."""
         if not self._counts.sent:
             self._say("no pair was sent to review; filters.review in the job says which are (docs/review.md)")
             return
-        while (question := self._queue.next(self._author, self._session)) is not None:
-            if question.pair_id in self._skipped:
-                self._say("only pairs that you skipped are left")
-                break
-            if not self._ask(question):
-                break
+        try:
+            with self._keys.mode() if isinstance(self._keys, _Terminal) else nullcontext():
+                all_seen = self._ask_all()
+        finally:
+            with suppress(RlaifError):
+                self._queue.release(self._author, self._session)
         self._counts = self._queue.counts()
-        others = f", {self._counts.claimed} of them shown to others" if self._counts.claimed and not question else ""
+        others = f", {self._counts.claimed} of them shown to others" if all_seen and self._counts.claimed else ""
         self._say(
             f"{len(self._given)} labelled by {visible(self._author)} now; {self._counts.labelled} in all, "
             f"{self._counts.waiting} waiting{others}"
         )
+
+    def _ask_all(self) -> bool:
+        """Pair after pair; True when none is left for this reviewer, False when they leave."""
+        while (question := self._queue.next(self._author, self._session)) is not None:
+            if question.pair_id in self._skipped:
+                self._say("only pairs that you skipped are left")
+                return True
+            if not self._ask(question):
+                return False
+        return True
 
     def _ask(self, question: Question, correcting: bool = False) -> bool:
         """One pair, until it is answered; False when the reviewer leaves."""
         self._show(question, correcting)
         reason: str | None = None
         while True:
-            key, rest = self._key()
+            key, rest = self._keys.key()
             if key == "q":
                 return False
             if key == "r":
-                reason = rest or self._line("reason: ")
+                reason = rest or self._keys.line("reason: ")
             elif key == "c":
                 self._text(question.constitution_source)
             elif key == "u" and self._last and not correcting:
@@ -129,6 +131,7 @@ class _Reviewer:
         from rich.rule import Rule
         from rich.text import Text
 
+        self._keys.fresh()
         counts: Counts = self._queue.counts()
         text = question.constitution
         what = "correct your label (s takes it back)" if correcting else f"{counts.waiting} waiting"
@@ -155,22 +158,61 @@ class _Reviewer:
 
         self._console.print(Padding(Text(visible(text)), (0, 0, 0, 2), expand=False))
 
-    def _key(self) -> tuple[str, str]:
-        """A key, and from a pipe what stands after it; `q` at the end of the input."""
-        if sys.stdin.isatty():
-            try:
-                key = typer.getchar()
-            except EOFError:
-                return "q", ""
-            return ("", "") if key in _ENTER else (key.lower(), "")
+
+class _Pipe:
+    """Keys as lines; what stands after a key is its reason."""
+
+    def fresh(self) -> None:
+        """Nothing to do: a line is for the pair that it comes to."""
+
+    def key(self) -> tuple[str, str]:
+        """A key and what stands after it; `q` at the end of the input."""
         line = sys.stdin.readline()
         key, _, rest = line.strip().partition(" ")
         return (key.lower(), rest.strip()) if line else ("q", "")
 
-    def _line(self, prompt: str) -> str:
-        if sys.stdin.isatty():
-            print(prompt, end="", file=sys.stderr, flush=True)
+    def line(self, prompt: str) -> str:
         return sys.stdin.readline().strip()
+
+
+class _Terminal:
+    """Single keys, without Enter. The mode lasts between keys, so that none is lost; Ctrl-C stays what it is."""
+
+    def __init__(self) -> None:
+        self._fd = sys.stdin.fileno()
+        self._before = termios.tcgetattr(self._fd)
+
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        """Keys come one by one while this lasts."""
+        tty.setcbreak(self._fd, termios.TCSADRAIN)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
+
+    def fresh(self) -> None:
+        """Forgets keys that were pressed before a pair was shown: they can't be about it."""
+        termios.tcflush(self._fd, termios.TCIFLUSH)
+
+    def key(self) -> tuple[str, str]:
+        """A key; `q` for Ctrl-D, or when the terminal is gone."""
+        key = os.read(self._fd, 1)
+        if key == b"\x1b" and select.select([self._fd], [], [], 0)[0]:
+            key += os.read(self._fd, 16)  # an arrow or the like comes as one sequence, and is one key
+        return ("q" if key in (b"", b"\x04") else key.decode(errors="replace").strip().lower()), ""
+
+    def line(self, prompt: str) -> str:
+        """A line, typed as lines are."""
+        print(prompt, end="", file=sys.stderr, flush=True)
+        termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
+        typed = b""
+        try:
+            while not typed.endswith(b"\n") and (more := os.read(self._fd, 1)):
+                typed += more
+            return typed.decode(errors="replace").strip()
+        finally:
+            tty.setcbreak(self._fd, termios.TCSADRAIN)
 
 
 def _user() -> str:

@@ -30,7 +30,7 @@ from rlaif.records import (
     digest,
 )
 from rlaif.review import labels as log
-from rlaif.store import RunDir, StageDir, read_json, read_rows, write_json
+from rlaif.store import RunDir, StageDir, disk_errors, read_json, read_rows
 
 CLAIM_S = 600.0
 """How long a pair that is shown to one reviewer is kept from the others."""
@@ -104,6 +104,7 @@ class Queue:
         Raises:
             RlaifError: a file of the run is damaged, or the disk is full.
         """
+        self._all_sent()  # may read much, so not while others wait
         with log.review_lock(self._run):
             claims = self._claims()
             labels = self._read_labels()
@@ -254,7 +255,11 @@ class Queue:
         return {p: c for p, c in found.items() if c.until > time.time()}
 
     def _write_claims(self, claims: dict[str, Claim]) -> None:
-        write_json(self._claims_path, {p: c.model_dump() for p, c in claims.items()})
+        # Whole or not at all, but not made durable: with the machine, whoever looked at a pair is gone too.
+        temporary = self._claims_path.with_name("claims.json.partial")
+        with disk_errors(self._claims_path):
+            temporary.write_text(json.dumps({p: c.model_dump() for p, c in claims.items()}))
+            temporary.replace(self._claims_path)
 
 
 def sent_to_review(here: StageDir) -> list[Decision]:

@@ -8,8 +8,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from rlaif.config import Filters
-from rlaif.judging.filters import count_reasons, decide
+from rlaif.judging.filters import certainty, count_reasons, decide, to_review
 from rlaif.judging.verdicts import aggregate
+from rlaif.records import Verdict
 from tests.judging.vote_makers import MIRROR, PAIR, WEIGHTS, make_vote, mirrored, vote_lists
 
 TEXTS = {"a": "one", "b": "two"}
@@ -119,3 +120,113 @@ def test_a_stricter_filter_never_adds_a_pair(votes, settings):
 def test_a_verdict_on_another_pair_is_refused():
     with pytest.raises(ValueError, match="pair"):
         decide(aggregate([FIRST]), PAIR.model_copy(update={"id": "q"}), Filters(), TEXTS)
+
+
+# Review: which of an iteration's decisions go to people.
+
+
+def verdicts():
+    return st.builds(
+        lambda n, p, agreement, guard_first: Verdict(
+            pair_id=f"p{n}",
+            outcome="abstain" if agreement is None else "tie" if p == 0.5 else "first" if p > 0.5 else "second",
+            p_first=None if agreement is None else p,
+            agreement=agreement,
+            valid_votes=0 if agreement is None else 4,
+            guard_first=guard_first,
+        ),
+        st.integers(0, 99),
+        st.sampled_from([0.0, 0.2, 0.4, 0.5, 0.6, 1.0]),
+        st.sampled_from([None, 0.0, 0.5, 0.75, 1.0]),
+        st.integers(0, 1),
+    )
+
+
+def decided(verdict, texts=TEXTS, **settings):
+    return decide(verdict, PAIR.model_copy(update={"id": verdict.pair_id}), Filters(**settings), texts)
+
+
+def iterations():
+    return st.lists(verdicts(), max_size=12, unique_by=lambda v: v.pair_id).map(lambda vs: [decided(v) for v in vs])
+
+
+def review(decisions, **settings):
+    filters = Filters(review=settings, **({"calibration": "c.json"} if settings.pop("calibration", False) else {}))
+    return to_review(decisions, filters)
+
+
+def asked(decisions):
+    return {d.pair_id for d in decisions if d.status == "review"}
+
+
+@given(iterations(), st.sampled_from([None, 0.0, 0.5, 0.8, 1.0]), st.integers(0, 5), st.booleans())
+def test_review_takes_pairs_and_changes_no_other(decisions, bound, top, calibration):
+    assume(bound is not None or top)
+    after = review(decisions, below_agreement=bound, top_uncertain=top, calibration=calibration)
+    assert [d.pair_id for d in after] == [d.pair_id for d in decisions]
+    for old, new in zip(decisions, after, strict=True):
+        assert (new.reasons, new.verdict) == (old.reasons, old.verdict)
+        if new.status == "review":
+            assert new.winner is None
+            assert new.review_rule is not None
+            assert not {"identical", "guard", "too_few_votes", "abstained"} & set(new.reasons)
+            assert not (calibration and old.status == "kept")
+        else:
+            assert new == old
+    sent = [d for d in after if d.review_rule == "top_uncertain"]
+    assert len(sent) <= top
+    below = {d.pair_id for d in after if d.review_rule == "below_agreement"}
+    assert all(d.verdict.agreement < bound for d in after if d.pair_id in below)
+    # None that could be asked about, and wasn't, is less certain than one that was.
+    left = [d for d in after if d.status != "review" and d.verdict.agreement is not None and "guard" not in d.reasons]
+    if not calibration and sent and left:
+        assert max(map(certainty, sent)) < min(map(certainty, left))
+
+
+@given(iterations(), st.integers(1, 5), st.randoms())
+def test_who_is_asked_about_does_not_depend_on_the_order_of_the_rows(decisions, top, random):
+    shuffled = list(decisions)
+    random.shuffle(shuffled)
+    assert asked(review(decisions, top_uncertain=top)) == asked(review(shuffled, top_uncertain=top))
+
+
+def test_no_review_leaves_everything_as_it_is():
+    decisions = [decided(aggregate([FIRST], WEIGHTS))]
+    assert to_review(decisions, Filters()) == decisions
+
+
+def verdict_of(name, p, agreement, **more):
+    outcome = "tie" if p == 0.5 else "first" if p > 0.5 else "second"
+    return Verdict(pair_id=name, outcome=outcome, p_first=p, agreement=agreement, valid_votes=4, **more)
+
+
+def test_the_least_agreed_go_first_and_then_the_nearest_to_half():
+    decisions = [
+        decided(verdict_of("sure", 0.99, 1.0)),
+        decided(verdict_of("agreed", 0.55, 1.0)),
+        decided(verdict_of("split", 0.5, 0.0)),
+        decided(verdict_of("far", 0.7, 0.75)),
+        decided(verdict_of("near", 0.6, 0.75)),
+        decided(verdict_of("vetoed", 0.6, 0.5, guard_second=1)),
+        decided(verdict_of("same", 0.6, 0.5), texts={"a": "x", "b": "x"}),
+    ]
+    order = ["split", "near", "far", "agreed", "sure"]
+    for n in range(1, 6):
+        assert asked(review(decisions, top_uncertain=n)) == set(order[:n])
+    both = {d.pair_id: d.review_rule for d in review(decisions, below_agreement=0.75, top_uncertain=1)}
+    assert both == {
+        "sure": None, "agreed": None, "split": "below_agreement", "far": None, "near": "top_uncertain",
+        "vetoed": None, "same": None,
+    }  # fmt: skip
+
+
+def test_an_agreement_on_the_bound_is_not_below_it():
+    verdict = verdict_of("p", 0.7, 0.1 + 0.2 + 0.6)  # 0.8999...
+    assert asked(review([decided(verdict)], below_agreement=0.9)) == set()
+
+
+def test_with_a_calibration_what_is_kept_stays_kept():
+    kept = decide(verdict_of(PAIR.id, 0.6, 0.5), PAIR, Filters(), TEXTS, calibrated=True)
+    below = decide(verdict_of(PAIR.id, 0.6, 0.5), PAIR, Filters(), TEXTS, calibrated=False)
+    assert asked(review([kept], below_agreement=1.0, top_uncertain=1, calibration=True)) == set()
+    assert asked(review([below], below_agreement=1.0, calibration=True)) == {PAIR.id}
