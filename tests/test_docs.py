@@ -44,7 +44,7 @@ def problem(words: list[str]) -> str | None:
     rest = list(words)
     while hasattr(command, "commands"):
         if rest and rest[0] not in command.commands and any(p.param_type_name == "argument" for p in command.params):
-            del rest[0]  # `rlaif audit RUN COMMAND`
+            rest.pop(0)  # `rlaif audit RUN verify`
         names = rest.pop(0).split("|") if rest else []
         while rest and rest[0] == "|":  # `rlaif constitution list | show | check`
             names.append(rest[1])

@@ -95,7 +95,7 @@ ANYWHERE = {
     "transformers": f"{AT_TOP['transformers']} rlaif.judging.likelihood rlaif.models",
     "vllm": "rlaif.sampling.vllm",
     "peft": "rlaif.learning.base",
-    "datasets": "rlaif.learning.* rlaif.prompts",
+    "datasets": "rlaif.learning.* rlaif.prompts rlaif.audit.export",
 }
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,10 @@ def export_preferences(index: Index, to: Path, iteration: int | None = None, con
     try:
         import datasets
     except ImportError as e:
-        raise UserError(
-            "export needs the `datasets` package: pip install 'rlaif[train]', or pip install datasets"
-        ) from e
+        raise UserError("export needs the `datasets` package: pip install datasets") from e
 
     if next(preference_rows(index, iteration, constitution), None) is None:
-        raise UserError(
-            f"{index.run.path}: no preferences to export; `rlaif audit {index.run.path}` shows what was kept"
-        )
+        raise UserError(f"{index.run.path}: no such preferences; `rlaif audit {index.run.path}` shows what was kept")
     datasets.disable_progress_bars()
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cache, disk_errors(to):
@@ -88,6 +85,7 @@ def export_preferences(index: Index, to: Path, iteration: int | None = None, con
             features=_features(datasets),
             cache_dir=cache,
             gen_kwargs={"index": index, "iteration": iteration, "constitution": constitution},
+            fingerprint=uuid.uuid4().hex,  # its own would pickle the index
         )
         partial = to.with_name(f"{to.name}.partial")
         if to.suffix == ".parquet":

@@ -1,7 +1,7 @@
 """The index's tables: which file each comes from, and how a JSON row becomes columns. Pure.
 
 Column types follow from the records, so that a key that older rows lack is NULL and every row has the same columns.
-Token ids and raw replies stay in the files: a row has the line that it came from.
+Token ids stay in the files: a row has the line that it came from.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ STAGE_TABLES: dict[str, Table] = {
     ),
     "votes": Table(
         "votes",
-        "one row a vote; the raw reply is in the file, `show PAIR` prints it",
+        "one row a vote",
         (
             Column("ballot_id", "VARCHAR", "r.ballot.id"),
             Column("pair_id", "VARCHAR", "r.ballot.pair_id"),
@@ -170,6 +170,7 @@ STAGE_TABLES: dict[str, Table] = {
             Column("outcome", "VARCHAR", "r.outcome", "first, second, tie, abstain"),
             Column("abstain_reason", "VARCHAR", "r.abstain_reason"),
             Column("p_first", "DOUBLE", "r.p_first"),
+            Column("raw_reply", "VARCHAR", "r.raw_reply", "what the judge said"),
             Column("error", "VARCHAR", "r.error"),
             Column("attempts", "INTEGER", "coalesce(r.attempts, 1)", "requests; 0 from the cache"),
             Column("prompt_tokens", "BIGINT", "coalesce(r.usage.prompt_tokens, 0)"),

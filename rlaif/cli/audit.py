@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,6 +28,9 @@ class RunFirst(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if len(args) > 1 and args[0] in self.commands and not args[1].startswith("-"):
             args = [args[1], args[0], *args[2:]]
+        # A group takes its own options before its argument only: `RUN --json` is `--json RUN`.
+        options = list(takewhile(lambda a: a in ("--json", "--help"), args[1:]))
+        args = [*options, *args[:1], *args[1 + len(options) :]]
         return super().parse_args(ctx, args)
 
 
@@ -91,7 +95,7 @@ class Building:
         import time
 
         self._clock = time.monotonic
-        self._quiet_until = self._clock() + 0.5
+        self._quiet_until = self._clock() + (0.5 if self._terminal else 2.0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -224,7 +228,7 @@ def _ends(rows: tuple[Any, ...]) -> list[Any]:
 @app.command("list")
 def list_(
     ctx: typer.Context,
-    iteration: Annotated[int | None, typer.Option(help="Iteration, from 1 as tables show it.")] = None,
+    iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 1 as in tables.")] = None,
     constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
     status: Annotated[Literal["kept", "dropped", "review"] | None, typer.Option(help="The filter's word.")] = None,
     reason: Annotated[str | None, typer.Option(help="A rule that spoke against the pair.")] = None,
@@ -250,7 +254,7 @@ def list_(
 ) -> None:
     """List pairs with their decisions."""
     filter = _filter(
-        iteration=iteration if iteration is None or evaluation else iteration - 1,
+        iteration=iteration if evaluation else _from_zero(iteration),
         constitution=constitution,
         status=status,
         reason=reason,
@@ -264,6 +268,13 @@ def list_(
         evaluation=evaluation,
     )
     _list(ctx, filter, sort, descending, limit, offset, json_)
+
+
+def _from_zero(iteration: int | None) -> int | None:
+    """An iteration as files count it."""
+    if iteration is not None and iteration < 1:
+        raise UserError(f"--iteration {iteration}: it counts from 1, as tables do")
+    return None if iteration is None else iteration - 1
 
 
 def _filter(**fields: Any) -> PairFilter:
@@ -420,7 +431,7 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
 @app.command()
 def flips(
     ctx: typer.Context,
-    iteration: Annotated[int | None, typer.Option(help="Iteration, from 1 as tables show it.")] = None,
+    iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 1 as in tables.")] = None,
     constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
     limit: Limit = 50,
     offset: Offset = 0,
@@ -433,7 +444,7 @@ def flips(
 @app.command()
 def disagree(
     ctx: typer.Context,
-    iteration: Annotated[int | None, typer.Option(help="Iteration, from 1 as tables show it.")] = None,
+    iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 1 as in tables.")] = None,
     constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
     limit: Limit = 50,
     offset: Offset = 0,
@@ -458,7 +469,7 @@ def _splits(
     from rlaif.audit.queries import splits
     from rlaif.console import stdout_console
 
-    filter = _filter(iteration=None if iteration is None else iteration - 1, constitution=constitution, **wanted)
+    filter = _filter(iteration=_from_zero(iteration), constitution=constitution, **wanted)
     with opened(ctx) as index:
         page = splits(index, filter, limit, offset)
     if json_:
@@ -678,7 +689,7 @@ def sql(
 def export(
     ctx: typer.Context,
     to: Annotated[Path, typer.Option("--to", metavar="FILE", help="A new .parquet or .jsonl file.")],
-    iteration: Annotated[int | None, typer.Option(help="Only this iteration, from 1 as tables show it.")] = None,
+    iteration: Annotated[int | None, typer.Option(help="Only this iteration, counted from 1 as in tables.")] = None,
     constitution: Annotated[
         str | None, typer.Option(help="Only pairs judged under it: name@version, or a hash (its beginning).")
     ] = None,
@@ -690,7 +701,7 @@ def export(
     from rlaif.audit.export import export_preferences
 
     with opened(ctx) as index:
-        rows = export_preferences(index, to, None if iteration is None else iteration - 1, constitution)
+        rows = export_preferences(index, to, _from_zero(iteration), constitution)
     if json_:
         typer.echo(json.dumps({"file": str(to), "rows": rows}))
     else:

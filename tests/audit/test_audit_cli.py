@@ -1,0 +1,145 @@
+"""`rlaif audit` as people and programs call it: in a process of its own, without torch and its kin."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlaif.store import RunDir
+from tests.audit.conftest import STORED
+from tests.test_layers import main, without_heavy
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAIR = "a75b1dfe68c748c8"
+
+
+def audit(*arguments: str, run: Path = STORED) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rlaif", "audit", str(run), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What was written to stderr, without the progress of a slow machine."""
+    return [line for line in done.stderr.splitlines() if not line.startswith("indexing")]
+
+
+COMMANDS = [
+    ((), "20, kept 8"),
+    (("list", "--status", "kept"), "1-8 of 8 pairs"),
+    (("show", PAIR, "--questions"), "BEGIN ANSWER A"),
+    (("flips",), "second shown first"),
+    (("disagree",), PAIR),
+    (("trace", "3"), "9 preferences on 7 pairs in 5 steps"),
+    (("compare", str(STORED)), "the same settings"),
+    (("sql", "SELECT count(*) AS n FROM votes"), "208"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), COMMANDS, ids=lambda c: c[0] if c and isinstance(c, tuple) else "")
+def test_commands_without_heavy_libraries(arguments: tuple[str, ...], expected: str) -> None:
+    done = without_heavy(main("audit", str(STORED), *arguments))
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+    assert "\x1b" not in done.stdout  # plain when piped
+    as_json = without_heavy(main("audit", str(STORED), *arguments, "--json"))
+    assert as_json.returncode == 0, as_json.stderr
+    assert json.loads(as_json.stdout)
+
+
+def test_the_overview_fits_a_screen() -> None:
+    done = audit()
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 160
+    for word in ("rules@1", "rules@2", "order_flip 10", "position bias 0.58", "16 of 160 votes", "win rate", "cost"):
+        assert word in done.stdout
+
+
+def test_a_terminal_gets_a_rich_table() -> None:
+    parent, child = pty.openpty()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "rlaif", "audit", str(STORED)]
+    process = subprocess.Popen(command, env=environment, stdout=child, stderr=subprocess.DEVNULL)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            block = os.read(parent, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not block:
+            break
+        shown += block
+    assert process.wait() == 0
+    assert b"\x1b[1m" in shown
+
+
+def test_iterations_are_counted_from_one_in_commands_and_from_zero_in_json() -> None:
+    page = json.loads(audit("list", "--iteration", "1", "--json").stdout)
+    assert {row["iteration"] for row in page["rows"]} == {0}
+    assert page["total"] == 5
+
+
+def test_help_documents_every_table_and_column() -> None:
+    from rlaif.audit.tables import TABLES, all_columns
+
+    shown = audit("sql", "--help").stdout
+    for table in TABLES:
+        assert f"{table.name}: {table.about}" in shown
+        for column in all_columns(table):
+            assert f"{column.name} {column.type}" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "nothing"), "no pair `nothing`"),
+        (("list", "--reason", "bogus"), "--reason: "),
+        (("list", "--iteration", "0"), "counts from 1"),
+        (("trace", "77"), "no checkpoint `77`"),
+        (("sql", "DELETE FROM votes"), "read-only"),
+        (("sql", "SELECT x FROM votes"), "Binder Error"),
+        (("compare", "nowhere"), "nowhere: not a run directory"),
+        (("export", "--to", "x.csv"), ".parquet or .jsonl"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str) -> None:
+    done = audit(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert len(complaints(done)) == 1
+
+
+def test_a_folder_that_is_no_run_and_a_newer_schema(tmp_path: Path, copy: RunDir) -> None:
+    done = audit(run=tmp_path)
+    assert (done.returncode, len(complaints(done))) == (2, 1)
+    assert "not a run directory" in done.stderr
+    header = json.loads((copy.path / "run.json").read_text())
+    (copy.path / "run.json").write_text(json.dumps(header | {"schema_version": 99}))
+    done = audit("list", run=copy.path)
+    assert (done.returncode, len(complaints(done))) == (2, 1)
+    assert "written with schema 99" in done.stderr
+
+
+def test_damage_is_told_on_stderr_and_the_rest_is_shown(copy: RunDir) -> None:
+    path = copy.iteration(1).path / "votes.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[4] = b"damaged\n"
+    path.write_bytes(b"".join(lines))
+    done = audit("list", "--json", run=copy.path)
+    assert done.returncode == 0
+    assert f"{path}:5: not a line of votes" in done.stderr
+    assert json.loads(done.stdout)["total"] == 20
+
+
+def test_export_without_datasets_says_what_to_install(tmp_path: Path) -> None:
+    done = without_heavy(main("audit", str(STORED), "export", "--to", str(tmp_path / "out.parquet")))
+    assert done.returncode == 2
+    assert complaints(done) == ["rlaif: export needs the `datasets` package: pip install datasets"]
