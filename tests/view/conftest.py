@@ -79,6 +79,8 @@ class Tab:
     page: Page
     requested: list[str]
     errors: list[str]
+    refused: list[str]
+    """What the Content-Security-Policy refused."""
 
 
 @contextmanager
@@ -87,13 +89,15 @@ def tab(browser: Browser, **options: Any) -> Iterator[Tab]:
     context = browser.new_context(**options)
     page = context.new_page()
     page.set_default_timeout(15_000)
-    seen = Tab(page, [], [])
+    seen = Tab(page, [], [], [])
     page.on("request", lambda request: seen.requested.append(request.url))
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
+    page.on("console", lambda m: seen.refused.append(m.text) if "Content Security Policy" in m.text else None)
     try:
         yield seen
         foreign = [url for url in seen.requested if not url.startswith(("http://127.0.0.1:", "data:"))]
         assert foreign == []
         assert seen.errors == []
+        assert seen.refused == [], "our own pages keep to the policy"
     finally:
         context.close()

@@ -71,6 +71,14 @@ def test_filter_sort_and_page_by_clicking(chromium: Browser, address: str) -> No
         t.page.get_by_role("link", name="Clear").click()
         t.page.wait_for_url("**/pairs")
         assert pair_links(t.page)[:3] == everything
+        t.page.get_by_text("More filters").click()
+        t.page.get_by_label("Pairs of").select_option(label="held-out evaluations")
+        t.page.locator("select[name=descending]").select_option(label="descending")
+        t.page.get_by_role("button", name="Filter").click()
+        t.page.wait_for_url("**/pairs?evaluation=yes&descending=yes")
+        held_out = pair_links(t.page)
+        assert held_out
+        assert all("/eval" in link for link in held_out)
     with tab(chromium) as other:
         other.page.goto(stable)
         assert other.page.url == stable
@@ -160,6 +168,7 @@ def test_candidates_text_stays_text(chromium: Browser, tmp_path: Path) -> None:
             assert t.page.evaluate("window.ran") is None, path
             assert t.page.title() != "ran"
             assert t.page.locator("img, #ran, main script, svg[onload]").count() == 0, path
+        assert t.refused == []
         # Even markup that got into a page can't run anything.
         t.page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.ran = 1\">')")
         t.page.evaluate(
@@ -167,6 +176,8 @@ def test_candidates_text_stays_text(chromium: Browser, tmp_path: Path) -> None:
         )
         t.page.wait_for_timeout(200)
         assert t.page.evaluate("window.ran") is None
+        assert t.refused, "the policy says what it refused"
+        t.refused.clear()
 
 
 def name_reviewer(page: Page, name: str) -> None:

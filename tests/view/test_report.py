@@ -19,6 +19,7 @@ from rlaif.records import Decision, HumanLabel
 from rlaif.report import EXAMPLES, Report, make_report, write_report
 from rlaif.store import RunDir
 from tests.stubs import stub_job
+from tests.test_layers import main, without_heavy
 from tests.view.runs import HOSTILE, make_run, reviewed_job
 
 if TYPE_CHECKING:
@@ -154,6 +155,13 @@ def test_the_command(stub_run: Path, tmp_path: Path) -> None:
     wrong = rlaif("--to", str(tmp_path / "no" / "r.html"))
     assert wrong.returncode == 2
     assert "make it first" in wrong.stderr
+
+
+def test_without_heavy_libraries(stub_run: Path, tmp_path: Path) -> None:
+    done = without_heavy(main("report", str(stub_run), "--to", str(tmp_path / "r.html")))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.html").exists()
+    assert without_heavy("import rlaif.view.app").returncode == 0
 
 
 def test_a_browser_asks_for_nothing_else(chromium: Browser, stub_run: Path, tmp_path: Path) -> None:
