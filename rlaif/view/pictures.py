@@ -297,7 +297,8 @@ def _line_picture(
         for style, (name, spots) in enumerate(series.items())
     ]
     last = {name: write(spots[-1][1]) for name, spots in series.items()}
-    latest = list(last.values())[-1]
+    # Of several series none is the one to name.
+    latest = list(last.values())[-1] if len(last) == 1 else ""
     if intervals:
         _, low, high = intervals[-1]
         latest += f" ({percent(low).removesuffix(' %')}–{percent(high)})"
