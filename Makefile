@@ -38,6 +38,7 @@ bench: $(STAMP) ## speed of the loop beside TRL's stock trainer and two limits
 
 bench-judge: $(STAMP) ## speed of a judge behind a server, of parsing and verdicts, and its memory
 	@$(BIN)/python -m benchmarks.judge $(ARGS)
+	@$(BIN)/python -m benchmarks.judge_verdicts
 
 bench-audit: $(STAMP) ## speed and memory of the audit on a run of a million votes
 	@$(BIN)/python -m benchmarks.audit $(ARGS)

@@ -7,6 +7,7 @@ Everything is written as it is made, so memory does not grow with the run.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import random
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from rlaif.config import Filters, parse_job
-from rlaif.constitution import Constitution, Principle
+from rlaif.constitution import Constitution, parse_constitution
 from rlaif.intervals import wilson
 from rlaif.judging.filters import decide
+from rlaif.judging.templates import load_template
 from rlaif.judging.verdicts import aggregate
 from rlaif.records import SCHEMA_VERSION, Ballot, Decision, Pair, Vote, digest
-from rlaif.store import write_json
+from rlaif.store import row_digest, write_json
 
 VOTES_PER_PAIR = 5
 PAIRS_PER_STEP = 8
@@ -38,7 +40,11 @@ _ASKED = (
     (0, "pairwise_reasoned", "reversed"),
     (1, "pairwise", "forward"),
 )
-_TEMPLATES = {"pairwise": "aaaaaaaaaaaaaaaa", "pairwise_reasoned": "bbbbbbbbbbbbbbbb"}
+_JUDGE_TEMPLATES = [
+    load_template(Path(__file__).resolve().parent.parent / "prompts" / "judge", name)
+    for name in ("pairwise", "pairwise_reasoned")
+]
+_TEMPLATES = {t.name: t.hash for t in _JUDGE_TEMPLATES}
 _SYLLABLES = ("ba", "co", "di", "fu", "ga", "he", "lo", "mi", "nu", "pe", "ra", "so", "ti", "vu", "wa", "zo")
 _POOL = 4000
 
@@ -52,21 +58,27 @@ class _Rows:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"{stage}.jsonl").open("wb")
         self._sha = hashlib.sha256()
+        self._of_rows = bytearray()
         self._folder, self._stage = folder, stage
         self.rows = 0
 
     def add(self, *lines: str) -> None:
         """Writes whole lines."""
-        content = "".join(f"{line}\n" for line in lines).encode()
-        self._file.write(content)
-        self._sha.update(content)
+        for line in lines:
+            content = f"{line}\n".encode()
+            self._file.write(content)
+            self._sha.update(content)
+            self._of_rows += row_digest(content)
         self.rows += len(lines)
 
     def done(self, inputs: dict[str, str], **extra: Any) -> str:
         """Writes the meta file; returns the digest."""
         self._file.close()
         sha256 = self._sha.hexdigest()
-        meta = {"schema_version": SCHEMA_VERSION, "rows": self.rows, "sha256": sha256, "inputs": inputs, "seconds": 1.0}
+        meta = {
+            "schema_version": SCHEMA_VERSION, "rows": self.rows, "sha256": sha256,
+            "row_digests": base64.b64encode(self._of_rows).decode(), "inputs": inputs, "seconds": 1.0,
+        }  # fmt: skip
         write_json(self._folder / f"{self._stage}.meta.json", meta | extra)
         return sha256
 
@@ -127,7 +139,12 @@ def write_run(
         folder = path / "constitutions" / text.hash
         folder.mkdir(parents=True)
         write_json(folder / "constitution.json", text.model_dump(mode="json"))
-        (folder / "source.yaml").write_text(f"summary: {text.summary}\n")
+        (folder / "source.yaml").write_text(_source(text.version))
+    for template in _JUDGE_TEMPLATES:
+        folder = path / "constitutions" / template.hash
+        folder.mkdir()
+        for source in template.sources:
+            (folder / source.name).write_text(source.text)
     prompts = _write_prompts(path, words)
     run = _Run(path, job.filters, rng, words, prompts)
     events = [_event("started", None, f"{iterations} iterations")]
@@ -146,12 +163,17 @@ def write_run(
 
 
 def _text(version: int) -> Constitution:
-    sides = {"prefer": "Do it.", "avoid": "Don't do it."}
-    principles = (
-        Principle(id="answers", rule="Prefer the answer that answers the question.", **sides),
-        Principle(id="brief", rule=f"Prefer the answer that is brief, version {version}.", **sides),
+    return parse_constitution(_source(version), "rules", version, "the benchmark")
+
+
+def _source(version: int) -> str:
+    """A constitution as its author would have written it."""
+    sides = "prefer: Do it., avoid: Do not do it."
+    return (
+        f"summary: Rules {version}.\nprinciples:\n"
+        f"  - {{id: answers, rule: Prefer the answer that answers the question., {sides}}}\n"
+        f"  - {{id: brief, rule: 'Prefer the answer that is brief, version {version}.', {sides}}}\n"
     )
-    return Constitution(name="rules", version=version, summary=f"Rules {version}.", principles=principles)
 
 
 def _event(kind: str, iteration: int | None, message: str) -> str:
@@ -338,7 +360,7 @@ class _Run:
             f'"constitution":"{constitution}","template":"{_TEMPLATES[template]}","parameters":"cccccccccccccccc"}},'
             f'"model":"{("careful", "contrary")[juror]}-2026-01","outcome":"{outcome}","abstain_reason":{reason},'
             f'"p_first":{"null" if p is None else p},"score_first":null,"score_second":null,"raw_reply":"{reply}",'
-            f'"finish_reason":"stop","prompt_hash":"{seed ^ 0xFF:016x}","mass_neither":null,"error":null,"attempts":1,'
+            f'"finish_reason":"stop","prompt_hash":null,"mass_neither":null,"error":null,"attempts":1,'
             f'"usage":{{"prompt_tokens":{400 + seed % 200},"completion_tokens":{len(reply) // 5 + 1}}},'
             f'"latency_s":{0.1 + seed % 997 / 1000:.3f},"cached":{"true" if seed % 20 == 0 else "false"}}}'
         )

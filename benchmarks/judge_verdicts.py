@@ -1,8 +1,8 @@
 """How fast are recorded votes turned into decisions? `python -m benchmarks.judge_verdicts [VOTES]`.
 
-In: a number of votes (100,000 by default). Out: seconds to read them from a run's votes.jsonl, to aggregate them, and
-to decide, beside the aim of the whole. The votes are made: 20 a pair (ten voices in both orders), replies of some
-hundred characters, three jurors; nothing is timed twice or thrown away.
+In: a number of votes (100,000 by default). Out: seconds to read them from a run's votes.jsonl, to parse their raw
+replies again, to aggregate them, and to decide, beside the aim of the whole. The votes are made: 20 a pair (ten voices
+in both orders), replies of some hundred characters, three jurors; nothing is timed twice or thrown away.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from rlaif.config import Filters
 from rlaif.judging.calibration import Panel
 from rlaif.judging.filters import decide
+from rlaif.judging.parsing import Reply, parse
+from rlaif.judging.parsing import outcome as heard
 from rlaif.judging.recorded import read_votes_log
 from rlaif.judging.verdicts import aggregate, by_pair
 from rlaif.records import Ballot, Outcome, Pair, Usage, Vote, digest
@@ -26,6 +28,8 @@ AIM_S = 5.0
 AIM_VOTES = 100_000
 VOICES = 10
 OUTCOMES: tuple[Outcome, ...] = ("first", "first", "first", "second", "tie", "abstain")
+SAID = {"first": ("A", "B"), "second": ("B", "A"), "tie": ("tie", "tie"), "abstain": ("hard to say",) * 2}
+"""The last line of a reply that means an outcome, in each order."""
 
 
 def make_votes(count: int, seed: int = 0) -> list[Vote]:
@@ -56,7 +60,7 @@ def make_votes(count: int, seed: int = 0) -> list[Vote]:
                 outcome=outcome,
                 abstain_reason="unparsed" if outcome == "abstain" else None,
                 p_first={"first": 0.9, "second": 0.2, "tie": 0.5}.get(outcome),
-                raw_reply=reply + outcome,
+                raw_reply=f"{reply}\nVerdict: {SAID[outcome][order]}",
                 finish_reason="stop",
                 prompt_hash=digest(["prompt", n]),
                 usage=Usage(prompt_tokens=700, completion_tokens=90),
@@ -78,11 +82,17 @@ def measure(path: Path) -> dict[str, float]:
     at = time.perf_counter()
     votes = read_votes_log(path)
     at = lap("read", at)
+    for v in votes:
+        reply = Reply(content=v.raw_reply, finish_reason=v.finish_reason, usage=v.usage, model=v.model)
+        shown = parse(reply, "last_line").shown
+        if (shown and heard(shown, v.ballot.order)) != (None if v.outcome == "abstain" else v.outcome):
+            raise SystemExit(f"{v.ballot.id}: parsed again, the reply means something else")
+    at = lap("parse", at)
     pairs = by_pair(votes)
     verdicts = {id: aggregate(mine, {"brief": 1.0, "plain": 2.0}) for id, mine in pairs.items()}
     at = lap("verdicts", at)
     for mine in pairs.values():
-        Panel.of(mine)
+        Panel.of([v.ballot for v in mine])
     at = lap("panels", at)
     for id, verdict in verdicts.items():
         pair = Pair(id=id, prompt_id=id, first="a", second="b", method="all")

@@ -1,7 +1,7 @@
 """How fast the loop is, beside TRL's stock trainer and two limits: `make bench`.
 
-In: prompts, a model, a judge that costs nothing. Out: seconds by stage, tokens a second, four ratios. Four parts run
-one after another, each in a process of its own, on the same prompts:
+In: prompts, a model, a judge that costs nothing. Out: seconds by stage, tokens a second, ratios. Parts run one after
+another, each in a process of its own, on the same prompts:
 
 - `loop`: one whole iteration of `rlaif.loop.Loop` with its sampler and learner workers, as `rlaif run` does it: the
   last iteration's weights into vLLM, sampling, voting, deciding, update, state and weights written.
@@ -10,10 +10,11 @@ one after another, each in a process of its own, on the same prompts:
 - `bare`: PyTorch on the token batches that the loop trained on, the limit for the update. Policy in fp32 under bf16
   autocast, one forward without gradient (the reference), one forward and backward of the DPO loss; the vocabulary is
   projected for completion tokens only, as in the loop. No clipping, optimizer, metrics or records: Adam is timed apart.
-- `trl` and `trl_bf16`: TRL's `OnlineDPOTrainer` with transformers generation, in fp32 and under bf16 autocast; the
-  faster one counts. Its defaults but for a completion's length and gradient checkpointing, which is off because
-  generation has no KV cache with it.
+- `trl`: TRL's stock `OnlineDPOTrainer` with transformers generation; its defaults but for a completion's length.
+- `trl_tuned_fp32` and `trl_tuned_bf16`: the same without gradient checkpointing, with which generation has no KV cache,
+  in fp32 and under bf16 autocast. The faster one is what somebody who knows TRL well would get.
 
+Files are written twice: the loop's state and policy, and once more as many bytes in plain writes, the disk's limit.
 Each part starts with one batch that is not counted.
 """
 
@@ -45,7 +46,7 @@ BATCH = 8
 MAX_TOKENS = 64
 LEARNING_RATE = 5e-7
 """TRL's default for online DPO; too small to change a bf16 weight, so all parts sample from the same policy."""
-PARTS = ("loop", "vllm", "bare", "trl", "trl_bf16")
+PARTS = ("loop", "vllm", "bare", "trl", "trl_tuned_fp32", "trl_tuned_bf16")
 AIMS = {"trl": 3.0, "sampling": 0.9, "update": 0.7, "outside": 0.05}
 
 
@@ -63,6 +64,8 @@ class LoopTimes(Record):
     steps_s: float
     """Forward, backward, clipping, Adam and metrics of all steps."""
     save_s: float
+    disk_s: float
+    """As many bytes written plainly, after the iteration; no part of it."""
     tokens: int
     """Completion tokens sampled."""
     pairs: int
@@ -81,7 +84,7 @@ class LoopTimes(Record):
 
 
 class TrlTimes(Record):
-    """The same prompts through TRL's stock trainer."""
+    """The same prompts through TRL's trainer."""
 
     seconds: float
     sample_s: float
@@ -118,17 +121,23 @@ class Report(Record):
     vllm: VllmTimes
     bare: BareTimes
     trl: TrlTimes
-    trl_bf16: TrlTimes
+    trl_tuned_fp32: TrlTimes
+    trl_tuned_bf16: TrlTimes
 
     @property
-    def peer(self) -> TrlTimes:
-        """TRL at its faster precision."""
-        return max(self.trl, self.trl_bf16, key=lambda t: _rate(t.tokens, t.seconds))
+    def tuned(self) -> TrlTimes:
+        """TRL without gradient checkpointing, at its faster precision."""
+        return max(self.trl_tuned_fp32, self.trl_tuned_bf16, key=lambda t: _rate(t.tokens, t.seconds))
 
     @property
     def ratio_to_trl(self) -> float:
-        """Completion tokens a second of a whole iteration, over TRL's."""
-        return _rate(self.loop.tokens, self.loop.seconds) / _rate(self.peer.tokens, self.peer.seconds)
+        """Completion tokens a second of a whole iteration, over stock TRL's."""
+        return _rate(self.loop.tokens, self.loop.seconds) / _rate(self.trl.tokens, self.trl.seconds)
+
+    @property
+    def ratio_to_tuned_trl(self) -> float:
+        """The same, over tuned TRL's."""
+        return _rate(self.loop.tokens, self.loop.seconds) / _rate(self.tuned.tokens, self.tuned.seconds)
 
     @property
     def sampling_vs_vllm(self) -> float:
@@ -155,6 +164,7 @@ class Report(Record):
         """The figures by name, as `--json` prints them."""
         return {
             "ratio_to_trl_stock": self.ratio_to_trl,
+            "ratio_to_trl_tuned": self.ratio_to_tuned_trl,
             "sampling_vs_vllm_alone": self.sampling_vs_vllm,
             "sampling_vs_vllm_without_top_p": self.sampling_vs_vllm_without_top_p,
             "update_vs_bare_pytorch": self.update_vs_bare,
@@ -164,42 +174,43 @@ class Report(Record):
 
 def render(report: Report) -> str:
     """The report as people read it."""
-    loop, vllm, bare, trl = report.loop, report.vllm, report.bare, report.peer
-    precision, other = ("bf16", report.trl) if trl is report.trl_bf16 else ("fp32", report.trl_bf16)
+    loop, vllm, bare, trl, tuned = report.loop, report.vllm, report.bare, report.trl, report.tuned
+    precision = "bf16" if tuned is report.trl_tuned_bf16 else "fp32"
     busy = ", ".join(f"{part} {load:.1f}" for part, load in report.busy.items())
-    rows = [
-        ("whole iteration", loop.seconds, trl.seconds, None),
-        ("  weights into the sampler", loop.load_s, None, None),
-        ("  sampling", loop.sample_s, trl.sample_s, vllm.seconds),
-        ("  judge", loop.judge_s, None, None),
-        ("  update: reference", loop.reference_s, None, bare.reference_s),
-        ("  update: steps", loop.steps_s, trl.seconds - trl.sample_s, bare.forward_backward_s),
-        ("  state and weights written", loop.save_s, None, None),
-        ("  rest", loop.rest_s, None, None),
+    both = (trl, tuned)
+    rows: list[tuple[Any, ...]] = [
+        ("whole iteration", loop.seconds, *(t.seconds for t in both), None),
+        ("  weights into the sampler", loop.load_s, None, None, None),
+        ("  sampling", loop.sample_s, *(t.sample_s for t in both), vllm.seconds),
+        ("  judge", loop.judge_s, None, None, None),
+        ("  update: reference", loop.reference_s, None, None, bare.reference_s),
+        ("  update: steps", loop.steps_s, *(t.seconds - t.sample_s for t in both), bare.forward_backward_s),
+        ("  state and weights written", loop.save_s, None, None, loop.disk_s),
+        ("  rest", loop.rest_s, None, None, None),
     ]
     rates: list[tuple[Any, ...]] = [
-        ("completion tokens", loop.tokens, trl.tokens, vllm.tokens),
+        ("completion tokens", loop.tokens, *(t.tokens for t in both), vllm.tokens),
         ("tokens/s, sampling", *(_rate(t.tokens, s) for t, s in (
-            (loop, loop.sample_s), (trl, trl.sample_s), (vllm, vllm.seconds)))),
-        ("tokens/s, whole iteration", _rate(loop.tokens, loop.seconds), _rate(trl.tokens, trl.seconds), None),
+            (loop, loop.sample_s), *((t, t.sample_s) for t in both), (vllm, vllm.seconds)))),
+        ("tokens/s, whole iteration", *(_rate(t.tokens, t.seconds) for t in (loop, *both)), None),
     ]  # fmt: skip
     lines = [
         f"{report.prompts} prompts x 2 completions of at most {MAX_TOKENS} tokens, {loop.pairs} pairs in batches of "
         f"{BATCH}, {report.cores} cores; load average before each part: {busy}",
         "",
-        f"{'seconds':28}{'this loop':>11}{'TRL stock':>11}{'limit':>11}",
+        f"{'seconds':28}{'this loop':>11}{'TRL stock':>11}{'TRL tuned':>11}{'limit':>11}",
         *(_row(name, values, ".2f") for name, *values in rows),
         "",
         *(_row(name, values, ".0f") for name, *values in rates),
         "",
-        f"TRL ran in {precision}; in {'fp32' if precision == 'bf16' else 'bf16'} it made "
-        f"{_rate(other.tokens, other.seconds):.0f} tokens/s as a whole.",
-        "TRL's steps include its reference and Adam. Limits: vLLM alone for sampling, bare PyTorch forward and",
-        f"backward for the update (clipping and Adam, {bare.adam_s:.2f} s bare, are not in it).",
+        f"TRL stock: its defaults. TRL tuned: no gradient checkpointing, in {precision}, its faster precision here.",
+        "TRL's steps include reference and Adam. Limits: vLLM alone for sampling, bare PyTorch forward and backward",
+        f"for the update (clipping and Adam, {bare.adam_s:.2f} s bare, are not in it), plain writes for what is saved.",
         f"vLLM alone without top-p: {_rate(vllm.tokens_without_top_p, vllm.seconds_without_top_p):.0f} tokens/s "
         f"(this loop, with it: {report.sampling_vs_vllm_without_top_p:.2f} of that)",
         "",
         f"ratio to TRL stock: {report.ratio_to_trl:.2f}x{_verdict(report.ratio_to_trl >= AIMS['trl'], '>= 3')}",
+        f"ratio to TRL tuned: {report.ratio_to_tuned_trl:.2f}x",
         f"sampling vs vLLM alone: {report.sampling_vs_vllm:.2f}"
         + _verdict(report.sampling_vs_vllm >= AIMS["sampling"], ">= 0.9"),
         f"update vs bare PyTorch: {report.update_vs_bare:.2f}"
@@ -215,7 +226,7 @@ def _verdict(met: bool, aim: str) -> str:
 
 
 def _row(name: str, values: list[float | None], form: str) -> str:
-    return f"{name:28}" + "".join(f"{'' if v is None else format(v, form):>11}" for v in values)
+    return (f"{name:28}" + "".join(f"{'' if v is None else format(v, form):>11}" for v in values)).rstrip()
 
 
 def _rate(tokens: int, seconds: float) -> float:
@@ -380,6 +391,8 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
         _run_one_iteration(loop)
         seconds = time.perf_counter() - started
     here = run.iteration(1)
+    written = [*(run.path / "learner" / "0001").iterdir(), *(here.path / "policy").iterdir()]
+    disk_s = _plain_writes(work / "plain", sum(f.stat().st_size for f in written))
     steps = here.read("updates", UpdateStep)
     steps_s = sum(s.seconds for s in steps)
     return LoopTimes(
@@ -390,10 +403,23 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
         reference_s=waited["update"] - steps_s,
         steps_s=steps_s,
         save_s=waited["save"],
+        disk_s=disk_s,
         tokens=sum(len(c.token_ids) for c in here.read("completions", Completion)),
         pairs=len(here.read("preferences", Preference)),
         steps=len(steps),
     )
+
+
+def _plain_writes(path: Path, size: int) -> float:
+    """Seconds to write `size` bytes in blocks; the file is removed."""
+    block = os.urandom(2**24)
+    started = time.perf_counter()
+    with path.open("wb") as f:
+        for at in range(0, size, len(block)):
+            f.write(block[: size - at])
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return seconds
 
 
 def _run_one_iteration(loop: Any) -> None:
@@ -511,8 +537,8 @@ def part_bare(work: Path, model: Path, prompts: list[Prompt]) -> BareTimes:
     return BareTimes(reference_s=spent["reference"], forward_backward_s=spent["forward_backward"], adam_s=spent["adam"])
 
 
-def part_trl(work: Path, model: Path, prompts: list[Prompt], bf16: bool) -> TrlTimes:
-    """TRL's stock online DPO, one epoch, after one batch that is not counted."""
+def part_trl(work: Path, model: Path, prompts: list[Prompt], **tuned: Any) -> TrlTimes:
+    """TRL's online DPO, one epoch after a batch that is not counted; `tuned` are settings other than the defaults."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -528,14 +554,13 @@ def part_trl(work: Path, model: Path, prompts: list[Prompt], bf16: bool) -> TrlT
         per_device_train_batch_size=BATCH,
         num_train_epochs=1,
         max_new_tokens=MAX_TOKENS,
-        bf16=bf16,
-        gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),
         learning_rate=LEARNING_RATE,
         train_sampling_strategy="sequential",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **tuned,
     )
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
@@ -578,8 +603,9 @@ _PART: dict[str, Callable[[Path, Path, list[Prompt]], Record]] = {
     "loop": part_loop,
     "vllm": part_vllm,
     "bare": part_bare,
-    "trl": partial(part_trl, bf16=False),
-    "trl_bf16": partial(part_trl, bf16=True),
+    "trl": part_trl,
+    "trl_tuned_fp32": partial(part_trl, gradient_checkpointing=False, bf16=False),
+    "trl_tuned_bf16": partial(part_trl, gradient_checkpointing=False, bf16=True),
 }
 
 

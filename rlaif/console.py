@@ -20,3 +20,10 @@ def stdout_console() -> Console:
 def visible(text: str) -> str:
     """A model's or a user's text as a terminal may show it: what would steer the terminal is replaced."""
     return _ACTIVE.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
+def inert(text: str) -> str:
+    """`visible`, for a rich console: no markup either."""
+    from rich.markup import escape
+
+    return escape(visible(text))

@@ -27,7 +27,7 @@ from rlaif.config import Job
 from rlaif.errors import UserError
 
 _BLOCK = re.compile(r"(<!-- generated: (?P<what>[\w ]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
-_MODULES = ("rlaif.config", "rlaif.records", "rlaif.constitution", "rlaif.checks")
+_MODULES = ("rlaif.config", "rlaif.records", "rlaif.constitution", "rlaif.checks", "rlaif.heads")
 _NAMES = {
     str: "text",
     int: "whole number",

@@ -16,8 +16,10 @@ from typing import Any
 from rlaif import __version__, models
 from rlaif.config import Job, Judge, changed_keys, parse_job
 from rlaif.errors import RunInterrupted, UserError
+from rlaif.heads import write_head
 from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.judging.spending import Spent, spent_on
+from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
 from rlaif.prompts import exclude_held_out, load_prompts, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
@@ -43,6 +45,9 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
     """
     if job.judge.kind == "recorded":
         raise UserError("judge.kind: fresh answers have no recorded votes; name likelihood or chat")
+    if job.judge.kind == "chat":
+        for juror in job.judge.jurors:  # before minutes of sampling
+            check_address(juror)
     run = RunDir(run_dir)
     with ExitStack() as stack:
         stack.enter_context(run.lock())
@@ -60,7 +65,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         resumed = any(e.kind == "started" for e in run.events())
         run.event("resumed" if resumed else "started", f"{job.iterations} iterations", seed=job.seed)
         if (run.iteration(job.iterations - 1).path / "metrics.json").exists():
-            progress.note(f"{run.path}: all {job.iterations} iterations are done")
+            progress.note(f"{run.path}: all {job.iterations} iterations are done; head {write_head(run).name}")
             return run
         factories: dict[str, tuple[str, dict[str, Any]]] = {
             "sampler": ("rlaif.sampling.role:make", {"model_path": str(base), "settings": job.sampling}),
@@ -101,7 +106,9 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         except Exception as e:
             run.event("stopped", f"{type(e).__name__}: {e}")
             raise
-        run.event("finished", f"{job.iterations} iterations done")
+        head = write_head(run).name
+        run.event("finished", f"{job.iterations} iterations done", head=head)
+        progress.note(f"head {head}: note it elsewhere; rlaif audit {run.path} verify --head {head} checks against it")
     return run
 
 

@@ -18,6 +18,7 @@ from rlaif import monitors
 from rlaif.config import Job
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError
+from rlaif.heads import write_head
 from rlaif.judging.ballots import (
     Role,
     evaluating_voices,
@@ -29,8 +30,8 @@ from rlaif.judging.ballots import (
 )
 from rlaif.judging.calibration import Calibration
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.filters import decide, to_review, trusted
-from rlaif.judging.templates import template_names
+from rlaif.judging.filters import check_calibrated, decide, to_review, trusted
+from rlaif.judging.templates import Template, template_names
 from rlaif.judging.verdicts import aggregate, by_pair, fit_jurors
 from rlaif.mixing import labelled, preferences_of, read_now, replayed
 from rlaif.pairing import make_pairs
@@ -97,12 +98,14 @@ class Loop:
         for k in range(self.job.iterations):
             if not (self.dir.iteration(k).path / "metrics.json").exists():
                 self._iterate(k)
+        write_head(self.dir)
 
     def _iterate(self, k: int) -> None:
         here = self.dir.iteration(k)
         plan = self._plan(k, here)
         self._announce(plan)
         text = self.texts.load(plan.constitution.hash)
+        self._check_calibration(plan, text)
         if k == 0:
             self._evaluate(BASE_POLICY, plan, text)
         elif (before := self._plan_of(k - 1)).constitution.hash != text.hash:
@@ -123,7 +126,9 @@ class Loop:
         alarms = self._alarms(k, metrics, evaluation)
         write_json(here.path / "metrics.json", metrics)
         self._prune_policies(k)
+        head = write_head(self.dir)
         self.progress.iteration_done(k, metrics)
+        self.progress.note(f"head {head.name}")
         if alarms and self.job.monitors.stop_on_alarm:
             raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarms[0]} (monitors.stop_on_alarm)")
 
@@ -222,19 +227,11 @@ class Loop:
         prompts: dict[str, Prompt],
         text: Constitution,
     ) -> list[Vote]:
-        settings = self.job.judge
         asked: dict[str, Any] = {"constitution": text}
-        if settings.kind == "chat":
-            names = template_names(settings, text, role)
-            asked["templates"] = [self.texts.load_template(name, plan.templates[name]) for name in names]
-            ballots = list(
-                make_chat_ballots(
-                    pairs, text, settings.jurors, asked["templates"], role, settings.votes_per_principle, self.job.seed
-                )
-            )
-        else:
-            ballots = make_ballots(pairs, text, self.judge_name, role, self.job.seed)
-        in_rounds = rounds(ballots) if settings.early_stop else [ballots]
+        if self.job.judge.kind == "chat":
+            asked["templates"] = self._templates(plan, role, text)
+        ballots = self._ballots(plan, role, pairs, text)
+        in_rounds = rounds(ballots) if self.job.judge.early_stop else [ballots]
 
         def produce(done: list[Vote]) -> Iterator[list[Vote]]:
             votes = list(done)
@@ -253,7 +250,24 @@ class Loop:
                     yield chunk
 
         votes = here.rows("votes", Vote, produce, inputs=["pairs"])
-        return _as_cast(votes, ballots, complete=not settings.early_stop)
+        return _as_cast(votes, ballots, complete=not self.job.judge.early_stop)
+
+    def _templates(self, plan: Plan, role: Role, text: Constitution) -> list[Template]:
+        names = template_names(self.job.judge, text, role)
+        return [self.texts.load_template(name, plan.templates[name]) for name in names]
+
+    def _ballots(self, plan: Plan, role: Role, pairs: list[Pair], text: Constitution) -> list[Ballot]:
+        judge, seed = self.job.judge, self.job.seed
+        if judge.kind != "chat":
+            return make_ballots(pairs, text, self.judge_name, role, seed)
+        templates = self._templates(plan, role, text)
+        return list(make_chat_ballots(pairs, text, judge.jurors, templates, role, judge.votes_per_principle, seed))
+
+    def _check_calibration(self, plan: Plan, text: Constitution) -> None:
+        """Before anything is sampled: what any pair would be asked must be what was calibrated."""
+        if self.calibration:
+            any_pair = Pair(id="any", prompt_id="any", first="first", second="second", method="check")
+            check_calibrated(self._ballots(plan, "decide", [any_pair], text), self.calibration, self.job.filters)
 
     def _settled(self, votes: list[Vote], in_rounds: list[list[Ballot]], number: int, text: Constitution) -> set[str]:
         """Pairs that round `number` can leave out, by the votes of the rounds before it."""

@@ -144,6 +144,15 @@ def digest_of(path: Path) -> str:
     return _digest_of_files(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 
+def export_digest(folder: Path) -> str:
+    """Identity of a policy that a learner wrote: sha256 of its weight files' sha256, 16 hex digits. As in plans."""
+    sha = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as f:
+            sha.update(hashlib.file_digest(f, "sha256").digest())
+    return sha.hexdigest()[:16]
+
+
 def tokenizer_identity(path: Path) -> TokenizerIdentity:
     """Hashes of a model folder's tokenizer files and of its chat template, from the files alone."""
     sha = hashlib.sha256()

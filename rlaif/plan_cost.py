@@ -12,10 +12,12 @@ from rich.table import Table
 from rlaif import models
 from rlaif.config import Job
 from rlaif.console import stdout_console
-from rlaif.constitution import load_constitution
+from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
-from rlaif.judging.ballots import deciding_voices, evaluating_voices, guard_voices, selecting_voices
+from rlaif.judging.ballots import Role, make_ballots, make_chat_ballots, selecting_voices
+from rlaif.judging.templates import load_template, template_names
 from rlaif.prompts import exclude_held_out, load_prompts
+from rlaif.records import Pair
 
 PROMPT_TOKENS = 40
 """A rendered prompt with its chat template, tokens: typical for one-sentence questions."""
@@ -43,17 +45,20 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     evaluations = 1
     for k in range(job.iterations):
         text = texts[schedule[max(i for i in schedule if i <= k)]]
-        ballots += pairs * (len(deciding_voices(text)) + len(guard_voices(text)))
+        ballots += pairs * _ballots_a_pair(job, text, "decide", base_dir)
         if job.pairing.method == "best_worst":
             scores += samples * len(selecting_voices(text))
         last = k + 1 == job.iterations
         if last or (k + 1) % job.eval.every == 0 or (k + 1) in schedule:
             evaluations += 1
-            eval_ballots += held * len(evaluating_voices(text))
+            eval_ballots += held * _ballots_a_pair(job, text, "evaluate", base_dir)
     answer = job.sampling.max_tokens * 0.8
     sampled = (samples * job.iterations + held * evaluations) * answer
-    # Each side of a contrast is one pass over question and answer; a ballot looks at two answers.
-    judged = (scores * 2 + (ballots + eval_ballots) * 4) * (answer + 15) + held * evaluations * 2 * (answer + 40)
+    # Sanity is measured here, whoever judges. Each side of a contrast is one pass over question and answer; a ballot
+    # looks at two answers. A judge behind a server takes its own time.
+    judged = held * evaluations * 2 * (answer + 40)
+    if job.judge.kind == "likelihood":
+        judged += (scores * 2 + (ballots + eval_ballots) * 4) * (answer + 15)
     trained = pairs * job.iterations * job.learner.epochs * 2 * (answer + PROMPT_TOKENS)
     parameters = _parameters(job.policy.model)
     scale = (parameters or REFERENCE_PARAMETERS) / REFERENCE_PARAMETERS
@@ -70,6 +75,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "pairs_at_most": pairs * job.iterations,
         "scores": scores,
         "ballots_at_most": ballots,
+        "judge": job.judge.kind,
         "evaluations": evaluations,
         "held_out_answers": held * evaluations,
         "evaluation_ballots_at_most": eval_ballots,
@@ -81,6 +87,16 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "disk_free_gib": round(shutil.disk_usage(base_dir).free / GIB, 1),
         "parameters": parameters,
     }
+
+
+def _ballots_a_pair(job: Job, text: Constitution, role: Role, base_dir: Path) -> int:
+    """Questions to the judge about one pair; for a judge behind a server each is a request."""
+    judge = job.judge
+    pair = Pair(id="any", prompt_id="any", first="first", second="second", method="plan")
+    if judge.kind != "chat":
+        return len(make_ballots([pair], text, judge.kind, role))
+    templates = [load_template(base_dir / judge.templates_dir, name) for name in template_names(judge, text, role)]
+    return sum(1 for _ in make_chat_ballots([pair], text, judge.jurors, templates, role, judge.votes_per_principle))
 
 
 def _parameters(model: str) -> int | None:
@@ -106,7 +122,8 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "evaluation": f"{costs['evaluations']} times, {costs['held_out_answers']} answers, "
         f"at most {costs['evaluation_ballots_at_most']} ballots",
         "tokens": f"about {tokens['sampled']:,} sampled, {tokens['judged']:,} judged, {tokens['trained']:,} trained on",
-        "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores without a GPU, after set-up",
+        "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores without a GPU, after set-up"
+        + (", and the judge's own" if costs["judge"] == "chat" else ""),
         "memory": f"about {costs['memory_gib']} GiB ({costs['memory_here_gib']} GiB here)",
         "disk": f"about {costs['disk_gib']} GiB ({costs['disk_free_gib']} GiB free)",
     }

@@ -33,10 +33,10 @@ DropReason = Literal[
 ReviewRule = Literal["below_agreement", "top_uncertain"]
 
 
-def digest(value: Any) -> str:
-    """sha256 (hex, first 16 digits) of a value's canonical JSON: the identity of plans, ballots and texts."""
+def digest(value: Any, digits: int = 16) -> str:
+    """sha256 (hex, first digits) of a value's canonical JSON: the identity of plans, ballots and texts."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 class Record(BaseModel):

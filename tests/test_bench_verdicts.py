@@ -20,5 +20,5 @@ def test_every_part_is_timed(tmp_path: Path) -> None:
     path = tmp_path / "votes.jsonl"
     path.write_text("".join(v.model_dump_json() + "\n" for v in make_votes(40)))
     seconds = measure(path)
-    assert list(seconds) == ["read", "verdicts", "panels", "decisions"]
+    assert list(seconds) == ["read", "parse", "verdicts", "panels", "decisions"]
     assert all(s > 0 for s in seconds.values())

@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "rlaif.store",
+        "rlaif.heads",
         "rlaif.models",
         "rlaif.workers",
         "rlaif.prompts",

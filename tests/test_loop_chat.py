@@ -13,10 +13,12 @@ import pytest
 from rlaif.config import Job
 from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.spending import Spent, spent_on
+from rlaif.launch import execute
 from rlaif.loop import Loop
 from rlaif.records import Decision, Plan, Vote
 from rlaif.workers import InlineWorker
 from tests.judging.fault_server import FaultServer
+from tests.judging.test_calibration import calibration
 from tests.stubs import stub_job, stub_loop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +129,24 @@ def test_a_template_that_vanishes_mid_run_is_the_runs_own(tmp_path: Path) -> Non
 def test_an_unknown_template_is_found_before_anything_runs(tmp_path: Path) -> None:
     with FaultServer() as server, pytest.raises(UserError, match="did you mean `pairwise`"):
         chat_loop(tmp_path, chat_job(server, {"templates": ["pairwse"]}))
+
+
+def test_a_missing_key_is_found_before_anything_runs(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        job = chat_job(server, {"api_key_env": "RLAIF_TEST_NO_SUCH_KEY"})
+    with pytest.raises(UserError, match=r"^judge.api_key_env: the environment variable RLAIF_TEST_NO_SUCH_KEY"):
+        execute(job, tmp_path / "run", tmp_path, None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_calibration_of_another_judge_is_found_before_anything_runs(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        loop = chat_loop(tmp_path, chat_job(server, filters={"calibration": "other.json"}))
+        loop.calibration = calibration()
+        with pytest.raises(UserError, match=r"^filters.calibration other.json: the judge is chat:m@"):
+            loop.run()
+    assert not loop.dir.iteration(0).is_complete("completions")
+    assert server.requests == 0
 
 
 def test_jurors_that_are_believed_are_written_down(tmp_path: Path) -> None:

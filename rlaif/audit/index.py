@@ -179,7 +179,8 @@ class Index:
                 return
             except _duckdb().Error as e:
                 # Torn by a full disk or a killed machine: it is only a copy.
-                if attempt == 2:
+                # A lock is not ours: somebody looks at the file with DuckDB itself.
+                if attempt == 2 or "Could not set lock" in str(e):
                     raise RlaifError(f"{self.path}: the index can't be used ({_first_line(e)})") from e
                 with self._lock(alone=True):
                     self._remove()
@@ -208,12 +209,14 @@ class Index:
 
     def _sources(self) -> list[Source]:
         """Every JSONL file of the run, in the order of the log."""
+        path = self.run.path
         found = [
-            Source("prompts", None, None, self.run.path / "prompts" / f"{name}.jsonl", False)._replace(iteration=k)
-            for k, name in ((0, "train"), (1, "held_out"))
+            # Two files of one table: the number only tells them apart (column `held_out`).
+            Source("prompts", 0, None, path / "prompts" / "train.jsonl", False),
+            Source("prompts", 1, None, path / "prompts" / "held_out.jsonl", False),
+            Source("events", None, None, path / "events.jsonl", True),
+            Source("labels", None, None, path / "review" / "labels.jsonl", True),
         ]
-        found.append(Source("events", None, None, self.run.path / "events.jsonl", True))
-        found.append(Source("labels", None, None, self.run.path / "review" / "labels.jsonl", True))
         found = [s for s in found if s.path.exists()]
         for k in self.run.iterations():
             found += self._stages(self.run.iteration(k).path, STAGES, k, None)

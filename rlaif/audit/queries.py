@@ -12,7 +12,6 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from rlaif.audit.index import Index
-from rlaif.audit.tables import LabelLine
 from rlaif.config import Filters
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
@@ -25,6 +24,7 @@ from rlaif.records import (
     ConstitutionRef,
     Decision,
     DropReason,
+    HumanLabel,
     Message,
     Outcome,
     Pair,
@@ -150,7 +150,7 @@ class PairDetail(Record):
     constitution_text: str | None
     """The run's copy of source.yaml."""
     preferences: tuple[Training, ...]
-    labels: tuple[LabelLine, ...]
+    labels: tuple[HumanLabel, ...]
     """Human labels, oldest first."""
 
 
@@ -427,7 +427,7 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
         constitution=reference,
         constitution_text=text,
         preferences=_trained(index, pair),
-        labels=tuple(LabelLine.model_validate(r) for r in labels),
+        labels=tuple(HumanLabel.model_validate(r) for r in labels),
     )
 
 

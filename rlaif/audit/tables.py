@@ -16,6 +16,7 @@ from rlaif.records import (
     Completion,
     Decision,
     Event,
+    HumanLabel,
     Pair,
     Preference,
     Prompt,
@@ -25,18 +26,6 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-
-
-class LabelLine(Record):
-    """One line of review/labels.jsonl."""
-
-    pair_id: str
-    iteration: int | None = None
-    outcome: Literal["first", "second", "tie", "skip"]
-    author: str | None = None
-    time: str | None = None
-    reason: str | None = None
-
 
 STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
 """Of an iteration, in the order of the data flow."""
@@ -286,7 +275,7 @@ STAGE_TABLES: dict[str, Table] = {
             Column("time", "VARCHAR", "r.time", "UTC, ISO 8601"),
             Column("reason", "VARCHAR", "r.reason"),
         ),
-        LabelLine,
+        HumanLabel,
         "outcome",
         where=(LINE,),
     ),

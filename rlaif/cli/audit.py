@@ -145,18 +145,17 @@ def counts(values: dict[str, int]) -> str:
 
 
 def _print_overview(found: Overview) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
-    from rlaif.console import stdout_console
+    from rlaif.console import inert, stdout_console
 
     console = stdout_console()
     t = found.totals
     done = sum(r.done for r in found.iterations)
-    console.print(f"[bold]{escape(found.run)}[/]  {done} of {found.iterations_planned or '?'} iterations done")
+    console.print(f"[bold]{inert(found.run)}[/]  {done} of {found.iterations_planned or '?'} iterations done")
     console.print(
         "texts: "
-        + "  ".join(f"{escape(c.constitution)} ({c.hash}) from iteration {c.iteration + 1}" for c in found.changes)
+        + "  ".join(f"{inert(c.constitution)} ({c.hash}) from iteration {c.iteration + 1}" for c in found.changes)
     )
     kept = share(t.kept / t.decided if t.decided else None)
     console.print(
@@ -173,7 +172,7 @@ def _print_overview(found: Overview) -> None:
     for c in found.cost:
         money = "" if c.money is None else f", cost {c.money:.4f}"
         console.print(
-            f"judge {escape(c.judge)}: {c.votes} votes, {c.calls} calls, {c.cached} cached, "
+            f"judge {inert(c.judge)}: {c.votes} votes, {c.calls} calls, {c.cached} cached, "
             f"{c.prompt_tokens + c.completion_tokens} tokens{money}"
         )
     table = Table()
@@ -187,7 +186,7 @@ def _print_overview(found: Overview) -> None:
             continue
         table.add_row(
             str(r.iteration + 1),
-            escape(r.constitution or "-"),
+            inert(r.constitution or "-"),
             str(r.pairs),
             share(r.kept / r.decided if r.decided else None),
             counts(r.reasons),
@@ -207,7 +206,7 @@ def _print_overview(found: Overview) -> None:
                 f"{number(e.mean_words, 1)} words, KL {number(e.kl_per_token, 3)} a token"
             )
     for alarm in found.alarms[-5:]:
-        console.print(f"[red]alarm[/] {escape(alarm)}")
+        console.print(f"[red]alarm[/] {inert(alarm)}")
     if not found.alarms:
         console.print("no alarms")
 
@@ -303,10 +302,9 @@ def _list(
 
 
 def _print_page(page: Page) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
-    from rlaif.console import stdout_console
+    from rlaif.console import inert, stdout_console
 
     console = stdout_console()
     table = Table()
@@ -317,8 +315,8 @@ def _print_page(page: Page) -> None:
         table.add_row(
             r.pair_id,
             f"eval {r.iteration}" if r.evaluation else str(r.iteration + 1),
-            escape(r.constitution or "-"),
-            escape(_short(r.prompt)),
+            inert(r.constitution or "-"),
+            inert(_short(r.prompt)),
             f"{r.status or 'undecided'} {' '.join(r.reasons)}".strip(),
             f"{r.outcome or '-'}{' (flip)' if r.order_flip else ''}",
             number(r.agreement),
@@ -362,24 +360,23 @@ def show(
 
 
 def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
-    from rlaif.console import stdout_console
+    from rlaif.console import inert, stdout_console
 
     console = stdout_console()
     row = found.row
     where = f"evaluation after {row.iteration}" if row.evaluation else f"iteration {row.iteration + 1}"
     text = f"{found.constitution} ({found.constitution.hash})" if found.constitution else "text unknown"
-    console.print(f"[bold]pair {row.pair_id}[/]  {where}, judged under {escape(text)}, paired by {found.pair.method}")
+    console.print(f"[bold]pair {row.pair_id}[/]  {where}, judged under {inert(text)}, paired by {found.pair.method}")
     for m in found.prompt_messages:
-        console.print(f"[dim]{m.role}:[/] {escape(m.content)}", soft_wrap=True)
+        console.print(f"[dim]{m.role}:[/] {inert(m.content)}", soft_wrap=True)
     sides = Table(show_lines=True, expand=True)
     for name, completion in (("first", found.first), ("second", found.second)):
         ended = "not in the log" if completion is None else completion.finish_reason
         mark = " (chosen)" if row.winner == name else ""
         sides.add_column(f"{name}{mark}: {getattr(found.pair, name)}, {ended}", ratio=1)
-    sides.add_row(*(escape(c.text) if c else "-" for c in (found.first, found.second)))
+    sides.add_row(*(inert(c.text) if c else "-" for c in (found.first, found.second)))
     console.print(sides)
 
     votes = Table(title="votes", title_justify="left")
@@ -389,17 +386,17 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
         b = v.ballot
         votes.add_row(
             b.id,
-            escape(f"{b.judge} ({v.model})"),
-            escape(f"{b.voice}{f' #{b.sample_index}' if b.sample_index else ''}{' guard' if b.guard else ''}"),
+            inert(f"{b.judge} ({v.model})"),
+            inert(f"{b.voice}{f' #{b.sample_index}' if b.sample_index else ''}{' guard' if b.guard else ''}"),
             {"forward": "first, second", "reversed": "second, first"}.get(b.order, "no slots"),
             f"{v.outcome}{f' ({v.abstain_reason})' if v.abstain_reason else ''}",
             number(v.p_first, 3),
-            escape(v.raw_reply or v.error or ""),
+            inert(v.raw_reply or v.error or ""),
         )
     console.print(votes)
     for ballot_id, question in asked.items():
         console.print(f"\n[bold]question of ballot {ballot_id}[/]")
-        console.print(escape(question), soft_wrap=True)
+        console.print(inert(question), soft_wrap=True)
 
     if found.decision is None:
         console.print("not decided yet")
@@ -411,10 +408,10 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
         )
         for rule in found.rules:
             mark = "[green]passed[/]" if rule.passed else "[red]against[/]"
-            console.print(f"  {mark}  {rule.name:13} {escape(rule.sentence)}")
+            console.print(f"  {mark}  {rule.name:13} {inert(rule.sentence)}")
     for label in found.labels:
         because = f": {label.reason}" if label.reason else ""
-        console.print(escape(f"label: {label.outcome} by {label.author} at {label.time}{because}"))
+        console.print(inert(f"label: {label.outcome} by {label.author} at {label.time}{because}"))
     for t in found.preferences:
         steps = f"step {', '.join(map(str, t.steps))}" if t.steps else "no step"
         after = f"into policy {t.policy_after} (after {t.iteration + 1})" if t.policy_after else "no policy yet"
@@ -422,7 +419,7 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
     if not found.preferences:
         console.print("never trained on")
     if found.vote_lines:
-        console.print(escape(f"votes: {found.vote_lines[0]} to line {found.vote_lines[-1].rpartition(':')[2]}"))
+        console.print(inert(f"votes: {found.vote_lines[0]} to line {found.vote_lines[-1].rpartition(':')[2]}"))
 
 
 # Votes that point to different sides.
@@ -463,11 +460,10 @@ def _splits(
     offset: int,
     json_: bool,
 ) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from rlaif.audit.queries import splits
-    from rlaif.console import stdout_console
+    from rlaif.console import inert, stdout_console
 
     filter = _filter(iteration=_from_zero(iteration), constitution=constitution, **wanted)
     with opened(ctx) as index:
@@ -480,11 +476,11 @@ def _splits(
         table.add_column(column, justify="right" if column == "iter." else "left", no_wrap=column == "pair")
     for split in page.rows:
         r = split.row
-        start = [r.pair_id, str(r.iteration + 1), escape(_short(r.prompt, 40)), r.status or "undecided"]
+        start = [r.pair_id, str(r.iteration + 1), inert(_short(r.prompt, 40)), r.status or "undecided"]
         for v in split.voices:
             voice = f"{v.voice}{f' #{v.sample_index}' if v.sample_index else ''}{' guard' if v.guard else ''}"
             forward = " ".join(v.forward or v.unordered) or "-"
-            table.add_row(*start, escape(v.judge), escape(voice), forward, " ".join(v.reversed) or "-")
+            table.add_row(*start, inert(v.judge), inert(voice), forward, " ".join(v.reversed) or "-")
             start = [""] * 4
         table.add_section()
     console = stdout_console()
@@ -515,11 +511,10 @@ def trace(
     json_: Json = False,
 ) -> None:
     """Every preference that went into a policy, back to its votes and to the text that it was judged under."""
-    from rich.markup import escape
     from rich.table import Table
 
     from rlaif.audit.trace import trace as ask
-    from rlaif.console import stdout_console
+    from rlaif.console import inert, stdout_console
 
     with opened(ctx) as index:
         found = ask(index, index.run, checkpoint, (None if json_ else 20) if limit is None else limit, offset)
@@ -534,7 +529,7 @@ def trace(
     )
     for text in found.texts:
         console.print(
-            escape(f"{text.name or 'unknown text'} ({text.hash}): {text.preferences} preferences; {text.file}")
+            inert(f"{text.name or 'unknown text'} ({text.hash}): {text.preferences} preferences; {text.file}")
         )
     table = Table(title="what each iteration added", title_justify="left")
     for column in ("iteration", "judged under", "preferences", "judge", "replay", "human", "votes", "agree", "steps"):
@@ -542,7 +537,7 @@ def trace(
     table.add_column("policy after")
     for r in found.iterations:
         table.add_row(
-            str(r.iteration + 1), escape(r.constitution or "-"), str(r.preferences), str(r.judged), str(r.replayed),
+            str(r.iteration + 1), inert(r.constitution or "-"), str(r.preferences), str(r.judged), str(r.replayed),
             str(r.human), str(r.votes), number(r.agreement), str(r.steps), r.policy_after or "-",
         )  # fmt: skip
     console.print(table)
@@ -558,8 +553,8 @@ def trace(
         if p.vote_lines:
             lines += f": line {p.vote_lines[0]}" + (" …" if len(p.vote_lines) > 1 else "")
         table.add_row(
-            str(p.iteration + 1), p.pair_id, p.source, escape(p.constitution or p.constitution_hash),
-            escape(_short(p.prompt, 40)), p.chosen_id, number(p.p_chosen), number(p.agreement),
+            str(p.iteration + 1), p.pair_id, p.source, inert(p.constitution or p.constitution_hash),
+            inert(_short(p.prompt, 40)), p.chosen_id, number(p.p_chosen), number(p.agreement),
             ", ".join(map(str, p.steps)), lines,
         )  # fmt: skip
     console.print(table)
@@ -585,17 +580,14 @@ def compare(
 
 
 def _print_compared(found: Compared) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
-    from rlaif.console import stdout_console
+    from rlaif.console import inert, stdout_console
 
     console = stdout_console()
-    table = Table("", *(escape(r) for r in found.runs))
-    for name, texts in (("texts", found.texts),):
-        table.add_row(
-            name, *(", ".join(f"{escape(c.constitution)} from iteration {c.iteration + 1}" for c in t) for t in texts)
-        )
+    table = Table("", *(inert(r) for r in found.runs))
+    texts = (", ".join(f"{inert(c.constitution)} from iteration {c.iteration + 1}" for c in t) for t in found.texts)
+    table.add_row("texts", *texts)
     lines: dict[str, list[str]] = {}
     for t in found.totals:
         for name, value in {
@@ -624,9 +616,9 @@ def _print_compared(found: Compared) -> None:
         table.add_row(f"win rate after {updates}", *cells)
     console.print(table)
     if found.settings:
-        table = Table("setting", *(escape(r) for r in found.runs), title="settings that differ", title_justify="left")
+        table = Table("setting", *(inert(r) for r in found.runs), title="settings that differ", title_justify="left")
         for s in found.settings:
-            table.add_row(escape(s.key), escape(repr(s.first)), escape(repr(s.second)))
+            table.add_row(inert(s.key), inert(repr(s.first)), inert(repr(s.second)))
         console.print(table)
     else:
         console.print("the same settings")
@@ -638,7 +630,7 @@ def _print_compared(found: Compared) -> None:
         table = Table("prompt", "pair", "decision", "agree", "pair in the second", "decision", "agree")
         for d in found.examples:
             table.add_row(
-                escape(_short(d.prompt, 40)),
+                inert(_short(d.prompt, 40)),
                 d.first_pair, f"{d.first_status or '-'} {d.first_outcome or ''}", number(d.first_agreement),
                 d.second_pair, f"{d.second_status or '-'} {d.second_outcome or ''}", number(d.second_agreement),
             )  # fmt: skip
@@ -664,10 +656,9 @@ def sql(
     """See `_tables_help`."""
     import json
 
-    from rich.markup import escape
     from rich.table import Table
 
-    from rlaif.console import stdout_console
+    from rlaif.console import inert, stdout_console
 
     with opened(ctx) as index:
         found = index.ask(query, limit + 1)
@@ -677,9 +668,9 @@ def sql(
         values = [dict(zip(names, row, strict=True)) for row in rows]
         typer.echo(json.dumps(values, indent=1, ensure_ascii=False, default=str))
     else:
-        table = Table(*(escape(n) for n in names))
+        table = Table(*(inert(n) for n in names))
         for row in rows:
-            table.add_row(*("-" if v is None else escape(str(v)) for v in row))
+            table.add_row(*("-" if v is None else inert(str(v)) for v in row))
         stdout_console().print(table)
     if more:
         typer.echo(f"rlaif: only the first {limit} rows; --limit gives more", err=True)
@@ -706,3 +697,10 @@ def export(
         typer.echo(json.dumps({"file": str(to), "rows": rows}))
     else:
         typer.echo(f"{rows} preferences: {to}")
+
+
+from rlaif.cli.audit_replay import replay  # noqa: E402
+from rlaif.cli.audit_verify import verify  # noqa: E402
+
+app.command()(verify)
+app.command()(replay)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -15,12 +16,17 @@ from rlaif.console import stdout_console
 from rlaif.constitution import diff as diff_constitutions
 from rlaif.constitution import list_constitutions, load_constitution
 
+if TYPE_CHECKING:
+    from rlaif.audit.edits import Effect
+    from rlaif.constitution import Constitution
+
 app = typer.Typer(help="List, show, check and compare constitutions.", no_args_is_help=True, rich_markup_mode=None)
 
 Directory = Annotated[Path, typer.Option("--dir", help="Folder that holds the constitutions.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="For example assistant@2.")]
 DEFAULT = Path("constitutions")
+_PREVIEW = 90
 
 
 @app.command("list")
@@ -62,11 +68,36 @@ def check(directory: Directory = DEFAULT) -> None:
 
 
 @app.command()
-def diff(a: Reference, b: Reference, directory: Directory = DEFAULT, json_: Json = False) -> None:
-    """What changes between two texts, principle by principle."""
-    changes = diff_constitutions(load_constitution(directory, a), load_constitution(directory, b))
+def diff(
+    a: Reference,
+    b: Reference,
+    directory: Directory = DEFAULT,
+    run: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Ask this run's judge what the edit does to its verdicts.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="With --run: pairs to ask about.")] = 200,
+    seed: Annotated[int, typer.Option(help="With --run: which pairs.")] = 0,
+    job: Annotated[Path | None, typer.Option(help="With --run: take `judge` from this job file.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --run: --set judge.base_url=…")
+    ] = None,
+    take_apart: Annotated[
+        bool | None,
+        typer.Option(
+            "--take-apart/--whole",
+            help="With --run and a judge that reads: ask about each part of the edit too. By default for few parts.",
+        ),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """What changes between two texts, principle by principle; with --run also which verdicts it turns round."""
+    before, after = load_constitution(directory, a), load_constitution(directory, b)
+    changes = diff_constitutions(before, after)
+    effect = _effect(before, after, run, job, set_ or [], sample, seed, take_apart) if run else None
     if json_:
-        typer.echo(json.dumps([c.model_dump() for c in changes], indent=1))
+        listed = [c.model_dump() for c in changes]
+        content = {"changes": listed, "effect": effect.model_dump(mode="json")} if effect else listed
+        typer.echo(json.dumps(content, indent=1))
         return
     console = stdout_console()
     if not changes:
@@ -76,6 +107,89 @@ def diff(a: Reference, b: Reference, directory: Directory = DEFAULT, json_: Json
         for sign, colour, value in (("-", "red", c.before), ("+", "green", c.after)):
             for line in _lines(value):
                 console.print(f"  [{colour}]{sign}[/] {escape(line)}")
+    if effect:
+        _show_effect(effect)
+
+
+def _effect(
+    before: Constitution,
+    after: Constitution,
+    where: Path,
+    file: Path | None,
+    overrides: list[str],
+    sample: int,
+    seed: int,
+    take_apart: bool | None,
+) -> Effect:
+    from rlaif.audit.edits import effect_of
+    from rlaif.config import apply_override, load_job, parse_job
+    from rlaif.judging.opened import open_with_ballots
+    from rlaif.store import RunDir
+
+    run = RunDir.open(where)
+    own = parse_job(run.header["job"], str(where / "run.json"))
+    tree = own.model_dump(mode="json")
+    if file is not None:
+        tree["judge"] = load_job(file).judge.model_dump(mode="json")
+    for override in overrides:
+        apply_override(tree, override)
+    job = parse_job(tree, str(file or "--set"))
+    judge = open_with_ballots(job, [before, after], Path.cwd(), lambda message: print(message, file=sys.stderr))
+    count = 0
+
+    def progress(new: int, text: str) -> None:
+        nonlocal count
+        count += new
+        if sys.stderr.isatty():
+            print(f"{count} votes", end="\r", file=sys.stderr, flush=True)
+
+    return effect_of(run, before, after, job, own, judge, sample, seed, take_apart, progress)
+
+
+def _show_effect(effect: Effect) -> None:
+    console = stdout_console()
+    stored = f"verdicts in the run: {effect.stored} under {effect.before}, {effect.stored_after} under {effect.after}"
+    console.print(
+        f"\n{effect.pairs} pairs of {escape(effect.run)} (seed {effect.seed}; {escape(stored)}), {effect.asked} votes "
+        f"now by {escape(', '.join(effect.judges))}"
+    )
+    if effect.share is None:
+        console.print("on no pair do both texts name a side: nothing to compare")
+    else:
+        low, high = effect.interval
+        console.print(
+            f"[bold]this edit turns {effect.share:.0%} of the verdicts[/] ({effect.turned} of {effect.compared}; 95 % "
+            f"interval {low:.0%} to {high:.0%}); on {effect.undecided} pairs a text names no side"
+        )
+    console.print(f"the run's filters keep {effect.kept_before} of these pairs before, {effect.kept_after} after")
+    for note in effect.notes:
+        console.print(f"note: {escape(note)}")
+    if effect.taken_apart:
+        table = Table("part of the edit", "", "turns alone", "needed")
+        for part in effect.parts:
+            counts = [
+                "can't stand alone" if n is None else f"{n} of {effect.taken_apart}" for n in (part.alone, part.needed)
+            ]
+            table.add_row(escape(part.part), part.kind, *counts)
+        console.print(table)
+        if effect.only_together:
+            console.print(f"{effect.only_together} turn by no part alone")
+    for turned in effect.examples:
+        by = f"  by {', '.join(turned.alone)}" if turned.alone else ""
+        console.print(f"\n[bold]{escape(turned.pair_id)}[/]  iteration {turned.iteration + 1}{escape(by)}")
+        console.print(f"  prompt: {escape(_line(turned.prompt))}")
+        sides = {"first": turned.first, "second": turned.second}
+        for name, verdict in ((effect.before, turned.before), (effect.after, turned.after)):
+            console.print(
+                f"  {escape(str(name))}: {verdict.outcome} (p(first) {verdict.p_first:.2f}, agreement "
+                f"{verdict.agreement:.2f})  {escape(_line(sides[verdict.outcome]))}"
+            )
+
+
+def _line(text: str) -> str:
+    """A text's beginning on one line."""
+    whole = " ".join(text.split())
+    return whole if len(whole) <= _PREVIEW else whole[:_PREVIEW] + "…"
 
 
 def _lines(value: Any) -> list[str]:

@@ -48,11 +48,6 @@ def evaluating_voices(constitution: Constitution) -> list[str]:
     return _electing(constitution, "evaluate")
 
 
-def guard_voices(constitution: Constitution) -> list[str]:
-    """Ids of the voices that can veto: a guard's deciding contrasts, or its measures when it has none."""
-    return [voice for p in constitution.principles for voice, _ in _guard_voices(p)]
-
-
 def make_ballots(
     pairs: Iterable[Pair],
     constitution: Constitution,

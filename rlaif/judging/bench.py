@@ -177,9 +177,10 @@ class SplitTrial(Record):
 
 
 def candidate(row: Labelled, side: Side) -> Candidate:
-    """One of a row's answers. The file has no finish reason: an answer that ends as a sentence ended by itself."""
+    """One of a row's answers. The file has no finish reason: an answer that ends as a sentence ended by itself; of
+    another one nobody knows, and the label, which is about the principle, need not care."""
     text = row.first if side == "first" else row.second
-    finish: FinishReason = "stop" if text.rstrip().endswith(_SENTENCE_ENDS) else "length"
+    finish: FinishReason | None = "stop" if text.rstrip().endswith(_SENTENCE_ENDS) else None
     return Candidate(
         completion_id=f"{row.id}-{side}",
         prompt_id=row.id,

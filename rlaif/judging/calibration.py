@@ -51,9 +51,8 @@ class Panel(Record):
     """Votes a pair, abstentions included."""
 
     @classmethod
-    def of(cls, votes: Sequence[Vote]) -> Panel:
-        """The panel of one pair's votes. Seeds and the pair itself don't count."""
-        ballots = [v.ballot for v in votes]
+    def of(cls, ballots: Sequence[Ballot]) -> Panel:
+        """The panel of one pair's ballots. Seeds and the pair itself don't count."""
         return cls(
             hash=digest(sorted(_question(b) for b in ballots)),
             judges=tuple(sorted({b.judge for b in ballots})),
@@ -138,11 +137,19 @@ class Calibration(Record):
 
     def mismatch(self, votes: Sequence[Vote], settings: Filters) -> str | None:
         """What about a pair's votes, or the filter, is not what was calibrated; None when all of it is."""
+        difference = self.panel_mismatch([v.ballot for v in votes], settings)
+        unknown = {v.model for v in votes if v.outcome != "abstain"} - set(self.models)
+        if difference is None and unknown:
+            return f"the judge's model is {_listed(tuple(sorted(unknown)))}, calibrated was {_listed(self.models)}"
+        return difference
+
+    def panel_mismatch(self, ballots: Sequence[Ballot], settings: Filters) -> str | None:
+        """The same of the questions alone, before anybody was asked."""
         for name in ("aggregate", "min_votes", "max_abstention_share", "guards"):
             calibrated, found = getattr(self, name), getattr(settings, name)
             if calibrated != found:
                 return f"filters.{name} is {found}, calibrated was {calibrated}"
-        panel = Panel.of(votes)
+        panel = Panel.of(ballots)
         if panel.hash not in {p.hash for p in self.panels}:
             nearest = self.panels[0]
             for field, name in _PARTS:
@@ -150,9 +157,6 @@ class Calibration(Record):
                 if calibrated != found and not any(getattr(p, field) == found for p in self.panels):
                     return f"{name} {_listed(found)}, calibrated was {_listed(calibrated)}"
             return "other voices, orders or samples than were calibrated"
-        unknown = {v.model for v in votes if v.outcome != "abstain"} - set(self.models)
-        if unknown:
-            return f"the judge's model is {_listed(tuple(sorted(unknown)))}, calibrated was {_listed(self.models)}"
         return None
 
 
@@ -341,7 +345,7 @@ def parse_calibration(text: str, source: str) -> Calibration:
 
 def panels_of(votes_by_pair: Mapping[str, Sequence[Vote]]) -> tuple[Panel, ...]:
     """The different panels of some pairs, the most frequent first."""
-    panels = [Panel.of(votes) for votes in votes_by_pair.values()]
+    panels = [Panel.of([v.ballot for v in votes]) for votes in votes_by_pair.values()]
     by_hash = {p.hash: p for p in panels}
     count = {h: sum(p.hash == h for p in panels) for h in by_hash}
     return tuple(sorted(by_hash.values(), key=lambda p: -count[p.hash]))

@@ -15,7 +15,8 @@ class Candidate(Record):
     token_ids: tuple[int, ...] | None = None
     """As sampled, the end token included iff it ended by itself. When they are absent, or another model's (they
     don't decode to `text`), a likelihood judge's own tokenizer reads `text`."""
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
+    """None: nobody knows. Then no end token is scored, and no missing one is held against it."""
     text: str
 
     @classmethod

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rlaif.config import Filters
 from rlaif.errors import UserError
 from rlaif.judging.calibration import EVERYTHING, Calibration
-from rlaif.records import Decision, DropReason, Pair, ReviewRule, Verdict, Vote
+from rlaif.records import Ballot, Decision, DropReason, Pair, ReviewRule, Verdict, Vote
 
 Rule = Callable[[Verdict, Filters], bool]
 
@@ -144,12 +144,25 @@ def trusted(
         UserError: the votes aren't those that were calibrated, and `filters.uncalibrated` says stop.
     """
     difference = calibration.mismatch(votes, settings)
+    _refuse(difference, settings)
+    return difference is None and calibration.keeps(verdict, slice)
+
+
+def check_calibrated(ballots: Sequence[Ballot], calibration: Calibration, settings: Filters) -> None:
+    """Refuses a pair's questions before anybody is asked them.
+
+    Raises:
+        UserError: they aren't those that were calibrated, and `filters.uncalibrated` says stop.
+    """
+    _refuse(calibration.panel_mismatch(ballots, settings), settings)
+
+
+def _refuse(difference: str | None, settings: Filters) -> None:
     if difference and settings.uncalibrated == "stop":
         raise UserError(
             f"filters.calibration {settings.calibration}: {difference}; calibrate again (`rlaif judge calibrate`), or "
             "set filters.uncalibrated: drop"
         )
-    return difference is None and calibration.keeps(verdict, slice)
 
 
 VALIDITY: dict[DropReason, Rule] = {

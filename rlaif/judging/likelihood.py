@@ -242,8 +242,8 @@ class LikelihoodJudge:
             difference = a - b
             out.append(
                 {
-                    "outcome": _side(difference, 0.0),
-                    "p_first": _sigmoid(difference / self.settings.score_temperature),
+                    "outcome": side_of(difference, 0.0),
+                    "p_first": sigmoid(difference / self.settings.score_temperature),
                     "score_first": round(a, 4),
                     "score_second": round(b, 4),
                     "raw_reply": json.dumps({"score": [round(a, 4), round(b, 4)], "tokens": tokens}),
@@ -281,7 +281,7 @@ class LikelihoodJudge:
                 reply["other_prompt"] = others[i]
             out.append(
                 {
-                    "outcome": _side(a - b, tolerance),
+                    "outcome": side_of(a - b, tolerance),
                     "score_first": round(a, 4),
                     "score_second": round(b, 4),
                     "raw_reply": json.dumps(reply),
@@ -486,11 +486,13 @@ class LikelihoodJudge:
         return logp
 
 
-def _side(difference: float, tolerance: float) -> Outcome:
+def side_of(difference: float, tolerance: float) -> Outcome:
+    """The side that a difference of scores (first - second) names, when it is more than the tolerance."""
     return "first" if difference > tolerance else "second" if difference < -tolerance else "tie"
 
 
-def _sigmoid(x: float) -> float:
+def sigmoid(x: float) -> float:
+    """The logistic function; 0 where it would overflow."""
     return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
 

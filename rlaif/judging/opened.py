@@ -8,20 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rlaif.config import Job
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import make_ballots, make_chat_ballots
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.templates import load_template, template_names
-from rlaif.records import Pair, Vote
+from rlaif.judging.templates import Template, load_template, template_names
+from rlaif.records import Ballot, Pair, Vote
 
 Ask = Callable[[Sequence[Pair], Sequence[Candidate], Constitution], Iterator[list[Vote]]]
 """Votes on pairs under a constitution, in chunks."""
 
 
+class Opened(NamedTuple):
+    """A judge that can be asked, and what it would be asked: whose id a vote has, that vote needn't be cast again."""
+
+    ask: Ask
+    ballots: Callable[[Sequence[Pair], Constitution], list[Ballot]]
+
+
 def open_judge(job: Job, texts: Iterable[Constitution], base_dir: Path, note: Callable[[str], None]) -> Ask:
+    """`open_with_ballots`, for who only asks."""
+    return open_with_ballots(job, texts, base_dir, note).ask
+
+
+def open_with_ballots(job: Job, texts: Iterable[Constitution], base_dir: Path, note: Callable[[str], None]) -> Opened:
     """Opens the job's judge; `texts` are those that it will be asked about, `note` is told what takes time.
 
     Raises:
@@ -32,7 +45,7 @@ def open_judge(job: Job, texts: Iterable[Constitution], base_dir: Path, note: Ca
     return _chat(job, texts, base_dir) if job.judge.kind == "chat" else _likelihood(job, note)
 
 
-def _chat(job: Job, texts: Iterable[Constitution], base_dir: Path) -> Ask:
+def _chat(job: Job, texts: Iterable[Constitution], base_dir: Path) -> Opened:
     from rlaif.judging.chat import ChatJudge
 
     settings = job.judge
@@ -40,16 +53,20 @@ def _chat(job: Job, texts: Iterable[Constitution], base_dir: Path) -> Ask:
     templates = {name: load_template(base_dir / settings.templates_dir, name) for name in names}
     judge = ChatJudge(settings)
 
-    def ask(pairs: Sequence[Pair], candidates: Sequence[Candidate], text: Constitution) -> Iterator[list[Vote]]:
-        mine = [templates[name] for name in template_names(settings, text, "decide")]
+    def mine(text: Constitution) -> list[Template]:
+        return [templates[name] for name in template_names(settings, text, "decide")]
+
+    def ballots(pairs: Sequence[Pair], text: Constitution) -> list[Ballot]:
         by_principle = settings.votes_per_principle
-        ballots = make_chat_ballots(pairs, text, settings.jurors, mine, "decide", by_principle, job.seed)
-        yield from judge.cast(ballots, pairs, candidates, text, mine)
+        return list(make_chat_ballots(pairs, text, settings.jurors, mine(text), "decide", by_principle, job.seed))
 
-    return ask
+    def ask(pairs: Sequence[Pair], candidates: Sequence[Candidate], text: Constitution) -> Iterator[list[Vote]]:
+        yield from judge.cast(ballots(pairs, text), pairs, candidates, text, mine(text))
+
+    return Opened(ask, ballots)
 
 
-def _likelihood(job: Job, note: Callable[[str], None]) -> Ask:
+def _likelihood(job: Job, note: Callable[[str], None]) -> Opened:
     from rlaif import models
     from rlaif.judging.likelihood import LikelihoodJudge
 
@@ -57,7 +74,10 @@ def _likelihood(job: Job, note: Callable[[str], None]) -> Ask:
     judge = LikelihoodJudge(str(path), job.judge)
     name = f"{job.judge.kind}:{models.digest_of(path)}"
 
-    def ask(pairs: Sequence[Pair], candidates: Sequence[Candidate], text: Constitution) -> Iterator[list[Vote]]:
-        yield from judge.cast(make_ballots(pairs, text, name, "decide", job.seed), pairs, candidates, text)
+    def ballots(pairs: Sequence[Pair], text: Constitution) -> list[Ballot]:
+        return make_ballots(pairs, text, name, "decide", job.seed)
 
-    return ask
+    def ask(pairs: Sequence[Pair], candidates: Sequence[Candidate], text: Constitution) -> Iterator[list[Vote]]:
+        yield from judge.cast(ballots(pairs, text), pairs, candidates, text)
+
+    return Opened(ask, ballots)

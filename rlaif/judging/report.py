@@ -19,7 +19,7 @@ _NUMBER_COLUMNS_FROM = 2
 
 def tables(results: Sequence[Slice], title: str) -> list[Any]:
     """The slices as rich tables: right and kept, rule by rule, voices, lengths and cost."""
-    return [
+    found = [
         _table(
             title,
             ("judge", "slice", "pairs", "votes right", "right", "95%", "kept", "95% ", "right when kept", "95%  "),
@@ -60,6 +60,7 @@ def tables(results: Sequence[Slice], title: str) -> list[Any]:
             ],
         ),
     ]  # fmt: skip
+    return [table for table in found if table.rows]
 
 
 def trial_table(trials: Sequence[SplitTrial], alpha: float, delta: float) -> Any:

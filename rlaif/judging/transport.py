@@ -119,6 +119,17 @@ def api_key(juror: Juror) -> str | None:
     )
 
 
+def check_address(juror: Juror) -> None:
+    """Whether the juror can be asked at all, without asking.
+
+    Raises:
+        UserError: its key isn't set, or its address is none.
+    """
+    api_key(juror)
+    if urlsplit(juror.base_url).scheme not in ("http", "https") or not urlsplit(juror.base_url).hostname:
+        raise UserError(f"judge.base_url: `{shown_url(juror)}` is no address; expected http(s)://HOST[:PORT]/v1")
+
+
 def shown_url(juror: Juror) -> str:
     """The juror's address without a user, a password or a query."""
     parts = urlsplit(juror.base_url)
@@ -144,9 +155,8 @@ class OpenAIServer:
         """
         from openai import AsyncOpenAI
 
+        check_address(juror)
         self._key = api_key(juror)
-        if urlsplit(juror.base_url).scheme not in ("http", "https") or not urlsplit(juror.base_url).hostname:
-            raise UserError(f"judge.base_url: `{shown_url(juror)}` is no address; expected http(s)://HOST[:PORT]/v1")
         self._juror = juror
         self._settings = settings
         self._slots = slots

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import hashlib
 import pickle
 import random
 import sys
@@ -35,6 +34,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from rlaif import config
 from rlaif.errors import RlaifError, UserError
+from rlaif.models import export_digest
 from rlaif.records import Preference, UpdateStep
 
 _Row = dict[str, Any]
@@ -384,11 +384,7 @@ class TrlLearner(ABC):
         exported.dtype = torch.bfloat16
         exported.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        digest = hashlib.sha256()
-        for path in sorted(folder.glob("*.safetensors")):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()[:16]
+        return export_digest(folder)
 
 
 def epoch_order(pairs: int, seed: int, iteration: int, epoch: int) -> list[int]:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from benchmarks.audit import FILTERS, run_benchmark, table
 from benchmarks.audit_run import VOTES_PER_PAIR, write_run
+from rlaif.audit.verify import verify
 from rlaif.config import parse_job
 from rlaif.judging.filters import decide
 from rlaif.judging.verdicts import aggregate, by_pair
 from rlaif.records import Completion, Decision, Pair, Plan, Preference, Score, UpdateStep, Vote
-from rlaif.store import RunDir, file_digest, read_json
+from rlaif.store import RunDir, file_digest, read_json, row_digests
 
 RECORDS = {
     "completions": Completion, "scores": Score, "pairs": Pair, "votes": Vote, "decisions": Decision,
@@ -32,6 +33,8 @@ def test_a_generated_run_is_a_run(tmp_path: Path) -> None:
             meta = here.meta(stage)
             assert meta["sha256"] == file_digest(here.path / f"{stage}.jsonl")
             assert meta["rows"] == len(rows[stage])
+            with (here.path / f"{stage}.jsonl").open("rb") as f:
+                assert meta["row_digests"] == row_digests(f)
             assert all(here.meta(name)["sha256"] == sha for name, sha in meta["inputs"].items())
         assert len(rows["votes"]) == VOTES_PER_PAIR * len(rows["pairs"])
         texts = {c.id: c.text for c in rows["completions"]}
@@ -42,6 +45,7 @@ def test_a_generated_run_is_a_run(tmp_path: Path) -> None:
         assert [i for s in rows["updates"] for i in s.pair_ids] == [p.pair_id for p in rows["preferences"]]
         kept += len(rows["preferences"])
     assert 0 < kept < 60
+    assert verify(run).findings == ()
     vote = (run.iteration(0).path / "votes.jsonl").stat().st_size / (VOTES_PER_PAIR * 20)
     assert 600 < vote < 1200  # bytes, as in real runs
 

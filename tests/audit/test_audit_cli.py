@@ -143,3 +143,40 @@ def test_export_without_datasets_says_what_to_install(tmp_path: Path) -> None:
     done = without_heavy(main("audit", str(STORED), "export", "--to", str(tmp_path / "out.parquet")))
     assert done.returncode == 2
     assert complaints(done) == ["rlaif: export needs the `datasets` package: pip install datasets"]
+
+
+def test_a_completion_cannot_steer_the_terminal(copy: RunDir) -> None:
+    path = copy.iteration(0).path / "completions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["text"] = "\x1b[2J\x9b2J[red]wiped[/red]\x07"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = audit("show", PAIR, run=copy.path)
+    assert done.returncode == 0
+    assert "\ufffd[2J" in done.stdout
+    assert "[red]wiped[/red]\ufffd" in done.stdout
+    assert not {"\x1b", "\x9b", "\x07"} & set(done.stdout)
+
+
+def test_labels_are_shown_beside_the_verdict(copy: RunDir) -> None:
+    (copy.path / "review").mkdir()
+    labels = [{"pair_id": PAIR, "iteration": 0, "outcome": o, "author": "an", "time": "t", "reason": r}
+              for o, r in (("skip", None), ("second", "[clearer]"))]  # fmt: skip
+    (copy.path / "review/labels.jsonl").write_text("".join(json.dumps(x) + "\n" for x in labels) + '{"pair_id"')
+    found = json.loads(audit("show", PAIR, "--json", run=copy.path).stdout)
+    assert [x["outcome"] for x in found["labels"]] == ["skip", "second"]
+    assert found["decision"]["verdict"]["outcome"] == "first"
+    done = audit("show", PAIR, run=copy.path)
+    assert "label: second by an at t: [clearer]" in done.stdout
+    assert complaints(done) == []
+
+
+def test_a_run_that_has_just_begun(copy: RunDir, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "run.json").write_bytes((copy.path / "run.json").read_bytes())
+    for arguments in ((), ("list",), ("flips",), ("sql", "SELECT count(*) FROM votes")):
+        done = audit(*arguments, run=begun)
+        assert done.returncode == 0, done.stderr
+        assert complaints(done) == []
+    assert "0 of 4 iterations done" in audit(run=begun).stdout

@@ -16,7 +16,6 @@ from rlaif.errors import UserError
 from rlaif.judging.ballots import (
     deciding_voices,
     evaluating_voices,
-    guard_voices,
     juror_names,
     make_ballots,
     make_chat_ballots,
@@ -55,7 +54,8 @@ def test_uses_do_not_mix():
     assert selecting_voices(c) == ["brief/paraphrase1"]
     assert deciding_voices(c) == ["brief/main"]
     assert evaluating_voices(c) == ["brief/paraphrase2"]
-    assert guard_voices(c) == ["answers/relevance", "answers/fluency", "polite/main"]
+    guards = [b.voice for b in make_ballots([PAIR], c, "j") if b.guard]
+    assert guards == ["answers/relevance", "answers/fluency", "polite/main"]
 
 
 def test_deciding_ballots_hold_guards_and_evaluating_ones_only_held_out_voices():

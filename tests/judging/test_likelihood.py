@@ -194,6 +194,15 @@ def test_a_completion_that_was_cut_off_pays_for_it(model, constitution):
         assert b.score_second == pytest.approx(a.score_second - 7.0 * (pair.second in cut), abs=2e-4)
 
 
+def test_a_completion_that_nobody_knows_the_end_of_pays_nothing(model, constitution):
+    free, strict = (LikelihoodJudge.of(model, CharTokenizer(), Judge(missing_eos_penalty=p)) for p in (0.0, 7.0))
+    unknown = [c.model_copy(update={"finish_reason": None}) for c in CANDIDATES]
+    ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if not b.guard]
+    scores = [[v.score_first for v in flat(j.cast(ballots, PAIRS, unknown, constitution))] for j in (free, strict)]
+    assert scores[0] == scores[1]
+    assert all(strict._answer(c)[-1] != 1 for c in unknown)
+
+
 def test_plain_is_measured_against_another_prompt(model, judge):
     rows = flat(judge.plain(CANDIDATES))
     assert [r.completion_id for r in rows] == [c.completion_id for c in CANDIDATES]

@@ -1,0 +1,521 @@
+"""A run's decisions made again from its recorded votes: other filters, another aggregation, today's parser. No model.
+
+In: a run directory, and settings that differ from its own. Out: a `Replay`: which pairs would newly be kept or
+dropped, whose winner turns round, by reason and by iteration. Nothing is written. With the run's own settings every
+decision comes out as it was made.
+
+An iteration at a time, and in it a pair at a time: of a million votes only their places in the file are held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from rlaif.config import Filters, Job, apply_override, changed_keys, parse_job
+from rlaif.constitution import Constitution
+from rlaif.errors import RlaifError, UserError
+from rlaif.judging.ballots import make_ballots, make_chat_ballots
+from rlaif.judging.calibration import Calibration, read_calibration
+from rlaif.judging.filters import decide, to_review, trusted
+from rlaif.judging.likelihood import side_of, sigmoid
+from rlaif.judging.parsing import Reply, outcome, parse
+from rlaif.judging.templates import Template, parse_template, template_names
+from rlaif.judging.verdicts import aggregate, fit_jurors
+from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, Vote
+from rlaif.store import RunDir, StageDir, read_json
+
+EXAMPLES = 10
+_PAIR_ID = re.compile(rb'"pair_id":\s*"((?:[^"\\]|\\.)*)"')
+_SCORES_ARE_ROUNDED = 1.1e-4
+"""Of a difference of two recorded scores, in nats: each has four decimals."""
+_REPARSED = ("judge.score_temperature", "judge.relevance_tolerance", "judge.fluency_tolerance", "judge.clamp")
+"""Settings of the judge that say what a recorded reply or score means."""
+
+Kind = Literal["newly_kept", "newly_dropped", "newly_reviewed", "reversed", "other_reasons"]
+R = TypeVar("R", bound=Record)
+
+
+class Settings(NamedTuple):
+    """What a replay decides with."""
+
+    job: Job
+    """The run's, with what is to be different."""
+    calibration: Calibration | None
+    parser: bool
+    """Read the replies, or the scores, again."""
+
+
+class Change(Record):
+    """A pair that would be decided otherwise."""
+
+    iteration: int
+    pair_id: str
+    kind: Kind
+    before: Decision
+    after: Decision
+    prompt: str | None = None
+    """With the texts of both sides: in examples only."""
+    first: str | None = None
+    second: str | None = None
+
+
+class Transition(Record):
+    """How many pairs went from one outcome to another; a dropped pair counts under its first reason."""
+
+    before: str
+    after: str
+    pairs: int
+
+
+class Replayed(Record):
+    """One iteration, before and after."""
+
+    iteration: int
+    constitution: str
+    pairs: int
+    kept_before: int
+    kept_after: int
+    newly_kept: int
+    newly_dropped: int
+    newly_reviewed: int
+    """Sent to a person."""
+    reversed: int
+    """Kept both times, with the other side as winner."""
+    other_reasons: int
+    reparsed: int
+    """Votes that the parser reads otherwise now."""
+    updated: bool
+    """It had enough kept pairs for an update ..."""
+    would_update: bool
+    """... and would have now. What later iterations would have sampled then, no replay can tell."""
+
+
+class Replay(Record):
+    """What other settings would have decided."""
+
+    run: str
+    settings: dict[str, tuple[Any, Any]]
+    """Key → the run's value and the replay's, where they differ."""
+    votes: int
+    iterations: tuple[Replayed, ...]
+    transitions: tuple[Transition, ...]
+    examples: tuple[Change, ...]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+    """Lines that can't be read; their pairs are left out."""
+
+    def total(self, what: str) -> int:
+        """The sum of one column over the iterations."""
+        return sum(getattr(i, what) for i in self.iterations)
+
+
+def settings_of(
+    run: RunDir,
+    base_dir: Path,
+    filters: Path | None = None,
+    overrides: Sequence[str] = (),
+    calibration: Path | None = None,
+    aggregate: str | None = None,
+    parser: bool = False,
+) -> tuple[Settings, dict[str, tuple[Any, Any]]]:
+    """The settings of a replay, and what they change. What nobody names stays as the run has it.
+
+    Raises:
+        UserError: a file or a key can't be used, or a key isn't one that recorded votes can answer for.
+    """
+    own = parse_job(run.header["job"], str(run.path / "run.json"))
+    tree = own.model_dump(mode="json")
+    if filters is not None:
+        tree["filters"] |= _filter_keys(filters)
+    for override in overrides:
+        apply_override(tree, override)
+    if aggregate is not None:
+        tree["filters"]["aggregate"] = aggregate
+    if calibration is not None:
+        tree["filters"]["calibration"] = str(calibration)
+    job = parse_job(tree, str(filters) if filters else "--set")
+    changed = changed_keys(own.model_dump(mode="json"), job.model_dump(mode="json"))
+    for key in changed:
+        if not key.startswith(("filters.", *_REPARSED)):
+            raise UserError(f"--set {key}: recorded votes can't answer for it; filters.* and, with --parser, {_READ}")
+        if not key.startswith("filters.") and not parser:
+            raise UserError(f"--set {key}: it says how recorded scores and replies are read; add --parser")
+    found = None
+    if job.filters.calibration is not None:
+        copy = run.path / "calibration.json"
+        same = "filters.calibration" not in changed and calibration is None and copy.exists()
+        found = read_calibration(copy if same else base_dir / job.filters.calibration)
+    return Settings(job, found, parser), changed
+
+
+_READ = ", ".join(_REPARSED)
+
+
+def _filter_keys(path: Path) -> dict[str, Any]:
+    """The filter keys of a YAML file: a job's `filters`, or the keys themselves."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--filters {path}: can't read it ({getattr(e, 'strerror', None) or e})") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"--filters {where}: not valid YAML ({getattr(e, 'problem', e)})") from e
+    if isinstance(tree, dict) and "filters" in tree:
+        tree = tree["filters"]
+    elif isinstance(tree, dict) and not set(tree) & set(Filters.model_fields) and set(tree) & set(Job.model_fields):
+        raise UserError(
+            f"--filters {path}: the job has no `filters` section, so it filters as by default; name the keys"
+        )
+    if not isinstance(tree, dict):
+        raise UserError(f"--filters {path}: expected filter keys (min_agreement: 0.8), or a job with `filters`")
+    return tree
+
+
+def replay(
+    run: RunDir,
+    settings: Settings,
+    changed: Mapping[str, tuple[Any, Any]] | None = None,
+    progress: Callable[[int], None] = lambda iteration: None,
+) -> Replay:
+    """Decides every complete iteration again; `progress` is told each.
+
+    Raises:
+        UserError: the calibration isn't about this run's votes, and `filters.uncalibrated` says stop.
+        RlaifError: two files of an iteration don't fit each other (`rlaif audit RUN verify` says why).
+    """
+    own = parse_job(run.header["job"], str(run.path / "run.json"))
+    rows: list[Replayed] = []
+    table: Counter[tuple[str, str]] = Counter()
+    found: dict[Kind, list[Change]] = defaultdict(list)
+    problems: list[str] = []
+    votes = 0
+    for k in run.iterations():
+        if not all(run.iteration(k).is_complete(s) for s in ("completions", "pairs", "votes", "decisions")):
+            continue
+        progress(k)
+        again = Iteration(run, k, settings)
+        counts: Counter[str] = Counter()
+        for before, after in again.decisions():
+            counts["pairs"] += 1
+            counts["kept_before"] += before.status == "kept"
+            counts["kept_after"] += after.status == "kept"
+            table[_label(before), _label(after)] += 1
+            if (kind := _kind(before, after)) is not None:
+                counts[kind] += 1
+                if len(found[kind]) < EXAMPLES:
+                    found[kind].append(
+                        Change(iteration=k, pair_id=before.pair_id, kind=kind, before=before, after=after)
+                    )
+        votes += again.votes
+        problems += again.problems
+        named = ("pairs", "kept_before", "kept_after", *get_args(Kind))
+        rows.append(
+            Replayed(
+                iteration=k,
+                constitution=str(again.plan.constitution),
+                reparsed=again.reparsed,
+                updated=counts["kept_before"] >= own.filters.min_kept_pairs,
+                would_update=counts["kept_after"] >= settings.job.filters.min_kept_pairs,
+                **{name: counts[name] for name in named},
+            )
+        )
+    notes = []
+    if own.judge.early_stop:
+        notes.append("judge.early_stop left ballots out that the run's own filters didn't need; others might have")
+    if settings.parser and own.judge.kind == "chat":
+        notes.append("the log has no label probabilities: a vote that is read otherwise now keeps the p(first) it had")
+    return Replay(
+        run=str(run.path),
+        settings=dict(changed or {}),
+        votes=votes,
+        iterations=tuple(rows),
+        transitions=tuple(Transition(before=b, after=a, pairs=n) for (b, a), n in table.most_common()),
+        examples=tuple(_with_texts(run, _in_turn(found))),
+        notes=tuple(notes),
+        problems=tuple(problems),
+    )
+
+
+class Iteration:
+    """One iteration, decided again."""
+
+    def __init__(self, run: RunDir, k: int, settings: Settings):
+        self.run, self.settings = run, settings
+        self.here = run.iteration(k)
+        self.plan = Plan.model_validate(read_json(self.here.path / "plan.json"))
+        folder = run.path / "constitutions"
+        text = read_json(folder / self.plan.constitution.hash / "constitution.json")
+        self.text = Constitution.model_validate(text)
+        self.templates = {h: t for name, h in self.plan.templates.items() if (t := _template(folder / h, name))}
+        if settings.parser and len(self.templates) < len(self.plan.templates):
+            gone = next(h for h in self.plan.templates.values() if h not in self.templates)
+            raise RlaifError(
+                f"{folder / gone}: the judge template is gone, and --parser needs to know its replies' form"
+            )
+        self.problems: list[str] = []
+        self.votes = self.reparsed = 0
+        self._places = self._index()
+
+    def decisions(self) -> Iterator[tuple[Decision, Decision]]:
+        """(as it was made, as it would be made) of each pair, in the order of the pairs."""
+        if self.settings.job.filters.review is None:
+            yield from self._decided()
+            return
+        # Which pairs are least certain is known when all of an iteration are decided.
+        both = list(self._decided())
+        yield from zip(
+            (was for was, _ in both), to_review([now for _, now in both], self.settings.job.filters), strict=True
+        )
+
+    def _decided(self) -> Iterator[tuple[Decision, Decision]]:
+        filters, calibration = self.settings.job.filters, self.settings.calibration
+        jurors = self._jurors()
+        texts = self._texts()
+        weights = self.text.weights
+        self.votes = self.reparsed = 0
+        before = stage_rows(self.here, "decisions", Decision)
+        for pair, mine in self._pairs():
+            was = next(before, None)
+            if was is None or was.pair_id != pair.id:
+                raise RlaifError(
+                    f"{self.here.path / 'decisions.jsonl'}: doesn't fit pairs.jsonl at pair {pair.id}; "
+                    "`rlaif audit RUN verify` says what was changed"
+                )
+            if mine is None:
+                continue
+            verdict = aggregate(mine, weights, filters.aggregate, jurors)
+            promised = trusted(verdict, mine, calibration, filters) if calibration else None
+            yield was, decide(verdict, pair, filters, texts, promised)
+
+    def _jurors(self) -> dict[str, float] | None:
+        """What each juror's votes weigh, as the loop fits it."""
+        if self.settings.job.filters.aggregate != "dawid_skene":
+            return None
+        if self.settings.calibration and self.settings.calibration.jurors:
+            return self.settings.calibration.jurors.weights
+        # No more of a vote than the fit looks at: all of an iteration's are held here.
+        named: Any = [
+            _Named(_Juror(v.ballot.pair_id, v.ballot.judge, v.ballot.order, v.ballot.guard), v.outcome)
+            for _, mine in self._pairs()
+            for v in mine or ()
+        ]
+        return fit_jurors(named).weights
+
+    def _pairs(self) -> Iterator[tuple[Pair, list[Vote] | None]]:
+        """Each pair with its votes in the order in which they were asked for; None when one can't be read."""
+        rank: dict[tuple[str, ...], int] | None = None
+        path = self.here.path / "votes.jsonl"
+        with path.open("rb") as f:
+            for pair in stage_rows(self.here, "pairs", Pair):
+                mine: list[Vote] = []
+                places = self._places.get(pair.id, [])
+                for place in places:
+                    f.seek(place)
+                    try:
+                        mine.append(self._read(Vote.model_validate_json(f.readline())))
+                    except ValidationError as e:
+                        self._problem(f"{path}:{_line_at(path, place)}: not a Vote ({e.errors()[0]['msg']})")
+                if not places:
+                    self._problem(f"{path}: no vote on pair {pair.id}")
+                if not places or len(mine) < len(places):
+                    yield pair, None
+                    continue
+                self.votes += len(mine)
+                if rank is None:
+                    rank = self._asked(pair, mine[0].ballot.judge)
+                last = len(rank)
+                yield pair, sorted(mine, key=lambda v: rank.get(_voice(v.ballot), last))
+
+    def _problem(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def _index(self) -> dict[str, list[int]]:
+        """Pair → where its votes begin in the file."""
+        places: dict[str, list[int]] = {}
+        at = 0
+        path = self.here.path / "votes.jsonl"
+        with path.open("rb") as f:
+            for number, line in enumerate(f, 1):
+                if (pair := pair_named(line)) is not None:
+                    places.setdefault(pair, []).append(at)
+                elif line.strip():
+                    self._problem(f"{path}:{number}: not a Vote (it names no pair)")
+                at += len(line)
+        return places
+
+    def _asked(self, pair: Pair, judge: str) -> dict[tuple[str, ...], int]:
+        """The order in which a pair's ballots are made; in another, sums of the same votes differ in the last bit."""
+        any_pair, settings = pair.model_copy(update={"selected_by": ()}), self.settings.job.judge
+        if settings.kind != "chat":
+            ballots = make_ballots([any_pair], self.text, judge)
+        else:
+            by_name = {t.name: t for t in self.templates.values()}
+            names = template_names(settings, self.text, "decide")
+            templates = [by_name[name] for name in names if name in by_name]
+            ballots = list(
+                make_chat_ballots(
+                    [any_pair], self.text, settings.jurors, templates, "decide", settings.votes_per_principle
+                )
+            )
+        return {_voice(b): n for n, b in enumerate(ballots)}
+
+    def _texts(self) -> dict[str, str]:
+        """Completion → a digest of its text without the space around it: all that `identical` needs of it."""
+        return {
+            c.id: hashlib.blake2b(c.text.strip().encode(), digest_size=12).hexdigest()
+            for c in stage_rows(self.here, "completions", Completion)
+        }
+
+    def _read(self, vote: Vote) -> Vote:
+        """The vote, with `parser` as its reply is read today."""
+        if not self.settings.parser or vote.abstain_reason == "infra_error":
+            return vote
+        template = self.templates.get(vote.ballot.template)
+        again = _reread(vote, template, self.settings.job) if template else _rescored(vote, self.settings.job)
+        self.reparsed += again is not vote
+        return again
+
+
+class _Juror(NamedTuple):
+    pair_id: str
+    judge: str
+    order: str
+    guard: bool
+
+
+class _Named(NamedTuple):
+    ballot: _Juror
+    outcome: str
+
+
+def _reread(vote: Vote, template: Template, job: Job) -> Vote:
+    """A reply parsed again."""
+    reply = Reply(content=vote.raw_reply, finish_reason=vote.finish_reason, model=vote.model)
+    parsed = parse(reply, template.verdict, template.pattern)
+    if parsed.shown is None:
+        # A server that says by itself that it refused leaves no word of that in the reply's text.
+        reason = "refused" if vote.abstain_reason == "refused" else parsed.abstain_reason
+        found: dict[str, Any] = {"outcome": "abstain", "abstain_reason": reason, "p_first": None}
+    else:
+        found = {"outcome": outcome(parsed.shown, vote.ballot.order), "abstain_reason": None}
+        found["p_first"] = None if parsed.shown == "tie" else vote.p_first
+        if found["p_first"] is not None and job.judge.clamp is not None and template.verdict != "letter":
+            found["p_first"] = min(max(found["p_first"], job.judge.clamp[0]), job.judge.clamp[1])
+    return _updated(vote, found)
+
+
+def _rescored(vote: Vote, job: Job) -> Vote:
+    """A likelihood judge's vote made again from its scores; what their rounding can't tell stays as it was."""
+    if vote.score_first is None or vote.score_second is None:
+        return vote
+    difference = vote.score_first - vote.score_second
+    if vote.p_first is not None:
+        p = sigmoid(difference / job.judge.score_temperature)
+        near = abs(p - vote.p_first) <= _SCORES_ARE_ROUNDED / job.judge.score_temperature
+        return vote if near else _updated(vote, {"p_first": p, "outcome": side_of(difference, 0.0)})
+    measures = {"relevance": job.judge.relevance_tolerance, "fluency": job.judge.fluency_tolerance}
+    tolerance = measures.get(vote.ballot.voice.rpartition("/")[2])
+    if tolerance is None or abs(abs(difference) - tolerance) <= _SCORES_ARE_ROUNDED:
+        return vote
+    return _updated(vote, {"outcome": side_of(difference, tolerance)})
+
+
+def _updated(vote: Vote, found: Mapping[str, Any]) -> Vote:
+    """The vote itself unless something is different."""
+    different = {name: value for name, value in found.items() if getattr(vote, name) != value}
+    return vote.model_copy(update=different) if different else vote
+
+
+def _voice(b: Ballot) -> tuple[str, ...]:
+    return b.judge, b.voice, str(b.sample_index), b.order
+
+
+def _template(folder: Path, name: str) -> Template | None:
+    """The run's copy of a template; None when it is gone."""
+    sources = {f.name: f.read_text() for f in sorted(folder.glob("*.jinja"))}
+    return parse_template(name, sources, str(folder)) if f"{name}.jinja" in sources else None
+
+
+def pair_named(line: bytes) -> str | None:
+    """The pair that a line of votes.jsonl is about, without reading the rest of it."""
+    match = _PAIR_ID.search(line)
+    return match[1].decode("utf-8", "replace") if match else None
+
+
+def stage_rows(here: StageDir, stage: str, record: type[R]) -> Iterator[R]:
+    """A stage's rows, one at a time.
+
+    Raises:
+        RlaifError: a line is damaged.
+    """
+    path = here.path / f"{stage}.jsonl"
+    with path.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                yield record.model_validate_json(line)
+            except ValidationError as e:
+                problem = e.errors()[0]["msg"]
+                raise RlaifError(f"{path}:{number}: not a {record.__name__} ({problem}); it was damaged") from e
+
+
+def _line_at(path: Path, place: int) -> int:
+    with path.open("rb") as f:
+        return f.read(place).count(b"\n") + 1
+
+
+def _label(decision: Decision) -> str:
+    return decision.reasons[0] if decision.status == "dropped" and decision.reasons else decision.status
+
+
+_BY_STATUS: dict[str, Kind] = {"kept": "newly_kept", "dropped": "newly_dropped", "review": "newly_reviewed"}
+
+
+def _kind(before: Decision, after: Decision) -> Kind | None:
+    if before.status != after.status:
+        return _BY_STATUS[after.status]
+    if before.winner != after.winner:
+        return "reversed"
+    return "other_reasons" if before.reasons != after.reasons else None
+
+
+def _in_turn(found: Mapping[Kind, Sequence[Change]]) -> list[Change]:
+    """Ten changes, the kinds in turn, those that train first; other reasons for a pair that stays dropped don't."""
+    kinds: tuple[Kind, ...] = ("reversed", "newly_kept", "newly_dropped", "newly_reviewed")
+    turns = zip_longest(*(found.get(kind, ()) for kind in kinds))
+    return [change for change in chain.from_iterable(turns) if change is not None][:EXAMPLES]
+
+
+def _with_texts(run: RunDir, changes: Sequence[Change]) -> Iterator[Change]:
+    """The changes with what was asked and answered."""
+    wanted: dict[int, set[str]] = defaultdict(set)
+    for change in changes:
+        wanted[change.iteration].add(change.pair_id)
+    pairs: dict[str, Pair] = {}
+    answers: dict[str, str] = {}
+    for k, ids in wanted.items():
+        mine = {p.id: p for p in stage_rows(run.iteration(k), "pairs", Pair) if p.id in ids}
+        pairs |= mine
+        sides = {c for p in mine.values() for c in (p.first, p.second)}
+        answers |= {c.id: c.text for c in stage_rows(run.iteration(k), "completions", Completion) if c.id in sides}
+    file = run.path / "prompts" / "train.jsonl"
+    asked = {p.prompt_id for p in pairs.values()}
+    prompts: dict[str, str] = {}
+    for line in file.open("rb") if file.exists() and changes else ():
+        prompt = Prompt.model_validate_json(line)
+        if prompt.id in asked:
+            prompts[prompt.id] = prompt.text
+    for change in changes:
+        pair = pairs[change.pair_id]
+        shown = {"first": answers.get(pair.first), "second": answers.get(pair.second)}
+        yield change.model_copy(update={"prompt": prompts.get(pair.prompt_id), **shown})

@@ -1,0 +1,114 @@
+"""`rlaif audit RUN replay`: what would other filters, or today's parser, have decided?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from rlaif.cli.audit import run_of
+from rlaif.console import stdout_console
+
+if TYPE_CHECKING:
+    from rlaif.audit.replay import Change, Replay
+
+_PREVIEW = 140
+_COUNTED = ("pairs", "kept_before", "kept_after", "newly_kept", "newly_dropped", "newly_reviewed", "reversed",
+            "other_reasons")  # fmt: skip
+
+
+def replay(
+    ctx: typer.Context,
+    filters: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML with filter keys, or a job file with `filters`.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: --set filters.min_agreement=0.8")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A calibration file (`rlaif judge calibrate`).")
+    ] = None,
+    aggregate: Annotated[
+        str | None, typer.Option(metavar="NAME", help="How votes become a verdict: mean, majority or dawid_skene.")
+    ] = None,
+    parser: Annotated[
+        bool, typer.Option("--parser", help="Read the raw replies (or the scores) again as this rlaif reads them.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Decide the run's pairs again from their recorded votes, and show what changes. Writes nothing, asks no model.
+
+    Keys that nobody names stay as the run has them; without any, the run's own decisions come out.
+    """
+    from rlaif.audit.replay import replay as run_replay
+    from rlaif.audit.replay import settings_of
+
+    run = run_of(ctx)
+    settings, changed = settings_of(run, Path.cwd(), filters, set_ or [], calibration, aggregate, parser)
+    tty = sys.stderr.isatty()
+    found = run_replay(
+        run, settings, changed, lambda k: print(f"iteration {k + 1}", end="\r", file=sys.stderr) if tty else None
+    )
+    if json_:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        _show(found, parser)
+
+
+def _show(found: Replay, parser: bool) -> None:
+    from rich.table import Table
+
+    console = stdout_console()
+    pairs, votes = found.total("pairs"), found.votes
+    console.print(f"replayed {pairs} pairs with {votes} votes of {escape(found.run)}; nothing is written")
+    for key, (old, new) in found.settings.items():
+        console.print(f"  {key}: {escape(str(old))} -> {escape(str(new))}")
+    if parser:
+        console.print(f"  {found.total('reparsed')} votes are read otherwise now")
+    for note in found.notes:
+        console.print(f"note: {escape(note)}")
+    for problem in found.problems:
+        console.print(f"[red]{escape(problem)}[/]; its pair is left out")
+    columns = ("iteration", "constitution", "pairs", "kept", "would keep", "newly kept", "newly dropped", "to review",
+               "reversed", "other reasons", "")  # fmt: skip
+    table = Table(*columns)
+    for name in columns[2:-1]:
+        next(c for c in table.columns if c.header == name).justify = "right"
+    for i in found.iterations:
+        update = "" if i.updated == i.would_update else "no update any more" if i.updated else "now an update"
+        numbers = [getattr(i, name) for name in _COUNTED]
+        table.add_row(str(i.iteration + 1), i.constitution, *map(str, numbers), update)
+    table.add_section()
+    table.add_row("all", "", *(str(found.total(name)) for name in _COUNTED), "")
+    console.print(table)
+    reasons = Table("before", "after", "pairs")
+    reasons.columns[2].justify = "right"
+    for t in found.transitions:
+        reasons.add_row(t.before, t.after if t.after != t.before else "the same", str(t.pairs))
+    console.print(reasons)
+    if not any(found.total(name) for name in _COUNTED[3:]):
+        console.print("every decision is as it was made")
+    for change in found.examples:
+        _example(console, change)
+
+
+def _example(console: Any, change: Change) -> None:
+    before, after = change.before, change.after
+    console.print(
+        f"\n[bold]{change.kind.replace('_', ' ')}[/] {escape(change.pair_id)}  iteration {change.iteration + 1}  "
+        f"{_said(before)} -> {_said(after)}"
+    )
+    for name, text in (("prompt", change.prompt), ("first", change.first), ("second", change.second)):
+        if text is not None:
+            one_line = " ".join(text.split())
+            console.print(f"  {name:>6}: {escape(one_line[:_PREVIEW])}{'…' if len(one_line) > _PREVIEW else ''}")
+
+
+def _said(decision: Any) -> str:
+    verdict = decision.verdict
+    numbers = "" if verdict.p_first is None else f" (p(first) {verdict.p_first:.2f}, agreement {verdict.agreement:.2f})"
+    word = f"kept, {decision.winner}" if decision.winner else f"{decision.status}: {', '.join(decision.reasons)}"
+    return f"{word}{numbers}"

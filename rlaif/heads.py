@@ -1,0 +1,149 @@
+"""One digest over everything complete so far: heads, a hash chain with a link an iteration, in `heads.jsonl`.
+
+A head is made when an iteration is done. It holds the digest of every file that is complete by then and that no head
+before it holds (a stage's rows through its meta file), how long the files were that only grow, and the head before
+it. Its own digest is over all of that, so a head that somebody noted elsewhere stands for the whole run up to there.
+What it does not prove is in docs/audit.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from rlaif.errors import UserError
+from rlaif.records import Record, digest
+from rlaif.store import RunDir, append_line, file_digest, row_digests
+
+FILE = "heads.jsonl"
+DIGITS = 32
+GROWING = ("events.jsonl", "review/labels.jsonl")
+"""Files whose lines are appended, and never changed."""
+CHANGING = ("run.json", "constitutions/pins.json")
+"""Files that a resumed run may write anew (another number of iterations); each head says what they were."""
+
+_COVERED = (
+    "prompts/*.jsonl",
+    "calibration.json",
+    "constitutions/*/*",
+    "iterations/*/*.json",
+    "evaluations/*/*.json",
+)
+_LEAST_DIGITS = 12
+
+
+class Grown(Record):
+    """How much of a file that only grows a head covers."""
+
+    size: int
+    """Bytes, whole lines."""
+    sha256: str
+    """Of so many bytes."""
+    row_digests: str
+    """Of the lines since the head before, as in a meta file."""
+
+
+class Head(Record):
+    """One line of heads.jsonl."""
+
+    head: str
+    """Digest of the other fields, 32 hex digits."""
+    previous: str | None
+    """The head before it; null for the first."""
+    iteration: int
+    """The newest that is done."""
+    files: dict[str, str]
+    """File in the run → sha256, for what is complete and in no head before."""
+    growing: dict[str, Grown]
+    changing: dict[str, str]
+    """File → sha256 at that time."""
+
+    @property
+    def name(self) -> str:
+        """As it is printed and noted: iterations done, and the digest."""
+        return f"{self.iteration + 1}:{self.head}"
+
+    def computed(self) -> str:
+        """The digest that follows from the other fields."""
+        return digest(self.model_dump(mode="json", exclude={"head"}), DIGITS)
+
+
+def write_head(run: RunDir) -> Head:
+    """The head of what is done, appended to heads.jsonl unless the newest one says the same.
+
+    Raises:
+        UserError: no iteration is done.
+    """
+    before = [head for head in read_heads(run.path) if head is not None]
+    newest = before[-1] if before else None
+    known = {name for head in before for name in head.files}
+    done = [k for k in run.iterations() if (run.iteration(k).path / "metrics.json").exists()]
+    if not done:
+        raise UserError(f"{run.path}: no iteration is done, so there is no head yet")
+    files = {name: file_digest(run.path / name) for name in complete_files(run.path, done[-1]) if name not in known}
+    if newest and not files:
+        return newest
+    since = {name: grown.size for name, grown in newest.growing.items()} if newest else {}
+    head = Head(
+        head="",
+        previous=newest.head if newest else None,
+        iteration=done[-1],
+        files=files,
+        growing={n: _grown(run.path / n, since.get(n, 0)) for n in GROWING if (run.path / n).exists()},
+        changing={n: file_digest(run.path / n) for n in CHANGING if (run.path / n).exists()},
+    )
+    head = head.model_copy(update={"head": head.computed()})
+    append_line(run.path / FILE, head.model_dump_json())
+    return head
+
+
+def complete_files(run: Path, iteration: int) -> list[str]:
+    """The files that never change again once an iteration is done, in order; rows stand behind their meta files."""
+    names = []
+    for pattern in _COVERED:
+        for path in sorted(run.glob(pattern)):
+            of_iteration = path.parent.parent.name == "iterations"
+            if of_iteration and path.parent.name.isdigit() and int(path.parent.name) > iteration:
+                continue  # being written
+            if path.is_file() and str(path.relative_to(run)) not in CHANGING:
+                names.append(str(path.relative_to(run)))
+    return names
+
+
+def read_heads(run: Path) -> list[Head | None]:
+    """The lines of heads.jsonl; None for one that is no head (torn by a kill, or damaged), a torn last one left out."""
+    path = run / FILE
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    heads: list[Head | None] = []
+    for line in lines[:-1]:
+        try:
+            heads.append(Head.model_validate_json(line))
+        except ValidationError:
+            heads.append(None)
+    return heads
+
+
+def parse_head(text: str) -> tuple[int | None, str]:
+    """(iterations done, digest) of a head as it was noted: `16:3f2a…` or the digits alone, at least twelve of them.
+
+    Raises:
+        UserError: it is no head.
+    """
+    match = re.fullmatch(rf"(?:(\d+):)?([0-9a-f]{{{_LEAST_DIGITS},{DIGITS}}})", text.strip().lower())
+    if match is None:
+        raise UserError(f"--head {text}: not a head; expected what a run prints after each iteration, as 16:3f2a90…")
+    return (int(match[1]) if match[1] else None), match[2]
+
+
+def _grown(path: Path, since: int) -> Grown:
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    return Grown(
+        size=len(whole),
+        sha256=hashlib.sha256(whole).hexdigest(),
+        row_digests=row_digests(io.BytesIO(whole[since:])),
+    )
