@@ -377,10 +377,14 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
         UserError: the file is missing or malformed, a key is unknown, or a value doesn't fit.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        refuse_duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader), str(path))
+        tree = yaml.safe_load(text)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
     except OSError as e:
         raise UserError(f"{path}: can't read the job file ({e.strerror}); `ls jobs` shows the shipped ones") from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:
         where = getattr(e, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
         raise UserError(f"{path}{line}: not valid YAML ({getattr(e, 'problem', e)})") from e
@@ -399,6 +403,25 @@ def parse_job(tree: dict[str, Any], source: str) -> Job:
         raise UserError("; ".join(f"{source}: {_explain(err)}" for err in e.errors())) from e
 
 
+def refuse_duplicate_keys(node: yaml.Node | None, source: str) -> None:
+    """PyYAML silently keeps the last of two equal keys: what was written first would not be in force.
+
+    Raises:
+        UserError: a key is given twice; `source` and the line.
+    """
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise UserError(f"{source}:{key.start_mark.line + 1}: `{name}` is given twice; delete one")
+            seen.add(name)
+            refuse_duplicate_keys(value, source)
+    elif isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            refuse_duplicate_keys(child, source)
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Sets `a.b=value` (the value is YAML) in a tree of settings, in place."""
     key, sep, value = override.partition("=")
@@ -415,7 +438,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:
         raise UserError(f"--set {override}: the value is not valid YAML") from e
 
 

@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlaif.checks import Check
+from rlaif.config import refuse_duplicate_keys
 from rlaif.errors import UserError
 from rlaif.records import ConstitutionRef, Message, Record, digest
 
@@ -220,7 +221,7 @@ def parse_constitution(text: str, name: str, version: int, source: str) -> Const
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: 2024-13-45 looks like a date, and is none
         mark = getattr(e, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         raise UserError(f"{where}: not valid YAML ({getattr(e, 'problem', None) or e})") from e
@@ -228,7 +229,7 @@ def parse_constitution(text: str, name: str, version: int, source: str) -> Const
         raise UserError(
             f"{source}:1: a constitution is a mapping with `summary` and `principles`, found {type(tree).__name__}"
         )
-    _refuse_duplicate_keys(root, source)
+    refuse_duplicate_keys(root, source)
     for key in ("name", "version"):
         if key in tree:
             line = _line(root, (key,))
@@ -333,17 +334,3 @@ def _line(root: yaml.Node, loc: tuple[Any, ...]) -> int:
         else:
             return line
     return line
-
-
-def _refuse_duplicate_keys(node: yaml.Node, source: str) -> None:
-    # PyYAML silently keeps the last of two equal keys: a rule that was written would not be in force.
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise UserError(f"{source}:{key.start_mark.line + 1}: `{key.value}` is given twice; delete one")
-            seen.add(key.value)
-            _refuse_duplicate_keys(value, source)
-    elif isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _refuse_duplicate_keys(child, source)

@@ -16,7 +16,9 @@ def policy_path(run: RunDir, iteration: int | None = None) -> tuple[int, Path]:
     Raises:
         UserError: the run has no such policy, or its weights were pruned.
     """
-    have = {k + 1: p for k in run.iterations() if (p := run.iteration(k).path / "policy").is_dir()}
+    here = {k + 1: run.iteration(k) for k in run.iterations()}
+    # A folder whose update isn't complete belongs to no version yet.
+    have = {k: p for k, stage in here.items() if stage.is_complete("updates") and (p := stage.path / "policy").is_dir()}
     if not have:
         raise UserError(f"{run.path}: no policy was trained yet; `rlaif status {run.path}` says where the run stands")
     wanted = max(have) if iteration is None else iteration

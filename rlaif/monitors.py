@@ -54,6 +54,7 @@ def iteration_metrics(
         "sampled": answer_stats(completions),
         "pairs": len(pairs),
         "votes": len(votes),
+        "ballots_saved": here.meta("votes").get("ballots", len(votes)) - len(votes),
         "abstentions": dict(Counter(v.abstain_reason for v in votes if v.abstain_reason)),
         "kept": len(kept),
         "kept_share": len(kept) / len(decisions) if decisions else None,

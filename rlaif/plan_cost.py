@@ -16,12 +16,12 @@ from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import Role, make_ballots, make_chat_ballots, selecting_voices
 from rlaif.judging.templates import load_template, template_names
-from rlaif.prompts import exclude_held_out, load_prompts
+from rlaif.prompts import check_enough, exclude_held_out, load_prompts
 from rlaif.records import Pair
 
 PROMPT_TOKENS = 40
 """A rendered prompt with its chat template, tokens: typical for one-sentence questions."""
-# Rates of the reference machine (2 cores, AVX-512, no GPU) on 135M parameters, tokens/s: docs/quickstart.md.
+# Rates of the reference machine (2 cores, AVX-512, no GPU) on 135M parameters, tokens/s; `make bench` shows yours.
 SAMPLE_RATE, SCORE_RATE, TRAIN_RATE = 380.0, 1100.0, 230.0
 REFERENCE_PARAMETERS = 135e6
 START_S = 45.0
@@ -36,6 +36,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     """
     held_out = load_prompts(job.prompts.held_out, base_dir)
     train = exclude_held_out(load_prompts(job.prompts.train, base_dir), held_out)
+    check_enough(train, job.prompts)
     schedule = job.schedule or {0: job.constitution or ""}
     texts = {ref: load_constitution(base_dir / job.constitutions_dir, ref) for ref in schedule.values()}
     samples = job.prompts.per_iteration * job.sampling.completions_per_prompt

@@ -12,12 +12,12 @@ import csv
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from rlaif.config import Prompts
 from rlaif.errors import UserError
 from rlaif.records import Message, Prompt, digest
 
@@ -79,24 +79,25 @@ def exclude_held_out(train: Iterable[Prompt], held_out: Iterable[Prompt]) -> lis
     return [p for p in train if p.id not in ids and _conversation(p) not in texts]
 
 
-def order(prompts: Sequence[Prompt], seed: int, epoch: int = 0) -> Iterator[Prompt]:
-    """Endless prompts from pass `epoch` on: pass after pass, each shuffled anew from the seed and its number.
+def check_enough(train: list[Prompt], settings: Prompts) -> None:
+    """Whether the training set holds an iteration.
 
     Raises:
-        UserError: there are no prompts.
+        UserError: it holds fewer prompts than one takes.
     """
-    _refuse_empty(prompts)
-    while True:
-        yield from _shuffled(prompts, seed, epoch)
-        epoch += 1
+    if settings.per_iteration > len(train):
+        raise UserError(
+            f"prompts.per_iteration={settings.per_iteration}: {settings.train} has {len(train)} prompts to train on "
+            f"(without the held-out ones); set prompts.per_iteration={len(train)} or less, or add prompts"
+        )
 
 
 def prompts_for(prompts: Sequence[Prompt], seed: int, iteration: int, per_iteration: int) -> list[Prompt]:
     """The prompts of one iteration, a pure function of its arguments.
 
-    Iterations follow each other through the passes of `order`. Where one crosses into the next pass, it skips there
-    what it already has, and leaves that for later in the pass: no iteration asks a prompt twice unless it takes more
-    than there are, and every pass still has every prompt once.
+    Iterations follow each other through passes over all prompts, each shuffled anew. Where one crosses into the next
+    pass, it skips there what it already has, and leaves that for later in the pass: no iteration asks a prompt twice,
+    and every pass still has every prompt once.
 
     Args:
         prompts: the training set, in a fixed order.
@@ -106,12 +107,13 @@ def prompts_for(prompts: Sequence[Prompt], seed: int, iteration: int, per_iterat
 
     Raises:
         UserError: there are no prompts.
+        ValueError: fewer than an iteration takes (`check_enough`).
     """
     _refuse_empty(prompts)
     total = len(prompts)
+    if per_iteration > total:
+        raise ValueError(f"{per_iteration} prompts an iteration of {total}")
     epoch, offset = divmod(iteration * per_iteration, total)
-    if per_iteration > total:  # can't be without repeats
-        return list(islice(order(prompts, seed, epoch), offset, offset + per_iteration))
     # Which prompts a pass has to put later depends on the pass before it, so walk from the first; it is cheap.
     current = _shuffled(prompts, seed, 0)
     for number in range(1, epoch + 1):

@@ -41,7 +41,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RlaifError(f"{path}: no space left on the disk; free some and run the same command again") from e
-        if e.errno in (errno.EROFS, errno.EACCES):
+        if e.errno in (errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{path}: can't write here ({e.strerror})") from e
         raise
 
@@ -215,7 +215,10 @@ class RunDir:
         if not (path / "run.json").exists():
             raise UserError(f"{path}: not a run directory (no run.json in it); `rlaif run JOB` makes one under runs/")
         run = cls(path)
-        version = run.header["schema_version"]
+        header = run.header
+        version = header.get("schema_version") if isinstance(header, dict) else None
+        if not isinstance(version, int):
+            raise UserError(f"{path / 'run.json'}: not a run's (no schema_version in it); restore the file")
         if version > SCHEMA_VERSION:
             raise UserError(f"{path}: written with schema {version}, this rlaif reads up to {SCHEMA_VERSION}; upgrade")
         return run

@@ -12,11 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlaif.config import Job
-from rlaif.constitution import Constitution, load_constitution
+from rlaif.constitution import Constitution, constitution_files, load_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import selecting_voices
 from rlaif.judging.templates import Template, load_template, parse_template, template_names
 from rlaif.store import RunDir, disk_errors, read_json, replace_dir, write_json
+
+
+def template_sources(folder: Path) -> dict[str, str]:
+    """File name → text of a template's copy in a run, with what it includes; empty when it is gone."""
+    return {f.relative_to(folder).as_posix(): f.read_text() for f in sorted(folder.rglob("*.jinja"))}
 
 
 class Texts:
@@ -79,7 +84,7 @@ class Texts:
     def load_template(self, name: str, digest: str) -> Template:
         """The run's copy of a template."""
         folder = self._run.path / "constitutions" / digest
-        return parse_template(name, {f.name: f.read_text() for f in sorted(folder.glob("*.jinja"))}, str(folder))
+        return parse_template(name, template_sources(folder), str(folder))
 
     def _template(self, name: str) -> str:
         """Hash of a template: the pinned one where texts are pinned, else the one on disk. Copies it into the run."""
@@ -96,7 +101,9 @@ class Texts:
             partial.mkdir(parents=True)
             with disk_errors(folder):
                 for source in template.sources:
-                    (partial / source.name).write_text(source.text)
+                    copy = partial / source.name  # an included one may lie in a folder
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.write_text(source.text)
             replace_dir(partial, folder)
         if not self._follows:
             write_json(pins, known | {key: template.hash})
@@ -122,7 +129,7 @@ class Texts:
         copy = folder / "constitution.json"
         if not copy.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            source = self._directory / text.name / f"v{text.version}.yaml"
+            source = constitution_files(self._directory)[text.name][text.version]
             with disk_errors(folder):
                 (folder / "source.yaml").write_bytes(source.read_bytes())
             write_json(copy, text.model_dump(mode="json"))

@@ -42,6 +42,8 @@ def test_a_schedule_survives_the_run_directory(tmp_path: Path) -> None:
         ("iterations: 1", "exactly one of `constitution` and `schedule`"),
         ("constitution: a\nschedule: {0: b}", "exactly one of `constitution` and `schedule`"),
         ("schedule: {1: b}", "needs an entry for iteration 0"),
+        ("constitution: a\nseed: 1\nlearner: {beta: 1}\nlearner: {}", r"job\.yaml:4: `learner` is given twice"),
+        ("constitution: a\nname: 2024-13-45", r"not valid YAML \(month must be"),
         ("- a", "a job is a mapping of settings, found list"),
         ("a: [", r"job\.yaml:1: not valid YAML|job\.yaml:2: not valid YAML"),
     ],
@@ -51,6 +53,12 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
         load(tmp_path, text)
     assert "job.yaml" in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_a_job_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_bytes("constitution: größe".encode("latin-1"))
+    with pytest.raises(UserError, match=r"job\.yaml: not UTF-8 text"):
+        load_job(tmp_path / "job.yaml")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -73,6 +81,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("=1", "expected KEY=VALUE"),
         ("constitution.x=1", "`constitution` is a value, not a section"),
         ("seed=[", "not valid YAML"),
+        ("name=2024-13-45", "not valid YAML"),
     ],
 )
 def test_bad_overrides(override: str, message: str) -> None:

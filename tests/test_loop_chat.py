@@ -12,13 +12,16 @@ import pytest
 
 from rlaif.config import Job
 from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
+from rlaif.judging.calibration import panels_of
 from rlaif.judging.spending import Spent, spent_on
+from rlaif.judging.verdicts import by_pair
 from rlaif.launch import execute
 from rlaif.loop import Loop
-from rlaif.records import Decision, Plan, Vote
+from rlaif.records import Decision, Pair, Plan, Vote
+from rlaif.store import read_json
 from rlaif.workers import InlineWorker
 from tests.judging.fault_server import FaultServer
-from tests.judging.test_calibration import calibration
+from tests.judging.test_calibration import ACCEPTED, REFUSED, calibration
 from tests.stubs import stub_job, stub_loop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,9 +115,56 @@ def test_early_stop_saves_ballots_and_changes_no_decision(tmp_path: Path) -> Non
             loop.run()
             here = loop.dir.iteration(0)
             results.append((here.read("votes", Vote), [d.status for d in here.read("decisions", Decision)]))
+            saved = read_json(here.path / "metrics.json")["ballots_saved"]
+            assert saved == (len(results[-1][0]) if early_stop else 0)
     (whole, kept), (early, kept_early) = results
     assert kept == kept_early == ["dropped"] * len(kept)
     assert len(early) == len(whole) / 2
+
+
+def test_early_stop_leaves_no_held_out_pair_out(tmp_path: Path) -> None:
+    def undecided_when_held_out(body: dict[str, Any]) -> str:
+        return "A" if "held" in body["messages"][-1]["content"] else greater_number(body)
+
+    judge = {"templates": ["pairwise", "pairwise_reasoned"], "early_stop": True}
+    with FaultServer(say=undecided_when_held_out) as server:
+        loop = chat_loop(tmp_path, chat_job(server, judge))
+        loop.run()
+    here = loop.dir.evaluation(3)  # a win is a verdict, kept or not, so every vote counts
+    assert len(here.read("votes", Vote)) == 4 * len(here.read("pairs", Pair)) > 0
+    assert all(d.verdict.order_flip for d in here.read("decisions", Decision))
+
+
+def test_a_slice_of_a_calibration_is_the_prompts_category(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        plain = chat_loop(tmp_path / "plain", chat_job(server))
+        plain.run()
+        votes = [v for k in plain.dir.iterations() for v in plain.dir.iteration(k).read("votes", Vote)]
+        sliced = chat_loop(tmp_path / "sliced", chat_job(server, filters={"calibration": "c.json"}))
+        sliced.train = [p.model_copy(update={"category": "ab"[n % 2]}) for n, p in enumerate(sliced.train)]
+        panels = panels_of(by_pair(votes))
+        models = tuple({v.model for v in votes})
+        sliced.calibration = calibration({"a": ACCEPTED, "b": REFUSED}).model_copy(
+            update={"panels": panels, "models": models}
+        )
+        sliced.run()
+    here = sliced.dir.iteration(0)
+    category = {p.id: p.category for p in sliced.train}
+    status = {p.id: d.status for p, d in zip(here.read("pairs", Pair), here.read("decisions", Decision), strict=True)}
+    assert {(category[p.prompt_id], status[p.id]) for p in here.read("pairs", Pair)} == {
+        ("a", "kept"),
+        ("b", "dropped"),
+    }
+
+
+def test_judging_that_was_interrupted_is_told(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        with pytest.raises(BudgetSpent):
+            chat_loop(tmp_path, chat_job(server, {"budget": {"calls": 7}, "concurrency": 2})).run()
+        loop = chat_loop(tmp_path, chat_job(server, {"concurrency": 2}))
+        loop.run()
+    (event,) = [e for e in loop.dir.events() if e.kind == "judging_interrupted"]
+    assert (event.data["durable"], event.data["in_flight_at_most"]) == (7, 2)
 
 
 def test_a_template_that_vanishes_mid_run_is_the_runs_own(tmp_path: Path) -> None:
@@ -136,6 +186,15 @@ def test_a_missing_key_is_found_before_anything_runs(tmp_path: Path) -> None:
         job = chat_job(server, {"api_key_env": "RLAIF_TEST_NO_SUCH_KEY"})
     with pytest.raises(UserError, match=r"^judge.api_key_env: the environment variable RLAIF_TEST_NO_SUCH_KEY"):
         execute(job, tmp_path / "run", tmp_path, None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_secret_in_the_address_never_reaches_a_run(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        job = chat_job(server, {"base_url": "http://me:hunter2@127.0.0.1:9/v1"})
+    with pytest.raises(UserError, match=r"^judge.base_url: http://127.0.0.1:9/v1 comes with a user") as e:
+        execute(job, tmp_path / "run", tmp_path, None)
+    assert "hunter2" not in str(e.value)
     assert not (tmp_path / "run").exists()
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from rlaif.config import Prompts
 from rlaif.errors import UserError
-from rlaif.prompts import exclude_held_out, load_prompts, order, prompts_for, with_system
+from rlaif.prompts import check_enough, exclude_held_out, load_prompts, prompts_for, with_system
 from rlaif.records import Message, Prompt
 
 ROWS = [
@@ -196,16 +197,6 @@ def test_exclude_held_out_by_id_and_by_text() -> None:
     assert [p.id for p in exclude_held_out(train, held)] == ["1", "4"]
 
 
-def test_order_is_seeded_and_takes_all_in_every_pass() -> None:
-    prompts = numbered(7)
-    endless = order(prompts, seed=1)
-    first, second = [[next(endless).id for _ in range(7)] for _ in range(2)]
-    assert sorted(first) == sorted(second) == [p.id for p in prompts]
-    assert first != second
-    other = order(prompts, seed=2)
-    assert first != [next(other).id for _ in range(7)]
-
-
 @pytest.mark.parametrize("total", [5, 6, 7, 12])
 @pytest.mark.parametrize("per_iteration", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -219,9 +210,11 @@ def test_iterations_take_every_prompt_equally_and_none_twice(total: int, per_ite
     assert set(Counter(stream).values()) == {3 * per_iteration}
 
 
-def test_more_than_there_are_repeats_as_little_as_possible() -> None:
-    taken = [p.id for p in prompts_for(numbered(3), 0, 1, 7)]
-    assert sorted(Counter(taken).values()) == [2, 2, 3]
+def test_fewer_prompts_than_an_iteration_takes_are_refused() -> None:
+    settings = Prompts(train="few.jsonl", per_iteration=4)
+    check_enough(numbered(4), settings)
+    with pytest.raises(UserError, match=r"^prompts.per_iteration=4: few.jsonl has 3 prompts to train on"):
+        check_enough(numbered(3), settings)
 
 
 def test_iterations_are_pure() -> None:

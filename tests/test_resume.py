@@ -34,7 +34,7 @@ def outcome(run: Path) -> dict[str, Any]:
     rows = {str(p.relative_to(run)): p.read_text() for s in stages for p in sorted(run.glob(f"*/*/{s}.jsonl"))}
     for path in sorted(run.glob("iterations/*/votes.jsonl")):
         rows[str(path.relative_to(run))] = "".join(sorted(path.read_text().splitlines(keepends=True)))
-    events = Counter((e.kind, e.iteration, e.message) for e in RunDir(run).events())
+    events = Counter((e.kind, e.iteration, e.message) for e in RunDir(run).events() if e.kind != "judging_interrupted")
     weights = {str(p.relative_to(run)): p.read_text() for p in sorted(run.glob("iterations/*/policy/weights.txt"))}
     return {"rows": rows, "events": events, "weights": weights}
 

@@ -29,6 +29,18 @@ def produce(*chunks: list[Score]):
     return rows
 
 
+def test_a_damaged_header_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run.json: not a run's"):
+        RunDir.open(tmp_path)
+
+
+def test_a_file_where_a_folder_belongs(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match="can't write here"), RunDir(tmp_path / "runs" / "x").lock():
+        pass
+
+
 def test_a_stage_is_written_once_and_read_afterwards(tmp_path: Path) -> None:
     here = StageDir(tmp_path / "it")
     rows = here.rows("scores", Score, produce([score(1)], [score(2)]))

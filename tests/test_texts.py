@@ -64,7 +64,7 @@ def test_a_scheduled_text_is_checked_at_the_start(tmp_path: Path) -> None:
         texts(tmp_path)
 
 
-@pytest.mark.parametrize("broken", ["summary: [", "summary: x\nprinciples: []", None])
+@pytest.mark.parametrize("broken", ["summary: [", "summary: 2024-13-45", "summary: x\nprinciples: []", None])
 def test_a_broken_text_raises_one_alarm_and_the_last_good_one_stays(tmp_path: Path, broken: str | None) -> None:
     folder = write_texts(tmp_path, 1)
     notes: list[str] = []

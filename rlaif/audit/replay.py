@@ -24,14 +24,15 @@ from rlaif.config import Filters, Job, apply_override, changed_keys, parse_job
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.ballots import make_ballots, make_chat_ballots
-from rlaif.judging.calibration import Calibration, read_calibration
+from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
 from rlaif.judging.filters import decide, to_review, trusted
 from rlaif.judging.likelihood import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
 from rlaif.judging.verdicts import aggregate, fit_jurors
 from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, Vote
-from rlaif.store import RunDir, StageDir, read_json
+from rlaif.store import RunDir, StageDir, read_json, read_rows
+from rlaif.texts import template_sources
 
 EXAMPLES = 10
 _PAIR_ID = re.compile(rb'"pair_id":\s*"((?:[^"\\]|\\.)*)"')
@@ -282,6 +283,8 @@ class Iteration:
         jurors = self._jurors()
         texts = self._texts()
         weights = self.text.weights
+        sliced = calibration is not None and EVERYTHING not in calibration.slices
+        categories = self._categories() if sliced else {}
         self.votes = self.reparsed = 0
         before = stage_rows(self.here, "decisions", Decision)
         for pair, mine in self._pairs():
@@ -294,8 +297,13 @@ class Iteration:
             if mine is None:
                 continue
             verdict = aggregate(mine, weights, filters.aggregate, jurors)
-            promised = trusted(verdict, mine, calibration, filters) if calibration else None
+            slice = categories.get(pair.prompt_id) or EVERYTHING
+            promised = trusted(verdict, mine, calibration, filters, slice) if calibration else None
             yield was, decide(verdict, pair, filters, texts, promised)
+
+    def _categories(self) -> dict[str, str | None]:
+        """Prompt → its category: the slice of a calibration."""
+        return {p.id: p.category for p in read_rows(self.run.path / "prompts" / "train.jsonl", Prompt)}
 
     def _jurors(self) -> dict[str, float] | None:
         """What each juror's votes weigh, as the loop fits it."""
@@ -443,7 +451,7 @@ def _voice(b: Ballot) -> tuple[str, ...]:
 
 def _template(folder: Path, name: str) -> Template | None:
     """The run's copy of a template; None when it is gone."""
-    sources = {f.name: f.read_text() for f in sorted(folder.glob("*.jinja"))}
+    sources = template_sources(folder)
     return parse_template(name, sources, str(folder)) if f"{name}.jinja" in sources else None
 
 

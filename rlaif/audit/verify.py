@@ -23,6 +23,7 @@ from rlaif.judging.templates import parse_template
 from rlaif.models import export_digest
 from rlaif.records import ConstitutionRef, Event, Plan, Record
 from rlaif.store import ROW_DIGEST_BYTES, RunDir, StageDir, file_digest, read_json, row_digest
+from rlaif.texts import template_sources
 
 _READ = 1 << 20
 _NAMED_LINES = 10
@@ -444,7 +445,7 @@ _LOST = "changed, cut or added"
 
 
 def _template_hash(folder: Path, name: str) -> str:
-    sources = {f.name: f.read_text() for f in sorted(folder.glob("*.jinja"))}
+    sources = template_sources(folder)
     return parse_template(name, sources, str(folder)).hash
 
 

@@ -342,7 +342,8 @@ class _Casting:
             if limit is not None and getattr(spent, name) >= limit:
                 raise BudgetSpent(
                     f"judge.budget.{name}={limit:g} is spent ({spent.calls} calls, {spent.tokens} tokens, "
-                    f"{spent.money:.4g} money); every vote is saved: raise judge.budget.{name} and run again to go on"
+                    f"{spent.money:.4g} money); every vote is saved: go on with --set judge.budget.{name}=MORE "
+                    "--allow-change"
                 )
 
 

@@ -126,8 +126,14 @@ def check_address(juror: Juror) -> None:
         UserError: its key isn't set, or its address is none.
     """
     api_key(juror)
-    if urlsplit(juror.base_url).scheme not in ("http", "https") or not urlsplit(juror.base_url).hostname:
+    parts = urlsplit(juror.base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"judge.base_url: `{shown_url(juror)}` is no address; expected http(s)://HOST[:PORT]/v1")
+    if "@" in parts.netloc or parts.query:  # the job, address included, is written into the run
+        raise UserError(
+            f"judge.base_url: {shown_url(juror)} comes with a user, a password or a query, and would be written into "
+            "the run; put the secret into a variable and name it in judge.api_key_env"
+        )
 
 
 def shown_url(juror: Juror) -> str:

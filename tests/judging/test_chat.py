@@ -370,9 +370,10 @@ def test_an_address_that_is_none():
         Cast(settings("localhost:8000/v1"))
 
 
-def test_a_password_in_the_address_is_never_shown():
+def test_a_password_in_the_address_is_refused_and_never_shown():
     cast = Cast(settings("http://me:hunter2@127.0.0.1:9/v1", max_retries=0), 1)
     cast.run()
+    assert "judge.base_url: http://127.0.0.1:9/v1 comes with a user" in str(cast.error)
     assert "hunter2" not in str(cast.error)
     assert "hunter2" not in cast.ballots[0].model_dump_json()
 
