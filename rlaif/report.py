@@ -1,0 +1,351 @@
+"""`rlaif report`: a run in one self-contained HTML file, for people who were not there and won't have the run.
+
+In: a run directory through its index. Out: a `Report`, and the file that shows it, with the page's own pictures and
+tables. A number that carries little is said to carry little: `caveats` come first.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlaif.audit.index import Index
+from rlaif.audit.queries import Overview
+from rlaif.constitution import Constitution
+from rlaif.errors import RlaifError, UserError
+from rlaif.judging.calibration import Calibration, read_calibration
+from rlaif.records import Record
+from rlaif.review.agreement import Agreement, agreement, labelled_pairs
+from rlaif.store import RunDir, disk_errors, file_digest, read_json
+from rlaif.summary import summarise
+from rlaif.view.facts import Facts, Metrics, read_facts
+from rlaif.view.pictures import percent, pictures
+
+EXAMPLES = 10
+MOST_CHARS = 1500
+"""Of a text in an example; more is cut, and said."""
+FEW_PAIRS = 200
+FEW_LABELS = 30
+LENGTH_MOVED = 0.3
+BIASED = 0.1
+
+REASONS = {
+    "identical": "the two answers are equal but for surrounding space",
+    "too_few_votes": "too few valid votes",
+    "abstained": "too many votes that named nothing",
+    "tie": "the votes are even",
+    "guard": "a guard voted for the loser",
+    "order_flip": "a voice named another side when the order changed",
+    "low_agreement": "the voices don’t agree enough",
+    "low_margin": "p(first) is too near to one half",
+    "uncalibrated": "under the calibrated threshold",
+    "review": "waits for, or went to, a person",
+}
+
+
+class Text(Record):
+    """A text of the rules that was in force."""
+
+    name: str
+    hash: str
+    since: int
+    """First iteration under it, from 0."""
+    source: str
+    constitution: Constitution | None
+
+
+class PromptFile(Record):
+    """Prompts as the run copied them."""
+
+    use: str
+    source: str
+    """As the job names it."""
+    prompts: int
+    sha256: str | None
+
+
+class Example(Record):
+    """A pair in full."""
+
+    pair_id: str
+    iteration: int
+    """From 0."""
+    constitution: str | None
+    prompt: str
+    winner: str | None
+    outcome: str | None
+    reasons: tuple[str, ...]
+    agreement: float | None
+    first: str
+    second: str
+
+
+class Before(Record):
+    """A held-out prompt with the base policy's answer and the last one's."""
+
+    prompt: str
+    base: str
+    last: str
+
+
+class Report(Record):
+    """What the file says."""
+
+    run: str
+    made: str
+    """UTC, ISO 8601."""
+    done: int
+    planned: int
+    caveats: tuple[str, ...]
+    overview: Overview
+    evaluations: tuple[dict[str, Any], ...]
+    """metrics.json of every evaluation."""
+    texts: tuple[Text, ...]
+    prompts: tuple[PromptFile, ...]
+    prompts_used: int
+    """Different training prompts that were sampled from."""
+    calibration: Calibration | None
+    human: tuple[Agreement, ...]
+    """Judge against people, all labels first; empty without a label."""
+    dropped: dict[str, int]
+    """Every pair that didn't train, by first reason."""
+    kept_examples: tuple[Example, ...]
+    dropped_examples: tuple[Example, ...]
+    before_after: tuple[Before, ...]
+    seconds: dict[str, float]
+    """Wall time by stage, of finished iterations; `evaluations` too."""
+    header: dict[str, Any]
+    """run.json: resolved job, digests, versions, code revision."""
+    head: str | None
+    """Digest over the whole log, if the run noted one."""
+
+
+def make_report(index: Index, run: RunDir) -> Report:
+    """Everything that the report says.
+
+    Raises:
+        UserError: no iteration is finished yet.
+    """
+    with index.session():
+        return _make(index, run)
+
+
+def _make(index: Index, run: RunDir) -> Report:
+    facts = read_facts(index, run)
+    done = sum(r.done for r in facts.overview.iterations)
+    if not done:
+        raise UserError(f"{run.path}: no iteration is finished yet; `rlaif status {run.path}` says where it stands")
+    header = run.header
+    job = header["job"]
+    calibration = read_calibration(path) if (path := run.path / "calibration.json").exists() else None
+    pairs, problems = labelled_pairs(run)
+    human = tuple(agreement(pairs)) if pairs else ()
+    dropped: dict[str, int] = {}
+    for parts in facts.parts.values():
+        for part, n in parts.items():
+            if part != "kept":
+                dropped[part] = dropped.get(part, 0) + n
+    used = index.rows(
+        "SELECT count(DISTINCT prompt_id) AS n FROM completions WHERE iteration IS NOT NULL"
+    )[0]["n"]  # fmt: skip
+    return Report(
+        run=run.path.resolve().name,
+        made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        done=done,
+        planned=job["iterations"],
+        caveats=(*_caveats(facts, job, done, calibration, human), *facts.overview.problems, *problems),
+        overview=facts.overview,
+        evaluations=tuple(facts.evaluations),
+        texts=tuple(_text(run, c.constitution, c.hash, c.iteration) for c in facts.overview.changes),
+        prompts=tuple(_prompts(run, job)),
+        prompts_used=used,
+        calibration=calibration,
+        human=human,
+        dropped=dict(sorted(dropped.items(), key=lambda item: -item[1])),
+        kept_examples=tuple(_examples(index, job["seed"], "kept")),
+        dropped_examples=tuple(_examples(index, job["seed"], "dropped")),
+        before_after=tuple(_before_after(run)),
+        seconds=_seconds(index, facts),
+        header=header,
+        head=_head(run),
+    )
+
+
+def write_report(report: Report, index: Index, run: RunDir, to: Path) -> Path:
+    """Writes the HTML file, whole or not at all."""
+    from rlaif.view.rendering import render, style
+
+    facts = read_facts(index, run)
+    html = render(
+        "report.html",
+        report=report,
+        facts=facts,
+        pictures=pictures(facts),
+        style=style(),
+        reasons=REASONS,
+        job_yaml=yaml.safe_dump(report.header["job"], sort_keys=False, allow_unicode=True),
+    )
+    if to.is_dir():
+        raise UserError(f"--to {to}: that is a folder; name a file, for example {to / 'report.html'}")
+    if not to.parent.is_dir():
+        raise UserError(f"--to {to}: there is no folder {to.parent}; make it first")
+    temporary = to.with_name(to.name + ".partial")
+    with disk_errors(to):
+        temporary.write_bytes(html.encode("utf-8", "replace"))
+        os.replace(temporary, to)
+    return to
+
+
+def _caveats(
+    facts: Facts, job: dict[str, Any], done: int, calibration: Calibration | None, human: tuple[Agreement, ...]
+) -> list[str]:
+    """What to know before the numbers are relied on, one sentence each, the gravest first."""
+    totals, last = facts.overview.totals, facts.last_judged
+    out = []
+    if done < job["iterations"]:
+        out.append(f"The run is not finished: {done} of {job['iterations']} iterations.")
+    out += [f"Alarm: {alarm}." for alarm in facts.overview.alarms]
+    if last is None:
+        out.append("Nothing was judged against the base policy: whether the training helped is not measured here.")
+    else:
+        low, high = last["win_interval"]
+        if low <= 0.5 <= high:
+            out.append(
+                f"No clear difference to the base policy: the win rate's 95 % interval, {percent(low)} to "
+                f"{percent(high)}, holds one half."
+            )
+        out.append(
+            f"The win rate is over {last['answers'] or 'some'} held-out answers, by the judge that also made the "
+            "training labels: it says how far the policy follows this judge, not how good it is."
+        )
+    if calibration is None:
+        out.append(
+            "The filter was not calibrated: the labels were never compared with labelled pairs. Agreement of the "
+            "judge's voices is consistency, not correctness."
+        )
+    if not human:
+        out.append("No person labelled any pair of this run.")
+    elif human[0].decided < FEW_LABELS:
+        out.append(
+            f"Only {human[0].decided} pairs have both a person's and the judge's word: too few to conclude from."
+        )
+    if totals.position_bias is not None and abs(totals.position_bias - 0.5) > BIASED:
+        bias = percent(totals.position_bias)
+        out.append(f"The judge names the slot shown first in {bias} of its votes; 50 % is no bias.")
+    if totals.preferences < FEW_PAIRS:
+        out.append(f"Only {totals.preferences} preferences were trained on.")
+    base = next((e for e in facts.evaluations if e["updates"] == 0), None)
+    newest = facts.evaluations[-1] if facts.evaluations else None
+    if base and newest and base["mean_words"] and newest["mean_words"]:
+        change = newest["mean_words"] / base["mean_words"] - 1
+        if abs(change) > LENGTH_MOVED:
+            out.append(
+                f"Held-out answers became {percent(abs(change))} {'longer' if change > 0 else 'shorter'}; unless the "
+                "text asks for that, a win may be a matter of length."
+            )
+    return out
+
+
+def _text(run: RunDir, name: str, digest: str, since: int) -> Text:
+    folder = run.path / "constitutions" / digest
+    source, parsed = folder / "source.yaml", folder / "constitution.json"
+    return Text(
+        name=name,
+        hash=digest,
+        since=since,
+        source=source.read_text(errors="replace") if source.exists() else "(the run's copy is missing)",
+        constitution=Constitution.model_validate(read_json(parsed)) if parsed.exists() else None,
+    )
+
+
+def _prompts(run: RunDir, job: dict[str, Any]) -> list[PromptFile]:
+    out = []
+    for use, key in (("training", "train"), ("held out", "held_out")):
+        path = run.path / "prompts" / f"{key}.jsonl"
+        there = path.exists()
+        count = sum(1 for line in path.open("rb") if line.strip()) if there else 0
+        sha256 = file_digest(path) if there else None
+        out.append(PromptFile(use=use, source=job["prompts"][key], prompts=count, sha256=sha256))
+    return out
+
+
+def _examples(index: Index, seed: int, status: str) -> list[Example]:
+    """Pairs drawn by the run's seed: the same ones whenever the report is made."""
+    rows = index.rows(
+        """SELECT p.pair_id, p.iteration, i.text_name AS constitution, q.messages, d.winner, d.outcome, d.reasons,
+            d.agreement, a.text AS first_text, b.text AS second_text
+        FROM decisions d JOIN pairs p ON p.pair_id = d.pair_id AND p.iteration = d.iteration
+        LEFT JOIN iterations i ON i.iteration = p.iteration
+        LEFT JOIN prompts q ON q.prompt_id = p.prompt_id
+        LEFT JOIN completions a ON a.completion_id = p.first
+        LEFT JOIN completions b ON b.completion_id = p.second
+        WHERE d.status = ? ORDER BY md5(p.pair_id || '-' || ?::VARCHAR), p.pair_id LIMIT ?""",
+        [status, str(seed), EXAMPLES],
+    )
+    return [
+        Example(
+            pair_id=row["pair_id"],
+            iteration=row["iteration"],
+            constitution=row["constitution"],
+            prompt=_cut(_conversation(row["messages"])),
+            winner=row["winner"],
+            outcome=row["outcome"],
+            reasons=tuple(row["reasons"] or ()),
+            agreement=row["agreement"],
+            first=_cut(row["first_text"]),
+            second=_cut(row["second_text"]),
+        )
+        for row in rows
+    ]
+
+
+def _conversation(messages: list[dict[str, str]] | None) -> str | None:
+    """The turns without the system message, which all prompts of a run share."""
+    turns = [m for m in messages or () if m["role"] != "system"]
+    return "\n\n".join(m["content"] if len(turns) == 1 else f"{m['role']}: {m['content']}" for m in turns) or None
+
+
+def _cut(text: str | None) -> str:
+    if text is None:
+        return "(not in the log)"
+    return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]} … ({len(text) - MOST_CHARS} more characters)"
+
+
+def _before_after(run: RunDir) -> list[Before]:
+    """The first held-out prompts before and after; none where the run's copies are gone."""
+    try:
+        rows = summarise(run)["answers"]
+    except (RlaifError, OSError):
+        return []
+    out = []
+    for row in rows:
+        answers = {int(k): v for k, v in row["answers"].items() if v is not None}
+        if 0 in answers and len(answers) > 1:
+            last = answers[max(answers)]
+            out.append(Before(prompt=_cut(row["prompt"]), base=_cut(answers[0]), last=_cut(last)))
+    return out
+
+
+def _seconds(index: Index, facts: Facts) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for row in index.rows("SELECT metrics FROM iterations WHERE metrics IS NOT NULL"):
+        metrics: Metrics = json.loads(row["metrics"])
+        for stage, seconds in metrics.get("seconds", {}).items():
+            total[stage] = total.get(stage, 0.0) + seconds
+    total["evaluations"] = sum(e["seconds"] or 0.0 for e in facts.evaluations)
+    return {stage: round(seconds, 1) for stage, seconds in total.items()}
+
+
+def _head(run: RunDir) -> str | None:
+    """The newest line of heads.jsonl, as `rlaif audit RUN verify --head` takes it."""
+    path = run.path / "heads.jsonl"
+    try:
+        newest = json.loads(path.read_bytes().splitlines()[-1])
+        return f"{newest['iteration'] + 1}:{newest['head']}"
+    except (OSError, IndexError, KeyError, ValueError, TypeError):
+        return None

@@ -1,0 +1,380 @@
+"""A run's pictures as geometry: what `templates/picture.html` draws as SVG, on the page and in the report. Pure.
+
+In: a run's numbers (`Facts`). Out: a `Picture` each. Colours are CSS classes, so that light and dark are the style
+sheet's matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, get_args
+
+from rlaif.audit.queries import IterationRow
+from rlaif.records import DropReason
+from rlaif.view.facts import Facts, Metrics
+
+WIDTH, HEIGHT = 440, 214
+LEFT, RIGHT, TOP, BOTTOM = 40, 12, 22, 34
+MOST_POINTS = 300
+"""More steps than this are shown as means of equal stretches."""
+MOST_LABELS = 4
+"""More changes of text than this are marked without their names."""
+
+Format = Callable[[float], str]
+Spot = tuple[float, float]
+"""x and y in data units."""
+
+
+def percent(value: float) -> str:
+    """0.25 → 25 %."""
+    return f"{value:.0%}".replace("%", " %")
+
+
+def decimals(digits: int) -> Format:
+    """A format with so many digits after the point."""
+    return lambda value: f"{value:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A dot, and what it says when pointed at."""
+
+    x: float
+    y: float
+    says: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series: dots in a colour and shape of its own, joined by a line."""
+
+    name: str
+    style: int
+    points: tuple[Point, ...]
+    bars: tuple[tuple[float, float, float], ...] = ()
+    """Intervals: x, top, bottom."""
+    dots: bool = True
+    breaks: tuple[float, ...] = ()
+    """Not joined across these x: the values on both sides don't compare."""
+
+    @property
+    def path(self) -> str:
+        """The SVG path through the points."""
+        starts = [i for i in range(len(self.points)) if i == 0 or self._broken(self.points[i - 1].x, self.points[i].x)]
+        return " ".join(f"{'M' if i in starts else 'L'}{p.x:.1f} {p.y:.1f}" for i, p in enumerate(self.points))
+
+    def _broken(self, before: float, after: float) -> bool:
+        return any(before < x < after for x in self.breaks)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One part of a stack."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    kind: str
+    says: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line: another text is in force from here on."""
+
+    x: float
+    label: str
+    says: str
+    end: bool
+    """The label stands left of the line, for want of room."""
+
+
+@dataclass
+class Picture:
+    """One picture in SVG units, from the top left; `latest` and `says` are its content in words."""
+
+    key: str
+    title: str
+    x_label: str
+    latest: str = ""
+    says: str = ""
+    """For those who don't see it."""
+    empty: str = ""
+    """Why there is nothing to draw."""
+    note: str = ""
+    lines: list[Line] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    """What the parts of a stack are called."""
+    marks: list[Mark] = field(default_factory=list)
+    x_ticks: list[tuple[float, str]] = field(default_factory=list)
+    y_ticks: list[tuple[float, str]] = field(default_factory=list)
+    reference: float | None = None
+    """Height of a line to compare with."""
+
+    width, height, left, right, top, bottom = WIDTH, HEIGHT, LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
+
+
+class _Scale:
+    """Data units → SVG units."""
+
+    def __init__(self, x: Spot, y: Spot) -> None:
+        self._x, self._y = x, y
+
+    def x(self, value: float) -> float:
+        low, high = self._x
+        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self._y
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
+def nice(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers that cover low to high, at most about `most` of them; the first and last enclose both ends."""
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    rough = (high - low) / max(most - 1, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def pictures(facts: Facts) -> list[Picture]:
+    """All pictures of a run."""
+    iterations, evaluations = facts.overview.iterations, facts.evaluations
+    # The first text is no change.
+    changes = [(c.iteration, c.constitution) for c in facts.overview.changes[1:]]
+    ends = [*(r.iteration + 1 for r in iterations), *(e["updates"] for e in evaluations), 1]
+    time = _Time("iteration", 0, max(ends), [(k + 0.5, name) for k, name in changes])
+
+    def line(key: str, title: str, series: dict[str, list[Spot]], **more: Any) -> Picture:
+        return _line_picture(key, title, series, time, **more)
+
+    def each(get: Callable[[IterationRow], float | None], shift: int = 1) -> list[Spot]:
+        return [(r.iteration + shift, value) for r in iterations if (value := get(r)) is not None]
+
+    def held_out(get: Callable[[Metrics], float | None]) -> list[Spot]:
+        return [(e["updates"], value) for e in evaluations if (value := get(e)) is not None]
+
+    judged = [e for e in evaluations if e["win_rate"] is not None and e["win_interval"]]
+    checks = sorted({name for e in evaluations for name in e["checks"]})
+    return [
+        _kept(facts.parts, time),
+        line(
+            "win-rate",
+            "Win rate against base",
+            {"held-out answers": held_out(lambda e: e["win_rate"])},
+            intervals=[(e["updates"], *e["win_interval"]) for e in judged],
+            write=percent,
+            y_range=(0, 1),
+            reference=0.5,
+            joined_across_texts=False,
+            note="95 % interval; judged under the text in force",
+            empty="nothing was judged against the base policy yet",
+        ),
+        line(
+            "agreement",
+            "Agreement of the judge’s voices",
+            {"mean over pairs": each(lambda r: r.agreement)},
+            write=percent,
+            y_range=(0, 1),
+            note="agreement is not correctness",
+            empty="no verdict yet",
+        ),
+        line(
+            "position-bias",
+            "Position bias",
+            {"votes for the slot shown first": each(lambda r: r.position_bias)},
+            write=percent,
+            y_range=(0, 1),
+            reference=0.5,
+            note="50 % is none",
+            empty="not measured: no voice was asked in both orders",
+        ),
+        line(
+            "length",
+            "Mean length of an answer, words",
+            {
+                # Sampled by the policy that the iteration started from.
+                "sampled for training": each(lambda r: r.mean_words, shift=0),
+                "held out": held_out(lambda e: e["mean_words"]),
+            },
+            write=decimals(1),
+            empty="no answer yet",
+        ),
+        line(
+            "kl",
+            "KL from base, nats a token",
+            {"held-out answers": held_out(lambda e: e["kl_per_token"])},
+            write=decimals(3),
+            empty="not measured: the engine reported no log-probabilities",
+        ),
+        line(
+            "sanity",
+            "Sanity, nats a token",
+            {
+                "relevance to the prompt": held_out(lambda e: e["relevance"]),
+                "−log p under the base policy": held_out(
+                    lambda e: None if (p := e["base_logprob_per_token"]) is None else -p
+                ),
+            },
+            write=decimals(2),
+            empty="no evaluation yet",
+        ),
+        line(
+            "checks",
+            "Checks that held-out answers pass",
+            {name: held_out(lambda e, name=name: e["checks"].get(name)) for name in checks},  # type: ignore[misc]
+            write=percent,
+            y_range=(0, 1),
+            note="mechanical, never a training label",
+            empty="no principle has a check",
+        ),
+        _loss(facts.losses, changes),
+    ]
+
+
+@dataclass(frozen=True)
+class _Time:
+    """The axis that all pictures of a kind share, with its changes of text."""
+
+    label: str
+    low: float
+    high: float
+    changes: list[tuple[float, str]]
+
+    def ticks(self) -> list[float]:
+        whole = [t for t in nice(self.low, self.high, 8) if t == int(t)]
+        return [t for t in whole if self.low <= t <= self.high]
+
+    def marks(self, scale: _Scale) -> Iterator[Mark]:
+        named = len(self.changes) <= MOST_LABELS
+        for at, name in self.changes:
+            x = scale.x(at)
+            says = f"{name} is in force from here on"
+            yield Mark(x, name if named else "", says, end=x > LEFT + 0.6 * (WIDTH - LEFT - RIGHT))
+
+
+def _line_picture(
+    key: str,
+    title: str,
+    series: dict[str, list[Spot]],
+    time: _Time,
+    *,
+    write: Format,
+    empty: str,
+    y_range: Spot | None = None,
+    intervals: Sequence[tuple[float, float, float]] = (),
+    reference: float | None = None,
+    note: str = "",
+    dots: bool = True,
+    joined_across_texts: bool = True,
+) -> Picture:
+    series = {name: [s for s in spots if math.isfinite(s[1])] for name, spots in series.items()}
+    series = {name: spots for name, spots in series.items() if spots}
+    if not series:
+        return Picture(key, title, time.label, empty=empty)
+    values = [y for spots in series.values() for _, y in spots]
+    heights = nice(*(y_range or (min(0, *values, 0), max(values))))
+    scale = _Scale((time.low, time.high), (heights[0], heights[-1]))
+    bars = tuple((scale.x(x), scale.y(high), scale.y(low)) for x, low, high in intervals)
+    marks = list(time.marks(scale))
+    lines = [
+        Line(
+            name,
+            style % 6,
+            tuple(Point(scale.x(x), scale.y(y), f"{name}, {time.label} {x:g}: {write(y)}") for x, y in spots),
+            bars if style == 0 else (),
+            dots,
+            () if joined_across_texts else tuple(m.x for m in marks),
+        )
+        for style, (name, spots) in enumerate(series.items())
+    ]
+    last = {name: write(spots[-1][1]) for name, spots in series.items()}
+    # Of several series none is the one to name.
+    latest = list(last.values())[-1] if len(last) == 1 else ""
+    if intervals:
+        _, low, high = intervals[-1]
+        latest += f" ({percent(low).removesuffix(' %')}–{percent(high)})"
+    says = "; ".join(
+        f"{name}: {write(spots[0][1])} at {time.label} {spots[0][0]:g}, {last[name]} at {spots[-1][0]:g}"
+        for name, spots in series.items()
+    )
+    return Picture(
+        key,
+        title,
+        time.label,
+        latest=latest,
+        says=f"{title}. {says}.",
+        note=note,
+        lines=lines,
+        marks=marks,
+        x_ticks=[(scale.x(t), f"{t:g}") for t in time.ticks()],
+        y_ticks=[(scale.y(t), _tick(t, heights, write)) for t in heights],
+        reference=None if reference is None else scale.y(reference),
+    )
+
+
+def _tick(value: float, ticks: list[float], write: Format) -> str:
+    return write(value) if write is percent and ticks[-1] <= 1 else f"{value:g}"
+
+
+def _kept(parts: Mapping[int, Mapping[str, int]], time: _Time) -> Picture:
+    """Shares, so that iterations of different sizes compare; the counts are said."""
+    title, key = "Kept and dropped pairs", "kept"
+    if not parts:
+        return Picture(key, title, time.label, empty="no pair was decided on yet")
+    order = ("kept", "review", *get_args(DropReason))
+    found = {kind for counts in parts.values() for kind in counts}
+    kinds = sorted(found, key=lambda kind: order.index(kind) if kind in order else len(order))
+    scale = _Scale((time.low, time.high), (0, 1))
+    slot = (WIDTH - LEFT - RIGHT) / (time.high - time.low)
+    bars = []
+    for k, counts in sorted(parts.items()):
+        total, base = sum(counts.values()), 0
+        for kind in kinds:
+            if n := counts.get(kind, 0):
+                top, bottom = scale.y((base + n) / total), scale.y(base / total)
+                says = f"iteration {k + 1}: {kind.replace('_', ' ')} {n} of {total} ({percent(n / total)})"
+                # Bar k lies between k - 1 and k: it leads from one policy to the next.
+                bars.append(Bar(scale.x(k) + 0.08 * slot, top, 0.84 * slot, bottom - top, kind, says))
+                base += n
+    kept = sum(counts.get("kept", 0) for counts in parts.values())
+    pairs = sum(sum(counts.values()) for counts in parts.values())
+    last = parts[max(parts)]
+    bar_time = _Time(time.label, time.low, time.high, [(at - 0.5, name) for at, name in time.changes])
+    return Picture(
+        key,
+        title,
+        time.label,
+        latest=f"{percent(last.get('kept', 0) / sum(last.values()))} kept",
+        says=f"{title}. Kept {kept} of {pairs} pairs over {len(parts)} iterations.",
+        bars=bars,
+        kinds=kinds,
+        marks=list(bar_time.marks(scale)),
+        x_ticks=[(scale.x(t) - slot / 2, f"{t:g}") for t in time.ticks() if t >= 1],
+        y_ticks=[(scale.y(t), percent(t)) for t in (0, 0.25, 0.5, 0.75, 1)],
+    )
+
+
+def _loss(steps: Sequence[tuple[int, float]], changes: list[tuple[int, str]]) -> Picture:
+    title = "Training loss by optimizer step"
+    if not steps:
+        return Picture("loss", title, "step", empty="no update yet")
+    starts = [(next((i for i, (k, _) in enumerate(steps) if k >= at), len(steps)) + 0.5, name) for at, name in changes]
+    size = math.ceil(len(steps) / MOST_POINTS)
+    stretches = [steps[i : i + size] for i in range(0, len(steps), size)]
+    spots = [(1 + i * size + (len(part) - 1) / 2, fmean(loss for _, loss in part)) for i, part in enumerate(stretches)]
+    time = _Time("step", 0, max(len(steps), 2), starts)
+    series: dict[str, list[Spot]] = {("loss" if size == 1 else f"loss, mean of {size} steps"): spots}
+    if len(spots) >= 20:
+        width = max(len(spots) // 15, 3)
+        smooth = [fmean(y for _, y in spots[max(0, i - width + 1) : i + 1]) for i in range(len(spots))]
+        series[f"mean of the last {width * size} steps"] = [(x, y) for (x, _), y in zip(spots, smooth, strict=True)]
+    return _line_picture("loss", title, series, time, write=decimals(3), empty="", dots=len(spots) < 20)

@@ -1,0 +1,142 @@
+"""The pages over plain HTTP: headers, hosts, errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+
+from tests.view.conftest import ROOT, served
+from tests.view.runs import make_run, reviewed_job
+
+
+def get(url: str, **headers: str) -> tuple[int, dict[str, str], str]:
+    """Status, headers and text of an answer."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+            return answer.status, dict(answer.headers), answer.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, dict(e.headers), e.read().decode()
+
+
+def post(url: str, form: dict[str, str], **headers: str) -> tuple[int, dict[str, str], str]:
+    """The same, of a form that was sent."""
+    request = urllib.request.Request(url, data=urlencode(form).encode(), headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, dict(answer.headers), answer.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, dict(e.headers), e.read().decode()
+
+
+@pytest.mark.parametrize("path", ["/", "/static/style.css", "/nothing", "/version"])
+def test_every_answer_forbids_foreign_script(address: str, path: str) -> None:
+    _, headers, _ = get(address + path)
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self';" in policy
+    assert "unsafe" not in policy
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_name_that_is_not_this_machine_is_refused(address: str) -> None:
+    status, _, text = get(address, Host="rebound.example:8321")
+    assert status == 400
+    assert "loopback" in text
+    assert get(address, Host="localhost:1234")[0] == 200
+
+
+def test_unknown_pages_are_a_line(address: str) -> None:
+    for path in ("/nothing", "/static/../app.py", "/static/app.py"):
+        status, _, text = get(address + path)
+        assert status == 404
+        assert "Traceback" not in text
+
+
+def test_no_generated_api_pages(address: str) -> None:
+    assert [get(f"{address}/{p}")[0] for p in ("docs", "redoc", "openapi.json")] == [404] * 3
+
+
+def test_a_damaged_file_is_named_and_the_rest_is_shown(stub_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stub_run, run)
+    (run / "iterations/0001/metrics.json").write_text('{"iteration": 1,\n oops')
+    with served(run) as url:
+        status, _, text = get(url)
+    assert status == 200
+    assert "iterations/0001/metrics.json" in text
+    assert "rules@2" in text
+
+
+def test_a_form_of_another_page_stores_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, reviewed_job())
+    with served(run) as url:
+        _, headers, text = get(f"{url}/review")
+        cookie = headers["set-cookie"].partition(";")[0] + "; rlaif_author=Ada"
+        assert "HttpOnly" in headers["set-cookie"]
+        assert "samesite=strict" in headers["set-cookie"].lower()
+        token = re.findall('name="token" value="([0-9a-f]+)"', text)[0]
+        pair = re.findall('name="pair" value="([^"]+)"', get(f"{url}/review", Cookie=cookie)[2])[0]
+        form = {"pair": pair, "answer": "1", "token": token}
+        assert post(f"{url}/review", form | {"token": "0" * 64}, Cookie=cookie)[0] == 403
+        assert post(f"{url}/review", {"pair": pair, "answer": "1"}, Cookie=cookie)[0] == 403
+        assert post(f"{url}/review", form, Cookie="rlaif_author=Ada")[0] == 403
+        assert post(f"{url}/review", form | {"reason": "x" * 100_000}, Cookie=cookie)[0] == 413
+        assert not (run / "review" / "labels.jsonl").exists()
+        assert "expected 1, 2, t" in post(f"{url}/review", form | {"answer": "x"}, Cookie=cookie)[2]
+        assert post(f"{url}/review", form, Cookie=cookie)[0] == 200
+    assert len((run / "review" / "labels.jsonl").read_text().splitlines()) == 1
+
+
+def test_what_an_address_can_not_mean_is_said(address: str) -> None:
+    status, _, text = get(f"{address}/pairs?status=keptt&min_agreement=much&text=question&offset=-3")
+    assert status == 200
+    assert all(part in text for part in ("status=keptt", "min_agreement=much", "offset=-3", "question 1"))
+
+
+def test_an_unknown_pair_or_text_is_a_line(address: str) -> None:
+    for path in (
+        "/pairs/nosuch",
+        "/constitutions/..%2F..%2Frun.json",
+        "/constitutions/00000000",
+        "/questions/x/nosuch",
+    ):
+        status, _, text = get(address + path)
+        assert status == 404, path
+        assert "Traceback" not in text
+        assert "schema_version" not in text
+
+
+def test_a_version_changes_when_something_is_written(stub_run: Path, tmp_path: Path) -> None:
+    from rlaif.store import RunDir
+    from rlaif.view.facts import version_of
+
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(stub_run, run.path)
+    first = version_of(run)
+    assert version_of(run) == first
+    run.event("resumed", "again")
+    second = version_of(run)
+    run.iteration(9).path.mkdir()
+    third = version_of(run)
+    (run.iteration(9).path / "votes.jsonl.partial").touch()
+    assert len({first, second, third, version_of(run)}) == 4
+
+
+def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rlaif", "view", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "not a run directory" in done.stderr
+
+
+def test_the_version_is_json(address: str) -> None:
+    assert set(json.loads(get(f"{address}/version")[2])) == {"version"}
