@@ -177,6 +177,7 @@ STAGE_TABLES: dict[str, Table] = {
             Column("pair_id", "VARCHAR", "r.pair_id"),
             Column("status", "VARCHAR", "r.status", "kept, dropped, review"),
             Column("reasons", "VARCHAR[]", "r.reasons", "every rule that spoke against it"),
+            Column("review_rule", "VARCHAR", "r.review_rule", "the setting that sent it to review; NULL for none"),
             Column("winner", "VARCHAR", "r.winner", "first, second; NULL unless kept"),
             Column("outcome", "VARCHAR", "r.verdict.outcome", "the verdict's, kept or not"),
             Column("p_first", "DOUBLE", "r.verdict.p_first"),

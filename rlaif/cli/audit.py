@@ -402,9 +402,10 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
         console.print("not decided yet")
     else:
         verdict = found.decision.verdict
+        sent_by = f" ({found.decision.review_rule})" if found.decision.review_rule else ""
         console.print(
             f"verdict: [bold]{verdict.outcome}[/], p(first) {number(verdict.p_first, 3)}, agreement "
-            f"{number(verdict.agreement, 3)}; decision: [bold]{found.decision.status}[/]"
+            f"{number(verdict.agreement, 3)}; decision: [bold]{found.decision.status}[/]{sent_by}"
         )
         for rule in found.rules:
             mark = "[green]passed[/]" if rule.passed else "[red]against[/]"
