@@ -54,16 +54,19 @@ class PlainProgress:
         name, total, unit, iteration = self._stage
         seconds = time.monotonic() - self._started
         where = f"iteration {iteration + 1}/{self._iterations}"
-        self._console.print(f"{where}  {name}: {self._done}/{total} {unit} in {seconds:.1f} s")
+        self._line(f"{where}  {name}: {self._done}/{total} {unit} in {seconds:.1f} s")
         self._stage = None
 
     def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None:
         self._close_stage()
-        self._console.print(escape(iteration_line(iteration, self._iterations, metrics)))
+        self._line(iteration_line(iteration, self._iterations, metrics))
 
     def note(self, message: str) -> None:
         self._close_stage()
-        self._console.print(escape(message))
+        self._line(message)
+
+    def _line(self, text: str) -> None:
+        self._console.print(escape(text), soft_wrap=True)  # a log's line is never broken
 
 
 class LiveProgress:
