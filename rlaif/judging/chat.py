@@ -53,6 +53,8 @@ class ChatJudge:
     ):
         """`connect` makes a juror's server; `backoff_s` is the longest first wait before another attempt.
 
+        `spent` also says which jurors have answered: their failed ballots are votes, however few are left.
+
         Raises:
             UserError: a key is missing, an address is none, a price is missing, or the cache can't be written.
         """
@@ -61,6 +63,10 @@ class ChatJudge:
                 raise UserError(f"judge.prices: no price for `{juror.model}`, and judge.budget.money needs one")
         self.settings = settings
         self.spent = spent or Spent()
+        self._standing: dict[str, _Standing] = defaultdict(_Standing)
+        """By juror, over all casts."""
+        for name in self.spent.answered:
+            self._standing[name].answers = True
         self._jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
         self._connect = connect
         self._backoff_s = backoff_s
@@ -165,11 +171,21 @@ class _Done(NamedTuple):
 
 
 @dataclass
+class _Standing:
+    """What is known of a juror."""
+
+    answers: bool = False
+    """It has replied, in this process or an earlier one: its settings are right."""
+    failures: int = 0
+    """Ballots that failed since its last reply, but for rejected ones."""
+
+
+@dataclass
 class _Streak:
     """A juror's failures since its last reply: whether they are votes shows with the next one."""
 
+    standing: _Standing
     held: list[_Done] = field(default_factory=list)
-    any_reply: bool = False
 
 
 class _Casting:
@@ -180,7 +196,7 @@ class _Casting:
         self.ballots = ballots
         self.questions = questions
         self.ready: list[_Done] = []
-        self.streaks: dict[str, _Streak] = defaultdict(_Streak)
+        self.streaks = {name: _Streak(judge._standing[name]) for name in judge._jurors}
         """By juror: one that is down must not hide behind another that answers."""
         self.error: Exception | None = None
         """Why no more ballots are taken."""
@@ -224,16 +240,22 @@ class _Casting:
     def _finish(self, done: _Done) -> None:
         """Sorts out whether a finished ballot is a vote already, or held back with its juror's other failures."""
         streak = self.streaks[done.vote.ballot.judge]
-        if done.vote.cached:  # says nothing about the server
-            self.ready.append(done)
+        standing = streak.standing
+        if done.failure is None:
+            standing.answers = True
+        if done.vote.cached:  # says nothing about the server now
+            self.ready += [*(d for d in streak.held if d.rejected), done]
+            streak.held = [d for d in streak.held if not d.rejected]
         elif done.failure is None:
             self.ready += [*streak.held, done]
-            streak.held, streak.any_reply = [], True
-        elif done.rejected and streak.any_reply:
+            streak.held, standing.failures = [], 0
+        elif done.rejected and standing.answers:
             self.ready.append(done)
         else:
             streak.held.append(done)
-            if len(streak.held) >= self.judge.settings.breaker_failures:
+            # Also those of earlier casts, or a judge that went down between small ones would never be found out.
+            standing.failures += not done.rejected
+            if max(standing.failures, len(streak.held)) >= self.judge.settings.breaker_failures:
                 self.error = self.error or self._unavailable(streak)
 
     def _take(self) -> list[_Done]:
@@ -251,23 +273,25 @@ class _Casting:
         """
         for streak in self.streaks.values():
             # One that answers, but not as it should, may do so for this ballot again and again: a vote, not a pause.
-            if streak.held and not streak.any_reply and not any(d.broken for d in streak.held):
+            if streak.held and not streak.standing.answers and not any(d.broken for d in streak.held):
                 raise self._unavailable(streak)
         left = [d for streak in self.streaks.values() for d in streak.held]
-        self.streaks.clear()
+        for streak in self.streaks.values():
+            streak.held = []
         return left
 
     def _unavailable(self, streak: _Streak) -> Exception:
         """Why a row of failures ends the casting."""
         last = streak.held[-1].vote
         url = shown_url(self.judge._jurors[last.ballot.judge])
-        if not streak.any_reply and all(d.rejected for d in streak.held):
+        if not streak.standing.answers and all(d.rejected for d in streak.held):
             return UserError(
                 f"judge: {url} rejects every request ({last.error}); mend the job: judge.model, judge.logprobs, "
                 "judge.extra_body"
             )
+        failed = max(streak.standing.failures, len(streak.held))
         return JudgeUnavailable(
-            f"judge: {url} is down, {len(streak.held)} ballots in a row failed after all attempts (last: {last.error}"
+            f"judge: {url} is down, {failed} ballots in a row failed after all attempts (last: {last.error}"
             "); no vote is lost: run again when it is back"
         )
 
