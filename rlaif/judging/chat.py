@@ -384,7 +384,7 @@ def _vote(
     if parsed.shown is not None:
         found = {"outcome": outcome(parsed.shown, ballot.order)}
     # A tie has no side that the labels' masses could speak for.
-    if parsed.shown in ("A", "B") and (mass := label_mass(reply.tokens)) is not None:
+    if parsed.shown in ("A", "B") and (mass := label_mass(reply.tokens, parsed.shown)) is not None:
         p_first = 1 - mass.p_first_shown if ballot.order == "reversed" else mass.p_first_shown
         if clamp is not None and template.verdict != "letter":
             p_first = min(max(p_first, clamp[0]), clamp[1])
