@@ -195,6 +195,8 @@ class Verdict(Record):
     guard_first: int = 0
     """Guard votes for the first completion (that is, against the second)."""
     guard_second: int = 0
+    guard_missing: int = 0
+    """Guards that were asked and have no valid vote: nobody knows whether they would veto."""
 
 
 class Decision(Record):
