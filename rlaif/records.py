@@ -140,7 +140,7 @@ class Ballot(Record):
     template: str
     """Hash of the text or template that the question is rendered from."""
     parameters: str = ""
-    """Digest of the sampling parameters of a judge behind a server (model, temperature, max_tokens, ...)."""
+    """Digest of the judge's settings that could change the answer (a server's model, temperature, max_tokens, ...)."""
 
 
 class Usage(Record):
