@@ -85,6 +85,29 @@ def test_files_are_kept_apart_by_the_column_that_names_them(tmp_path):
     assert [v.outcome for v in read_recorded(path, rows[:1])[1]] == ["first"]
 
 
+def pairs_and_votes(tmp_path, own, theirs):
+    rows = [{own: n, "prompt": f"q{n}", "first": "x", "second": "y", "label": 1 + n % 2} for n in range(1, 7)]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    lines = [f"{n},{1 + n % 2}" for n in range(1, 7)]
+    return read_labelled([tmp_path / "p.json"]).rows, csv_file(tmp_path, f"{theirs},winner_ab", *lines)
+
+
+@pytest.mark.parametrize("column", ["id", "pair_id", "idx", "index", "row"])
+def test_both_files_call_a_pair_by_the_same_column(tmp_path, column):
+    rows, path = pairs_and_votes(tmp_path, column, column)
+    voted, votes = read_recorded(path, rows)
+    assert [v.outcome for v in votes] == [r.label for r in voted]
+    assert len(voted) == 6
+
+
+def test_numbers_of_another_column_are_not_taken_for_ids(tmp_path):
+    rows, path = pairs_and_votes(tmp_path, "number", "pair_id")  # from 0 here, from 1 there
+    with pytest.raises(UserError, match=r"`pair_id` 6 is no labelled pair's row number; .*--votes-map id=pair_id"):
+        read_recorded(path, rows)
+    rows, path = pairs_and_votes(tmp_path, "pair_id", "row")
+    assert len(read_recorded(path, rows)[0]) == 6
+
+
 def test_where_narrows_votes_and_pairs(tmp_path):
     path = csv_file(tmp_path, "row,judge,strategy,winner_ab", "0,J,a,1", "0,J,b,2", "0,K,a,2", "1,J,a,1")
     rows = [labelled(0, topic="maths"), labelled(1, topic="chat")]
