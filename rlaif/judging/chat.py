@@ -28,12 +28,13 @@ from rlaif.judging.parsing import Reply, label_mass, outcome, parse
 from rlaif.judging.spending import Spent
 from rlaif.judging.templates import Template, render
 from rlaif.judging.transport import CallFailed, OpenAIServer, Pace, Server, shown_url
-from rlaif.records import Ballot, Message, Pair, Vote, digest
+from rlaif.records import Ballot, Message, Pair, Usage, Vote, digest
 
 _CHUNK_S = 0.02
 """Replies that come within this time are one chunk: one write to the cache, and one by whoever keeps the votes."""
 
-Connect = Callable[[Juror, Judge, asyncio.Semaphore, Pace, Pace, float], Server]
+Wasted = Callable[[Juror, Usage], None]
+Connect = Callable[[Juror, Judge, asyncio.Semaphore, Pace, Pace, float, Wasted], Server]
 
 
 def make(settings: Judge, spent: Spent | None = None) -> ChatJudge:
@@ -70,7 +71,7 @@ class ChatJudge:
         self._jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
         self._connect = connect
         self._backoff_s = backoff_s
-        self._servers(asyncio.Semaphore())  # a missing key is found before any call
+        self._servers(asyncio.Semaphore(), lambda juror, usage: None)  # a missing key is found before any call
         self._cache = ReplyCache(settings.cache) if settings.cache else None
 
     def cast(
@@ -111,14 +112,14 @@ class ChatJudge:
         if self._cache is not None:
             self._cache.close()
 
-    def _servers(self, slots: asyncio.Semaphore) -> dict[str, Server]:
+    def _servers(self, slots: asyncio.Semaphore, wasted: Wasted) -> dict[str, Server]:
         """A server for each juror; jurors at one address share its limits."""
         paces: dict[str, tuple[Pace, Pace]] = {}
         for juror in self._jurors.values():
             limits = Pace(self.settings.requests_per_minute), Pace(self.settings.tokens_per_minute)
             paces.setdefault(shown_url(juror), limits)
         return {
-            name: self._connect(juror, self.settings, slots, *paces[shown_url(juror)], self._backoff_s)
+            name: self._connect(juror, self.settings, slots, *paces[shown_url(juror)], self._backoff_s, wasted)
             for name, juror in self._jurors.items()
         }
 
@@ -206,7 +207,7 @@ class _Casting:
         """Starts the tasks. More than there are request slots, so that a wait before a retry leaves none empty."""
         self.wake = asyncio.Event()
         self.room = asyncio.Condition()
-        self.servers = self.judge._servers(asyncio.Semaphore(self.judge.settings.concurrency))
+        self.servers = self.judge._servers(asyncio.Semaphore(self.judge.settings.concurrency), self._wasted)
         tasks = 2 * self.judge.settings.concurrency
         self.tasks = [asyncio.create_task(self._work()) for _ in range(tasks)]
 
@@ -360,10 +361,19 @@ class _Casting:
             self.under_way -= 1
             self.room.notify_all()
 
-    def _check_budget(self) -> None:
+    def _wasted(self, juror: Juror, usage: Usage) -> None:
+        """Counts an answer without a reply; its ballot needs one more call.
+
+        Raises:
+            BudgetSpent: there is none left for it.
+        """
+        self.judge.spent = self.judge.spent.plus(usage, juror, self.judge.settings)
+        self._check_budget(more=self.under_way - 1)
+
+    def _check_budget(self, more: int = 0) -> None:
         spent = self.judge.spent
         for name, limit in self.judge.settings.budget:
-            if limit is not None and getattr(spent, name) >= limit:
+            if limit is not None and getattr(spent, name) + (more if name == "calls" else 0) >= limit:
                 raise BudgetSpent(
                     f"judge.budget.{name}={limit:g} is spent ({spent.calls} calls, {spent.tokens} tokens, "
                     f"{spent.money:.4g} money); every vote is saved: raise judge.budget.{name} and run again to go on"

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import time
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -147,8 +148,12 @@ class OpenAIServer:
         requests: Pace,
         tokens: Pace,
         backoff_s: float,
+        wasted: Callable[[Juror, Usage], None] = lambda juror, usage: None,
     ):
         """`slots` bounds the requests under way; `requests` and `tokens` are the server's limits.
+
+        `wasted` is told of every answer that holds no reply, with what it cost; an error that it raises ends the
+        attempts.
 
         Raises:
             UserError: no key, or an address that is none.
@@ -163,6 +168,7 @@ class OpenAIServer:
         self._requests = requests
         self._tokens = tokens
         self._backoff_s = backoff_s
+        self._wasted = wasted
         # Retries are ours: they are counted, limited and recorded.
         self._connect = partial(
             AsyncOpenAI,
@@ -219,7 +225,11 @@ class OpenAIServer:
             started = time.monotonic()
             content = await self._post(body)
             latency_s = time.monotonic() - started
-        reply = read_reply(content, self._juror.model, self._scrub)
+        try:
+            reply = read_reply(content, self._juror.model, self._scrub)
+        except _Transient:
+            self._wasted(self._juror, read_usage(content))
+            raise
         used = reply.usage.prompt_tokens + reply.usage.completion_tokens
         if used:
             self._tokens.correct(used - expected)
@@ -333,6 +343,14 @@ def read_reply(content: bytes, model: str, scrub: Any = str) -> Reply:
         usage=_usage(tree.get("usage")),
         model=_text(tree.get("model")) or model,
     )
+
+
+def read_usage(content: bytes) -> Usage:
+    """What an answer says that it cost, whatever else it holds."""
+    try:
+        return _usage(json.loads(content)["usage"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return Usage()
 
 
 def _reply_tokens(logprobs: Any) -> tuple[ReplyToken, ...]:

@@ -22,8 +22,8 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.chat import ChatJudge
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.templates import load_template
-from rlaif.judging.transport import Answer, Pace, read_reply, retry_after_s
-from rlaif.records import Message, Pair
+from rlaif.judging.transport import Answer, Pace, read_reply, read_usage, retry_after_s
+from rlaif.records import Message, Pair, Usage
 from tests.judging.fault_server import FAULTS, FaultServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,6 +264,22 @@ def test_failed_calls_leave_room_in_the_budget():
     assert cast.error is None
     assert len(cast.votes) == 8
     assert server.requests == 16
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_answers_without_a_reply_count(concurrency):
+    with FaultServer(share=1.0, faults=("no_choices",)) as server:
+        cast = Cast(settings(server, budget={"calls": 7}, max_retries=2, concurrency=concurrency), 20)
+        votes = cast.run()
+    assert isinstance(cast.error, BudgetSpent)
+    assert cast.judge.spent.calls == server.requests <= 7
+    assert server.requests > 7 - concurrency
+    assert {v.abstain_reason for v in votes} <= {"infra_error"}
+
+
+def test_what_an_answer_without_a_reply_cost_counts():
+    assert read_usage(b'{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}').prompt_tokens == 5
+    assert read_usage(b"{torn") == read_usage(b"[]") == Usage()
 
 
 @pytest.mark.parametrize(
