@@ -172,7 +172,7 @@ class Judge(Juror):
     """chat: this many ballots in a row that failed after all retries: the judge is down, and the run pauses."""
     budget: Budget = Budget()
     prices: dict[str, Price] = Field(default_factory=dict)
-    """chat: price per model name, for `budget.money` and the cost report."""
+    """chat: price per model name, for `budget.money`."""
     cache: str | None = "~/.cache/rlaif/replies"
     """chat: folder of stored replies, shared between runs; null for none."""
     early_stop: bool = False

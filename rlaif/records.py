@@ -171,7 +171,7 @@ class Vote(Record):
     error: str | None = None
     """What went wrong, for `infra_error`: one line, no secrets."""
     attempts: int = 1
-    """Requests that were made for it; 0 when it came from the cache."""
+    """Requests that were made for it; 0 when it came from the cache, or no server was asked."""
     usage: Usage = Usage()
     latency_s: float = 0.0
     cached: bool = False

@@ -285,5 +285,6 @@ def _vote(id: str, pair_id: str, judge: str, voice: str, order: _Order, cell: An
         outcome=_MIRROR[outcome] if slots else outcome,
         abstain_reason="unparsed" if outcome == "abstain" else None,
         raw_reply="" if cell is None else str(cell),
+        attempts=0,
         usage=_NO_USAGE,
     )

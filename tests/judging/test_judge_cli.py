@@ -150,3 +150,4 @@ def test_the_likelihood_judge_is_calibrated_under_the_name_that_a_run_gives_it(
     report = json.loads(capsys.readouterr().out.split("\nall: ")[0])
     assert report["slices"][0]["pairs"] == 30
     assert report["slices"][0]["cost"]["prompt_tokens"] > 0
+    assert report["slices"][0]["cost"]["calls"] == 0

@@ -45,6 +45,7 @@ def test_both_orders_in_one_row(tmp_path):
         ("easy/1", "J", "plain", "reversed", "second"),
     ]
     assert votes[2].abstain_reason == "unparsed"
+    assert {v.attempts for v in votes} == {0}
     assert rows == ROWS
 
 
