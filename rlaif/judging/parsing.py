@@ -143,7 +143,7 @@ def _verdict(text: str, kind: VerdictKind, pattern: str | None) -> Shown | None:
     else:
         last = text.splitlines()[-1]
         match = re.search(f"(?:{pattern})\\s*$", last) if pattern else _VERDICT_LINE.fullmatch(_plain(last))
-    return _WORDS.get(match["verdict"].lower()) if match else None
+    return _WORDS.get((match["verdict"] or "").lower()) if match else None
 
 
 def _json_verdict(text: str) -> Shown | None:

@@ -83,6 +83,12 @@ def test_reasons(kind):
     assert said(None, kind, refusal="I can't.") == "refused"
 
 
+def test_a_pattern_whose_verdict_may_be_absent():
+    pattern = r"Verdict: ((?P<verdict>[AB])|none)"
+    assert said("Verdict: none", "last_line", pattern=pattern) == "unparsed"
+    assert said("Verdict: B", "last_line", pattern=pattern) == "B"
+
+
 def test_a_verdict_that_was_complete_before_the_limit_counts():
     assert said("A", "letter", "length") == "A"
     assert said("Well.\nVerdict: B", "last_line", "length") == "B"
