@@ -211,6 +211,14 @@ def calibrate(
     _check_risk(alpha, delta)
     if not to.parent.is_dir():
         raise UserError(f"--to {to}: there is no folder {to.parent}; make it first")
+    if to.is_dir():
+        raise UserError(f"--to {to}: this is a folder; name a file in it")
+    temporary = to.with_name(to.name + ".partial")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as e:
+        raise UserError(f"--to {to}: can't write to the folder {to.parent} ({e.strerror}); name another place") from e
     found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory)
     if len(found.by_judge) > 1:
         names = ", ".join(found.by_judge)
@@ -231,7 +239,6 @@ def calibrate(
         jurors=jurors,
         seed=seed,
     )
-    temporary = to.with_name(to.name + ".partial")
     temporary.write_text(calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, to)
     if json_:

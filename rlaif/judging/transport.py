@@ -108,12 +108,17 @@ def api_key(juror: Juror) -> str | None:
     """The key from the juror's environment variable; None when it names none.
 
     Raises:
-        UserError: the variable is not set.
+        UserError: the variable is not set, or holds what no header can hold.
     """
     if juror.api_key_env is None:
         return None
     if key := os.environ.get(juror.api_key_env, "").strip():
-        return key
+        if key.isascii() and key.isprintable():
+            return key
+        raise UserError(
+            f"judge.api_key_env: the environment variable {juror.api_key_env} holds characters that no key has "
+            "(typographic quotes, a line break?); export the key again"
+        )
     raise UserError(
         f"judge.api_key_env: the environment variable {juror.api_key_env} is not set; export it with the key for "
         f"{shown_url(juror)}, or set judge.api_key_env: null for a server without keys"

@@ -432,6 +432,14 @@ def test_a_judge_that_goes_down_between_small_casts_is_found_out():
     assert len(cast.votes) == 2 + 4
 
 
+@pytest.mark.parametrize("key", ["sk-“quoted”-key", "sk-two\nlines", "sk-é"])
+def test_a_key_that_no_header_can_hold_is_found_before_any_call(monkeypatch, key):
+    monkeypatch.setenv("TEST_KEY", key)
+    with pytest.raises(UserError, match="variable TEST_KEY holds characters") as e:
+        Cast(settings("http://127.0.0.1:9/v1"))
+    assert "sk-" not in str(e.value)
+
+
 def test_a_missing_key_is_found_before_any_call(monkeypatch):
     monkeypatch.delenv("TEST_KEY")
     with FaultServer() as server:

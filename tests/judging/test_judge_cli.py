@@ -114,6 +114,8 @@ def test_a_judge_that_can_not_be_used_is_an_answer(rlaif, tmp_path: Path) -> Non
         (["bench", *RECORDED, "--set", "filters.calibration=pairs.json"], "pairs.json: schema version None"),
         (["calibrate", *RECORDED, "--to", "c.json"], "votes of several judges (good, coin); choose one"),
         (["calibrate", *RECORDED, "--where", "judge=good", "--to", "no/c.json"], "there is no folder no"),
+        (["calibrate", "gone.json", "--to", "."], "--to .: this is a folder"),  # before anything is read or asked
+        (["calibrate", "gone.json", "--to", "/proc/c.json"], "--to /proc/c.json: can't write to the folder /proc"),
         (
             ["calibrate", *RECORDED, "--where", "judge=good", "--score", "fitted", "--to", "c.json"],
             "needs 100 labelled",
