@@ -16,10 +16,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from rlaif.constitution import Constitution
 from rlaif.errors import UserError
 from rlaif.judging.labelled import ID_COLUMNS, ROW_NUMBERS, Labelled, find_column, outcome_of, parse_columns, read_table
-from rlaif.records import Ballot, Outcome, Pair, Usage, Vote
+from rlaif.records import Ballot, Outcome, Usage, Vote
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "id": ID_COLUMNS,
@@ -105,33 +104,6 @@ def read_recorded(
             "(--votes-map id=COLUMN)"
         )
     return voted, [v for r in voted for v in by_id[r.id]]
-
-
-class RecordedJudge:
-    """Answers ballots from a log, by ballot id: the same question gets the vote that it got."""
-
-    def __init__(self, votes: Sequence[Vote]):
-        self._votes = {v.ballot.id: v for v in votes}
-
-    def cast(
-        self,
-        ballots: Sequence[Ballot],
-        pairs: Sequence[Pair],
-        candidates: Sequence[Any],
-        constitution: Constitution,
-    ) -> Iterator[list[Vote]]:
-        """The recorded votes, in one chunk.
-
-        Raises:
-            UserError: a ballot has no vote in the log; nothing is made up for it.
-        """
-        missing = [b for b in ballots if b.id not in self._votes]
-        if missing:
-            raise UserError(
-                f"judge.votes: the log has no vote for {len(missing)} of {len(ballots)} ballots (first: voice "
-                f"{missing[0].voice}, pair {missing[0].pair_id}); it answers only what was asked when it was written"
-            )
-        yield [self._votes[b.id] for b in ballots]
 
 
 def read_votes_log(path: Path) -> list[Vote]:

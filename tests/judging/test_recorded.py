@@ -9,7 +9,7 @@ import pytest
 
 from rlaif.errors import UserError
 from rlaif.judging.labelled import Labelled, read_labelled
-from rlaif.judging.recorded import RecordedJudge, parse_votes_map, parse_where, read_recorded, read_votes_log
+from rlaif.judging.recorded import parse_votes_map, parse_where, read_recorded, read_votes_log
 from tests.judging.vote_makers import make_vote
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -158,14 +158,6 @@ def test_a_log_of_votes(tmp_path):
         read_recorded(path, rows)
     with pytest.raises(UserError, match=r"gone.jsonl: can't read the votes"):
         read_recorded(tmp_path / "gone.jsonl", rows)
-
-
-def test_a_recorded_judge_answers_what_was_asked_and_nothing_else():
-    votes = [make_vote("first", 0), make_vote("abstain", 1)]
-    judge = RecordedJudge(votes)
-    assert list(judge.cast([votes[1].ballot, votes[0].ballot], [], [], None)) == [votes[::-1]]
-    with pytest.raises(UserError, match="no vote for 1 of 2 ballots"):
-        list(judge.cast([votes[0].ballot, make_vote("first", 7).ballot], [], [], None))
 
 
 @needs_data
