@@ -97,6 +97,12 @@ class Juror(Section):
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Sent with every request as it is (`{reasoning_effort: low}`, `{chat_template_kwargs: {...}}`)."""
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """What is asked of whom: everything but the key, and how often."""
+        asked = {name: getattr(self, name) for name in Juror.model_fields if name not in ("api_key_env", "samples")}
+        return asked | {"base_url": self.base_url.rstrip("/")}
+
 
 class Budget(Section):
     """What a judge may cost, over the whole run. At the limit the run stops, and can go on with a larger one."""
@@ -166,7 +172,7 @@ class Judge(Juror):
     """chat: this many ballots in a row that failed after all retries: the judge is down, and the run pauses."""
     budget: Budget = Budget()
     prices: dict[str, Price] = Field(default_factory=dict)
-    """chat: price per model name, for `budget.money` and the cost report."""
+    """chat: price per model name, for `budget.money`."""
     cache: str | None = "~/.cache/rlaif/replies"
     """chat: folder of stored replies, shared between runs; null for none."""
     early_stop: bool = False
@@ -192,6 +198,15 @@ class Judge(Juror):
         for juror in self.jurors:
             if juror.samples > 1 and juror.temperature == 0:
                 raise ValueError("judge.samples: equal requests at temperature 0 are one voice; raise the temperature")
+        for key, names in (("templates", self.templates), ("evaluate_templates", self.evaluate_templates)):
+            if double := [n for n in names if names.count(n) > 1]:
+                raise ValueError(f"judge.{key}: `{double[0]}` is named twice, and would be one voice; name it once")
+        asked = [j.request for j in self.jurors if j.temperature == 0]
+        if twice := [r for r in asked if asked.count(r) > 1]:
+            raise ValueError(
+                f"judge.jury: two judges send `{twice[0]['model']}` the same requests at temperature 0, and would be "
+                "one voice; take one out, or let them differ"
+            )
         return self
 
 
@@ -454,14 +469,16 @@ def _explain(error: Any) -> str:
 
 
 def _known_keys(loc: tuple[Any, ...]) -> list[str]:
-    section: type[BaseModel] = Job
+    """The keys of the section at a place of the job; none when there is no section."""
+    at: Any = Job
     for part in loc:
-        field = section.model_fields.get(str(part))
-        nested = _section_in(field.annotation) if field else None
-        if nested is None:
-            return []
-        section = nested
-    return sorted(section.model_fields)
+        if section := _section_in(at):
+            field = section.model_fields.get(str(part))
+            at = field.annotation if field else None
+        else:  # an index of a list, or a key of a mapping
+            at = next(iter(typing.get_args(at)[-1:]), None)
+    found = _section_in(at)
+    return sorted(found.model_fields) if found else []
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

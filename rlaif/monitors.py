@@ -47,6 +47,7 @@ def iteration_metrics(
     kept = [d for d in decisions if d.status == "kept"]
     reasons = Counter(d.reasons[0] for d in decisions if d.status == "dropped")
     agreements = [d.verdict.agreement for d in decisions if d.verdict.agreement is not None]
+    tokens = sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes if not v.cached)
     return {
         "iteration": plan.iteration,
         "constitution": plan.constitution.model_dump(),
@@ -74,10 +75,8 @@ def iteration_metrics(
         ),
         "judge_calls": sum(v.attempts for v in votes),
         "judge_cached": sum(v.cached for v in votes),
-        "judge_tokens": sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes),
-        "judge_tokens_per_kept_pair": _share(
-            sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes), len(kept)
-        ),
+        "judge_tokens": tokens,
+        "judge_tokens_per_kept_pair": _share(tokens, len(kept)),
         "seconds": {stage: here.meta(stage)["seconds"] for stage in STAGES},
     }
 

@@ -9,6 +9,7 @@ The order is a function of the seed and the position alone, so a resumed run con
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -248,7 +249,9 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True))
+    csv.field_size_limit(2**31 - 1)  # a prompt may be longer than csv's 128 KiB
+    # Not splitlines(): it also breaks at characters that a cell may hold.
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
     try:
         for row in reader:
             where = f"{path}:{reader.line_num}"

@@ -142,7 +142,7 @@ class Ballot(Record):
     template: str
     """Hash of the text or template that the question is rendered from."""
     parameters: str = ""
-    """Digest of the sampling parameters of a judge behind a server (model, temperature, max_tokens, ...)."""
+    """Digest of the judge's settings that could change the answer (a server's model, temperature, max_tokens, ...)."""
 
 
 class Usage(Record):
@@ -173,7 +173,7 @@ class Vote(Record):
     error: str | None = None
     """What went wrong, for `infra_error`: one line, no secrets."""
     attempts: int = 1
-    """Requests that were made for it; 0 when it came from the cache."""
+    """Requests that were made for it; 0 when it came from the cache, or no server was asked."""
     usage: Usage = Usage()
     latency_s: float = 0.0
     cached: bool = False
@@ -197,6 +197,8 @@ class Verdict(Record):
     guard_first: int = 0
     """Guard votes for the first completion (that is, against the second)."""
     guard_second: int = 0
+    guard_missing: int = 0
+    """Guards that were asked and have no valid vote: nobody knows whether they would veto."""
 
 
 class Decision(Record):

@@ -36,6 +36,16 @@ def test_a_schedule_survives_the_run_directory(tmp_path: Path) -> None:
     [
         ("constitution: a\nlearner: {bta: 1}", r"unknown key `learner\.bta`; did you mean `beta`\?"),
         ("constitution: a\nlearner: {lora: {rank: 1}}", r"unknown key `learner\.lora\.rank`; known keys: alpha, r, "),
+        ("constitution: a\njudge: {kind: chat, model: m, jury: [{model: n, api_key: k}]}",
+         r"unknown key `judge\.jury\.0\.api_key`; did you mean `api_key_env`\?"),
+        ("constitution: a\njudge: {prices: {m: {promt: 1}}}",
+         r"unknown key `judge\.prices\.m\.promt`; did you mean `prompt`\?"),
+        ("constitution: a\njudge: {kind: chat, model: m, templates: [pairwise, other, pairwise]}",
+         "judge.templates: `pairwise` is named twice"),
+        ("constitution: a\njudge: {kind: chat, model: m, evaluate_templates: [x, x]}", "judge.evaluate_templates: `x`"),
+        ("constitution: a\njudge: {kind: chat, model: m, base_url: 'http://h/v1', jury: "
+         "[{model: n}, {model: m, base_url: 'http://h/v1/', api_key_env: OTHER}]}",
+         "judge.jury: two judges send `m` the same requests at temperature 0"),
         ("constitution: a\nitterations: 1", r"unknown key `itterations`; did you mean `iterations`\?"),
         ("constitution: a\niterations: 0", r"iterations: .*greater than or equal to 1 \(found 0\)"),
         ("constitution: a\nsampling: {engine: hf}", r"sampling\.engine: .*'vllm' or 'transformers' \(found 'hf'\)"),
@@ -87,6 +97,13 @@ def test_overrides(tmp_path: Path) -> None:
 def test_bad_overrides(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         apply_override({"constitution": "a"}, override)
+
+
+def test_jurors_that_differ_in_anything_are_two(tmp_path: Path) -> None:
+    jury = "{model: m, max_tokens: 9}, {model: m, extra_body: {top_k: 1}}, {model: m, base_url: 'http://h/v1'}"
+    warm = "{model: m, temperature: 1.0}, {model: m, temperature: 1.0}"
+    job = load(tmp_path, f"constitution: a\njudge: {{kind: chat, model: m, jury: [{jury}, {warm}]}}")
+    assert len(job.judge.jurors) == 6
 
 
 def test_changed_keys_are_dotted() -> None:

@@ -73,6 +73,19 @@ def test_a_run_is_judged_over_http(tmp_path: Path) -> None:
     assert evaluation["win_rate"] is not None
 
 
+def test_stored_replies_cost_a_run_nothing(tmp_path: Path) -> None:
+    found = []
+    with FaultServer(say=greater_number) as server:
+        for name in ("first", "again"):
+            (tmp_path / name).mkdir()
+            loop = chat_loop(tmp_path / name, chat_job(server, {"cache": str(tmp_path / "replies")}))
+            loop.run()
+            found.append(json.loads((loop.dir.iteration(0).path / "metrics.json").read_text()))
+    assert found[0]["judge_tokens"] == 102 * found[0]["judge_calls"] > 0
+    assert (found[1]["judge_tokens"], found[1]["judge_calls"]) == (0, 0)
+    assert found[1]["judge_cached"] == found[1]["votes"]
+
+
 def test_a_budget_stops_the_run_and_a_larger_one_goes_on(tmp_path: Path) -> None:
     with FaultServer(say=greater_number) as server:
         job = chat_job(server, {"budget": {"calls": 7}, "concurrency": 2})

@@ -113,6 +113,12 @@ def test_a_repeated_prompt_without_ids_is_named(tmp_path: Path) -> None:
         load_prompts("set.jsonl", tmp_path)
 
 
+def test_a_csv_cell_holds_what_text_holds(tmp_path: Path) -> None:
+    said = "one\u2028two\x85three\x0cfour " + "x" * 140_000
+    (tmp_path / "set.csv").write_text(f"id,prompt\na,{said}\n", encoding="utf-8")
+    assert [p.text for p in load_prompts("set.csv", tmp_path)] == [said]
+
+
 def test_csv_rows_are_named_by_line(tmp_path: Path) -> None:
     (tmp_path / "set.csv").write_text("id,prompt\na,fine\nb,one, two\n")
     with pytest.raises(UserError, match=r"set.csv:3: more cells"):

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from rlaif.cli.judge_attack import attack
-from rlaif.cli.judge_common import DEFAULT_LABELLED, Dir, JobOption, Json, Set, job_of, loader, open_asked
+from rlaif.cli.judge_common import (
+    DEFAULT_LABELLED,
+    Dir,
+    JobOption,
+    Json,
+    Set,
+    calibration_of,
+    job_of,
+    loader,
+    open_asked,
+)
 from rlaif.console import stdout_console
 from rlaif.errors import UserError
 
@@ -126,7 +136,7 @@ def bench(
     if picture is not None:
         report.check_picture(picture)
     found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory)
-    calibration = _calibration(found.job)
+    calibration = calibration_of(found.job)
     results, trials, pairs, jurors = [], [], [], {}
     for judge, mine in found.by_judge.items():
         judged, jurors[judge] = found.judged(mine, calibration)
@@ -201,6 +211,14 @@ def calibrate(
     _check_risk(alpha, delta)
     if not to.parent.is_dir():
         raise UserError(f"--to {to}: there is no folder {to.parent}; make it first")
+    if to.is_dir():
+        raise UserError(f"--to {to}: this is a folder; name a file in it")
+    temporary = to.with_name(to.name + ".partial")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as e:
+        raise UserError(f"--to {to}: can't write to the folder {to.parent} ({e.strerror}); name another place") from e
     found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory)
     if len(found.by_judge) > 1:
         names = ", ".join(found.by_judge)
@@ -221,7 +239,6 @@ def calibrate(
         jurors=jurors,
         seed=seed,
     )
-    temporary = to.with_name(to.name + ".partial")
     temporary.write_text(calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, to)
     if json_:
@@ -261,12 +278,6 @@ def _votes(
     ask, progress = open_asked(settings, rows, directory)
     cast_now = judge_bench.cast_votes(rows, ask, loader(directory), settings.constitution, progress)
     return _Votes(settings, found, rows, {settings.judge.model: cast_now}, settings.judge.kind, directory)
-
-
-def _calibration(job: Job) -> Calibration | None:
-    from rlaif.judging.calibration import read_calibration
-
-    return read_calibration(Path(job.filters.calibration)) if job.filters.calibration else None
 
 
 def _files(labelled: list[Path] | None) -> list[Path]:

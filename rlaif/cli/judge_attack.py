@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from rlaif.cli.judge_common import DEFAULT_LABELLED, Dir, JobOption, Json, Set, job_of, loader, open_asked
+from rlaif.cli.judge_common import (
+    DEFAULT_LABELLED,
+    Dir,
+    JobOption,
+    Json,
+    Set,
+    calibration_of,
+    job_of,
+    loader,
+    open_asked,
+)
 from rlaif.console import stdout_console
 
 
@@ -26,10 +36,17 @@ def attack(
 
     settings = job_of(job, set_)
     rows = read_labelled([labelled]).rows
-    rows = rows[:: max(len(rows) // limit, 1)][:limit]
+    rows = attacks.evenly(rows, limit)
+    calibration = calibration_of(settings)
     ask, progress = open_asked(settings, rows, directory)
     report = attacks.attack_judge(
-        rows, ask, loader(directory), settings.filters, settings.constitution, progress=progress
+        rows,
+        ask,
+        loader(directory),
+        settings.filters,
+        settings.constitution,
+        progress=progress,
+        calibration=calibration,
     )
     if json_:
         head = {"model": settings.judge.model, "labelled": str(labelled)}

@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rlaif.config import Job
     from rlaif.constitution import Constitution
+    from rlaif.judging.calibration import Calibration
     from rlaif.judging.labelled import Labelled
     from rlaif.judging.opened import Ask
 
@@ -36,6 +37,13 @@ def job_of(job: Path | None, set_: list[str] | None) -> Job:
     for override in set_ or []:
         apply_override(tree, override)
     return parse_job(tree, "--set")
+
+
+def calibration_of(job: Job) -> Calibration | None:
+    """The calibration that the job's filter is to use."""
+    from rlaif.judging.calibration import read_calibration
+
+    return read_calibration(Path(job.filters.calibration)) if job.filters.calibration else None
 
 
 @lru_cache

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from rlaif.config import Filters, Juror
+from rlaif.config import Filters, Judge, Juror
 from rlaif.constitution import Constitution, Principle, Use
 from rlaif.errors import UserError
 from rlaif.judging import filters as rules
@@ -54,12 +54,14 @@ def make_ballots(
     judge_name: str,
     role: Role = "decide",
     seed: int = 0,
+    parameters: str = "",
 ) -> list[Ballot]:
     """Ballots for a judge without slots: one per pair and voice, pair by pair.
 
     `decide` asks the deciding voices (without any that selected the pair) and the guards; `evaluate` asks the
     held-out voices only. An id is the digest of everything that could change the answer, so a vote is found
-    again iff the question is the same. `judge_name` should therefore name the exact weights.
+    again iff the question is the same. `judge_name` should therefore name the exact weights, and `parameters` be
+    those of the judge's settings (`likelihood_parameters`).
     """
     voices: list[tuple[str, str, bool, str]] = [
         (v.id, v.principle, False, v.hash) for v in constitution.voices(role) if not v.guard
@@ -71,7 +73,7 @@ def make_ballots(
         for voice, principle, guard, template in voices:
             if voice in pair.selected_by:
                 continue
-            content = {
+            content: dict[str, Any] = {
                 "pair_id": pair.id,
                 "judge": judge_name,
                 "voice": voice,
@@ -83,9 +85,17 @@ def make_ballots(
                 "constitution": constitution.hash,
                 "template": template,
             }
+            if parameters:
+                content["parameters"] = parameters
             identity = digest({**content, "first": pair.first, "second": pair.second})
             ballots.append(Ballot.model_validate({"id": identity, **content}))
     return ballots
+
+
+def likelihood_parameters(settings: Judge) -> str:
+    """Digest of what turns a likelihood judge's numbers into votes."""
+    names = ("missing_eos_penalty", "score_temperature", "relevance_tolerance", "fluency_tolerance")
+    return digest({name: getattr(settings, name) for name in names})
 
 
 def juror_names(jurors: Sequence[Juror]) -> list[str]:
@@ -117,6 +127,13 @@ def request_parameters(juror: Juror, template: Template) -> dict[str, Any]:
     return {k: v for k, v in (body | juror.extra_body).items() if v is not None}
 
 
+def _chat_parameters(juror: Juror, template: Template, clamp: tuple[float, float] | None) -> str:
+    """Digest of the request's parameters, and of how its reply is read."""
+    parameters = request_parameters(juror, template)
+    clamped = clamp is not None and template.verdict != "letter"
+    return digest([parameters, {"clamp": clamp}] if clamped else parameters)
+
+
 def make_chat_ballots(
     pairs: Iterable[Pair],
     constitution: Constitution,
@@ -125,13 +142,14 @@ def make_chat_ballots(
     role: Role = "decide",
     votes_per_principle: bool = False,
     seed: int = 0,
+    clamp: tuple[float, float] | None = None,
 ) -> Iterator[Ballot]:
     """Ballots for judges behind servers, pair by pair, one at a time: there may be millions.
 
     A voice is template, principle (with `votes_per_principle`), juror and sample; each is asked in both orders. With
     votes per principle a guard's ballots can veto, and are left out of `evaluate`; otherwise one question shows all
     rules. At temperature 0 the seed is 0 whatever the job's: the question is the same. `templates` are those of the
-    role (`template_names`).
+    role (`template_names`), `clamp` is the job's (`judge.clamp`).
 
     Raises:
         UserError: votes per principle from a template that asks about the whole constitution only.
@@ -156,7 +174,7 @@ def make_chat_ballots(
             "seed": (seed * 1_000_003 + sample) % 2**31 if juror.temperature > 0 else 0,
             "constitution": constitution.hash,
             "template": template.hash,
-            "parameters": digest(request_parameters(juror, template)),
+            "parameters": _chat_parameters(juror, template, clamp),
         }
         for sample in range(max(j.samples for j in jurors))
         for template in templates

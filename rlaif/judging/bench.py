@@ -115,7 +115,7 @@ class Cost(Record):
     """What the votes cost. Recorded votes cost what their log says."""
 
     calls: int
-    """Requests; a reply from the cache is none."""
+    """Requests to a server; a reply from the cache is none, and costs no tokens."""
     prompt_tokens: int
     completion_tokens: int
     seconds: float
@@ -450,10 +450,11 @@ def _lengths(judged: Sequence[Judged], kept: Sequence[Judged]) -> Lengths:
 
 
 def _cost(votes: Sequence[Vote], kept: int) -> Cost:
-    prompt, completion = sum(v.usage.prompt_tokens for v in votes), sum(v.usage.completion_tokens for v in votes)
+    asked = [v for v in votes if not v.cached]
+    prompt, completion = sum(v.usage.prompt_tokens for v in asked), sum(v.usage.completion_tokens for v in asked)
     seconds = math.fsum(v.latency_s for v in votes)
     return Cost(
-        calls=sum(v.attempts for v in votes if not v.cached),
+        calls=sum(v.attempts for v in asked),
         prompt_tokens=prompt,
         completion_tokens=completion,
         seconds=round(seconds, 3),

@@ -28,12 +28,13 @@ from rlaif.judging.parsing import Reply, label_mass, outcome, parse
 from rlaif.judging.spending import Spent
 from rlaif.judging.templates import Template, render
 from rlaif.judging.transport import CallFailed, OpenAIServer, Pace, Server, shown_url
-from rlaif.records import Ballot, Message, Pair, Vote, digest
+from rlaif.records import Ballot, Message, Pair, Usage, Vote, digest
 
 _CHUNK_S = 0.02
 """Replies that come within this time are one chunk: one write to the cache, and one by whoever keeps the votes."""
 
-Connect = Callable[[Juror, Judge, asyncio.Semaphore, Pace, Pace, float], Server]
+Wasted = Callable[[Juror, Usage], None]
+Connect = Callable[[Juror, Judge, asyncio.Semaphore, Pace, Pace, float, Wasted], Server]
 
 
 def make(settings: Judge, spent: Spent | None = None) -> ChatJudge:
@@ -53,6 +54,8 @@ class ChatJudge:
     ):
         """`connect` makes a juror's server; `backoff_s` is the longest first wait before another attempt.
 
+        `spent` also says which jurors have answered: their failed ballots are votes, however few are left.
+
         Raises:
             UserError: a key is missing, an address is none, a price is missing, or the cache can't be written.
         """
@@ -61,10 +64,14 @@ class ChatJudge:
                 raise UserError(f"judge.prices: no price for `{juror.model}`, and judge.budget.money needs one")
         self.settings = settings
         self.spent = spent or Spent()
+        self._standing: dict[str, _Standing] = defaultdict(_Standing)
+        """By juror, over all casts."""
+        for name in self.spent.answered:
+            self._standing[name].answers = True
         self._jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
         self._connect = connect
         self._backoff_s = backoff_s
-        self._servers(asyncio.Semaphore())  # a missing key is found before any call
+        self._servers(asyncio.Semaphore(), lambda juror, usage: None)  # a missing key is found before any call
         self._cache = ReplyCache(settings.cache) if settings.cache else None
 
     def cast(
@@ -105,14 +112,14 @@ class ChatJudge:
         if self._cache is not None:
             self._cache.close()
 
-    def _servers(self, slots: asyncio.Semaphore) -> dict[str, Server]:
+    def _servers(self, slots: asyncio.Semaphore, wasted: Wasted) -> dict[str, Server]:
         """A server for each juror; jurors at one address share its limits."""
         paces: dict[str, tuple[Pace, Pace]] = {}
         for juror in self._jurors.values():
             limits = Pace(self.settings.requests_per_minute), Pace(self.settings.tokens_per_minute)
             paces.setdefault(shown_url(juror), limits)
         return {
-            name: self._connect(juror, self.settings, slots, *paces[shown_url(juror)], self._backoff_s)
+            name: self._connect(juror, self.settings, slots, *paces[shown_url(juror)], self._backoff_s, wasted)
             for name, juror in self._jurors.items()
         }
 
@@ -165,11 +172,21 @@ class _Done(NamedTuple):
 
 
 @dataclass
+class _Standing:
+    """What is known of a juror."""
+
+    answers: bool = False
+    """It has replied, in this process or an earlier one: its settings are right."""
+    failures: int = 0
+    """Ballots that failed since its last reply, but for rejected ones."""
+
+
+@dataclass
 class _Streak:
     """A juror's failures since its last reply: whether they are votes shows with the next one."""
 
+    standing: _Standing
     held: list[_Done] = field(default_factory=list)
-    any_reply: bool = False
 
 
 class _Casting:
@@ -180,7 +197,7 @@ class _Casting:
         self.ballots = ballots
         self.questions = questions
         self.ready: list[_Done] = []
-        self.streaks: dict[str, _Streak] = defaultdict(_Streak)
+        self.streaks = {name: _Streak(judge._standing[name]) for name in judge._jurors}
         """By juror: one that is down must not hide behind another that answers."""
         self.error: Exception | None = None
         """Why no more ballots are taken."""
@@ -190,7 +207,7 @@ class _Casting:
         """Starts the tasks. More than there are request slots, so that a wait before a retry leaves none empty."""
         self.wake = asyncio.Event()
         self.room = asyncio.Condition()
-        self.servers = self.judge._servers(asyncio.Semaphore(self.judge.settings.concurrency))
+        self.servers = self.judge._servers(asyncio.Semaphore(self.judge.settings.concurrency), self._wasted)
         tasks = 2 * self.judge.settings.concurrency
         self.tasks = [asyncio.create_task(self._work()) for _ in range(tasks)]
 
@@ -224,16 +241,22 @@ class _Casting:
     def _finish(self, done: _Done) -> None:
         """Sorts out whether a finished ballot is a vote already, or held back with its juror's other failures."""
         streak = self.streaks[done.vote.ballot.judge]
-        if done.vote.cached:  # says nothing about the server
-            self.ready.append(done)
+        standing = streak.standing
+        if done.failure is None:
+            standing.answers = True
+        if done.vote.cached:  # says nothing about the server now
+            self.ready += [*(d for d in streak.held if d.rejected), done]
+            streak.held = [d for d in streak.held if not d.rejected]
         elif done.failure is None:
             self.ready += [*streak.held, done]
-            streak.held, streak.any_reply = [], True
-        elif done.rejected and streak.any_reply:
+            streak.held, standing.failures = [], 0
+        elif done.rejected and standing.answers:
             self.ready.append(done)
         else:
             streak.held.append(done)
-            if len(streak.held) >= self.judge.settings.breaker_failures:
+            # Also those of earlier casts, or a judge that went down between small ones would never be found out.
+            standing.failures += not done.rejected
+            if max(standing.failures, len(streak.held)) >= self.judge.settings.breaker_failures:
                 self.error = self.error or self._unavailable(streak)
 
     def _take(self) -> list[_Done]:
@@ -251,23 +274,25 @@ class _Casting:
         """
         for streak in self.streaks.values():
             # One that answers, but not as it should, may do so for this ballot again and again: a vote, not a pause.
-            if streak.held and not streak.any_reply and not any(d.broken for d in streak.held):
+            if streak.held and not streak.standing.answers and not any(d.broken for d in streak.held):
                 raise self._unavailable(streak)
         left = [d for streak in self.streaks.values() for d in streak.held]
-        self.streaks.clear()
+        for streak in self.streaks.values():
+            streak.held = []
         return left
 
     def _unavailable(self, streak: _Streak) -> Exception:
         """Why a row of failures ends the casting."""
         last = streak.held[-1].vote
         url = shown_url(self.judge._jurors[last.ballot.judge])
-        if not streak.any_reply and all(d.rejected for d in streak.held):
+        if not streak.standing.answers and all(d.rejected for d in streak.held):
             return UserError(
                 f"judge: {url} rejects every request ({last.error}); mend the job: judge.model, judge.logprobs, "
                 "judge.extra_body"
             )
+        failed = max(streak.standing.failures, len(streak.held))
         return JudgeUnavailable(
-            f"judge: {url} is down, {len(streak.held)} ballots in a row failed after all attempts (last: {last.error}"
+            f"judge: {url} is down, {failed} ballots in a row failed after all attempts (last: {last.error}"
             "); no vote is lost: run again when it is back"
         )
 
@@ -336,10 +361,19 @@ class _Casting:
             self.under_way -= 1
             self.room.notify_all()
 
-    def _check_budget(self) -> None:
+    def _wasted(self, juror: Juror, usage: Usage) -> None:
+        """Counts an answer without a reply; its ballot needs one more call.
+
+        Raises:
+            BudgetSpent: there is none left for it.
+        """
+        self.judge.spent = self.judge.spent.plus(usage, juror, self.judge.settings)
+        self._check_budget(more=self.under_way - 1)
+
+    def _check_budget(self, more: int = 0) -> None:
         spent = self.judge.spent
         for name, limit in self.judge.settings.budget:
-            if limit is not None and getattr(spent, name) >= limit:
+            if limit is not None and getattr(spent, name) + (more if name == "calls" else 0) >= limit:
                 raise BudgetSpent(
                     f"judge.budget.{name}={limit:g} is spent ({spent.calls} calls, {spent.tokens} tokens, "
                     f"{spent.money:.4g} money); every vote is saved: go on with --set judge.budget.{name}=MORE "
@@ -361,7 +395,7 @@ def _vote(
     if parsed.shown is not None:
         found = {"outcome": outcome(parsed.shown, ballot.order)}
     # A tie has no side that the labels' masses could speak for.
-    if parsed.shown in ("A", "B") and (mass := label_mass(reply.tokens)) is not None:
+    if parsed.shown in ("A", "B") and (mass := label_mass(reply.tokens, parsed.shown)) is not None:
         p_first = 1 - mass.p_first_shown if ballot.order == "reversed" else mass.p_first_shown
         if clamp is not None and template.verdict != "letter":
             p_first = min(max(p_first, clamp[0]), clamp[1])

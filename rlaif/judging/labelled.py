@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -24,8 +25,12 @@ from rlaif.records import Outcome, Pair, Record, Side
 Split = Literal["dev", "test"]
 Exclusion = Literal["tie", "disputed"]
 
+ROW_NUMBERS = ("row", "idx", "index")
+"""Columns that may count the rows of a file without ids."""
+ID_COLUMNS = ("id", "pair_id", *ROW_NUMBERS)
+"""What labelled pairs and votes on them call a pair: the first of these that is a column."""
 _COLUMNS: dict[str, tuple[str, ...]] = {
-    "id": ("id", "idx", "index", "row"),
+    "id": ID_COLUMNS,
     "prompt": ("prompt", "instruction", "question", "input"),
     "label": ("label", "winner", "preference"),
     "slice": ("slice", "subset", "principle", "category"),
@@ -59,6 +64,8 @@ class Labelled(Record):
     """Unique over all files that are read together."""
     key: str
     """What a table of recorded votes calls the row: its id, or its index in the file."""
+    id_column: str | None = None
+    """The column that `key` is from; None where it is the row's index."""
     file: str
     """The file's name without its ending."""
     slice: str
@@ -156,12 +163,18 @@ def read_table(path: Path) -> list[_Row]:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: can't read the file ({e})") from e
     if path.suffix == ".csv":
-        lines = csv.DictReader(text.splitlines(keepends=True), restkey="", restval=None)
+        csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 128 KiB
+        # Not splitlines(): it also breaks at characters that a cell may hold.
+        lines = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=None)
         rows = []
-        for number, values in enumerate(lines):
-            if "" in values or None in values.values():
-                raise UserError(f"{path}:{lines.line_num}: the row has another number of columns than the first line")
-            rows.append(_Row(f"{path}:{lines.line_num}", number, values))
+        try:
+            for number, values in enumerate(lines):
+                where = f"{path}:{lines.line_num}"
+                if "" in values or None in values.values():
+                    raise UserError(f"{where}: the row has another number of columns than the first line")
+                rows.append(_Row(where, number, values))
+        except csv.Error as e:
+            raise UserError(f"{path}:{lines.line_num}: not valid CSV ({e})") from e
         return rows
     if path.suffix == ".json":
         try:
@@ -274,7 +287,7 @@ class _Reader:
         # 0 is a tie beside 1 and 2; alone with 1 it is somebody's first answer, and a guess would be half wrong.
         label = self.columns["label"]
         if not self.names and not self.annotators and not self.chosen_is_first:
-            seen = {str(row.values.get(str(label))).strip() for row in table}
+            seen = {str(row.values.get(str(label))).strip().removesuffix(".0") for row in table}
             if "0" in seen and "2" not in seen and seen <= {"0", "1"}:
                 raise UserError(
                     f"{self.path}: the labels in `{label}` are 0 and 1; say which is which, for example "
@@ -306,6 +319,7 @@ class _Reader:
         return Labelled(
             id=f"{self.path.stem}/{key}" if self.several else key,
             key=key,
+            id_column=self.columns["id"],
             file=self.path.stem,
             slice=self._text(row, self.columns["slice"]) if self.columns["slice"] else self.path.stem,
             prompt=prompt,
@@ -329,7 +343,10 @@ class _Reader:
 
     def _side(self, row: _Row, column: str) -> Outcome:
         value = row.values.get(column)
-        named = self.names.get(str(value).strip().lower()) or (None if self.names else outcome_of(value))
+        said = str(value).strip().lower()
+        named = self.names.get(said) or self.names.get(said.removesuffix(".0"))
+        if not self.names:
+            named = outcome_of(value)
         if named is None:
             raise UserError(
                 f"{row.where}: {column}: found {value!r}, expected 1, 2 or 0 (a tie), or first, second or tie; "

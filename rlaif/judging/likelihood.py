@@ -181,7 +181,7 @@ class LikelihoodJudge:
                     answers = self._contrast_answers(constitution.voice(voice), sides)
                 seconds = (time.monotonic() - started) / len(chunk)
                 yield [
-                    Vote(ballot=b, model=self.name, latency_s=round(seconds, 4), **answer)
+                    Vote(ballot=b, model=self.name, attempts=0, latency_s=round(seconds, 4), **answer)
                     for pair, answer in zip(chunk, answers, strict=True)
                     for b in of_pair.get(pair.id, ())
                 ]

@@ -33,6 +33,8 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _LABELS = ("A", "B")
+# After the verdict's own token: the same word goes on, or another letter stands alone.
+_NOT_THE_VERDICT = re.compile(r"\w|.*\b[ab]\b", re.DOTALL | re.IGNORECASE)
 
 
 class TopToken(Record):
@@ -102,15 +104,18 @@ def outcome(shown: Shown, order: Literal["forward", "reversed", "none"]) -> Outc
     return "first" if (shown == "A") == (order != "reversed") else "second"
 
 
-def label_mass(tokens: Sequence[ReplyToken]) -> LabelMass | None:
-    """The labels' probabilities where the verdict stands: at the last token that is a label.
+def label_mass(tokens: Sequence[ReplyToken], verdict: Shown) -> LabelMass | None:
+    """The labels' probabilities at the token that is the parsed verdict: the last that is a label.
 
-    Tokens count without the space around them (`A` and ` A` are one label). None when no token of the reply is a
-    label, or the server gave no probabilities for it.
+    Tokens count without the space around them (`A` and ` A` are one label). None when that token isn't the verdict's
+    (a server's tokenizer may merge it with what stands before it, as in `:A`), or has no probabilities.
     """
-    at = next((t for t in reversed(tokens) if t.token.strip() in _LABELS), None)
-    if at is None:
+    last = next((n for n in reversed(range(len(tokens))) if tokens[n].token.strip() in _LABELS), None)
+    if last is None or tokens[last].token.strip() != verdict:
         return None
+    if _NOT_THE_VERDICT.match("".join(t.token for t in tokens[last + 1 :])):
+        return None
+    at = tokens[last]
     mass = dict.fromkeys(_LABELS, 0.0)
     for top in {t.token: t for t in at.top}.values():
         if (label := top.token.strip()) in mass and not math.isnan(top.logprob):
@@ -138,7 +143,7 @@ def _verdict(text: str, kind: VerdictKind, pattern: str | None) -> Shown | None:
     else:
         last = text.splitlines()[-1]
         match = re.search(f"(?:{pattern})\\s*$", last) if pattern else _VERDICT_LINE.fullmatch(_plain(last))
-    return _WORDS.get(match["verdict"].lower()) if match else None
+    return _WORDS.get((match["verdict"] or "").lower()) if match else None
 
 
 def _json_verdict(text: str) -> Shown | None:

@@ -16,13 +16,12 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from rlaif.constitution import Constitution
 from rlaif.errors import UserError
-from rlaif.judging.labelled import Labelled, find_column, outcome_of, parse_columns, read_table
-from rlaif.records import Ballot, Outcome, Pair, Usage, Vote
+from rlaif.judging.labelled import ID_COLUMNS, ROW_NUMBERS, Labelled, find_column, outcome_of, parse_columns, read_table
+from rlaif.records import Ballot, Outcome, Usage, Vote
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
-    "id": ("row", "idx", "id", "pair_id", "index"),
+    "id": ID_COLUMNS,
     "set": ("subset", "file", "set", "dataset"),
     "judge": ("judge", "model", "juror"),
     "voice": ("strategy", "voice", "template"),
@@ -93,7 +92,7 @@ def read_recorded(
         if not table:
             raise UserError(f"{path}: no recorded votes")
         left, rest = narrow(rows, where or {}, tuple(table[0].values))
-        votes = list(_table(path, table, left, columns or {}, rest))
+        votes = list(_table(path, table, left, columns or {}, rest, rows))
     by_id: dict[str, list[Vote]] = {r.id: [] for r in left}
     for vote in votes:
         if vote.ballot.pair_id in by_id:
@@ -105,33 +104,6 @@ def read_recorded(
             "(--votes-map id=COLUMN)"
         )
     return voted, [v for r in voted for v in by_id[r.id]]
-
-
-class RecordedJudge:
-    """Answers ballots from a log, by ballot id: the same question gets the vote that it got."""
-
-    def __init__(self, votes: Sequence[Vote]):
-        self._votes = {v.ballot.id: v for v in votes}
-
-    def cast(
-        self,
-        ballots: Sequence[Ballot],
-        pairs: Sequence[Pair],
-        candidates: Sequence[Any],
-        constitution: Constitution,
-    ) -> Iterator[list[Vote]]:
-        """The recorded votes, in one chunk.
-
-        Raises:
-            UserError: a ballot has no vote in the log; nothing is made up for it.
-        """
-        missing = [b for b in ballots if b.id not in self._votes]
-        if missing:
-            raise UserError(
-                f"judge.votes: the log has no vote for {len(missing)} of {len(ballots)} ballots (first: voice "
-                f"{missing[0].voice}, pair {missing[0].pair_id}); it answers only what was asked when it was written"
-            )
-        yield [self._votes[b.id] for b in ballots]
 
 
 def read_votes_log(path: Path) -> list[Vote]:
@@ -186,6 +158,7 @@ def _table(
     rows: Sequence[Labelled],
     chosen: Mapping[str, str],
     where: Mapping[str, set[str]],
+    all_rows: Sequence[Labelled],
 ) -> Iterator[Vote]:
     head = table[0].values
     for column in chosen.values():
@@ -206,6 +179,8 @@ def _table(
             f"{path}: several labelled files have a row `{rows[0].key}`; the votes need a column that names the file "
             "(--votes-map set=COLUMN)"
         )
+    if "id" not in chosen:
+        _refuse_other_ids(path, table, all_rows, str(of["id"]), of["set"] if by_set else None)
     seen: dict[str, str] = {}
     for row in table:
         values = row.values
@@ -231,6 +206,24 @@ def _table(
                 )
             seen[id] = row.where
             yield _vote(id, pair.id, judge, voice, order, cell, slots)
+
+
+def _refuse_other_ids(
+    path: Path, table: Sequence[Any], rows: Sequence[Labelled], column: str, set_: str | None
+) -> None:
+    """Numbers of two columns may look alike and count differently: of columns with other names all must be known."""
+    own = {r.id_column for r in rows}
+    if own == {column} or (own == {None} and column.lower() in ROW_NUMBERS):
+        return
+    files, keys = {r.file for r in rows}, {r.key for r in rows}
+    for row in table:
+        id = str(row.values[column])
+        if (set_ is None or row.values[set_] in files) and id not in keys:
+            theirs = " or ".join(f"`{name}`" if name else "row number" for name in sorted(own, key=str))
+            raise UserError(
+                f"{row.where}: `{column}` {id} is no labelled pair's {theirs}; say which columns are the same ids "
+                f"(--votes-map id={column}, --map id=COLUMN)"
+            )
 
 
 _Order = Literal["forward", "reversed"]
@@ -264,5 +257,6 @@ def _vote(id: str, pair_id: str, judge: str, voice: str, order: _Order, cell: An
         outcome=_MIRROR[outcome] if slots else outcome,
         abstain_reason="unparsed" if outcome == "abstain" else None,
         raw_reply="" if cell is None else str(cell),
+        attempts=0,
         usage=_NO_USAGE,
     )

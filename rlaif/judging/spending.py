@@ -15,6 +15,8 @@ class Spent(Record):
     calls: int = 0
     tokens: int = 0
     money: float = 0.0
+    answered: frozenset[str] = frozenset()
+    """Jurors, as ballots name them, that an earlier process had a reply of: their settings are right."""
 
     def plus(self, usage: Usage, juror: Juror, settings: Judge) -> Spent:
         """With one more answered call."""
@@ -23,14 +25,18 @@ class Spent(Record):
         if price is not None:
             money = (usage.prompt_tokens * price.prompt + usage.completion_tokens * price.completion) / 1e6
         tokens = usage.prompt_tokens + usage.completion_tokens
-        return Spent(calls=self.calls + 1, tokens=self.tokens + tokens, money=self.money + money)
+        more = {"calls": self.calls + 1, "tokens": self.tokens + tokens, "money": self.money + money}
+        return self.model_copy(update=more)
 
 
 def spent_on(votes: Iterable[Vote], settings: Judge) -> Spent:
     """What the given votes cost: those of an earlier process count against the budget of this one."""
     jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
     spent = Spent()
+    answered = set()
     for vote in votes:
-        if not vote.cached and vote.abstain_reason != "infra_error" and vote.ballot.judge in jurors:
-            spent = spent.plus(vote.usage, jurors[vote.ballot.judge], settings)
-    return spent
+        if vote.abstain_reason != "infra_error" and vote.ballot.judge in jurors:
+            answered.add(vote.ballot.judge)
+            if not vote.cached:
+                spent = spent.plus(vote.usage, jurors[vote.ballot.judge], settings)
+    return spent.model_copy(update={"answered": frozenset(answered)})

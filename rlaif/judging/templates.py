@@ -40,7 +40,9 @@ _FRONT_MATTER = re.compile(r"\s*\{#-?(?P<body>.*?)-?#\}", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Markers that chat servers read as the end of a message, wherever they stand: <|im_end|>, </s>, [/INST], …
 _CONTROL = re.compile(
-    r"<(?=\|[^\s|<>]{1,64}\|>|/?(?:s|bos|eos|start_of_turn|end_of_turn|think)>|｜[^\s<>]{1,64}｜>)|\[(?=/?INST\])", re.I
+    r"<(?=\|[^\s|<>]{1,64}\|?>|[^\s|<>]{1,64}\|>|/?(?:s|unk|bos|eos|start_of_turn|end_of_turn|think|extra_id_\d+)>"
+    r"|</?SYS>>|｜[^\s<>]{1,64}｜>)|\[(?=/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS)\])",
+    re.I,
 )
 
 
@@ -168,7 +170,15 @@ def render(
     try:
         context = compiled.new_context(values)
         texts = {name: "".join(compiled.blocks[name](context)).strip() for name in ("system", "user")}
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as e:
         raise UserError(f"judge template {_place(e, template)}: {e}") from e
     return (Message(role="system", content=texts["system"]), Message(role="user", content=texts["user"]))
 

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import time
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -107,12 +108,17 @@ def api_key(juror: Juror) -> str | None:
     """The key from the juror's environment variable; None when it names none.
 
     Raises:
-        UserError: the variable is not set.
+        UserError: the variable is not set, or holds what no header can hold.
     """
     if juror.api_key_env is None:
         return None
     if key := os.environ.get(juror.api_key_env, "").strip():
-        return key
+        if key.isascii() and key.isprintable():
+            return key
+        raise UserError(
+            f"judge.api_key_env: the environment variable {juror.api_key_env} holds characters that no key has "
+            "(typographic quotes, a line break?); export the key again"
+        )
     raise UserError(
         f"judge.api_key_env: the environment variable {juror.api_key_env} is not set; export it with the key for "
         f"{shown_url(juror)}, or set judge.api_key_env: null for a server without keys"
@@ -153,8 +159,12 @@ class OpenAIServer:
         requests: Pace,
         tokens: Pace,
         backoff_s: float,
+        wasted: Callable[[Juror, Usage], None] = lambda juror, usage: None,
     ):
         """`slots` bounds the requests under way; `requests` and `tokens` are the server's limits.
+
+        `wasted` is told of every answer that holds no reply, with what it cost; an error that it raises ends the
+        attempts.
 
         Raises:
             UserError: no key, or an address that is none.
@@ -169,6 +179,7 @@ class OpenAIServer:
         self._requests = requests
         self._tokens = tokens
         self._backoff_s = backoff_s
+        self._wasted = wasted
         # Retries are ours: they are counted, limited and recorded.
         self._connect = partial(
             AsyncOpenAI,
@@ -225,7 +236,11 @@ class OpenAIServer:
             started = time.monotonic()
             content = await self._post(body)
             latency_s = time.monotonic() - started
-        reply = read_reply(content, self._juror.model, self._scrub)
+        try:
+            reply = read_reply(content, self._juror.model, self._scrub)
+        except _Transient:
+            self._wasted(self._juror, read_usage(content))
+            raise
         used = reply.usage.prompt_tokens + reply.usage.completion_tokens
         if used:
             self._tokens.correct(used - expected)
@@ -339,6 +354,14 @@ def read_reply(content: bytes, model: str, scrub: Any = str) -> Reply:
         usage=_usage(tree.get("usage")),
         model=_text(tree.get("model")) or model,
     )
+
+
+def read_usage(content: bytes) -> Usage:
+    """What an answer says that it cost, whatever else it holds."""
+    try:
+        return _usage(json.loads(content)["usage"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return Usage()
 
 
 def _reply_tokens(logprobs: Any) -> tuple[ReplyToken, ...]:

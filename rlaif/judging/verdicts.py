@@ -8,7 +8,7 @@ count by weight. A voice that was asked in both orders and answered in one only 
 left out, or the slot that it was shown in would decide. `mean` adds p(first) of the votes (soft votes, as in RLAIF,
 arXiv 2309.00267; 1, 0 or, for a tie, 0.5 where there is none), `majority` adds outcomes. The winner is the side of
 that mean; agreement is the share of the votes' weight that names it, a tie vote naming neither. Guards are counted
-apart: they veto, they don't elect.
+apart: they veto, they don't elect; one that was asked and has no valid vote is counted as missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from rlaif.records import Outcome, Record, Verdict, Vote
+from rlaif.records import Ballot, Outcome, Record, Verdict, Vote
 
 Method = Literal["mean", "majority", "dawid_skene"]
 
@@ -99,6 +99,7 @@ def aggregate(
         slot_votes=len(slots) - slots.count(None),
         guard_first=guards["first"],
         guard_second=guards["second"],
+        guard_missing=_silent([v for v in votes if v.ballot.guard]),
     )
 
 
@@ -168,13 +169,22 @@ _Voice = tuple[tuple[str, ...], str, str, int]
 _Orders = dict[str, list[Vote]]
 
 
+def _voice(ballot: Ballot) -> _Voice:
+    return ballot.principles, ballot.judge, ballot.voice, ballot.sample_index
+
+
+def _silent(votes: Sequence[Vote]) -> int:
+    """How many of the voices have no valid vote."""
+    asked = {_voice(v.ballot) for v in votes}
+    return len(asked - {_voice(v.ballot) for v in votes if v.outcome != "abstain"})
+
+
 def _balanced_voices(electing: Sequence[Vote]) -> dict[_Voice, _Orders]:
     """Voice → order → valid votes; a voice that was asked in two orders and answered in one is left out."""
     voices: dict[_Voice, dict[str, list[Vote]]] = {}
     for v in electing:
-        b = v.ballot
-        orders = voices.setdefault((b.principles, b.judge, b.voice, b.sample_index), {})
-        answers = orders.setdefault(b.order, [])
+        orders = voices.setdefault(_voice(v.ballot), {})
+        answers = orders.setdefault(v.ballot.order, [])
         if v.outcome != "abstain":
             answers.append(v)
     return {voice: orders for voice, orders in voices.items() if all(orders.values())}

@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 
 from rlaif import cli
-from rlaif.judging.attacks import ATTACKS
+from rlaif.config import Filters
+from rlaif.constitution import load_constitution
+from rlaif.errors import UserError
+from rlaif.judging.attacks import ATTACKS, attack_judge, evenly
+from rlaif.judging.labelled import read_labelled
 from tests.judging.fault_server import FaultServer, longer
+from tests.judging.test_calibration import calibration
+from tests.judging.vote_makers import make_vote
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +67,32 @@ def test_a_judge_that_obeys_an_answer_is_caught(monkeypatch, capsys):
     assert results["null"]["flipped"] == 0
 
 
+def test_verdicts_are_made_as_the_job_makes_them():
+    def ask(pairs, candidates, constitution):
+        for pair in pairs:
+            for n, (outcome, p) in enumerate((("first", 0.51), ("first", 0.51), ("second", 0.1))):
+                vote = make_vote(outcome, n, p)
+                yield [vote.model_copy(update={"ballot": vote.ballot.model_copy(update={"pair_id": pair.id})})]
+
+    def stable(filters, calibration=None):
+        rows = read_labelled([ROOT / "prompts/judge_bench.jsonl"]).rows[:2]
+        text = load_constitution(ROOT / "constitutions", "assistant@1")
+        return attack_judge(rows, ask, lambda _: text, filters, calibration=calibration).stable
+
+    assert stable(Filters(aggregate="mean", min_agreement=0.6)) == 0
+    assert stable(Filters(aggregate="majority", min_agreement=0.6)) == 2
+    with pytest.raises(UserError, match=r"filters.calibration c.json: "):
+        stable(Filters(calibration="c.json"), calibration())
+
+
+def test_rows_are_taken_from_all_over_the_file():
+    rows = read_labelled([ROOT / "prompts/judge_bench.jsonl"]).rows
+    for limit in (7, len(rows) - 1, len(rows) + 1):
+        taken = evenly(rows, limit)
+        assert len({r.id for r in taken}) == len(taken) == min(limit, len(rows))
+        assert {r.slice for r in taken} == {r.slice for r in rows}
+
+
 def test_a_judge_that_always_says_a_has_nothing_to_flip(monkeypatch, capsys):
     with FaultServer(say=lambda body: "A") as server:
         out = run(monkeypatch, capsys, server)
@@ -70,8 +102,6 @@ def test_a_judge_that_always_says_a_has_nothing_to_flip(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("key", "value", "message"), [("templates", "[pairwse]", "did you mean `pairwise`?")])
 def test_a_mistake_is_one_line(monkeypatch, capsys, key, value, message):
-    from rlaif.errors import UserError
-
     with FaultServer() as server, pytest.raises(UserError) as e:
         run(monkeypatch, capsys, server, "--set", f"judge.{key}={value}")
     assert message in str(e.value)

@@ -10,19 +10,21 @@ from hypothesis import given
 from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
-from rlaif.config import Filters, Juror
+from rlaif.config import Filters, Judge, Juror
 from rlaif.constitution import parse_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import (
     deciding_voices,
     evaluating_voices,
     juror_names,
+    likelihood_parameters,
     make_ballots,
     make_chat_ballots,
     rounds,
     selecting_voices,
     settled,
 )
+from rlaif.judging.calibration import Panel
 from rlaif.judging.filters import decide
 from rlaif.judging.templates import parse_template
 from rlaif.judging.verdicts import aggregate
@@ -88,6 +90,20 @@ def test_ids_change_with_the_question_and_with_nothing_else():
         assert not other & ids()
 
 
+def test_settings_that_change_the_answer_change_the_question():
+    def found(**changes):
+        parameters = likelihood_parameters(Judge.model_validate(changes))
+        ballots = make_ballots([PAIR], constitution(), "j", parameters=parameters)
+        return frozenset(b.id for b in ballots), Panel.of(ballots).hash
+
+    changes = ({"missing_eos_penalty": 1.0}, {"score_temperature": 1.0}, {"relevance_tolerance": 1.0},
+               {"fluency_tolerance": 1.0})  # fmt: skip
+    assert found() == found(batch_tokens=64)
+    assert len({found(**c) for c in ({}, *changes)}) == 5
+    # Ids of runs that were made before there were parameters.
+    assert make_ballots([PAIR], constitution(), "j")[0].parameters == ""
+
+
 # Judges behind servers
 
 
@@ -145,6 +161,15 @@ def test_chat_ids_change_with_the_question_and_with_nothing_else():
         *(ids(juror_list=jurors(c)) for c in (hot, {"max_tokens": 3}, {"model": "n"}, {"extra_body": {"a": 1}})),
     ):
         assert not other & ids()
+
+
+def test_a_clamp_changes_the_questions_that_it_is_in_force_on():
+    def panel(clamp, verdict):
+        reads = template().model_copy(update={"verdict": verdict})
+        return Panel.of(chat_ballots(templates=[reads], clamp=clamp)).hash
+
+    assert panel(None, "last_line") != panel((0.4, 0.6), "last_line") != panel((0.3, 0.7), "last_line")
+    assert panel(None, "letter") == panel((0.4, 0.6), "letter")
 
 
 def test_two_jurors_that_differ_in_parameters_only_have_two_names():

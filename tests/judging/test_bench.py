@@ -169,8 +169,8 @@ def test_cost():
         vote("r1", "second", "reversed", **spent),
     ]
     cost = summarise("j", "all", decide_rows(ROWS, votes, Filters())).cost
-    assert (cost.calls, cost.prompt_tokens, cost.completion_tokens, cost.seconds) == (4, 400, 20, 2.0)
-    assert (cost.tokens_per_kept_pair, cost.seconds_per_kept_pair) == (420, 2.0)
+    assert (cost.calls, cost.prompt_tokens, cost.completion_tokens, cost.seconds) == (4, 300, 15, 2.0)
+    assert (cost.tokens_per_kept_pair, cost.seconds_per_kept_pair) == (315, 2.0)
 
 
 def test_the_risk_curve_takes_equal_scores_together():

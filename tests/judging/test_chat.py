@@ -22,8 +22,8 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.chat import ChatJudge
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.templates import load_template
-from rlaif.judging.transport import Answer, Pace, read_reply, retry_after_s
-from rlaif.records import Message, Pair
+from rlaif.judging.transport import Answer, Pace, read_reply, read_usage, retry_after_s
+from rlaif.records import Message, Pair, Usage
 from tests.judging.fault_server import FAULTS, FaultServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,9 @@ def test_votes_of_a_server_that_answers():
         assert vote.latency_s > 0
         assert KEY not in vote.model_dump_json()
     assert server.keys == {KEY}
-    assert cast.judge.spent == Spent(calls=16, tokens=16 * 102) == spent_on(votes, cast.judge.settings)
+    spent = spent_on(votes, cast.judge.settings)
+    assert cast.judge.spent == Spent(calls=16, tokens=16 * 102) == spent.model_copy(update={"answered": frozenset()})
+    assert spent.answered == {votes[0].ballot.judge}
 
 
 def test_requests_ask_for_what_the_template_needs():
@@ -264,6 +266,22 @@ def test_failed_calls_leave_room_in_the_budget():
     assert server.requests == 16
 
 
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_answers_without_a_reply_count(concurrency):
+    with FaultServer(share=1.0, faults=("no_choices",)) as server:
+        cast = Cast(settings(server, budget={"calls": 7}, max_retries=2, concurrency=concurrency), 20)
+        votes = cast.run()
+    assert isinstance(cast.error, BudgetSpent)
+    assert cast.judge.spent.calls == server.requests <= 7
+    assert server.requests > 7 - concurrency
+    assert {v.abstain_reason for v in votes} <= {"infra_error"}
+
+
+def test_what_an_answer_without_a_reply_cost_counts():
+    assert read_usage(b'{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}').prompt_tokens == 5
+    assert read_usage(b"{torn") == read_usage(b"[]") == Usage()
+
+
 @pytest.mark.parametrize(
     ("budget", "name"), [({"tokens": 1000}, "tokens"), ({"money": 0.001}, "money")], ids=["tokens", "money"]
 )
@@ -354,6 +372,72 @@ def test_a_rejected_request_among_others_is_an_abstention():
     rejected = [v for v in votes if v.abstain_reason == "infra_error"]
     assert {v.ballot.pair_id for v in rejected} == {"p3", "p4", "p5", "p6"}
     assert all(v.error == "HTTP 400: context too long" and v.attempts == 1 for v in rejected)
+
+
+def fails(status, *numbers):
+    """The server's answer to these questions alone."""
+
+    def fate(body):
+        return status if int(re.search(r"Question (\d+)", body["messages"][-1]["content"])[1]) in numbers else None
+
+    return fate
+
+
+@pytest.mark.parametrize("status", [400, 503])
+def test_a_ballot_that_fails_for_good_ends_as_a_vote_when_all_others_are_stored(tmp_path, status):
+    with FaultServer(status=fails(status, 3), message="no") as server:
+        for _ in range(2):
+            cast = Cast(settings(server, cache=str(tmp_path), max_retries=0), 10)
+            votes = cast.run()
+            assert cast.error is None
+            assert len(votes) == 20
+            assert [v.ballot.pair_id for v in votes if v.abstain_reason == "infra_error"] == ["p3", "p3"]
+    assert sum(v.cached for v in votes) == 18
+
+
+@pytest.mark.parametrize("status", [400, 503])
+@pytest.mark.parametrize("where", ["process", "judge"])
+def test_a_ballot_that_fails_for_good_ends_as_a_vote_when_it_alone_is_owed(status, where):
+    with FaultServer(status=fails(status, 3), message="no") as server:
+        first = Cast(settings(server, max_retries=0), 3)
+        done = first.run()
+        cast = Cast(settings(server, max_retries=0), 4, skip=first.ids, spent=spent_on(done, first.judge.settings))
+        if where == "judge":
+            cast.judge = first.judge
+        votes = cast.run()
+    assert cast.error is None
+    assert [v.abstain_reason for v in votes] == ["infra_error"] * 2
+
+
+def test_that_one_juror_answered_says_nothing_about_another():
+    with FaultServer() as server:
+        jury = [{"model": "n", "base_url": server.url, "api_key_env": None}]
+        answered = spent_on(Cast(settings(server), 2).run(), settings(server))
+        server.status = lambda body: 400 if body["model"] == "n" else None
+        cast = Cast(settings(server, jury=jury), 4, spent=answered)
+        cast.run()
+    assert "rejects every request" in str(cast.error)
+    assert {v.ballot.judge for v in cast.votes} <= answered.answered
+
+
+def test_a_judge_that_goes_down_between_small_casts_is_found_out():
+    with FaultServer() as server:
+        cast = Cast(settings(server, max_retries=0, breaker_failures=5), 1)
+        cast.run()
+        server.status = 503
+        for _ in range(3):
+            if cast.error is None:
+                cast.run()
+    assert isinstance(cast.error, JudgeUnavailable)
+    assert len(cast.votes) == 2 + 4
+
+
+@pytest.mark.parametrize("key", ["sk-“quoted”-key", "sk-two\nlines", "sk-é"])
+def test_a_key_that_no_header_can_hold_is_found_before_any_call(monkeypatch, key):
+    monkeypatch.setenv("TEST_KEY", key)
+    with pytest.raises(UserError, match="variable TEST_KEY holds characters") as e:
+        Cast(settings("http://127.0.0.1:9/v1"))
+    assert "sk-" not in str(e.value)
 
 
 def test_a_missing_key_is_found_before_any_call(monkeypatch):

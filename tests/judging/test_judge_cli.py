@@ -114,6 +114,8 @@ def test_a_judge_that_can_not_be_used_is_an_answer(rlaif, tmp_path: Path) -> Non
         (["bench", *RECORDED, "--set", "filters.calibration=pairs.json"], "pairs.json: schema version None"),
         (["calibrate", *RECORDED, "--to", "c.json"], "votes of several judges (good, coin); choose one"),
         (["calibrate", *RECORDED, "--where", "judge=good", "--to", "no/c.json"], "there is no folder no"),
+        (["calibrate", "gone.json", "--to", "."], "--to .: this is a folder"),  # before anything is read or asked
+        (["calibrate", "gone.json", "--to", "/proc/c.json"], "--to /proc/c.json: can't write to the folder /proc"),
         (
             ["calibrate", *RECORDED, "--where", "judge=good", "--score", "fitted", "--to", "c.json"],
             "needs 100 labelled",
@@ -150,3 +152,4 @@ def test_the_likelihood_judge_is_calibrated_under_the_name_that_a_run_gives_it(
     report = json.loads(capsys.readouterr().out.split("\nall: ")[0])
     assert report["slices"][0]["pairs"] == 30
     assert report["slices"][0]["cost"]["prompt_tokens"] > 0
+    assert report["slices"][0]["cost"]["calls"] == 0

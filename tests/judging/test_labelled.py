@@ -140,6 +140,21 @@ def test_bad_files_are_one_line(tmp_path, name, text, message):
     assert "\n" not in str(e.value)
 
 
+def test_a_table_that_writes_zero_and_one_as_decimals_is_asked_which_is_which(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("prompt,first,second,label\nq,a,b,0.0\nq,a,b,1.0\n")
+    with pytest.raises(UserError, match="0 and 1; say which is which"):
+        read_labelled([path])
+    assert [r.label for r in read_labelled([path], {"first_is": "0", "second_is": "1"}).rows] == ["first", "second"]
+
+
+def test_cells_hold_what_text_holds(tmp_path):
+    answer = "one\u2028two\x85three\x0cfour\nfive " + "x" * 140_000
+    path = tmp_path / "p.csv"
+    path.write_text(f'prompt,first,second,label\nq,"{answer}",b,1\n', encoding="utf-8")
+    assert read_labelled([path]).rows[0].first == answer
+
+
 def test_a_map_of_nonsense(tmp_path):
     path = write(tmp_path / "b.jsonl", row(0))
     with pytest.raises(UserError, match="no column `q`; it has id, principle"):

@@ -83,6 +83,12 @@ def test_reasons(kind):
     assert said(None, kind, refusal="I can't.") == "refused"
 
 
+def test_a_pattern_whose_verdict_may_be_absent():
+    pattern = r"Verdict: ((?P<verdict>[AB])|none)"
+    assert said("Verdict: none", "last_line", pattern=pattern) == "unparsed"
+    assert said("Verdict: B", "last_line", pattern=pattern) == "B"
+
+
 def test_a_verdict_that_was_complete_before_the_limit_counts():
     assert said("A", "letter", "length") == "A"
     assert said("Well.\nVerdict: B", "last_line", "length") == "B"
@@ -117,18 +123,35 @@ def token(text, **top):
 
 
 def test_label_mass():
-    mass = label_mass([token("A", A=0.5, B=0.2, The=0.1, **{" A": 0.1})])
+    mass = label_mass([token("A", A=0.5, B=0.2, The=0.1, **{" A": 0.1})], "A")
     assert mass.p_first_shown == pytest.approx(0.75)
     assert mass.neither == pytest.approx(0.2)
-    assert label_mass([token("A", A=0.9)]).p_first_shown == 1.0
-    assert label_mass([token("Sure", Sure=0.9, A=0.1)]) is None
-    assert label_mass([]) is None
-    assert label_mass([token("A", Z=1.0)]) is None
+    assert label_mass([token("A", A=0.9)], "A").p_first_shown == 1.0
+    assert label_mass([token("Sure", Sure=0.9, A=0.1)], "A") is None
+    assert label_mass([], "A") is None
+    assert label_mass([token("A", Z=1.0)], "A") is None
 
 
 def test_label_mass_is_read_where_the_verdict_stands():
     reply = [token("A", A=0.9, B=0.1), token(" is"), token("B", B=0.8, A=0.1), token("**", **{"**": 1.0})]
-    assert label_mass(reply).p_first_shown == pytest.approx(1 / 9)
+    assert label_mass(reply, "B").p_first_shown == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ((" B", "\n", "Verdict", ":A"), "A"),  # the verdict's letter is no token of its own
+        ((" A", "\n", "Verdict", ":A"), "A"),  # the same, and the reasoning ends on its letter
+        ((" A", "ctually", " a", "."), "A"),
+    ],
+)
+def test_label_mass_of_another_letter_is_none_of_the_verdict(said, verdict):
+    assert label_mass([token(t, **{t: 0.9}) for t in said], verdict) is None
+
+
+def test_what_follows_a_verdict_is_no_other_letter():
+    reply = [token(" (", **{" (": 1.0}), token("B", B=0.8, A=0.2), *(token(t) for t in (")", " is", " better", "."))]
+    assert label_mass(reply, "B").p_first_shown == pytest.approx(0.2)
 
 
 @pytest.mark.skipif(not RAW, reason="../shared/data/llmbar is absent")

@@ -9,7 +9,7 @@ import pytest
 
 from rlaif.errors import UserError
 from rlaif.judging.labelled import Labelled, read_labelled
-from rlaif.judging.recorded import RecordedJudge, parse_votes_map, parse_where, read_recorded, read_votes_log
+from rlaif.judging.recorded import parse_votes_map, parse_where, read_recorded, read_votes_log
 from tests.judging.vote_makers import make_vote
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -45,6 +45,7 @@ def test_both_orders_in_one_row(tmp_path):
         ("easy/1", "J", "plain", "reversed", "second"),
     ]
     assert votes[2].abstain_reason == "unparsed"
+    assert {v.attempts for v in votes} == {0}
     assert rows == ROWS
 
 
@@ -83,6 +84,29 @@ def test_files_are_kept_apart_by_the_column_that_names_them(tmp_path):
     rows = [labelled(0), labelled(0, file="hard")]
     assert [v.outcome for v in read_recorded(path, rows)[1]] == ["first", "second"]
     assert [v.outcome for v in read_recorded(path, rows[:1])[1]] == ["first"]
+
+
+def pairs_and_votes(tmp_path, own, theirs):
+    rows = [{own: n, "prompt": f"q{n}", "first": "x", "second": "y", "label": 1 + n % 2} for n in range(1, 7)]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    lines = [f"{n},{1 + n % 2}" for n in range(1, 7)]
+    return read_labelled([tmp_path / "p.json"]).rows, csv_file(tmp_path, f"{theirs},winner_ab", *lines)
+
+
+@pytest.mark.parametrize("column", ["id", "pair_id", "idx", "index", "row"])
+def test_both_files_call_a_pair_by_the_same_column(tmp_path, column):
+    rows, path = pairs_and_votes(tmp_path, column, column)
+    voted, votes = read_recorded(path, rows)
+    assert [v.outcome for v in votes] == [r.label for r in voted]
+    assert len(voted) == 6
+
+
+def test_numbers_of_another_column_are_not_taken_for_ids(tmp_path):
+    rows, path = pairs_and_votes(tmp_path, "number", "pair_id")  # from 0 here, from 1 there
+    with pytest.raises(UserError, match=r"`pair_id` 6 is no labelled pair's row number; .*--votes-map id=pair_id"):
+        read_recorded(path, rows)
+    rows, path = pairs_and_votes(tmp_path, "pair_id", "row")
+    assert len(read_recorded(path, rows)[0]) == 6
 
 
 def test_where_narrows_votes_and_pairs(tmp_path):
@@ -134,14 +158,6 @@ def test_a_log_of_votes(tmp_path):
         read_recorded(path, rows)
     with pytest.raises(UserError, match=r"gone.jsonl: can't read the votes"):
         read_recorded(tmp_path / "gone.jsonl", rows)
-
-
-def test_a_recorded_judge_answers_what_was_asked_and_nothing_else():
-    votes = [make_vote("first", 0), make_vote("abstain", 1)]
-    judge = RecordedJudge(votes)
-    assert list(judge.cast([votes[1].ballot, votes[0].ballot], [], [], None)) == [votes[::-1]]
-    with pytest.raises(UserError, match="no vote for 1 of 2 ballots"):
-        list(judge.cast([votes[0].ballot, make_vote("first", 7).ballot], [], [], None))
 
 
 @needs_data

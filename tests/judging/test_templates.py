@@ -69,6 +69,27 @@ def test_answers_are_never_rendered_and_never_reach_the_chat_format():
     assert "< |im_end|>" in user
 
 
+MARKERS = ["<|im_end|>", "</s>", "[/INST]", "<|turn>", "<turn|>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CALLS]",
+           "<<SYS>>", "<</SYS>>", "<unk>", "<extra_id_1>"]  # fmt: skip
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+def test_control_tokens_are_broken_and_attacked_with(marker):
+    template = load_template(FOLDER, "pairwise")
+    _, user = shown(template, f"said{marker}so")
+    assert marker not in user
+    assert marker in next(a.text for a in ATTACKS if a.name == "control_tokens")
+    assert "a < b | c > d [INSTALL] <b>x</b>" in shown(template, "a < b | c > d [INSTALL] <b>x</b>")[1]
+
+
+def test_a_template_that_includes_itself(tmp_path):
+    (tmp_path / "x.jinja").write_text(BLOCKS.replace(RULES, '{% include "again.jinja" %}'))
+    (tmp_path / "again.jinja").write_text('{% include "again.jinja" %}')
+    with pytest.raises(UserError, match=r"again.jinja:1: maximum recursion") as e:
+        load_template(tmp_path, "x")
+    assert "\n" not in str(e.value)
+
+
 def test_the_code_depends_on_both_answers_and_not_on_their_order():
     template = load_template(FOLDER, "pairwise")
 

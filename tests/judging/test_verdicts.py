@@ -46,6 +46,18 @@ def test_guards_are_counted_apart():
     assert (verdict.outcome, verdict.p_first, verdict.guard_first, verdict.guard_second) == ("first", 0.6, 0, 1)
 
 
+def test_a_guard_that_was_asked_and_said_nothing_is_missing():
+    def guard(outcome, n, order, voice="g"):
+        return make_vote(outcome, n, voice=voice, order=order, guard=True, reason="infra_error")
+
+    votes = [make_vote("first", 0), guard("abstain", 1, "forward"), guard("abstain", 2, "reversed")]
+    verdict = aggregate(votes)
+    assert (verdict.outcome, verdict.guard_missing, verdict.abstentions) == ("first", 1, {})
+    answered = [guard("tie", 3, "forward", "h"), guard("abstain", 4, "reversed", "h")]
+    assert aggregate(votes + answered).guard_missing == 1
+    assert aggregate([votes[0], *answered]).guard_missing == 0
+
+
 def test_order_flip_needs_one_voice_in_both_orders():
     def flips(*votes):
         return aggregate(votes).order_flip
