@@ -22,6 +22,7 @@ from rlaif.heads import write_head
 from rlaif.judging.ballots import (
     Role,
     evaluating_voices,
+    likelihood_parameters,
     make_ballots,
     make_chat_ballots,
     rounds,
@@ -272,9 +273,10 @@ class Loop:
     def _ballots(self, plan: Plan, role: Role, pairs: list[Pair], text: Constitution) -> list[Ballot]:
         judge, seed = self.job.judge, self.job.seed
         if judge.kind != "chat":
-            return make_ballots(pairs, text, self.judge_name, role, seed)
+            return make_ballots(pairs, text, self.judge_name, role, seed, likelihood_parameters(judge))
         templates = self._templates(plan, role, text)
-        return list(make_chat_ballots(pairs, text, judge.jurors, templates, role, judge.votes_per_principle, seed))
+        by_principle = judge.votes_per_principle
+        return list(make_chat_ballots(pairs, text, judge.jurors, templates, role, by_principle, seed, judge.clamp))
 
     def _check_calibration(self, plan: Plan, text: Constitution) -> None:
         """Before anything is sampled: what any pair would be asked must be what was calibrated."""

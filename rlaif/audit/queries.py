@@ -543,7 +543,8 @@ def _rule(name: str, verdict: Verdict, settings: Filters) -> tuple[str, str]:
     texts: dict[str, tuple[str, str]] = {
         "too_few_votes": (f"{verdict.valid_votes} valid votes", f"at least {max(settings.min_votes, 1)}"),
         "abstained": (
-            f"{lost} of {all_votes} votes abstained",
+            f"{lost} of {all_votes} votes abstained"
+            + (f", {verdict.guard_missing} guards have no valid vote" if verdict.guard_missing else ""),
             f"at most {settings.max_abstention_share:.0%} of the votes",
         ),
         "tie": (f"the verdict is {verdict.outcome}", "a winner"),

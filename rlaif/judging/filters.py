@@ -104,7 +104,9 @@ def too_few_votes(verdict: Verdict, settings: Filters) -> bool:
 
 
 def abstained(verdict: Verdict, settings: Filters) -> bool:
-    """More than `max_abstention_share` of the votes are abstentions."""
+    """More than `max_abstention_share` of the votes are abstentions, or a guard that was asked has no valid vote."""
+    if settings.guards and verdict.guard_missing:
+        return True
     lost = sum(verdict.abstentions.values())
     return lost > settings.max_abstention_share * (lost + verdict.valid_votes)
 

@@ -45,6 +45,8 @@ def settings_strategy():
         ([FIRST, make_vote("second", 1, guard=True)], {}, ("guard",)),
         ([FIRST, make_vote("second", 1, guard=True)], {"guards": False}, ()),
         ([FIRST, make_vote("first", 1, guard=True)], {}, ()),
+        ([FIRST, make_vote("abstain", 1, guard=True)], {}, ("abstained",)),
+        ([FIRST, make_vote("abstain", 1, guard=True)], {"guards": False}, ()),
         ([FIRST, make_vote("second", 1, 0.4)], {}, ("low_agreement",)),
         ([FIRST, make_vote("tie", 1, 0.5)], {}, ("low_agreement",)),
         ([FIRST, make_vote("second", 1, 0.4)], {"min_agreement": 0.5}, ()),
