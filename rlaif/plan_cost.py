@@ -15,6 +15,7 @@ from rlaif.console import stdout_console
 from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import Role, make_ballots, make_chat_ballots, selecting_voices
+from rlaif.judging.calibration import read_calibration
 from rlaif.judging.templates import load_template, template_names
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts
 from rlaif.records import Pair
@@ -37,6 +38,8 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     held_out = load_prompts(job.prompts.held_out, base_dir)
     train = exclude_held_out(load_prompts(job.prompts.train, base_dir), held_out)
     check_enough(train, job.prompts)
+    if job.filters.calibration:
+        read_calibration(base_dir / job.filters.calibration)
     schedule = job.schedule or {0: job.constitution or ""}
     texts = {ref: load_constitution(base_dir / job.constitutions_dir, ref) for ref in schedule.values()}
     samples = job.prompts.per_iteration * job.sampling.completions_per_prompt

@@ -241,8 +241,13 @@ class _Checking:
         """What the noted head says about this run."""
         for number, head in enumerate(self.chain):
             if head.head.startswith(digits):
-                later = len(self.chain) - number - 1
-                return f"it is the head after iteration {head.iteration + 1}; {later or 'no'} later one(s) follow"
+                here, later = head.iteration + 1, len(self.chain) - number - 1
+                if done not in (None, here):
+                    what = f"the noted head is that after iteration {here} here, but was noted after iteration {done}"
+                    self.found(FILE, what)
+                    return what
+                follow = "it is the newest" if not later else f"{later} more follow"
+                return f"it is the head after iteration {here}; {follow}"
         newest = self.chain[-1].iteration + 1 if self.chain else 0
         if not self.chain:
             what = f"there is no {FILE} that could hold the noted head"

@@ -68,7 +68,10 @@ def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) 
             apply_override(tree, override)
         return parse_job(tree, str(job / "run.json")), job
     settings = load_job(job, overrides)
-    return settings, runs / (name or settings.name or job.stem)
+    chosen = name or settings.name or job.stem
+    if chosen in (".", "..") or Path(chosen).name != chosen:
+        raise UserError(f"--name {chosen}: a run's name is one folder's, without `/`; --runs DIR says where it lies")
+    return settings, runs / chosen
 
 
 def _print_plan(job: Job, where: Path, as_json: bool) -> None:

@@ -49,7 +49,7 @@ class Agreement(Record):
 
 
 SLICES: dict[str, Callable[[Labelled], Sequence[str]]] = {
-    "iteration": lambda x: [f"{x.label.iteration:04d}"],
+    "iteration": lambda x: [f"{x.label.iteration + 1:04d}"],
     "constitution": lambda x: [x.constitution],
     "agreement": lambda x: [band(x.decision.verdict.agreement)],
     "sent by": lambda x: [x.decision.review_rule or "unknown"],

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from rlaif.audit.edits import Effect, edited, effect_of
 from rlaif.cli import app
-from rlaif.config import Job, apply_override, parse_job
+from rlaif.config import Job, Judge, apply_override, parse_job
 from rlaif.constitution import Constitution, load_constitution, parse_constitution
 from rlaif.errors import UserError
 from rlaif.intervals import wilson
-from rlaif.judging.ballots import make_ballots
+from rlaif.judging.ballots import likelihood_parameters, make_ballots
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.opened import Opened, open_with_ballots
 from rlaif.judging.verdicts import aggregate, by_pair
@@ -80,7 +80,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def voices() -> Opened:
     def ballots(pairs: Any, text: Constitution) -> list[Ballot]:
-        return make_ballots(pairs, text, "stub", "decide", 7)
+        return make_ballots(pairs, text, "stub", "decide", 7, likelihood_parameters(Judge()))
 
     def ask(pairs: Any, candidates: Any, text: Constitution) -> Iterator[list[Vote]]:
         yield from VoiceJudge().cast(ballots(pairs, text), pairs, candidates, text)

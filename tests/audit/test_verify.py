@@ -188,7 +188,8 @@ def test_an_edited_text_is_found(run: RunDir) -> None:
 def test_a_removed_tail_is_noticed_by_a_head_that_was_noted(run: RunDir) -> None:
     noted = [head for head in read_heads(run.path) if head is not None]
     assert verify(run, noted[-1].name).holds
-    assert verify(run, noted[1].head).noted == "it is the head after iteration 2; 2 later one(s) follow"
+    assert verify(run, noted[1].head).noted == "it is the head after iteration 2; 2 more follow"
+    assert "noted after iteration 9" in str(verify(run, f"9:{noted[1].head}").noted)
     # The folder alone: the run itself tells.
     shutil.rmtree(run.iteration(3).path)
     told = findings(run)

@@ -64,7 +64,7 @@ def test_slices() -> None:
     ]
     rows = {(r.slice, r.value): r.labels for r in agreement(pairs)}
     assert rows == {
-        ("all", "all"): 3, ("iteration", "0000"): 2, ("iteration", "0001"): 1, ("constitution", "rules@1"): 3,
+        ("all", "all"): 3, ("iteration", "0001"): 2, ("iteration", "0002"): 1, ("constitution", "rules@1"): 3,
         ("agreement", "0.5 to 0.7"): 1, ("agreement", "1"): 1, ("agreement", "none"): 1,
         ("sent by", "below_agreement"): 3, ("reason", "low_agreement"): 2, ("reason", "order_flip"): 1,
         ("reason", "none: would have been kept"): 1, ("author", "ann"): 3,
