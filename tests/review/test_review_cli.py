@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -170,6 +171,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ["PYTHONPATH"] = str(ROOT)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # who runs the tests in the background ignores it
             os.execv(sys.executable, [sys.executable, "-m", "rlaif", "review", str(run.path), "--author", author])
         self.text = ""
 
