@@ -188,6 +188,10 @@ class Verdict(Record):
     agreement: float | None
     """Weighted share of the valid votes that name the winner; None without a valid vote."""
     valid_votes: int
+    """Votes that the outcome follows from."""
+    electing_votes: int | None = None
+    """All votes but the guards': valid ones, abstentions, and those left out (a voice that answered in one of its two
+    orders, a juror of weight 0). None in runs that began before this was counted."""
     abstentions: dict[AbstainReason, int] = Field(default_factory=dict)
     order_flip: bool = False
     slot_first: int = 0
@@ -199,6 +203,12 @@ class Verdict(Record):
     guard_second: int = 0
     guard_missing: int = 0
     """Guards that were asked and have no valid vote: nobody knows whether they would veto."""
+
+    @property
+    def abstained_of(self) -> tuple[int, int]:
+        """Abstentions, and the votes that they are among."""
+        lost = sum(self.abstentions.values())
+        return lost, lost + self.valid_votes if self.electing_votes is None else self.electing_votes
 
 
 class Decision(Record):

@@ -536,8 +536,7 @@ def _same(first: Completion | None, second: Completion | None) -> str:
 
 def _rule(name: str, verdict: Verdict, settings: Filters) -> tuple[str, str]:
     """A rule's value and threshold, in words."""
-    lost = sum(verdict.abstentions.values())
-    all_votes = lost + verdict.valid_votes
+    lost, all_votes = verdict.abstained_of
     p = verdict.p_first
     against = {"first": verdict.guard_second, "second": verdict.guard_first}.get(verdict.outcome, 0)
     texts: dict[str, tuple[str, str]] = {

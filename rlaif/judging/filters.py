@@ -107,8 +107,8 @@ def abstained(verdict: Verdict, settings: Filters) -> bool:
     """More than `max_abstention_share` of the votes are abstentions, or a guard that was asked has no valid vote."""
     if settings.guards and verdict.guard_missing:
         return True
-    lost = sum(verdict.abstentions.values())
-    return lost > settings.max_abstention_share * (lost + verdict.valid_votes)
+    lost, votes = verdict.abstained_of
+    return lost > settings.max_abstention_share * votes
 
 
 def tie(verdict: Verdict, settings: Filters) -> bool:

@@ -93,6 +93,7 @@ def aggregate(
         p_first=p_first,
         agreement=agreement,
         valid_votes=len(valid),
+        electing_votes=len(electing),
         abstentions=dict(Counter(v.abstain_reason for v in electing if v.abstain_reason is not None)),
         order_flip=any(_flips(orders) for orders in voices.values()),
         slot_first=slots.count("first"),
