@@ -110,7 +110,10 @@ class Loop:
         if k == 0:
             self._evaluate(BASE_POLICY, plan, text)
         elif (before := self._plan_of(k - 1)).constitution.hash != text.hash:
-            self._evaluate(k, before, self.texts.load(before.constitution.hash))
+            at_change = self._evaluate(k, before, self.texts.load(before.constitution.hash))
+            # What it tells is about the iteration before this one, whose own alarms were told when it ended.
+            ended = read_json(self.dir.iteration(k - 1).path / "metrics.json")
+            self._stop_at(k - 1, self._alarms(k - 1, ended, at_change))
 
         prompts = {p.id: p for p in self.train}
         completions = self._sample(plan, here, [prompts[i] for i in plan.prompt_ids])
@@ -130,8 +133,7 @@ class Loop:
         head = write_head(self.dir)
         self.progress.iteration_done(k, metrics)
         self.progress.note(f"head {head.name}")
-        if alarms and self.job.monitors.stop_on_alarm:
-            raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarms[0]} (monitors.stop_on_alarm)")
+        self._stop_at(k, alarms)
 
     # One method a stage, in the order of the data flow.
 
@@ -524,11 +526,16 @@ class Loop:
                 shutil.rmtree(policy)
 
     def _alarms(self, k: int, metrics: dict[str, Any], evaluation: dict[str, Any] | None) -> list[str]:
+        """Tells the alarms of an iteration, and returns those that weren't told before."""
         alarms = monitors.alarms(self.job.monitors, metrics, evaluation)
-        for alarm in alarms:
-            if self._event_once("alarm", alarm, k):
-                self.progress.note(f"alarm in iteration {k + 1}: {alarm}")
-        return alarms
+        new = [alarm for alarm in alarms if self._event_once("alarm", alarm, k)]
+        for alarm in new:
+            self.progress.note(f"alarm in iteration {k + 1}: {alarm}")
+        return new
+
+    def _stop_at(self, k: int, alarms: list[str]) -> None:
+        if alarms and self.job.monitors.stop_on_alarm:
+            raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarms[0]} (monitors.stop_on_alarm)")
 
 
 def _candidates(completions: list[Completion], prompts: dict[str, Prompt]) -> list[Candidate]:

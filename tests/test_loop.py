@@ -283,6 +283,26 @@ def test_stop_on_alarm_stops_once_and_can_be_resumed(tmp_path: Path) -> None:
     assert [k for k, _ in events(tmp_path, "alarm")] == [0, 1]
 
 
+def test_the_evaluation_at_a_change_of_text_raises_the_kl_alarm(tmp_path: Path) -> None:
+    from rlaif.errors import RlaifError
+
+    # Any KL is over the limit; iteration 3 is the first under another text, and no evaluation is due before the last.
+    job = stub_job(
+        schedule={0: "rules@1", 2: "rules@2"}, iterations=3, eval={"every": 9, "prompts": 3}, monitors={"max_kl": -99}
+    )
+    progress = Quiet()
+    stub_loop(tmp_path, job, progress=progress).run()
+    assert RunDir(tmp_path / "run").evaluations() == [0, 2, 3]
+    assert [k for k, message in events(tmp_path, "alarm") if "KL from the base" in message] == [1, 2]
+    assert sum("alarm in iteration 2: KL" in note for note in progress.notes) == 1
+
+    stopping = job.model_copy(update={"monitors": job.monitors.model_copy(update={"stop_on_alarm": True})})
+    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 2: KL"):
+        stub_loop(tmp_path / "other", stopping).run()
+    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 3: KL"):  # resumed, it goes on
+        stub_loop(tmp_path / "other", stopping).run()
+
+
 def test_weights_of_policies_that_nobody_needs_are_removed(tmp_path: Path) -> None:
     stub_loop(tmp_path, stub_job(filters={"min_kept_pairs": 1}, eval={"every": 4, "prompts": 3})).run()
     run = RunDir(tmp_path / "run")
