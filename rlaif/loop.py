@@ -105,12 +105,12 @@ class Loop:
         here = self.dir.iteration(k)
         plan = self._plan(k, here)
         self._announce(plan)
-        text = self.texts.load(plan.constitution.hash)
+        text = self.texts.load(plan.constitution)
         self._check_calibration(plan, text)
         if k == 0:
             self._evaluate(BASE_POLICY, plan, text)
         elif (before := self._plan_of(k - 1)).constitution.hash != text.hash:
-            at_change = self._evaluate(k, before, self.texts.load(before.constitution.hash))
+            at_change = self._evaluate(k, before, self.texts.load(before.constitution))
             # What it tells is about the iteration before this one, whose own alarms were told when it ended.
             ended = read_json(self.dir.iteration(k - 1).path / "metrics.json")
             self._stop_at(k - 1, self._alarms(k - 1, ended, at_change))

@@ -137,14 +137,16 @@ class Queue:
         completions = _by_id(here.path / "completions.jsonl", Completion, pair.first, pair.second)
         first, second = completions[pair.first], completions[pair.second]
         prompt = _by_id(self._run.path / "prompts" / "train.jsonl", Prompt, pair.prompt_id)[pair.prompt_id]
-        folder = self._run.path / "constitutions" / self._plan(k).constitution.hash
+        ref = self._plan(k).constitution
+        folder = self._run.path / "constitutions" / ref.hash
+        text = Constitution.model_validate(read_json(folder / "constitution.json"))
         return Question(
             pair_id=pair_id,
             iteration=k,
             messages=prompt.messages,
             shown=(first.text, second.text),
             cut_off=(first.finish_reason == "length", second.finish_reason == "length"),
-            constitution=Constitution.model_validate(read_json(folder / "constitution.json")),
+            constitution=text.model_copy(update={"name": ref.name, "version": ref.version}),
             constitution_source=(folder / "source.yaml").read_text(),
         )
 
