@@ -84,7 +84,7 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
     def waiting() -> int:
         """Pairs that wait for a person, for the page's tab."""
         try:
-            return queue.counts().waiting
+            return queue.waiting()
         except (RlaifError, OSError):
             return 0
 
