@@ -168,14 +168,23 @@ def test_evaluations_say_what_they_measured(finished: RunDir) -> None:
     assert abs(base["kl_per_token"]) < 0.05  # the base policy against itself, in another precision
 
 
-def test_running_it_again_says_that_it_is_done(finished: RunDir) -> None:
+def test_running_it_again_says_that_it_is_done_and_by_which_code(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlaif import launch
     from rlaif.config import parse_job
     from rlaif.launch import execute
 
     progress = Quiet()
     root = finished.path.parent.parent
+    before = {k: finished.header[k] for k in ("rlaif", "packages", "python", "revision")}
+    monkeypatch.setattr(launch, "_revision", lambda: "another")
     execute(parse_job(finished.header["job"], "run.json"), finished.path, root, progress)
     assert any("all 3 iterations are done" in note for note in progress.notes)
+    begun, gone_on = [e for e in finished.events() if e.kind in ("started", "resumed")]
+    assert begun.data == {"seed": finished.header["job"]["seed"], **before}
+    assert gone_on.data == {**begun.data, "revision": "another"}
+    assert finished.header["revision"] == before["revision"]  # what it was begun with
 
 
 def test_other_weights_under_the_same_name_are_refused(finished: RunDir, tmp_path: Path) -> None:
@@ -184,7 +193,7 @@ def test_other_weights_under_the_same_name_are_refused(finished: RunDir, tmp_pat
 
     job = parse_job(finished.header["job"], "run.json")
     with pytest.raises(UserError, match="the judge model changed since the run was started"):
-        _write_header(finished, job, finished.header["models"] | {"judge": "other"})
+        _write_header(finished, job, finished.header["models"] | {"judge": "other"}, {})
 
 
 # The loop's choices, on stubs.
