@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -124,6 +124,15 @@ class Pair(Record):
         return self.model_copy(update={"first": self.second, "second": self.first})
 
 
+class VoiceKey(NamedTuple):
+    """Which voice is asked: ballots of one pair and one key differ in the order shown alone."""
+
+    judge: str
+    voice: str
+    principles: tuple[str, ...]
+    sample_index: int
+
+
 class Ballot(Record):
     """One fully determined question to one judge about one pair."""
 
@@ -143,6 +152,11 @@ class Ballot(Record):
     """Hash of the text or template that the question is rendered from."""
     parameters: str = ""
     """Digest of the judge's settings that could change the answer (a server's model, temperature, max_tokens, ...)."""
+
+    @property
+    def voice_key(self) -> VoiceKey:
+        """The voice, whatever the pair and the order."""
+        return VoiceKey(self.judge, self.voice, self.principles, self.sample_index)
 
 
 class Usage(Record):

@@ -66,7 +66,7 @@ class PairFilter(Record):
     min_agreement: float | None = None
     max_agreement: float | None = None
     flipped: bool | None = None
-    """A voice named another side when the order changed."""
+    """A voice gave another answer when the order changed."""
     disagreeing: bool | None = None
     """Voices or judges name different sides."""
     text: str | None = None
@@ -552,8 +552,8 @@ def _rule(name: str, verdict: Verdict, settings: Filters) -> tuple[str, str]:
             "none" if settings.guards else "nothing (filters.guards is off)",
         ),
         "order_flip": (
-            "a voice named another side when the order changed" if verdict.order_flip else "no voice flipped",
-            "the same side in both orders",
+            "a voice gave another answer when the order changed" if verdict.order_flip else "no voice flipped",
+            "the same answer in both orders",
         ),
         "low_agreement": (
             "no agreement without a vote" if verdict.agreement is None else f"agreement {verdict.agreement:.3f}",

@@ -30,7 +30,7 @@ from rlaif.judging.likelihood import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
 from rlaif.judging.verdicts import aggregate, fit_jurors
-from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, Vote
+from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote
 from rlaif.store import RunDir, StageDir, read_json, read_rows
 from rlaif.texts import template_sources
 
@@ -321,7 +321,7 @@ class Iteration:
 
     def _pairs(self) -> Iterator[tuple[Pair, list[Vote] | None]]:
         """Each pair with its votes in the order in which they were asked for; None when one can't be read."""
-        rank: dict[tuple[str, ...], int] | None = None
+        rank: dict[tuple[VoiceKey, str], int] | None = None
         path = self.here.path / "votes.jsonl"
         with path.open("rb") as f:
             for pair in stage_rows(self.here, "pairs", Pair):
@@ -342,7 +342,7 @@ class Iteration:
                 if rank is None:
                     rank = self._asked(pair, mine[0].ballot.judge)
                 last = len(rank)
-                yield pair, sorted(mine, key=lambda v: rank.get(_voice(v.ballot), last))
+                yield pair, sorted(mine, key=lambda v: rank.get(_asked_as(v.ballot), last))
 
     def _problem(self, problem: str) -> None:
         if problem not in self.problems:
@@ -362,7 +362,7 @@ class Iteration:
                 at += len(line)
         return places
 
-    def _asked(self, pair: Pair, judge: str) -> dict[tuple[str, ...], int]:
+    def _asked(self, pair: Pair, judge: str) -> dict[tuple[VoiceKey, str], int]:
         """The order in which a pair's ballots are made; in another, sums of the same votes differ in the last bit."""
         any_pair, settings = pair.model_copy(update={"selected_by": ()}), self.settings.job.judge
         if settings.kind != "chat":
@@ -376,7 +376,7 @@ class Iteration:
                     [any_pair], self.text, settings.jurors, templates, "decide", settings.votes_per_principle
                 )
             )
-        return {_voice(b): n for n, b in enumerate(ballots)}
+        return {_asked_as(b): n for n, b in enumerate(ballots)}
 
     def _texts(self) -> dict[str, str]:
         """Completion → a digest of its text without the space around it: all that `identical` needs of it."""
@@ -445,8 +445,8 @@ def _updated(vote: Vote, found: Mapping[str, Any]) -> Vote:
     return vote.model_copy(update=different) if different else vote
 
 
-def _voice(b: Ballot) -> tuple[str, ...]:
-    return b.judge, b.voice, str(b.sample_index), b.order
+def _asked_as(b: Ballot) -> tuple[VoiceKey, str]:
+    return b.voice_key, b.order
 
 
 def _template(folder: Path, name: str) -> Template | None:

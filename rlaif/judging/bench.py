@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -44,6 +43,7 @@ from rlaif.records import (
     Message,
     Record,
     Side,
+    VoiceKey,
     Vote,
 )
 
@@ -389,9 +389,9 @@ def krippendorff_alpha(votes: Sequence[Vote]) -> float | None:
     return float(krippendorff.alpha(reliability_data=ratings, level_of_measurement="nominal"))
 
 
-def _voice(vote: Vote) -> tuple[str, tuple[str, ...], str, str, int]:
-    b = vote.ballot
-    return b.judge, b.principles, b.voice, b.order, b.sample_index
+def _voice(vote: Vote) -> tuple[VoiceKey, str]:
+    """Here each order is a voice of its own."""
+    return vote.ballot.voice_key, vote.ballot.order
 
 
 def _by_slice(judged: Sequence[Judged]) -> dict[str, list[Judged]]:
@@ -427,11 +427,11 @@ def _after_rules(judged: Sequence[Judged]) -> Iterator[AfterRule]:
 
 def _both_orders(votes: Sequence[Vote]) -> tuple[int, int]:
     """Voices on pairs that answered in both orders, and how many of them named one side in both."""
-    named: dict[Any, dict[str, set[str]]] = {}
+    named: dict[tuple[str, VoiceKey], dict[str, set[str]]] = {}
     for v in votes:
         b = v.ballot
         if b.order != "none" and v.outcome != "abstain":
-            key = b.pair_id, b.judge, b.principles, b.voice, b.sample_index
+            key = b.pair_id, b.voice_key
             named.setdefault(key, {}).setdefault(b.order, set()).add(v.outcome)
     both = [set().union(*orders.values()) for orders in named.values() if len(orders) == 2]
     return len(both), sum(outcomes in ({"first"}, {"second"}) for outcomes in both)

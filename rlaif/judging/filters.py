@@ -123,7 +123,7 @@ def guard(verdict: Verdict, settings: Filters) -> bool:
 
 
 def order_flip(verdict: Verdict, settings: Filters) -> bool:
-    """A voice named another side when the pair was shown the other way round; inert without slots."""
+    """A voice gave another answer when the pair was shown the other way round; inert without slots."""
     return verdict.order_flip
 
 
