@@ -43,8 +43,6 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         UserError: the job, a text, a prompt file or a model can't be used, or another process holds the run.
         RunInterrupted: Ctrl-C or SIGTERM; the same command goes on.
     """
-    if job.judge.kind == "recorded":
-        raise UserError("judge.kind: fresh answers have no recorded votes; name likelihood or chat")
     if job.judge.kind == "chat":
         for juror in job.judge.jurors:  # before minutes of sampling
             check_address(juror)

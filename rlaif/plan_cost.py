@@ -45,8 +45,8 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     samples = job.prompts.per_iteration * job.sampling.completions_per_prompt
     pairs = job.prompts.per_iteration * job.pairing.max_pairs_per_prompt
     held = min(job.eval.prompts, len(held_out)) * job.eval.samples
-    ballots = scores = eval_ballots = evaluations = 0
-    evaluations = 1
+    ballots = scores = eval_ballots = 0
+    evaluations = 1  # of the base policy
     for k in range(job.iterations):
         text = texts[schedule[max(i for i in schedule if i <= k)]]
         ballots += pairs * _ballots_a_pair(job, text, "decide", base_dir)

@@ -38,11 +38,6 @@ def selecting_voices(constitution: Constitution) -> list[str]:
     return _electing(constitution, "select")
 
 
-def deciding_voices(constitution: Constitution) -> list[str]:
-    """Ids of the voices that vote on pairs for training, guards left out."""
-    return _electing(constitution, "decide")
-
-
 def evaluating_voices(constitution: Constitution) -> list[str]:
     """Ids of the held-out voices that only measure."""
     return _electing(constitution, "evaluate")

@@ -84,15 +84,6 @@ def certainty(decision: Decision) -> tuple[float, float, str]:
     return round(verdict.agreement or 0.0, 9), round(margin, 9), decision.pair_id
 
 
-def count_reasons(decisions: Sequence[Decision]) -> dict[DropReason, int]:
-    """How many pairs each rule spoke against; a pair with two reasons counts under both."""
-    counts: dict[DropReason, int] = {}
-    for decision in decisions:
-        for reason in decision.reasons:
-            counts[reason] = counts.get(reason, 0) + 1
-    return counts
-
-
 def identical(pair: Pair, texts: Mapping[str, str]) -> bool:
     """The two texts are equal but for surrounding space: there is nothing to prefer."""
     return texts[pair.first].strip() == texts[pair.second].strip()

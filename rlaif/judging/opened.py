@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from rlaif.config import Job
 from rlaif.constitution import Constitution
-from rlaif.errors import UserError
 from rlaif.judging.ballots import likelihood_parameters, make_ballots, make_chat_ballots
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.templates import Template, load_template, template_names
@@ -38,10 +37,8 @@ def open_with_ballots(job: Job, texts: Iterable[Constitution], base_dir: Path, n
     """Opens the job's judge; `texts` are those that it will be asked about, `note` is told what takes time.
 
     Raises:
-        UserError: the judge can't be asked (a model, a template or a key is missing, or its votes are recorded).
+        UserError: the judge can't be asked (a model, a template or a key is missing).
     """
-    if job.judge.kind == "recorded":
-        raise UserError("judge.kind: recorded votes can't be asked; name a judge that answers (likelihood or chat)")
     return _chat(job, texts, base_dir) if job.judge.kind == "chat" else _likelihood(job, note)
 
 
