@@ -26,7 +26,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.judging.ballots import make_ballots, make_chat_ballots
 from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
 from rlaif.judging.filters import decide, to_review, trusted
-from rlaif.judging.likelihood import side_of, sigmoid
+from rlaif.judging.numbers import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
 from rlaif.judging.verdicts import aggregate, fit_jurors
