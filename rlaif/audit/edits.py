@@ -28,7 +28,7 @@ from rlaif.intervals import wilson
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import decide
 from rlaif.judging.opened import Opened
-from rlaif.judging.verdicts import aggregate, by_pair, fit_jurors
+from rlaif.judging.verdicts import aggregate, by_pair, jurors_for
 from rlaif.records import Completion, ConstitutionRef, Pair, Plan, Prompt, Record, Verdict, Vote
 from rlaif.store import RunDir, read_json, read_rows
 
@@ -271,8 +271,9 @@ class _Asking:
     def verdicts(self, text: Constitution, votes: Mapping[str, Sequence[Vote]]) -> Verdicts:
         """The verdicts of votes, as the run adds them up; jurors are fitted on these votes."""
         method = self.job.filters.aggregate
-        jurors = fit_jurors([v for mine in votes.values() for v in mine]).weights if method == "dawid_skene" else None
-        return {id: aggregate(mine, text.weights, method, jurors) for id, mine in votes.items() if mine}
+        jurors = jurors_for(method, [v for mine in votes.values() for v in mine])
+        of_juror = jurors.weights if jurors else None
+        return {id: aggregate(mine, text.weights, method, of_juror) for id, mine in votes.items() if mine}
 
 
 def _explain(

@@ -187,6 +187,27 @@ def make_chat_ballots(
                 yield Ballot.model_validate({"id": identity, **content})
 
 
+def ballots_for(
+    judge: Judge,
+    pairs: Iterable[Pair],
+    constitution: Constitution,
+    role: Role = "decide",
+    seed: int = 0,
+    name: str = "",
+    templates: Sequence[Template] = (),
+) -> list[Ballot]:
+    """What a job's judge is asked. `name` is that of a judge without a server, `templates` those of one behind a server
+    (`template_names`).
+
+    Raises:
+        UserError: a template can't ask what `judge.votes_per_principle` wants.
+    """
+    if judge.kind != "chat":
+        return make_ballots(pairs, constitution, name, role, seed, likelihood_parameters(judge))
+    by_principle = judge.votes_per_principle
+    return list(make_chat_ballots(pairs, constitution, judge.jurors, templates, role, by_principle, seed, judge.clamp))
+
+
 def rounds(ballots: Iterable[Ballot]) -> list[list[Ballot]]:
     """The ballots in rounds, for early stop: in each, every pair's next voice, in both orders. Follows from the
     ballots' own order alone, never from who answers first."""

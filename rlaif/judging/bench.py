@@ -31,10 +31,10 @@ from rlaif.judging.calibration import (
     score_of,
 )
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.filters import CONSISTENCY, RULES, decide, trusted
+from rlaif.judging.filters import CONSISTENCY, RULES, decide_votes
 from rlaif.judging.labelled import Labelled
 from rlaif.judging.opened import Ask
-from rlaif.judging.verdicts import JurorFit, aggregate, by_pair, fit_jurors
+from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
 from rlaif.records import (
     AbstainReason,
     Decision,
@@ -221,9 +221,7 @@ def cast_votes(
 
 def jurors_of(votes: Sequence[Vote], filters: Filters, calibration: Calibration | None = None) -> JurorFit | None:
     """The juror weights that the filter asks for: those that were calibrated, or a fit over these votes."""
-    if filters.aggregate != "dawid_skene":
-        return None
-    return calibration.jurors if calibration is not None and calibration.jurors is not None else fit_jurors(votes)
+    return jurors_for(filters.aggregate, votes, calibration.jurors if calibration else None)
 
 
 def decide_rows(
@@ -240,14 +238,7 @@ def decide_rows(
     for row in rows:
         if not (mine := of_pair.get(row.id)):
             continue
-        verdict = aggregate(
-            mine,
-            weights(row),
-            filters.aggregate,
-            jurors.weights if jurors else None,
-        )
-        calibrated = None if calibration is None else trusted(verdict, mine, calibration, filters, row.slice)
-        decision = decide(verdict, row.pair, filters, row.texts, calibrated)
+        decision = decide_votes(row.pair, mine, filters, row.texts, weights(row), jurors, calibration, row.slice)
         out.append(Judged(row=row, votes=tuple(mine), decision=decision))
     return out
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rlaif.config import Filters
 from rlaif.errors import UserError
 from rlaif.judging.calibration import EVERYTHING, Calibration
+from rlaif.judging.verdicts import JurorFit, aggregate
 from rlaif.records import Ballot, Decision, DropReason, Pair, ReviewRule, Verdict, Vote
 
 Rule = Callable[[Verdict, Filters], bool]
@@ -47,6 +48,28 @@ def decide(
         winner=winner,
         verdict=verdict,
     )
+
+
+def decide_votes(
+    pair: Pair,
+    votes: Sequence[Vote],
+    settings: Filters,
+    texts: Mapping[str, str],
+    weights: Mapping[str, float] | None = None,
+    jurors: JurorFit | None = None,
+    calibration: Calibration | None = None,
+    slice: str = EVERYTHING,
+) -> Decision:
+    """A pair's decision from the votes on it: added up, held against the calibration where there is one, filtered.
+
+    `weights` are the constitution's, `jurors` what `jurors_for` says of all votes, `slice` the pair's.
+
+    Raises:
+        UserError: the votes aren't those that were calibrated, and `filters.uncalibrated` says stop.
+    """
+    verdict = aggregate(votes, weights, settings.aggregate, jurors.weights if jurors else None)
+    promised = trusted(verdict, votes, calibration, settings, slice) if calibration else None
+    return decide(verdict, pair, settings, texts, promised)
 
 
 def to_review(decisions: Sequence[Decision], settings: Filters) -> list[Decision]:

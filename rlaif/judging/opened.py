@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from rlaif.config import Job
 from rlaif.constitution import Constitution
-from rlaif.judging.ballots import likelihood_parameters, make_ballots, make_chat_ballots
+from rlaif.judging.ballots import ballots_for
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.templates import Template, load_template, template_names
 from rlaif.records import Ballot, Pair, Vote
@@ -54,10 +54,7 @@ def _chat(job: Job, texts: Iterable[Constitution], base_dir: Path) -> Opened:
         return [templates[name] for name in template_names(settings, text, "decide")]
 
     def ballots(pairs: Sequence[Pair], text: Constitution) -> list[Ballot]:
-        by_principle, clamp = settings.votes_per_principle, settings.clamp
-        return list(
-            make_chat_ballots(pairs, text, settings.jurors, mine(text), "decide", by_principle, job.seed, clamp)
-        )
+        return ballots_for(settings, pairs, text, seed=job.seed, templates=mine(text))
 
     def ask(pairs: Sequence[Pair], candidates: Sequence[Candidate], text: Constitution) -> Iterator[list[Vote]]:
         yield from judge.cast(ballots(pairs, text), pairs, candidates, text, mine(text))
@@ -74,7 +71,7 @@ def _likelihood(job: Job, note: Callable[[str], None]) -> Opened:
     name = f"{job.judge.kind}:{models.digest_of(path)}"
 
     def ballots(pairs: Sequence[Pair], text: Constitution) -> list[Ballot]:
-        return make_ballots(pairs, text, name, "decide", job.seed, likelihood_parameters(job.judge))
+        return ballots_for(job.judge, pairs, text, seed=job.seed, name=name)
 
     def ask(pairs: Sequence[Pair], candidates: Sequence[Candidate], text: Constitution) -> Iterator[list[Vote]]:
         yield from judge.cast(ballots(pairs, text), pairs, candidates, text)

@@ -145,6 +145,13 @@ def fit_jurors(votes: Sequence[Vote]) -> JurorFit:
     return JurorFit(fitted=True, pairs=pairs, weights=weights, confusions=tuple(confusions))
 
 
+def jurors_for(method: Method, votes: Sequence[Vote], calibrated: JurorFit | None = None) -> JurorFit | None:
+    """The juror weights that a way of adding up asks for: those that were calibrated, or a fit over these votes."""
+    if method != "dawid_skene":
+        return None
+    return calibrated or fit_jurors(votes)
+
+
 def _dawid_skene(named: Sequence[Vote]) -> list[Confusion]:
     import pandas as pd
     from crowdkit.aggregation import DawidSkene
