@@ -125,11 +125,11 @@ class Price(Section):
 
 
 class Judge(Juror):
-    """Who compares: `likelihood` (a frozen model in a worker), `chat` (a server) or `recorded` (votes of a log)."""
+    """Who compares: `likelihood` (a frozen model in a worker) or `chat` (a server)."""
 
-    kind: Literal["likelihood", "chat", "recorded"] = "likelihood"
+    kind: Literal["likelihood", "chat"] = "likelihood"
     """`likelihood`: a frozen model compares how likely an answer is under `prefer` and under `avoid`. `chat`: any
-    OpenAI-compatible server answers a question rendered from a template. `recorded`: votes are looked up in a log."""
+    OpenAI-compatible server answers a question rendered from a template."""
     model: str = "embedded:smollm2-135m-instruct"
     """likelihood: the frozen model that judges. chat: the name that the server knows."""
     batch_tokens: int = Field(1024, ge=64)
@@ -178,8 +178,6 @@ class Judge(Juror):
     early_stop: bool = False
     """chat: cast ballots in rounds, and leave out a pair whose decision can't change any more. Never with a
     calibrated filter."""
-    votes: str | None = None
-    """recorded: the votes (a run directory, a `votes.jsonl`, or a table as `rlaif judge bench --votes` takes)."""
 
     @property
     def jurors(self) -> tuple[Juror, ...]:
@@ -187,12 +185,18 @@ class Judge(Juror):
         mine = {name: getattr(self, name) for name in Juror.model_fields}
         return (Juror.model_validate(mine), *self.jury)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_runs(cls, tree: Any) -> Any:
+        """`votes` was a setting that no run could use; run.json of older ones has it, as null."""
+        if isinstance(tree, dict) and "votes" in tree and tree["votes"] is None:
+            return {key: value for key, value in tree.items() if key != "votes"}
+        return tree
+
     @model_validator(mode="after")
     def _complete(self) -> Judge:
         if self.kind == "chat" and self.model.startswith("embedded:"):
             raise ValueError("judge.model: a chat judge needs the name that its server knows, for example gpt-4.1-mini")
-        if self.kind == "recorded" and not self.votes:
-            raise ValueError("judge.votes: kind `recorded` needs a log to look votes up in")
         if self.kind != "chat" and self.jury:
             raise ValueError("judge.jury: a jury sits behind servers; set judge.kind: chat")
         for juror in self.jurors:

@@ -254,7 +254,7 @@ def constitution_files(directory: Path | str) -> dict[str, dict[int, Path]]:
 def list_constitutions(directory: Path | str) -> list[Constitution]:
     """All texts below the folder, by name and version. UserError when one doesn't parse."""
     return [
-        _read(path, name, version)
+        _read(path, name, version)[0]
         for name, versions in constitution_files(directory).items()
         for version, path in versions.items()
     ]
@@ -266,6 +266,11 @@ def load_constitution(directory: Path | str, reference: str) -> Constitution:
     Raises:
         UserError: the reference is malformed, nothing of that name or version exists, or the file doesn't parse.
     """
+    return load_with_source(directory, reference)[0]
+
+
+def load_with_source(directory: Path | str, reference: str) -> tuple[Constitution, bytes]:
+    """`load_constitution`, and the very bytes that were parsed: a file may be saved again at any time."""
     match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise UserError(f"constitution `{reference}`: expected NAME or NAME@VERSION, for example assistant@2")
@@ -282,12 +287,13 @@ def load_constitution(directory: Path | str, reference: str) -> Constitution:
     return _read(versions[version], match["name"], version)
 
 
-def _read(path: Path, name: str, version: int) -> Constitution:
+def _read(path: Path, name: str, version: int) -> tuple[Constitution, bytes]:
     try:
-        text = path.read_text(encoding="utf-8")
+        source = path.read_bytes()
+        text = source.decode("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: can't read the constitution ({e})") from e
-    return parse_constitution(text, name, version, str(path))
+    return parse_constitution(text, name, version, str(path)), source
 
 
 def _turn(prompt: str, answer: str) -> tuple[Message, Message]:

@@ -43,8 +43,6 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         UserError: the job, a text, a prompt file or a model can't be used, or another process holds the run.
         RunInterrupted: Ctrl-C or SIGTERM; the same command goes on.
     """
-    if job.judge.kind == "recorded":
-        raise UserError("judge.kind: fresh answers have no recorded votes; name likelihood or chat")
     if job.judge.kind == "chat":
         for juror in job.judge.jurors:  # before minutes of sampling
             check_address(juror)
@@ -52,7 +50,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
     with ExitStack() as stack:
         stack.enter_context(run.lock())
         stack.enter_context(_sigterm_like_ctrl_c())
-        job = _check_resume(run, job, allow_change)
+        changed = _check_resume(run, job, allow_change)
         texts = Texts(job, run, base_dir, progress.note)
         train, held_out = _prompts(run, job, base_dir)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
@@ -61,9 +59,11 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         if job.judge.kind == "likelihood":
             judge_model = models.resolve(job.judge.model, progress=lambda message, share: progress.note(message))
             digests["judge"] = models.digest_of(judge_model)
-        _write_header(run, job, digests | models.tokenizer_identity(base).model_dump())
+        code = _code()
+        _write_header(run, job, digests | models.tokenizer_identity(base).model_dump(), code, changed)
         resumed = any(e.kind == "started" for e in run.events())
-        run.event("resumed" if resumed else "started", f"{job.iterations} iterations", seed=job.seed)
+        # run.json has the code that a run was begun with; which code went on with it, these events tell.
+        run.event("resumed" if resumed else "started", f"{job.iterations} iterations", seed=job.seed, **code)
         if (run.iteration(job.iterations - 1).path / "metrics.json").exists():
             progress.note(f"{run.path}: all {job.iterations} iterations are done; head {write_head(run).name}")
             return run
@@ -138,15 +138,20 @@ def _spent(run: RunDir, job: Job) -> Spent:
     return spent_on((vote for stage in stages for vote in stage.durable("votes", Vote)), job.judge)
 
 
-def _check_resume(run: RunDir, job: Job, allow_change: bool) -> Job:
+def _check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
+    """What differs from the job that a run was started with, in words; None when nothing does.
+
+    Raises:
+        UserError: something differs that may not, or not without `--allow-change`.
+    """
     path = run.path / "run.json"
     if not path.exists():
-        return job
+        return None
     # Settings that this rlaif has and the run's did not count as their defaults.
     before = parse_job(RunDir.open(run.path).header["job"], str(path))
     changes = changed_keys(before.model_dump(mode="json"), job.model_dump(mode="json"))
     if not changes:
-        return job
+        return None
     named = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in changes.items())
     harmful = [key for key in changes if not key.startswith(HARMLESS)]
     if harmful:
@@ -155,8 +160,7 @@ def _check_resume(run: RunDir, job: Job, allow_change: bool) -> Job:
         )
     if not allow_change:
         raise UserError(f"{run.path} was started with another job: {named}. These are harmless: add --allow-change")
-    run.event("job_changed", named)
-    return job
+    return named
 
 
 def _prompts(run: RunDir, job: Job, base_dir: Path) -> tuple[list[Prompt], list[Prompt]]:
@@ -181,18 +185,28 @@ def _prompts(run: RunDir, job: Job, base_dir: Path) -> tuple[list[Prompt], list[
     return read_rows(files[0], Prompt), read_rows(files[1], Prompt)
 
 
-def _write_header(run: RunDir, job: Job, model_digests: dict[str, str]) -> None:
+def _code() -> dict[str, Any]:
+    """What runs: rlaif's version and revision, the packages and Python."""
+    return {
+        "rlaif": __version__,
+        "packages": {name: v for name in PACKAGES if (v := _version(name))},
+        "python": platform.python_version(),
+        "revision": _revision(),
+    }
+
+
+def _write_header(
+    run: RunDir, job: Job, model_digests: dict[str, str], code: dict[str, Any], changed: str | None = None
+) -> None:
+    """Writes run.json, unless it says the same already; `changed` is what `_check_resume` found."""
     path = run.path / "run.json"
     resolved = job.model_dump(mode="json")
     header: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "rlaif": __version__,
         "job": resolved,
         "job_digest": digest(resolved),
         "models": model_digests,
-        "packages": {name: v for name in PACKAGES if (v := _version(name))},
-        "python": platform.python_version(),
-        "revision": _revision(),
+        **code,
     }
     if path.exists():
         before = read_json(path)
@@ -204,6 +218,8 @@ def _write_header(run: RunDir, job: Job, model_digests: dict[str, str]) -> None:
                 )
         if before["job"] == resolved:
             return
+    if changed:  # before run.json says it: were the run killed in between, the change would never be told
+        run.event("job_changed", changed)
     write_json(path, header)
 
 

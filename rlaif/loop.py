@@ -21,19 +21,17 @@ from rlaif.errors import RlaifError
 from rlaif.heads import write_head
 from rlaif.judging.ballots import (
     Role,
+    ballots_for,
     evaluating_voices,
-    likelihood_parameters,
-    make_ballots,
-    make_chat_ballots,
     rounds,
     selecting_voices,
     settled,
 )
 from rlaif.judging.calibration import EVERYTHING, Calibration
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.filters import check_calibrated, decide, to_review, trusted
+from rlaif.judging.filters import check_calibrated, decide_votes, to_review
 from rlaif.judging.templates import Template, template_names
-from rlaif.judging.verdicts import aggregate, by_pair, fit_jurors
+from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
 from rlaif.mixing import labelled, preferences_of, read_now, replayed
 from rlaif.pairing import make_pairs
 from rlaif.prompts import prompts_for
@@ -105,12 +103,15 @@ class Loop:
         here = self.dir.iteration(k)
         plan = self._plan(k, here)
         self._announce(plan)
-        text = self.texts.load(plan.constitution.hash)
+        text = self.texts.load(plan.constitution)
         self._check_calibration(plan, text)
         if k == 0:
             self._evaluate(BASE_POLICY, plan, text)
         elif (before := self._plan_of(k - 1)).constitution.hash != text.hash:
-            self._evaluate(k, before, self.texts.load(before.constitution.hash))
+            at_change = self._evaluate(k, before, self.texts.load(before.constitution))
+            # What it tells is about the iteration before this one, whose own alarms were told when it ended.
+            ended = read_json(self.dir.iteration(k - 1).path / "metrics.json")
+            self._stop_at(k - 1, self._alarms(k - 1, ended, at_change))
 
         prompts = {p.id: p for p in self.train}
         completions = self._sample(plan, here, [prompts[i] for i in plan.prompt_ids])
@@ -130,8 +131,7 @@ class Loop:
         head = write_head(self.dir)
         self.progress.iteration_done(k, metrics)
         self.progress.note(f"head {head.name}")
-        if alarms and self.job.monitors.stop_on_alarm:
-            raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarms[0]} (monitors.stop_on_alarm)")
+        self._stop_at(k, alarms)
 
     # One method a stage, in the order of the data flow.
 
@@ -271,12 +271,8 @@ class Loop:
         return [self.texts.load_template(name, plan.templates[name]) for name in names]
 
     def _ballots(self, plan: Plan, role: Role, pairs: list[Pair], text: Constitution) -> list[Ballot]:
-        judge, seed = self.job.judge, self.job.seed
-        if judge.kind != "chat":
-            return make_ballots(pairs, text, self.judge_name, role, seed, likelihood_parameters(judge))
-        templates = self._templates(plan, role, text)
-        by_principle = judge.votes_per_principle
-        return list(make_chat_ballots(pairs, text, judge.jurors, templates, role, by_principle, seed, judge.clamp))
+        templates = self._templates(plan, role, text) if self.job.judge.kind == "chat" else []
+        return ballots_for(self.job.judge, pairs, text, role, self.job.seed, self.judge_name, templates)
 
     def _check_calibration(self, plan: Plan, text: Constitution) -> None:
         """Before anything is sampled: what any pair would be asked must be what was calibrated."""
@@ -312,24 +308,21 @@ class Loop:
             jurors = self._jurors(here, votes)
             made = []
             for pair in pairs:
-                mine = of_pair[pair.id]
-                verdict = aggregate(mine, text.weights, filters.aggregate, jurors)
                 slice = prompts[pair.prompt_id].category or EVERYTHING
-                promised = trusted(verdict, mine, calibration, filters, slice) if calibration else None
-                made.append(decide(verdict, pair, filters, texts, promised))
+                mine = of_pair[pair.id]
+                made.append(decide_votes(pair, mine, filters, texts, text.weights, jurors, calibration, slice))
             # Held-out pairs are never labelled: they only measure.
             yield to_review(made, filters) if role == "decide" else made
 
         return here.rows("decisions", Decision, produce, inputs=["votes"], resumable=False)
 
-    def _jurors(self, here: StageDir, votes: list[Vote]) -> dict[str, float] | None:
+    def _jurors(self, here: StageDir, votes: list[Vote]) -> JurorFit | None:
         """What each juror's votes weigh; written beside the decisions that follow from it."""
-        if self.job.filters.aggregate != "dawid_skene":
-            return None
         calibrated = self.calibration.jurors if self.calibration else None
-        fit = calibrated or fit_jurors(votes)
-        write_json(here.path / "jurors.json", fit.model_dump(mode="json"))
-        return fit.weights
+        fit = jurors_for(self.job.filters.aggregate, votes, calibrated)
+        if fit is not None:
+            write_json(here.path / "jurors.json", fit.model_dump(mode="json"))
+        return fit
 
     def _mix(
         self,
@@ -524,11 +517,16 @@ class Loop:
                 shutil.rmtree(policy)
 
     def _alarms(self, k: int, metrics: dict[str, Any], evaluation: dict[str, Any] | None) -> list[str]:
+        """Tells the alarms of an iteration, and returns those that weren't told before."""
         alarms = monitors.alarms(self.job.monitors, metrics, evaluation)
-        for alarm in alarms:
-            if self._event_once("alarm", alarm, k):
-                self.progress.note(f"alarm in iteration {k + 1}: {alarm}")
-        return alarms
+        new = [alarm for alarm in alarms if self._event_once("alarm", alarm, k)]
+        for alarm in new:
+            self.progress.note(f"alarm in iteration {k + 1}: {alarm}")
+        return new
+
+    def _stop_at(self, k: int, alarms: list[str]) -> None:
+        if alarms and self.job.monitors.stop_on_alarm:
+            raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarms[0]} (monitors.stop_on_alarm)")
 
 
 def _candidates(completions: list[Completion], prompts: dict[str, Prompt]) -> list[Candidate]:

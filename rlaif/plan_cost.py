@@ -14,7 +14,7 @@ from rlaif.config import Job
 from rlaif.console import stdout_console
 from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
-from rlaif.judging.ballots import Role, make_ballots, make_chat_ballots, selecting_voices
+from rlaif.judging.ballots import Role, ballots_for, selecting_voices
 from rlaif.judging.calibration import read_calibration
 from rlaif.judging.templates import load_template, template_names
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts
@@ -45,8 +45,8 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     samples = job.prompts.per_iteration * job.sampling.completions_per_prompt
     pairs = job.prompts.per_iteration * job.pairing.max_pairs_per_prompt
     held = min(job.eval.prompts, len(held_out)) * job.eval.samples
-    ballots = scores = eval_ballots = evaluations = 0
-    evaluations = 1
+    ballots = scores = eval_ballots = 0
+    evaluations = 1  # of the base policy
     for k in range(job.iterations):
         text = texts[schedule[max(i for i in schedule if i <= k)]]
         ballots += pairs * _ballots_a_pair(job, text, "decide", base_dir)
@@ -97,10 +97,9 @@ def _ballots_a_pair(job: Job, text: Constitution, role: Role, base_dir: Path) ->
     """Questions to the judge about one pair; for a judge behind a server each is a request."""
     judge = job.judge
     pair = Pair(id="any", prompt_id="any", first="first", second="second", method="plan")
-    if judge.kind != "chat":
-        return len(make_ballots([pair], text, judge.kind, role))
-    templates = [load_template(base_dir / judge.templates_dir, name) for name in template_names(judge, text, role)]
-    return sum(1 for _ in make_chat_ballots([pair], text, judge.jurors, templates, role, judge.votes_per_principle))
+    names = template_names(judge, text, role) if judge.kind == "chat" else []
+    templates = [load_template(base_dir / judge.templates_dir, name) for name in names]
+    return len(ballots_for(judge, [pair], text, role, templates=templates))
 
 
 def _parameters(model: str) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -124,6 +124,15 @@ class Pair(Record):
         return self.model_copy(update={"first": self.second, "second": self.first})
 
 
+class VoiceKey(NamedTuple):
+    """Which voice is asked: ballots of one pair and one key differ in the order shown alone."""
+
+    judge: str
+    voice: str
+    principles: tuple[str, ...]
+    sample_index: int
+
+
 class Ballot(Record):
     """One fully determined question to one judge about one pair."""
 
@@ -143,6 +152,11 @@ class Ballot(Record):
     """Hash of the text or template that the question is rendered from."""
     parameters: str = ""
     """Digest of the judge's settings that could change the answer (a server's model, temperature, max_tokens, ...)."""
+
+    @property
+    def voice_key(self) -> VoiceKey:
+        """The voice, whatever the pair and the order."""
+        return VoiceKey(self.judge, self.voice, self.principles, self.sample_index)
 
 
 class Usage(Record):
@@ -188,6 +202,10 @@ class Verdict(Record):
     agreement: float | None
     """Weighted share of the valid votes that name the winner; None without a valid vote."""
     valid_votes: int
+    """Votes that the outcome follows from."""
+    electing_votes: int | None = None
+    """All votes but the guards': valid ones, abstentions, and those left out (a voice that answered in one of its two
+    orders, a juror of weight 0). None in runs that began before this was counted."""
     abstentions: dict[AbstainReason, int] = Field(default_factory=dict)
     order_flip: bool = False
     slot_first: int = 0
@@ -199,6 +217,12 @@ class Verdict(Record):
     guard_second: int = 0
     guard_missing: int = 0
     """Guards that were asked and have no valid vote: nobody knows whether they would veto."""
+
+    @property
+    def abstained_of(self) -> tuple[int, int]:
+        """Abstentions, and the votes that they are among."""
+        lost = sum(self.abstentions.values())
+        return lost, lost + self.valid_votes if self.electing_votes is None else self.electing_votes
 
 
 class Decision(Record):

@@ -40,7 +40,7 @@ REASONS = {
     "abstained": "too many votes that named nothing",
     "tie": "the votes are even",
     "guard": "a guard voted for the loser",
-    "order_flip": "a voice named another side when the order changed",
+    "order_flip": "a voice gave another answer when the order changed",
     "low_agreement": "the voices don’t agree enough",
     "low_margin": "p(first) is too near to one half",
     "uncalibrated": "under the calibrated threshold",

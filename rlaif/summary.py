@@ -42,7 +42,7 @@ def status_values(run: RunDir) -> dict[str, Any]:
         "constitution": text,
         "last_event": events[-1].model_dump() if events else None,
         "alarms": [e.model_dump() for e in events if e.kind == "alarm"],
-        "waiting_for_review": Queue(run).counts().waiting,
+        "waiting_for_review": Queue(run).waiting(),
     }
 
 

@@ -7,15 +7,18 @@ reads sees the text through templates; they are read, pinned and copied together
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rlaif.config import Job
-from rlaif.constitution import Constitution, constitution_files, load_constitution
+from rlaif.constitution import Constitution, load_with_source
 from rlaif.errors import UserError
 from rlaif.judging.ballots import selecting_voices
 from rlaif.judging.templates import Template, load_template, parse_template, template_names
+from rlaif.records import ConstitutionRef
 from rlaif.store import RunDir, disk_errors, read_json, replace_dir, write_json
 
 
@@ -66,8 +69,11 @@ class Texts:
                 self._note(f"alarm in iteration {iteration + 1}: {message}")
         return self._last_good
 
-    def load(self, digest: str) -> Constitution:
-        """The run's copy of a text."""
+    def load(self, ref: ConstitutionRef) -> Constitution:
+        """The run's copy of a text, under the name that `ref` gives it: two versions may say the same."""
+        return self._copy_of(ref.hash).model_copy(update={"name": ref.name, "version": ref.version})
+
+    def _copy_of(self, digest: str) -> Constitution:
         return Constitution.model_validate(read_json(self._run.path / "constitutions" / digest / "constitution.json"))
 
     def templates_in_force(self, text: Constitution) -> dict[str, str]:
@@ -96,15 +102,7 @@ class Texts:
         template = load_template(self._templates_dir, name)
         folder = self._run.path / "constitutions" / template.hash
         if not folder.exists():
-            partial = folder.with_name(f"{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            with disk_errors(folder):
-                for source in template.sources:
-                    copy = partial / source.name  # an included one may lie in a folder
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    copy.write_text(source.text)
-            replace_dir(partial, folder)
+            _copy(folder, {source.name: source.text.encode() for source in template.sources})
         if not self._follows:
             write_json(pins, known | {key: template.hash})
         return template.hash
@@ -113,24 +111,40 @@ class Texts:
         pins = self._run.path / "constitutions" / "pins.json"
         known: dict[str, str] = read_json(pins) if pins.exists() else {}
         if reference not in known:
-            text = self._newest(reference)
-            known[reference] = text.hash
+            ref = self._newest(reference).ref
+            # A reference without a version is pinned to one with, and that one to its text.
+            known |= {reference: str(ref), str(ref): ref.hash}
             write_json(pins, known)
-        return self.load(known[reference])
+        if known[reference] in known:
+            reference = known[reference]
+        text = self._copy_of(known[reference])
+        name, _, version = reference.partition("@")
+        return text.model_copy(update={"name": name, "version": int(version)}) if version else text
 
     def _newest(self, reference: str) -> Constitution:
-        text = load_constitution(self._directory, reference)
+        text, source = load_with_source(self._directory, reference)
         if self._selects and not selecting_voices(text):
             raise UserError(
                 f"constitution {text.ref}: no contrast has `use: select`, and pairing.method=best_worst needs one; "
                 "add such a paraphrase, or set pairing.method to random or all"
             )
         folder = self._run.path / "constitutions" / text.hash
-        copy = folder / "constitution.json"
-        if not copy.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            source = constitution_files(self._directory)[text.name][text.version]
-            with disk_errors(folder):
-                (folder / "source.yaml").write_bytes(source.read_bytes())
-            write_json(copy, text.model_dump(mode="json"))
+        if not (folder / "constitution.json").exists():
+            content = json.dumps(text.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+            _copy(folder, {"source.yaml": source, "constitution.json": content.encode()})
         return text
+
+
+def _copy(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a folder of the run, whole or not at all."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors(folder):
+        for name, content in files.items():
+            path = partial / name  # a template that is included may lie in a folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+        replace_dir(partial, folder)

@@ -145,3 +145,12 @@ def test_every_field_has_a_docstring() -> None:
 def test_what_a_review_cant_be(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_job({"constitution": "assistant", **tree}, "job.yaml")
+
+
+def test_a_setting_that_is_gone_is_read_in_older_runs_where_it_said_nothing() -> None:
+    tree = parse_job({"constitution": "rules"}, "job").model_dump(mode="json")
+    tree["judge"]["votes"] = None
+    assert parse_job(tree, "run.json") == parse_job({"constitution": "rules"}, "job")
+    tree["judge"]["votes"] = "runs/old"
+    with pytest.raises(UserError, match=r"unknown key `judge\.votes`"):
+        parse_job(tree, "run.json")

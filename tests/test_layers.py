@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.judging",
         "rlaif.judging.ballots",
         "rlaif.judging.candidates",
+        "rlaif.judging.numbers",
         "rlaif.judging.parsing",
         "rlaif.judging.spending",
         "rlaif.judging.templates",

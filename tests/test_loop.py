@@ -168,14 +168,23 @@ def test_evaluations_say_what_they_measured(finished: RunDir) -> None:
     assert abs(base["kl_per_token"]) < 0.05  # the base policy against itself, in another precision
 
 
-def test_running_it_again_says_that_it_is_done(finished: RunDir) -> None:
+def test_running_it_again_says_that_it_is_done_and_by_which_code(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlaif import launch
     from rlaif.config import parse_job
     from rlaif.launch import execute
 
     progress = Quiet()
     root = finished.path.parent.parent
+    before = {k: finished.header[k] for k in ("rlaif", "packages", "python", "revision")}
+    monkeypatch.setattr(launch, "_revision", lambda: "another")
     execute(parse_job(finished.header["job"], "run.json"), finished.path, root, progress)
     assert any("all 3 iterations are done" in note for note in progress.notes)
+    begun, gone_on = [e for e in finished.events() if e.kind in ("started", "resumed")]
+    assert begun.data == {"seed": finished.header["job"]["seed"], **before}
+    assert gone_on.data == {**begun.data, "revision": "another"}
+    assert finished.header["revision"] == before["revision"]  # what it was begun with
 
 
 def test_other_weights_under_the_same_name_are_refused(finished: RunDir, tmp_path: Path) -> None:
@@ -184,7 +193,7 @@ def test_other_weights_under_the_same_name_are_refused(finished: RunDir, tmp_pat
 
     job = parse_job(finished.header["job"], "run.json")
     with pytest.raises(UserError, match="the judge model changed since the run was started"):
-        _write_header(finished, job, finished.header["models"] | {"judge": "other"})
+        _write_header(finished, job, finished.header["models"] | {"judge": "other"}, {})
 
 
 # The loop's choices, on stubs.
@@ -281,6 +290,26 @@ def test_stop_on_alarm_stops_once_and_can_be_resumed(tmp_path: Path) -> None:
         stub_loop(tmp_path, job).run()
     stub_loop(tmp_path, job).run()
     assert [k for k, _ in events(tmp_path, "alarm")] == [0, 1]
+
+
+def test_the_evaluation_at_a_change_of_text_raises_the_kl_alarm(tmp_path: Path) -> None:
+    from rlaif.errors import RlaifError
+
+    # Any KL is over the limit; iteration 3 is the first under another text, and no evaluation is due before the last.
+    job = stub_job(
+        schedule={0: "rules@1", 2: "rules@2"}, iterations=3, eval={"every": 9, "prompts": 3}, monitors={"max_kl": -99}
+    )
+    progress = Quiet()
+    stub_loop(tmp_path, job, progress=progress).run()
+    assert RunDir(tmp_path / "run").evaluations() == [0, 2, 3]
+    assert [k for k, message in events(tmp_path, "alarm") if "KL from the base" in message] == [1, 2]
+    assert sum("alarm in iteration 2: KL" in note for note in progress.notes) == 1
+
+    stopping = job.model_copy(update={"monitors": job.monitors.model_copy(update={"stop_on_alarm": True})})
+    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 2: KL"):
+        stub_loop(tmp_path / "other", stopping).run()
+    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 3: KL"):  # resumed, it goes on
+        stub_loop(tmp_path / "other", stopping).run()
 
 
 def test_weights_of_policies_that_nobody_needs_are_removed(tmp_path: Path) -> None:

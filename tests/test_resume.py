@@ -230,8 +230,28 @@ def test_a_harmless_change_needs_a_word(begun: Path, key: str) -> None:
     job = load_job(begun.parent.parent / "tiny.yaml", [key])
     with pytest.raises(UserError, match=rf"{key.partition('=')[0]}.*harmless: add --allow-change"):
         _check_resume(RunDir(begun), job, allow_change=False)
-    assert _check_resume(RunDir(begun), job, allow_change=True) == job
-    assert [e.kind for e in RunDir(begun).events()] == ["job_changed"]
+    changed = _check_resume(RunDir(begun), job, allow_change=True)
+    assert changed is not None
+    assert key.partition("=")[0] in changed
+
+
+def test_a_change_is_logged_once_it_takes_place(begun: Path) -> None:
+    from rlaif.config import load_job
+    from rlaif.launch import _write_header, execute
+
+    root = begun.parent.parent
+    job = load_job(root / "tiny.yaml", ["iterations=9"])
+    with pytest.raises(UserError, match="no/such/model"):
+        execute(job, begun, root, Quiet(), allow_change=True)
+    assert RunDir(begun).events() == []
+    assert RunDir(begun).header["job"]["iterations"] == 3
+    with pytest.raises(UserError, match="the policy model changed"):
+        _write_header(RunDir(begun), job, {"policy": "other"}, {}, "iterations (3 -> 9)")
+    assert RunDir(begun).events() == []
+    for _ in range(2):
+        _write_header(RunDir(begun), job, {}, {}, "iterations (3 -> 9)")
+        assert [(e.kind, e.message) for e in RunDir(begun).events()] == [("job_changed", "iterations (3 -> 9)")]
+        assert RunDir(begun).header["job"]["iterations"] == 9
 
 
 @pytest.mark.parametrize("key", ["eval.prompts=2", "seed=1", "sampling.max_tokens=9", "schedule.1=rules@2"])

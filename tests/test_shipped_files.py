@@ -8,7 +8,7 @@ import pytest
 
 from rlaif.config import load_job
 from rlaif.constitution import constitution_files, list_constitutions, load_constitution
-from rlaif.judging.ballots import deciding_voices, evaluating_voices, selecting_voices
+from rlaif.judging.ballots import evaluating_voices, selecting_voices
 from rlaif.plan_cost import estimate
 from rlaif.prompts import FORMATS, load_prompts
 
@@ -36,8 +36,9 @@ def test_every_job_loads_and_can_be_planned(path: Path) -> None:
 @pytest.mark.parametrize(("name", "version"), TEXTS)
 def test_every_constitution_loads_and_can_be_asked(name: str, version: int) -> None:
     text = load_constitution(ROOT / "constitutions", f"{name}@{version}")
-    for voices in (selecting_voices, deciding_voices, evaluating_voices):
+    for voices in (selecting_voices, evaluating_voices):
         assert voices(text), f"{name}@{version} has no {voices.__name__}"
+    assert [v for v in text.voices("decide") if not v.guard], f"{name}@{version} has nobody to decide"
 
 
 def test_no_two_texts_are_the_same() -> None:

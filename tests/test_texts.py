@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rlaif import constitution
 from rlaif.errors import UserError
-from rlaif.store import RunDir
+from rlaif.store import RunDir, write_json
 from rlaif.texts import Texts
 from tests.stubs import stub_job, text, write_texts
 
@@ -27,7 +29,7 @@ def test_a_name_follows_the_newest_version_and_edits(tmp_path: Path) -> None:
     assert [c.version for c in (first, tenth, edited)] == [1, 10, 10]
     assert len({c.hash for c in (first, tenth, edited)}) == 3
     for c in (first, tenth, edited):
-        assert t.load(c.hash) == c
+        assert t.load(c.ref) == c
     assert (tmp_path / "run/constitutions" / tenth.hash / "source.yaml").read_text() == text(10)
 
 
@@ -90,3 +92,41 @@ def test_best_against_worst_needs_a_voice_that_selects(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rules@1: no contrast has `use: select`.*pairing\.method"):
         texts(tmp_path, constitution="rules")
     assert texts(tmp_path, constitution="rules", pairing={"method": "random"}).in_force(0).version == 1
+
+
+@pytest.mark.parametrize("reference", ["rules", "rules@1"])
+def test_the_copy_is_what_was_parsed_even_if_an_editor_saves_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str
+) -> None:
+    folder = write_texts(tmp_path, 1)
+    parse = constitution.parse_constitution
+
+    def saved_meanwhile(*arguments: Any) -> constitution.Constitution:
+        (folder / "v1.yaml").write_text(text(9))
+        return parse(*arguments)
+
+    monkeypatch.setattr(constitution, "parse_constitution", saved_meanwhile)
+    texts(tmp_path, constitution=reference)
+    copies = {p.parent.name: p.read_text() for p in (tmp_path / "run/constitutions").glob("*/source.yaml")}
+    assert {hash: parse(source, "rules", 1, "copy").hash for hash, source in copies.items()} == {h: h for h in copies}
+    assert text(1) in copies.values()
+
+
+def test_versions_that_say_the_same_keep_their_names(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path, 1)
+    t = texts(tmp_path, constitution="rules")
+    assert str(t.in_force(0).ref) == "rules@1"
+    (folder / "v3.yaml").write_text(text(1))
+    third = t.in_force(1)
+    assert str(third.ref) == str(t.load(third.ref).ref) == "rules@3"
+    for _ in range(2):  # and when the run goes on
+        pinned = texts(tmp_path, schedule={0: "rules@1", 2: "rules@3", 4: "rules"})
+        assert [str(pinned.in_force(k).ref) for k in (0, 2, 4)] == ["rules@1", "rules@3", "rules@3"]
+        (folder / "v4.yaml").write_text(text(4))  # too late for a pinned name
+
+
+def test_pins_of_older_runs_stay_readable(tmp_path: Path) -> None:
+    write_texts(tmp_path, 1)
+    first = texts(tmp_path, constitution="rules@1").in_force(0)
+    write_json(tmp_path / "run/constitutions/pins.json", {"rules": first.hash, "rules@1": first.hash})
+    assert texts(tmp_path, schedule={0: "rules", 2: "rules@1"}).in_force(0) == first

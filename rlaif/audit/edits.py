@@ -21,14 +21,14 @@ from typing import Literal, NamedTuple
 from pydantic import ValidationError
 
 from rlaif.audit.replay import pair_named, stage_rows
-from rlaif.config import Job, changed_keys
+from rlaif.config import Job
 from rlaif.constitution import Constitution, Principle, diff
 from rlaif.errors import RlaifError, UserError
 from rlaif.intervals import wilson
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import decide
 from rlaif.judging.opened import Opened
-from rlaif.judging.verdicts import aggregate, by_pair, fit_jurors
+from rlaif.judging.verdicts import aggregate, by_pair, jurors_for
 from rlaif.records import Completion, ConstitutionRef, Pair, Plan, Prompt, Record, Verdict, Vote
 from rlaif.store import RunDir, read_json, read_rows
 
@@ -38,8 +38,6 @@ FEW_PARTS = 4
 TAKEN_APART = 50
 """Turned pairs that a reading judge is asked about, part by part."""
 OWN_FIELDS = "(the text's own fields)"
-_MEANING = ("score_temperature", "missing_eos_penalty", "relevance_tolerance", "fluency_tolerance", "clamp", "kind")
-"""Settings of a judge that its ballots' ids don't tell."""
 
 Verdicts = dict[str, Verdict]
 
@@ -148,8 +146,7 @@ def effect_of(
         raise UserError(f"{before.ref} and {after.ref} say the same ({before.hash}): there is nothing to ask")
     asking = _Asking(judge, job, _draw(run, sample, seed), progress)
     notes: list[str] = []
-    same_judge = _same_judge(job, run_job)
-    known, known_after = (asking.stored(text, same_judge) for text in (before, after))
+    known, known_after = (asking.stored(text) for text in (before, after))
     old_votes, new_votes = (
         stored | asking.votes(text, [p for p in asking.sample.pairs if p.id not in stored])
         for text, stored in ((before, known), (after, known_after))
@@ -247,10 +244,10 @@ class _Asking:
         self.judge, self.job, self.sample, self.progress = judge, job, sample, progress
         self.asked = 0
 
-    def stored(self, text: Constitution, same_judge: bool) -> dict[str, list[Vote]]:
+    def stored(self, text: Constitution) -> dict[str, list[Vote]]:
         """Votes of the run that answer exactly what would be asked now."""
         found: dict[str, list[Vote]] = {}
-        for row in self.sample.rows if same_judge else ():
+        for row in self.sample.rows:
             votes = self.sample.votes.get(row.pair.id, [])
             if row.constitution == text.hash and votes:
                 wanted = {b.id for b in self.judge.ballots([row.pair], text)}
@@ -274,8 +271,9 @@ class _Asking:
     def verdicts(self, text: Constitution, votes: Mapping[str, Sequence[Vote]]) -> Verdicts:
         """The verdicts of votes, as the run adds them up; jurors are fitted on these votes."""
         method = self.job.filters.aggregate
-        jurors = fit_jurors([v for mine in votes.values() for v in mine]).weights if method == "dawid_skene" else None
-        return {id: aggregate(mine, text.weights, method, jurors) for id, mine in votes.items() if mine}
+        jurors = jurors_for(method, [v for mine in votes.values() for v in mine])
+        of_juror = jurors.weights if jurors else None
+        return {id: aggregate(mine, text.weights, method, of_juror) for id, mine in votes.items() if mine}
 
 
 def _explain(
@@ -338,11 +336,6 @@ def _parts(before: Constitution, after: Constitution) -> dict[str, Literal["adde
 
 def _sides(*verdicts: Verdict) -> bool:
     return all(v.outcome in ("first", "second") for v in verdicts)
-
-
-def _same_judge(job: Job, run_job: Job) -> bool:
-    mine, runs = job.judge.model_dump(mode="json"), run_job.judge.model_dump(mode="json")
-    return not set(changed_keys(mine, runs)) & set(_MEANING)
 
 
 def _repeated(both: Sequence[tuple[Sequence[Vote], Sequence[Vote]]]) -> list[str]:

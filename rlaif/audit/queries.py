@@ -66,7 +66,7 @@ class PairFilter(Record):
     min_agreement: float | None = None
     max_agreement: float | None = None
     flipped: bool | None = None
-    """A voice named another side when the order changed."""
+    """A voice gave another answer when the order changed."""
     disagreeing: bool | None = None
     """Voices or judges name different sides."""
     text: str | None = None
@@ -536,8 +536,7 @@ def _same(first: Completion | None, second: Completion | None) -> str:
 
 def _rule(name: str, verdict: Verdict, settings: Filters) -> tuple[str, str]:
     """A rule's value and threshold, in words."""
-    lost = sum(verdict.abstentions.values())
-    all_votes = lost + verdict.valid_votes
+    lost, all_votes = verdict.abstained_of
     p = verdict.p_first
     against = {"first": verdict.guard_second, "second": verdict.guard_first}.get(verdict.outcome, 0)
     texts: dict[str, tuple[str, str]] = {
@@ -553,8 +552,8 @@ def _rule(name: str, verdict: Verdict, settings: Filters) -> tuple[str, str]:
             "none" if settings.guards else "nothing (filters.guards is off)",
         ),
         "order_flip": (
-            "a voice named another side when the order changed" if verdict.order_flip else "no voice flipped",
-            "the same side in both orders",
+            "a voice gave another answer when the order changed" if verdict.order_flip else "no voice flipped",
+            "the same answer in both orders",
         ),
         "low_agreement": (
             "no agreement without a vote" if verdict.agreement is None else f"agreement {verdict.agreement:.3f}",

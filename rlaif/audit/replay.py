@@ -23,14 +23,14 @@ from pydantic import ValidationError
 from rlaif.config import Filters, Job, apply_override, changed_keys, parse_job
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
-from rlaif.judging.ballots import make_ballots, make_chat_ballots
+from rlaif.judging.ballots import ballots_for
 from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
-from rlaif.judging.filters import decide, to_review, trusted
-from rlaif.judging.likelihood import side_of, sigmoid
+from rlaif.judging.filters import decide_votes, to_review
+from rlaif.judging.numbers import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
-from rlaif.judging.verdicts import aggregate, fit_jurors
-from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, Vote
+from rlaif.judging.verdicts import JurorFit, jurors_for
+from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote
 from rlaif.store import RunDir, StageDir, read_json, read_rows
 from rlaif.texts import template_sources
 
@@ -296,32 +296,30 @@ class Iteration:
                 )
             if mine is None:
                 continue
-            verdict = aggregate(mine, weights, filters.aggregate, jurors)
             slice = categories.get(pair.prompt_id) or EVERYTHING
-            promised = trusted(verdict, mine, calibration, filters, slice) if calibration else None
-            yield was, decide(verdict, pair, filters, texts, promised)
+            yield was, decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice)
 
     def _categories(self) -> dict[str, str | None]:
         """Prompt → its category: the slice of a calibration."""
         return {p.id: p.category for p in read_rows(self.run.path / "prompts" / "train.jsonl", Prompt)}
 
-    def _jurors(self) -> dict[str, float] | None:
+    def _jurors(self) -> JurorFit | None:
         """What each juror's votes weigh, as the loop fits it."""
-        if self.settings.job.filters.aggregate != "dawid_skene":
-            return None
-        if self.settings.calibration and self.settings.calibration.jurors:
-            return self.settings.calibration.jurors.weights
+        method, calibration = self.settings.job.filters.aggregate, self.settings.calibration
+        calibrated = calibration.jurors if calibration else None
+        if method != "dawid_skene" or calibrated:
+            return jurors_for(method, (), calibrated)
         # No more of a vote than the fit looks at: all of an iteration's are held here.
         named: Any = [
             _Named(_Juror(v.ballot.pair_id, v.ballot.judge, v.ballot.order, v.ballot.guard), v.outcome)
             for _, mine in self._pairs()
             for v in mine or ()
         ]
-        return fit_jurors(named).weights
+        return jurors_for(method, named)
 
     def _pairs(self) -> Iterator[tuple[Pair, list[Vote] | None]]:
         """Each pair with its votes in the order in which they were asked for; None when one can't be read."""
-        rank: dict[tuple[str, ...], int] | None = None
+        rank: dict[tuple[VoiceKey, str], int] | None = None
         path = self.here.path / "votes.jsonl"
         with path.open("rb") as f:
             for pair in stage_rows(self.here, "pairs", Pair):
@@ -342,7 +340,7 @@ class Iteration:
                 if rank is None:
                     rank = self._asked(pair, mine[0].ballot.judge)
                 last = len(rank)
-                yield pair, sorted(mine, key=lambda v: rank.get(_voice(v.ballot), last))
+                yield pair, sorted(mine, key=lambda v: rank.get(_asked_as(v.ballot), last))
 
     def _problem(self, problem: str) -> None:
         if problem not in self.problems:
@@ -362,21 +360,14 @@ class Iteration:
                 at += len(line)
         return places
 
-    def _asked(self, pair: Pair, judge: str) -> dict[tuple[str, ...], int]:
+    def _asked(self, pair: Pair, judge: str) -> dict[tuple[VoiceKey, str], int]:
         """The order in which a pair's ballots are made; in another, sums of the same votes differ in the last bit."""
         any_pair, settings = pair.model_copy(update={"selected_by": ()}), self.settings.job.judge
-        if settings.kind != "chat":
-            ballots = make_ballots([any_pair], self.text, judge)
-        else:
-            by_name = {t.name: t for t in self.templates.values()}
-            names = template_names(settings, self.text, "decide")
-            templates = [by_name[name] for name in names if name in by_name]
-            ballots = list(
-                make_chat_ballots(
-                    [any_pair], self.text, settings.jurors, templates, "decide", settings.votes_per_principle
-                )
-            )
-        return {_voice(b): n for n, b in enumerate(ballots)}
+        by_name = {t.name: t for t in self.templates.values()}
+        names = template_names(settings, self.text, "decide") if settings.kind == "chat" else []
+        templates = [by_name[name] for name in names if name in by_name]
+        ballots = ballots_for(settings, [any_pair], self.text, name=judge, templates=templates)
+        return {_asked_as(b): n for n, b in enumerate(ballots)}
 
     def _texts(self) -> dict[str, str]:
         """Completion → a digest of its text without the space around it: all that `identical` needs of it."""
@@ -445,8 +436,8 @@ def _updated(vote: Vote, found: Mapping[str, Any]) -> Vote:
     return vote.model_copy(update=different) if different else vote
 
 
-def _voice(b: Ballot) -> tuple[str, ...]:
-    return b.judge, b.voice, str(b.sample_index), b.order
+def _asked_as(b: Ballot) -> tuple[VoiceKey, str]:
+    return b.voice_key, b.order
 
 
 def _template(folder: Path, name: str) -> Template | None:

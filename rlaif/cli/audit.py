@@ -236,7 +236,7 @@ def list_(
     min_agreement: Annotated[float | None, typer.Option(help="Least agreement.")] = None,
     max_agreement: Annotated[float | None, typer.Option(help="Most agreement.")] = None,
     flipped: Annotated[
-        bool | None, typer.Option("--flipped/--not-flipped", help="A voice changed sides with the order.")
+        bool | None, typer.Option("--flipped/--not-flipped", help="The order changed a voice's answer.")
     ] = None,
     disagreeing: Annotated[
         bool | None, typer.Option("--disagreeing/--agreeing", help="Voices or judges name different sides.")
@@ -435,7 +435,7 @@ def flips(
     offset: Offset = 0,
     json_: Json = False,
 ) -> None:
-    """Pairs on which a voice named another side when the order changed."""
+    """Pairs on which a voice gave another answer when the order changed."""
     _splits(ctx, {"flipped": True}, iteration, constitution, limit, offset, json_)
 
 

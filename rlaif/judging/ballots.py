@@ -19,7 +19,7 @@ from rlaif.errors import UserError
 from rlaif.judging import filters as rules
 from rlaif.judging.templates import Template, asks_by_principle
 from rlaif.judging.verdicts import aggregate
-from rlaif.records import Ballot, Outcome, Pair, Side, Vote, digest
+from rlaif.records import Ballot, Outcome, Pair, Side, VoiceKey, Vote, digest
 
 Role = Literal["decide", "evaluate"]
 
@@ -36,11 +36,6 @@ _TOP_LOGPROBS = {"letter": 20, "last_line": 5}
 def selecting_voices(constitution: Constitution) -> list[str]:
     """Ids of the voices that score single completions to choose pairs."""
     return _electing(constitution, "select")
-
-
-def deciding_voices(constitution: Constitution) -> list[str]:
-    """Ids of the voices that vote on pairs for training, guards left out."""
-    return _electing(constitution, "decide")
 
 
 def evaluating_voices(constitution: Constitution) -> list[str]:
@@ -192,14 +187,35 @@ def make_chat_ballots(
                 yield Ballot.model_validate({"id": identity, **content})
 
 
+def ballots_for(
+    judge: Judge,
+    pairs: Iterable[Pair],
+    constitution: Constitution,
+    role: Role = "decide",
+    seed: int = 0,
+    name: str = "",
+    templates: Sequence[Template] = (),
+) -> list[Ballot]:
+    """What a job's judge is asked. `name` is that of a judge without a server, `templates` those of one behind a server
+    (`template_names`).
+
+    Raises:
+        UserError: a template can't ask what `judge.votes_per_principle` wants.
+    """
+    if judge.kind != "chat":
+        return make_ballots(pairs, constitution, name, role, seed, likelihood_parameters(judge))
+    by_principle = judge.votes_per_principle
+    return list(make_chat_ballots(pairs, constitution, judge.jurors, templates, role, by_principle, seed, judge.clamp))
+
+
 def rounds(ballots: Iterable[Ballot]) -> list[list[Ballot]]:
     """The ballots in rounds, for early stop: in each, every pair's next voice, in both orders. Follows from the
     ballots' own order alone, never from who answers first."""
     out: list[list[Ballot]] = []
-    voices: dict[str, dict[tuple[str, str, int], int]] = {}
+    voices: dict[str, dict[VoiceKey, int]] = {}
     for ballot in ballots:
         mine = voices.setdefault(ballot.pair_id, {})
-        turn = mine.setdefault(_voice(ballot), len(mine))
+        turn = mine.setdefault(ballot.voice_key, len(mine))
         if turn == len(out):
             out.append([])
         out[turn].append(ballot)
@@ -220,7 +236,7 @@ def settled(
         return True
     if not votes or settings.calibration is not None or settings.review is not None:
         return False
-    if {_voice(v.ballot) for v in votes} & {_voice(b) for b in left}:
+    if {v.ballot.voice_key for v in votes} & {b.voice_key for b in left}:
         return False
     return not any(_can_be_kept(side, votes, left, settings, weights) for side in _SIDES)
 
@@ -246,10 +262,6 @@ def _can_be_kept(
     elif settings.aggregate == "mean" and rules.low_margin(best, settings):
         return False
     return best.outcome == side and not rules.low_agreement(best, settings)
-
-
-def _voice(ballot: Ballot) -> tuple[str, str, int]:
-    return ballot.judge, ballot.voice, ballot.sample_index
 
 
 def _unanimous(ballot: Ballot, side: Side) -> Vote:

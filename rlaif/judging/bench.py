@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -32,10 +31,10 @@ from rlaif.judging.calibration import (
     score_of,
 )
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.filters import CONSISTENCY, RULES, decide, trusted
+from rlaif.judging.filters import CONSISTENCY, RULES, decide_votes
 from rlaif.judging.labelled import Labelled
 from rlaif.judging.opened import Ask
-from rlaif.judging.verdicts import JurorFit, aggregate, by_pair, fit_jurors
+from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
 from rlaif.records import (
     AbstainReason,
     Decision,
@@ -44,6 +43,7 @@ from rlaif.records import (
     Message,
     Record,
     Side,
+    VoiceKey,
     Vote,
 )
 
@@ -221,9 +221,7 @@ def cast_votes(
 
 def jurors_of(votes: Sequence[Vote], filters: Filters, calibration: Calibration | None = None) -> JurorFit | None:
     """The juror weights that the filter asks for: those that were calibrated, or a fit over these votes."""
-    if filters.aggregate != "dawid_skene":
-        return None
-    return calibration.jurors if calibration is not None and calibration.jurors is not None else fit_jurors(votes)
+    return jurors_for(filters.aggregate, votes, calibration.jurors if calibration else None)
 
 
 def decide_rows(
@@ -240,14 +238,7 @@ def decide_rows(
     for row in rows:
         if not (mine := of_pair.get(row.id)):
             continue
-        verdict = aggregate(
-            mine,
-            weights(row),
-            filters.aggregate,
-            jurors.weights if jurors else None,
-        )
-        calibrated = None if calibration is None else trusted(verdict, mine, calibration, filters, row.slice)
-        decision = decide(verdict, row.pair, filters, row.texts, calibrated)
+        decision = decide_votes(row.pair, mine, filters, row.texts, weights(row), jurors, calibration, row.slice)
         out.append(Judged(row=row, votes=tuple(mine), decision=decision))
     return out
 
@@ -389,9 +380,9 @@ def krippendorff_alpha(votes: Sequence[Vote]) -> float | None:
     return float(krippendorff.alpha(reliability_data=ratings, level_of_measurement="nominal"))
 
 
-def _voice(vote: Vote) -> tuple[str, tuple[str, ...], str, str, int]:
-    b = vote.ballot
-    return b.judge, b.principles, b.voice, b.order, b.sample_index
+def _voice(vote: Vote) -> tuple[VoiceKey, str]:
+    """Here each order is a voice of its own."""
+    return vote.ballot.voice_key, vote.ballot.order
 
 
 def _by_slice(judged: Sequence[Judged]) -> dict[str, list[Judged]]:
@@ -427,11 +418,11 @@ def _after_rules(judged: Sequence[Judged]) -> Iterator[AfterRule]:
 
 def _both_orders(votes: Sequence[Vote]) -> tuple[int, int]:
     """Voices on pairs that answered in both orders, and how many of them named one side in both."""
-    named: dict[Any, dict[str, set[str]]] = {}
+    named: dict[tuple[str, VoiceKey], dict[str, set[str]]] = {}
     for v in votes:
         b = v.ballot
         if b.order != "none" and v.outcome != "abstain":
-            key = b.pair_id, b.judge, b.principles, b.voice, b.sample_index
+            key = b.pair_id, b.voice_key
             named.setdefault(key, {}).setdefault(b.order, set()).add(v.outcome)
     both = [set().union(*orders.values()) for orders in named.values() if len(orders) == 2]
     return len(both), sum(outcomes in ({"first"}, {"second"}) for outcomes in both)

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from rlaif.config import Filters
 from rlaif.errors import UserError
+from rlaif.judging.numbers import sigmoid
 from rlaif.judging.verdicts import JurorFit
 from rlaif.records import Ballot, Record, Verdict, Vote, digest
 
@@ -79,8 +80,7 @@ class FittedMap(Record):
     """Mean squared error of the probability."""
 
     def __call__(self, agreement: float, margin: float) -> float:
-        z = self.intercept + self.agreement * agreement + self.margin * margin
-        return 1 / (1 + math.exp(-z)) if z > -700 else 0.0
+        return sigmoid(self.intercept + self.agreement * agreement + self.margin * margin)
 
 
 class Threshold(Record):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rlaif.config import Filters
 from rlaif.errors import UserError
 from rlaif.judging.calibration import EVERYTHING, Calibration
+from rlaif.judging.verdicts import JurorFit, aggregate
 from rlaif.records import Ballot, Decision, DropReason, Pair, ReviewRule, Verdict, Vote
 
 Rule = Callable[[Verdict, Filters], bool]
@@ -47,6 +48,28 @@ def decide(
         winner=winner,
         verdict=verdict,
     )
+
+
+def decide_votes(
+    pair: Pair,
+    votes: Sequence[Vote],
+    settings: Filters,
+    texts: Mapping[str, str],
+    weights: Mapping[str, float] | None = None,
+    jurors: JurorFit | None = None,
+    calibration: Calibration | None = None,
+    slice: str = EVERYTHING,
+) -> Decision:
+    """A pair's decision from the votes on it: added up, held against the calibration where there is one, filtered.
+
+    `weights` are the constitution's, `jurors` what `jurors_for` says of all votes, `slice` the pair's.
+
+    Raises:
+        UserError: the votes aren't those that were calibrated, and `filters.uncalibrated` says stop.
+    """
+    verdict = aggregate(votes, weights, settings.aggregate, jurors.weights if jurors else None)
+    promised = trusted(verdict, votes, calibration, settings, slice) if calibration else None
+    return decide(verdict, pair, settings, texts, promised)
 
 
 def to_review(decisions: Sequence[Decision], settings: Filters) -> list[Decision]:
@@ -84,15 +107,6 @@ def certainty(decision: Decision) -> tuple[float, float, str]:
     return round(verdict.agreement or 0.0, 9), round(margin, 9), decision.pair_id
 
 
-def count_reasons(decisions: Sequence[Decision]) -> dict[DropReason, int]:
-    """How many pairs each rule spoke against; a pair with two reasons counts under both."""
-    counts: dict[DropReason, int] = {}
-    for decision in decisions:
-        for reason in decision.reasons:
-            counts[reason] = counts.get(reason, 0) + 1
-    return counts
-
-
 def identical(pair: Pair, texts: Mapping[str, str]) -> bool:
     """The two texts are equal but for surrounding space: there is nothing to prefer."""
     return texts[pair.first].strip() == texts[pair.second].strip()
@@ -107,8 +121,8 @@ def abstained(verdict: Verdict, settings: Filters) -> bool:
     """More than `max_abstention_share` of the votes are abstentions, or a guard that was asked has no valid vote."""
     if settings.guards and verdict.guard_missing:
         return True
-    lost = sum(verdict.abstentions.values())
-    return lost > settings.max_abstention_share * (lost + verdict.valid_votes)
+    lost, votes = verdict.abstained_of
+    return lost > settings.max_abstention_share * votes
 
 
 def tie(verdict: Verdict, settings: Filters) -> bool:
@@ -123,7 +137,7 @@ def guard(verdict: Verdict, settings: Filters) -> bool:
 
 
 def order_flip(verdict: Verdict, settings: Filters) -> bool:
-    """A voice named another side when the pair was shown the other way round; inert without slots."""
+    """A voice gave another answer when the pair was shown the other way round; inert without slots."""
     return verdict.order_flip
 
 

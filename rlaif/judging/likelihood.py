@@ -30,10 +30,10 @@ from rlaif.constitution import Constitution, Voice
 from rlaif.errors import UserError
 from rlaif.judging.ballots import GUARD_MEASURES
 from rlaif.judging.candidates import Candidate
+from rlaif.judging.numbers import side_of, sigmoid
 from rlaif.records import (
     Ballot,
     Message,
-    Outcome,
     Pair,
     Quality,
     Record,
@@ -484,16 +484,6 @@ class LikelihoodJudge:
             pieces = zip(logits.split(rows_at_once), targets[part, None].split(rows_at_once), strict=True)
             logp[part] = torch.cat([z.float().log_softmax(1).gather(1, y)[:, 0] for z, y in pieces])
         return logp
-
-
-def side_of(difference: float, tolerance: float) -> Outcome:
-    """The side that a difference of scores (first - second) names, when it is more than the tolerance."""
-    return "first" if difference > tolerance else "second" if difference < -tolerance else "tie"
-
-
-def sigmoid(x: float) -> float:
-    """The logistic function; 0 where it would overflow."""
-    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
 
 def _join(context: tuple[Message, ...], messages: tuple[Message, ...]) -> tuple[Message, ...]:

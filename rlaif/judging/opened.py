@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 from rlaif.config import Job
 from rlaif.constitution import Constitution
-from rlaif.errors import UserError
-from rlaif.judging.ballots import likelihood_parameters, make_ballots, make_chat_ballots
+from rlaif.judging.ballots import ballots_for
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.templates import Template, load_template, template_names
 from rlaif.records import Ballot, Pair, Vote
@@ -38,10 +37,8 @@ def open_with_ballots(job: Job, texts: Iterable[Constitution], base_dir: Path, n
     """Opens the job's judge; `texts` are those that it will be asked about, `note` is told what takes time.
 
     Raises:
-        UserError: the judge can't be asked (a model, a template or a key is missing, or its votes are recorded).
+        UserError: the judge can't be asked (a model, a template or a key is missing).
     """
-    if job.judge.kind == "recorded":
-        raise UserError("judge.kind: recorded votes can't be asked; name a judge that answers (likelihood or chat)")
     return _chat(job, texts, base_dir) if job.judge.kind == "chat" else _likelihood(job, note)
 
 
@@ -57,10 +54,7 @@ def _chat(job: Job, texts: Iterable[Constitution], base_dir: Path) -> Opened:
         return [templates[name] for name in template_names(settings, text, "decide")]
 
     def ballots(pairs: Sequence[Pair], text: Constitution) -> list[Ballot]:
-        by_principle, clamp = settings.votes_per_principle, settings.clamp
-        return list(
-            make_chat_ballots(pairs, text, settings.jurors, mine(text), "decide", by_principle, job.seed, clamp)
-        )
+        return ballots_for(settings, pairs, text, seed=job.seed, templates=mine(text))
 
     def ask(pairs: Sequence[Pair], candidates: Sequence[Candidate], text: Constitution) -> Iterator[list[Vote]]:
         yield from judge.cast(ballots(pairs, text), pairs, candidates, text, mine(text))
@@ -77,7 +71,7 @@ def _likelihood(job: Job, note: Callable[[str], None]) -> Opened:
     name = f"{job.judge.kind}:{models.digest_of(path)}"
 
     def ballots(pairs: Sequence[Pair], text: Constitution) -> list[Ballot]:
-        return make_ballots(pairs, text, name, "decide", job.seed, likelihood_parameters(job.judge))
+        return ballots_for(job.judge, pairs, text, seed=job.seed, name=name)
 
     def ask(pairs: Sequence[Pair], candidates: Sequence[Candidate], text: Constitution) -> Iterator[list[Vote]]:
         yield from judge.cast(ballots(pairs, text), pairs, candidates, text)

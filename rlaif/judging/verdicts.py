@@ -14,10 +14,11 @@ apart: they veto, they don't elect; one that was asked and has no valid vote is 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Literal
 
-from rlaif.records import Ballot, Outcome, Record, Verdict, Vote
+from rlaif.records import Outcome, Record, Verdict, VoiceKey, Vote
 
 Method = Literal["mean", "majority", "dawid_skene"]
 
@@ -93,8 +94,9 @@ def aggregate(
         p_first=p_first,
         agreement=agreement,
         valid_votes=len(valid),
+        electing_votes=len(electing),
         abstentions=dict(Counter(v.abstain_reason for v in electing if v.abstain_reason is not None)),
-        order_flip=any(_flips(orders) for orders in voices.values()),
+        order_flip=any(flips(chain.from_iterable(orders.values())) for orders in voices.values()),
         slot_first=slots.count("first"),
         slot_votes=len(slots) - slots.count(None),
         guard_first=guards["first"],
@@ -109,6 +111,15 @@ def by_pair(votes: Sequence[Vote]) -> dict[str, list[Vote]]:
     for vote in votes:
         out[vote.ballot.pair_id].append(vote)
     return dict(out)
+
+
+def flips(votes: Iterable[Vote]) -> bool:
+    """Whether one voice gave another answer when the order changed; a tie is an answer, an abstention none.
+
+    False for a judge without slots, and for a voice that answered in one order only.
+    """
+    answers = [(v.ballot.order, v.outcome) for v in votes if v.ballot.order != "none" and v.outcome != "abstain"]
+    return len({order for order, _ in answers}) == 2 and len({outcome for _, outcome in answers}) > 1
 
 
 def fit_jurors(votes: Sequence[Vote]) -> JurorFit:
@@ -132,6 +143,13 @@ def fit_jurors(votes: Sequence[Vote]) -> JurorFit:
     mean = {juror: sum(values) / len(values) for juror, values in informedness.items()}
     weights = {juror: round(max(mean.get(juror, 0.0), 0.0), 6) for juror in jurors}
     return JurorFit(fitted=True, pairs=pairs, weights=weights, confusions=tuple(confusions))
+
+
+def jurors_for(method: Method, votes: Sequence[Vote], calibrated: JurorFit | None = None) -> JurorFit | None:
+    """The juror weights that a way of adding up asks for: those that were calibrated, or a fit over these votes."""
+    if method != "dawid_skene":
+        return None
+    return calibrated or fit_jurors(votes)
 
 
 def _dawid_skene(named: Sequence[Vote]) -> list[Confusion]:
@@ -165,43 +183,45 @@ def _dawid_skene(named: Sequence[Vote]) -> list[Confusion]:
     return out
 
 
-_Voice = tuple[tuple[str, ...], str, str, int]
 _Orders = dict[str, list[Vote]]
-
-
-def _voice(ballot: Ballot) -> _Voice:
-    return ballot.principles, ballot.judge, ballot.voice, ballot.sample_index
 
 
 def _silent(votes: Sequence[Vote]) -> int:
     """How many of the voices have no valid vote."""
-    asked = {_voice(v.ballot) for v in votes}
-    return len(asked - {_voice(v.ballot) for v in votes if v.outcome != "abstain"})
+    asked = {v.ballot.voice_key for v in votes}
+    return len(asked - {v.ballot.voice_key for v in votes if v.outcome != "abstain"})
 
 
-def _balanced_voices(electing: Sequence[Vote]) -> dict[_Voice, _Orders]:
+def _balanced_voices(electing: Sequence[Vote]) -> dict[VoiceKey, _Orders]:
     """Voice → order → valid votes; a voice that was asked in two orders and answered in one is left out."""
-    voices: dict[_Voice, dict[str, list[Vote]]] = {}
+    voices: dict[VoiceKey, _Orders] = {}
     for v in electing:
-        orders = voices.setdefault(_voice(v.ballot), {})
+        orders = voices.setdefault(v.ballot.voice_key, {})
         answers = orders.setdefault(v.ballot.order, [])
         if v.outcome != "abstain":
             answers.append(v)
     return {voice: orders for voice, orders in voices.items() if all(orders.values())}
 
 
-def _shares(voices: Mapping[_Voice, _Orders], weights: Mapping[str, float], jurors: Mapping[str, float]) -> list[float]:
+def _shares(
+    voices: Mapping[VoiceKey, _Orders], weights: Mapping[str, float], jurors: Mapping[str, float]
+) -> list[float]:
     """Each vote's share of the election, voice by voice and order by order; they sum to 1."""
     of_principles: dict[tuple[str, ...], float] = defaultdict(float)
-    for principles, judge, _, _ in voices:
-        of_principles[principles] += jurors.get(judge, 1.0)
+    for voice in voices:
+        of_principles[voice.principles] += jurors.get(voice.judge, 1.0)
     weight = {
         principles: sum(weights.get(p, 1.0) for p in principles) / len(principles) if principles else 1.0
         for principles in of_principles
     }
     total = sum(weight.values())
     return [
-        weight[voice[0]] / total * jurors.get(voice[1], 1.0) / of_principles[voice[0]] / len(orders) / len(answers)
+        weight[voice.principles]
+        / total
+        * jurors.get(voice.judge, 1.0)
+        / of_principles[voice.principles]
+        / len(orders)
+        / len(answers)
         for voice, orders in voices.items()
         for answers in orders.values()
         for _ in answers
@@ -210,12 +230,6 @@ def _shares(voices: Mapping[_Voice, _Orders], weights: Mapping[str, float], juro
 
 def _p_first(vote: Vote, method: Method) -> float:
     return _HARD[vote.outcome] if vote.p_first is None or method == "majority" else vote.p_first
-
-
-def _flips(orders: _Orders) -> bool:
-    """One voice named different sides in the two orders. A judge without slots has only order `none`."""
-    slots = [answers for order, answers in orders.items() if order != "none"]
-    return len(slots) == 2 and len({v.outcome for answers in slots for v in answers}) > 1
 
 
 def _slot(vote: Vote) -> Literal["first", "second"] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -92,6 +93,7 @@ class Queue:
         self._run = run
         self._sent: dict[int, list[Decision]] = {}  # of iterations whose decisions are complete: they never change
         self._plans: dict[int, Plan] = {}
+        self._reading = threading.Lock()  # a server asks from many threads
         self.problems: tuple[str, ...] = ()
         """One line for each damaged line of the labels, as last read."""
 
@@ -137,14 +139,16 @@ class Queue:
         completions = _by_id(here.path / "completions.jsonl", Completion, pair.first, pair.second)
         first, second = completions[pair.first], completions[pair.second]
         prompt = _by_id(self._run.path / "prompts" / "train.jsonl", Prompt, pair.prompt_id)[pair.prompt_id]
-        folder = self._run.path / "constitutions" / self._plan(k).constitution.hash
+        ref = self._plan(k).constitution
+        folder = self._run.path / "constitutions" / ref.hash
+        text = Constitution.model_validate(read_json(folder / "constitution.json"))
         return Question(
             pair_id=pair_id,
             iteration=k,
             messages=prompt.messages,
             shown=(first.text, second.text),
             cut_off=(first.finish_reason == "length", second.finish_reason == "length"),
-            constitution=Constitution.model_validate(read_json(folder / "constitution.json")),
+            constitution=text.model_copy(update={"name": ref.name, "version": ref.version}),
             constitution_source=(folder / "source.yaml").read_text(),
         )
 
@@ -188,6 +192,11 @@ class Queue:
             if left != claims:
                 self._write_claims(left)
 
+    def waiting(self) -> int:
+        """Pairs without a label. Writes nothing; of an iteration that it has seen it reads nothing again."""
+        labelled = log.in_force(self._read_labels())
+        return sum(d.pair_id not in labelled for d in self._all_sent())
+
     def counts(self) -> Counts:
         """Where the queue stands. Writes nothing."""
         labels = self._read_labels()
@@ -208,26 +217,30 @@ class Queue:
 
     def _all_sent(self) -> list[Decision]:
         """Decisions with status review, of all iterations that have decided."""
-        for k in self._run.iterations():
-            here = self._run.iteration(k)
-            if k not in self._sent and here.is_complete("decisions"):
-                self._sent[k] = sent_to_review(here)
-        return [d for k in sorted(self._sent) for d in self._sent[k]]
+        return [d for _, decisions in sorted(self._by_iteration().items()) for d in decisions]
+
+    def _by_iteration(self) -> dict[int, list[Decision]]:
+        """The same by iteration; the caller's own copy, which no other thread adds to."""
+        with self._reading:
+            for k in self._run.iterations():
+                here = self._run.iteration(k)
+                if k not in self._sent and here.is_complete("decisions"):
+                    self._sent[k] = sent_to_review(here)
+            return dict(self._sent)
 
     def _waiting(self, labels: Iterable[HumanLabel]) -> list[Decision]:
         """Pairs without a label, the most useful first: judged under the newest text, then of the newest iteration,
         then the least certain."""
         labelled = log.in_force(labels)
-        self._all_sent()
-        if not self._sent:
+        sent = self._by_iteration()
+        if not sent:
             return []
-        newest = self._plan(max(self._sent)).constitution.hash
-        order = sorted(self._sent, key=lambda k: (self._plan(k).constitution.hash != newest, -k))
-        return [d for k in order for d in sorted(self._sent[k], key=certainty) if d.pair_id not in labelled]
+        newest = self._plan(max(sent)).constitution.hash
+        order = sorted(sent, key=lambda k: (self._plan(k).constitution.hash != newest, -k))
+        return [d for k in order for d in sorted(sent[k], key=certainty) if d.pair_id not in labelled]
 
     def _iteration_of(self, pair_id: str) -> int:
-        self._all_sent()
-        for k, decisions in self._sent.items():
+        for k, decisions in self._by_iteration().items():
             if any(d.pair_id == pair_id for d in decisions):
                 return k
         raise UserError(f"{self._run.path}: no pair {pair_id} was sent to review")

@@ -1,21 +1,13 @@
 """Samplers: how the policy answers. Records here; the engines are `sampling.vllm` and `sampling.transformers`.
 
-An engine is built by `FACTORY[settings.engine]` in a worker, with `model_path` and `settings`, and has two methods:
+An engine is the module's `Sampler`, built in a worker with `model_path` and `settings`, and has two methods:
 `sample(requests)` yields finished samples in lists as they finish, in any order, and `load(policy_path)` takes new
 weights. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 from rlaif.records import FinishReason, Record
-
-FACTORY: dict[str, str] = {
-    "vllm": "rlaif.sampling.vllm:Sampler",
-    "transformers": "rlaif.sampling.transformers:Sampler",
-}
-"""What a `Worker` is started with, by the job's `sampling.engine`."""
 
 
 class SampleRequest(Record):
@@ -43,6 +35,3 @@ class Sample(Record):
     finish_reason: FinishReason
     logprob: float
     """Sum over `token_ids` of log p under the policy, in nats, before temperature and top-p."""
-
-
-Engine = Literal["vllm", "transformers"]

@@ -6,11 +6,10 @@ In: messages, a tokenizer, the run's seed. Out: token ids and a seed for each sa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rlaif.errors import UserError
-from rlaif.records import Message, Prompt
+from rlaif.records import Prompt
 from rlaif.sampling import SampleRequest
 
 
@@ -30,20 +29,13 @@ def seed_for(run_seed: int, iteration: int, prompt_id: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") & 0x7FFF_FFFF
 
 
-def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:
-    """The messages with a system prompt before them, unless they have one of their own or there is none."""
-    if system_prompt is None or any(m.role == "system" for m in messages):
-        return tuple(messages)
-    return (Message(role="system", content=system_prompt), *messages)
-
-
-def prompt_text(tokenizer: ChatTokenizer, prompt: Prompt, system_prompt: str | None = None) -> str:
+def prompt_text(tokenizer: ChatTokenizer, prompt: Prompt) -> str:
     """The text that the policy continues: the chat template, up to where the answer begins.
 
     Raises:
         UserError: the template refuses these messages (some models allow no system message).
     """
-    conversation = [m.model_dump() for m in with_system_prompt(prompt.messages, system_prompt)]
+    conversation = [m.model_dump() for m in prompt.messages]
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     except Exception as e:  # templates raise what they like
@@ -52,9 +44,9 @@ def prompt_text(tokenizer: ChatTokenizer, prompt: Prompt, system_prompt: str | N
     return str(text)
 
 
-def render_prompt(tokenizer: ChatTokenizer, prompt: Prompt, system_prompt: str | None = None) -> tuple[int, ...]:
+def render_prompt(tokenizer: ChatTokenizer, prompt: Prompt) -> tuple[int, ...]:
     """`prompt_text` as token ids. The template writes the special tokens itself, so none are added."""
-    return tuple(tokenizer.encode(prompt_text(tokenizer, prompt, system_prompt), add_special_tokens=False))
+    return tuple(tokenizer.encode(prompt_text(tokenizer, prompt), add_special_tokens=False))
 
 
 def check_length(request: SampleRequest, max_model_len: int) -> None:

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from rlaif.audit import queries
 from rlaif.audit.index import Index
 from rlaif.errors import RlaifError, UserError
+from rlaif.judging.verdicts import flips
 from rlaif.records import Vote
 from rlaif.review.queue import Queue
 from rlaif.store import RunDir
@@ -84,7 +85,7 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
     def waiting() -> int:
         """Pairs that wait for a person, for the page's tab."""
         try:
-            return queue.counts().waiting
+            return queue.waiting()
         except (RlaifError, OSError):
             return 0
 
@@ -240,7 +241,7 @@ def _by_voice(detail: queries.PairDetail) -> list[dict[str, Any]]:
             "principles": principles,
             "sample": sample,
             "votes": sorted(votes, key=lambda row: row[0].ballot.order),
-            "flipped": len({v.outcome for v, _ in votes if v.outcome in ("first", "second")}) > 1,
+            "flipped": flips(v for v, _ in votes),
         }
         for (guard, judge, voice, principles, sample), votes in sorted(groups.items(), key=lambda item: item[0][:3])
     ]

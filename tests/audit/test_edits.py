@@ -78,9 +78,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def voices() -> Opened:
+def voices(settings: Judge | None = None) -> Opened:
     def ballots(pairs: Any, text: Constitution) -> list[Ballot]:
-        return make_ballots(pairs, text, "stub", "decide", 7, likelihood_parameters(Judge()))
+        return make_ballots(pairs, text, "stub", "decide", 7, likelihood_parameters(settings or Judge()))
 
     def ask(pairs: Any, candidates: Any, text: Constitution) -> Iterator[list[Vote]]:
         yield from VoiceJudge().cast(ballots(pairs, text), pairs, candidates, text)
@@ -95,7 +95,8 @@ def measured(root: Path, *override: str, sample: int = 200, seed: int = 0, judge
     for key in override:
         apply_override(tree, key)
     before, after = texts(root)
-    return effect_of(run, before, after, parse_job(tree, "test"), own, judge or voices(), sample, seed)
+    job = parse_job(tree, "test")
+    return effect_of(run, before, after, job, own, judge or voices(job.judge), sample, seed)
 
 
 def outcomes(root: Path, text: Constitution | None) -> dict[str, str]:
@@ -247,5 +248,5 @@ def test_the_command(chat: tuple[Path, FaultServer], monkeypatch: pytest.MonkeyP
     assert found["effect"]["parts"][0] == {"part": "wish", "kind": "changed", "alone": 6, "needed": 6}
     assert {c["principle"] for c in found["changes"]} == {None, "wish"}
     assert {p: p.read_bytes() for p in sorted((root / "run").rglob("*")) if p.is_file()} == before
-    with_job = CliRunner().invoke(app, [*arguments, "--set", "judge.kind=recorded", "--set", "judge.votes=x"])
+    with_job = CliRunner().invoke(app, [*arguments, "--set", "judge.kind=nobody"])
     assert with_job.exit_code != 0

@@ -13,10 +13,11 @@ import pytest
 
 from rlaif.audit.compare import compare
 from rlaif.audit.index import Index
-from rlaif.audit.queries import PairFilter, Sort, list_pairs, overview, question, show, splits
+from rlaif.audit.queries import PairFilter, Sort, _rule, list_pairs, overview, question, show, splits
 from rlaif.audit.trace import trace
+from rlaif.config import Filters
 from rlaif.errors import UserError
-from rlaif.records import Completion, Decision, Pair, Preference, Prompt, UpdateStep, Vote
+from rlaif.records import Completion, Decision, Pair, Preference, Prompt, UpdateStep, Verdict, Vote
 from rlaif.store import RunDir, read_json, read_rows
 from tests.data.make_run import write_header
 from tests.stubs import stub_job, stub_loop
@@ -308,3 +309,11 @@ def test_compare_finds_what_differs(copy: RunDir, stored: RunDir) -> None:
     assert found.examples[0].first_pair == turned["pair_id"]
     assert found.examples[0].second_outcome == other
     assert (same.settings, same.differing) == ((), 0)
+
+
+def test_abstentions_are_shown_among_all_votes_as_the_filter_counts_them() -> None:
+    verdict = Verdict(
+        pair_id="p", outcome="first", p_first=1.0, agreement=1.0, valid_votes=2, electing_votes=4,
+        abstentions={"unparsed": 1},
+    )  # fmt: skip
+    assert _rule("abstained", verdict, Filters())[0] == "1 of 4 votes abstained"

@@ -14,7 +14,6 @@ from rlaif.config import Filters, Judge, Juror
 from rlaif.constitution import parse_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import (
-    deciding_voices,
     evaluating_voices,
     juror_names,
     likelihood_parameters,
@@ -54,7 +53,7 @@ def constitution(text=TEXT):
 def test_uses_do_not_mix():
     c = constitution()
     assert selecting_voices(c) == ["brief/paraphrase1"]
-    assert deciding_voices(c) == ["brief/main"]
+    assert [v.id for v in c.voices("decide") if not v.guard] == ["brief/main"]
     assert evaluating_voices(c) == ["brief/paraphrase2"]
     guards = [b.voice for b in make_ballots([PAIR], c, "j") if b.guard]
     assert guards == ["answers/relevance", "answers/fluency", "polite/main"]

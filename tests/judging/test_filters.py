@@ -8,7 +8,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from rlaif.config import Filters
-from rlaif.judging.filters import certainty, count_reasons, decide, to_review
+from rlaif.judging.filters import certainty, decide, to_review
 from rlaif.judging.verdicts import aggregate
 from rlaif.records import Verdict
 from tests.judging.vote_makers import MIRROR, PAIR, WEIGHTS, make_vote, mirrored, vote_lists
@@ -69,10 +69,20 @@ def test_rules(votes, settings, reasons):
     assert (got.status == "kept") == (got.winner is not None) == (not reasons)
 
 
+def test_the_share_of_abstentions_is_one_of_all_votes():
+    """The answer that is left out, because its voice was silent in the other order, was a vote all the same."""
+    votes = [make_vote("first", n, voice="v", order=order) for n, order in enumerate(("forward", "reversed"))]
+    votes += [make_vote("first", 2, voice="w", order="forward"), make_vote("abstain", 3, voice="w", order="reversed")]
+    verdict = aggregate(votes)
+    assert (verdict.valid_votes, verdict.abstained_of) == (2, (1, 4))
+    assert decision(*votes, max_abstention_share=0.25).reasons == ()
+    assert decision(*votes, max_abstention_share=0.24).reasons == ("abstained",)
+    assert verdict.model_copy(update={"electing_votes": None}).abstained_of == (1, 3)  # an older run's
+
+
 def test_identical_texts_are_dropped_however_sure_the_votes():
     got = decision(FIRST, texts={"a": "same\n", "b": " same"})
     assert (got.status, got.winner, got.reasons) == ("dropped", None, ("identical",))
-    assert count_reasons([got, decision(FIRST)]) == {"identical": 1}
 
 
 METHODS = st.sampled_from(["mean", "majority"])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif.judging.verdicts import aggregate, by_pair, fit_jurors
+from rlaif.judging.verdicts import aggregate, by_pair, fit_jurors, flips
 from tests.judging.vote_makers import MIRROR, WEIGHTS, make_vote, mirrored, vote_lists
 
 
@@ -59,15 +59,23 @@ def test_a_guard_that_was_asked_and_said_nothing_is_missing():
 
 
 def test_order_flip_needs_one_voice_in_both_orders():
-    def flips(*votes):
+    def flipped(*votes):
         return aggregate(votes).order_flip
 
     forward = make_vote("first", 0, voice="v", order="forward")
-    assert flips(forward, make_vote("second", 1, voice="v", order="reversed"))
-    assert flips(forward, make_vote("tie", 1, voice="v", order="reversed"))
-    assert not flips(forward, make_vote("first", 1, voice="v", order="reversed"))
-    assert not flips(forward, make_vote("second", 1, voice="w", order="reversed"))
-    assert not flips(make_vote("first", 0, voice="v"), make_vote("second", 1, voice="v"))
+    assert flipped(forward, make_vote("second", 1, voice="v", order="reversed"))
+    assert flipped(forward, make_vote("tie", 1, voice="v", order="reversed"))
+    assert not flipped(forward, make_vote("first", 1, voice="v", order="reversed"))
+    assert not flipped(forward, make_vote("second", 1, voice="w", order="reversed"))
+    assert not flipped(make_vote("first", 0, voice="v"), make_vote("second", 1, voice="v"))
+
+
+def test_what_flips_is_an_answer_in_another_order():
+    forward, back = make_vote("first", order="forward"), make_vote("tie", order="reversed")
+    assert flips([forward, back])
+    assert not flips([forward, make_vote("abstain", order="reversed")])
+    assert not flips([forward, make_vote("second", order="forward")])
+    assert not flips([])
 
 
 def in_orders(*answers, voice="v", start=0):

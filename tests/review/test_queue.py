@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -53,6 +54,32 @@ def test_the_queue_is_every_pair_with_status_review(run: RunDir) -> None:
         "authors": {},
     }  # fmt: skip
     assert {q.pair_id for q in all_questions(Queue(run), "ann")} == waiting
+
+
+def test_waiting_is_what_counts_say(run: RunDir) -> None:
+    queue = Queue(run)
+    assert queue.waiting() == queue.counts().waiting == len(sent(run))
+    for n, d in enumerate(sent(run)[:3], 1):
+        give(run, d.pair_id, "first")
+        assert queue.waiting() == queue.counts().waiting == len(sent(run)) - n
+
+
+def test_requests_on_many_threads_read_a_growing_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, ids = Queue(run), [d.pair_id for d in sent(run)]
+    queue.counts()
+    looked = queue_module.sent_to_review(run.iteration(0))
+    more = itertools.count(1000)
+
+    class Growing(dict[int, list[Decision]]):
+        """Another request finds a new iteration whenever this one has looked at one."""
+
+        def items(self):  # type: ignore[no-untyped-def]
+            for item in super().items():
+                yield item
+                self[next(more)] = looked
+
+    queue._sent = Growing(queue._sent)
+    assert queue.question(ids[-1], "ann").pair_id == ids[-1]
 
 
 def test_held_out_pairs_are_never_asked_about(run: RunDir) -> None:

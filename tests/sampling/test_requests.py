@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rlaif.errors import UserError
+from rlaif.prompts import with_system
 from rlaif.records import Message, Prompt
 from rlaif.sampling import SampleRequest
 from rlaif.sampling.requests import check_length, prompt_text, render_prompt, seed_for
@@ -43,14 +44,15 @@ def test_rendered_up_to_the_answer_without_extra_special_tokens() -> None:
 
 
 def test_system_prompt_comes_first_unless_the_prompt_has_one() -> None:
-    assert prompt_text(Letters(), PROMPT, "Be kind.") == "system:Be kind.;user:Hi;assistant:"
     own = Prompt(id="p2", messages=(Message(role="system", content="Mine"), *PROMPT.messages))
-    assert prompt_text(Letters(), own, "Be kind.") == "system:Mine;user:Hi;assistant:"
+    ours, theirs = with_system([PROMPT, own], "Be kind.")
+    assert prompt_text(Letters(), ours) == "system:Be kind.;user:Hi;assistant:"
+    assert prompt_text(Letters(), theirs) == "system:Mine;user:Hi;assistant:"
 
 
 def test_a_template_that_refuses_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"prompt p1: .* roles system, user \(System role not supported\)"):
-        render_prompt(Letters(), PROMPT, "forbidden")
+        render_prompt(Letters(), with_system([PROMPT], "forbidden")[0])
 
 
 @pytest.mark.parametrize(("prompt_tokens", "fits"), [(6, True), (7, False)])

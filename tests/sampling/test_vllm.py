@@ -10,7 +10,7 @@ import pytest
 
 from rlaif import config
 from rlaif.errors import UserError
-from rlaif.sampling import FACTORY, Sample, SampleRequest
+from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.requests import seed_for
 from rlaif.workers import Worker
 from tests.sampling.conftest import END
@@ -44,7 +44,7 @@ def run(worker: Worker, requests: list[SampleRequest]) -> dict[str, Sample]:
 def worker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     settings = config.Sampling(max_model_len=64, kv_cache_gib=0.05)
     log = tmp_path_factory.mktemp("logs") / "sampler.log"
-    with Worker("sampler", FACTORY["vllm"], {"model_path": str(tiny), "settings": settings}, log) as w:
+    with Worker("sampler", "rlaif.sampling.vllm:Sampler", {"model_path": str(tiny), "settings": settings}, log) as w:
         w.ready()
         yield w
 

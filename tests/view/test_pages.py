@@ -10,10 +10,13 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import pytest
 
+from rlaif.judging.verdicts import aggregate
+from tests.judging.vote_makers import make_vote
 from tests.view.conftest import ROOT, served
 from tests.view.runs import make_run, reviewed_job
 
@@ -140,3 +143,11 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
 
 def test_the_version_is_json(address: str) -> None:
     assert set(json.loads(get(f"{address}/version")[2])) == {"version"}
+
+
+def test_a_voice_is_shown_as_flipped_by_the_rule_that_drops_its_pair() -> None:
+    from rlaif.view.app import _by_voice
+
+    votes = [make_vote("first", 0, voice="v", order="forward"), make_vote("tie", 1, voice="v", order="reversed")]
+    (voice,) = _by_voice(SimpleNamespace(votes=votes, vote_lines=["1", "2"]))  # type: ignore[arg-type]
+    assert voice["flipped"] is aggregate(votes).order_flip is True
