@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.records import Record
 from rlaif.review.agreement import Agreement, agreement, labelled_pairs
-from rlaif.store import RunDir, disk_errors, file_digest, read_json
+from rlaif.store import RunDir, file_digest, read_json, replacing
 from rlaif.summary import summarise
 from rlaif.view.facts import Facts, Metrics, read_facts
 from rlaif.view.pictures import percent, pictures
@@ -194,10 +193,8 @@ def write_report(report: Report, index: Index, run: RunDir, to: Path) -> Path:
         raise UserError(f"--to {to}: that is a folder; name a file, for example {to / 'report.html'}")
     if not to.parent.is_dir():
         raise UserError(f"--to {to}: there is no folder {to.parent}; make it first")
-    temporary = to.with_name(to.name + ".partial")
-    with disk_errors(to):
+    with replacing(to) as temporary:
         temporary.write_bytes(html.encode("utf-8", "replace"))
-        os.replace(temporary, to)
     return to
 
 

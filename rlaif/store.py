@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,15 +46,28 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file so that it is either the old one or the new one, whole."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write instead of `path`, whose place it takes when the block ends well: it is the old one or the new
+    one, whole. Surviving a power cut is the writer's matter (fsync)."""
     temporary = path.with_name(path.name + ".partial")
-    with disk_errors(path), temporary.open("w") as f:
+    with disk_errors(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, durable, the old one or the new one, whole."""
+    with replacing(path) as temporary, temporary.open("w") as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
         f.write("\n")
         f.flush()
         os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> Any:

@@ -13,7 +13,7 @@ from rlaif.console import stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, Prompt
 from rlaif.review.queue import Queue
-from rlaif.store import RunDir, read_json, read_rows, write_json
+from rlaif.store import RunDir, read_json, read_rows, replacing, write_json
 
 STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
 SHOWN_PROMPTS = 3
@@ -231,7 +231,6 @@ def draw(summary: dict[str, Any], path: Path) -> None:
             words.text(after["iteration"] + 0.55, 1, f"→ {_text(after)}", color="crimson", fontsize=8)
     for axis in axes.flat:
         axis.legend(fontsize=7)
-    temporary = path.with_name(path.name + ".partial")
-    figure.savefig(temporary, format="png", dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
-    temporary.replace(path)
