@@ -98,14 +98,13 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             **workers,
         )
         try:
-            loop.run()
+            head = loop.run().name
         except KeyboardInterrupt:
             run.event("stopped", "interrupted by the user")
             raise RunInterrupted(f"stopped; nothing is lost. Go on with: rlaif run {run.path}") from None
         except Exception as e:
             run.event("stopped", f"{type(e).__name__}: {e}")
             raise
-        head = write_head(run).name
         run.event("finished", f"{job.iterations} iterations done", head=head)
         progress.note(f"head {head}: note it elsewhere; rlaif audit {run.path} verify --head {head} checks against it")
     return run

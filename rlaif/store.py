@@ -31,6 +31,8 @@ from rlaif.records import SCHEMA_VERSION, Event, Record
 R = TypeVar("R", bound=Record)
 
 ROW_DIGEST_BYTES = 4
+STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
+"""Of an iteration, in order."""
 
 
 @contextmanager
@@ -76,6 +78,21 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except json.JSONDecodeError as e:
         raise RlaifError(f"{path}:{e.lineno}: not valid JSON ({e.msg}); it was damaged after it was written") from e
+
+
+def read_record(path: Path, record: type[R]) -> R:
+    """Reads a JSON file that holds one record; another one is an error that names it."""
+    try:
+        return record.model_validate(read_json(path))
+    except ValidationError as e:
+        raise RlaifError(f"{path}: not {record.__name__} of schema {SCHEMA_VERSION} ({first_problem(e)})") from e
+
+
+def first_problem(e: ValidationError) -> str:
+    """What is wrong first, and where, in one line."""
+    problem = e.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg']}" if where else problem["msg"]
 
 
 def file_digest(path: Path) -> str:

@@ -14,6 +14,7 @@ from rlaif.errors import UserError
 from rlaif.records import (
     Completion,
     Decision,
+    IterationMetrics,
     Pair,
     Plan,
     PolicyVersion,
@@ -223,7 +224,7 @@ class Editing(Quiet):
         super().__init__()
         self._path, self._content = path, content
 
-    def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None:
+    def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None:
         if iteration == 0:
             self._path.write_text(self._content)
 
