@@ -50,6 +50,8 @@ def model_card(run: RunDir, updates: int) -> str:
     header, summary = run.header, summarise(run)
     job = header["job"]
     trained = summary.iterations[:updates]
+    # The first versions counted the pairs of a skipped update, too.
+    pairs = sum(m.trained_pairs for m in trained if m.steps)
     texts = list(dict.fromkeys(f"{m.constitution} ({m.constitution.hash})" for m in trained))
     lines = [
         "---",
@@ -64,7 +66,7 @@ def model_card(run: RunDir, updates: int) -> str:
         "constitution, and pairs whose label was not consistent were dropped.",
         "",
         f"- constitutions in force, in order: {', '.join(texts)}",
-        f"- pairs trained on: {sum(m.trained_pairs for m in trained)} of {sum(m.pairs for m in trained)} judged",
+        f"- pairs trained on: {pairs} of {sum(m.pairs for m in trained)} judged",
         f"- weights digest: `{run.iteration(updates - 1).meta('updates').get('policy_digest')}`",
         f"- run: job digest `{header['job_digest']}`, code revision `{header['revision']}`",
         "",

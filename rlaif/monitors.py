@@ -56,6 +56,7 @@ def iteration_metrics(
     kept = sum(d.status == "kept" for d in decisions)
     agreements = [d.verdict.agreement for d in decisions if d.verdict.agreement is not None]
     tokens = sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes if not v.cached)
+    trained = preferences if steps else []  # a skipped update leaves its preferences where they are
     return IterationMetrics(
         iteration=plan.iteration,
         constitution=plan.constitution,
@@ -70,9 +71,9 @@ def iteration_metrics(
         review=sum(d.status == "review" for d in decisions),
         dropped_by_first_reason=Counter(d.reasons[0] for d in decisions if d.status == "dropped"),
         mean_agreement=fmean(agreements) if agreements else None,
-        trained_pairs=len(preferences),
-        human_pairs=sum(p.source == "human" for p in preferences),
-        replayed_pairs=sum(p.source == "replay" for p in preferences),
+        trained_pairs=len(trained),
+        human_pairs=sum(p.source == "human" for p in trained),
+        replayed_pairs=sum(p.source == "replay" for p in trained),
         steps=len(steps),
         loss=fmean(s.loss for s in steps) if steps else None,
         margin=fmean(s.margin for s in steps) if steps else None,

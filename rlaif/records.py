@@ -324,6 +324,7 @@ class IterationMetrics(Record):
     mean_agreement: float | None
     """None without a valid vote."""
     trained_pairs: int
+    """0 when the update was skipped; the first versions counted the pairs that it would have taken."""
     human_pairs: int = 0
     """Of those, as people labelled them."""
     replayed_pairs: int

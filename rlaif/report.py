@@ -236,8 +236,8 @@ def _caveats(
     if totals.position_bias is not None and abs(totals.position_bias - 0.5) > BIASED:
         bias = percent(totals.position_bias)
         out.append(f"The judge names the slot shown first in {bias} of its votes; 50 % is no bias.")
-    if totals.preferences < FEW_PAIRS:
-        out.append(f"Only {totals.preferences} preferences were trained on.")
+    if facts.trained < FEW_PAIRS:
+        out.append(f"Only {facts.trained} preferences were trained on.")
     base = next((e for e in facts.evaluations if e.updates == 0), None)
     newest = facts.evaluations[-1] if facts.evaluations else None
     if base and newest and base.mean_words:

@@ -35,6 +35,11 @@ class Facts:
     """Wall time by stage, of finished iterations; `evaluations` too."""
 
     @property
+    def trained(self) -> int:
+        """Preferences that a policy saw: not those of a skipped update, or of one that is owed."""
+        return sum(r.trained_pairs for r in self.overview.iterations if r.skipped is False)
+
+    @property
     def last_judged(self) -> EvaluationMetrics | None:
         """The newest evaluation that was judged against the base policy."""
         return next((e for e in reversed(self.evaluations) if e.win_rate is not None), None)
