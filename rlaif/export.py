@@ -78,6 +78,8 @@ def model_card(run: RunDir, updates: int) -> str:
     for e in summary.evaluations:
         low, high = e.win_interval or (0, 1)
         win = "" if e.win_rate is None else f"{e.win_rate:.2f} ({low:.2f}-{high:.2f})"
+        if e.abstained:
+            win = f"{win or '-'}, {e.abstained} of {e.answers} abstained"
         kl = "" if e.kl_per_token is None else f"{e.kl_per_token:.3f}"
         text = e.constitution if e.updates else "base"
         lines.append(f"| {e.updates} | {text} | {win} | {e.mean_words:.1f} | {e.ended_share:.0%} | {kl} |")

@@ -18,4 +18,4 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     middle = (successes + _Z**2 / 2) / (n + _Z**2)
     half = _Z / (n + _Z**2) * math.sqrt(successes * (n - successes) / n + _Z**2 / 4)
     # Rounding must not leave a crumb beside the ends.
-    return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half
+    return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else min(middle + half, 1.0)

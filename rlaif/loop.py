@@ -460,7 +460,7 @@ class Loop:
             yield from self._advancing(self.measurer.stream("quality", candidates=candidates, seed=self.job.seed))
 
         quality = here.rows("quality", Quality, measure, inputs=["completions"], resumable=False)
-        base: list[Completion] = completions
+        pairs: list[Pair] = []
         decisions: list[Decision] | None = None
         if updates != BASE_POLICY:
             base = _in_order(self.dir.evaluation(BASE_POLICY).read("completions", Completion), list(by_id))
@@ -475,7 +475,7 @@ class Loop:
             made = self._decide(here, "evaluate", pairs, votes, completions + base, by_id, text)
             decisions = made if judged else None
         seconds = round(time.monotonic() - started, 1)
-        metrics = monitors.evaluation_metrics(updates, text, completions, quality, decisions, seconds)
+        metrics = monitors.evaluation_metrics(updates, text, completions, quality, pairs, decisions, seconds)
         write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
         return metrics
 

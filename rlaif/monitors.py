@@ -15,6 +15,7 @@ from rlaif.records import (
     Decision,
     EvaluationMetrics,
     IterationMetrics,
+    Outcome,
     Pair,
     Plan,
     Preference,
@@ -95,35 +96,54 @@ def evaluation_metrics(
     text: Constitution,
     completions: list[Completion],
     quality: list[Quality],
+    pairs: list[Pair],
     decisions: list[Decision] | None,
     seconds: float,
 ) -> EvaluationMetrics:
     """An evaluation in numbers; `decisions` are None when nobody was asked: about the base policy itself, or under a
-    text without a held-out contrast."""
-    judged = decisions is not None
-    wins = sum(d.verdict.outcome == "first" for d in decisions or ())
-    losses = sum(d.verdict.outcome == "second" for d in decisions or ())
+    text without a held-out contrast. `pairs` show the policy's answer first, the base policy's second; an answer equal
+    to the base policy's has no pair and counts as tied."""
+    outcomes: list[Outcome] = []
+    by_prompt: list[float] = []
+    if decisions is not None:
+        verdicts = {d.pair_id: d.verdict.outcome for d in decisions}
+        asked = {p.first: verdicts[p.id] for p in pairs}
+        outcomes = [asked.get(c.id, "tie") for c in completions]
+        if not asked or any(o != "abstain" for o in asked.values()):
+            by_prompt = _won_by_prompt(completions, outcomes)
     n = len(completions)
     tokens = sum(q.tokens for q in quality)
     logprobs = [c.logprob for c in completions if c.logprob is not None]
     base_logprob = sum(q.logprob_per_token * q.tokens for q in quality)
-    undecided = n - wins - losses if judged else 0
-    won = wins + undecided / 2
     return EvaluationMetrics(
         **dict(answer_stats(completions)),
         updates=updates,
         constitution=text.ref,
-        win_rate=won / n if judged else None,
-        win_interval=wilson(won, n) if judged else None,
-        wins=wins,
-        losses=losses,
-        undecided=undecided,
+        win_rate=fmean(by_prompt) if by_prompt else None,
+        win_interval=wilson(sum(by_prompt), len(by_prompt)) if by_prompt else None,
+        wins=outcomes.count("first"),
+        losses=outcomes.count("second"),
+        undecided=outcomes.count("tie"),
+        abstained=outcomes.count("abstain"),
         kl_per_token=(sum(logprobs) - base_logprob) / tokens if len(logprobs) == n and tokens else None,
         relevance=fmean(q.relevance for q in quality),
         base_logprob_per_token=fmean(q.logprob_per_token for q in quality),
         checks={p.id: sum(p.check.passes(c.text) for c in completions) / n for p in text.principles if p.check},
         seconds=seconds,
     )
+
+
+_WON = {"first": 1.0, "tie": 0.5, "second": 0.0}
+
+
+def _won_by_prompt(completions: list[Completion], outcomes: list[Outcome]) -> list[float]:
+    """The share that each prompt's answers won: answers to one prompt are no independent draws. An abstention is no
+    verdict, so it counts for nothing."""
+    won: dict[str, list[float]] = {}
+    for completion, outcome in zip(completions, outcomes, strict=True):
+        if outcome != "abstain":
+            won.setdefault(completion.prompt_id, []).append(_WON[outcome])
+    return [fmean(of_prompt) for of_prompt in won.values()]
 
 
 def alarms(limits: Monitors, metrics: IterationMetrics, evaluation: EvaluationMetrics | None) -> list[str]:
@@ -138,4 +158,7 @@ def alarms(limits: Monitors, metrics: IterationMetrics, evaluation: EvaluationMe
     kl = evaluation.kl_per_token if evaluation else None
     if kl is not None and limits.max_kl is not None and kl > limits.max_kl:
         out.append(f"KL from the base policy is {kl:.2f} nats a token, over {limits.max_kl:g}")
+    if evaluation and evaluation.abstained > limits.max_abstained_share * evaluation.answers:
+        some = f"{evaluation.abstained} of {evaluation.answers}"
+        out.append(f"the judge abstained on {some} held-out answers, over {limits.max_abstained_share:.0%}")
     return out

@@ -356,13 +356,16 @@ class EvaluationMetrics(AnswerStats):
     """After so many iterations; 0 is the base policy."""
     constitution: ConstitutionRef
     win_rate: float | None
-    """Mean over the answers, undecided ones as half; None when nobody was asked."""
+    """Undecided answers as half a win, abstained ones left out: mean over the prompts of the mean over a prompt's
+    answers. None when nobody was asked, and when the judge abstained on every answer that it was asked about."""
     win_interval: tuple[float, float] | None
-    """Wilson, 95 %."""
+    """Wilson, 95 %, over so many prompts."""
     wins: int
     losses: int
     undecided: int
     """Answers with a tied verdict, and answers equal to the base policy's, which nobody is asked about."""
+    abstained: int = 0
+    """Answers without a valid vote (failed calls, unreadable replies); the first versions counted them as undecided."""
     kl_per_token: float | None
     """Mean of log p(policy) - log p(base) over the sampled answers' tokens, nats: an estimate, biased by temperature
     and top-p. None when the engine reports no log-probabilities."""

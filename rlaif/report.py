@@ -219,8 +219,14 @@ def _caveats(
                 f"{percent(high)}, holds one half."
             )
         out.append(
-            f"The win rate is over {last.answers} held-out answers, by the judge that also made the "
+            f"The win rate is over {last.answers - last.abstained} held-out answers, by the judge that also made the "
             "training labels: it says how far the policy follows this judge, not how good it is."
+        )
+    newest = facts.evaluations[-1] if facts.evaluations else None
+    if newest and newest.abstained:
+        out.append(
+            f"In the last evaluation the judge abstained on {newest.abstained} of {newest.answers} held-out answers; "
+            "the win rate leaves them out."
         )
     if calibration is None:
         out.append(
@@ -239,7 +245,6 @@ def _caveats(
     if facts.trained < FEW_PAIRS:
         out.append(f"Only {facts.trained} preferences were trained on.")
     base = next((e for e in facts.evaluations if e.updates == 0), None)
-    newest = facts.evaluations[-1] if facts.evaluations else None
     if base and newest and base.mean_words:
         change = newest.mean_words / base.mean_words - 1
         if abs(change) > LENGTH_MOVED:

@@ -188,6 +188,11 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             ", ".join(f"{name} {share:.0%}" for name, share in e.checks.items()),
         )
     console.print(table)
+    for e in summary.evaluations:
+        if e.abstained:
+            console.print(
+                f"after {e.updates}: the judge abstained on {e.abstained} of {e.answers} answers; no win rate counts them"
+            )
     for row in summary.answers:
         console.print(f"\n[bold]{escape(row.prompt)}[/]")
         for updates, answer in row.answers.items():

@@ -11,6 +11,7 @@ import pytest
 from rlaif.config import Monitors
 from rlaif.constitution import parse_constitution
 from rlaif.errors import RlaifError
+from rlaif.intervals import wilson
 from rlaif.monitors import alarms, answer_stats, evaluation_metrics, iteration_metrics
 from rlaif.records import (
     Completion,
@@ -18,6 +19,7 @@ from rlaif.records import (
     EvaluationMetrics,
     IterationMetrics,
     Outcome,
+    Pair,
     Plan,
     PolicyVersion,
     Quality,
@@ -88,18 +90,61 @@ def test_what_is_counted_about_answers() -> None:
     assert stats.mean_tokens == 2
 
 
+def evaluated(answers: list[Completion], outcomes: list[Outcome]) -> EvaluationMetrics:
+    """The first answers were judged so; further ones equal the base policy's, and nobody was asked."""
+    pairs = [
+        Pair(id=f"x{n}", prompt_id=c.prompt_id, first=c.id, second="base", method="against_base")
+        for n, (c, _) in enumerate(zip(answers, outcomes, strict=False))
+    ]
+    decisions = [decision(n, outcome) for n, outcome in enumerate(outcomes)]
+    return evaluation_metrics(1, RULES, answers, [quality(n) for n in range(len(answers))], pairs, decisions, 0.5)
+
+
 def test_a_pair_without_a_winner_is_half_a_win() -> None:
-    answers = [completion(n, "a b") for n in range(4)]
-    decisions = [decision(0, "first"), decision(1, "second"), decision(2, "tie")]  # the fourth answer equals the base's
-    m = evaluation_metrics(1, RULES, answers, [quality(n) for n in range(4)], decisions, 0.5)
-    assert (m.wins, m.losses, m.undecided) == (1, 1, 2)
+    m = evaluated([completion(n, "a b") for n in range(4)], ["first", "second", "tie"])
+    assert (m.wins, m.losses, m.undecided, m.abstained) == (1, 1, 2, 0)
     assert m.win_rate == 0.5
     assert m.relevance == 1.5
     assert m.checks == {"wish": 1.0}
 
 
+def test_an_abstention_is_no_half_a_win() -> None:
+    m = evaluated([completion(n, "a") for n in range(4)], ["first", "abstain", "abstain", "first"])
+    assert (m.wins, m.losses, m.undecided, m.abstained) == (2, 0, 0, 2)
+    assert m.win_rate == 1.0
+    assert m.win_interval == wilson(2, 2)
+
+
+@pytest.mark.parametrize("equal_to_base", [0, 2])
+def test_a_dead_judge_measures_nothing(equal_to_base: int) -> None:
+    m = evaluated([completion(n, "a") for n in range(2 + equal_to_base)], ["abstain", "abstain"])
+    assert (m.win_rate, m.win_interval, m.abstained) == (None, None, 2)
+    (said,) = alarms(Monitors(min_mean_words=0), measured(), m)
+    assert said.startswith("the judge abstained on 2 of ")
+    assert alarms(Monitors(min_mean_words=0, max_abstained_share=1), measured(), m) == []
+
+
+def test_a_policy_that_answers_as_the_base_does_is_neither_better_nor_worse() -> None:
+    m = evaluated([completion(n, "a") for n in range(3)], [])
+    assert (m.win_rate, m.undecided, m.abstained) == (0.5, 3, 0)
+
+
+def test_half_wins_are_not_rounded() -> None:
+    m = evaluated([completion(n, "a") for n in range(5)], ["first", "first", "tie", "second", "second"])
+    assert m.win_rate == 0.5
+    assert m.win_interval is not None
+    assert sum(m.win_interval) == pytest.approx(1.0)
+
+
+def test_answers_to_one_prompt_are_one_draw() -> None:
+    answers = [completion(n, "a").model_copy(update={"prompt_id": f"p{n // 4}", "index": n % 4}) for n in range(8)]
+    m = evaluated(answers, ["first", "first", "first", "abstain", "second", "second", "first", "first"])
+    assert m.win_rate == 0.75
+    assert m.win_interval == wilson(1.5, 2)
+
+
 def test_the_base_policy_has_no_win_rate() -> None:
-    m = evaluation_metrics(0, RULES, [completion(0, "a")], [quality(0)], None, 0.5)
+    m = evaluation_metrics(0, RULES, [completion(0, "a")], [quality(0)], [], None, 0.5)
     assert m.win_rate is None
     assert m.win_interval is None
     assert m.undecided == 0
@@ -107,10 +152,10 @@ def test_the_base_policy_has_no_win_rate() -> None:
 
 def test_kl_is_a_mean_over_tokens() -> None:
     answers = [completion(0, "a", logprob=-2.0), completion(1, "b", logprob=-4.0)]
-    m = evaluation_metrics(1, RULES, answers, [quality(0, 1, -4.0), quality(1, 3, -2.0)], [], 0.5)
+    m = evaluation_metrics(1, RULES, answers, [quality(0, 1, -4.0), quality(1, 3, -2.0)], [], [], 0.5)
     assert m.kl_per_token == pytest.approx(((-2 - 4) - (-4 - 6)) / 4)
     answers[0] = completion(0, "a", logprob=None)  # an engine that does not say
-    assert evaluation_metrics(1, RULES, answers, [quality(0), quality(1)], [], 0.5).kl_per_token is None
+    assert evaluation_metrics(1, RULES, answers, [quality(0), quality(1)], [], [], 0.5).kl_per_token is None
 
 
 @pytest.mark.parametrize(
@@ -127,7 +172,7 @@ def test_kl_is_a_mean_over_tokens() -> None:
 def test_alarms(sampled: dict[str, float], kl: float | None, limits: dict[str, Any], found: list[str]) -> None:
     answers = answer_stats([completion(0, "a b")]).model_copy(update={"mean_words": 20.0, **sampled})
     metrics = measured(sampled=answers)
-    evaluation = evaluation_metrics(0, RULES, [completion(0, "a b")], [quality(0)], None, 0.5)
+    evaluation = evaluation_metrics(0, RULES, [completion(0, "a b")], [quality(0)], [], None, 0.5)
     said = alarms(Monitors(**limits), metrics, evaluation.model_copy(update={"kl_per_token": kl}))
     assert len(said) == len(found)
     assert all(part in sentence for part, sentence in zip(found, said, strict=True))
