@@ -190,9 +190,8 @@ def final_tables(run: RunDir, summary: Summary) -> None:
     console.print(table)
     for e in summary.evaluations:
         if e.abstained:
-            console.print(
-                f"after {e.updates}: the judge abstained on {e.abstained} of {e.answers} answers; no win rate counts them"
-            )
+            some = f"{e.abstained} of {e.answers} answers"
+            console.print(f"after {e.updates}: the judge abstained on {some}; the win rate leaves them out")
     for row in summary.answers:
         console.print(f"\n[bold]{escape(row.prompt)}[/]")
         for updates, answer in row.answers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rlaif.export import model_card
 from rlaif.records import Preference
 from rlaif.report import make_report
 from rlaif.store import RunDir
-from rlaif.summary import status_of, status_table
+from rlaif.summary import final_tables, status_of, status_table, write_summary
 from rlaif.view.facts import read_facts
 from rlaif.view.rendering import render
 from tests.data.make_run import write_header
@@ -53,3 +54,16 @@ def test_pairs_of_a_skipped_update_trained_nothing() -> None:
     html = render("report.html", report=(r := make_report(Index.open(run), run)), facts=r.facts, pictures=[], style="",
                   reasons={}, job_yaml="")  # fmt: skip
     assert f"{all_ - left} trained on" in html
+
+
+def test_abstentions_of_an_evaluation_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(STORED, tmp_path / "run")
+    path = tmp_path / "run" / "evaluations" / "0004" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    path.write_text(json.dumps(metrics | {"win_rate": None, "win_interval": None, "abstained": metrics["answers"]}))
+    run = RunDir.open(tmp_path / "run")
+    final_tables(run, write_summary(run))
+    some = f"{metrics['answers']} of {metrics['answers']}"
+    assert f"after 4: the judge abstained on {some} answers" in " ".join(capsys.readouterr().out.split())
+    assert f"| 4 | rules@2 | -, {some} abstained |" in model_card(run, 4)
+    assert f"the judge abstained on {some} held-out answers" in " ".join(make_report(Index.open(run), run).caveats)
