@@ -23,7 +23,7 @@ from rlaif.intervals import wilson
 from rlaif.judging.filters import decide
 from rlaif.judging.templates import load_template
 from rlaif.judging.verdicts import aggregate
-from rlaif.records import SCHEMA_VERSION, Ballot, Decision, Pair, Vote, digest
+from rlaif.records import SCHEMA_VERSION, Ballot, Decision, EvaluationMetrics, IterationMetrics, Pair, Vote, digest
 from rlaif.store import row_digest, write_json
 
 VOTES_PER_PAIR = 5
@@ -245,13 +245,14 @@ class _Run:
         after = digest([self.policy[1], shas["preferences"]])
         updates.done({"preferences": shas["preferences"]}, skipped=False, policy_digest=after)
         self.policy = (k + 1, after)
-        metrics = {
+        metrics = IterationMetrics.model_validate({
             "iteration": k, "constitution": plan["constitution"], "policy": plan["policy"],
-            "sampled": _sampled(2 * pairs), "pairs": pairs, "votes": VOTES_PER_PAIR * pairs, "kept": len(kept),
-            "kept_share": len(kept) / pairs if pairs else None, "dropped_by_first_reason": dict(counted),
-            "trained_pairs": len(kept), "replayed_pairs": 0, "seconds": {},
-        }  # fmt: skip
-        write_json(folder / "metrics.json", metrics)
+            "sampled": _sampled(2 * pairs), "pairs": pairs, "votes": VOTES_PER_PAIR * pairs, "abstentions": {},
+            "kept": len(kept), "kept_share": len(kept) / pairs if pairs else None, "dropped_by_first_reason": counted,
+            "mean_agreement": None, "trained_pairs": len(kept), "replayed_pairs": 0, "judge_tokens": 0,
+            "steps": -(-len(kept) // PAIRS_PER_STEP), "loss": None, "margin": None, "grad_norm": None, "seconds": {},
+        })  # fmt: skip
+        write_json(folder / "metrics.json", metrics.model_dump(mode="json"))
 
     def evaluation(self, updates: int, text: Constitution) -> None:
         """One evaluation's folder; the base policy's has answers only."""
@@ -267,11 +268,13 @@ class _Run:
             for i in prompt_ids:
                 completions.add(self._answer(f"eval0000-{i}-0", i, 0)[0])
             completions.done({})
-        metrics = {"updates": updates, "constitution": text.ref.model_dump(), **_sampled(n)}
-        win_rate = wins / n if updates else None
-        metrics |= {"win_rate": win_rate, "win_interval": wilson(wins, n) if updates else None, "checks": {}}
-        metrics |= {"kl_per_token": 0.1, "relevance": 0.5, "base_logprob_per_token": -1.0}
-        write_json(folder / "metrics.json", metrics)
+        metrics = EvaluationMetrics.model_validate({
+            "updates": updates, "constitution": text.ref, **_sampled(n), "wins": wins if updates else 0,
+            "losses": n - wins, "undecided": 0, "win_rate": wins / n if updates else None,
+            "win_interval": wilson(wins, n) if updates else None, "checks": {}, "kl_per_token": 0.1, "relevance": 0.5,
+            "base_logprob_per_token": -1.0, "seconds": 0.0,
+        })  # fmt: skip
+        write_json(folder / "metrics.json", metrics.model_dump(mode="json"))
 
     def _answer(self, completion_id: str, prompt_id: str, index: int) -> tuple[str, str, str, str]:
         """A completion's row, its text, its token ids and its prompt's."""

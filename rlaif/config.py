@@ -323,6 +323,9 @@ class Monitors(Section):
     """Alarm when sampled answers are shorter than this on average."""
     min_distinct_share: float = Field(0.5, ge=0, le=1)
     """Alarm when fewer than this share of an iteration's sampled answers are distinct."""
+    max_abstained_share: float = Field(0.2, ge=0, le=1)
+    """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
+    replies)."""
     stop_on_alarm: bool = False
     """Stop the run at an alarm (it can be resumed) instead of noting it and going on."""
 

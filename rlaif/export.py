@@ -49,11 +49,10 @@ def model_card(run: RunDir, updates: int) -> str:
     """Markdown: base model, texts, data, evaluation, versions, how to reproduce."""
     header, summary = run.header, summarise(run)
     job = header["job"]
-    texts: list[str] = []
-    for m in summary["iterations"][:updates]:
-        name = f"{m['constitution']['name']}@{m['constitution']['version']} ({m['constitution']['hash']})"
-        if name not in texts:
-            texts.append(name)
+    trained = summary.iterations[:updates]
+    # The first versions counted the pairs of a skipped update, too.
+    pairs = sum(m.trained_pairs for m in trained if m.steps)
+    texts = list(dict.fromkeys(f"{m.constitution} ({m.constitution.hash})" for m in trained))
     lines = [
         "---",
         "library_name: transformers",
@@ -67,8 +66,7 @@ def model_card(run: RunDir, updates: int) -> str:
         "constitution, and pairs whose label was not consistent were dropped.",
         "",
         f"- constitutions in force, in order: {', '.join(texts)}",
-        f"- pairs trained on: {sum(m['trained_pairs'] for m in summary['iterations'][:updates])} "
-        f"of {sum(m['pairs'] for m in summary['iterations'][:updates])} judged",
+        f"- pairs trained on: {pairs} of {sum(m.pairs for m in trained)} judged",
         f"- weights digest: `{run.iteration(updates - 1).meta('updates').get('policy_digest')}`",
         f"- run: job digest `{header['job_digest']}`, code revision `{header['revision']}`",
         "",
@@ -77,15 +75,14 @@ def model_card(run: RunDir, updates: int) -> str:
         "| after | text | win rate (95 %) | words | ends by itself | KL per token |",
         "|---|---|---|---|---|---|",
     ]
-    for e in summary["evaluations"]:
-        win = (
-            ""
-            if e["win_rate"] is None
-            else f"{e['win_rate']:.2f} ({e['win_interval'][0]:.2f}-{e['win_interval'][1]:.2f})"
-        )
-        kl = "" if e["kl_per_token"] is None else f"{e['kl_per_token']:.3f}"
-        text = f"{e['constitution']['name']}@{e['constitution']['version']}" if e["updates"] else "base"
-        lines.append(f"| {e['updates']} | {text} | {win} | {e['mean_words']:.1f} | {e['ended_share']:.0%} | {kl} |")
+    for e in summary.evaluations:
+        low, high = e.win_interval or (0, 1)
+        win = "" if e.win_rate is None else f"{e.win_rate:.2f} ({low:.2f}-{high:.2f})"
+        if e.abstained:
+            win = f"{win or '-'}, {e.abstained} of {e.answers} abstained"
+        kl = "" if e.kl_per_token is None else f"{e.kl_per_token:.3f}"
+        text = e.constitution if e.updates else "base"
+        lines.append(f"| {e.updates} | {text} | {win} | {e.mean_words:.1f} | {e.ended_share:.0%} | {kl} |")
     lines += [
         "",
         "The win rate says how far the policy follows the text in the judge's eyes; it is no measure of truth.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
-from rlaif.store import RunDir, disk_errors, read_json, read_rows, write_json
+from rlaif.store import RunDir, read_json, read_rows, replacing, write_json
 from rlaif.texts import Texts
 from rlaif.workers import start_worker
 
@@ -99,14 +98,13 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             **workers,
         )
         try:
-            loop.run()
+            head = loop.run().name
         except KeyboardInterrupt:
             run.event("stopped", "interrupted by the user")
             raise RunInterrupted(f"stopped; nothing is lost. Go on with: rlaif run {run.path}") from None
         except Exception as e:
             run.event("stopped", f"{type(e).__name__}: {e}")
             raise
-        head = write_head(run).name
         run.event("finished", f"{job.iterations} iterations done", head=head)
         progress.note(f"head {head}: note it elsewhere; rlaif audit {run.path} verify --head {head} checks against it")
     return run
@@ -178,10 +176,8 @@ def _prompts(run: RunDir, job: Job, base_dir: Path) -> tuple[list[Prompt], list[
         check_enough(train, job.prompts)
         folder.mkdir(parents=True, exist_ok=True)
         for path, prompts in zip(files, (train, held_out), strict=True):
-            temporary = path.with_name(path.name + ".partial")
-            with disk_errors(path):
+            with replacing(path) as temporary:
                 temporary.write_text("".join(p.model_dump_json() + "\n" for p in prompts))
-                os.replace(temporary, path)
     return read_rows(files[0], Prompt), read_rows(files[1], Prompt)
 
 

@@ -18,7 +18,7 @@ from rlaif import monitors
 from rlaif.config import Job
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError
-from rlaif.heads import write_head
+from rlaif.heads import Head, write_head
 from rlaif.judging.ballots import (
     Role,
     ballots_for,
@@ -39,6 +39,8 @@ from rlaif.records import (
     Ballot,
     Completion,
     Decision,
+    EvaluationMetrics,
+    IterationMetrics,
     Pair,
     Plan,
     PolicyVersion,
@@ -49,7 +51,7 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-from rlaif.store import RunDir, StageDir, read_json, replace_dir, write_json
+from rlaif.store import STAGES, RunDir, StageDir, read_json, read_record, replace_dir, write_json
 from rlaif.texts import Texts
 from rlaif.workers import WorkerLike
 
@@ -63,7 +65,7 @@ class Progress(Protocol):
 
     def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None: ...
     def advance(self, n: int) -> None: ...
-    def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None: ...
+    def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None: ...
     def note(self, message: str) -> None: ...
 
 
@@ -92,14 +94,15 @@ class Loop:
     _learner_at: int | None = field(default=None, init=False)
     """Iterations that the learner process has behind it; None until its state is known."""
 
-    def run(self) -> None:
-        """All iterations that are still owed."""
+    def run(self) -> Head:
+        """All iterations that are still owed; returns the head of the whole."""
         for k in range(self.job.iterations):
             if not (self.dir.iteration(k).path / "metrics.json").exists():
-                self._iterate(k)
-        write_head(self.dir)
+                self.iterate(k)
+        return write_head(self.dir)  # a new one where a kill came between an iteration's metrics and its head
 
-    def _iterate(self, k: int) -> None:
+    def iterate(self, k: int) -> None:
+        """One iteration, from its first incomplete stage on."""
         here = self.dir.iteration(k)
         plan = self._plan(k, here)
         self._announce(plan)
@@ -110,7 +113,7 @@ class Loop:
         elif (before := self._plan_of(k - 1)).constitution.hash != text.hash:
             at_change = self._evaluate(k, before, self.texts.load(before.constitution))
             # What it tells is about the iteration before this one, whose own alarms were told when it ended.
-            ended = read_json(self.dir.iteration(k - 1).path / "metrics.json")
+            ended = read_record(self.dir.iteration(k - 1).path / "metrics.json", IterationMetrics)
             self._stop_at(k - 1, self._alarms(k - 1, ended, at_change))
 
         prompts = {p.id: p for p in self.train}
@@ -123,10 +126,14 @@ class Loop:
         steps = self._update(k, here, preferences)
 
         evaluation = self._evaluate(k + 1, plan, text) if plan.evaluate else None
-        metrics = monitors.iteration_metrics(here, plan, completions, pairs, votes, decisions, preferences, steps)
+        metrics = monitors.iteration_metrics(
+            plan, completions, pairs, votes, decisions, preferences, steps,
+            ballots=here.meta("votes").get("ballots", len(votes)),
+            seconds={stage: here.meta(stage)["seconds"] for stage in STAGES},
+        )  # fmt: skip
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(k, metrics, evaluation)
-        write_json(here.path / "metrics.json", metrics)
+        write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
         self._prune_policies(k)
         head = write_head(self.dir)
         self.progress.iteration_done(k, metrics)
@@ -411,12 +418,11 @@ class Loop:
                     shutil.rmtree(old, ignore_errors=True)
         return steps
 
-    def _evaluate(self, updates: int, plan: Plan, text: Constitution) -> dict[str, Any]:
+    def _evaluate(self, updates: int, plan: Plan, text: Constitution) -> EvaluationMetrics:
         """Held-out answers of the policy after `updates` iterations, against the base policy's, under a plan's text."""
         here = self.dir.evaluation(updates)
         if (here.path / "metrics.json").exists():
-            metrics: dict[str, Any] = read_json(here.path / "metrics.json")
-            return metrics
+            return read_record(here.path / "metrics.json", EvaluationMetrics)
         started = time.monotonic()
         prompts = self.held_out[: self.job.eval.prompts]
         by_id = {p.id: p for p in prompts}
@@ -447,7 +453,7 @@ class Loop:
             yield from self._advancing(self.measurer.stream("quality", candidates=candidates, seed=self.job.seed))
 
         quality = here.rows("quality", Quality, measure, inputs=["completions"], resumable=False)
-        base: list[Completion] = completions
+        pairs: list[Pair] = []
         decisions: list[Decision] | None = None
         if updates != BASE_POLICY:
             base = _in_order(self.dir.evaluation(BASE_POLICY).read("completions", Completion), list(by_id))
@@ -461,9 +467,9 @@ class Loop:
             votes = self._judge(here, "evaluate", plan, pairs, completions + base, by_id, text)
             made = self._decide(here, "evaluate", pairs, votes, completions + base, by_id, text)
             decisions = made if judged else None
-        metrics = monitors.evaluation_metrics(updates, text, completions, quality, decisions)
-        metrics["seconds"] = round(time.monotonic() - started, 1)
-        write_json(here.path / "metrics.json", metrics)
+        seconds = round(time.monotonic() - started, 1)
+        metrics = monitors.evaluation_metrics(updates, text, completions, quality, pairs, decisions, seconds)
+        write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
         return metrics
 
     # What the stages share.
@@ -516,7 +522,7 @@ class Loop:
             if policy.exists() and policy != newest and not evaluated:
                 shutil.rmtree(policy)
 
-    def _alarms(self, k: int, metrics: dict[str, Any], evaluation: dict[str, Any] | None) -> list[str]:
+    def _alarms(self, k: int, metrics: IterationMetrics, evaluation: EvaluationMetrics | None) -> list[str]:
         """Tells the alarms of an iteration, and returns those that weren't told before."""
         alarms = monitors.alarms(self.job.monitors, metrics, evaluation)
         new = [alarm for alarm in alarms if self._event_once("alarm", alarm, k)]

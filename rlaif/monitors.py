@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from collections import Counter
 from statistics import fmean
-from typing import Any
 
 from rlaif.checks import count_list_items, count_words
 from rlaif.config import Monitors
 from rlaif.constitution import Constitution
 from rlaif.intervals import wilson
-from rlaif.records import Completion, Decision, Pair, Plan, Preference, Quality, UpdateStep, Vote
-from rlaif.store import StageDir
+from rlaif.records import (
+    AnswerStats,
+    Completion,
+    Decision,
+    EvaluationMetrics,
+    IterationMetrics,
+    Outcome,
+    Pair,
+    Plan,
+    Preference,
+    Quality,
+    UpdateStep,
+    Vote,
+)
 
-STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
 
-
-def answer_stats(completions: list[Completion]) -> dict[str, float]:
+def answer_stats(completions: list[Completion]) -> AnswerStats:
     """What can be counted about answers without a judge."""
     n = len(completions)
-    return {
-        "answers": n,
-        "mean_words": fmean(count_words(c.text) for c in completions),
-        "mean_tokens": fmean(len(c.token_ids) for c in completions),
-        "list_share": sum(count_list_items(c.text) >= 2 for c in completions) / n,
-        "ended_share": sum(c.finish_reason == "stop" for c in completions) / n,
-        "distinct_share": len({(c.prompt_id, c.text) for c in completions}) / n,
-    }
+    return AnswerStats(
+        answers=n,
+        mean_words=fmean(count_words(c.text) for c in completions),
+        mean_tokens=fmean(len(c.token_ids) for c in completions),
+        list_share=sum(count_list_items(c.text) >= 2 for c in completions) / n,
+        ended_share=sum(c.finish_reason == "stop" for c in completions) / n,
+        distinct_share=len({(c.prompt_id, c.text) for c in completions}) / n,
+    )
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -34,7 +43,6 @@ def _share(part: float, whole: float) -> float | None:
 
 
 def iteration_metrics(
-    here: StageDir,
     plan: Plan,
     completions: list[Completion],
     pairs: list[Pair],
@@ -42,43 +50,45 @@ def iteration_metrics(
     decisions: list[Decision],
     preferences: list[Preference],
     steps: list[UpdateStep],
-) -> dict[str, Any]:
-    """metrics.json of an iteration."""
-    kept = [d for d in decisions if d.status == "kept"]
-    reasons = Counter(d.reasons[0] for d in decisions if d.status == "dropped")
+    ballots: int,
+    seconds: dict[str, float],
+) -> IterationMetrics:
+    """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage."""
+    kept = sum(d.status == "kept" for d in decisions)
     agreements = [d.verdict.agreement for d in decisions if d.verdict.agreement is not None]
     tokens = sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes if not v.cached)
-    return {
-        "iteration": plan.iteration,
-        "constitution": plan.constitution.model_dump(),
-        "policy": plan.policy.model_dump(),
-        "sampled": answer_stats(completions),
-        "pairs": len(pairs),
-        "votes": len(votes),
-        "ballots_saved": here.meta("votes").get("ballots", len(votes)) - len(votes),
-        "abstentions": dict(Counter(v.abstain_reason for v in votes if v.abstain_reason)),
-        "kept": len(kept),
-        "kept_share": len(kept) / len(decisions) if decisions else None,
-        "review": sum(d.status == "review" for d in decisions),
-        "dropped_by_first_reason": dict(reasons),
-        "mean_agreement": fmean(agreements) if agreements else None,
-        "trained_pairs": len(preferences),
-        "human_pairs": sum(p.source == "human" for p in preferences),
-        "replayed_pairs": sum(p.source == "replay" for p in preferences),
-        "steps": len(steps),
-        "loss": fmean(s.loss for s in steps) if steps else None,
-        "margin": fmean(s.margin for s in steps) if steps else None,
-        "grad_norm": fmean(s.grad_norm for s in steps) if steps else None,
-        "order_flips": sum(d.verdict.order_flip for d in decisions),
-        "position_bias": _share(
+    trained = preferences if steps else []  # a skipped update leaves its preferences where they are
+    return IterationMetrics(
+        iteration=plan.iteration,
+        constitution=plan.constitution,
+        policy=plan.policy,
+        sampled=answer_stats(completions),
+        pairs=len(pairs),
+        votes=len(votes),
+        ballots_saved=ballots - len(votes),
+        abstentions=Counter(v.abstain_reason for v in votes if v.abstain_reason),
+        kept=kept,
+        kept_share=_share(kept, len(decisions)),
+        review=sum(d.status == "review" for d in decisions),
+        dropped_by_first_reason=Counter(d.reasons[0] for d in decisions if d.status == "dropped"),
+        mean_agreement=fmean(agreements) if agreements else None,
+        trained_pairs=len(trained),
+        human_pairs=sum(p.source == "human" for p in trained),
+        replayed_pairs=sum(p.source == "replay" for p in trained),
+        steps=len(steps),
+        loss=fmean(s.loss for s in steps) if steps else None,
+        margin=fmean(s.margin for s in steps) if steps else None,
+        grad_norm=fmean(s.grad_norm for s in steps) if steps else None,
+        order_flips=sum(d.verdict.order_flip for d in decisions),
+        position_bias=_share(
             sum(d.verdict.slot_first for d in decisions), sum(d.verdict.slot_votes for d in decisions)
         ),
-        "judge_calls": sum(v.attempts for v in votes),
-        "judge_cached": sum(v.cached for v in votes),
-        "judge_tokens": tokens,
-        "judge_tokens_per_kept_pair": _share(tokens, len(kept)),
-        "seconds": {stage: here.meta(stage)["seconds"] for stage in STAGES},
-    }
+        judge_calls=sum(v.attempts for v in votes),
+        judge_cached=sum(v.cached for v in votes),
+        judge_tokens=tokens,
+        judge_tokens_per_kept_pair=_share(tokens, kept),
+        seconds=seconds,
+    )
 
 
 def evaluation_metrics(
@@ -86,51 +96,69 @@ def evaluation_metrics(
     text: Constitution,
     completions: list[Completion],
     quality: list[Quality],
+    pairs: list[Pair],
     decisions: list[Decision] | None,
-) -> dict[str, Any]:
-    """metrics.json of an evaluation; `decisions` are None when nobody was asked: about the base policy itself, or
-    under a text without a held-out contrast.
-
-    `win_rate` counts a held-out pair whose voices elect nobody, and an answer equal to the base policy's, as half a
-    win; it is None when nobody was asked. KL per token is the mean of log p(policy) - log p(base) over the sampled
-    answers: an estimate, biased by temperature and top-p.
-    """
-    judged = decisions is not None
-    wins = sum(d.verdict.outcome == "first" for d in decisions or ())
-    losses = sum(d.verdict.outcome == "second" for d in decisions or ())
+    seconds: float,
+) -> EvaluationMetrics:
+    """An evaluation in numbers; `decisions` are None when nobody was asked: about the base policy itself, or under a
+    text without a held-out contrast. `pairs` show the policy's answer first, the base policy's second; an answer equal
+    to the base policy's has no pair and counts as tied."""
+    outcomes: list[Outcome] = []
+    by_prompt: list[float] = []
+    if decisions is not None:
+        verdicts = {d.pair_id: d.verdict.outcome for d in decisions}
+        asked = {p.first: verdicts[p.id] for p in pairs}
+        outcomes = [asked.get(c.id, "tie") for c in completions]
+        if not asked or any(o != "abstain" for o in asked.values()):
+            by_prompt = _won_by_prompt(completions, outcomes)
     n = len(completions)
     tokens = sum(q.tokens for q in quality)
     logprobs = [c.logprob for c in completions if c.logprob is not None]
     base_logprob = sum(q.logprob_per_token * q.tokens for q in quality)
-    win_rate = (wins + (n - wins - losses) / 2) / n if judged else None
-    return {
-        "updates": updates,
-        "constitution": text.ref.model_dump(),
-        **answer_stats(completions),
-        "win_rate": win_rate,
-        "win_interval": wilson(round(win_rate * n), n) if win_rate is not None else None,
-        "wins": wins,
-        "losses": losses,
-        "undecided": n - wins - losses if judged else 0,
-        "kl_per_token": (sum(logprobs) - base_logprob) / tokens if len(logprobs) == n and tokens else None,
-        "relevance": fmean(q.relevance for q in quality),
-        "base_logprob_per_token": fmean(q.logprob_per_token for q in quality),
-        "checks": {
-            p.id: sum(p.check.passes(c.text) for c in completions) / n for p in text.principles if p.check
-        },
-    }  # fmt: skip
+    return EvaluationMetrics(
+        **dict(answer_stats(completions)),
+        updates=updates,
+        constitution=text.ref,
+        win_rate=fmean(by_prompt) if by_prompt else None,
+        win_interval=wilson(sum(by_prompt), len(by_prompt)) if by_prompt else None,
+        wins=outcomes.count("first"),
+        losses=outcomes.count("second"),
+        undecided=outcomes.count("tie"),
+        abstained=outcomes.count("abstain"),
+        kl_per_token=(sum(logprobs) - base_logprob) / tokens if len(logprobs) == n and tokens else None,
+        relevance=fmean(q.relevance for q in quality),
+        base_logprob_per_token=fmean(q.logprob_per_token for q in quality),
+        checks={p.id: sum(p.check.passes(c.text) for c in completions) / n for p in text.principles if p.check},
+        seconds=seconds,
+    )
 
 
-def alarms(limits: Monitors, metrics: dict[str, Any], evaluation: dict[str, Any] | None) -> list[str]:
+_WON = {"first": 1.0, "tie": 0.5, "second": 0.0}
+
+
+def _won_by_prompt(completions: list[Completion], outcomes: list[Outcome]) -> list[float]:
+    """The share that each prompt's answers won: answers to one prompt are no independent draws. An abstention is no
+    verdict, so it counts for nothing."""
+    won: dict[str, list[float]] = {}
+    for completion, outcome in zip(completions, outcomes, strict=True):
+        if outcome != "abstain":
+            won.setdefault(completion.prompt_id, []).append(_WON[outcome])
+    return [fmean(of_prompt) for of_prompt in won.values()]
+
+
+def alarms(limits: Monitors, metrics: IterationMetrics, evaluation: EvaluationMetrics | None) -> list[str]:
     """What somebody should look at, one sentence each."""
     out = []
-    sampled = metrics["sampled"]
-    if sampled["mean_words"] < limits.min_mean_words:
+    sampled = metrics.sampled
+    if sampled.mean_words < limits.min_mean_words:
         least = limits.min_mean_words
-        out.append(f"sampled answers have {sampled['mean_words']:.1f} words on average, under {least:g}")
-    if sampled["distinct_share"] < limits.min_distinct_share:
-        out.append(f"only {sampled['distinct_share']:.0%} of the sampled answers are distinct")
-    kl = evaluation["kl_per_token"] if evaluation else None
+        out.append(f"sampled answers have {sampled.mean_words:.1f} words on average, under {least:g}")
+    if sampled.distinct_share < limits.min_distinct_share:
+        out.append(f"only {sampled.distinct_share:.0%} of the sampled answers are distinct")
+    kl = evaluation.kl_per_token if evaluation else None
     if kl is not None and limits.max_kl is not None and kl > limits.max_kl:
         out.append(f"KL from the base policy is {kl:.2f} nats a token, over {limits.max_kl:g}")
+    if evaluation and evaluation.abstained > limits.max_abstained_share * evaluation.answers:
+        some = f"{evaluation.abstained} of {evaluation.answers}"
+        out.append(f"the judge abstained on {some} held-out answers, over {limits.max_abstained_share:.0%}")
     return out

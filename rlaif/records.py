@@ -311,6 +311,96 @@ class Plan(Record):
     evaluate: bool
 
 
+class AnswerStats(Record):
+    """What can be counted about answers without a judge."""
+
+    answers: int
+    mean_words: float
+    mean_tokens: float
+    list_share: float
+    """Answers with two list items or more."""
+    ended_share: float
+    """Answers that ended by themselves, not at the length limit."""
+    distinct_share: float
+    """Different answers to a prompt, among all."""
+
+
+class IterationMetrics(Record):
+    """metrics.json of an iteration. What has a default was not counted yet when the first runs were written."""
+
+    iteration: int
+    constitution: ConstitutionRef
+    policy: PolicyVersion
+    """The one that sampled."""
+    sampled: AnswerStats
+    pairs: int
+    votes: int
+    ballots_saved: int = 0
+    """Not asked, by `judge.early_stop`."""
+    abstentions: dict[AbstainReason, int]
+    """Votes that named nothing."""
+    kept: int
+    kept_share: float | None
+    """None without a pair."""
+    review: int = 0
+    """Pairs sent to people."""
+    dropped_by_first_reason: dict[DropReason, int]
+    mean_agreement: float | None
+    """None without a valid vote."""
+    trained_pairs: int
+    """0 when the update was skipped; the first versions counted the pairs that it would have taken."""
+    human_pairs: int = 0
+    """Of those, as people labelled them."""
+    replayed_pairs: int
+    steps: int
+    """Optimizer steps; 0 when the update was skipped."""
+    loss: float | None
+    """Mean over the steps, as the next two; None without an update."""
+    margin: float | None
+    grad_norm: float | None
+    order_flips: int = 0
+    """Pairs on which a voice named another side when the order changed."""
+    position_bias: float | None = None
+    """Share of votes for the slot shown first; None for a judge without slots."""
+    judge_calls: int = 0
+    """Requests to the judge's server."""
+    judge_cached: int = 0
+    """Votes from the cache."""
+    judge_tokens: int
+    """Of votes that were not from the cache."""
+    judge_tokens_per_kept_pair: float | None = None
+    seconds: dict[str, float]
+    """Wall time by stage."""
+
+
+class EvaluationMetrics(AnswerStats):
+    """metrics.json of an evaluation: held-out answers against the base policy's."""
+
+    updates: int
+    """After so many iterations; 0 is the base policy."""
+    constitution: ConstitutionRef
+    win_rate: float | None
+    """Undecided answers as half a win, abstained ones left out: mean over the prompts of the mean over a prompt's
+    answers. None when nobody was asked, and when the judge abstained on every answer that it was asked about."""
+    win_interval: tuple[float, float] | None
+    """Wilson, 95 %, over so many prompts."""
+    wins: int
+    losses: int
+    undecided: int
+    """Answers with a tied verdict, and answers equal to the base policy's, which nobody is asked about."""
+    abstained: int = 0
+    """Answers without a valid vote (failed calls, unreadable replies); the first versions counted them as undecided."""
+    kl_per_token: float | None
+    """Mean of log p(policy) - log p(base) over the sampled answers' tokens, nats: an estimate, biased by temperature
+    and top-p. None when the engine reports no log-probabilities."""
+    relevance: float
+    """Mean over the answers, as the next (Quality)."""
+    base_logprob_per_token: float
+    checks: dict[str, float]
+    """Principle → share of the answers that pass its check."""
+    seconds: float
+
+
 class Event(Record):
     """One line of events.jsonl."""
 

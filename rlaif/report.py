@@ -7,23 +7,23 @@ tables. A number that carries little is said to carry little: `caveats` come fir
 from __future__ import annotations
 
 import datetime
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field
 
 from rlaif.audit.index import Index
 from rlaif.audit.queries import Overview
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
+from rlaif.heads import read_heads
 from rlaif.judging.calibration import Calibration, read_calibration
-from rlaif.records import Record
+from rlaif.records import EvaluationMetrics, Record
 from rlaif.review.agreement import Agreement, agreement, labelled_pairs
-from rlaif.store import RunDir, disk_errors, file_digest, read_json
-from rlaif.summary import summarise
-from rlaif.view.facts import Facts, Metrics, read_facts
+from rlaif.store import RunDir, file_digest, read_json, replacing
+from rlaif.summary import held_out_answers
+from rlaif.view.facts import Facts, read_facts
 from rlaif.view.pictures import percent, pictures
 
 EXAMPLES = 10
@@ -103,8 +103,7 @@ class Report(Record):
     planned: int
     caveats: tuple[str, ...]
     overview: Overview
-    evaluations: tuple[dict[str, Any], ...]
-    """metrics.json of every evaluation."""
+    evaluations: tuple[EvaluationMetrics, ...]
     texts: tuple[Text, ...]
     prompts: tuple[PromptFile, ...]
     prompts_used: int
@@ -123,6 +122,8 @@ class Report(Record):
     """run.json: resolved job, digests, versions, code revision."""
     head: str | None
     """Digest over the whole log, if the run noted one."""
+    facts: Facts = Field(exclude=True)
+    """What the file's pictures show: the state of the run that everything else here says."""
 
 
 def make_report(index: Index, run: RunDir) -> Report:
@@ -170,22 +171,22 @@ def _make(index: Index, run: RunDir) -> Report:
         kept_examples=tuple(_examples(index, job["seed"], "kept")),
         dropped_examples=tuple(_examples(index, job["seed"], "dropped")),
         before_after=tuple(_before_after(run)),
-        seconds=_seconds(index, facts),
+        seconds=facts.seconds,
         header=header,
         head=_head(run),
+        facts=facts,
     )
 
 
-def write_report(report: Report, index: Index, run: RunDir, to: Path) -> Path:
+def write_report(report: Report, to: Path) -> Path:
     """Writes the HTML file, whole or not at all."""
     from rlaif.view.rendering import render, style
 
-    facts = read_facts(index, run)
     html = render(
         "report.html",
         report=report,
-        facts=facts,
-        pictures=pictures(facts),
+        facts=report.facts,
+        pictures=pictures(report.facts),
         style=style(),
         reasons=REASONS,
         job_yaml=yaml.safe_dump(report.header["job"], sort_keys=False, allow_unicode=True),
@@ -194,10 +195,8 @@ def write_report(report: Report, index: Index, run: RunDir, to: Path) -> Path:
         raise UserError(f"--to {to}: that is a folder; name a file, for example {to / 'report.html'}")
     if not to.parent.is_dir():
         raise UserError(f"--to {to}: there is no folder {to.parent}; make it first")
-    temporary = to.with_name(to.name + ".partial")
-    with disk_errors(to):
+    with replacing(to) as temporary:
         temporary.write_bytes(html.encode("utf-8", "replace"))
-        os.replace(temporary, to)
     return to
 
 
@@ -213,15 +212,21 @@ def _caveats(
     if last is None:
         out.append("Nothing was judged against the base policy: whether the training helped is not measured here.")
     else:
-        low, high = last["win_interval"]
+        low, high = last.win_interval or (0, 1)
         if low <= 0.5 <= high:
             out.append(
                 f"No clear difference to the base policy: the win rate's 95 % interval, {percent(low)} to "
                 f"{percent(high)}, holds one half."
             )
         out.append(
-            f"The win rate is over {last['answers'] or 'some'} held-out answers, by the judge that also made the "
+            f"The win rate is over {last.answers - last.abstained} held-out answers, by the judge that also made the "
             "training labels: it says how far the policy follows this judge, not how good it is."
+        )
+    newest = facts.evaluations[-1] if facts.evaluations else None
+    if newest and newest.abstained:
+        out.append(
+            f"In the last evaluation the judge abstained on {newest.abstained} of {newest.answers} held-out answers; "
+            "the win rate leaves them out."
         )
     if calibration is None:
         out.append(
@@ -237,12 +242,11 @@ def _caveats(
     if totals.position_bias is not None and abs(totals.position_bias - 0.5) > BIASED:
         bias = percent(totals.position_bias)
         out.append(f"The judge names the slot shown first in {bias} of its votes; 50 % is no bias.")
-    if totals.preferences < FEW_PAIRS:
-        out.append(f"Only {totals.preferences} preferences were trained on.")
-    base = next((e for e in facts.evaluations if e["updates"] == 0), None)
-    newest = facts.evaluations[-1] if facts.evaluations else None
-    if base and newest and base["mean_words"] and newest["mean_words"]:
-        change = newest["mean_words"] / base["mean_words"] - 1
+    if facts.trained < FEW_PAIRS:
+        out.append(f"Only {facts.trained} preferences were trained on.")
+    base = next((e for e in facts.evaluations if e.updates == 0), None)
+    if base and newest and base.mean_words:
+        change = newest.mean_words / base.mean_words - 1
         if abs(change) > LENGTH_MOVED:
             out.append(
                 f"Held-out answers became {percent(abs(change))} {'longer' if change > 0 else 'shorter'}; unless the "
@@ -319,33 +323,19 @@ def _cut(text: str | None) -> str:
 def _before_after(run: RunDir) -> list[Before]:
     """The first held-out prompts before and after; none where the run's copies are gone."""
     try:
-        rows = summarise(run)["answers"]
+        rows = held_out_answers(run)
     except (RlaifError, OSError):
         return []
     out = []
     for row in rows:
-        answers = {int(k): v for k, v in row["answers"].items() if v is not None}
+        answers = {k: v for k, v in row.answers.items() if v is not None}
         if 0 in answers and len(answers) > 1:
             last = answers[max(answers)]
-            out.append(Before(prompt=_cut(row["prompt"]), base=_cut(answers[0]), last=_cut(last)))
+            out.append(Before(prompt=_cut(row.prompt), base=_cut(answers[0]), last=_cut(last)))
     return out
 
 
-def _seconds(index: Index, facts: Facts) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for row in index.rows("SELECT metrics FROM iterations WHERE metrics IS NOT NULL"):
-        metrics: Metrics = json.loads(row["metrics"])
-        for stage, seconds in metrics.get("seconds", {}).items():
-            total[stage] = total.get(stage, 0.0) + seconds
-    total["evaluations"] = sum(e["seconds"] or 0.0 for e in facts.evaluations)
-    return {stage: round(seconds, 1) for stage, seconds in total.items()}
-
-
 def _head(run: RunDir) -> str | None:
-    """The newest line of heads.jsonl, as `rlaif audit RUN verify --head` takes it."""
-    path = run.path / "heads.jsonl"
-    try:
-        newest = json.loads(path.read_bytes().splitlines()[-1])
-        return f"{newest['iteration'] + 1}:{newest['head']}"
-    except (OSError, IndexError, KeyError, ValueError, TypeError):
-        return None
+    """The newest head, as `rlaif audit RUN verify --head` takes it; None for a damaged one."""
+    heads = read_heads(run.path)
+    return heads[-1].name if heads and heads[-1] else None

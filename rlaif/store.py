@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,8 @@ from rlaif.records import SCHEMA_VERSION, Event, Record
 R = TypeVar("R", bound=Record)
 
 ROW_DIGEST_BYTES = 4
+STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
+"""Of an iteration, in order."""
 
 
 @contextmanager
@@ -46,15 +48,28 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file so that it is either the old one or the new one, whole."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write instead of `path`, whose place it takes when the block ends well: it is the old one or the new
+    one, whole. Surviving a power cut is the writer's matter (fsync)."""
     temporary = path.with_name(path.name + ".partial")
-    with disk_errors(path), temporary.open("w") as f:
+    with disk_errors(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, durable, the old one or the new one, whole."""
+    with replacing(path) as temporary, temporary.open("w") as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
         f.write("\n")
         f.flush()
         os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> Any:
@@ -63,6 +78,21 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except json.JSONDecodeError as e:
         raise RlaifError(f"{path}:{e.lineno}: not valid JSON ({e.msg}); it was damaged after it was written") from e
+
+
+def read_record(path: Path, record: type[R]) -> R:
+    """Reads a JSON file that holds one record; another one is an error that names it."""
+    try:
+        return record.model_validate(read_json(path))
+    except ValidationError as e:
+        raise RlaifError(f"{path}: not {record.__name__} of schema {SCHEMA_VERSION} ({first_problem(e)})") from e
+
+
+def first_problem(e: ValidationError) -> str:
+    """What is wrong first, and where, in one line."""
+    problem = e.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg']}" if where else problem["msg"]
 
 
 def file_digest(path: Path) -> str:

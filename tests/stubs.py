@@ -18,6 +18,7 @@ from rlaif.loop import Loop
 from rlaif.records import (
     Ballot,
     Completion,
+    IterationMetrics,
     Message,
     Pair,
     PolicyVersion,
@@ -198,7 +199,7 @@ class Quiet:
 
     def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None: ...
     def advance(self, n: int) -> None: ...
-    def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None: ...
+    def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None: ...
     def note(self, message: str) -> None:
         self.notes.append(message)
 

@@ -14,6 +14,7 @@ from rlaif.errors import UserError
 from rlaif.records import (
     Completion,
     Decision,
+    IterationMetrics,
     Pair,
     Plan,
     PolicyVersion,
@@ -212,7 +213,9 @@ def test_too_few_kept_pairs_is_a_recorded_skip(tmp_path: Path) -> None:
     ((k, message),) = events(tmp_path, "skipped_update")
     assert k == 0
     assert "fewer than filters.min_kept_pairs=7" in message
-    assert json.loads((here.path / "metrics.json").read_text())["loss"] is None
+    metrics = json.loads((here.path / "metrics.json").read_text())
+    assert here.read("preferences", Preference)
+    assert (metrics["loss"], metrics["trained_pairs"], metrics["replayed_pairs"]) == (None, 0, 0)
 
 
 def following_job(**changes: Any) -> Job:
@@ -232,7 +235,7 @@ class Editing(Quiet):
         super().__init__()
         self._path, self._content = path, content
 
-    def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None:
+    def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None:
         if iteration == 0:
             self._path.write_text(self._content)
 

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlaif.config import Monitors
 from rlaif.constitution import parse_constitution
-from rlaif.monitors import alarms, answer_stats, evaluation_metrics
-from rlaif.records import Completion, Decision, Outcome, PolicyVersion, Quality, Verdict
+from rlaif.errors import RlaifError
+from rlaif.intervals import wilson
+from rlaif.monitors import alarms, answer_stats, evaluation_metrics, iteration_metrics
+from rlaif.records import (
+    Completion,
+    Decision,
+    EvaluationMetrics,
+    IterationMetrics,
+    Outcome,
+    Pair,
+    Plan,
+    PolicyVersion,
+    Quality,
+    Verdict,
+)
+from rlaif.store import read_record
 from tests.stubs import text
 
 
@@ -37,42 +53,109 @@ def quality(n: int, tokens: int = 2, logprob: float = -3.0) -> Quality:
     return Quality(completion_id=f"c{n}", tokens=tokens, logprob_per_token=logprob, relevance=n)
 
 
+def measured(**changes: Any) -> IterationMetrics:
+    """An iteration of one answer, without a pair."""
+    policy = PolicyVersion(iteration=0, digest="d")
+    plan = Plan(iteration=0, seed=0, constitution=RULES.ref, policy=policy, prompt_ids=("p0",), evaluate=False)
+    return iteration_metrics(plan, [completion(0, "a")], [], [], [], [], [], 0, {}).model_copy(update=changes)
+
+
 RULES = parse_constitution(text(1), "rules", 1, "test")
+
+
+@pytest.mark.parametrize("record", [IterationMetrics, EvaluationMetrics])
+def test_numbers_of_a_stored_run_still_read(record: type[IterationMetrics | EvaluationMetrics]) -> None:
+    folder = "iterations" if record is IterationMetrics else "evaluations"
+    files = sorted((Path(__file__).parent / "data" / "run_schema1" / folder).glob("*/metrics.json"))
+    assert files
+    for file in files:
+        stored = json.loads(file.read_text())
+        read = read_record(file, record).model_dump(mode="json")
+        assert {key: read[key] for key in stored} == stored
+
+
+def test_numbers_that_are_none_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"iteration": "one"}')
+    with pytest.raises(RlaifError, match=r"metrics.json: not IterationMetrics of schema 1 \(iteration: "):
+        read_record(tmp_path / "metrics.json", IterationMetrics)
 
 
 def test_what_is_counted_about_answers() -> None:
     answers = [completion(0, "one two three"), completion(1, "- a\n- b", ended=False)]
     answers.append(answers[0].model_copy(update={"id": "again", "index": 1}))
     stats = answer_stats(answers)
-    assert stats["ended_share"] == pytest.approx(2 / 3)
-    assert stats["distinct_share"] == pytest.approx(2 / 3)
-    assert stats["list_share"] == pytest.approx(1 / 3)
-    assert stats["mean_tokens"] == 2
+    assert stats.ended_share == pytest.approx(2 / 3)
+    assert stats.distinct_share == pytest.approx(2 / 3)
+    assert stats.list_share == pytest.approx(1 / 3)
+    assert stats.mean_tokens == 2
+
+
+def evaluated(answers: list[Completion], outcomes: list[Outcome]) -> EvaluationMetrics:
+    """The first answers were judged so; further ones equal the base policy's, and nobody was asked."""
+    pairs = [
+        Pair(id=f"x{n}", prompt_id=c.prompt_id, first=c.id, second="base", method="against_base")
+        for n, (c, _) in enumerate(zip(answers, outcomes, strict=False))
+    ]
+    decisions = [decision(n, outcome) for n, outcome in enumerate(outcomes)]
+    return evaluation_metrics(1, RULES, answers, [quality(n) for n in range(len(answers))], pairs, decisions, 0.5)
 
 
 def test_a_pair_without_a_winner_is_half_a_win() -> None:
-    answers = [completion(n, "a b") for n in range(4)]
-    decisions = [decision(0, "first"), decision(1, "second"), decision(2, "tie")]  # the fourth answer equals the base's
-    m = evaluation_metrics(1, RULES, answers, [quality(n) for n in range(4)], decisions)
-    assert (m["wins"], m["losses"], m["undecided"]) == (1, 1, 2)
-    assert m["win_rate"] == 0.5
-    assert m["relevance"] == 1.5
-    assert m["checks"] == {"wish": 1.0}
+    m = evaluated([completion(n, "a b") for n in range(4)], ["first", "second", "tie"])
+    assert (m.wins, m.losses, m.undecided, m.abstained) == (1, 1, 2, 0)
+    assert m.win_rate == 0.5
+    assert m.relevance == 1.5
+    assert m.checks == {"wish": 1.0}
+
+
+def test_an_abstention_is_no_half_a_win() -> None:
+    m = evaluated([completion(n, "a") for n in range(4)], ["first", "abstain", "abstain", "first"])
+    assert (m.wins, m.losses, m.undecided, m.abstained) == (2, 0, 0, 2)
+    assert m.win_rate == 1.0
+    assert m.win_interval == wilson(2, 2)
+
+
+@pytest.mark.parametrize("equal_to_base", [0, 2])
+def test_a_dead_judge_measures_nothing(equal_to_base: int) -> None:
+    m = evaluated([completion(n, "a") for n in range(2 + equal_to_base)], ["abstain", "abstain"])
+    assert (m.win_rate, m.win_interval, m.abstained) == (None, None, 2)
+    (said,) = alarms(Monitors(min_mean_words=0), measured(), m)
+    assert said.startswith("the judge abstained on 2 of ")
+    assert alarms(Monitors(min_mean_words=0, max_abstained_share=1), measured(), m) == []
+
+
+def test_a_policy_that_answers_as_the_base_does_is_neither_better_nor_worse() -> None:
+    m = evaluated([completion(n, "a") for n in range(3)], [])
+    assert (m.win_rate, m.undecided, m.abstained) == (0.5, 3, 0)
+
+
+def test_half_wins_are_not_rounded() -> None:
+    m = evaluated([completion(n, "a") for n in range(5)], ["first", "first", "tie", "second", "second"])
+    assert m.win_rate == 0.5
+    assert m.win_interval is not None
+    assert sum(m.win_interval) == pytest.approx(1.0)
+
+
+def test_answers_to_one_prompt_are_one_draw() -> None:
+    answers = [completion(n, "a").model_copy(update={"prompt_id": f"p{n // 4}", "index": n % 4}) for n in range(8)]
+    m = evaluated(answers, ["first", "first", "first", "abstain", "second", "second", "first", "first"])
+    assert m.win_rate == 0.75
+    assert m.win_interval == wilson(1.5, 2)
 
 
 def test_the_base_policy_has_no_win_rate() -> None:
-    m = evaluation_metrics(0, RULES, [completion(0, "a")], [quality(0)], None)
-    assert m["win_rate"] is None
-    assert m["win_interval"] is None
-    assert m["undecided"] == 0
+    m = evaluation_metrics(0, RULES, [completion(0, "a")], [quality(0)], [], None, 0.5)
+    assert m.win_rate is None
+    assert m.win_interval is None
+    assert m.undecided == 0
 
 
 def test_kl_is_a_mean_over_tokens() -> None:
     answers = [completion(0, "a", logprob=-2.0), completion(1, "b", logprob=-4.0)]
-    m = evaluation_metrics(1, RULES, answers, [quality(0, 1, -4.0), quality(1, 3, -2.0)], [])
-    assert m["kl_per_token"] == pytest.approx(((-2 - 4) - (-4 - 6)) / 4)
+    m = evaluation_metrics(1, RULES, answers, [quality(0, 1, -4.0), quality(1, 3, -2.0)], [], [], 0.5)
+    assert m.kl_per_token == pytest.approx(((-2 - 4) - (-4 - 6)) / 4)
     answers[0] = completion(0, "a", logprob=None)  # an engine that does not say
-    assert evaluation_metrics(1, RULES, answers, [quality(0), quality(1)], [])["kl_per_token"] is None
+    assert evaluation_metrics(1, RULES, answers, [quality(0), quality(1)], [], [], 0.5).kl_per_token is None
 
 
 @pytest.mark.parametrize(
@@ -87,8 +170,10 @@ def test_kl_is_a_mean_over_tokens() -> None:
     ],
 )
 def test_alarms(sampled: dict[str, float], kl: float | None, limits: dict[str, Any], found: list[str]) -> None:
-    metrics = {"sampled": {"mean_words": 20.0, "distinct_share": 1.0, **sampled}}
-    said = alarms(Monitors(**limits), metrics, {"kl_per_token": kl})
+    answers = answer_stats([completion(0, "a b")]).model_copy(update={"mean_words": 20.0, **sampled})
+    metrics = measured(sampled=answers)
+    evaluation = evaluation_metrics(0, RULES, [completion(0, "a b")], [quality(0)], [], None, 0.5)
+    said = alarms(Monitors(**limits), metrics, evaluation.model_copy(update={"kl_per_token": kl}))
     assert len(said) == len(found)
     assert all(part in sentence for part, sentence in zip(found, said, strict=True))
     assert alarms(Monitors(**limits), metrics, None) == said[: len(sampled)]

@@ -12,7 +12,7 @@ import pytest
 from rlaif import store
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import Score
-from rlaif.store import RunDir, StageDir, file_digest, read_json, read_rows, replace_dir, write_json
+from rlaif.store import RunDir, StageDir, file_digest, read_json, read_rows, replace_dir, replacing, write_json
 
 
 def score(n: int) -> Score:
@@ -33,6 +33,17 @@ def test_a_damaged_header_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match=r"run.json: not a run's"):
         RunDir.open(tmp_path)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    with replacing(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_where_a_folder_belongs(tmp_path: Path) -> None:

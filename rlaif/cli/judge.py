@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from rlaif.cli.judge_common import (
 )
 from rlaif.console import stdout_console
 from rlaif.errors import UserError
+from rlaif.store import replacing
 
 if TYPE_CHECKING:
     from rlaif.config import Job
@@ -239,8 +239,8 @@ def calibrate(
         jurors=jurors,
         seed=seed,
     )
-    temporary.write_text(calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, to)
+    with replacing(to) as temporary:
+        temporary.write_text(calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
     if json_:
         typer.echo(calibration.model_dump_json(indent=1))
         return

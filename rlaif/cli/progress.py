@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from rlaif import loop
+from rlaif.records import IterationMetrics
 
 
 @contextmanager
@@ -57,7 +57,7 @@ class PlainProgress:
         self._line(f"{where}  {name}: {self._done}/{total} {unit} in {seconds:.1f} s")
         self._stage = None
 
-    def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None:
+    def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None:
         self._close_stage()
         self._line(iteration_line(iteration, self._iterations, metrics))
 
@@ -88,24 +88,23 @@ class LiveProgress:
         rate = self._done / max(time.monotonic() - self._started, 1e-6)
         self._bars.update(self._task, advance=n, rate=f"{rate:.1f} {self._unit}/s")
 
-    def iteration_done(self, iteration: int, metrics: dict[str, Any]) -> None:
-        self._kept = f"kept {metrics['kept']}/{metrics['pairs']}"
+    def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None:
+        self._kept = f"kept {metrics.kept}/{metrics.pairs}"
         self._bars.console.print(escape(iteration_line(iteration, self._iterations, metrics)))
 
     def note(self, message: str) -> None:
         self._bars.console.print(escape(message))
 
 
-def iteration_line(iteration: int, iterations: int, metrics: dict[str, Any]) -> str:
+def iteration_line(iteration: int, iterations: int, metrics: IterationMetrics) -> str:
     """One finished iteration in one line."""
-    text = metrics["constitution"]
-    sampled = metrics["sampled"]
-    dropped = ", ".join(f"{r} {n}" for r, n in sorted(metrics["dropped_by_first_reason"].items()))
-    review = f", {n} to review" if (n := metrics.get("review")) else ""
-    loss = "no update" if metrics["loss"] is None else f"loss {metrics['loss']:.3f}"
+    sampled = metrics.sampled
+    dropped = ", ".join(f"{r} {n}" for r, n in sorted(metrics.dropped_by_first_reason.items()))
+    review = f", {metrics.review} to review" if metrics.review else ""
+    loss = "no update" if metrics.loss is None else f"loss {metrics.loss:.3f}"
     return (
-        f"iteration {iteration + 1}/{iterations} done  {text['name']}@{text['version']}  "
-        f"kept {metrics['kept']}/{metrics['pairs']}{f' (dropped: {dropped})' if dropped else ''}{review}  {loss}  "
-        f"sampled {sampled['mean_words']:.0f} words, {sampled['ended_share']:.0%} ended  "
-        f"{sum(metrics['seconds'].values()):.0f} s"
+        f"iteration {iteration + 1}/{iterations} done  {metrics.constitution}  "
+        f"kept {metrics.kept}/{metrics.pairs}{f' (dropped: {dropped})' if dropped else ''}{review}  {loss}  "
+        f"sampled {sampled.mean_words:.0f} words, {sampled.ended_share:.0%} ended  "
+        f"{sum(metrics.seconds.values()):.0f} s"
     )

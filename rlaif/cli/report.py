@@ -34,4 +34,4 @@ def report(
         if json_:
             typer.echo(made.model_dump_json(indent=1))
             return
-        typer.echo(str(write_report(made, index, opened, to or opened.path / "report.html")))
+        typer.echo(str(write_report(made, to or opened.path / "report.html")))

@@ -56,7 +56,7 @@ def run(
         finished = execute(settings, where, Path.cwd(), progress, allow_change)
     summary = write_summary(finished)
     if json_:
-        typer.echo(json.dumps(summary, indent=1))
+        typer.echo(summary.model_dump_json(indent=1))
     else:
         final_tables(finished, summary)
 
@@ -86,11 +86,11 @@ def _print_plan(job: Job, where: Path, as_json: bool) -> None:
 
 def status(run: RunPath, json_: Json = False) -> None:
     """Say where a run stands: iteration, stage, text in force, alarms."""
-    from rlaif.summary import status_table, status_values
+    from rlaif.summary import status_of, status_table
 
     directory = RunDir.open(run)
     if json_:
-        typer.echo(json.dumps(status_values(directory), indent=1))
+        typer.echo(status_of(directory).model_dump_json(indent=1))
     else:
         status_table(directory)
 

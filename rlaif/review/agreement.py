@@ -20,7 +20,7 @@ BANDS = ((0.0, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.0))
 """Of agreement; the upper bound isn't in the band, and 1 is a band of its own."""
 
 
-class Labelled(Record):
+class Reviewed(Record):
     """A pair with its label in force and the judge's decision beside it."""
 
     label: HumanLabel
@@ -48,7 +48,7 @@ class Agreement(Record):
     """None where it isn't defined: no pair, or one side alone was ever named."""
 
 
-SLICES: dict[str, Callable[[Labelled], Sequence[str]]] = {
+SLICES: dict[str, Callable[[Reviewed], Sequence[str]]] = {
     "iteration": lambda x: [f"{x.label.iteration + 1:04d}"],
     "constitution": lambda x: [x.constitution],
     "agreement": lambda x: [band(x.decision.verdict.agreement)],
@@ -59,18 +59,18 @@ SLICES: dict[str, Callable[[Labelled], Sequence[str]]] = {
 """Dimension → the slices that a pair is in. A pair with two reasons is in both."""
 
 
-def labelled_pairs(run: RunDir) -> tuple[list[Labelled], tuple[str, ...]]:
+def labelled_pairs(run: RunDir) -> tuple[list[Reviewed], tuple[str, ...]]:
     """The pairs with a label in force, in the order of their iterations; and what couldn't be used, a line each."""
     log = read_labels(run)
     wanted = in_force(log.labels)
-    out: list[Labelled] = []
+    out: list[Reviewed] = []
     for k in run.iterations():
         mine = {pair: label for pair, label in wanted.items() if label.iteration == k}
         if not mine or not run.iteration(k).is_complete("decisions"):
             continue
         plan = Plan.model_validate(read_json(run.iteration(k).path / "plan.json"))
         out += [
-            Labelled(label=mine[d.pair_id], decision=d, constitution=str(plan.constitution))
+            Reviewed(label=mine[d.pair_id], decision=d, constitution=str(plan.constitution))
             for d in run.iteration(k).read("decisions", Decision, REVIEW)
             if d.pair_id in mine and d.status == "review"
         ]
@@ -79,7 +79,7 @@ def labelled_pairs(run: RunDir) -> tuple[list[Labelled], tuple[str, ...]]:
     return out, (*log.problems, *unknown)
 
 
-def agreement(pairs: Sequence[Labelled]) -> list[Agreement]:
+def agreement(pairs: Sequence[Reviewed]) -> list[Agreement]:
     """All labels first, then slice by slice."""
     out = [measure(pairs, "all", "all")]
     for name, slices_of in SLICES.items():
@@ -88,7 +88,7 @@ def agreement(pairs: Sequence[Labelled]) -> list[Agreement]:
     return out
 
 
-def measure(pairs: Sequence[Labelled], slice: str, value: str) -> Agreement:
+def measure(pairs: Sequence[Reviewed], slice: str, value: str) -> Agreement:
     """Accuracy and kappa of some pairs."""
     sided = [x for x in pairs if x.label.outcome in ("first", "second")]
     decided = [x for x in sided if x.decision.verdict.outcome in ("first", "second")]

@@ -31,7 +31,7 @@ from rlaif.records import (
     digest,
 )
 from rlaif.review import labels as log
-from rlaif.store import RunDir, StageDir, disk_errors, read_json, read_rows
+from rlaif.store import RunDir, StageDir, read_json, read_rows, replacing
 
 CLAIM_S = 600.0
 """How long a pair that is shown to one reviewer is kept from the others."""
@@ -269,10 +269,8 @@ class Queue:
 
     def _write_claims(self, claims: dict[str, Claim]) -> None:
         # Whole or not at all, but not made durable: with the machine, whoever looked at a pair is gone too.
-        temporary = self._claims_path.with_name("claims.json.partial")
-        with disk_errors(self._claims_path):
+        with replacing(self._claims_path) as temporary:
             temporary.write_text(json.dumps({p: c.model_dump() for p, c in claims.items()}))
-            temporary.replace(self._claims_path)
 
 
 def sent_to_review(here: StageDir) -> list[Decision]:

@@ -26,7 +26,7 @@ from rlaif.judging.verdicts import flips
 from rlaif.records import Vote
 from rlaif.review.queue import Queue
 from rlaif.store import RunDir
-from rlaif.summary import status_values
+from rlaif.summary import status_of
 from rlaif.view.browse import CHOICES, Asked
 from rlaif.view.facts import read_facts, version_of
 from rlaif.view.pictures import pictures
@@ -134,7 +134,7 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
             "overview.html",
             page="overview",
             version=now,
-            status=status_values(run),
+            status=status_of(run),
             job=run.header["job"],
             facts=facts,
             pictures=pictures(facts),

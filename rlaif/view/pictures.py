@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any, get_args
 
 from rlaif.audit.queries import IterationRow
-from rlaif.records import DropReason
-from rlaif.view.facts import Facts, Metrics
+from rlaif.records import DropReason, EvaluationMetrics
+from rlaif.view.facts import Facts
 
 WIDTH, HEIGHT = 440, 214
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 22, 34
@@ -150,7 +150,7 @@ def pictures(facts: Facts) -> list[Picture]:
     iterations, evaluations = facts.overview.iterations, facts.evaluations
     # The first text is no change.
     changes = [(c.iteration, c.constitution) for c in facts.overview.changes[1:]]
-    ends = [*(r.iteration + 1 for r in iterations), *(e["updates"] for e in evaluations), 1]
+    ends = [*(r.iteration + 1 for r in iterations), *(e.updates for e in evaluations), 1]
     time = _Time("iteration", 0, max(ends), [(k + 0.5, name) for k, name in changes])
 
     def line(key: str, title: str, series: dict[str, list[Spot]], **more: Any) -> Picture:
@@ -159,18 +159,17 @@ def pictures(facts: Facts) -> list[Picture]:
     def each(get: Callable[[IterationRow], float | None], shift: int = 1) -> list[Spot]:
         return [(r.iteration + shift, value) for r in iterations if (value := get(r)) is not None]
 
-    def held_out(get: Callable[[Metrics], float | None]) -> list[Spot]:
-        return [(e["updates"], value) for e in evaluations if (value := get(e)) is not None]
+    def held_out(get: Callable[[EvaluationMetrics], float | None]) -> list[Spot]:
+        return [(e.updates, value) for e in evaluations if (value := get(e)) is not None]
 
-    judged = [e for e in evaluations if e["win_rate"] is not None and e["win_interval"]]
-    checks = sorted({name for e in evaluations for name in e["checks"]})
+    checks = sorted({name for e in evaluations for name in e.checks})
     return [
         _kept(facts.parts, time),
         line(
             "win-rate",
             "Win rate against base",
-            {"held-out answers": held_out(lambda e: e["win_rate"])},
-            intervals=[(e["updates"], *e["win_interval"]) for e in judged],
+            {"held-out answers": held_out(lambda e: e.win_rate)},
+            intervals=[(e.updates, *e.win_interval) for e in evaluations if e.win_interval],
             write=percent,
             y_range=(0, 1),
             reference=0.5,
@@ -203,7 +202,7 @@ def pictures(facts: Facts) -> list[Picture]:
             {
                 # Sampled by the policy that the iteration started from.
                 "sampled for training": each(lambda r: r.mean_words, shift=0),
-                "held out": held_out(lambda e: e["mean_words"]),
+                "held out": held_out(lambda e: e.mean_words),
             },
             write=decimals(1),
             empty="no answer yet",
@@ -211,7 +210,7 @@ def pictures(facts: Facts) -> list[Picture]:
         line(
             "kl",
             "KL from base, nats a token",
-            {"held-out answers": held_out(lambda e: e["kl_per_token"])},
+            {"held-out answers": held_out(lambda e: e.kl_per_token)},
             write=decimals(3),
             empty="not measured: the engine reported no log-probabilities",
         ),
@@ -219,10 +218,8 @@ def pictures(facts: Facts) -> list[Picture]:
             "sanity",
             "Sanity, nats a token",
             {
-                "relevance to the prompt": held_out(lambda e: e["relevance"]),
-                "−log p under the base policy": held_out(
-                    lambda e: None if (p := e["base_logprob_per_token"]) is None else -p
-                ),
+                "relevance to the prompt": held_out(lambda e: e.relevance),
+                "−log p under the base policy": held_out(lambda e: -e.base_logprob_per_token),
             },
             write=decimals(2),
             empty="no evaluation yet",
@@ -230,7 +227,7 @@ def pictures(facts: Facts) -> list[Picture]:
         line(
             "checks",
             "Checks that held-out answers pass",
-            {name: held_out(lambda e, name=name: e["checks"].get(name)) for name in checks},  # type: ignore[misc]
+            {name: held_out(lambda e, name=name: e.checks.get(name)) for name in checks},  # type: ignore[misc]
             write=percent,
             y_range=(0, 1),
             note="mechanical, never a training label",

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 from rlaif.records import Decision, HumanLabel
-from rlaif.review.agreement import Labelled, agreement, band, cohens_kappa, labelled_pairs, measure
+from rlaif.review.agreement import Reviewed, agreement, band, cohens_kappa, labelled_pairs, measure
 from rlaif.review.labels import labels_path
 from rlaif.review.queue import Queue, sent_to_review
 from tests.review.runs import give, reviewed
 from tests.test_cli import rlaif  # noqa: F401  a fixture
 
 
-def labelled(n: int, human: str, judge: str, agreement: float | None = 0.6, reasons: tuple[str, ...] = ()) -> Labelled:
+def labelled(n: int, human: str, judge: str, agreement: float | None = 0.6, reasons: tuple[str, ...] = ()) -> Reviewed:
     pair = f"p{n}"
     verdict = {"pair_id": pair, "outcome": judge, "p_first": 0.5, "agreement": agreement, "valid_votes": 2}
     decision = {"pair_id": pair, "status": "review", "reasons": reasons, "winner": None, "verdict": verdict}
     label = {"pair_id": pair, "iteration": n % 2, "outcome": human, "author": "ann", "time": "t"}
-    return Labelled(
+    return Reviewed(
         label=HumanLabel.model_validate(label),
         decision=Decision.model_validate({**decision, "review_rule": "below_agreement"}),
         constitution="rules@1",

@@ -13,7 +13,7 @@ import pytest
 from rlaif.audit.index import Index
 from rlaif.report import make_report
 from rlaif.store import RunDir
-from rlaif.summary import status_values
+from rlaif.summary import status_of
 from rlaif.view.facts import Facts, read_facts
 from rlaif.view.pictures import MOST_POINTS, Picture, nice, pictures
 from rlaif.view.rendering import render
@@ -98,6 +98,7 @@ def test_an_evaluation_may_lack_numbers(stub_run: Path, tmp_path: Path, monkeypa
     facts = read_facts(index, run)
     assert {p.key for p in pictures(facts) if p.empty} >= {"win-rate", "kl", "sanity", "checks"}
     around = {"run_name": "run", "page": "", "version": "", "every_ms": 0, "waiting": 0, "job": run.header["job"]}
-    html = render("overview.html", status=status_values(run), facts=facts, pictures=pictures(facts), **around)
+    assert any("evaluations/0002/metrics.json: not EvaluationMetrics" in p for p in facts.overview.problems)
+    html = render("overview.html", status=status_of(run), facts=facts, pictures=pictures(facts), **around)
     assert "not judged yet" in html
     assert "Nothing was judged" in " ".join(make_report(index, run).caveats)

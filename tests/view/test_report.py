@@ -48,7 +48,7 @@ def made(run: Path) -> Report:
 def written(run: Path, to: Path) -> str:
     opened = RunDir.open(run)
     index = Index.open(opened)
-    return write_report(make_report(index, opened), index, opened, to).read_text()
+    return write_report(make_report(index, opened), to).read_text()
 
 
 class Tags(HTMLParser):
@@ -106,7 +106,7 @@ def test_examples_are_drawn_by_the_seed(report: Report, stub_run: Path) -> None:
 
 def test_weak_numbers_are_called_weak(report: Report) -> None:
     said = " ".join(report.caveats)
-    low, high = report.evaluations[-1]["win_interval"]
+    low, high = report.evaluations[-1].win_interval or (0, 1)
     assert ("No clear difference" in said) == (low <= 0.5 <= high)
     assert "not calibrated" in said
     assert "No person labelled" in said

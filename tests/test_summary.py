@@ -1,0 +1,69 @@
+"""What `rlaif status` and the model card say, from a stub run's directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rlaif.audit.index import Index
+from rlaif.export import model_card
+from rlaif.records import Preference
+from rlaif.report import make_report
+from rlaif.store import RunDir
+from rlaif.summary import final_tables, status_of, status_table, write_summary
+from rlaif.view.facts import read_facts
+from rlaif.view.rendering import render
+from tests.data.make_run import write_header
+from tests.stubs import stub_job, stub_loop
+
+STORED = Path(__file__).parent / "data" / "run_schema1"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLAIF_CACHE", str(tmp_path / "cache"))
+
+
+def test_status_counts_iterations_from_one_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = stub_job(iterations=1, monitors={"min_mean_words": 99})
+    stub_loop(tmp_path, job).run()
+    write_header(tmp_path / "run", job)
+    run = RunDir.open(tmp_path / "run")
+    status_table(run)
+    assert "alarm in iteration 1: sampled answers have" in " ".join(capsys.readouterr().out.split())
+    said = json.loads(status_of(run).model_dump_json())
+    assert (said["iterations_done"], said["alarms"][0]["iteration"]) == (1, 0)
+    assert said["constitution"]["name"] == "rules"
+
+
+def test_pairs_of_a_skipped_update_trained_nothing() -> None:
+    """The second iteration's update was skipped; in this stored run its pairs still count as trained."""
+    run = RunDir.open(STORED)
+    skipped = [k for k in run.iterations() if run.iteration(k).meta("updates")["skipped"]]
+    assert skipped
+    left = sum(len(run.iteration(k).read("preferences", Preference)) for k in skipped)
+    all_ = sum(len(run.iteration(k).read("preferences", Preference)) for k in run.iterations())
+    assert left
+    assert f"pairs trained on: {all_ - left} of 20 judged" in model_card(run, 4)
+    facts = read_facts(Index.open(run), run)
+    assert facts.trained == all_ - left
+    assert f"Only {all_ - left} preferences were trained on." in make_report(Index.open(run), run).caveats
+    html = render("report.html", report=(r := make_report(Index.open(run), run)), facts=r.facts, pictures=[], style="",
+                  reasons={}, job_yaml="")  # fmt: skip
+    assert f"{all_ - left} trained on" in html
+
+
+def test_abstentions_of_an_evaluation_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(STORED, tmp_path / "run")
+    path = tmp_path / "run" / "evaluations" / "0004" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    path.write_text(json.dumps(metrics | {"win_rate": None, "win_interval": None, "abstained": metrics["answers"]}))
+    run = RunDir.open(tmp_path / "run")
+    final_tables(run, write_summary(run))
+    some = f"{metrics['answers']} of {metrics['answers']}"
+    assert f"after 4: the judge abstained on {some} answers" in " ".join(capsys.readouterr().out.split())
+    assert f"| 4 | rules@2 | -, {some} abstained |" in model_card(run, 4)
+    assert f"the judge abstained on {some} held-out answers" in " ".join(make_report(Index.open(run), run).caveats)
