@@ -121,7 +121,7 @@ class RuleLine(Record):
 
 
 class Training(Record):
-    """Where a pair's preference was trained on."""
+    """An iteration whose update a pair's preference was meant for."""
 
     iteration: int
     """From 0."""
@@ -131,6 +131,8 @@ class Training(Record):
     """Global optimizer steps, from 1."""
     policy_after: str | None
     """Digest of the policy after that iteration; None when the update was skipped or isn't done."""
+    skipped: bool | None
+    """The update was skipped, so nothing was trained on it; None until that is known."""
 
 
 class PairDetail(Record):
@@ -466,7 +468,7 @@ def _constitution_of(index: Index, run: RunDir, row: dict[str, Any]) -> tuple[Co
 
 def _trained(index: Index, pair: Pair) -> tuple[Training, ...]:
     found = index.rows(
-        """SELECT f.iteration, f.source, f.chosen_id, i.policy_after,
+        """SELECT f.iteration, f.source, f.chosen_id, i.policy_after, i.skipped,
             (SELECT list(u.step ORDER BY u.step) FROM updates u
              WHERE u.iteration = f.iteration AND list_contains(u.pair_ids, f.pair_id)) AS steps
         FROM preferences f LEFT JOIN iterations i USING (iteration) WHERE f.pair_id = ? ORDER BY f.iteration""",
@@ -480,6 +482,7 @@ def _trained(index: Index, pair: Pair) -> tuple[Training, ...]:
             chosen=sides.get(r["chosen_id"]),
             steps=tuple(r["steps"] or ()),
             policy_after=r["policy_after"],
+            skipped=r["skipped"],
         )
         for r in found
     )
@@ -698,6 +701,7 @@ class IterationRow(Record):
     loss: float | None
     mean_words: float | None
     trained_pairs: int
+    """0 when the update was skipped, or isn't done."""
     skipped: bool | None
 
 
@@ -821,7 +825,7 @@ def _iteration_rows(index: Index) -> list[IterationRow]:
     pairs = _by(index.rows(f"SELECT iteration, count(*) AS n FROM pairs {inside}"), "iteration")
     decided = _by(index.rows(f"SELECT iteration, {_DECIDED} FROM decisions {inside}"), "iteration")
     voted = _by(index.rows(f"SELECT iteration, {_VOTED} FROM votes {inside}"), "iteration")
-    trained = _by(index.rows(f"SELECT iteration, count(*) AS n FROM preferences {inside}"), "iteration")
+    trained = _by(index.rows(f"SELECT iteration, count(*) AS n FROM trained {inside}"), "iteration")
     steps = _by(index.rows(f"SELECT iteration, avg(loss) AS loss FROM updates {inside}"), "iteration")
     reasons: dict[int, dict[str, int]] = {}
     for r in index.rows(
@@ -884,7 +888,7 @@ def _totals(index: Index) -> Totals:
     (d,) = index.rows(f"SELECT {_DECIDED} FROM decisions WHERE iteration IS NOT NULL")
     (p,) = index.rows(
         "SELECT count(*) AS n, count(*) FILTER (source = 'replay') AS replayed, "
-        "count(*) FILTER (source = 'human') AS human FROM preferences"
+        "count(*) FILTER (source = 'human') AS human FROM trained"
     )
 
     def count(table: str) -> int:

@@ -415,9 +415,12 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
         console.print(inert(f"label: {label.outcome} by {label.author} at {label.time}{because}"))
     for t in found.preferences:
         steps = f"step {', '.join(map(str, t.steps))}" if t.steps else "no step"
-        after = f"into policy {t.policy_after} (after {t.iteration + 1})" if t.policy_after else "no policy yet"
-        console.print(f"trained in iteration {t.iteration + 1} as {t.source}, {t.chosen} chosen: {steps}, {after}")
-    if not found.preferences:
+        what = f"iteration {t.iteration + 1} as {t.source}, {t.chosen} chosen"
+        if t.policy_after:
+            console.print(f"trained in {what}: {steps}, into policy {t.policy_after} (after {t.iteration + 1})")
+        else:
+            console.print(f"mixed in {what}: {'update skipped' if t.skipped else 'no policy yet'}")
+    if not any(t.policy_after for t in found.preferences):
         console.print("never trained on")
     if found.vote_lines:
         console.print(inert(f"votes: {found.vote_lines[0]} to line {found.vote_lines[-1].rpartition(':')[2]}"))

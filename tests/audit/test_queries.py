@@ -171,8 +171,14 @@ def test_overview_is_the_metrics_of_the_run(run: RunDir) -> None:
         assert row.loss == pytest.approx(metrics["loss"])
         assert row.abstentions == sum(metrics["abstentions"].values())
         assert row.skipped == (metrics["steps"] == 0)
+        assert row.trained_pairs == (0 if row.skipped else metrics["trained_pairs"])
     assert [(c.iteration, c.constitution) for c in found.changes] == [(0, "rules@1"), (2, "rules@2")]
     assert found.totals.kept == sum(r.kept for r in found.iterations)
+    kept = [p for k in run.iterations() if not run.iteration(k).meta("updates")["skipped"]
+            for p in run.iteration(k).read("preferences", Preference)]  # fmt: skip
+    assert len(kept) < sum(len(run.iteration(k).read("preferences", Preference)) for k in run.iterations())
+    assert found.totals.preferences == len(kept) == sum(r.trained_pairs for r in found.iterations)
+    assert found.totals.replayed == sum(p.source == "replay" for p in kept)
     assert sum(c.votes for c in found.cost) == sum(
         len(f["votes"]) for evaluation in (False, True) for f in facts(run, evaluation).values()
     )
@@ -201,6 +207,9 @@ def test_show_is_the_log(run: RunDir) -> None:
             assert (detail.first.id, detail.second.id) == (f["pair"].first, f["pair"].second)
             assert detail.constitution_text == (run.path / "constitutions" / f["hash"] / "source.yaml").read_text()
             assert [(t.iteration, t.source) for t in detail.preferences] == trained[pair_id]
+            assert [t.skipped for t in detail.preferences] == [
+                run.iteration(k).meta("updates")["skipped"] for k, _ in trained[pair_id]
+            ]
             assert [list(t.steps) for t in detail.preferences] == [steps[k, pair_id] for k, _ in trained[pair_id]]
             assert {r.name for r in detail.rules if not r.passed} == set(f["decision"].reasons)
             file, _, line = detail.vote_lines[0].rpartition(":")
