@@ -6,10 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from rlaif.console import stdout_console
+from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, Prompt
 from rlaif.review.queue import Queue
@@ -51,7 +50,7 @@ def status_table(run: RunDir) -> None:
     values = status_values(run)
     console = stdout_console()
     console.print(
-        f"[bold]{escape(values['run'])}[/]  {values['iterations_done']} of {values['iterations']} iterations done"
+        f"[bold]{inert(values['run'])}[/]  {values['iterations_done']} of {values['iterations']} iterations done"
     )
     if values["current_iteration"] is not None:
         console.print(f"iteration {values['current_iteration'] + 1} is at stage {values['current_stage']}")
@@ -60,11 +59,11 @@ def status_table(run: RunDir) -> None:
         console.print(f"text in force: {text['name']}@{text['version']} ({text['hash']})")
     if values["last_event"]:
         event = values["last_event"]
-        console.print(f"last event: {event['kind']} at {event['time']}: {escape(event['message'])}")
+        console.print(f"last event: {event['kind']} at {event['time']}: {inert(event['message'])}")
     for alarm in values["alarms"]:
-        console.print(f"[red]alarm[/] in iteration {alarm['iteration']}: {escape(alarm['message'])}")
+        console.print(f"[red]alarm[/] in iteration {alarm['iteration']}: {inert(alarm['message'])}")
     if values["waiting_for_review"]:
-        console.print(f"{values['waiting_for_review']} pairs wait for a person: rlaif review {escape(str(run.path))}")
+        console.print(f"{values['waiting_for_review']} pairs wait for a person: rlaif review {inert(str(run.path))}")
     if values["iterations_done"] < values["iterations"]:
         console.print(f"go on with: rlaif run {values['run']}")
 
@@ -158,10 +157,10 @@ def final_tables(run: RunDir, summary: dict[str, Any]) -> None:
         )
     console.print(table)
     for row in summary["answers"]:
-        console.print(f"\n[bold]{escape(row['prompt'])}[/]")
+        console.print(f"\n[bold]{inert(row['prompt'])}[/]")
         for updates, answer in row["answers"].items():
             label = "base" if int(updates) == 0 else f"after {updates}"
-            console.print(f"  [dim]{label}:[/] {escape(' '.join((answer or '').split()))}")
+            console.print(f"  [dim]{label}:[/] {inert(' '.join((answer or '').split()))}")
     console.print(f"\npicture: {run.path / 'summary.png'}   the same for programs: {run.path / 'summary.json'}")
 
 
