@@ -17,7 +17,7 @@ from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging import filters as rules
 from rlaif.judging.ballots import GUARD_MEASURES
-from rlaif.judging.calibration import Calibration, score_of
+from rlaif.judging.calibration import EVERYTHING, Calibration, score_of
 from rlaif.judging.templates import parse_template, render
 from rlaif.records import (
     Completion,
@@ -35,6 +35,7 @@ from rlaif.records import (
     digest,
 )
 from rlaif.store import RunDir, read_json
+from rlaif.texts import template_sources
 
 PREVIEW_CHARS = 160
 
@@ -411,21 +412,22 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
     pair = _parsed(Pair, pair_line, index, "pairs", base, base["line"])
     first, second = (_completion(index, i) for i in (pair.first, pair.second))
     reference, text = _constitution_of(index, run, base)
-    messages = index.rows("SELECT messages FROM prompts WHERE prompt_id = ?", [pair.prompt_id])
+    asked = index.rows("SELECT messages, category FROM prompts WHERE prompt_id = ?", [pair.prompt_id])
+    category = asked[0]["category"] if asked else None
     labels = index.rows(
         "SELECT pair_id, iteration, outcome, author, time, reason FROM labels WHERE pair_id = ? ORDER BY line",
         [pair_id],
     )
     return PairDetail(
         row=row,
-        prompt_messages=tuple(Message.model_validate(m) for m in (messages[0]["messages"] if messages else ())),
+        prompt_messages=tuple(Message.model_validate(m) for m in (asked[0]["messages"] if asked else ())),
         pair=pair,
         first=first,
         second=second,
         votes=tuple(votes),
         vote_lines=tuple(f"{index.file_of('votes', base)}:{n}" for n in vote_lines),
         decision=decision,
-        rules=rule_lines(run, pair, decision, votes, first, second) if decision else (),
+        rules=rule_lines(run, pair, decision, votes, first, second, category) if decision else (),
         constitution=reference,
         constitution_text=text,
         preferences=_trained(index, pair),
@@ -508,8 +510,12 @@ def rule_lines(
     votes: Sequence[Vote],
     first: Completion | None = None,
     second: Completion | None = None,
+    category: str | None = None,
 ) -> tuple[RuleLine, ...]:
-    """Rule by rule: what was found, what was asked for, and whether the decision names it as a reason."""
+    """Rule by rule: what was found, what was asked for, and whether the decision names it as a reason.
+
+    `category` is the prompt's: the slice of a calibration.
+    """
     settings, verdict = settings_of(run), decision.verdict
     calibration = _calibration(run, pair) if settings.calibration else None
     lines = [_line("identical", _same(first, second), "two different texts", decision)]
@@ -520,7 +526,7 @@ def rule_lines(
         value, threshold = _rule(name, verdict, settings)
         lines.append(_line(name, value, threshold, decision))
     if calibration or "uncalibrated" in decision.reasons:
-        value, threshold = _calibrated(calibration, verdict, votes, settings)
+        value, threshold = _calibrated(calibration, verdict, votes, settings, category or EVERYTHING)
         lines.append(_line("uncalibrated", value, threshold, decision))
     return tuple(lines)
 
@@ -582,16 +588,19 @@ def _calibration(run: RunDir, pair: Pair) -> Calibration | None:
 
 
 def _calibrated(
-    calibration: Calibration | None, verdict: Verdict, votes: Sequence[Vote], settings: Filters
+    calibration: Calibration | None, verdict: Verdict, votes: Sequence[Vote], settings: Filters, slice: str
 ) -> tuple[str, str]:
     if calibration is None:
         return "the run's calibration is not in the log", "a calibrated judge"
     if votes and (difference := calibration.mismatch(votes, settings)):
         return difference, "the votes that were calibrated"
-    threshold = next(iter(calibration.slices.values()))
+    threshold = calibration.threshold_for(slice)
+    if threshold is None:
+        return f"the prompt is of slice {slice}", f"a calibrated slice ({', '.join(calibration.slices)})"
     value = score_of(verdict, calibration.score, threshold.map)
     least = "nothing passes" if threshold.threshold is None else f"at least {threshold.threshold:g}"
-    return f"{calibration.score} {value:.3f}", least
+    of_slice = "" if EVERYTHING in calibration.slices else f" in slice {slice}"
+    return f"{calibration.score} {value:.3f}", f"{least}{of_slice}"
 
 
 # A ballot's question.
@@ -632,7 +641,7 @@ def _chat_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constituti
     ballot = vote.ballot
     folder = run.path / "constitutions" / ballot.template
     name, _, asked = ballot.voice.partition("/")
-    sources = {f.name: f.read_text() for f in sorted(folder.glob("*.jinja"))}
+    sources = template_sources(folder)
     if f"{name}.jinja" not in sources:
         raise RlaifError(f"{folder / name}.jinja: missing; the question can't be rendered")
     template = parse_template(name, sources, str(folder))

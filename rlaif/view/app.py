@@ -187,7 +187,9 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
             texts = _texts(index)
         place = next((i for i, t in enumerate(texts) if t["hash"] == digest), None)
         files = {
-            p.name: p.read_text(errors="replace") for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".jinja")
+            p.relative_to(folder).as_posix(): p.read_text(errors="replace")  # an included one may lie in a folder
+            for p in sorted(folder.rglob("*"))
+            if p.suffix in (".yaml", ".jinja")
         }
         difference = ""
         if place:

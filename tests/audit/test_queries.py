@@ -13,11 +13,13 @@ import pytest
 
 from rlaif.audit.compare import compare
 from rlaif.audit.index import Index
-from rlaif.audit.queries import PairFilter, Sort, list_pairs, overview, question, show, splits
+from rlaif.audit.queries import PairFilter, Sort, list_pairs, overview, question, question_of, show, splits
 from rlaif.audit.trace import trace
 from rlaif.errors import UserError
+from rlaif.judging.calibration import Calibration, panels_of
+from rlaif.judging.verdicts import by_pair
 from rlaif.records import Completion, Decision, Pair, Preference, Prompt, UpdateStep, Vote
-from rlaif.store import RunDir, read_json, read_rows
+from rlaif.store import RunDir, read_json, read_rows, write_json
 from tests.data.make_run import write_header
 from tests.stubs import stub_job, stub_loop
 
@@ -216,6 +218,38 @@ def test_show_is_the_log(run: RunDir) -> None:
             assert f["votes"][0] == Vote.model_validate_json(Path(file).read_text().splitlines()[int(line) - 1])
 
 
+def test_a_pair_is_explained_by_the_threshold_of_its_prompts_slice(tmp_path: Path) -> None:
+    job = stub_job(filters={"min_kept_pairs": 3})
+    loop = stub_loop(tmp_path, job)
+    loop.train = [p.model_copy(update={"category": ("easy", "hard", None)[i % 3]}) for i, p in enumerate(loop.train)]
+    loop.run()
+    job = stub_job(filters={"min_kept_pairs": 3, "calibration": "c.json"})
+    write_header(tmp_path / "run", job)
+    run = RunDir.open(tmp_path / "run")
+    (run.path / "prompts/train.jsonl").write_text("".join(p.model_dump_json() + "\n" for p in loop.train))
+    accepted = {"accepted": True, "pairs": 50, "kept": 40, "errors": 0, "error_bound": 0.05}
+    refused = {**accepted, "accepted": False, "threshold": None}
+    votes = by_pair([v for k in run.iterations() for v in run.iteration(k).read("votes", Vote)])
+    calibration = Calibration.model_validate({
+        "made": "2026-01-01T00:00:00+00:00", "alpha": 0.1, "delta": 0.1, "score": "margin", "aggregate": "mean",
+        "slices": {"hard": refused, "easy": accepted | {"threshold": 0.25}}, "judge_kind": "likelihood",
+        "models": ("stub",), "panels": panels_of(votes), "min_votes": 1, "max_abstention_share": 0.5, "guards": True,
+        "labelled": ("x",), "labelled_digest": "0",
+    })  # fmt: skip
+    write_json(run.path / "calibration.json", calibration.model_dump(mode="json"))
+    category = {p.id: p.category for p in loop.train}
+    asked = defaultdict(set)
+    with Index.open(run) as index:
+        for f in facts(run).values():
+            (line,) = [r for r in show(index, run, f["pair"].id).rules if r.name == "uncalibrated"]
+            asked[category[f["pair"].prompt_id]].add(line.threshold)
+    assert asked == {
+        "easy": {"at least 0.25 in slice easy"},
+        "hard": {"nothing passes in slice hard"},
+        None: {"a calibrated slice (hard, easy)"},
+    }
+
+
 def test_a_pair_is_found_by_the_beginning_of_its_id(stored: RunDir) -> None:
     ids = list(facts(stored))
     shared = next(a for a, n in Counter(i[0] for i in ids).items() if n > 1)
@@ -245,6 +279,18 @@ def test_a_question_that_was_not_sent_says_so(copy: RunDir) -> None:
     with Index.open(copy) as index:
         asked = question(index, copy, ballot["pair_id"], ballot["id"])
     assert asked.startswith("Not what was sent: the vote notes prompt 0000000000000000")
+
+
+def test_a_template_may_include_from_a_folder(copy: RunDir) -> None:
+    for folder in {p.parent for p in copy.path.glob("constitutions/*/*.jinja")}:
+        (folder / "parts").mkdir()
+        (folder / "_answers.jinja").rename(folder / "parts/_answers.jinja")
+        for path in folder.glob("pairwise*.jinja"):
+            path.write_text(path.read_text().replace('"_answers.jinja"', '"parts/_answers.jinja"'))
+    with Index.open(copy) as index:
+        detail = show(index, copy, next(iter(facts(copy))))
+        for vote in detail.votes:
+            assert question_of(copy, detail, vote.ballot.id).startswith("[system]\nYou compare two answers")
 
 
 def test_the_likelihood_judges_contexts_are_told_in_words(tmp_path: Path) -> None:
