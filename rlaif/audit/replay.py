@@ -31,6 +31,7 @@ from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
 from rlaif.judging.verdicts import aggregate, fit_jurors
 from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, Vote
+from rlaif.review.labels import labels_of
 from rlaif.store import RunDir, StageDir, read_json, read_rows
 from rlaif.texts import template_sources
 
@@ -95,9 +96,9 @@ class Replayed(Record):
     reparsed: int
     """Votes that the parser reads otherwise now."""
     updated: bool
-    """It had enough kept pairs for an update ..."""
+    """It had enough pairs for an update, kept ones and those that people labelled ..."""
     would_update: bool
-    """... and would have now. What later iterations would have sampled then, no replay can tell."""
+    """... and would have now, the same labels given. What later iterations would have sampled, no replay can tell."""
 
 
 class Replay(Record):
@@ -225,8 +226,8 @@ def replay(
                 iteration=k,
                 constitution=str(again.plan.constitution),
                 reparsed=again.reparsed,
-                updated=counts["kept_before"] >= own.filters.min_kept_pairs,
-                would_update=counts["kept_after"] >= settings.job.filters.min_kept_pairs,
+                updated=_updated_in(run.iteration(k), counts["kept_before"], own),
+                would_update=_enough(run.iteration(k), counts["kept_after"], settings.job),
                 **{name: counts[name] for name in named},
             )
         )
@@ -245,6 +246,17 @@ def replay(
         notes=tuple(notes),
         problems=tuple(problems),
     )
+
+
+def _updated_in(here: StageDir, kept: int, own: Job) -> bool:
+    """Whether the iteration made an update; of one that isn't that far, whether it will."""
+    return not here.meta("updates")["skipped"] if here.is_complete("updates") else _enough(here, kept, own)
+
+
+def _enough(here: StageDir, kept: int, job: Job) -> bool:
+    """Whether so many kept pairs make an update, with those that people labelled."""
+    labels = labels_of(here) if here.is_complete("preferences") else {}
+    return kept + len(labels) >= job.filters.min_kept_pairs
 
 
 class Iteration:
@@ -467,7 +479,15 @@ def stage_rows(here: StageDir, stage: str, record: type[R]) -> Iterator[R]:
     Raises:
         RlaifError: a line is damaged.
     """
-    path = here.path / f"{stage}.jsonl"
+    return rows_of(here.path / f"{stage}.jsonl", record)
+
+
+def rows_of(path: Path, record: type[R]) -> Iterator[R]:
+    """A file's rows, one at a time.
+
+    Raises:
+        RlaifError: a line is damaged.
+    """
     with path.open("rb") as f:
         for number, line in enumerate(f, 1):
             try:
@@ -519,10 +539,8 @@ def _with_texts(run: RunDir, changes: Sequence[Change]) -> Iterator[Change]:
     file = run.path / "prompts" / "train.jsonl"
     asked = {p.prompt_id for p in pairs.values()}
     prompts: dict[str, str] = {}
-    for line in file.open("rb") if file.exists() and changes else ():
-        prompt = Prompt.model_validate_json(line)
-        if prompt.id in asked:
-            prompts[prompt.id] = prompt.text
+    if file.exists() and changes:
+        prompts = {p.id: p.text for p in rows_of(file, Prompt) if p.id in asked}
     for change in changes:
         pair = pairs[change.pair_id]
         shown = {"first": answers.get(pair.first), "second": answers.get(pair.second)}

@@ -163,6 +163,25 @@ def test_a_replay_says_what_changes(likelihood: RunDir) -> None:
     assert any(i.updated and not i.would_update for i in found.iterations)
 
 
+def test_pairs_that_people_labelled_count_for_an_update(tmp_path: Path, likelihood: RunDir) -> None:
+    shutil.copytree(likelihood.path, tmp_path / "run")
+    run = RunDir.open(tmp_path / "run")
+    kept = sum(d.status == "kept" for d in run.iteration(0).read("decisions", Decision))
+
+    def update(least: int) -> tuple[bool, bool]:
+        settings, changed = settings_of(run, run.path, overrides=[f"filters.min_kept_pairs={least}"])
+        found = replay(run, settings, changed).iterations[0]
+        return found.updated, found.would_update
+
+    assert (update(kept), update(kept + 1)) == ((True, True), (True, False))
+    path = run.iteration(0).path / "preferences.meta.json"
+    write_json(path, json.loads(path.read_text()) | {"labels": {"joined": {"one": "first", "two": "second"}}})
+    assert (update(kept + 2), update(kept + 3)) == ((True, True), (True, False))
+    path = run.iteration(0).path / "updates.meta.json"
+    write_json(path, json.loads(path.read_text()) | {"skipped": True})
+    assert update(kept) == (False, True)
+
+
 def test_winners_that_turn_round_are_counted(tmp_path: Path, likelihood: RunDir) -> None:
     shutil.copytree(likelihood.path, tmp_path / "run")
     run = RunDir.open(tmp_path / "run")
