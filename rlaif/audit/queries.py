@@ -707,6 +707,7 @@ class IterationRow(Record):
     cached: int
     calls: int
     tokens: int
+    """As in `JudgeCost`: without replies from the cache."""
     loss: float | None
     mean_words: float | None
     trained_pairs: int
@@ -746,8 +747,9 @@ class JudgeCost(Record):
     abstentions: int
     cached: int
     calls: int
-    """Requests, or forward passes of a local judge."""
+    """Requests to a server, failed ones included; a budget's calls are those that were answered."""
     prompt_tokens: int
+    """Of replies that were paid for: those from the cache don't count."""
     completion_tokens: int
     money: float | None
     """By the job's prices; None without one."""
@@ -819,10 +821,10 @@ _DECIDED = """count(*) AS decided, count(*) FILTER (status = 'kept') AS kept,
 count(*) FILTER (status = 'review') AS review, count(*) FILTER (status = 'dropped') AS dropped,
 avg(agreement) AS agreement, sum(order_flip::INTEGER) AS order_flips, sum(slot_first) AS slot_first,
 sum(slot_votes) AS slot_votes"""
+# Tokens as the budget and metrics.json count them: a reply from the cache costs nothing.
 _VOTED = """count(*) AS votes, count(*) FILTER (outcome = 'abstain') AS abstentions, count(*) FILTER (cached) AS cached,
-sum(attempts) AS calls, sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens"""
-# As rlaif.judging.spending counts it against the budget.
-_PAID = "NOT cached AND coalesce(abstain_reason, '') <> 'infra_error'"
+sum(attempts) AS calls, coalesce(sum(prompt_tokens) FILTER (NOT cached), 0) AS prompt_tokens,
+coalesce(sum(completion_tokens) FILTER (NOT cached), 0) AS completion_tokens"""
 
 
 def _by(rows: list[dict[str, Any]], key: str) -> dict[Any, dict[str, Any]]:
@@ -933,16 +935,12 @@ def _totals(index: Index) -> Totals:
 def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
     """What each judge cost, evaluations included."""
     out = []
-    for r in index.rows(
-        f"SELECT judge, {_VOTED}, sum(prompt_tokens) FILTER ({_PAID}) AS paid_prompt, "
-        f"sum(completion_tokens) FILTER ({_PAID}) AS paid_completion FROM votes GROUP BY judge ORDER BY judge"
-    ):
+    for r in index.rows(f"SELECT judge, {_VOTED} FROM votes GROUP BY judge ORDER BY judge"):
         # A ballot's judge is `chat:MODEL@HOST`.
         price = prices.get(str(r["judge"]).removeprefix("chat:").rpartition("@")[0])
         money = None
         if price:
-            paid = (r["paid_prompt"] or 0) * price["prompt"] + (r["paid_completion"] or 0) * price["completion"]
-            money = float(paid) / 1e6
+            money = float(r["prompt_tokens"] * price["prompt"] + r["completion_tokens"] * price["completion"]) / 1e6
         out.append(
             JudgeCost(
                 judge=r["judge"],
@@ -950,8 +948,8 @@ def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
                 abstentions=r["abstentions"],
                 cached=r["cached"],
                 calls=int(r["calls"] or 0),
-                prompt_tokens=int(r["prompt_tokens"] or 0),
-                completion_tokens=int(r["completion_tokens"] or 0),
+                prompt_tokens=int(r["prompt_tokens"]),
+                completion_tokens=int(r["completion_tokens"]),
                 money=money,
             )
         )

@@ -188,6 +188,31 @@ def test_overview_is_the_metrics_of_the_run(run: RunDir) -> None:
     assert found.problems == ()
 
 
+def test_replies_from_the_cache_cost_nothing(copy: RunDir) -> None:
+    folders = [*map(copy.iteration, copy.iterations()), *map(copy.evaluation, copy.evaluations())]
+    paid: dict[str, list[Vote]] = defaultdict(list)
+    tokens: Counter[str] = Counter()
+    for folder in folders:
+        votes = folder.read("votes", Vote) if folder.is_complete("votes") else []
+        now = [v.model_copy(update={"cached": True, "attempts": 0}) if i % 3 else v for i, v in enumerate(votes)]
+        if votes:
+            (folder.path / "votes.jsonl").write_text("".join(v.model_dump_json() + "\n" for v in now))
+        for v in now:
+            if not v.cached:
+                paid[v.ballot.judge].append(v)
+                tokens[str(folder.path)] += v.usage.prompt_tokens + v.usage.completion_tokens
+    with Index.open(copy) as index:
+        found = overview(index, copy)
+    assert [row.tokens for row in found.iterations] == [tokens[str(copy.iteration(k).path)] for k in copy.iterations()]
+    for cost in found.cost:
+        usage = [v.usage for v in paid[cost.judge]]
+        assert cost.calls == len(usage) < cost.votes == cost.calls + cost.cached
+        assert cost.prompt_tokens == sum(u.prompt_tokens for u in usage)
+        assert cost.completion_tokens == sum(u.completion_tokens for u in usage)
+        if "careful" in cost.judge:
+            assert cost.money == pytest.approx((0.4 * cost.prompt_tokens + 1.6 * cost.completion_tokens) / 1e6)
+
+
 def test_show_is_the_log(run: RunDir) -> None:
     trained: dict[str, list[tuple[int, str]]] = defaultdict(list)
     steps: dict[tuple[int, str], list[int]] = defaultdict(list)
