@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from rlaif import models
-from rlaif.config import parse_job
 from rlaif.console import inert
 from rlaif.export import policy_path
 from rlaif.prompts import with_system
@@ -20,7 +19,7 @@ def conversation(run: RunDir, question: str | None, max_tokens: int, temperature
     """Answers one question, or questions from the terminal until an empty line or Ctrl-D."""
     from rlaif.sampling.role import SamplerRole
 
-    job = parse_job(run.header["job"], str(run.path / "run.json"))
+    job = run.job()
     updates, trained = policy_path(run)
     settings = job.sampling.model_copy(
         update={"engine": "transformers", "max_tokens": max_tokens, "temperature": temperature}

@@ -16,7 +16,7 @@ from rlaif.constitution import Constitution, constitution_files, load_constituti
 from rlaif.errors import UserError
 from rlaif.judging.ballots import selecting_voices
 from rlaif.judging.templates import Template, load_template, parse_template, template_names
-from rlaif.store import RunDir, disk_errors, read_json, replace_dir, write_json
+from rlaif.store import RunDir, disk_errors, read_json, read_record, replace_dir, write_json
 
 
 def template_sources(folder: Path) -> dict[str, str]:
@@ -68,7 +68,7 @@ class Texts:
 
     def load(self, digest: str) -> Constitution:
         """The run's copy of a text."""
-        return Constitution.model_validate(read_json(self._run.path / "constitutions" / digest / "constitution.json"))
+        return read_record(self._run.path / "constitutions" / digest / "constitution.json", Constitution)
 
     def templates_in_force(self, text: Constitution) -> dict[str, str]:
         """Name → hash of the templates that show a text, copied into the run; none for a judge that doesn't read.

@@ -34,7 +34,7 @@ from rlaif.records import (
     Vote,
     digest,
 )
-from rlaif.store import RunDir, read_json
+from rlaif.store import RunDir, read_record
 from rlaif.texts import template_sources
 
 PREVIEW_CHARS = 160
@@ -581,10 +581,7 @@ def _calibration(run: RunDir, pair: Pair) -> Calibration | None:
     path = run.path / "calibration.json"
     if pair.method == "against_base" or not path.exists():  # held-out pairs only measure
         return None
-    try:
-        return Calibration.model_validate(read_json(path))
-    except ValidationError as e:
-        raise RlaifError(f"{path}: not a calibration ({e.errors()[0]['msg']})") from e
+    return read_record(path, Calibration)
 
 
 def _calibrated(
@@ -629,7 +626,7 @@ def question_of(run: RunDir, detail: PairDetail, ballot_id: str) -> str:
     path = run.path / "constitutions" / vote.ballot.constitution / "constitution.json"
     if not path.exists():
         raise RlaifError(f"{path}: missing; the question can't be shown without the text")
-    text = Constitution.model_validate(read_json(path))
+    text = read_record(path, Constitution)
     if vote.ballot.order == "none" and vote.prompt_hash is None:
         return _likelihood_question(detail, vote, text)
     return _chat_question(run, detail, vote, text)

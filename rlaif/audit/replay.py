@@ -30,9 +30,9 @@ from rlaif.judging.likelihood import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
 from rlaif.judging.verdicts import aggregate, fit_jurors
-from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, Vote
+from rlaif.records import Ballot, Completion, Decision, Pair, Prompt, Record, Vote
 from rlaif.review.labels import labels_of
-from rlaif.store import RunDir, StageDir, read_json, read_rows
+from rlaif.store import RunDir, StageDir, read_record, read_rows
 from rlaif.texts import template_sources
 
 EXAMPLES = 10
@@ -134,7 +134,7 @@ def settings_of(
     Raises:
         UserError: a file or a key can't be used, or a key isn't one that recorded votes can answer for.
     """
-    own = parse_job(run.header["job"], str(run.path / "run.json"))
+    own = run.job()
     tree = own.model_dump(mode="json")
     if filters is not None:
         tree["filters"] |= _filter_keys(filters)
@@ -195,7 +195,7 @@ def replay(
         UserError: the calibration isn't about this run's votes, and `filters.uncalibrated` says stop.
         RlaifError: two files of an iteration don't fit each other (`rlaif audit RUN verify` says why).
     """
-    own = parse_job(run.header["job"], str(run.path / "run.json"))
+    own = run.job()
     rows: list[Replayed] = []
     table: Counter[tuple[str, str]] = Counter()
     found: dict[Kind, list[Change]] = defaultdict(list)
@@ -265,10 +265,9 @@ class Iteration:
     def __init__(self, run: RunDir, k: int, settings: Settings):
         self.run, self.settings = run, settings
         self.here = run.iteration(k)
-        self.plan = Plan.model_validate(read_json(self.here.path / "plan.json"))
+        self.plan = run.plan(k)
         folder = run.path / "constitutions"
-        text = read_json(folder / self.plan.constitution.hash / "constitution.json")
-        self.text = Constitution.model_validate(text)
+        self.text = read_record(folder / self.plan.constitution.hash / "constitution.json", Constitution)
         self.templates = {h: t for name, h in self.plan.templates.items() if (t := _template(folder / h, name))}
         if settings.parser and len(self.templates) < len(self.plan.templates):
             gone = next(h for h in self.plan.templates.values() if h not in self.templates)

@@ -126,7 +126,7 @@ def _effect(
     from rlaif.store import RunDir
 
     run = RunDir.open(where)
-    own = parse_job(run.header["job"], str(where / "run.json"))
+    own = run.job()
     tree = own.model_dump(mode="json")
     if file is not None:
         tree["judge"] = load_job(file).judge.model_dump(mode="json")
