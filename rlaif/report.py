@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from rlaif.audit.index import Index
-from rlaif.audit.queries import Overview
+from rlaif.audit.overview import Overview
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import Calibration, read_calibration

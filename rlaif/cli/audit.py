@@ -19,7 +19,9 @@ from rlaif.store import RunDir
 if TYPE_CHECKING:
     from rlaif.audit.compare import Compared
     from rlaif.audit.index import Index
-    from rlaif.audit.queries import Overview, Page, PairDetail, PairFilter
+    from rlaif.audit.overview import Overview
+    from rlaif.audit.pair import PairDetail
+    from rlaif.audit.pairs import Page, PairFilter
 
 
 class RunFirst(TyperGroup):
@@ -55,7 +57,7 @@ def overview(
     """Without a command: the run on one screen."""
     ctx.obj = RunDir.open(run)
     if ctx.invoked_subcommand is None:
-        from rlaif.audit.queries import overview as ask
+        from rlaif.audit.overview import overview as ask
 
         with opened(ctx) as index:
             found = ask(index, index.run)
@@ -279,7 +281,7 @@ def _from_zero(iteration: int | None) -> int | None:
 def _filter(**fields: Any) -> PairFilter:
     from pydantic import ValidationError
 
-    from rlaif.audit.queries import PairFilter
+    from rlaif.audit.pairs import PairFilter
 
     try:
         return PairFilter.model_validate(fields)
@@ -291,7 +293,7 @@ def _filter(**fields: Any) -> PairFilter:
 def _list(
     ctx: typer.Context, filter: PairFilter, sort: Any, descending: bool, limit: int, offset: int, json_: bool
 ) -> None:
-    from rlaif.audit.queries import list_pairs
+    from rlaif.audit.pairs import list_pairs
 
     with opened(ctx) as index:
         page = list_pairs(index, filter, sort, descending, limit, offset)
@@ -344,8 +346,8 @@ def show(
     json_: Json = False,
 ) -> None:
     """Show one pair: answers side by side, every vote, rule by rule why it was kept, and where it trained."""
-    from rlaif.audit.queries import question_of
-    from rlaif.audit.queries import show as ask
+    from rlaif.audit.pair import question_of
+    from rlaif.audit.pair import show as ask
 
     with opened(ctx) as index:
         found = ask(index, index.run, pair)
@@ -466,7 +468,7 @@ def _splits(
 ) -> None:
     from rich.table import Table
 
-    from rlaif.audit.queries import splits
+    from rlaif.audit.pairs import splits
     from rlaif.console import inert, stdout_console
 
     filter = _filter(iteration=_from_zero(iteration), constitution=constitution, **wanted)

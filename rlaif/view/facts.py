@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlaif.audit.index import Index
-from rlaif.audit.queries import Overview, overview
+from rlaif.audit.overview import Overview, overview
 from rlaif.records import digest
 from rlaif.store import RunDir
 

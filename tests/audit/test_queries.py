@@ -13,7 +13,9 @@ import pytest
 
 from rlaif.audit.compare import compare
 from rlaif.audit.index import Index
-from rlaif.audit.queries import PairFilter, Sort, list_pairs, overview, question, question_of, show, splits
+from rlaif.audit.overview import overview
+from rlaif.audit.pair import question, question_of, show
+from rlaif.audit.pairs import PairFilter, Sort, list_pairs, splits
 from rlaif.audit.trace import trace
 from rlaif.errors import UserError
 from rlaif.judging.calibration import Calibration, panels_of
