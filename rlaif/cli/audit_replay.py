@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlaif.cli.audit import run_of
+from rlaif.cli.audit_common import run_of
 from rlaif.console import inert, stdout_console
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlaif.cli.audit import run_of
+from rlaif.cli.audit_common import run_of
 from rlaif.console import inert, stdout_console
 
 _SHOWN = 200
