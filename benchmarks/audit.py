@@ -22,7 +22,9 @@ from typing import Any
 
 from benchmarks.audit_run import VOTES_PER_PAIR, write_run
 from rlaif.audit.index import Index
-from rlaif.audit.queries import PairFilter, list_pairs, overview, show, splits
+from rlaif.audit.overview import overview
+from rlaif.audit.pair import show
+from rlaif.audit.pairs import PairFilter, list_pairs, splits
 from rlaif.audit.trace import trace
 from rlaif.records import Record
 from rlaif.store import RunDir

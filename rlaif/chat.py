@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from rlaif import models
-from rlaif.config import parse_job
+from rlaif.console import inert
 from rlaif.export import policy_path
 from rlaif.prompts import with_system
 from rlaif.records import Message, PolicyVersion, Prompt
@@ -20,7 +19,7 @@ def conversation(run: RunDir, question: str | None, max_tokens: int, temperature
     """Answers one question, or questions from the terminal until an empty line or Ctrl-D."""
     from rlaif.sampling.role import SamplerRole
 
-    job = parse_job(run.header["job"], str(run.path / "run.json"))
+    job = run.job()
     updates, trained = policy_path(run)
     settings = job.sampling.model_copy(
         update={"engine": "transformers", "max_tokens": max_tokens, "temperature": temperature}
@@ -41,7 +40,7 @@ def conversation(run: RunDir, question: str | None, max_tokens: int, temperature
             version = PolicyVersion(iteration=0, digest=name)
             chunks = policy.sample([prompt], 1, version, seed, turn, "chat")
             (answer,) = [c for chunk in chunks for c in chunk]
-            console.print(f"[dim]{name}:[/] {escape(answer.text.strip())}")
+            console.print(f"[dim]{name}:[/] {inert(answer.text.strip())}")
         if question is not None:
             return
         turn += 1

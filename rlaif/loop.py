@@ -51,7 +51,7 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-from rlaif.store import STAGES, RunDir, StageDir, read_json, read_record, replace_dir, write_json
+from rlaif.store import STAGES, RunDir, StageDir, read_record, replace_dir, write_json
 from rlaif.texts import Texts
 from rlaif.workers import WorkerLike
 
@@ -145,7 +145,7 @@ class Loop:
     def _plan(self, k: int, here: StageDir) -> Plan:
         path = here.path / "plan.json"
         if path.exists():
-            return Plan.model_validate(read_json(path))
+            return self.dir.plan(k)
         text = self.texts.in_force(k)
         last = k + 1 == self.job.iterations
         plan = Plan(
@@ -480,7 +480,7 @@ class Loop:
             self.progress.advance(len(chunk))
 
     def _plan_of(self, k: int) -> Plan:
-        return Plan.model_validate(read_json(self.dir.iteration(k).path / "plan.json"))
+        return self.dir.plan(k)
 
     def _policy_before(self, k: int) -> tuple[PolicyVersion, Path]:
         """The policy that iteration k samples from: version and folder."""

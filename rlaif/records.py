@@ -359,7 +359,7 @@ class IterationMetrics(Record):
     margin: float | None
     grad_norm: float | None
     order_flips: int = 0
-    """Pairs on which a voice named another side when the order changed."""
+    """Pairs on which a voice gave another answer when the order changed."""
     position_bias: float | None = None
     """Share of votes for the slot shown first; None for a judge without slots."""
     judge_calls: int = 0

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field
 
 from rlaif.audit.index import Index
-from rlaif.audit.queries import Overview
+from rlaif.audit.overview import Overview
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.heads import read_heads

@@ -25,8 +25,9 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from rlaif.config import Job, parse_job
 from rlaif.errors import RlaifError, UserError
-from rlaif.records import SCHEMA_VERSION, Event, Record
+from rlaif.records import SCHEMA_VERSION, Event, Plan, Record
 
 R = TypeVar("R", bound=Record)
 
@@ -85,7 +86,8 @@ def read_record(path: Path, record: type[R]) -> R:
     try:
         return record.model_validate(read_json(path))
     except ValidationError as e:
-        raise RlaifError(f"{path}: not {record.__name__} of schema {SCHEMA_VERSION} ({first_problem(e)})") from e
+        what = f"not a {record.__name__} of schema {SCHEMA_VERSION}"
+        raise RlaifError(f"{path}: {what} ({first_problem(e)}); it was damaged after it was written") from e
 
 
 def first_problem(e: ValidationError) -> str:
@@ -258,6 +260,18 @@ class RunDir:
         """run.json."""
         header: dict[str, Any] = read_json(self.path / "run.json")
         return header
+
+    def job(self) -> Job:
+        """The job as run.json has it.
+
+        Raises:
+            UserError: it isn't one.
+        """
+        return parse_job(self.header.get("job", {}), str(self.path / "run.json"))
+
+    def plan(self, k: int) -> Plan:
+        """The plan of iteration k."""
+        return read_record(self.iteration(k).path / "plan.json", Plan)
 
     def iteration(self, k: int) -> StageDir:
         """The folder of iteration k, from 0."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
-from rlaif.console import stdout_console
+from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, ConstitutionRef, EvaluationMetrics, Event, IterationMetrics, Plan, Prompt, Record
 from rlaif.review.queue import Queue
@@ -79,20 +78,20 @@ def status_table(run: RunDir) -> None:
     """Prints where a run stands."""
     status = status_of(run)
     console = stdout_console()
-    console.print(f"[bold]{escape(status.run)}[/]  {status.iterations_done} of {status.iterations} iterations done")
+    console.print(f"[bold]{inert(status.run)}[/]  {status.iterations_done} of {status.iterations} iterations done")
     if status.current_iteration is not None:
         console.print(f"iteration {status.current_iteration + 1} is at stage {status.current_stage}")
     if status.constitution:
         console.print(f"text in force: {status.constitution} ({status.constitution.hash})")
     if event := status.last_event:
-        console.print(f"last event: {event.kind} at {event.time}: {escape(event.message)}")
+        console.print(f"last event: {event.kind} at {event.time}: {inert(event.message)}")
     for alarm in status.alarms:
         where = "" if alarm.iteration is None else f" in iteration {alarm.iteration + 1}"
-        console.print(f"[red]alarm[/]{where}: {escape(alarm.message)}")
+        console.print(f"[red]alarm[/]{where}: {inert(alarm.message)}")
     if status.waiting_for_review:
-        console.print(f"{status.waiting_for_review} pairs wait for a person: rlaif review {escape(status.run)}")
+        console.print(f"{status.waiting_for_review} pairs wait for a person: rlaif review {inert(status.run)}")
     if status.iterations_done < status.iterations:
-        console.print(f"go on with: rlaif run {escape(status.run)}")
+        console.print(f"go on with: rlaif run {inert(status.run)}")
 
 
 def summarise(run: RunDir) -> Summary:
@@ -193,10 +192,10 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             some = f"{e.abstained} of {e.answers} answers"
             console.print(f"after {e.updates}: the judge abstained on {some}; the win rate leaves them out")
     for row in summary.answers:
-        console.print(f"\n[bold]{escape(row.prompt)}[/]")
+        console.print(f"\n[bold]{inert(row.prompt)}[/]")
         for updates, answer in row.answers.items():
             label = "base" if updates == 0 else f"after {updates}"
-            console.print(f"  [dim]{label}:[/] {escape(' '.join((answer or '').split()))}")
+            console.print(f"  [dim]{label}:[/] {inert(' '.join((answer or '').split()))}")
     console.print(f"\npicture: {run.path / 'summary.png'}   the same for programs: {run.path / 'summary.json'}")
 
 

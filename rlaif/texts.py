@@ -19,7 +19,7 @@ from rlaif.errors import UserError
 from rlaif.judging.ballots import selecting_voices
 from rlaif.judging.templates import Template, load_template, parse_template, template_names
 from rlaif.records import ConstitutionRef
-from rlaif.store import RunDir, disk_errors, read_json, replace_dir, write_json
+from rlaif.store import RunDir, disk_errors, read_json, read_record, replace_dir, write_json
 
 
 def template_sources(folder: Path) -> dict[str, str]:
@@ -74,7 +74,7 @@ class Texts:
         return self._copy_of(ref.hash).model_copy(update={"name": ref.name, "version": ref.version})
 
     def _copy_of(self, digest: str) -> Constitution:
-        return Constitution.model_validate(read_json(self._run.path / "constitutions" / digest / "constitution.json"))
+        return read_record(self._run.path / "constitutions" / digest / "constitution.json", Constitution)
 
     def templates_in_force(self, text: Constitution) -> dict[str, str]:
         """Name → hash of the templates that show a text, copied into the run; none for a judge that doesn't read.

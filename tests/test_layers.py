@@ -150,11 +150,18 @@ def test_heavy_libraries_stay_in_their_modules(module: str) -> None:
         assert not wrong, f"{module} imports {wrong}{' at its top' if top_only else ''}"
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_rich_console_gets_inert_text_only(module: str) -> None:
+    # rich's own `escape` lets through what steers a terminal; `rlaif.console.inert` doesn't.
+    assert "rich.markup" not in imports(module) or module == "rlaif.console"
+
+
 def test_the_import_reader_sees_what_it_should() -> None:
     assert "torch" in imports("rlaif.learning.base", top_only=True)
     assert "rlaif.models" in imports("rlaif.sampling.role")
     assert "torch" in imports("rlaif.judging.likelihood")
     assert "torch" not in imports("rlaif.judging.likelihood", top_only=True)
+    assert "rich.markup" in imports("rlaif.console")
 
 
 BLOCKED = f"""

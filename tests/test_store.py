@@ -12,7 +12,17 @@ import pytest
 from rlaif import store
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import Score
-from rlaif.store import RunDir, StageDir, file_digest, read_json, read_rows, replace_dir, replacing, write_json
+from rlaif.store import (
+    RunDir,
+    StageDir,
+    file_digest,
+    read_json,
+    read_record,
+    read_rows,
+    replace_dir,
+    replacing,
+    write_json,
+)
 
 
 def score(n: int) -> Score:
@@ -120,6 +130,9 @@ def test_damaged_files_name_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(RlaifError, match=r"scores\.jsonl:2: not a Score of schema 1"):
         StageDir(tmp_path).read("scores", Score)
     (tmp_path / "a.json").write_text("{\n,")
+    write_json(tmp_path / "score.json", {"completion_id": "c", "prompt_id": "p"})
+    with pytest.raises(RlaifError, match=r"score\.json: not a Score of schema 1 \(voice: Field required\)"):
+        read_record(tmp_path / "score.json", Score)
     with pytest.raises(RlaifError, match=r"a\.json:2: not valid JSON"):
         read_json(tmp_path / "a.json")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlaif.audit.index import Index
-from rlaif.audit.queries import EvaluationRow, TextChange, Totals, overview
+from rlaif.audit.overview import EvaluationRow, TextChange, Totals, overview
 from rlaif.config import changed_keys
 from rlaif.records import Outcome, Record
 from rlaif.store import RunDir

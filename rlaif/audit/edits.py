@@ -29,8 +29,8 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import decide
 from rlaif.judging.opened import Opened
 from rlaif.judging.verdicts import aggregate, by_pair, jurors_for
-from rlaif.records import Completion, ConstitutionRef, Pair, Plan, Prompt, Record, Verdict, Vote
-from rlaif.store import RunDir, read_json, read_rows
+from rlaif.records import Completion, ConstitutionRef, Pair, Prompt, Record, Verdict, Vote
+from rlaif.store import RunDir, read_rows
 
 EXAMPLES = 10
 FEW_PARTS = 4
@@ -378,7 +378,7 @@ def _draw(run: RunDir, wanted: int, seed: int) -> _Sample:
     for k in complete:
         here = run.iteration(k)
         if any(at <= i < at + counts[k] for i in chosen):
-            hash = Plan.model_validate(read_json(here.path / "plan.json")).constitution.hash
+            hash = run.plan(k).constitution.hash
             mine = [p for n, p in enumerate(stage_rows(here, "pairs", Pair)) if at + n in chosen]
             rows += [_Sampled(p, k, hash) for p in mine]
             sides = {id for p in mine for id in (p.first, p.second)}

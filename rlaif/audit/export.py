@@ -31,9 +31,11 @@ LEFT JOIN (
     SELECT pair_id, count(*) FILTER (outcome <> 'abstain' AND NOT guard) AS valid_votes,
         count(*) FILTER (outcome = 'abstain' AND NOT guard) AS abstentions,
         list_sort(list(DISTINCT judge)) AS judges, list_sort(list(DISTINCT model)) AS judge_models
-    FROM votes WHERE iteration = ? GROUP BY pair_id
+    FROM votes WHERE iteration IS NOT NULL AND pair_id IN (SELECT pair_id FROM preferences WHERE iteration = ?)
+    GROUP BY pair_id
 ) v ON v.pair_id = f.pair_id
 WHERE f.iteration = ? AND f.source <> 'replay' AND (? IS NULL OR f.iteration = ?)
+    AND (f.pair_id, f.chosen_id) IN (SELECT (pair_id, chosen_id) FROM trained)
     AND (? IS NULL OR c.text_name = ? OR starts_with(f.constitution, ?))
 ORDER BY f.line
 """
@@ -42,7 +44,9 @@ ORDER BY f.line
 def preference_rows(
     index: Index, iteration: int | None = None, constitution: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the dataset, in the order of the log; a replayed pair comes once, where it was judged.
+    """Rows of the dataset, in the order of the log; a replayed pair comes once, where it first was in the mix.
+
+    A pair of a skipped update comes only if a later update replayed it: no other was trained on.
 
     `iteration` is counted from 0, `constitution` is name@version or the beginning of a hash. Prompt, chosen and
     rejected are lists of messages, as TRL's conversational preference format has them.

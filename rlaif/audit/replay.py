@@ -30,8 +30,9 @@ from rlaif.judging.numbers import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
 from rlaif.judging.verdicts import JurorFit, jurors_for
-from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote
-from rlaif.store import RunDir, StageDir, read_json, read_rows
+from rlaif.records import Ballot, Completion, Decision, Pair, Prompt, Record, VoiceKey, Vote
+from rlaif.review.labels import labels_of
+from rlaif.store import RunDir, StageDir, read_record, read_rows
 from rlaif.texts import template_sources
 
 EXAMPLES = 10
@@ -95,9 +96,9 @@ class Replayed(Record):
     reparsed: int
     """Votes that the parser reads otherwise now."""
     updated: bool
-    """It had enough kept pairs for an update ..."""
+    """It had enough pairs for an update, kept ones and those that people labelled ..."""
     would_update: bool
-    """... and would have now. What later iterations would have sampled then, no replay can tell."""
+    """... and would have now, the same labels given. What later iterations would have sampled, no replay can tell."""
 
 
 class Replay(Record):
@@ -133,7 +134,7 @@ def settings_of(
     Raises:
         UserError: a file or a key can't be used, or a key isn't one that recorded votes can answer for.
     """
-    own = parse_job(run.header["job"], str(run.path / "run.json"))
+    own = run.job()
     tree = own.model_dump(mode="json")
     if filters is not None:
         tree["filters"] |= _filter_keys(filters)
@@ -194,7 +195,7 @@ def replay(
         UserError: the calibration isn't about this run's votes, and `filters.uncalibrated` says stop.
         RlaifError: two files of an iteration don't fit each other (`rlaif audit RUN verify` says why).
     """
-    own = parse_job(run.header["job"], str(run.path / "run.json"))
+    own = run.job()
     rows: list[Replayed] = []
     table: Counter[tuple[str, str]] = Counter()
     found: dict[Kind, list[Change]] = defaultdict(list)
@@ -225,8 +226,8 @@ def replay(
                 iteration=k,
                 constitution=str(again.plan.constitution),
                 reparsed=again.reparsed,
-                updated=counts["kept_before"] >= own.filters.min_kept_pairs,
-                would_update=counts["kept_after"] >= settings.job.filters.min_kept_pairs,
+                updated=_updated_in(run.iteration(k), counts["kept_before"], own),
+                would_update=_enough(run.iteration(k), counts["kept_after"], settings.job),
                 **{name: counts[name] for name in named},
             )
         )
@@ -247,16 +248,26 @@ def replay(
     )
 
 
+def _updated_in(here: StageDir, kept: int, own: Job) -> bool:
+    """Whether the iteration made an update; of one that isn't that far, whether it will."""
+    return not here.meta("updates")["skipped"] if here.is_complete("updates") else _enough(here, kept, own)
+
+
+def _enough(here: StageDir, kept: int, job: Job) -> bool:
+    """Whether so many kept pairs make an update, with those that people labelled."""
+    labels = labels_of(here) if here.is_complete("preferences") else {}
+    return kept + len(labels) >= job.filters.min_kept_pairs
+
+
 class Iteration:
     """One iteration, decided again."""
 
     def __init__(self, run: RunDir, k: int, settings: Settings):
         self.run, self.settings = run, settings
         self.here = run.iteration(k)
-        self.plan = Plan.model_validate(read_json(self.here.path / "plan.json"))
+        self.plan = run.plan(k)
         folder = run.path / "constitutions"
-        text = read_json(folder / self.plan.constitution.hash / "constitution.json")
-        self.text = Constitution.model_validate(text)
+        self.text = read_record(folder / self.plan.constitution.hash / "constitution.json", Constitution)
         self.templates = {h: t for name, h in self.plan.templates.items() if (t := _template(folder / h, name))}
         if settings.parser and len(self.templates) < len(self.plan.templates):
             gone = next(h for h in self.plan.templates.values() if h not in self.templates)
@@ -458,7 +469,15 @@ def stage_rows(here: StageDir, stage: str, record: type[R]) -> Iterator[R]:
     Raises:
         RlaifError: a line is damaged.
     """
-    path = here.path / f"{stage}.jsonl"
+    return rows_of(here.path / f"{stage}.jsonl", record)
+
+
+def rows_of(path: Path, record: type[R]) -> Iterator[R]:
+    """A file's rows, one at a time.
+
+    Raises:
+        RlaifError: a line is damaged.
+    """
     with path.open("rb") as f:
         for number, line in enumerate(f, 1):
             try:
@@ -510,10 +529,8 @@ def _with_texts(run: RunDir, changes: Sequence[Change]) -> Iterator[Change]:
     file = run.path / "prompts" / "train.jsonl"
     asked = {p.prompt_id for p in pairs.values()}
     prompts: dict[str, str] = {}
-    for line in file.open("rb") if file.exists() and changes else ():
-        prompt = Prompt.model_validate_json(line)
-        if prompt.id in asked:
-            prompts[prompt.id] = prompt.text
+    if file.exists() and changes:
+        prompts = {p.id: p.text for p in rows_of(file, Prompt) if p.id in asked}
     for change in changes:
         pair = pairs[change.pair_id]
         shown = {"first": answers.get(pair.first), "second": answers.get(pair.second)}

@@ -64,6 +64,8 @@ class Table(NamedTuple):
     """Fields that are kept as JSON text while they are read."""
     where: tuple[Column, ...] = WHERE
     """Columns that say where a row stands."""
+    select: str = ""
+    """For a view: what it shows of the other tables."""
 
     @property
     def types(self) -> dict[str, str]:
@@ -195,7 +197,7 @@ STAGE_TABLES: dict[str, Table] = {
     ),
     "preferences": Table(
         "preferences",
-        "exactly what training saw; `iteration` is the one that trained on it",
+        "what each iteration mixed for its update, made or skipped (`trained`: only what training saw)",
         (
             Column("pair_id", "VARCHAR", "r.pair_id"),
             Column("judged_in", "INTEGER", "r.iteration", "the iteration that sampled and judged the pair"),
@@ -349,7 +351,15 @@ SELECT iteration, evaluation, pair_id, list_sort(list_distinct(list(judge))),
 FROM voices GROUP BY iteration, evaluation, pair_id
 """
 
-TABLES = (*SMALL_TABLES.values(), *STAGE_TABLES.values(), PANELS)
+TRAINED = Table(
+    "trained",
+    "exactly what training saw: preferences of iterations whose update was made; `iteration` is the one that trained",
+    (*STAGE_TABLES["preferences"].columns, Column("policy_after", "VARCHAR", "", "digest of the policy after it")),
+    select="SELECT f.*, i.policy_after FROM preferences f JOIN iterations i USING (iteration) "
+    "WHERE i.policy_after IS NOT NULL",
+)
+
+TABLES = (*SMALL_TABLES.values(), *STAGE_TABLES.values(), PANELS, TRAINED)
 
 
 def all_columns(table: Table) -> tuple[Column, ...]:
@@ -358,9 +368,12 @@ def all_columns(table: Table) -> tuple[Column, ...]:
 
 
 def create_statements() -> list[str]:
-    """SQL that makes the tables."""
+    """SQL that makes the tables and views."""
     statements = []
     for table in TABLES:
+        if table.select:
+            statements.append(f"CREATE VIEW {table.name} AS {table.select}")
+            continue
         columns = ", ".join(f'"{c.name}" {c.type}' for c in all_columns(table))
         statements.append(f"CREATE TABLE {table.name} ({columns})")
     return statements

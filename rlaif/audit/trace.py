@@ -81,10 +81,6 @@ class Trace(Record):
     rows: tuple[TracedPreference, ...]
 
 
-# A preference was trained on when its iteration's update was made.
-_TRAINED = "preferences f JOIN iterations i USING (iteration) WHERE i.policy_after IS NOT NULL AND f.iteration < ?"
-
-
 def find_checkpoint(index: Index, run: RunDir, checkpoint: str) -> tuple[int, str]:
     """The policy after how many iterations, and its digest.
 
@@ -136,7 +132,9 @@ def trace(index: Index, run: RunDir, checkpoint: str, limit: int | None = None, 
 
 def _trace(index: Index, run: RunDir, checkpoint: str, limit: int | None, offset: int) -> Trace:
     after, digest = find_checkpoint(index, run, checkpoint)
-    (counted,) = index.rows(f"SELECT count(*) AS n, count(DISTINCT f.pair_id) AS pairs FROM {_TRAINED}", [after])
+    (counted,) = index.rows(
+        "SELECT count(*) AS n, count(DISTINCT pair_id) AS pairs FROM trained WHERE iteration < ?", [after]
+    )
     steps = {
         r["iteration"]: r["n"]
         for r in index.rows("SELECT iteration, count(*) AS n FROM updates WHERE iteration < ? GROUP BY ALL", [after])
@@ -159,8 +157,9 @@ def _trace(index: Index, run: RunDir, checkpoint: str, limit: int | None, offset
 
 def _texts(index: Index, run: RunDir, after: int) -> list[TracedText]:
     found = index.rows(
-        f"""SELECT t.hash, c.text_name, t.n FROM (
-            SELECT f.constitution AS hash, count(*) AS n, min(f.iteration) AS since FROM {_TRAINED} GROUP BY ALL
+        """SELECT t.hash, c.text_name, t.n FROM (
+            SELECT constitution AS hash, count(*) AS n, min(iteration) AS since FROM trained
+            WHERE iteration < ? GROUP BY ALL
         ) t LEFT JOIN constitutions c ON c.constitution = t.hash ORDER BY t.since""",
         [after],
     )
@@ -175,13 +174,12 @@ def _texts(index: Index, run: RunDir, after: int) -> list[TracedText]:
 
 def _iterations(index: Index, after: int, steps: dict[int, int]) -> list[TracedIteration]:
     found = index.rows(
-        f"""WITH trained AS (SELECT f.*, i.policy_after FROM {_TRAINED}),
-            cast_votes AS (SELECT pair_id, count(*) AS n FROM votes WHERE iteration IS NOT NULL GROUP BY ALL)
+        """WITH cast_votes AS (SELECT pair_id, count(*) AS n FROM votes WHERE iteration IS NOT NULL GROUP BY ALL)
         SELECT t.iteration, c.text_name, any_value(t.policy_after) AS policy_after, count(*) AS preferences,
             count(*) FILTER (source = 'judge') AS judged, count(*) FILTER (source = 'replay') AS replayed,
             count(*) FILTER (source = 'human') AS human, sum(v.n) AS votes, avg(t.agreement) AS agreement
         FROM trained t LEFT JOIN cast_votes v USING (pair_id) LEFT JOIN constitutions c USING (constitution)
-        GROUP BY t.iteration, t.constitution, c.text_name ORDER BY t.iteration, c.text_name""",
+        WHERE t.iteration < ? GROUP BY t.iteration, t.constitution, c.text_name ORDER BY t.iteration, c.text_name""",
         [after],
     )
     return [
@@ -205,15 +203,15 @@ def _rows(index: Index, after: int, limit: int | None, offset: int) -> list[Trac
     if limit == 0:
         return []
     found = index.rows(
-        f"""WITH trained AS (SELECT f.* FROM {_TRAINED} ORDER BY f.iteration, f.line LIMIT ? OFFSET ?),
+        """WITH asked AS (SELECT * FROM trained WHERE iteration < ? ORDER BY iteration, line LIMIT ? OFFSET ?),
             steps AS (
                 SELECT iteration, pair_id, list(step ORDER BY step) AS steps
                 FROM (SELECT iteration, step, unnest(pair_ids) AS pair_id FROM updates) GROUP BY ALL),
             cast_votes AS (
                 SELECT pair_id, list(line ORDER BY line) AS lines FROM votes
-                WHERE pair_id IN (SELECT pair_id FROM trained) GROUP BY ALL)
+                WHERE pair_id IN (SELECT pair_id FROM asked) GROUP BY ALL)
         SELECT t.*, c.text_name, coalesce(p.text, t.prompt_id) AS prompt, s.steps, v.lines
-        FROM trained t LEFT JOIN steps s USING (iteration, pair_id) LEFT JOIN cast_votes v USING (pair_id)
+        FROM asked t LEFT JOIN steps s USING (iteration, pair_id) LEFT JOIN cast_votes v USING (pair_id)
         LEFT JOIN constitutions c USING (constitution)
         LEFT JOIN (SELECT prompt_id, any_value(text) AS text FROM prompts GROUP BY ALL) p USING (prompt_id)
         ORDER BY t.iteration, t.line""",

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from rlaif.cli import audit, audit_agreement, constitution, judge, report, review, run, view
+from rlaif.cli import audit, constitution, judge, report, review, run, view
 from rlaif.errors import RlaifError
 
 app = typer.Typer(
@@ -23,7 +23,6 @@ app = typer.Typer(
 )
 run.register(app)
 app.command()(review.review)
-audit.app.command()(audit_agreement.agreement)
 app.add_typer(audit.app, name="audit")
 app.add_typer(constitution.app, name="constitution")
 app.add_typer(judge.app, name="judge")

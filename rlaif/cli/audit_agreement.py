@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlaif.cli.audit import run_of
-from rlaif.console import stdout_console, visible
+from rlaif.cli.audit_common import run_of
+from rlaif.console import inert, stdout_console
 
 if TYPE_CHECKING:
     from rlaif.review.agreement import Agreement
@@ -54,7 +54,6 @@ def agreement(
 
 
 def _table(rows: list[Agreement]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="judge against human, on reviewed pairs", title_justify="left")
@@ -65,7 +64,7 @@ def _table(rows: list[Agreement]) -> None:
         low, high = row.interval
         table.add_row(
             "" if row.slice == before else row.slice,
-            escape(visible(row.value)) if row.slice != "all" else "",
+            inert(row.value) if row.slice != "all" else "",
             str(row.labels),
             f"{row.same}/{row.decided}",
             "-" if row.accuracy is None else f"{row.accuracy:.0%}",

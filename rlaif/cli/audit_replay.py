@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from rlaif.cli.audit import run_of
-from rlaif.console import stdout_console
+from rlaif.cli.audit_common import run_of
+from rlaif.console import inert, stdout_console
 
 if TYPE_CHECKING:
     from rlaif.audit.replay import Change, Replay
@@ -63,15 +62,15 @@ def _show(found: Replay, parser: bool) -> None:
 
     console = stdout_console()
     pairs, votes = found.total("pairs"), found.votes
-    console.print(f"replayed {pairs} pairs with {votes} votes of {escape(found.run)}; nothing is written")
+    console.print(f"replayed {pairs} pairs with {votes} votes of {inert(found.run)}; nothing is written")
     for key, (old, new) in found.settings.items():
-        console.print(f"  {key}: {escape(str(old))} -> {escape(str(new))}")
+        console.print(f"  {key}: {inert(str(old))} -> {inert(str(new))}")
     if parser:
         console.print(f"  {found.total('reparsed')} votes are read otherwise now")
     for note in found.notes:
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {inert(note)}")
     for problem in found.problems:
-        console.print(f"[red]{escape(problem)}[/]; its pair is left out")
+        console.print(f"[red]{inert(problem)}[/]; its pair is left out")
     columns = ("iteration", "constitution", "pairs", "kept", "would keep", "newly kept", "newly dropped", "to review",
                "reversed", "other reasons", "")  # fmt: skip
     table = Table(*columns)
@@ -80,7 +79,7 @@ def _show(found: Replay, parser: bool) -> None:
     for i in found.iterations:
         update = "" if i.updated == i.would_update else "no update any more" if i.updated else "now an update"
         numbers = [getattr(i, name) for name in _COUNTED]
-        table.add_row(str(i.iteration + 1), i.constitution, *map(str, numbers), update)
+        table.add_row(str(i.iteration + 1), inert(i.constitution), *map(str, numbers), update)
     table.add_section()
     table.add_row("all", "", *(str(found.total(name)) for name in _COUNTED), "")
     console.print(table)
@@ -98,13 +97,13 @@ def _show(found: Replay, parser: bool) -> None:
 def _example(console: Any, change: Change) -> None:
     before, after = change.before, change.after
     console.print(
-        f"\n[bold]{change.kind.replace('_', ' ')}[/] {escape(change.pair_id)}  iteration {change.iteration + 1}  "
+        f"\n[bold]{change.kind.replace('_', ' ')}[/] {inert(change.pair_id)}  iteration {change.iteration + 1}  "
         f"{_said(before)} -> {_said(after)}"
     )
     for name, text in (("prompt", change.prompt), ("first", change.first), ("second", change.second)):
         if text is not None:
             one_line = " ".join(text.split())
-            console.print(f"  {name:>6}: {escape(one_line[:_PREVIEW])}{'…' if len(one_line) > _PREVIEW else ''}")
+            console.print(f"  {name:>6}: {inert(one_line[:_PREVIEW])}{'…' if len(one_line) > _PREVIEW else ''}")
 
 
 def _said(decision: Any) -> str:

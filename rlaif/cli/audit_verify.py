@@ -6,10 +6,9 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from rlaif.cli.audit import run_of
-from rlaif.console import stdout_console
+from rlaif.cli.audit_common import run_of
+from rlaif.console import inert, stdout_console
 
 _SHOWN = 200
 
@@ -39,19 +38,19 @@ def verify(
     else:
         console = stdout_console()
         console.print(
-            f"checked in {escape(report.run)}: {report.stages} stages with {report.rows} rows, {report.heads} heads, "
+            f"checked in {inert(report.run)}: {report.stages} stages with {report.rows} rows, {report.heads} heads, "
             f"{report.texts} texts, {report.policies} policies"
         )
         for note in report.notes:
-            console.print(f"note: {escape(note)}")
+            console.print(f"note: {inert(note)}")
         for finding in report.findings[:_SHOWN]:
-            console.print(f"[red]{escape(str(finding))}[/]")
+            console.print(f"[red]{inert(str(finding))}[/]")
         if len(report.findings) > _SHOWN:
             console.print(f"… {len(report.findings) - _SHOWN} more; --json has them all")
         if report.head:
             console.print(f"head {report.head}")
         if report.noted:
-            console.print(f"the noted head: {escape(report.noted)}")
+            console.print(f"the noted head: {inert(report.noted)}")
         console.print("everything holds" if report.holds else f"{len(report.findings)} findings")
     if not report.holds:
         raise typer.Exit(1)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from rich.markup import escape
 from rich.table import Table
 
-from rlaif.console import stdout_console
+from rlaif.console import inert, stdout_console
 from rlaif.constitution import diff as diff_constitutions
 from rlaif.constitution import list_constitutions, load_constitution
 
@@ -38,7 +37,7 @@ def list_(directory: Directory = DEFAULT, json_: Json = False) -> None:
         return
     table = Table("constitution", "hash", "principles", "summary")
     for c in found:
-        table.add_row(str(c.ref), c.hash, str(len(c.principles)), escape(c.summary))
+        table.add_row(str(c.ref), c.hash, str(len(c.principles)), inert(c.summary))
     stdout_console().print(table)
 
 
@@ -50,14 +49,14 @@ def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = Fal
         typer.echo(text.model_dump_json(indent=1))
         return
     console = stdout_console()
-    console.print(f"[bold]{text.ref}[/] {text.hash}  {escape(text.summary)}")
+    console.print(f"[bold]{text.ref}[/] {text.hash}  {inert(text.summary)}")
     for p in text.principles:
         role = "guard" if p.guard else f"weight {p.weight:g}"
-        console.print(f"\n[bold]{p.id}[/] ({role})\n  {escape(p.rule)}")
+        console.print(f"\n[bold]{p.id}[/] ({role})\n  {inert(p.rule)}")
         if p.prefer:
-            console.print(f"  prefer: {escape(p.prefer)}\n  avoid:  {escape(p.avoid or '')}")
+            console.print(f"  prefer: {inert(p.prefer)}\n  avoid:  {inert(p.avoid or '')}")
         if p.check:
-            console.print(f"  check:  {escape(str(p.check.model_dump(exclude_none=True)))}")
+            console.print(f"  check:  {inert(str(p.check.model_dump(exclude_none=True)))}")
 
 
 @app.command()
@@ -106,7 +105,7 @@ def diff(
         console.print(f"[bold]{c.principle or 'constitution'}[/] {c.kind}{f': {c.field}' if c.field else ''}")
         for sign, colour, value in (("-", "red", c.before), ("+", "green", c.after)):
             for line in _lines(value):
-                console.print(f"  [{colour}]{sign}[/] {escape(line)}")
+                console.print(f"  [{colour}]{sign}[/] {inert(line)}")
     if effect:
         _show_effect(effect)
 
@@ -127,7 +126,7 @@ def _effect(
     from rlaif.store import RunDir
 
     run = RunDir.open(where)
-    own = parse_job(run.header["job"], str(where / "run.json"))
+    own = run.job()
     tree = own.model_dump(mode="json")
     if file is not None:
         tree["judge"] = load_job(file).judge.model_dump(mode="json")
@@ -150,8 +149,8 @@ def _show_effect(effect: Effect) -> None:
     console = stdout_console()
     stored = f"verdicts in the run: {effect.stored} under {effect.before}, {effect.stored_after} under {effect.after}"
     console.print(
-        f"\n{effect.pairs} pairs of {escape(effect.run)} (seed {effect.seed}; {escape(stored)}), {effect.asked} votes "
-        f"now by {escape(', '.join(effect.judges))}"
+        f"\n{effect.pairs} pairs of {inert(effect.run)} (seed {effect.seed}; {inert(stored)}), {effect.asked} votes "
+        f"now by {inert(', '.join(effect.judges))}"
     )
     if effect.share is None:
         console.print("on no pair do both texts name a side: nothing to compare")
@@ -163,26 +162,26 @@ def _show_effect(effect: Effect) -> None:
         )
     console.print(f"the run's filters keep {effect.kept_before} of these pairs before, {effect.kept_after} after")
     for note in effect.notes:
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {inert(note)}")
     if effect.taken_apart:
         table = Table("part of the edit", "", "turns alone", "needed")
         for part in effect.parts:
             counts = [
                 "can't stand alone" if n is None else f"{n} of {effect.taken_apart}" for n in (part.alone, part.needed)
             ]
-            table.add_row(escape(part.part), part.kind, *counts)
+            table.add_row(inert(part.part), part.kind, *counts)
         console.print(table)
         if effect.only_together:
             console.print(f"{effect.only_together} turn by no part alone")
     for turned in effect.examples:
         by = f"  by {', '.join(turned.alone)}" if turned.alone else ""
-        console.print(f"\n[bold]{escape(turned.pair_id)}[/]  iteration {turned.iteration + 1}{escape(by)}")
-        console.print(f"  prompt: {escape(_line(turned.prompt))}")
+        console.print(f"\n[bold]{inert(turned.pair_id)}[/]  iteration {turned.iteration + 1}{inert(by)}")
+        console.print(f"  prompt: {inert(_line(turned.prompt))}")
         sides = {"first": turned.first, "second": turned.second}
         for name, verdict in ((effect.before, turned.before), (effect.after, turned.after)):
             console.print(
-                f"  {escape(str(name))}: {verdict.outcome} (p(first) {verdict.p_first:.2f}, agreement "
-                f"{verdict.agreement:.2f})  {escape(_line(sides[verdict.outcome]))}"
+                f"  {inert(str(name))}: {verdict.outcome} (p(first) {verdict.p_first:.2f}, agreement "
+                f"{verdict.agreement:.2f})  {inert(_line(sides[verdict.outcome]))}"
             )
 
 

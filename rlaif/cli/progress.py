@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from rlaif import loop
+from rlaif.console import inert
 from rlaif.records import IterationMetrics
 
 
@@ -66,7 +66,7 @@ class PlainProgress:
         self._line(message)
 
     def _line(self, text: str) -> None:
-        self._console.print(escape(text), soft_wrap=True)  # a log's line is never broken
+        self._console.print(inert(text), soft_wrap=True)  # a log's line is never broken
 
 
 class LiveProgress:
@@ -80,7 +80,7 @@ class LiveProgress:
 
     def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
         self._unit, self._done, self._started = unit, 0, time.monotonic()
-        description = f"iteration {iteration + 1}/{self._iterations}  {name}  [dim]{escape(text)} {self._kept}[/]"
+        description = f"iteration {iteration + 1}/{self._iterations}  {name}  [dim]{inert(text)} {self._kept}[/]"
         self._bars.reset(self._task, total=total, description=description, rate="")
 
     def advance(self, n: int) -> None:
@@ -90,10 +90,10 @@ class LiveProgress:
 
     def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None:
         self._kept = f"kept {metrics.kept}/{metrics.pairs}"
-        self._bars.console.print(escape(iteration_line(iteration, self._iterations, metrics)))
+        self._bars.console.print(inert(iteration_line(iteration, self._iterations, metrics)))
 
     def note(self, message: str) -> None:
-        self._bars.console.print(escape(message))
+        self._bars.console.print(inert(message))
 
 
 def iteration_line(iteration: int, iterations: int, metrics: IterationMetrics) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlaif.cli.audit import Building
+from rlaif.cli.audit_common import Building
 from rlaif.store import RunDir
 
 

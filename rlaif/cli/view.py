@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rlaif.cli.audit import Building
+from rlaif.cli.audit_common import Building
 from rlaif.errors import UserError
 from rlaif.store import RunDir
 

@@ -130,9 +130,13 @@ class Calibration(Record):
         """Some slice can be used."""
         return any(t.accepted for t in self.slices.values())
 
+    def threshold_for(self, slice: str) -> Threshold | None:
+        """What decides a slice's pairs; None for a slice that was not calibrated."""
+        return self.slices.get(EVERYTHING if set(self.slices) == {EVERYTHING} else slice)
+
     def keeps(self, verdict: Verdict, slice: str = EVERYTHING) -> bool:
         """The verdict scores enough for its slice; a slice that was not calibrated keeps nothing."""
-        found = self.slices.get(EVERYTHING if set(self.slices) == {EVERYTHING} else slice)
+        found = self.threshold_for(slice)
         return found is not None and passes(verdict, found, self.score)
 
     def mismatch(self, votes: Sequence[Vote], settings: Filters) -> str | None:

@@ -19,8 +19,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
-from rlaif.audit import queries
 from rlaif.audit.index import Index
+from rlaif.audit.pair import PairDetail, question_of, show
+from rlaif.audit.pairs import list_pairs
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.verdicts import flips
 from rlaif.records import Vote
@@ -146,7 +147,7 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
         if not problems and dict(request.query_params) != asked.values:
             return RedirectResponse(asked.address(), 303)
         with fresh():
-            found = queries.list_pairs(index, asked.filter, asked.sort, asked.descending, asked.limit, asked.offset)
+            found = list_pairs(index, asked.filter, asked.sort, asked.descending, asked.limit, asked.offset)
             names = _known_names(index)
         return page(
             "pairs.html",
@@ -162,14 +163,14 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
     @app.get("/pairs/{pair_id:path}")
     def pair(pair_id: str) -> Response:
         with fresh():
-            detail = queries.show(index, run, pair_id)
+            detail = show(index, run, pair_id)
         return page("pair.html", page="pairs", detail=detail, voices=_by_voice(detail))
 
     @app.get("/questions/{ballot_id}/{pair_id:path}")
     def question(ballot_id: str, pair_id: str) -> Response:
         with fresh():
-            detail = queries.show(index, run, pair_id)
-        text = queries.question_of(run, detail, ballot_id)
+            detail = show(index, run, pair_id)
+        text = question_of(run, detail, ballot_id)
         vote = next(v for v in detail.votes if v.ballot.id.startswith(ballot_id))
         return page("question.html", page="pairs", detail=detail, vote=vote, text=text)
 
@@ -188,7 +189,9 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
             texts = _texts(index)
         place = next((i for i, t in enumerate(texts) if t["hash"] == digest), None)
         files = {
-            p.name: p.read_text(errors="replace") for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".jinja")
+            p.relative_to(folder).as_posix(): p.read_text(errors="replace")  # an included one may lie in a folder
+            for p in sorted(folder.rglob("*"))
+            if p.suffix in (".yaml", ".jinja")
         }
         difference = ""
         if place:
@@ -227,7 +230,7 @@ def _known_names(index: Index) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _by_voice(detail: queries.PairDetail) -> list[dict[str, Any]]:
+def _by_voice(detail: PairDetail) -> list[dict[str, Any]]:
     """Votes grouped by who was asked and how; both orders of a voice stand together."""
     groups: dict[tuple[Any, ...], list[tuple[Vote, str]]] = {}
     for vote, line in zip(detail.votes, detail.vote_lines, strict=True):

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 from pydantic import Field, ValidationError
 
-from rlaif.audit.queries import Page, PairFilter, Sort, Status
+from rlaif.audit.pairs import Page, PairFilter, Sort, Status
 from rlaif.records import DropReason, Record
 
 PAGE_ROWS = 50

@@ -13,7 +13,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from rlaif.audit.index import Index
-from rlaif.audit.queries import Overview, overview
+from rlaif.audit.overview import Overview, overview
 from rlaif.records import EvaluationMetrics, IterationMetrics, Record, digest
 from rlaif.store import RunDir, first_problem
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, get_args
 
-from rlaif.audit.queries import IterationRow
+from rlaif.audit.overview import IterationRow
 from rlaif.records import DropReason, EvaluationMetrics
 from rlaif.view.facts import Facts
 

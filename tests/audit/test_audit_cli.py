@@ -81,6 +81,12 @@ def test_a_terminal_gets_a_rich_table() -> None:
     assert b"\x1b[1m" in shown
 
 
+def test_a_pair_of_a_skipped_update_was_not_trained_on() -> None:
+    shown = audit("show", "b7ee58b2dd326274").stdout
+    assert "mixed in iteration 4 as judge, first chosen: update skipped\nnever trained on" in shown
+    assert "trained on 9 preferences (2 replayed, 0 human) in 5 steps" in audit().stdout
+
+
 def test_iterations_are_counted_from_one_in_commands_and_from_zero_in_json() -> None:
     page = json.loads(audit("list", "--iteration", "1", "--json").stdout)
     assert {row["iteration"] for row in page["rows"]} == {0}

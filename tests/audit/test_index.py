@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from rlaif.audit.index import Index, read_lines
-from rlaif.audit.queries import PairFilter, list_pairs, overview
+from rlaif.audit.overview import overview
+from rlaif.audit.pairs import PairFilter, list_pairs
 from rlaif.audit.tables import STAGE_TABLES, duckdb_type
 from rlaif.errors import UserError
 from rlaif.records import Vote
@@ -212,7 +213,7 @@ def test_two_processes_at_once(copy: RunDir, index_folder: Path) -> None:
 import sys, time
 from pathlib import Path
 from rlaif.audit.index import Index
-from rlaif.audit.queries import overview
+from rlaif.audit.overview import overview
 from rlaif.store import RunDir
 run = RunDir.open(Path({str(copy.path)!r}))
 seen = 0

@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 
 from rlaif.audit.compare import compare
+from rlaif.audit.explain import _rule
 from rlaif.audit.index import Index
-from rlaif.audit.queries import PairFilter, Sort, _rule, list_pairs, overview, question, show, splits
+from rlaif.audit.overview import overview
+from rlaif.audit.pair import question, question_of, show
+from rlaif.audit.pairs import PairFilter, Sort, list_pairs, splits
 from rlaif.audit.trace import trace
 from rlaif.config import Filters
 from rlaif.errors import UserError
+from rlaif.judging.calibration import Calibration, panels_of
+from rlaif.judging.verdicts import by_pair
 from rlaif.records import Completion, Decision, Pair, Preference, Prompt, UpdateStep, Verdict, Vote
-from rlaif.store import RunDir, read_json, read_rows
+from rlaif.store import RunDir, read_json, read_rows, write_json
 from tests.data.make_run import write_header
 from tests.stubs import stub_job, stub_loop
 
@@ -172,13 +177,44 @@ def test_overview_is_the_metrics_of_the_run(run: RunDir) -> None:
         assert row.loss == pytest.approx(metrics["loss"])
         assert row.abstentions == sum(metrics["abstentions"].values())
         assert row.skipped == (metrics["steps"] == 0)
+        assert row.trained_pairs == (0 if row.skipped else metrics["trained_pairs"])
     assert [(c.iteration, c.constitution) for c in found.changes] == [(0, "rules@1"), (2, "rules@2")]
     assert found.totals.kept == sum(r.kept for r in found.iterations)
+    kept = [p for k in run.iterations() if not run.iteration(k).meta("updates")["skipped"]
+            for p in run.iteration(k).read("preferences", Preference)]  # fmt: skip
+    assert len(kept) < sum(len(run.iteration(k).read("preferences", Preference)) for k in run.iterations())
+    assert found.totals.preferences == len(kept) == sum(r.trained_pairs for r in found.iterations)
+    assert found.totals.replayed == sum(p.source == "replay" for p in kept)
     assert sum(c.votes for c in found.cost) == sum(
         len(f["votes"]) for evaluation in (False, True) for f in facts(run, evaluation).values()
     )
     assert [e.updates for e in found.evaluations] == run.evaluations()
     assert found.problems == ()
+
+
+def test_replies_from_the_cache_cost_nothing(copy: RunDir) -> None:
+    folders = [*map(copy.iteration, copy.iterations()), *map(copy.evaluation, copy.evaluations())]
+    paid: dict[str, list[Vote]] = defaultdict(list)
+    tokens: Counter[str] = Counter()
+    for folder in folders:
+        votes = folder.read("votes", Vote) if folder.is_complete("votes") else []
+        now = [v.model_copy(update={"cached": True, "attempts": 0}) if i % 3 else v for i, v in enumerate(votes)]
+        if votes:
+            (folder.path / "votes.jsonl").write_text("".join(v.model_dump_json() + "\n" for v in now))
+        for v in now:
+            if not v.cached:
+                paid[v.ballot.judge].append(v)
+                tokens[str(folder.path)] += v.usage.prompt_tokens + v.usage.completion_tokens
+    with Index.open(copy) as index:
+        found = overview(index, copy)
+    assert [row.tokens for row in found.iterations] == [tokens[str(copy.iteration(k).path)] for k in copy.iterations()]
+    for cost in found.cost:
+        usage = [v.usage for v in paid[cost.judge]]
+        assert cost.calls == len(usage) < cost.votes == cost.calls + cost.cached
+        assert cost.prompt_tokens == sum(u.prompt_tokens for u in usage)
+        assert cost.completion_tokens == sum(u.completion_tokens for u in usage)
+        if "careful" in cost.judge:
+            assert cost.money == pytest.approx((0.4 * cost.prompt_tokens + 1.6 * cost.completion_tokens) / 1e6)
 
 
 def test_show_is_the_log(run: RunDir) -> None:
@@ -202,10 +238,45 @@ def test_show_is_the_log(run: RunDir) -> None:
             assert (detail.first.id, detail.second.id) == (f["pair"].first, f["pair"].second)
             assert detail.constitution_text == (run.path / "constitutions" / f["hash"] / "source.yaml").read_text()
             assert [(t.iteration, t.source) for t in detail.preferences] == trained[pair_id]
+            assert [t.skipped for t in detail.preferences] == [
+                run.iteration(k).meta("updates")["skipped"] for k, _ in trained[pair_id]
+            ]
             assert [list(t.steps) for t in detail.preferences] == [steps[k, pair_id] for k, _ in trained[pair_id]]
             assert {r.name for r in detail.rules if not r.passed} == set(f["decision"].reasons)
             file, _, line = detail.vote_lines[0].rpartition(":")
             assert f["votes"][0] == Vote.model_validate_json(Path(file).read_text().splitlines()[int(line) - 1])
+
+
+def test_a_pair_is_explained_by_the_threshold_of_its_prompts_slice(tmp_path: Path) -> None:
+    job = stub_job(filters={"min_kept_pairs": 3})
+    loop = stub_loop(tmp_path, job)
+    loop.train = [p.model_copy(update={"category": ("easy", "hard", None)[i % 3]}) for i, p in enumerate(loop.train)]
+    loop.run()
+    job = stub_job(filters={"min_kept_pairs": 3, "calibration": "c.json"})
+    write_header(tmp_path / "run", job)
+    run = RunDir.open(tmp_path / "run")
+    (run.path / "prompts/train.jsonl").write_text("".join(p.model_dump_json() + "\n" for p in loop.train))
+    accepted = {"accepted": True, "pairs": 50, "kept": 40, "errors": 0, "error_bound": 0.05}
+    refused = {**accepted, "accepted": False, "threshold": None}
+    votes = by_pair([v for k in run.iterations() for v in run.iteration(k).read("votes", Vote)])
+    calibration = Calibration.model_validate({
+        "made": "2026-01-01T00:00:00+00:00", "alpha": 0.1, "delta": 0.1, "score": "margin", "aggregate": "mean",
+        "slices": {"hard": refused, "easy": accepted | {"threshold": 0.25}}, "judge_kind": "likelihood",
+        "models": ("stub",), "panels": panels_of(votes), "min_votes": 1, "max_abstention_share": 0.5, "guards": True,
+        "labelled": ("x",), "labelled_digest": "0",
+    })  # fmt: skip
+    write_json(run.path / "calibration.json", calibration.model_dump(mode="json"))
+    category = {p.id: p.category for p in loop.train}
+    asked = defaultdict(set)
+    with Index.open(run) as index:
+        for f in facts(run).values():
+            (line,) = [r for r in show(index, run, f["pair"].id).rules if r.name == "uncalibrated"]
+            asked[category[f["pair"].prompt_id]].add(line.threshold)
+    assert asked == {
+        "easy": {"at least 0.25 in slice easy"},
+        "hard": {"nothing passes in slice hard"},
+        None: {"a calibrated slice (hard, easy)"},
+    }
 
 
 def test_a_pair_is_found_by_the_beginning_of_its_id(stored: RunDir) -> None:
@@ -237,6 +308,18 @@ def test_a_question_that_was_not_sent_says_so(copy: RunDir) -> None:
     with Index.open(copy) as index:
         asked = question(index, copy, ballot["pair_id"], ballot["id"])
     assert asked.startswith("Not what was sent: the vote notes prompt 0000000000000000")
+
+
+def test_a_template_may_include_from_a_folder(copy: RunDir) -> None:
+    for folder in {p.parent for p in copy.path.glob("constitutions/*/*.jinja")}:
+        (folder / "parts").mkdir()
+        (folder / "_answers.jinja").rename(folder / "parts/_answers.jinja")
+        for path in folder.glob("pairwise*.jinja"):
+            path.write_text(path.read_text().replace('"_answers.jinja"', '"parts/_answers.jinja"'))
+    with Index.open(copy) as index:
+        detail = show(index, copy, next(iter(facts(copy))))
+        for vote in detail.votes:
+            assert question_of(copy, detail, vote.ballot.id).startswith("[system]\nYou compare two answers")
 
 
 def test_the_likelihood_judges_contexts_are_told_in_words(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from rlaif.audit.replay import Iteration, replay, settings_of
 from rlaif.cli import app
 from rlaif.config import Job
-from rlaif.errors import UserError
+from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import Calibration, Threshold, panels_of
 from rlaif.judging.verdicts import by_pair
 from rlaif.records import Decision, Vote
@@ -165,6 +165,25 @@ def test_a_replay_says_what_changes(likelihood: RunDir) -> None:
     assert any(i.updated and not i.would_update for i in found.iterations)
 
 
+def test_pairs_that_people_labelled_count_for_an_update(tmp_path: Path, likelihood: RunDir) -> None:
+    shutil.copytree(likelihood.path, tmp_path / "run")
+    run = RunDir.open(tmp_path / "run")
+    kept = sum(d.status == "kept" for d in run.iteration(0).read("decisions", Decision))
+
+    def update(least: int) -> tuple[bool, bool]:
+        settings, changed = settings_of(run, run.path, overrides=[f"filters.min_kept_pairs={least}"])
+        found = replay(run, settings, changed).iterations[0]
+        return found.updated, found.would_update
+
+    assert (update(kept), update(kept + 1)) == ((True, True), (True, False))
+    path = run.iteration(0).path / "preferences.meta.json"
+    write_json(path, json.loads(path.read_text()) | {"labels": {"joined": {"one": "first", "two": "second"}}})
+    assert (update(kept + 2), update(kept + 3)) == ((True, True), (True, False))
+    path = run.iteration(0).path / "updates.meta.json"
+    write_json(path, json.loads(path.read_text()) | {"skipped": True})
+    assert update(kept) == (False, True)
+
+
 def test_winners_that_turn_round_are_counted(tmp_path: Path, likelihood: RunDir) -> None:
     shutil.copytree(likelihood.path, tmp_path / "run")
     run = RunDir.open(tmp_path / "run")
@@ -272,6 +291,18 @@ def test_a_calibration_takes_the_place_of_the_consistency_rules(tmp_path: Path, 
         replay(likelihood, *settings_of(likelihood, tmp_path, calibration=file))
     dropping = settings_of(likelihood, tmp_path, calibration=file, overrides=["filters.uncalibrated=drop"])
     assert replay(likelihood, *dropping).total("kept_after") == 0
+
+
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, likelihood: RunDir) -> None:
+    text = next(likelihood.path.glob("constitutions/*/constitution.json")).relative_to(likelihood.path)
+    for n, name in enumerate(("iterations/0001/plan.json", str(text), "prompts/train.jsonl")):
+        shutil.copytree(likelihood.path, tmp_path / f"run{n}")
+        path = tmp_path / f"run{n}" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"seed": 1}\n')
+        run = RunDir.open(tmp_path / f"run{n}")
+        with pytest.raises(RlaifError, match=f"{name}.*: not a (Plan|Constitution|Prompt) "):
+            replay(run, *settings_of(run, run.path, overrides=["filters.min_margin=0.3"]))
 
 
 def test_a_damaged_vote_is_named_and_its_pair_left_out(run: RunDir) -> None:

@@ -232,6 +232,17 @@ def test_a_stage_that_was_slipped_in_is_found(run: RunDir) -> None:
     ]
 
 
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_an_evaluation_that_was_slipped_in_is_found(run: RunDir, number: int) -> None:
+    shutil.copytree(run.evaluation(4).path, run.evaluation(number).path)
+    (run.evaluation(number).path / "metrics.json").write_text('{"win_rate": 1.0}\n')
+    what = "was added after iteration 4 was done: no line of heads.jsonl covers it"
+    assert f"evaluations/{number:04d}/metrics.json: {what}" in findings(run)
+    # One after the newest iteration may be under way, as long as another iteration is.
+    run.iteration(4).path.mkdir()
+    assert (findings(run) == []) == (number == 5)
+
+
 def test_a_policy_whose_weights_are_others_is_found(run: RunDir) -> None:
     folder = run.iteration(3).path / "policy"
     (folder / "model.safetensors").write_bytes(b"other weights")

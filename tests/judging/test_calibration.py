@@ -294,6 +294,7 @@ def test_each_slice_has_its_own_threshold():
     assert not sliced.keeps(aggregate(VOTES), "hard")
     assert not sliced.keeps(aggregate(VOTES), "never seen")
     assert calibration().keeps(aggregate(VOTES), "any")
+    assert (sliced.threshold_for("hard"), sliced.threshold_for("never seen")) == (REFUSED, None)
     assert sliced.accepted
     assert not calibration({"hard": REFUSED}).accepted
 

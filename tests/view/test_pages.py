@@ -57,6 +57,17 @@ def test_a_name_that_is_not_this_machine_is_refused(address: str) -> None:
     assert get(address, Host="localhost:1234")[0] == 200
 
 
+def test_a_text_is_shown_with_what_it_includes_from_a_folder(stub_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(stub_run, tmp_path / "run")
+    text = next(tmp_path.glob("run/constitutions/*/source.yaml")).parent
+    (text / "parts").mkdir()
+    (text / "parts/task.jinja").write_text("compare them\n")
+    with served(tmp_path / "run") as url:
+        _, _, page = get(f"{url}/constitutions/{text.name}")
+    assert "parts/task.jinja" in page
+    assert "compare them" in page
+
+
 def test_unknown_pages_are_a_line(address: str) -> None:
     for path in ("/nothing", "/static/../app.py", "/static/app.py"):
         status, _, text = get(address + path)

@@ -1,0 +1,287 @@
+"""A run on one screen: iterations, evaluations, totals, what the judges cost. Nothing here prints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rlaif.audit.index import Index
+from rlaif.records import (
+    Record,
+)
+from rlaif.store import RunDir
+
+
+class IterationRow(Record):
+    """An iteration in one line."""
+
+    iteration: int
+    """From 0."""
+    constitution: str | None
+    done: bool
+    pairs: int
+    decided: int
+    kept: int
+    reasons: dict[str, int]
+    """First reason of each dropped pair → pairs, as in the tables of `rlaif run`."""
+    review: int
+    agreement: float | None
+    position_bias: float | None
+    """Share of votes for the slot shown first; None for a judge without slots."""
+    order_flips: int
+    votes: int
+    abstentions: int
+    cached: int
+    calls: int
+    tokens: int
+    """As in `JudgeCost`: without replies from the cache."""
+    loss: float | None
+    mean_words: float | None
+    trained_pairs: int
+    """0 when the update was skipped, or isn't done."""
+    skipped: bool | None
+
+
+class EvaluationRow(Record):
+    """A held-out evaluation in one line."""
+
+    updates: int
+    """After so many iterations; 0 is the base policy."""
+    constitution: str | None
+    win_rate: float | None
+    """Against the base policy, undecided pairs as half."""
+    win_interval: tuple[float, float] | None
+    mean_words: float | None
+    kl_per_token: float | None
+    relevance: float | None
+    checks: dict[str, float]
+
+
+class TextChange(Record):
+    """A text came into force."""
+
+    iteration: int
+    """The first one under it, from 0."""
+    constitution: str
+    hash: str
+
+
+class JudgeCost(Record):
+    """What a judge cost."""
+
+    judge: str
+    votes: int
+    abstentions: int
+    cached: int
+    calls: int
+    """Requests to a server, failed ones included; a budget's calls are those that were answered."""
+    prompt_tokens: int
+    """Of replies that were paid for: those from the cache don't count."""
+    completion_tokens: int
+    money: float | None
+    """By the job's prices; None without one."""
+
+
+class Totals(Record):
+    """The iterations together."""
+
+    pairs: int
+    votes: int
+    decided: int
+    kept: int
+    dropped: int
+    review: int
+    reasons: dict[str, int]
+    agreement: float | None
+    position_bias: float | None
+    order_flips: int
+    abstentions: dict[str, int]
+    preferences: int
+    replayed: int
+    human: int
+    steps: int
+
+
+class Overview(Record):
+    """A run on one screen."""
+
+    run: str
+    iterations_planned: int | None
+    iterations: tuple[IterationRow, ...]
+    changes: tuple[TextChange, ...]
+    totals: Totals
+    evaluations: tuple[EvaluationRow, ...]
+    alarms: tuple[str, ...]
+    cost: tuple[JudgeCost, ...]
+    problems: tuple[str, ...]
+
+
+def overview(index: Index, run: RunDir) -> Overview:
+    """The run on one screen."""
+    with index.session():
+        return _overview(index, run)
+
+
+def _overview(index: Index, run: RunDir) -> Overview:
+    changes: list[TextChange] = []
+    for r in index.rows("SELECT * FROM iterations WHERE text_name IS NOT NULL ORDER BY iteration"):
+        if not changes or changes[-1].hash != r["constitution"]:
+            changes.append(TextChange(iteration=r["iteration"], constitution=r["text_name"], hash=r["constitution"]))
+    header = run.header
+    return Overview(
+        run=str(run.path),
+        iterations_planned=header.get("job", {}).get("iterations"),
+        iterations=tuple(_iteration_rows(index)),
+        changes=tuple(changes),
+        totals=_totals(index),
+        evaluations=tuple(_evaluation_rows(index)),
+        alarms=tuple(
+            f"iteration {r['iteration'] + 1}: {r['message']}" if r["iteration"] is not None else r["message"]
+            for r in index.rows("SELECT iteration, message FROM events WHERE kind = 'alarm' ORDER BY line")
+        ),
+        cost=tuple(_costs(index, header.get("job", {}).get("judge", {}).get("prices") or {})),
+        problems=tuple(index.problems),
+    )
+
+
+_DECIDED = """count(*) AS decided, count(*) FILTER (status = 'kept') AS kept,
+count(*) FILTER (status = 'review') AS review, count(*) FILTER (status = 'dropped') AS dropped,
+avg(agreement) AS agreement, sum(order_flip::INTEGER) AS order_flips, sum(slot_first) AS slot_first,
+sum(slot_votes) AS slot_votes"""
+# Tokens as the budget and metrics.json count them: a reply from the cache costs nothing.
+_VOTED = """count(*) AS votes, count(*) FILTER (outcome = 'abstain') AS abstentions, count(*) FILTER (cached) AS cached,
+sum(attempts) AS calls, coalesce(sum(prompt_tokens) FILTER (NOT cached), 0) AS prompt_tokens,
+coalesce(sum(completion_tokens) FILTER (NOT cached), 0) AS completion_tokens"""
+
+
+def _by(rows: list[dict[str, Any]], key: str) -> dict[Any, dict[str, Any]]:
+    return {r[key]: r for r in rows}
+
+
+def _iteration_rows(index: Index) -> list[IterationRow]:
+    inside = "WHERE iteration IS NOT NULL GROUP BY iteration"
+    pairs = _by(index.rows(f"SELECT iteration, count(*) AS n FROM pairs {inside}"), "iteration")
+    decided = _by(index.rows(f"SELECT iteration, {_DECIDED} FROM decisions {inside}"), "iteration")
+    voted = _by(index.rows(f"SELECT iteration, {_VOTED} FROM votes {inside}"), "iteration")
+    trained = _by(index.rows(f"SELECT iteration, count(*) AS n FROM trained {inside}"), "iteration")
+    steps = _by(index.rows(f"SELECT iteration, avg(loss) AS loss FROM updates {inside}"), "iteration")
+    reasons: dict[int, dict[str, int]] = {}
+    for r in index.rows(
+        "SELECT iteration, reasons[1] AS reason, count(*) AS n FROM decisions "
+        "WHERE iteration IS NOT NULL AND len(reasons) > 0 GROUP BY ALL ORDER BY n DESC, reason"
+    ):
+        reasons.setdefault(r["iteration"], {})[r["reason"]] = r["n"]
+    out = []
+    for r in index.rows("SELECT * FROM iterations ORDER BY iteration"):
+        k = r["iteration"]
+        d, v = decided.get(k, {}), voted.get(k, {})
+        metrics = json.loads(r["metrics"]) if r["metrics"] else {}
+        out.append(
+            IterationRow(
+                iteration=k,
+                constitution=r["text_name"],
+                done=r["metrics"] is not None,
+                pairs=pairs.get(k, {}).get("n", 0),
+                decided=d.get("decided", 0),
+                kept=d.get("kept", 0),
+                reasons=reasons.get(k, {}),
+                review=d.get("review", 0),
+                agreement=d.get("agreement"),
+                position_bias=_share(d.get("slot_first"), d.get("slot_votes")),
+                order_flips=d.get("order_flips") or 0,
+                votes=v.get("votes", 0),
+                abstentions=v.get("abstentions", 0),
+                cached=v.get("cached", 0),
+                calls=int(v.get("calls") or 0),
+                tokens=int((v.get("prompt_tokens") or 0) + (v.get("completion_tokens") or 0)),
+                loss=steps.get(k, {}).get("loss"),
+                mean_words=(metrics.get("sampled") or {}).get("mean_words"),
+                trained_pairs=trained.get(k, {}).get("n", 0),
+                skipped=r["skipped"],
+            )
+        )
+    return out
+
+
+def _evaluation_rows(index: Index) -> list[EvaluationRow]:
+    out = []
+    for r in index.rows("SELECT * FROM evaluations WHERE metrics IS NOT NULL ORDER BY evaluation"):
+        m = json.loads(r["metrics"])
+        out.append(
+            EvaluationRow(
+                updates=r["evaluation"],
+                constitution=r["text_name"],
+                win_rate=m.get("win_rate") if r["evaluation"] else None,
+                win_interval=m.get("win_interval") if r["evaluation"] else None,
+                mean_words=m.get("mean_words"),
+                kl_per_token=m.get("kl_per_token"),
+                relevance=m.get("relevance"),
+                checks=m.get("checks") or {},
+            )
+        )
+    return out
+
+
+def _totals(index: Index) -> Totals:
+    (d,) = index.rows(f"SELECT {_DECIDED} FROM decisions WHERE iteration IS NOT NULL")
+    (p,) = index.rows(
+        "SELECT count(*) AS n, count(*) FILTER (source = 'replay') AS replayed, "
+        "count(*) FILTER (source = 'human') AS human FROM trained"
+    )
+
+    def count(table: str) -> int:
+        return int(index.rows(f"SELECT count(*) AS n FROM {table} WHERE iteration IS NOT NULL")[0]["n"])
+
+    reasons = index.rows(
+        "SELECT reasons[1] AS reason, count(*) AS n FROM decisions WHERE iteration IS NOT NULL AND len(reasons) > 0 "
+        "GROUP BY ALL ORDER BY n DESC, reason"
+    )
+    abstentions = index.rows(
+        "SELECT abstain_reason AS reason, count(*) AS n FROM votes WHERE iteration IS NOT NULL AND outcome = 'abstain' "
+        "GROUP BY ALL ORDER BY n DESC, reason"
+    )
+    return Totals(
+        pairs=count("pairs"),
+        votes=count("votes"),
+        decided=d["decided"],
+        kept=d["kept"],
+        dropped=d["dropped"],
+        review=d["review"],
+        reasons={r["reason"]: r["n"] for r in reasons},
+        agreement=d["agreement"],
+        position_bias=_share(d["slot_first"], d["slot_votes"]),
+        order_flips=d["order_flips"] or 0,
+        abstentions={r["reason"]: r["n"] for r in abstentions},
+        preferences=p["n"],
+        replayed=p["replayed"],
+        human=p["human"],
+        steps=count("updates"),
+    )
+
+
+def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
+    """What each judge cost, evaluations included."""
+    out = []
+    for r in index.rows(f"SELECT judge, {_VOTED} FROM votes GROUP BY judge ORDER BY judge"):
+        # A ballot's judge is `chat:MODEL@HOST`.
+        price = prices.get(str(r["judge"]).removeprefix("chat:").rpartition("@")[0])
+        money = None
+        if price:
+            money = float(r["prompt_tokens"] * price["prompt"] + r["completion_tokens"] * price["completion"]) / 1e6
+        out.append(
+            JudgeCost(
+                judge=r["judge"],
+                votes=r["votes"],
+                abstentions=r["abstentions"],
+                cached=r["cached"],
+                calls=int(r["calls"] or 0),
+                prompt_tokens=int(r["prompt_tokens"]),
+                completion_tokens=int(r["completion_tokens"]),
+                money=money,
+            )
+        )
+    return out
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return float(part or 0) / float(whole) if whole else None

@@ -1,0 +1,271 @@
+"""`rlaif audit RUN list | show | flips | disagree`: pairs, and one of them in full."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from rlaif.cli.audit_common import (
+    Json,
+    Limit,
+    Offset,
+    from_zero,
+    number,
+    opened,
+    print_json,
+    print_total,
+    short,
+)
+from rlaif.errors import UserError
+
+if TYPE_CHECKING:
+    from rlaif.audit.pair import PairDetail
+    from rlaif.audit.pairs import Page, PairFilter
+
+
+def list_(
+    ctx: typer.Context,
+    iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 1 as in tables.")] = None,
+    constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
+    status: Annotated[Literal["kept", "dropped", "review"] | None, typer.Option(help="The filter's word.")] = None,
+    reason: Annotated[str | None, typer.Option(help="A rule that spoke against the pair.")] = None,
+    principle: Annotated[str | None, typer.Option(help="A principle that some vote is about.")] = None,
+    judge: Annotated[str | None, typer.Option(help="A judge that voted (a part of its name).")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Least agreement.")] = None,
+    max_agreement: Annotated[float | None, typer.Option(help="Most agreement.")] = None,
+    flipped: Annotated[
+        bool | None, typer.Option("--flipped/--not-flipped", help="The order changed a voice's answer.")
+    ] = None,
+    disagreeing: Annotated[
+        bool | None, typer.Option("--disagreeing/--agreeing", help="Voices or judges name different sides.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text in the prompt or an answer, whatever the case.")] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Held-out pairs; --iteration is then the number of updates.")
+    ] = False,
+    sort: Annotated[Literal["log", "agreement", "margin", "length"], typer.Option(help="Order of the rows.")] = "log",
+    descending: Annotated[bool, typer.Option("--descending", help="Largest first.")] = False,
+    limit: Limit = 50,
+    offset: Offset = 0,
+    json_: Json = False,
+) -> None:
+    """List pairs with their decisions."""
+    filter = _filter(
+        iteration=iteration if evaluation else from_zero(iteration),
+        constitution=constitution,
+        status=status,
+        reason=reason,
+        principle=principle,
+        judge=judge,
+        min_agreement=min_agreement,
+        max_agreement=max_agreement,
+        flipped=flipped,
+        disagreeing=disagreeing,
+        text=text,
+        evaluation=evaluation,
+    )
+    _list(ctx, filter, sort, descending, limit, offset, json_)
+
+
+def _filter(**fields: Any) -> PairFilter:
+    from pydantic import ValidationError
+
+    from rlaif.audit.pairs import PairFilter
+
+    try:
+        return PairFilter.model_validate(fields)
+    except ValidationError as e:
+        error = e.errors()[0]
+        raise UserError(f"--{str(error['loc'][0]).replace('_', '-')}: {error['msg']} (found {error['input']!r})") from e
+
+
+def _list(
+    ctx: typer.Context, filter: PairFilter, sort: Any, descending: bool, limit: int, offset: int, json_: bool
+) -> None:
+    from rlaif.audit.pairs import list_pairs
+
+    with opened(ctx) as index:
+        page = list_pairs(index, filter, sort, descending, limit, offset)
+    if json_:
+        print_json(page)
+    else:
+        _print_page(page)
+
+
+def _print_page(page: Page) -> None:
+    from rich.table import Table
+
+    from rlaif.console import inert, stdout_console
+
+    console = stdout_console()
+    table = Table()
+    for column in ("pair", "iter.", "text", "prompt", "decision", "verdict", "agree", "p(first)", "votes"):
+        table.add_column(column, justify="right" if column in ("iter.", "agree", "p(first)", "votes") else "left",
+                         no_wrap=column in ("pair", "verdict"))  # fmt: skip
+    for r in page.rows:
+        table.add_row(
+            r.pair_id,
+            f"eval {r.iteration}" if r.evaluation else str(r.iteration + 1),
+            inert(r.constitution or "-"),
+            inert(short(r.prompt)),
+            f"{r.status or 'undecided'} {' '.join(r.reasons)}".strip(),
+            f"{r.outcome or '-'}{' (flip)' if r.order_flip else ''}",
+            number(r.agreement),
+            number(r.p_first),
+            f"{r.valid_votes}" + (f"+{r.abstentions} abst." if r.abstentions else ""),
+        )
+    if page.rows:
+        console.print(table)
+    print_total(page.total, page.offset, len(page.rows))
+
+
+def show(
+    ctx: typer.Context,
+    pair: Annotated[str, typer.Argument(metavar="PAIR", help="A pair's id, or the beginning of it.")],
+    questions: Annotated[bool, typer.Option("--questions", help="Also print each rendered question.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show one pair: answers side by side, every vote, rule by rule why it was kept, and where it trained."""
+    from rlaif.audit.pair import question_of
+    from rlaif.audit.pair import show as ask
+
+    with opened(ctx) as index:
+        found = ask(index, index.run, pair)
+        asked = {v.ballot.id: question_of(index.run, found, v.ballot.id) for v in found.votes} if questions else {}
+    if json_:
+        import json
+
+        values = found.model_dump(mode="json") | ({"questions": asked} if questions else {})
+        typer.echo(json.dumps(values, indent=1, ensure_ascii=False))
+    else:
+        _print_pair(found, asked)
+
+
+def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
+    from rich.table import Table
+
+    from rlaif.console import inert, stdout_console
+
+    console = stdout_console()
+    row = found.row
+    where = f"evaluation after {row.iteration}" if row.evaluation else f"iteration {row.iteration + 1}"
+    text = f"{found.constitution} ({found.constitution.hash})" if found.constitution else "text unknown"
+    console.print(f"[bold]pair {row.pair_id}[/]  {where}, judged under {inert(text)}, paired by {found.pair.method}")
+    for m in found.prompt_messages:
+        console.print(f"[dim]{m.role}:[/] {inert(m.content)}", soft_wrap=True)
+    sides = Table(show_lines=True, expand=True)
+    for name, completion in (("first", found.first), ("second", found.second)):
+        ended = "not in the log" if completion is None else completion.finish_reason
+        mark = " (chosen)" if row.winner == name else ""
+        sides.add_column(f"{name}{mark}: {getattr(found.pair, name)}, {ended}", ratio=1)
+    sides.add_row(*(inert(c.text) if c else "-" for c in (found.first, found.second)))
+    console.print(sides)
+
+    votes = Table(title="votes", title_justify="left")
+    for column in ("ballot", "judge", "voice", "shown", "outcome", "p(first)", "raw reply"):
+        votes.add_column(column, justify="right" if column == "p(first)" else "left", no_wrap=column == "ballot")
+    for v in found.votes:
+        b = v.ballot
+        votes.add_row(
+            b.id,
+            inert(f"{b.judge} ({v.model})"),
+            inert(f"{b.voice}{f' #{b.sample_index}' if b.sample_index else ''}{' guard' if b.guard else ''}"),
+            {"forward": "first, second", "reversed": "second, first"}.get(b.order, "no slots"),
+            f"{v.outcome}{f' ({v.abstain_reason})' if v.abstain_reason else ''}",
+            number(v.p_first, 3),
+            inert(v.raw_reply or v.error or ""),
+        )
+    console.print(votes)
+    for ballot_id, question in asked.items():
+        console.print(f"\n[bold]question of ballot {ballot_id}[/]")
+        console.print(inert(question), soft_wrap=True)
+
+    if found.decision is None:
+        console.print("not decided yet")
+    else:
+        verdict = found.decision.verdict
+        sent_by = f" ({found.decision.review_rule})" if found.decision.review_rule else ""
+        console.print(
+            f"verdict: [bold]{verdict.outcome}[/], p(first) {number(verdict.p_first, 3)}, agreement "
+            f"{number(verdict.agreement, 3)}; decision: [bold]{found.decision.status}[/]{sent_by}"
+        )
+        for rule in found.rules:
+            mark = "[green]passed[/]" if rule.passed else "[red]against[/]"
+            console.print(f"  {mark}  {rule.name:13} {inert(rule.sentence)}")
+    for label in found.labels:
+        because = f": {label.reason}" if label.reason else ""
+        console.print(inert(f"label: {label.outcome} by {label.author} at {label.time}{because}"))
+    for t in found.preferences:
+        steps = f"step {', '.join(map(str, t.steps))}" if t.steps else "no step"
+        what = f"iteration {t.iteration + 1} as {t.source}, {t.chosen} chosen"
+        if t.policy_after:
+            console.print(f"trained in {what}: {steps}, into policy {t.policy_after} (after {t.iteration + 1})")
+        else:
+            console.print(f"mixed in {what}: {'update skipped' if t.skipped else 'no policy yet'}")
+    if not any(t.policy_after for t in found.preferences):
+        console.print("never trained on")
+    if found.vote_lines:
+        console.print(inert(f"votes: {found.vote_lines[0]} to line {found.vote_lines[-1].rpartition(':')[2]}"))
+
+
+def flips(
+    ctx: typer.Context,
+    iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 1 as in tables.")] = None,
+    constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
+    limit: Limit = 50,
+    offset: Offset = 0,
+    json_: Json = False,
+) -> None:
+    """Pairs on which a voice gave another answer when the order changed."""
+    _splits(ctx, {"flipped": True}, iteration, constitution, limit, offset, json_)
+
+
+def disagree(
+    ctx: typer.Context,
+    iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 1 as in tables.")] = None,
+    constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
+    limit: Limit = 50,
+    offset: Offset = 0,
+    json_: Json = False,
+) -> None:
+    """Pairs on which voices or judges, each sure of itself in both orders, name different sides."""
+    _splits(ctx, {"disagreeing": True}, iteration, constitution, limit, offset, json_)
+
+
+def _splits(
+    ctx: typer.Context,
+    wanted: dict[str, bool],
+    iteration: int | None,
+    constitution: str | None,
+    limit: int,
+    offset: int,
+    json_: bool,
+) -> None:
+    from rich.table import Table
+
+    from rlaif.audit.pairs import splits
+    from rlaif.console import inert, stdout_console
+
+    filter = _filter(iteration=from_zero(iteration), constitution=constitution, **wanted)
+    with opened(ctx) as index:
+        page = splits(index, filter, limit, offset)
+    if json_:
+        print_json(page)
+        return
+    table = Table()
+    for column in ("pair", "iter.", "prompt", "decision", "judge", "voice", "first shown first", "second shown first"):
+        table.add_column(column, justify="right" if column == "iter." else "left", no_wrap=column == "pair")
+    for split in page.rows:
+        r = split.row
+        start = [r.pair_id, str(r.iteration + 1), inert(short(r.prompt, 40)), r.status or "undecided"]
+        for v in split.voices:
+            voice = f"{v.voice}{f' #{v.sample_index}' if v.sample_index else ''}{' guard' if v.guard else ''}"
+            forward = " ".join(v.forward or v.unordered) or "-"
+            table.add_row(*start, inert(v.judge), inert(voice), forward, " ".join(v.reversed) or "-")
+            start = [""] * 4
+        table.add_section()
+    console = stdout_console()
+    if page.rows:
+        console.print(table)
+    print_total(page.total, page.offset, len(page.rows))
