@@ -6,7 +6,7 @@ import os
 import platform
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,7 +54,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         stack.enter_context(_sigterm_like_ctrl_c())
         job = _check_resume(run, job, allow_change)
         texts = Texts(job, run, base_dir, progress.note)
-        train, held_out = _prompts(run, job, base_dir)
+        train, held_out = _prompts(run, job, base_dir, progress.note)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
         base = models.resolve(job.policy.model, progress=lambda message, share: progress.note(message))
         digests = {"policy": models.digest_of(base)}
@@ -159,14 +159,16 @@ def _check_resume(run: RunDir, job: Job, allow_change: bool) -> Job:
     return job
 
 
-def _prompts(run: RunDir, job: Job, base_dir: Path) -> tuple[list[Prompt], list[Prompt]]:
+def _prompts(
+    run: RunDir, job: Job, base_dir: Path, note: Callable[[str], None] | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
     """The run's own copies, made at the start: a prompt file that changes or vanishes can't change a run."""
     folder = run.path / "prompts"
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     if not all(f.exists() for f in files):
-        held_out = with_system(load_prompts(job.prompts.held_out, base_dir), job.policy.system_prompt)
+        held_out = with_system(load_prompts(job.prompts.held_out, base_dir, note), job.policy.system_prompt)
         train = exclude_held_out(
-            with_system(load_prompts(job.prompts.train, base_dir), job.policy.system_prompt), held_out
+            with_system(load_prompts(job.prompts.train, base_dir, note), job.policy.system_prompt), held_out
         )
         if not train or not held_out:
             empty = job.prompts.train if not train else job.prompts.held_out
