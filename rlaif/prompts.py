@@ -316,7 +316,8 @@ def _dataset_rows(source: str) -> Iterator[Row]:
     # load_dataset raises a dozen kinds for a wrong name, a wrong split and a missing network alike.
     except Exception as e:
         raise UserError(
-            f"{source}: datasets can't load it ({_first_line(e)}); check name, configuration, split and network, or give a file"
+            f"{source}: datasets can't load it ({_first_line(e)}); "
+            "check name, configuration, split and network, or give a file"
         ) from e
     yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
 

@@ -381,6 +381,34 @@ def test_callbacks_see_what_a_trl_user_expects(
     assert {"rewards/accuracies", "logps/chosen", "learning_rate", "entropy"} <= logs.keys()
 
 
+def test_what_a_tracker_writes_outlives_the_learner(
+    model_path: str, settings: config.Learner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import transformers.integrations.integration_utils as trackers
+
+    class Tracker(TrainerCallback):
+        """Writes beside the trainer's checkpoints, as TensorBoard's does, and keeps the rest until it is told."""
+
+        def __init__(self) -> None:
+            self._wandb = self
+            self.kept: list[str] = []
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.folder = Path(args.output_dir) / "runs"
+            self.kept.append(str(state.global_step))
+
+        def finish(self) -> None:
+            self.folder.mkdir()
+            (self.folder / "log").write_text(" ".join(self.kept))
+
+    monkeypatch.setitem(trackers.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    changed = settings.model_copy(update={"args": {"report_to": ["tensorboard"]}})
+    made = make_learner("dpo", model_path, changed, seed=7, output_dir=str(tmp_path / "out"))
+    list(made.update(make_preferences(8), 0))
+    made.close()
+    assert (tmp_path / "out" / "runs" / "log").read_text() == "1 2"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
