@@ -83,7 +83,7 @@ class TrlLearner(ABC):
         self.seed = seed
         disable_progress_bar()  # of transformers: progress is the loop's to show
         # The trainer wants a folder of its own, even when it writes nothing there.
-        self._scratch = None if output_dir else tempfile.TemporaryDirectory(prefix="rlaif-learner-")
+        self._scratch = tempfile.TemporaryDirectory(prefix="rlaif-learner-")
         self._output_dir = output_dir or self._scratch.name
         args = self._trainer_args()
         policy, self.tokenizer = _load(model_path)
@@ -319,8 +319,7 @@ class TrlLearner(ABC):
             # wandb uploads the rest at the interpreter's exit, which a worker skips.
             if (wandb := getattr(callback, "_wandb", None)) is not None:
                 wandb.finish()
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        self._scratch.cleanup()
 
     # ---- state
 
