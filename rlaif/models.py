@@ -125,6 +125,12 @@ def resolve(name: str, cache_dir: Path | None = None, progress: Progress | None 
     return _resolve_hub(match["repo"], match["revision"], progress or _silent)
 
 
+def hub_id(name: str) -> str | None:
+    """The hub's id (without revision) in a job's name of a model; None for a local folder and an embedded model."""
+    match = _HUB_ID.fullmatch(name)
+    return None if match is None or Path(name).expanduser().is_dir() else match["repo"]
+
+
 def weight_files(path: Path) -> list[Path]:
     """The files that hold a model's weights, by name."""
     return sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
