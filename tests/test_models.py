@@ -79,6 +79,24 @@ def test_damaged_weights_are_converted_again(fake_embedded: list[Path], tmp_path
     assert len(fake_embedded) == 2
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_converted_again(fake_embedded: list[Path], tmp_path: Path, file: str) -> None:
+    path = models.resolve(NAME, tmp_path / "c")
+    (path / file).write_text("torn")
+    models.resolve(NAME, tmp_path / "c")
+    assert not (path / file).exists()
+    assert len(fake_embedded) == 2
+
+
+def test_a_folder_converted_before_tokenizers_were_noted_is_kept(fake_embedded: list[Path], tmp_path: Path) -> None:
+    path = models.resolve(NAME, tmp_path / "c")
+    manifest = json.loads((path / models.MANIFEST).read_text())
+    del manifest["tokenizer"]
+    (path / models.MANIFEST).write_text(json.dumps(manifest))
+    assert models.resolve(NAME, tmp_path / "c") == path
+    assert len(fake_embedded) == 1
+
+
 def test_a_killed_conversion_leaves_nothing_that_counts(
     fake_embedded: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
