@@ -37,7 +37,8 @@ class Prompts(Section):
     """Where prompts come from."""
 
     train: str = "prompts/everyday.jsonl"
-    """JSONL, JSON, CSV or Parquet file, or `datasets:NAME[:SPLIT]`. A row has `prompt` (text) or `messages` (chat)."""
+    """JSONL, JSON, CSV or Parquet file, `datasets:NAME[:SPLIT]` or `datasets:NAME:CONFIG:SPLIT`. A row has `prompt`
+    (text or chat) or `messages` (chat); answers at a chat's end are left out."""
     held_out: str = "prompts/everyday_held_out.jsonl"
     """The same, for evaluation; a prompt found in both never trains."""
     per_iteration: int = Field(24, ge=1)

@@ -12,8 +12,10 @@ never mix, so that a policy is never measured with a question that trained it.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -235,10 +237,35 @@ def parse_constitution(text: str, name: str, version: int, source: str) -> Const
             line = _line(root, (key,))
             raise UserError(f"{source}:{line}: `{key}` comes from the file's place (<name>/v<N>.yaml); delete the line")
     try:
-        return Constitution.model_validate({**tree, "name": name, "version": version})
+        parsed = Constitution.model_validate({**tree, "name": name, "version": version})
     except ValidationError as e:
-        errors = [f"{source}:{_line(root, err['loc'])}: {_explain(err)}" for err in e.errors()]
+        found = e.errors()
+        if any(len(err["loc"]) > 1 and err["loc"][0] == "principles" for err in found):
+            # A principle that can't be read is one too few; only the first is news.
+            found = [err for err in found if (err["loc"], err["type"]) != (("principles",), "too_short")]
+        errors = [f"{source}:{_line(root, err['loc'])}: {_explain(err)}" for err in found]
         raise UserError("; ".join(errors)) from e
+    for loc, why in _without_effect(parsed):
+        raise UserError(f"{source}:{_line(root, loc)}: {'.'.join(map(str, loc))}: {why}")
+    return parsed
+
+
+def _without_effect(text: Constitution) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Where a file says what can't be meant, and why. Not part of the record: a run's stored text stays readable."""
+    same = "`prefer` and `avoid` are the same text"
+    for i, p in enumerate(text.principles):
+        here = ("principles", i)
+        if not math.isfinite(p.weight):
+            yield (*here, "weight"), f"a weight is a finite number, found {p.weight}"
+        if p.prefer is not None and p.avoid is not None and p.prefer.strip() == p.avoid.strip():
+            yield (*here, "avoid"), same
+        for n, other in enumerate(p.paraphrases):
+            if other.prefer.strip() == other.avoid.strip():
+                yield (*here, "paraphrases", n), same
+        for what in ("words", "list_items"):
+            least, most = (getattr(p.check, f"{bound}_{what}", None) for bound in ("min", "max"))
+            if least is not None and most is not None and least > most:
+                yield (*here, "check"), f"no answer can meet min_{what} {least} and max_{what} {most}"
 
 
 def constitution_files(directory: Path | str) -> dict[str, dict[int, Path]]:
@@ -249,6 +276,12 @@ def constitution_files(directory: Path | str) -> dict[str, dict[int, Path]]:
         if match := _VERSION_FILE.fullmatch(path.name):
             out.setdefault(path.parent.name, {})[int(match[1])] = path
     return {name: dict(sorted(versions.items())) for name, versions in out.items()}
+
+
+def misnamed_files(directory: Path | str) -> list[Path]:
+    """YAML files beside the versions that nothing reads, because they are not called `v<N>.yaml`."""
+    files = sorted(p for pattern in ("*/*.yaml", "*/*.yml") for p in Path(directory).glob(pattern))
+    return [p for p in files if not _VERSION_FILE.fullmatch(p.name)]
 
 
 def list_constitutions(directory: Path | str) -> list[Constitution]:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from rlaif.errors import UserError
+from rlaif.models import hub_id
 from rlaif.store import RunDir, replace_dir
 from rlaif.summary import summarise
 
@@ -56,7 +57,7 @@ def model_card(run: RunDir, updates: int) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        f"base_model: {job['policy']['model']}",
+        *([f"base_model: {base}"] if (base := hub_id(job["policy"]["model"])) else []),
         "tags: [rlaif, dpo]",
         "---",
         f"# {run.path.name}, after {updates} iterations",

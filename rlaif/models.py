@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import Record
@@ -72,6 +71,15 @@ EMBEDDED = {
 }
 
 
+class TokenizerIdentity(Record):
+    """What turns messages into token ids, as recorded in run.json."""
+
+    tokenizer: str
+    """sha256 (16 hex digits) of the tokenizer's files."""
+    chat_template: str | None
+    """sha256 (16 hex digits) of the chat template's text; None without one."""
+
+
 class Manifest(Record):
     """Written beside converted weights: where they come from, and their digest."""
 
@@ -81,15 +89,8 @@ class Manifest(Record):
     """`digest_of` the folder."""
     converter: str
     """Versions that did the conversion."""
-
-
-class TokenizerIdentity(Record):
-    """What turns messages into token ids, as recorded in run.json."""
-
-    tokenizer: str
-    """sha256 (16 hex digits) of the tokenizer's files."""
-    chat_template: str | None
-    """sha256 (16 hex digits) of the chat template's text; None without one."""
+    tokenizer: TokenizerIdentity | None = None
+    """`tokenizer_identity` of the folder; None in a folder that an earlier rlaif converted, which isn't checked."""
 
 
 def cache_root() -> Path:
@@ -123,6 +124,12 @@ def resolve(name: str, cache_dir: Path | None = None, progress: Progress | None 
     if match is None or name.startswith(("./", "../", "~", "/")):
         raise UserError(f"{name}: no such folder; give a local folder, a hub id (org/model) or {_embedded_names()}")
     return _resolve_hub(match["repo"], match["revision"], progress or _silent)
+
+
+def hub_id(name: str) -> str | None:
+    """The hub's id (without revision) in a job's name of a model; None for a local folder and an embedded model."""
+    match = _HUB_ID.fullmatch(name)
+    return None if match is None or Path(name).expanduser().is_dir() else match["repo"]
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -213,8 +220,9 @@ def converted(path: Path) -> bool:
     """Whether a folder holds finished, undamaged converted weights."""
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
-        return digest_of(path) == manifest.digest
-    except (OSError, ValidationError, UserError):
+        whole = manifest.tokenizer in (None, tokenizer_identity(path))
+        return whole and digest_of(path) == manifest.digest
+    except (OSError, ValueError, UserError):  # ValueError: not the JSON or the record that it should be
         return False
 
 
@@ -272,7 +280,11 @@ def _convert(key: str, source: Path, target: Path, progress: Progress) -> None:
     try:
         versions = _run_converter(source, work, progress)
         manifest = Manifest(
-            source=f"embedded:{key}", source_sha256=spec.sha256, digest=digest_of(work), converter=versions
+            source=f"embedded:{key}",
+            source_sha256=spec.sha256,
+            digest=digest_of(work),
+            converter=versions,
+            tokenizer=tokenizer_identity(work),
         )
         (work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         work.chmod(0o755)  # mkdtemp and safetensors write for the owner only; a cache may be shared

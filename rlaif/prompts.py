@@ -1,7 +1,11 @@
 """Prompt sets: where prompts come from, and which of them an iteration takes.
 
-In: a JSONL, JSON, CSV or Parquet file, or `datasets:NAME[:SPLIT]`. A row has `prompt` (text) or `messages`
-(chat, the last message from the user), and may have `id` and `category`; other columns are ignored. Out: `Prompt`s.
+In: a JSONL, JSON, CSV or Parquet file, or `datasets:NAME[:SPLIT]`. A row has `prompt` (text, or a chat as TRL writes
+it) or `messages` (chat), and may have `id` and `category`; other columns are ignored. Answers at the end of a chat are
+left out: the policy gives its own. Out: `Prompt`s.
+
+A file is somebody's own: a row with both columns or a repeated prompt is a mistake there. Data sets made for other
+trainings have both as a matter of course: `prompt` counts, and repeats are skipped.
 
 The order is a function of the seed and the position alone, so a resumed run continues it without any state.
 """
@@ -12,7 +16,7 @@ import csv
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,14 @@ Row = tuple[str, Any]
 """Where a row was found, as errors name it (`file:line`), and its value."""
 
 
-def load_prompts(source: str, base_dir: Path) -> list[Prompt]:
+def load_prompts(source: str, base_dir: Path, note: Callable[[str], None] | None = None) -> list[Prompt]:
     """Reads a prompt set.
 
     Args:
-        source: a file (relative to `base_dir`, or absolute) or `datasets:NAME[:SPLIT]`; the split is `train` if absent.
+        source: a file (relative to `base_dir`, or absolute), `datasets:NAME[:SPLIT]` or `datasets:NAME:CONFIG:SPLIT`;
+            the split is `train` if absent, and NAME may be a folder.
         base_dir: folder that relative files are looked up in.
+        note: told how many repeated prompts of a data set were skipped.
 
     Returns:
         The prompts in the source's order. A prompt without `id` gets one from the hash of its messages.
@@ -45,8 +51,13 @@ def load_prompts(source: str, base_dir: Path) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
+    foreign, skipped = source.startswith(DATASETS_PREFIX), 0
+    conversations: dict[str, tuple[Message, ...]] = {}
     for where, row in _rows(source, base_dir):
-        prompt = _prompt(row, where)
+        prompt = _prompt(row, where, foreign)
+        if foreign and conversations.setdefault(prompt.id, prompt.messages) == prompt.messages and prompt.id in seen:
+            skipped += 1
+            continue
         if prompt.id in seen:
             hint = "give each row an id of its own" if _has_id(row) else "the prompt is repeated, remove one of the two"
             raise UserError(f"{where}: id `{prompt.id}` was already used at {seen[prompt.id]}; {hint}")
@@ -54,6 +65,8 @@ def load_prompts(source: str, base_dir: Path) -> list[Prompt]:
         prompts.append(prompt)
     if not prompts:
         raise UserError(f"{source}: no prompts in it; a row looks like {_EXAMPLE}")
+    if skipped and note:
+        note(f"{source}: {skipped} repeated prompts skipped, {len(prompts)} are left")
     return prompts
 
 
@@ -159,21 +172,25 @@ def _has_id(row: Any) -> bool:
     return isinstance(row, dict) and row.get("id") not in (None, "")
 
 
-def _prompt(row: Any, where: str) -> Prompt:
+def _prompt(row: Any, where: str, foreign: bool) -> Prompt:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {type(row).__name__}; a row looks like {_EXAMPLE}")
     # CSV and Parquet have every column in every row: an empty cell is an absent field.
     fields = {k: v for k, v in row.items() if v is not None and v != ""}
     text, chat = fields.get("prompt"), fields.get("messages")
+    if foreign and text is not None:
+        chat = None
     if (text is None) == (chat is None):
         found = "both" if text is not None else f"`{'`, `'.join(map(str, row)) or 'nothing'}`"
         raise UserError(f"{where}: a row needs either `prompt` (text) or `messages` (chat), found {found}")
-    if text is not None:
+    if isinstance(text, list):
+        messages = _messages(text, "prompt", where)
+    elif text is not None:
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: `prompt` must be text that isn't blank, found {text!r}")
-        messages: tuple[Message, ...] = (Message(role="user", content=text),)
+        messages = (Message(role="user", content=text),)
     else:
-        messages = _messages(chat, where)
+        messages = _messages(chat, "messages", where)
     category = fields.get("category")
     return Prompt(
         id=str(fields["id"]) if "id" in fields else digest([m.model_dump() for m in messages]),
@@ -182,23 +199,25 @@ def _prompt(row: Any, where: str) -> Prompt:
     )
 
 
-def _messages(chat: Any, where: str) -> tuple[Message, ...]:
+def _messages(chat: Any, column: str, where: str) -> tuple[Message, ...]:
     if isinstance(chat, str):  # a CSV cell
         try:
             chat = json.loads(chat)
         except json.JSONDecodeError as e:
-            raise UserError(f"{where}: `messages` is text but not JSON ({e.msg})") from e
+            raise UserError(f"{where}: `{column}` is text but not JSON ({e.msg})") from e
     if not isinstance(chat, list) or not chat:
-        raise UserError(f"{where}: `messages` must be a list of {{role, content}} that isn't empty")
+        raise UserError(f"{where}: `{column}` must be a list of {{role, content}} that isn't empty")
     try:
-        messages = tuple(Message.model_validate(m) for m in chat)
+        messages = [Message.model_validate(m) for m in chat]
     except ValidationError as e:
         error = e.errors()[0]
         at = ".".join(str(part) for part in error["loc"])
-        raise UserError(f"{where}: `messages`: {at}: {error['msg']} (a message is {{role, content}})") from e
+        raise UserError(f"{where}: `{column}`: {at}: {error['msg']} (a message is {{role, content}})") from e
+    while len(messages) > 1 and messages[-1].role == "assistant":
+        messages.pop()
     if messages[-1].role != "user" or not messages[-1].content.strip():
-        raise UserError(f"{where}: the last of `messages` must be the user's and not blank, found {messages[-1]!r}")
-    return messages
+        raise UserError(f"{where}: the last of `{column}` must be the user's and not blank, found {messages[-1]!r}")
+    return tuple(messages)
 
 
 def _rows(source: str, base_dir: Path) -> Iterator[Row]:
@@ -275,19 +294,30 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _dataset_rows(source: str) -> Iterator[Row]:
-    name, _, split = source.removeprefix(DATASETS_PREFIX).partition(":")
-    if not name:
-        raise UserError(f"{source}: expected `{DATASETS_PREFIX}NAME` or `{DATASETS_PREFIX}NAME:SPLIT`")
+    name, *rest = source.removeprefix(DATASETS_PREFIX).split(":")
+    if not name or len(rest) > 2:
+        raise UserError(
+            f"{source}: expected `{DATASETS_PREFIX}NAME`, `{DATASETS_PREFIX}NAME:SPLIT` or "
+            f"`{DATASETS_PREFIX}NAME:CONFIG:SPLIT`"
+        )
+    split = (rest[-1] if rest else "") or "train"
+    names = [name, *filter(None, rest[:-1])]
     try:
         import datasets
     except ImportError as e:
         raise UserError(f"{source}: needs the datasets package; `pip install 'rlaif[train]'` brings it") from e
     try:
-        rows = datasets.load_dataset(name, split=split or "train")
+        if (Path(name) / "dataset_dict.json").is_file():  # a folder of `save_to_disk`
+            rows = datasets.load_from_disk(name)[split]
+        elif (Path(name) / "state.json").is_file():
+            rows = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(*names, split=split)
     # load_dataset raises a dozen kinds for a wrong name, a wrong split and a missing network alike.
     except Exception as e:
         raise UserError(
-            f"{source}: datasets can't load it ({_first_line(e)}); check name, split and network, or give a file"
+            f"{source}: datasets can't load it ({_first_line(e)}); "
+            "check name, configuration, split and network, or give a file"
         ) from e
     yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
 

@@ -32,7 +32,7 @@ from typing import Any, Literal, Protocol, Self
 from rlaif.errors import RlaifError, UserError, WorkerError
 
 _START = 0  # the id of the answer to construction
-_CLOSE_GRACE_S = 5.0
+_CLOSE_GRACE_S = 15.0  # a tracker may have something to upload
 _POLL_S = 1.0
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlaif import cli
 from rlaif.errors import RlaifError, RunInterrupted, UserError, WorkerError
 from tests.conftest import make_project
+from tests.stubs import write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
@@ -177,6 +180,30 @@ def test_a_vanished_prompt_file_at_the_start_is_exit_2(rlaif, tmp_path: Path) ->
     assert "train.jsonl" in err.splitlines()[-1]
 
 
+def test_constitution_check_says_what_it_did_not_read(tmp_path: Path, rlaif) -> None:
+    code, _, err = rlaif("constitution", "check", "--dir", "nope", cwd=tmp_path)
+    assert code == 2
+    assert "nope: no constitution in it" in err
+    folder = write_texts(tmp_path, 1)
+    code, out, _ = rlaif("constitution", "check", cwd=tmp_path)
+    assert (code, out.split()[-1]) == (0, "ok")
+    (folder / "v2.yml").write_text("")
+    code, out, err = rlaif("constitution", "check", cwd=tmp_path)
+    assert (code, out.split()[-1]) == (2, "ok")
+    assert "constitutions/rules/v2.yml: nothing reads it" in err
+
+
+def test_constitution_check_knows_the_templates(tmp_path: Path, rlaif) -> None:
+    folder = write_texts(tmp_path, 1)
+    shutil.copytree(ROOT / "prompts" / "judge", tmp_path / "prompts" / "judge")
+    assert rlaif("constitution", "check", cwd=tmp_path)[0] == 0
+    (folder / "v1.yaml").write_text((folder / "v1.yaml").read_text() + "template: pairwize\n")
+    code, _, err = rlaif("constitution", "check", cwd=tmp_path)
+    assert code == 2
+    assert "constitutions/rules/v1.yaml: judge template `pairwize`" in err
+    assert "did you mean `pairwise`?" in err
+
+
 def test_a_run_from_the_command_line(tiny_model: Path, tmp_path: Path, rlaif) -> None:
     pytest.importorskip("trl")
     make_project(tmp_path, tiny_model, iterations=1, schedule={0: "rules@1"}, replay={"share": 0.0})
@@ -194,6 +221,16 @@ def test_a_run_from_the_command_line(tiny_model: Path, tmp_path: Path, rlaif) ->
     code, out, _ = rlaif("export", "runs/tiny", "--to", "policy", cwd=tmp_path)
     assert code == 0
     assert (tmp_path / "policy/model.safetensors").exists()
+    card = (tmp_path / "policy/README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {"library_name": "transformers", "tags": ["rlaif", "dpo"]}, "a local base is no hub id"
+    assert "constitutions in force, in order: rules@1 (" in card
+    assert f"from `{tiny_model}`" in card
+    assert [line.split("|")[1].strip() for line in card.splitlines() if line.startswith("| ")][1:] == ["0", "1"]
+    code, out, err = rlaif("chat", "runs/tiny", "--prompt", "w5 w6", "--max-tokens", "4", cwd=tmp_path)
+    assert code == 0, err
+    assert [line.partition(":")[0] for line in out.splitlines() if ":" in line] == ["base", "after 1"]
+    assert "w" in out.partition("base:")[2].partition("after")[0]
     code, _, err = rlaif("run", "tiny.yaml", "--set", "seed=3", cwd=tmp_path)
     assert code == 2
     assert "seed (0 -> 3)" in err

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from rlaif.constitution import (
+    Constitution,
     constitution_files,
     diff,
     list_constitutions,
     load_constitution,
+    misnamed_files,
     parse_constitution,
 )
 from rlaif.errors import UserError
@@ -86,12 +88,38 @@ def test_voices_keep_their_uses_and_take_examples_two_by_two():
         ("summary: Brief.", "name: x\nsummary: Brief.", "v1.yaml:1: `name` comes from the file's place"),
         ("worse: At a certain time.", "worse: Now.", "v1.yaml:15: principles.1.examples.2: `better` and `worse` are"),
         ("    guard: true", "    guard: true\n    check: {max_word: 3}", "did you mean `max_words`?"),
+        ("    guard: true", "    guard: true\n    weight: .inf", "v1.yaml:6: principles.0.weight: a weight is"),
+        ("avoid: Be long.", "avoid: 'Be brief. '", "v1.yaml:9: principles.1.avoid: `prefer` and `avoid` are the same"),
+        ("Many words.", "Few words.", "v1.yaml:11: principles.1.paraphrases.0: `prefer` and `avoid` are the same"),
+        ("    guard: true", "    guard: true\n    check: {max_words: 5, min_words: 10}",
+         "v1.yaml:6: principles.0.check: no answer can meet min_words 10 and max_words 5"),
     ],
 )  # fmt: skip
 def test_errors_name_file_line_and_the_near_key(old, new, message):
     with pytest.raises(UserError) as error:
         parse(TEXT.replace(old, new, 1))
     assert message in str(error.value)
+
+
+def test_an_error_in_the_only_principle_is_one_error():
+    with pytest.raises(UserError) as error:
+        parse("summary: x\nprinciples:\n  - {id: a, rule: r, prefer: p, avoid: q, wieght: 2}\n")
+    assert str(error.value) == "v1.yaml:3: unknown key `principles.0.wieght`; did you mean `weight`?"
+    with pytest.raises(UserError, match="at least 1 item"):
+        parse("summary: x\nprinciples: []\n")
+
+
+def test_a_stored_text_is_read_as_it_is():
+    stored = parse().model_dump(mode="json")
+    stored["principles"][1]["avoid"] = stored["principles"][1]["prefer"]
+    assert Constitution.model_validate(stored).principle("brief").avoid == "Be brief."
+
+
+def test_yaml_that_is_no_version_is_named(tmp_path):
+    write(tmp_path, "test", 1)
+    for name in ("v2.yml", "v2 copy.yaml", "notes.md"):
+        (tmp_path / "test" / name).write_text(TEXT)
+    assert [p.name for p in misnamed_files(tmp_path)] == ["v2 copy.yaml", "v2.yml"]
 
 
 @pytest.mark.parametrize("text", ["", "- a", "just words"])

@@ -79,6 +79,24 @@ def test_damaged_weights_are_converted_again(fake_embedded: list[Path], tmp_path
     assert len(fake_embedded) == 2
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_converted_again(fake_embedded: list[Path], tmp_path: Path, file: str) -> None:
+    path = models.resolve(NAME, tmp_path / "c")
+    (path / file).write_text("torn")
+    models.resolve(NAME, tmp_path / "c")
+    assert not (path / file).exists()
+    assert len(fake_embedded) == 2
+
+
+def test_a_folder_converted_before_tokenizers_were_noted_is_kept(fake_embedded: list[Path], tmp_path: Path) -> None:
+    path = models.resolve(NAME, tmp_path / "c")
+    manifest = json.loads((path / models.MANIFEST).read_text())
+    del manifest["tokenizer"]
+    (path / models.MANIFEST).write_text(json.dumps(manifest))
+    assert models.resolve(NAME, tmp_path / "c") == path
+    assert len(fake_embedded) == 1
+
+
 def test_a_killed_conversion_leaves_nothing_that_counts(
     fake_embedded: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,9 +170,9 @@ def test_a_missing_folder_is_not_asked_of_the_hub(name: str) -> None:
 
 
 def test_hub_id_offline_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    constants = pytest.importorskip("huggingface_hub.constants")  # loaded late: the package alone may not have it yet
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=f"the model hub can't be reached.*{NAME}"):
         models.resolve("nobody/nothing")
 
@@ -171,6 +189,14 @@ def test_hub_id_with_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert models.resolve("org/model@abc123") == tmp_path / "snapshot"
     assert models.resolve("org/model") == tmp_path / "snapshot"
     assert asked == [("org/model", "abc123"), ("org/model", None)]
+
+
+def test_only_a_hub_id_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "models" / "mine")
+    assert models.hub_id("org/model@abc123") == "org/model"
+    assert models.hub_id("gpt2") == "gpt2"
+    assert [models.hub_id(name) for name in (NAME, "models/mine", "/models/mine", "./models/x")] == [None] * 4
 
 
 def test_digest_follows_the_weights_only(tmp_path: Path) -> None:

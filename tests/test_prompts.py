@@ -160,6 +160,56 @@ def test_datasets_name_and_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert asked == [("me/questions", "train"), ("me/questions", "test")]
 
 
+CHAT = [{"role": "user", "content": "Why sleep?"}, {"role": "assistant", "content": "To rest."}]
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_a_chat_is_read_from_either_column_without_its_answer(tmp_path: Path, column: str) -> None:
+    write(tmp_path / "set.jsonl", [{column: CHAT[:1]}, {column: [*CHAT, {"role": "user", "content": "How?"}, CHAT[1]]}])
+    first, second = load_prompts("set.jsonl", tmp_path)
+    assert [m.content for m in first.messages] == ["Why sleep?"]
+    assert [m.content for m in second.messages] == ["Why sleep?", "To rest.", "How?"]
+
+
+def test_a_data_set_may_repeat_prompts_and_have_both_columns(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "hub").mkdir()
+    rows = [{"prompt": "Why sleep?", "messages": CHAT}] * 2 + [{"prompt": "Why eat?", "messages": CHAT}]
+    write(tmp_path / "hub" / "train.parquet", rows)
+    notes: list[str] = []
+    source = f"datasets:{tmp_path / 'hub'}"
+    assert [p.text for p in load_prompts(source, tmp_path, notes.append)] == ["Why sleep?", "Why eat?"]
+    assert notes == [f"{source}: 1 repeated prompts skipped, 2 are left"]
+
+
+def test_a_data_sets_id_must_not_name_two_prompts(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub" / "train.parquet", [{"id": "a", "prompt": "Why?"}, {"id": "a", "prompt": "How?"}])
+    with pytest.raises(UserError, match="id `a` was already used"):
+        load_prompts(f"datasets:{tmp_path / 'hub'}", tmp_path)
+
+
+def test_a_saved_data_set_is_read_from_its_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_list([{"prompt": CHAT[:1]}])
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "test": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "two")
+    assert [p.text for p in load_prompts(f"datasets:{tmp_path / 'one'}", tmp_path)] == ["Why sleep?"]
+    assert [p.id for p in load_prompts(f"datasets:{tmp_path / 'two'}:test", tmp_path)] == ["a", "b"]
+
+
+def test_datasets_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or ROWS)
+    load_prompts("datasets:me/q:english:test", tmp_path)
+    load_prompts("datasets:me/q:english:", tmp_path)
+    assert asked == [("me/q", "english", "test"), ("me/q", "english", "train")]
+    with pytest.raises(UserError, match="NAME:CONFIG:SPLIT"):
+        load_prompts("datasets:me/q:a:b:c", tmp_path)
+
+
 def test_datasets_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
 

@@ -222,7 +222,9 @@ def test_a_changed_job_is_refused_by_naming_the_keys(begun: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["iterations=9", "eval.every=1", "monitors.min_mean_words=3", "workers=process",
-                                 "learner.learning_rate=1e-6"])  # fmt: skip
+                                 "learner.learning_rate=1e-6", "sampling.gpu_memory_utilization=0.5",
+                                 "sampling.tensor_parallel_size=2", "learner.args.per_device_train_batch_size=1",
+                                 "learner.args.gradient_checkpointing=true"])  # fmt: skip
 def test_a_harmless_change_needs_a_word(begun: Path, key: str) -> None:
     from rlaif.config import load_job
     from rlaif.launch import _check_resume
@@ -333,6 +335,16 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root, root / "whole"
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The rows that a kill can't take back."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_whole_lines_leave_a_torn_one_out(tmp_path: Path) -> None:
+    (tmp_path / "votes.jsonl.partial").write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert whole_lines(tmp_path / "votes.jsonl.partial") == ['{"a": 1}\n', '{"a": 2}\n']
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.model
@@ -346,23 +358,26 @@ def test_a_kill_on_real_workers(real: tuple[Path, Path], stage: str) -> None:
     process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
     partial = run / "iterations" / "0001" / f"{stage}.jsonl.partial"
     deadline = time.monotonic() + 400
-    # An update is killed after its first step; the other stages are at work as soon as their file is there.
-    while not partial.exists() or (stage == "updates" and not partial.stat().st_size):
+    # Votes and updates are killed after their first rows; sampling is at work as soon as its file is there.
+    while not partial.exists() or (stage != "completions" and not partial.stat().st_size):
         assert process.poll() is None, (root / f"{stage}.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    durable = [json.loads(line)["ballot"]["id"] for p in run.rglob("votes.jsonl") for line in p.open()]
+    durable = [v for p in run.rglob("votes.jsonl*") for v in whole_lines(p)]
+    if stage == "votes":
+        assert whole_lines(partial), "killed before a vote was durable: nothing to lose"
     done = rlaif("run", run, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for k in range(2):
         for name, record in (("decisions", Decision), ("preferences", Preference)):
             killed, unkilled = (RunDir(r).iteration(k).read(name, record) for r in (run, whole))
             assert killed == unkilled
-    votes = [json.loads(line)["ballot"]["id"] for p in run.rglob("votes.jsonl") for line in p.open()]
+    votes = [v for p in run.rglob("votes.jsonl") for v in whole_lines(p)]
+    # The vote itself, with the time that it took: one that is cast again has another.
     assert set(durable) <= set(votes)
-    assert max(Counter(votes).values()) == 1
+    assert max(Counter(json.loads(v)["ballot"]["id"] for v in votes).values()) == 1
 
 
 def test_the_note_of_an_alarm_reaches_the_user(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import yaml
 from rich.table import Table
 
 from rlaif.console import inert, stdout_console
+from rlaif.constitution import constitution_files, list_constitutions, load_constitution, misnamed_files
 from rlaif.constitution import diff as diff_constitutions
-from rlaif.constitution import list_constitutions, load_constitution
+from rlaif.errors import UserError
 
 if TYPE_CHECKING:
     from rlaif.audit.edits import Effect
@@ -25,6 +26,7 @@ Directory = Annotated[Path, typer.Option("--dir", help="Folder that holds the co
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="For example assistant@2.")]
 DEFAULT = Path("constitutions")
+_TEMPLATES = Path("prompts/judge")
 _PREVIEW = 90
 
 
@@ -61,9 +63,21 @@ def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = Fal
 
 @app.command()
 def check(directory: Directory = DEFAULT) -> None:
-    """Parse every constitution in a folder; exit code 2 names the first that is broken."""
-    for c in list_constitutions(directory):
+    """Parse all constitutions of a folder; exit code 2 names the first that is broken, and files that nothing reads."""
+    from rlaif.judging.templates import load_template
+
+    found = list_constitutions(directory)
+    if not found:
+        raise UserError(f"{directory}: no constitution in it; each is a file {directory}/<name>/v<N>.yaml")
+    for c in found:
+        if _TEMPLATES.is_dir():
+            try:
+                load_template(_TEMPLATES, c.template)
+            except UserError as e:
+                raise UserError(f"{constitution_files(directory)[c.name][c.version]}: {e}") from e
         typer.echo(f"{c.ref} {c.hash} ok")
+    if unread := misnamed_files(directory):
+        raise UserError(f"{', '.join(map(str, unread))}: nothing reads it; a version is a file <name>/v<N>.yaml")
 
 
 @app.command()

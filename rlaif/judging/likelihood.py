@@ -49,6 +49,8 @@ _CHUNK_BATCHES = 4
 _VOCABULARY_ROWS = 256
 _SOFTMAX_ROWS = 16
 _CACHE_ENTRIES = 200_000
+_ALLOWED_ERROR = 0.5
+"""Nats a token, on average: far more than bf16's rounding, far less than a wrong mask or a lost scale."""
 
 
 def make(model_path: str, settings: Judge) -> LikelihoodJudge:
@@ -127,6 +129,9 @@ class LikelihoodJudge:
         self._known: dict[_Request, tuple[float, ...]] = {}
         self._rendered: dict[tuple[Message, ...], tuple[int, ...]] = {}
         self._answers: dict[Any, tuple[int, ...]] = {}
+        # A window counts cache slots: with prompts of several lengths, padding would take room in it.
+        self._one_length = getattr(model.config.get_text_config(), "sliding_window", None) is not None
+        self._check_forward()
 
     def score(
         self, candidates: Sequence[Candidate], constitution: Constitution, voices: Sequence[str]
@@ -318,11 +323,49 @@ class LikelihoodJudge:
         if messages not in self._rendered:
             if len(self._rendered) > _CACHE_ENTRIES:
                 self._rendered.clear()
-            text = self.tokenizer.apply_chat_template(
-                [m.model_dump() for m in messages], add_generation_prompt=True, tokenize=False
-            )
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    [m.model_dump() for m in messages], add_generation_prompt=True, tokenize=False
+                )
+            except Exception as e:  # templates raise what they like
+                roles = ", ".join(m.role for m in messages)
+                raise UserError(
+                    f"judge.model {self.name}: its chat template refuses the roles {roles} ({e}); a contrast is a "
+                    "system message or earlier turns, so take a model that allows both"
+                ) from e
             self._rendered[messages] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._rendered[messages]
+
+    def _check_forward(self) -> None:
+        """Chooses the way to the logits, and compares what it gives with the model's own forward pass.
+
+        Some models scale or cap the output layer's product (Gemma 2, Granite, Cohere); theirs is the slower way.
+        """
+        import torch
+
+        contexts = [(Message(role="user", content=text),) for text in ("Hi", "What is bread made of?")]
+        answer = self._render(contexts[-1])[:16]
+        try:
+            with torch.inference_mode():
+                ids = torch.tensor([[*self._render(contexts[-1]), *answer]], device=self.model.device)  # [1, L]
+                logits = self.model(input_ids=ids).logits.float()  # [1, L, V]
+                head = self.model.get_output_embeddings()
+                self._plain_head = type(head) is torch.nn.Linear and torch.equal(
+                    head(self.model.base_model(input_ids=ids)[0]).float(), logits
+                )
+                *_, found = self._token_logps([_Request(messages, answer) for messages in contexts])
+                self._known.clear()
+                logps = logits[0, -len(answer) - 1 : -1].log_softmax(1)
+                wanted = logps.gather(1, ids[0, -len(answer) :, None])[:, 0].tolist()
+        except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as e:
+            why = (str(e).splitlines() or [type(e).__name__])[0]
+            raise UserError(f"judge.model {self.name}: this kind of model can't score completions here ({why})") from e
+        off = sum(abs(a - b) for a, b in zip(found, wanted, strict=True)) / len(answer)
+        if not off <= _ALLOWED_ERROR:
+            raise UserError(
+                f"judge.model {self.name}: {type(self.model).__name__} gives other likelihoods with cached keys and "
+                f"values than in one pass (by {off:.2f} nats a token); take another model"
+            )
 
     def _chunks(self, items: Sequence[Any], tokens: Any) -> Iterator[Sequence[Any]]:
         """Consecutive items of about `_CHUNK_BATCHES` forward passes: what is lost when a run is killed."""
@@ -386,7 +429,8 @@ class LikelihoodJudge:
         tokens = 0
         for p in sorted(group, key=lambda p: (len(p), p)):
             mine = sum(len(r.token_ids) for r in requests[p])
-            if batch and tokens + mine > _CHUNK_BATCHES * self.settings.batch_tokens:
+            full = tokens + mine > _CHUNK_BATCHES * self.settings.batch_tokens
+            if batch and (full or (self._one_length and len(p) != len(batch[0]))):
                 yield batch
                 batch, tokens = [], 0
             batch.append(p)
@@ -408,7 +452,8 @@ class LikelihoodJudge:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        self.model.model(input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True)
+        tokens = torch.tensor([ids], device=self.model.device)
+        self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
         return [(layer.keys, layer.values) for layer in layers]
 
@@ -436,7 +481,7 @@ class LikelihoodJudge:
             cache.update(k.expand(len(batch), -1, -1, -1), v.expand(len(batch), -1, -1, -1), i)
         if past > start:
             positions = torch.arange(start, past, device=device).expand(len(batch), -1)
-            self.model.model(
+            self.model.base_model(
                 input_ids=input_ids,
                 attention_mask=prompt_mask,
                 position_ids=positions,
@@ -454,17 +499,35 @@ class LikelihoodJudge:
             width = max(map(len, inputs))
             input_ids, mask = _pad(inputs, width, device)  # [B, T]
             lengths = torch.tensor([len(batch[i]) - 1 for i, _ in rows], device=device)  # [B]
-            hidden = self.model.model(
-                input_ids=input_ids,
-                attention_mask=torch.cat([prompt_mask[index], mask], 1),
-                position_ids=lengths[:, None] + torch.arange(width, device=device),  # [B, T]
-                past_key_values=gathered,
-                use_cache=True,
-            ).last_hidden_state  # [B, T, H]
             targets, _ = _pad([r.token_ids for _, r in rows], width, device)
             keep = mask.bool()
-            logps = self._target_logps(hidden[keep], targets[keep]).cpu().split([len(r.token_ids) for _, r in rows])
-            yield from ((r, tuple(values.tolist())) for (_, r), values in zip(rows, logps, strict=True))
+            arguments = {
+                "input_ids": input_ids,
+                "attention_mask": torch.cat([prompt_mask[index], mask], 1),
+                "position_ids": lengths[:, None] + torch.arange(width, device=device),  # [B, T]
+                "past_key_values": gathered,
+                "use_cache": True,
+            }
+            if self._plain_head:
+                hidden = self.model.base_model(**arguments).last_hidden_state  # [B, T, H]
+                logps = self._target_logps(hidden[keep], targets[keep])
+            else:
+                logps = _logps_of(self._kept_logits(keep, arguments), targets[keep], _SOFTMAX_ROWS)
+            by_row = logps.cpu().split([len(r.token_ids) for _, r in rows])
+            yield from ((r, tuple(values.tolist())) for (_, r), values in zip(rows, by_row, strict=True))
+
+    def _kept_logits(self, keep: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """The model's own logits [N, V] at the N positions that `keep` [B, T] marks."""
+
+        def select(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            return (inputs[0][keep],)  # [B, T, H] -> [N, H]
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            logits: torch.Tensor = self.model(**arguments).logits
+        finally:
+            hook.remove()
+        return logits
 
     def _target_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """log p of each target [N] in fp32 from its hidden state [N, H]; the whole [N, V] never exists."""
@@ -473,7 +536,7 @@ class LikelihoodJudge:
         # fp32 in pieces that stay in the CPU's cache: a fifth of the time of the whole, a twentieth of logsumexp.
         rows_at_once = _SOFTMAX_ROWS if hidden.device.type == "cpu" else _VOCABULARY_ROWS
         logp = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        head = self.model.lm_head
+        head = self.model.get_output_embeddings()
         # One buffer for all pieces: fresh pages for each cost as much as the product.
         buffer = torch.empty(_VOCABULARY_ROWS, head.out_features, dtype=hidden.dtype, device=hidden.device)
         for at in range(0, len(targets), _VOCABULARY_ROWS):
@@ -481,9 +544,16 @@ class LikelihoodJudge:
             logits = torch.mm(hidden[part], head.weight.t(), out=buffer[: len(hidden[part])])  # [rows, V]
             if head.bias is not None:
                 logits += head.bias
-            pieces = zip(logits.split(rows_at_once), targets[part, None].split(rows_at_once), strict=True)
-            logp[part] = torch.cat([z.float().log_softmax(1).gather(1, y)[:, 0] for z, y in pieces])
+            logp[part] = _logps_of(logits, targets[part], rows_at_once)
         return logp
+
+
+def _logps_of(logits: torch.Tensor, targets: torch.Tensor, rows_at_once: int) -> torch.Tensor:
+    """log p of each target [N] in fp32 from its logits [N, V], some rows at a time."""
+    import torch
+
+    pieces = zip(logits.split(rows_at_once), targets[:, None].split(rows_at_once), strict=True)
+    return torch.cat([z.float().log_softmax(1).gather(1, y)[:, 0] for z, y in pieces])
 
 
 def _join(context: tuple[Message, ...], messages: tuple[Message, ...]) -> tuple[Message, ...]:

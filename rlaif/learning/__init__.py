@@ -52,7 +52,12 @@ class Learner(Protocol):
 
 
 def make_learner(
-    kind: str, model_path: str, settings: config.Learner, seed: int, state_dir: str | None = None
+    kind: str,
+    model_path: str,
+    settings: config.Learner,
+    seed: int,
+    state_dir: str | None = None,
+    output_dir: str | None = None,
 ) -> Learner:
     """The learner that a job names.
 
@@ -62,6 +67,7 @@ def make_learner(
         settings: the job's `learner` section.
         seed: everything random follows from this.
         state_dir: what an earlier `save` wrote, to go on from; None starts from `model_path`.
+        output_dir: where trackers and callbacks write; None gives them a folder that goes with the learner.
 
     Raises:
         UserError: an unknown kind, a setting that TRL doesn't know or refuses, or an unreadable folder.
@@ -70,14 +76,14 @@ def make_learner(
     if kind == "dpo":
         from rlaif.learning.dpo import DpoLearner
 
-        return DpoLearner(model_path, settings, seed, state_dir)
+        return DpoLearner(model_path, settings, seed, state_dir, output_dir)
     if kind == "online_dpo":
         from rlaif.learning.online_dpo import OnlineDpoLearner
 
-        return OnlineDpoLearner(model_path, settings, seed, state_dir)
+        return OnlineDpoLearner(model_path, settings, seed, state_dir, output_dir)
     raise UserError(f"learner.kind: no learner is called {kind!r}; there are `dpo` and `online_dpo`")
 
 
-def make(model_path: str, settings: config.Learner, seed: int) -> Learner:
+def make(model_path: str, settings: config.Learner, seed: int, output_dir: str | None = None) -> Learner:
     """Factory for a worker process: the learner of the untrained policy."""
-    return make_learner(settings.kind, model_path, settings, seed)
+    return make_learner(settings.kind, model_path, settings, seed, output_dir=output_dir)

@@ -70,13 +70,21 @@ class TrlLearner(ABC):
     config_class: type[_BaseConfig]
     """TRL's config; `learner.args` may set any of its fields that no other setting owns."""
 
-    def __init__(self, model_path: str, settings: config.Learner, seed: int, state_dir: str | None = None) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        settings: config.Learner,
+        seed: int,
+        state_dir: str | None = None,
+        output_dir: str | None = None,
+    ) -> None:
         """Loads the policy (fp32) and builds the trainer; see `rlaif.learning.make_learner`."""
         self.settings = settings
         self.seed = seed
         disable_progress_bar()  # of transformers: progress is the loop's to show
         # The trainer wants a folder of its own, even when it writes nothing there.
         self._scratch = tempfile.TemporaryDirectory(prefix="rlaif-learner-")
+        self._output_dir = output_dir or self._scratch.name
         args = self._trainer_args()
         policy, self.tokenizer = _load(model_path)
         _no_dropout(policy)
@@ -253,7 +261,7 @@ class TrlLearner(ABC):
                 raise UserError(f"learner.args.{name}: {self.config_class.__name__} has no such field; {hint}")
         settings = self.settings
         values = {
-            "output_dir": self._scratch.name,
+            "output_dir": self._output_dir,
             "learning_rate": settings.learning_rate,
             "beta": settings.beta,
             "loss_type": settings.loss_type,
@@ -307,6 +315,10 @@ class TrlLearner(ABC):
         """Tells trackers and callbacks that training has ended."""
         trainer = self.trainer
         trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        for callback in trainer.callback_handler.callbacks:
+            # wandb uploads the rest at the interpreter's exit, which a worker skips.
+            if (wandb := getattr(callback, "_wandb", None)) is not None:
+                wandb.finish()
         self._scratch.cleanup()
 
     # ---- state
@@ -341,7 +353,7 @@ class TrlLearner(ABC):
         folder, trainer = Path(state_dir), self.trainer
         try:
             weights = load_file(folder / "weights.safetensors")
-            state = torch.load(folder / "state.pt", weights_only=True)
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
             why = " ".join(str(e).split())
             raise UserError(f"{folder}: can't read the learner's state ({why}); start the run again without it") from e

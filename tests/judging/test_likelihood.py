@@ -9,6 +9,7 @@ import pytest
 
 from rlaif.config import Judge
 from rlaif.constitution import parse_constitution
+from rlaif.errors import UserError
 from rlaif.judging.ballots import make_ballots
 from rlaif.records import Message, Pair
 
@@ -16,7 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from rlaif.judging.candidates import Candidate  # noqa: E402
-from rlaif.judging.likelihood import LikelihoodJudge, _join  # noqa: E402
+from rlaif.judging.likelihood import LikelihoodJudge, _join, _Request  # noqa: E402
 
 TEXT = """
 summary: Test.
@@ -118,6 +119,70 @@ def test_prefix_cache_equals_plain_path(model, constitution, batch_tokens):
             want -= plain_logp(model, judge, _join(voice.avoid, c.messages), judge._answer(c))
             assert abs(want) > 1e-3, "a contrast without effect tests nothing"
             assert value == pytest.approx(want, abs=1e-4)
+
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+KINDS = {
+    "Llama": SMALL,
+    # Its soft-capping and its window, small enough to matter to this model.
+    "Gemma2": SMALL | {"head_dim": 8, "final_logit_softcapping": 2.0, "sliding_window": 16},
+    "Granite": SMALL | {"logits_scaling": 8.0},
+    "Cohere": SMALL | {"logit_scale": 0.0625},
+    "GPT2": {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3},
+}
+
+
+def of_kind(kind):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**KINDS[kind])
+    auto = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return auto.float().eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_is_scored_as_its_own_forward_pass_does(kind, constitution):
+    model = of_kind(kind)
+    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64))
+    assert judge._plain_head == (kind in ("Llama", "GPT2"))
+    for row, c in zip(flat(judge.plain(CANDIDATES)), CANDIDATES, strict=True):
+        assert row.logp == pytest.approx(plain_logp(model, judge, c.messages, judge._answer(c)), rel=1e-5)
+    voice = constitution.voices()[0]
+    messages = [_join(voice.prefer, c.messages) for c in CANDIDATES]
+    for m, c in zip(messages, CANDIDATES, strict=True):
+        (found,) = judge._logps([_Request(m, judge._answer(c))])
+        assert found == pytest.approx(plain_logp(model, judge, m, judge._answer(c)), rel=1e-5)
+
+
+def test_a_model_that_forgets_its_cache_is_refused(monkeypatch):
+    model = of_kind("Llama")
+    whole = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda input_ids, **_: whole(input_ids=input_ids))
+    with pytest.raises(UserError, match="LlamaForCausalLM gives other likelihoods with cached keys"):
+        LikelihoodJudge.of(model, CharTokenizer(), Judge())
+
+
+def test_a_template_without_a_system_role_is_the_users_mistake(model, constitution):
+    class NoSystem(CharTokenizer):
+        def apply_chat_template(self, messages, **kwargs):
+            if messages[0]["role"] == "system":
+                raise RuntimeError("System role not supported")
+            return super().apply_chat_template(messages, **kwargs)
+
+    judge = LikelihoodJudge.of(model, NoSystem(), Judge(), name="tiny")
+    with pytest.raises(UserError, match=r"judge\.model tiny: .*refuses the roles system, user \(System role not supp"):
+        flat(judge.cast(make_ballots(PAIRS, constitution, "tiny"), PAIRS, CANDIDATES, constitution))
 
 
 def test_end_token_is_scored_iff_the_completion_ended(judge):

@@ -13,11 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rlaif import config
+from rlaif.constitution import parse_constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.learning import make_learner
 from rlaif.learning.base import _row, epoch_order
-from rlaif.records import Preference
+from rlaif.mixing import preferences_of
+from rlaif.records import Completion, Decision, Message, Pair, PolicyVersion, Preference, Prompt, Verdict
 from tests.learning.conftest import make_preferences
+from tests.stubs import text as rules
 
 KINDS = ["dpo", "online_dpo"]
 BETA = 0.1
@@ -129,15 +132,51 @@ def test_our_scoring_is_trls(model_path: str) -> None:
     torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
+def decided(pairs: list[Preference], dropped: str | None = None) -> list[Preference]:
+    """What `preferences_of` makes of these pairs, judged for their chosen side; `dropped` is a pair's id."""
+    policy = PolicyVersion(iteration=0, digest="d")
+    prompts, completions, shown, decisions = {}, [], [], []
+    for p in pairs:
+        prompts[p.prompt_id] = Prompt(id=p.prompt_id, messages=(Message(role="user", content=p.prompt),))
+        for id, tokens in ((p.chosen_id, p.chosen_token_ids), (p.rejected_id, p.rejected_token_ids)):
+            about = {"id": id, "prompt_id": p.prompt_id, "policy": policy, "index": 0, "seed": 0, "text": id}
+            ids = {"prompt_token_ids": p.prompt_token_ids, "token_ids": tokens}
+            completions.append(Completion(**about, **ids, finish_reason="stop", logprob=0.0))
+        shown.append(Pair(id=p.pair_id, prompt_id=p.prompt_id, first=p.chosen_id, second=p.rejected_id, method="all"))
+        verdict = Verdict(pair_id=p.pair_id, outcome="first", p_first=0.9, agreement=0.6, valid_votes=5)
+        out = {"status": "dropped", "reasons": ("low_agreement",)} if p.pair_id == dropped else {"status": "kept"}
+        decisions.append(Decision(**{"pair_id": p.pair_id, "reasons": (), "winner": "first", "verdict": verdict} | out))
+    text = parse_constitution(rules(), "rules", 1, "test")
+    return preferences_of(0, prompts, completions, shown, decisions, text)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_dropped_pair_changes_no_gradient(kind: str, model_path: str, settings: config.Learner) -> None:
+def test_a_dropped_decision_trains_as_if_the_pair_were_never_there(
+    kind: str, model_path: str, settings: config.Learner
+) -> None:
+    pairs = make_preferences(4)
+    with_it, without, kept = decided(pairs, pairs[1].pair_id), decided([pairs[0], *pairs[2:]]), decided(pairs)
+    trained = []
+    for preferences in (with_it, without, kept):
+        made = learner(kind, model_path, settings)
+        steps = list(made.update(preferences, 0))
+        trained.append((weights(made), [s.pair_ids for s in steps], [s.loss for s in steps]))
+    close(trained[0][0], trained[1][0])
+    assert trained[0][1:] == trained[1][1:]
+    assert any(not torch.equal(trained[0][0][n], trained[2][0][n]) for n in trained[0][0]), "it would have counted"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_of_an_earlier_step_leaves_no_gradient_behind(
+    kind: str, model_path: str, settings: config.Learner
+) -> None:
     made = learner(kind, model_path, settings)
     disturb(made)
-    kept, dropped = make_preferences(3), make_preferences(1, seed=9)
-    loss, grads = gradients(made, kept)
-    gradients(made, dropped)  # seen by the trainer, then dropped: leaves nothing behind
-    again, grads_again = gradients(made, kept)
-    _, grads_with = gradients(made, kept + dropped)
+    some, another = make_preferences(3), make_preferences(1, seed=9)
+    loss, grads = gradients(made, some)
+    gradients(made, another)
+    again, grads_again = gradients(made, some)
+    _, grads_with = gradients(made, some + another)
     assert loss == again
     close(grads, grads_again)
     assert any(not torch.allclose(grads[n], grads_with[n]) for n in grads)
@@ -379,6 +418,34 @@ def test_callbacks_see_what_a_trl_user_expects(
     assert logs["rewards/margins"] == pytest.approx(step.margin)
     assert (logs["loss"], logs["grad_norm"]) == pytest.approx((step.loss, step.grad_norm), abs=1e-4)
     assert {"rewards/accuracies", "logps/chosen", "learning_rate", "entropy"} <= logs.keys()
+
+
+def test_what_a_tracker_writes_outlives_the_learner(
+    model_path: str, settings: config.Learner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import transformers.integrations.integration_utils as trackers
+
+    class Tracker(TrainerCallback):
+        """Writes beside the trainer's checkpoints, as TensorBoard's does, and keeps the rest until it is told."""
+
+        def __init__(self) -> None:
+            self._wandb = self
+            self.kept: list[str] = []
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.folder = Path(args.output_dir) / "runs"
+            self.kept.append(str(state.global_step))
+
+        def finish(self) -> None:
+            self.folder.mkdir()
+            (self.folder / "log").write_text(" ".join(self.kept))
+
+    monkeypatch.setitem(trackers.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    changed = settings.model_copy(update={"args": {"report_to": ["tensorboard"]}})
+    made = make_learner("dpo", model_path, changed, seed=7, output_dir=str(tmp_path / "out"))
+    list(made.update(make_preferences(8), 0))
+    made.close()
+    assert (tmp_path / "out" / "runs" / "log").read_text() == "1 2"
 
 
 @pytest.mark.parametrize(
