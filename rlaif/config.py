@@ -328,7 +328,7 @@ class Job(Section):
 
     name: str | None = None
     """Name of the run directory under `runs/`; the job file's name when absent."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     """Everything random follows from this."""
     iterations: int = Field(8, ge=1)
     """How many iterations."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +17,7 @@ import psutil
 
 from rlaif import models
 from rlaif.records import Record
+from rlaif.workers import gpu_names
 
 MIN_PYTHON = (3, 11)
 MIN_CORES = 2
@@ -56,20 +56,6 @@ def diagnose() -> list[Check]:
         *(_embedded(name) for name in models.EMBEDDED),
         _git(),
     ]
-
-
-def gpu_names() -> list[str]:
-    """Names of the CUDA GPUs that `nvidia-smi` lists; empty without the program or a driver."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    try:
-        done = subprocess.run(
-            [program, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 def installed(package: str) -> str | None:
