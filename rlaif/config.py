@@ -21,7 +21,7 @@ from rlaif.errors import UserError
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys are an error, docstrings under fields are kept."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Policy(Section):
@@ -65,6 +65,15 @@ class Sampling(Section):
     """Share of a GPU that vLLM may use (untried here)."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that one sampler spans (untried here)."""
+
+    @model_validator(mode="after")
+    def _room_for_a_prompt(self) -> Sampling:
+        if self.max_tokens >= self.max_model_len:
+            raise ValueError(
+                f"sampling.max_model_len: {self.max_model_len} tokens leave no room for a prompt before an answer of "
+                f"max_tokens={self.max_tokens}; give a larger max_model_len or a smaller max_tokens"
+            )
+        return self
 
 
 class Pairing(Section):
@@ -382,6 +391,8 @@ class Job(Section):
             raise ValueError("give exactly one of `constitution` and `schedule`")
         if self.schedule is not None and 0 not in self.schedule:
             raise ValueError("`schedule` needs an entry for iteration 0")
+        if early := [k for k in self.schedule or {} if k < 0]:
+            raise ValueError(f"`schedule` names iteration {early[0]}; the first one is 0")
         return self
 
 

@@ -23,8 +23,9 @@ MIN_PYTHON = (3, 11)
 MIN_CORES = 2
 MIN_MEMORY_GIB = 12.0
 """What the quickstart needs at most."""
-MIN_DISK_GIB = 8.0
-"""A virtual environment for the CPU (5), a converted model (0.3) and a run of the quickstart (1), rounded up."""
+MIN_DISK_GIB = 10.0
+"""A virtual environment for the CPU (5), a converted model (0.3) and a run of the quickstart (4, while the learner's
+second state is written beside the first), rounded up."""
 SETUP = "make setup"
 _GIB = 2**30
 

@@ -22,6 +22,7 @@ from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
+from rlaif.pairing import check_can_update
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
 from rlaif.store import RunDir, disk_errors, read_json, read_rows, write_json
@@ -58,6 +59,8 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         stack.enter_context(_sigterm_like_ctrl_c())
         _clear_failed_start(run, job)
         job = _check_resume(run, job, allow_change)
+        if not _begun(run):
+            check_can_update(job)
         # Everything that can be refused is looked at before run.json says that there is a run.
         texts = Texts(job, run, base_dir, progress.note)
         train, held_out = _prompts(run, job, base_dir)

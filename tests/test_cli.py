@@ -98,6 +98,13 @@ def test_help_is_light() -> None:
         (["constitution", "show", "asistant"], "did you mean `assistant`?"),
         (["constitution", "show", "assistant@99"], "there is assistant@1"),
         (["run", "jobs/quickstart.yaml", "--dry-run", "--set", "prompts.train=gone.jsonl"], "gone.jsonl"),
+        (["run", "jobs/quickstart.yaml", "--dry-run", "--set", "policy.model=./nope"], "./nope: no such folder"),
+        (["run", "jobs/quickstart.yaml", "--dry-run", "--set", "policy.model=embedded:foo"], "no such embedded model"),
+        (["run", "jobs/quickstart.yaml", "--dry-run", "--set", "judge.model=embedded:foo"], "no such embedded model"),
+        (
+            ["run", "jobs/quickstart.yaml", "--dry-run", "--set", "prompts.per_iteration=3"],
+            "filters.min_kept_pairs=4: an iteration has at most 3 pairs",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_2(rlaif, arguments: list[str], message: str) -> None:
@@ -135,7 +142,7 @@ def test_exit_codes(rlaif, monkeypatch: pytest.MonkeyPatch, error: Exception, co
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(rlaif, tmp_path: Path) -> None:
-    make_project(tmp_path, "no/such/model")
+    make_project(tmp_path, "no-such/model-on-the-hub")
     before = sorted(tmp_path.rglob("*"))
     code, out, _ = rlaif("run", "tiny.yaml", "--dry-run", "--json", cwd=tmp_path)
     plan = json.loads(out)
