@@ -406,6 +406,8 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
         text = path.read_text(encoding="utf-8")
         refuse_duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader), str(path))
         tree = yaml.safe_load(text)
+    except RecursionError as e:
+        raise UserError(f"{path}: nested too deeply; a job is a mapping of settings, see docs/job.md") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
     except OSError as e:
@@ -413,7 +415,8 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
     except (yaml.YAMLError, ValueError) as e:
         where = getattr(e, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(e, 'problem', e)})") from e
+        why = " ".join(str(getattr(e, "problem", e)).split())
+        raise UserError(f"{path}{line}: not valid YAML ({why})") from e
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a job is a mapping of settings, found {type(tree).__name__}; see docs/job.md")
     for override in overrides or []:
@@ -429,12 +432,14 @@ def parse_job(tree: dict[str, Any], source: str) -> Job:
         raise UserError("; ".join(f"{source}: {_explain(err)}" for err in e.errors())) from e
 
 
-def refuse_duplicate_keys(node: yaml.Node | None, source: str) -> None:
+def refuse_duplicate_keys(node: yaml.Node | None, source: str, inside: tuple[yaml.Node, ...] = ()) -> None:
     """PyYAML silently keeps the last of two equal keys: what was written first would not be in force.
 
     Raises:
-        UserError: a key is given twice; `source` and the line.
+        UserError: a key is given twice, or an anchor holds itself; `source` and the line.
     """
+    if node is not None and any(node is outer for outer in inside):
+        raise UserError(f"{source}:{node.start_mark.line + 1}: an anchor that holds itself; write the value out")
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -442,10 +447,10 @@ def refuse_duplicate_keys(node: yaml.Node | None, source: str) -> None:
             if name in seen:
                 raise UserError(f"{source}:{key.start_mark.line + 1}: `{name}` is given twice; delete one")
             seen.add(name)
-            refuse_duplicate_keys(value, source)
+            refuse_duplicate_keys(value, source, (*inside, node))
     elif isinstance(node, yaml.SequenceNode):
         for child in node.value:
-            refuse_duplicate_keys(child, source)
+            refuse_duplicate_keys(child, source, (*inside, node))
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -464,7 +469,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[last] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"--set {override}: the value is not valid YAML") from e
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlaif import cli
+from rlaif.config import load_job
 from rlaif.errors import RlaifError, RunInterrupted, UserError, WorkerError
 from tests.conftest import make_project
 
@@ -184,6 +185,33 @@ def test_a_vanished_prompt_file_at_the_start_is_exit_2(rlaif, tmp_path: Path) ->
     code, _, err = rlaif("run", "tiny.yaml", cwd=tmp_path)
     assert code == 2
     assert "train.jsonl" in err.splitlines()[-1]
+
+
+def test_a_run_with_a_name_starts_another_from_its_job(rlaif, tmp_path: Path) -> None:
+    job = load_job(make_project(tmp_path, "no-such/model-on-the-hub"))
+    header = {"schema_version": 1, "job": job.model_dump(mode="json")}
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/run.json").write_text(json.dumps(header))
+    code, out, err = rlaif("run", "runs/a", "--set", "seed=3", "--name", "b", "--dry-run", "--json", cwd=tmp_path)
+    assert code == 0, err
+    assert json.loads(out)["run"] == "runs/b"
+    code, out, _ = rlaif("run", "runs/a", "--dry-run", "--json", cwd=tmp_path)
+    assert json.loads(out)["run"] == "runs/a"
+    for wrong in (["--max-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]):
+        code, _, err = rlaif("chat", "runs/a", *wrong, cwd=tmp_path)
+        assert code == 2
+        assert wrong[0] in err
+
+
+def test_ctrl_c_while_the_command_is_imported_is_no_traceback() -> None:
+    code = (
+        "import builtins, sys\nfrom rlaif.__main__ import main\nreal = builtins.__import__\n"
+        "def interrupted(name, *rest):\n    if name == 'rlaif.cli': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = interrupted\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "rlaif: interrupted\n")
 
 
 def test_a_run_from_the_command_line(tiny_model: Path, tmp_path: Path, rlaif) -> None:
