@@ -175,6 +175,8 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "memory": f"about {costs['memory_gib']} GiB ({costs['memory_here_gib']} GiB here)",
         "disk": f"about {costs['disk_gib']} GiB ({costs['disk_free_gib']} GiB free)",
     }
+    if (done := costs.get("iterations_done")) is not None:
+        rows["begun"] = f"{done} of these iterations are done, {max(costs['iterations'] - done, 0)} are owed"
     for name, value in rows.items():
         plan.add_row(name, value)
     console.print(plan)

@@ -176,6 +176,7 @@ def test_running_it_again_says_that_it_is_done(finished: RunDir) -> None:
     root = finished.path.parent.parent
     execute(parse_job(finished.header["job"], "run.json"), finished.path, root, progress)
     assert any("all 3 iterations are done" in note for note in progress.notes)
+    assert finished.events()[-1].kind == "finished"
 
 
 def test_other_weights_under_the_same_name_are_refused(finished: RunDir, tmp_path: Path) -> None:
@@ -204,6 +205,18 @@ def test_too_few_kept_pairs_is_a_recorded_skip(tmp_path: Path) -> None:
     assert k == 0
     assert "fewer than filters.min_kept_pairs=7" in message
     assert json.loads((here.path / "metrics.json").read_text())["loss"] is None
+
+
+def test_progress_tells_the_text_in_force_in_every_stage(tmp_path: Path) -> None:
+    told: dict[str, str] = {}
+
+    class Telling(Quiet):
+        def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
+            told[name] = text
+
+    stub_loop(tmp_path, stub_job(iterations=1, filters={"min_kept_pairs": 1}), progress=Telling()).run()
+    assert "update" in told
+    assert set(told.values()) == {"rules@1"}
 
 
 def following_job(**changes: Any) -> Job:

@@ -81,8 +81,11 @@ def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) 
 
 def _print_plan(job: Job, where: Path, as_json: bool) -> None:
     from rlaif.plan_cost import estimate, table
+    from rlaif.summary import status_values
 
     costs = estimate(job, Path.cwd())
+    if (where / "run.json").exists():
+        costs["iterations_done"] = status_values(RunDir.open(where))["iterations_done"]
     if as_json:
         typer.echo(json.dumps({"run": str(where), **costs}, indent=1))
     else:
