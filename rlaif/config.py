@@ -21,7 +21,7 @@ from rlaif.errors import UserError
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys are an error, docstrings under fields are kept."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Policy(Section):
@@ -66,6 +66,15 @@ class Sampling(Section):
     """Share of a GPU that vLLM may use (untried here)."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that one sampler spans (untried here)."""
+
+    @model_validator(mode="after")
+    def _room_for_a_prompt(self) -> Sampling:
+        if self.max_tokens >= self.max_model_len:
+            raise ValueError(
+                f"sampling.max_model_len: {self.max_model_len} tokens leave no room for a prompt before an answer of "
+                f"max_tokens={self.max_tokens}; give a larger max_model_len or a smaller max_tokens"
+            )
+        return self
 
 
 class Pairing(Section):
@@ -336,7 +345,7 @@ class Job(Section):
 
     name: str | None = None
     """Name of the run directory under `runs/`; the job file's name when absent."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     """Everything random follows from this."""
     iterations: int = Field(8, ge=1)
     """How many iterations."""
@@ -390,6 +399,8 @@ class Job(Section):
             raise ValueError("give exactly one of `constitution` and `schedule`")
         if self.schedule is not None and 0 not in self.schedule:
             raise ValueError("`schedule` needs an entry for iteration 0")
+        if early := [k for k in self.schedule or {} if k < 0]:
+            raise ValueError(f"`schedule` names iteration {early[0]}; the first one is 0")
         return self
 
 
@@ -403,6 +414,8 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
         text = path.read_text(encoding="utf-8")
         refuse_duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader), str(path))
         tree = yaml.safe_load(text)
+    except RecursionError as e:
+        raise UserError(f"{path}: nested too deeply; a job is a mapping of settings, see docs/job.md") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
     except OSError as e:
@@ -410,7 +423,8 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
     except (yaml.YAMLError, ValueError) as e:
         where = getattr(e, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(e, 'problem', e)})") from e
+        why = " ".join(str(getattr(e, "problem", e)).split())
+        raise UserError(f"{path}{line}: not valid YAML ({why})") from e
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a job is a mapping of settings, found {type(tree).__name__}; see docs/job.md")
     for override in overrides or []:
@@ -426,12 +440,14 @@ def parse_job(tree: dict[str, Any], source: str) -> Job:
         raise UserError("; ".join(f"{source}: {_explain(err)}" for err in e.errors())) from e
 
 
-def refuse_duplicate_keys(node: yaml.Node | None, source: str) -> None:
+def refuse_duplicate_keys(node: yaml.Node | None, source: str, inside: tuple[yaml.Node, ...] = ()) -> None:
     """PyYAML silently keeps the last of two equal keys: what was written first would not be in force.
 
     Raises:
-        UserError: a key is given twice; `source` and the line.
+        UserError: a key is given twice, or an anchor holds itself; `source` and the line.
     """
+    if node is not None and any(node is outer for outer in inside):
+        raise UserError(f"{source}:{node.start_mark.line + 1}: an anchor that holds itself; write the value out")
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -439,10 +455,10 @@ def refuse_duplicate_keys(node: yaml.Node | None, source: str) -> None:
             if name in seen:
                 raise UserError(f"{source}:{key.start_mark.line + 1}: `{name}` is given twice; delete one")
             seen.add(name)
-            refuse_duplicate_keys(value, source)
+            refuse_duplicate_keys(value, source, (*inside, node))
     elif isinstance(node, yaml.SequenceNode):
         for child in node.value:
-            refuse_duplicate_keys(child, source)
+            refuse_duplicate_keys(child, source, (*inside, node))
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -461,7 +477,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[last] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"--set {override}: the value is not valid YAML") from e
 
 

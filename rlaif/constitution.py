@@ -226,7 +226,10 @@ def parse_constitution(text: str, name: str, version: int, source: str) -> Const
     except (yaml.YAMLError, ValueError) as e:  # ValueError: 2024-13-45 looks like a date, and is none
         mark = getattr(e, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise UserError(f"{where}: not valid YAML ({getattr(e, 'problem', None) or e})") from e
+        why = " ".join(str(getattr(e, "problem", None) or e).split())
+        raise UserError(f"{where}: not valid YAML ({why})") from e
+    except RecursionError as e:
+        raise UserError(f"{source}: nested too deeply for a constitution") from e
     if not isinstance(tree, dict) or root is None:
         raise UserError(
             f"{source}:1: a constitution is a mapping with `summary` and `principles`, found {type(tree).__name__}"

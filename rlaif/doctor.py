@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,13 +17,15 @@ import psutil
 
 from rlaif import models
 from rlaif.records import Record
+from rlaif.workers import gpu_names
 
 MIN_PYTHON = (3, 11)
 MIN_CORES = 2
 MIN_MEMORY_GIB = 12.0
 """What the quickstart needs at most."""
-MIN_DISK_GIB = 8.0
-"""A virtual environment for the CPU (5), a converted model (0.3) and a run of the quickstart (1), rounded up."""
+MIN_DISK_GIB = 10.0
+"""A virtual environment for the CPU (5), a converted model (0.3) and a run of the quickstart (4, while the learner's
+second state is written beside the first), rounded up."""
 SETUP = "make setup"
 _GIB = 2**30
 
@@ -56,20 +57,6 @@ def diagnose() -> list[Check]:
         *(_embedded(name) for name in models.EMBEDDED),
         _git(),
     ]
-
-
-def gpu_names() -> list[str]:
-    """Names of the CUDA GPUs that `nvidia-smi` lists; empty without the program or a driver."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    try:
-        done = subprocess.run(
-            [program, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 def installed(package: str) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlaif.errors import UserError
 from rlaif.models import hub_id
-from rlaif.store import RunDir, replace_dir
+from rlaif.store import RunDir, disk_errors, make_folder, replace_dir
 from rlaif.summary import summarise
 
 
@@ -38,11 +38,15 @@ def export_policy(run: RunDir, to: Path, iteration: int | None = None) -> Path:
     if to.exists():
         raise UserError(f"{to}: exists already; name a new folder")
     updates, source = policy_path(run, iteration)
+    card = model_card(run, updates)
     temporary = to.with_name(to.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    (temporary / "README.md").write_text(model_card(run, updates))
-    replace_dir(temporary, to)
+    with disk_errors(to):
+        shutil.rmtree(temporary, ignore_errors=True)
+        make_folder(temporary)  # copytree reports a full disk as a list of files
+        for file in source.iterdir():
+            shutil.copy2(file, temporary)
+        (temporary / "README.md").write_text(card)
+        replace_dir(temporary, to)
     return to
 
 

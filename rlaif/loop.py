@@ -123,7 +123,7 @@ class Loop:
         votes = self._judge(here, "decide", plan, pairs, completions, prompts, text)
         decisions = self._decide(here, "decide", pairs, votes, completions, prompts, text)
         preferences = self._mix(k, here, prompts, completions, pairs, decisions, text)
-        steps = self._update(k, here, preferences)
+        steps = self._update(k, here, preferences, text)
 
         evaluation = self._evaluate(k + 1, plan, text) if plan.evaluate else None
         metrics = monitors.iteration_metrics(
@@ -376,7 +376,7 @@ class Loop:
             if self._event_once(kind, message, k, **data):
                 self.progress.note(f"iteration {k + 1}: {message}")
 
-    def _update(self, k: int, here: StageDir, preferences: list[Preference]) -> list[UpdateStep]:
+    def _update(self, k: int, here: StageDir, preferences: list[Preference], text: Constitution) -> list[UpdateStep]:
         fresh = sum(p.source != "replay" for p in preferences)
         skip = fresh < self.job.filters.min_kept_pairs
         policy_digest = ""
@@ -387,7 +387,7 @@ class Loop:
             self._load_learner(k)
             self._learner_at = None  # until this update is committed, the learner's weights belong to no version
             total = -(-len(preferences) // self.job.learner.batch_size) * self.job.learner.epochs
-            self.progress.stage(k, "update", total, "steps", "")
+            self.progress.stage(k, "update", total, "steps", str(text.ref))
             for step in self.learner.stream("update", preferences=preferences, iteration=k):
                 self.progress.advance(1)
                 yield [step]

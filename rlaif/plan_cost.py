@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from rich.table import Table
 
 from rlaif import models
 from rlaif.config import Job
-from rlaif.console import stdout_console
+from rlaif.console import inert, stdout_console
 from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import Role, ballots_for, selecting_voices
 from rlaif.judging.calibration import read_calibration
 from rlaif.judging.templates import load_template, template_names
+from rlaif.pairing import check_can_update
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts
 from rlaif.records import Pair
 
@@ -25,6 +27,7 @@ PROMPT_TOKENS = 40
 # Rates of the reference machine (2 cores, AVX-512, no GPU) on 135M parameters, tokens/s; `make bench` shows yours.
 SAMPLE_RATE, SCORE_RATE, TRAIN_RATE = 380.0, 1100.0, 230.0
 REFERENCE_PARAMETERS = 135e6
+REFERENCE_WIDTH = 576
 START_S = 45.0
 GIB = 2**30
 
@@ -33,8 +36,12 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     """Counts (exact) and time, memory, disk (rough, for the reference machine).
 
     Raises:
-        UserError: a prompt file or a text is missing or broken: a dry run finds it too.
+        UserError: a model, a prompt file or a text is missing or broken: a dry run finds it too.
     """
+    models.check_name(job.policy.model)
+    if job.judge.kind == "likelihood":
+        models.check_name(job.judge.model)
+    check_can_update(job)
     held_out = load_prompts(job.prompts.held_out, base_dir)
     train = exclude_held_out(load_prompts(job.prompts.train, base_dir), held_out)
     check_enough(train, job.prompts)
@@ -67,9 +74,25 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     parameters = _parameters(job.policy.model)
     scale = (parameters or REFERENCE_PARAMETERS) / REFERENCE_PARAMETERS
     seconds = START_S + scale * (sampled / SAMPLE_RATE + judged / SCORE_RATE + trained / TRAIN_RATE)
-    weights = 2 * (parameters or REFERENCE_PARAMETERS)
-    memory = weights * (1 + 1 + 8.5) + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB
-    disk = weights * (evaluations + 1) + weights * 6
+    weights = 2 * (parameters or REFERENCE_PARAMETERS)  # bf16
+    trained_share = _trained_share(job)
+    # fp32 weights, and for what is trained a gradient, Adam's two moments and the reference or what a step needs.
+    learner = weights * (2 + 6.5 * trained_share)
+    memory = weights * (1 + 1) + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB
+    # fp32 weights and Adam's moments of what is trained; the old state goes when the next one is complete.
+    states = weights * 6 * trained_share * min(job.iterations, 2)
+    disk = weights * (evaluations + 1) + states
+    memory_free, disk_free = psutil.virtual_memory().available, shutil.disk_usage(base_dir).free
+    warnings = [
+        f"{name}: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} free"
+        for name, needed, free in (("memory", memory, memory_free), ("disk", disk, disk_free))
+        if needed > free
+    ]
+    warnings += [
+        f"schedule: {reference} after {k} iterations is never reached, the run ends at {job.iterations}"
+        for k, reference in schedule.items()
+        if k >= job.iterations
+    ]
     return {
         "iterations": job.iterations,
         "constitutions": {str(k): str(texts[ref].ref) for k, ref in schedule.items()},
@@ -88,7 +111,8 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "memory_gib": round(memory / GIB, 1),
         "memory_here_gib": round(psutil.virtual_memory().total / GIB, 1),
         "disk_gib": round(disk / GIB, 1),
-        "disk_free_gib": round(shutil.disk_usage(base_dir).free / GIB, 1),
+        "disk_free_gib": round(disk_free / GIB, 1),
+        "warnings": warnings,
         "parameters": parameters,
     }
 
@@ -102,10 +126,29 @@ def _ballots_a_pair(job: Job, text: Constitution, role: Role, base_dir: Path) ->
     return len(ballots_for(judge, [pair], text, role, templates=templates))
 
 
+def _trained_share(job: Job) -> float:
+    """Trained parameters over the policy's: of an adapter about 2r/width, for r columns and rows each side of a square
+    matrix."""
+    if job.learner.lora is None:
+        return 1.0
+    try:
+        config = json.loads((_folder(job.policy.model) / "config.json").read_text())
+        width = int(config["hidden_size"])
+    except (OSError, UserError, ValueError, KeyError, TypeError):
+        width = REFERENCE_WIDTH
+    return min(1.0, 2 * job.learner.lora.r / width)
+
+
+def _folder(model: str) -> Path:
+    if model.startswith("embedded:"):
+        return models.embedded_path(model.removeprefix("embedded:"))
+    return Path(model).expanduser()
+
+
 def _parameters(model: str) -> int | None:
     """Parameters of a model that is on this machine, from the size of its weights; None when it is not."""
     try:
-        path = models.embedded_path(model.removeprefix("embedded:")) if model.startswith("embedded:") else Path(model)
+        path = _folder(model)
         return sum(f.stat().st_size for f in models.weight_files(path)) // 2 or None
     except (OSError, UserError):
         return None
@@ -130,6 +173,10 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "memory": f"about {costs['memory_gib']} GiB ({costs['memory_here_gib']} GiB here)",
         "disk": f"about {costs['disk_gib']} GiB ({costs['disk_free_gib']} GiB free)",
     }
+    if (done := costs.get("iterations_done")) is not None:
+        rows["begun"] = f"{done} of these iterations are done, {max(costs['iterations'] - done, 0)} are owed"
     for name, value in rows.items():
         plan.add_row(name, value)
     console.print(plan)
+    for warning in costs["warnings"]:
+        console.print(f"[yellow]warning[/] {inert(warning)}")

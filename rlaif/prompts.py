@@ -192,6 +192,12 @@ def _prompt(row: Any, where: str, foreign: bool) -> Prompt:
     else:
         messages = _messages(chat, "messages", where)
     category = fields.get("category")
+    for said in (str(fields.get("id", "")), str(category), *(m.content for m in messages)):
+        try:
+            said.encode()
+        except UnicodeEncodeError as e:
+            half = ascii(said[e.start])
+            raise UserError(f"{where}: holds {half}, half of a character; no file can store it, correct it") from e
     return Prompt(
         id=str(fields["id"]) if "id" in fields else digest([m.model_dump() for m in messages]),
         messages=messages,
@@ -254,6 +260,8 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             row = json.loads(line)
         except json.JSONDecodeError as e:
             raise UserError(f"{where}: not valid JSON ({e.msg}, column {e.colno}); one object a line") from e
+        except RecursionError as e:
+            raise UserError(f"{where}: nested too deeply; a row looks like {_EXAMPLE}") from e
         yield where, row
 
 
@@ -262,6 +270,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
         rows = json.loads(_text(path))
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: not valid JSON ({e.msg}, column {e.colno})") from e
+    except RecursionError as e:
+        raise UserError(f"{path}: nested too deeply; a row looks like {_EXAMPLE}") from e
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}; a row looks like {_EXAMPLE}")
     yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))

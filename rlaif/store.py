@@ -49,6 +49,19 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, where they are missing.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as e:  # although its parents are made: a file system that takes no folders, as /proc
+        raise UserError(f"{path}: can't write here ({e.strerror})") from e
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write instead of `path`, whose place it takes when the block ends well: it is the old one or the new
@@ -253,6 +266,8 @@ class RunDir:
             raise UserError(f"{path / 'run.json'}: not a run's (no schema_version in it); restore the file")
         if version > SCHEMA_VERSION:
             raise UserError(f"{path}: written with schema {version}, this rlaif reads up to {SCHEMA_VERSION}; upgrade")
+        if not isinstance(header.get("job"), dict):
+            raise UserError(f"{path / 'run.json'}: not a run's (no job in it); restore the file")
         return run
 
     @property
@@ -296,8 +311,7 @@ class RunDir:
         Raises:
             UserError: another process is writing it.
         """
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)

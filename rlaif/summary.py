@@ -166,6 +166,7 @@ def final_tables(run: RunDir, summary: Summary) -> None:
         "KL/token",
         "relevance",
         "base logp",
+        "seconds",
         "checks",
     )
     for column in columns:
@@ -184,6 +185,7 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             "-" if e.kl_per_token is None else f"{e.kl_per_token:.3f}",
             f"{e.relevance:.2f}",
             f"{e.base_logprob_per_token:.2f}",
+            f"{e.seconds:.0f}",
             ", ".join(f"{name} {share:.0%}" for name, share in e.checks.items()),
         )
     console.print(table)

@@ -33,7 +33,8 @@ if ! "$VENV/bin/python" -c 'import pip' 2>/dev/null; then
 fi
 [ -x "$VENV/bin/uv" ] || "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
 
-export VIRTUAL_ENV=$PWD/$VENV
+VIRTUAL_ENV=$(cd "$VENV" && pwd) # VENV may be an absolute path
+export VIRTUAL_ENV
 quiet=--quiet
 [ -t 2 ] && quiet= # on a terminal, uv shows its progress
 uv() { "$VENV/bin/uv" "$@"; }

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from rlaif import cli
+from rlaif.config import load_job
 from rlaif.errors import RlaifError, RunInterrupted, UserError, WorkerError
 from tests.conftest import make_project
 from tests.stubs import write_texts
@@ -99,6 +100,13 @@ def test_help_is_light() -> None:
         (["constitution", "show", "asistant"], "did you mean `assistant`?"),
         (["constitution", "show", "assistant@99"], "there is assistant@1"),
         (["run", "jobs/quickstart.yaml", "--dry-run", "--set", "prompts.train=gone.jsonl"], "gone.jsonl"),
+        (["run", "jobs/quickstart.yaml", "--dry-run", "--set", "policy.model=./nope"], "./nope: no such folder"),
+        (["run", "jobs/quickstart.yaml", "--dry-run", "--set", "policy.model=embedded:foo"], "no such embedded model"),
+        (["run", "jobs/quickstart.yaml", "--dry-run", "--set", "judge.model=embedded:foo"], "no such embedded model"),
+        (
+            ["run", "jobs/quickstart.yaml", "--dry-run", "--set", "prompts.per_iteration=3"],
+            "filters.min_kept_pairs=4: an iteration has at most 3 pairs",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_2(rlaif, arguments: list[str], message: str) -> None:
@@ -136,7 +144,7 @@ def test_exit_codes(rlaif, monkeypatch: pytest.MonkeyPatch, error: Exception, co
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(rlaif, tmp_path: Path) -> None:
-    make_project(tmp_path, "no/such/model")
+    make_project(tmp_path, "no-such/model-on-the-hub")
     before = sorted(tmp_path.rglob("*"))
     code, out, _ = rlaif("run", "tiny.yaml", "--dry-run", "--json", cwd=tmp_path)
     plan = json.loads(out)
@@ -202,6 +210,35 @@ def test_constitution_check_knows_the_templates(tmp_path: Path, rlaif) -> None:
     assert code == 2
     assert "constitutions/rules/v1.yaml: judge template `pairwize`" in err
     assert "did you mean `pairwise`?" in err
+
+
+def test_a_run_with_a_name_starts_another_from_its_job(rlaif, tmp_path: Path) -> None:
+    job = load_job(make_project(tmp_path, "no-such/model-on-the-hub"))
+    header = {"schema_version": 1, "job": job.model_dump(mode="json")}
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/run.json").write_text(json.dumps(header))
+    code, out, err = rlaif("run", "runs/a", "--set", "seed=3", "--name", "b", "--dry-run", "--json", cwd=tmp_path)
+    assert code == 0, err
+    assert json.loads(out)["run"] == "runs/b"
+    code, out, _ = rlaif("run", "runs/a", "--dry-run", "--json", cwd=tmp_path)
+    assert (json.loads(out)["run"], json.loads(out)["iterations_done"]) == ("runs/a", 0)
+    code, out, _ = rlaif("run", "runs/a", "--dry-run", cwd=tmp_path)
+    assert "0 of these iterations are done, 3 are owed" in out
+    for wrong in (["--max-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]):
+        code, _, err = rlaif("chat", "runs/a", *wrong, cwd=tmp_path)
+        assert code == 2
+        assert wrong[0] in err
+
+
+def test_ctrl_c_while_the_command_is_imported_is_no_traceback() -> None:
+    code = (
+        "import builtins, sys\nfrom rlaif.__main__ import main\nreal = builtins.__import__\n"
+        "def interrupted(name, *rest):\n    if name == 'rlaif.cli': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = interrupted\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "rlaif: interrupted\n")
 
 
 def test_a_run_from_the_command_line(tiny_model: Path, tmp_path: Path, rlaif) -> None:

@@ -193,3 +193,17 @@ def test_shipped_examples_are_not_shared_between_uses():
 def test_the_shipped_names():
     assert {"assistant", "harmless", "plain_language"} <= set(constitution_files(SHIPPED))
     assert set(constitution_files(SHIPPED)["assistant"]) >= {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("summary: &x [*x]", r"a\.yaml:1: an anchor that holds itself"),
+        ("summary: " + "[" * 3000, r"a\.yaml: nested too deeply"),
+        ("summary: a\x00b", r"a\.yaml: not valid YAML"),
+    ],
+)
+def test_yaml_that_python_chokes_on_is_the_users_mistake(source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as e:
+        parse_constitution(source, "a", 1, source="a.yaml")
+    assert "\n" not in str(e.value)

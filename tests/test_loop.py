@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -169,23 +170,33 @@ def test_evaluations_say_what_they_measured(finished: RunDir) -> None:
     assert abs(base["kl_per_token"]) < 0.05  # the base policy against itself, in another precision
 
 
-def test_running_it_again_says_that_it_is_done_and_by_which_code(
-    finished: RunDir, monkeypatch: pytest.MonkeyPatch
+def test_running_it_again_says_that_it_is_done(finished: RunDir) -> None:
+    from rlaif.config import parse_job
+    from rlaif.launch import execute
+
+    progress = Quiet()
+    execute(parse_job(finished.header["job"], "run.json"), finished.path, finished.path.parent.parent, progress)
+    assert any("all 3 iterations are done" in note for note in progress.notes)
+    assert finished.events()[-1].kind == "finished"
+
+
+def test_a_run_that_goes_on_says_by_which_code(
+    finished: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rlaif import launch
     from rlaif.config import parse_job
     from rlaif.launch import execute
 
-    progress = Quiet()
-    root = finished.path.parent.parent
+    root = tmp_path / "again"
+    shutil.copytree(finished.path.parent.parent, root)
+    run = RunDir(root / "runs" / "tiny")
     before = {k: finished.header[k] for k in ("rlaif", "packages", "python", "revision")}
     monkeypatch.setattr(launch, "_revision", lambda: "another")
-    execute(parse_job(finished.header["job"], "run.json"), finished.path, root, progress)
-    assert any("all 3 iterations are done" in note for note in progress.notes)
-    begun, gone_on = [e for e in finished.events() if e.kind in ("started", "resumed")]
+    execute(parse_job(run.header["job"] | {"iterations": 4}, "run.json"), run.path, root, Quiet(), allow_change=True)
+    begun, gone_on = [e for e in run.events() if e.kind in ("started", "resumed")]
     assert begun.data == {"seed": finished.header["job"]["seed"], **before}
     assert gone_on.data == {**begun.data, "revision": "another"}
-    assert finished.header["revision"] == before["revision"]  # what it was begun with
+    assert run.header["revision"] == before["revision"]  # what it was begun with
 
 
 def test_other_weights_under_the_same_name_are_refused(finished: RunDir, tmp_path: Path) -> None:
@@ -216,6 +227,18 @@ def test_too_few_kept_pairs_is_a_recorded_skip(tmp_path: Path) -> None:
     metrics = json.loads((here.path / "metrics.json").read_text())
     assert here.read("preferences", Preference)
     assert (metrics["loss"], metrics["trained_pairs"], metrics["replayed_pairs"]) == (None, 0, 0)
+
+
+def test_progress_tells_the_text_in_force_in_every_stage(tmp_path: Path) -> None:
+    told: dict[str, str] = {}
+
+    class Telling(Quiet):
+        def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
+            told[name] = text
+
+    stub_loop(tmp_path, stub_job(iterations=1, filters={"min_kept_pairs": 1}), progress=Telling()).run()
+    assert "update" in told
+    assert set(told.values()) == {"rules@1"}
 
 
 def following_job(**changes: Any) -> Job:

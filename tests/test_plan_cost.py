@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from rlaif import plan_cost
 from rlaif.config import load_job
 from rlaif.errors import UserError
-from rlaif.plan_cost import estimate
+from rlaif.plan_cost import GIB, estimate
+from tests.conftest import project_job
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,3 +29,30 @@ def test_a_judge_behind_a_server_is_asked_by_order_template_sample_and_juror() -
     assert one["ballots_at_most"] == 2 * one["pairs_at_most"]
     assert many["ballots_at_most"] == 2 * 2 * 2 * many["pairs_at_most"]
     assert one["tokens"]["judged"] < embedded["tokens"]["judged"]
+
+
+WEIGHTS = 2 * plan_cost.REFERENCE_PARAMETERS
+
+
+def test_two_states_of_the_learner_lie_side_by_side_from_the_second_update_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_cost, "_parameters", lambda model: None)
+    schedule = {"schedule": {0: "rules@1"}}
+    one, two = (estimate(project_job(tmp_path, "m", iterations=n, **schedule), tmp_path) for n in (1, 2))
+    assert one["evaluations"] == two["evaluations"] == 2
+    assert one["disk_gib"] == pytest.approx(WEIGHTS * (3 + 6) / GIB, abs=0.06)
+    assert two["disk_gib"] == pytest.approx(WEIGHTS * (3 + 12) / GIB, abs=0.06)
+    small = estimate(project_job(tmp_path, "m", iterations=2, learner={"lora": {"r": 8}}, **schedule), tmp_path)
+    assert small["disk_gib"] < two["disk_gib"] / 2
+    assert small["memory_gib"] < two["memory_gib"] - 1
+
+
+def test_a_plan_that_doesnt_fit_or_isnt_reached_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = project_job(tmp_path, "m", iterations=2)
+    (unreached,) = estimate(job, tmp_path)["warnings"]
+    assert unreached == "schedule: rules@2 after 2 iterations is never reached, the run ends at 2"
+    monkeypatch.setattr(plan_cost, "_parameters", lambda model: 70e9)
+    memory, disk, _ = estimate(job, tmp_path)["warnings"]
+    assert memory.startswith("memory: about ")
+    assert disk.startswith("disk: about ")

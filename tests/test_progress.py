@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from rlaif.cli.progress import LiveProgress, PlainProgress, make_progress
+from rlaif.records import IterationMetrics
 
-METRICS: dict[str, Any] = {
-    "constitution": {"name": "rules", "version": 1},
-    "sampled": {"mean_words": 9.0, "ended_share": 0.5},
-    "dropped_by_first_reason": {"tie": 2},
-    "kept": 6,
-    "pairs": 8,
-    "loss": 0.5,
-    "seconds": {"sample": 1.0},
-}
+METRICS = IterationMetrics.model_validate(
+    {
+        "iteration": 0,
+        "constitution": {"name": "rules", "version": 1, "hash": "0" * 16},
+        "policy": {"iteration": 0, "digest": "0" * 16},
+        "sampled": {
+            "answers": 16,
+            "mean_words": 9.0,
+            "mean_tokens": 12.0,
+            "distinct_share": 0.8,
+            "list_share": 0.0,
+            "ended_share": 0.5,
+        },
+        "pairs": 8,
+        "votes": 24,
+        "abstentions": {},
+        "kept": 6,
+        "kept_share": 0.75,
+        "dropped_by_first_reason": {"tie": 2},
+        "mean_agreement": 0.9,
+        "trained_pairs": 6,
+        "replayed_pairs": 0,
+        "steps": 3,
+        "loss": 0.5,
+        "margin": 0.1,
+        "grad_norm": 1.0,
+        "judge_tokens": 0,
+        "seconds": {"sample": 1.0},
+    }
+)
 
 
 def test_a_terminal_sees_the_stage_and_each_iteration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rlaif.errors import UserError
 from rlaif.prompts import exclude_held_out, load_prompts
 from rlaif.records import Prompt
 
@@ -97,3 +98,17 @@ def test_no_bench_prompt_is_in_both_splits(bench: list[dict[str, Any]]) -> None:
 
 def test_no_bench_prompt_is_held_out(bench: list[dict[str, Any]], held_out: list[Prompt]) -> None:
     assert not {plain(row["prompt"]) for row in bench} & {plain(p.text) for p in held_out}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a\\ud800"}', r"p\.jsonl:1: holds '\\ud800', half of a character"),
+        ('{"id": "\\ud800", "prompt": "a"}', r"p\.jsonl:1: holds '\\ud800', half of a character"),
+        ('{"prompt": ' + "[" * 100_000, r"p\.jsonl:1: nested too deeply"),
+    ],
+)
+def test_json_that_python_chokes_on_is_the_users_mistake(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=message):
+        load_prompts("p.jsonl", tmp_path)

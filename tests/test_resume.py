@@ -199,6 +199,9 @@ def begun(tmp_path: Path) -> Path:
     run.mkdir(parents=True)
     header = {"schema_version": 1, "job": job.model_dump(mode="json"), "models": {}}
     store.write_json(run / "run.json", header)
+    sampled = RunDir(run).evaluation(0).path / "completions.jsonl.partial"  # until then a job may change
+    sampled.parent.mkdir(parents=True)
+    sampled.write_text("{}\n")
     return run
 
 

@@ -212,3 +212,15 @@ def test_a_folder_replaces_an_older_one(tmp_path: Path) -> None:
         (tmp_path / name / name).write_text("")
     replace_dir(tmp_path / "new", tmp_path / "old")
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["new"]
+
+
+def test_a_run_without_a_job_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "run.json", {"schema_version": 1})
+    with pytest.raises(UserError, match=r"run\.json: not a run's \(no job in it\)"):
+        RunDir.open(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc here")
+def test_a_place_that_takes_no_folders_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match=r"^/proc/rlaif: can't write here"), RunDir(Path("/proc/rlaif")).lock():
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,8 @@ def run(
     """Run a job, or go on with one that was stopped.
 
     A run that exists is continued at its first incomplete stage; nothing that was sampled, judged or
-    trained is done twice. The same command starts and continues.
+    trained is done twice. The same command starts and continues. A run directory with --name starts a new
+    run from that run's job.
     """
     from rlaif.cli.progress import make_progress
     from rlaif.launch import execute
@@ -66,8 +68,11 @@ def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) 
         tree: dict[str, Any] = RunDir.open(job).header["job"]
         for override in overrides:
             apply_override(tree, override)
-        return parse_job(tree, str(job / "run.json")), job
-    settings = load_job(job, overrides)
+        settings = parse_job(tree, str(job / "run.json"))
+        if name is None:
+            return settings, job
+    else:
+        settings = load_job(job, overrides)
     chosen = name or settings.name or job.stem
     if chosen in (".", "..") or Path(chosen).name != chosen:
         raise UserError(f"--name {chosen}: a run's name is one folder's, without `/`; --runs DIR says where it lies")
@@ -76,8 +81,11 @@ def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) 
 
 def _print_plan(job: Job, where: Path, as_json: bool) -> None:
     from rlaif.plan_cost import estimate, table
+    from rlaif.summary import status_of
 
     costs = estimate(job, Path.cwd())
+    if (where / "run.json").exists():
+        costs["iterations_done"] = status_of(RunDir.open(where)).iterations_done
     if as_json:
         typer.echo(json.dumps({"run": str(where), **costs}, indent=1))
     else:
@@ -111,13 +119,15 @@ def export(
 def chat(
     run: RunPath,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask one question and exit.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature, above 0.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
 ) -> None:
     """Talk to the newest policy of a run, beside the base policy."""
     from rlaif.chat import conversation
 
+    if not 0 < temperature < math.inf:
+        raise UserError(f"--temperature {temperature}: expected a number above 0; 0.01 takes the likeliest words")
     conversation(RunDir.open(run), prompt, max_tokens, temperature, seed)
 
 

@@ -330,19 +330,24 @@ class TrlLearner(ABC):
 
         Returns:
             sha256 of the policy's weights, first 16 hex digits.
+
+        Raises:
+            UserError: the disk is full.
         """
         folder = Path(state_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._trained(), folder / "weights.safetensors")
         state = {
             "global_step": self.global_step,
             "optimizer": self.trainer.optimizer.state_dict(),
             "scheduler": self.trainer.lr_scheduler.state_dict(),
             "rng": _rng_state(),
         }
-        with _no_checksums():
-            torch.save(state, folder / "state.pt")
-        return self._export(Path(policy_dir))
+        with _write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self._trained(), folder / "weights.safetensors")
+            with _no_checksums():
+                torch.save(state, folder / "state.pt")
+        with _write_errors(Path(policy_dir)):
+            return self._export(Path(policy_dir))
 
     def load(self, state_dir: str) -> None:
         """Goes on from what `save` wrote; the next step is the one an uninterrupted run would take.
@@ -399,6 +404,22 @@ class TrlLearner(ABC):
         return export_digest(folder)
 
 
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """torch and safetensors tell a full disk each in its own way; torch's doesn't even name it.
+
+    Raises:
+        RlaifError: writing failed; what was complete before stays complete.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, SafetensorError) as e:
+        signs = ("no space left", "quota exceeded", "inline_container")
+        if any(sign in str(e).lower() for sign in signs):
+            raise UserError(f"{folder}: no space left on the disk; free some and run the same command again") from e
+        raise RlaifError(f"{folder}: can't write the learner's files ({' '.join(str(e).split())[:200]})") from e
+
+
 def epoch_order(pairs: int, seed: int, iteration: int, epoch: int) -> list[int]:
     """The order in which an epoch takes `pairs` pairs: a permutation that follows from the three numbers alone."""
     order = list(range(pairs))
@@ -439,7 +460,7 @@ def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"policy.model: can't load {path} ({' '.join(str(e).split())})") from e
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlaif import config, models
+from rlaif.errors import UserError
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.nucleus import keep_nucleus
 from rlaif.sampling.requests import check_length
@@ -39,9 +41,16 @@ class Sampler:
         self.load(model_path)
 
     def load(self, policy_path: str) -> None:
-        """Takes the weights of another folder."""
-        # A model that was written in fp32 (tests) keeps it; exports are bf16.
-        self._model: Any = AutoModelForCausalLM.from_pretrained(policy_path, dtype="auto", local_files_only=True)
+        """Takes the weights of another folder.
+
+        Raises:
+            UserError: they are damaged.
+        """
+        try:
+            # A model that was written in fp32 (tests) keeps it; exports are bf16.
+            self._model: Any = AutoModelForCausalLM.from_pretrained(policy_path, dtype="auto", local_files_only=True)
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{policy_path}: can't load these weights ({' '.join(str(e).split())})") from e
         self._model.to(self._device).eval()
 
     def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:

@@ -484,6 +484,27 @@ def test_state_of_another_model_is_refused(model_path: str, settings: config.Lea
         make_learner("dpo", model_path, settings, 7, str(tmp_path / "nowhere"))
 
 
+def test_a_full_disk_is_named(
+    model_path: str, settings: config.Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    learner = make_learner("dpo", model_path, settings, seed=0)
+    if Path("/dev/full").exists():
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/state.pt").symlink_to("/dev/full")
+        with pytest.raises(UserError, match=r"/a: no space left on the disk; free some and run the same") as e:
+            learner.save(str(tmp_path / "a"), str(tmp_path / "policy"))
+        assert "\n" not in str(e.value)
+
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("rlaif.learning.base.save_file", fail)
+    with pytest.raises(UserError, match=r"/b: no space left on the disk"):
+        learner.save(str(tmp_path / "b"), str(tmp_path / "policy"))
+
+
 def test_importing_the_package_is_light() -> None:
     import subprocess
     import sys

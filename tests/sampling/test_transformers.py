@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def run(sampler: Sampler, requests: list[SampleRequest]) -> dict[str, Sample]:
 
 @pytest.fixture(scope="module")
 def sampler(tiny: Path) -> Sampler:
-    return Sampler(str(tiny), config.Sampling(engine="transformers", max_model_len=64))
+    return Sampler(str(tiny), config.config.Sampling(engine="transformers", max_model_len=64))
 
 
 def test_every_request_is_answered_once_and_again_the_same(sampler: Sampler) -> None:
@@ -106,3 +107,11 @@ def test_a_prompt_that_leaves_no_room_is_a_user_error(sampler: Sampler) -> None:
     long = make_requests(1)[0].model_copy(update={"prompt_token_ids": (3,) * 60})
     with pytest.raises(UserError, match="max_model_len is 64"):
         list(sampler.sample([long]))
+
+
+def test_damaged_weights_are_named(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(tiny, folder)
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="policy: can't load these weights"):
+        Sampler(str(folder), config.Sampling(engine="transformers", max_model_len=64, max_tokens=8))
