@@ -4,7 +4,8 @@ In: ballots (`make_chat_ballots`), pairs, candidates and a constitution. Out: vo
 they were answered. Every ballot ends as a vote, which may be a typed abstention, or is still owed when `cast` raises:
 
 - `BudgetSpent`: the budget is used up; what was under way is answered and yielded first.
-- `JudgeUnavailable`: too many ballots in a row failed for good. Their abstentions are held back, and owed again.
+- `JudgeUnavailable`: too many ballots in a row failed for good, or were rejected. Their abstentions are held back, and
+  owed again.
 - `UserError`: the key, the model, the address or the request itself is wrong.
 
 Ballots are taken from their iterable when there is room, so memory does not grow with their number.
@@ -161,11 +162,6 @@ class _Done(NamedTuple):
     """What the cache doesn't hold yet."""
 
     @property
-    def broken(self) -> bool:
-        """The server answered something that is no reply."""
-        return self.failure is not None and self.failure.kind == "broken"
-
-    @property
     def rejected(self) -> bool:
         """The server refused the request."""
         return self.failure is not None and self.failure.kind == "rejected"
@@ -178,7 +174,10 @@ class _Standing:
     answers: bool = False
     """It has replied, in this process or an earlier one: its settings are right."""
     failures: int = 0
-    """Ballots that failed since its last reply, but for rejected ones."""
+    """Ballots that failed since its last reply, over all casts, but for rejected ones."""
+    rejected: set[str] = field(default_factory=set)
+    """Pairs with ballots that were rejected since its last reply. One that is too long is rejected in both orders, by
+    every template and sample, which says as much as one rejection."""
 
 
 @dataclass
@@ -245,18 +244,20 @@ class _Casting:
         if done.failure is None:
             standing.answers = True
         if done.vote.cached:  # says nothing about the server now
-            self.ready += [*(d for d in streak.held if d.rejected), done]
-            streak.held = [d for d in streak.held if not d.rejected]
+            self.ready.append(done)
         elif done.failure is None:
             self.ready += [*streak.held, done]
             streak.held, standing.failures = [], 0
-        elif done.rejected and standing.answers:
-            self.ready.append(done)
+            standing.rejected.clear()
         else:
             streak.held.append(done)
             # Also those of earlier casts, or a judge that went down between small ones would never be found out.
-            standing.failures += not done.rejected
-            if max(standing.failures, len(streak.held)) >= self.judge.settings.breaker_failures:
+            if done.rejected:
+                standing.rejected.add(done.vote.ballot.pair_id)
+            else:
+                standing.failures += 1
+            failed = standing.failures + len(standing.rejected) if standing.answers else len(streak.held)
+            if failed >= self.judge.settings.breaker_failures:
                 self.error = self.error or self._unavailable(streak)
 
     def _take(self) -> list[_Done]:
@@ -273,8 +274,8 @@ class _Casting:
             JudgeUnavailable, UserError: it didn't.
         """
         for streak in self.streaks.values():
-            # One that answers, but not as it should, may do so for this ballot again and again: a vote, not a pause.
-            if streak.held and not streak.standing.answers and not any(d.broken for d in streak.held):
+            # One that has answered may fail at this very ballot again and again: a vote, not a pause.
+            if streak.held and not streak.standing.answers:
                 raise self._unavailable(streak)
         left = [d for streak in self.streaks.values() for d in streak.held]
         for streak in self.streaks.values():
@@ -285,10 +286,16 @@ class _Casting:
         """Why a row of failures ends the casting."""
         last = streak.held[-1].vote
         url = shown_url(self.judge._jurors[last.ballot.judge])
-        if not streak.standing.answers and all(d.rejected for d in streak.held):
-            return UserError(
-                f"judge: {url} rejects every request ({last.error}); mend the job: judge.model, judge.logprobs, "
-                "judge.extra_body"
+        if all(d.rejected for d in streak.held):
+            if not streak.standing.answers:
+                return UserError(
+                    f"judge: {url} rejects every request ({last.error}); mend the job: judge.model, judge.logprobs, "
+                    "judge.extra_body"
+                )
+            return JudgeUnavailable(
+                f"judge: {url} rejected every request about the last {len(streak.standing.rejected)} pairs (last: "
+                f"{last.error}); run again when that is mended, or with a larger judge.breaker_failures if these "
+                "questions can't be answered"
             )
         failed = max(streak.standing.failures, len(streak.held))
         return JudgeUnavailable(

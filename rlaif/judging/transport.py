@@ -275,7 +275,7 @@ class OpenAIServer:
     def _status_error(self, error: Any) -> Exception:
         status, juror, url = error.status_code, self._juror, shown_url(self._juror)
         said = self._scrub(_message(error.body) or error.response.text)
-        if status in (401, 403):
+        if status == 401:
             if juror.api_key_env is None:
                 return UserError(
                     f"judge.api_key_env: {url} wants a key (HTTP {status}); name the variable that holds it"
@@ -292,7 +292,14 @@ class OpenAIServer:
         if status in _RETRIED or status >= 500:
             kind: FailureKind = "down" if status in _DOWN else "broken"
             return _Transient(f"HTTP {status}: {said}", kind, retry_after_s(error.response.headers))
-        return CallFailed(f"HTTP {status}: {said}", "rejected")
+        if status == 402:  # nothing of the question: no credit
+            return CallFailed(f"HTTP {status}: {said}", "down")
+        hint = ""
+        if status == 403:  # the key, or what is asked: which, other questions show
+            hint = f" (key: {juror.api_key_env or 'none'}, judge.api_key_env; model `{juror.model}`)"
+        elif re.search("response_format|json_schema", said):
+            hint = " (judge.extra_body: {response_format: null} asks without a JSON schema)"
+        return CallFailed(f"HTTP {status}: {said}{hint}", "rejected")
 
     def _expected_tokens(self, body: dict[str, Any]) -> float:
         """A guess, corrected by the server's own count: four characters a token, and the shortest of replies."""

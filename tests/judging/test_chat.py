@@ -358,20 +358,95 @@ def test_a_mistake_is_one_line_at_once(status, words):
 
 
 def test_a_rejected_request_among_others_is_an_abstention():
-    """Also several in a row: a server that rejects some questions is not down."""
+    """Also several in a row: a server that rejects some questions is not down. They count by pair, here 4 of 5."""
 
     def too_long(body):
         number = int(re.search(r"Question (\d+)", body["messages"][-1]["content"])[1])
         return 400 if 3 <= number <= 6 else None
 
     with FaultServer(status=too_long, message="context too long") as server:
-        cast = Cast(settings(server, concurrency=1, breaker_failures=4), 10)
+        cast = Cast(settings(server, concurrency=1, breaker_failures=5), 10)
         votes = cast.run()
     assert cast.error is None
     assert len(votes) == 20
     rejected = [v for v in votes if v.abstain_reason == "infra_error"]
     assert {v.ballot.pair_id for v in rejected} == {"p3", "p4", "p5", "p6"}
     assert all(v.error == "HTTP 400: context too long" and v.attempts == 1 for v in rejected)
+
+
+@pytest.mark.parametrize("status", [400, 402, 403, 413])
+def test_a_server_that_starts_to_reject_pauses_the_run(status):
+    with FaultServer(message="Insufficient credits") as server:
+        server.status = lambda body: status if server.requests > 11 else None
+        cast = Cast(settings(server, breaker_failures=4, concurrency=1), 20)
+        cast.run()
+        assert isinstance(cast.error, JudgeUnavailable)
+        assert f"HTTP {status}: Insufficient credits" in str(cast.error)
+        assert [v.outcome for v in cast.votes] == ["second"] * 11
+        assert server.requests <= 11 + 4 * 2
+        server.status = None
+        rest = Cast(settings(server), 20, skip=set(cast.ids), spent=spent_on(cast.votes, cast.judge.settings))
+        assert {v.outcome for v in rest.run()} == {"second"}
+    assert len(cast.ids + rest.ids) == 40
+
+
+def test_questions_that_are_always_rejected_stop_no_run_for_ever():
+    """The pause names the setting with which they become votes."""
+    with FaultServer(status=fails(400, 3, 4, 5, 6), message="context too long") as server:
+        cast = Cast(settings(server, concurrency=1, breaker_failures=4), 10)
+        cast.run()
+        assert isinstance(cast.error, JudgeUnavailable)
+        assert "judge.breaker_failures" in str(cast.error)
+        answered = spent_on(cast.votes, cast.judge.settings)
+        more = Cast(settings(server, concurrency=1, breaker_failures=5), 10, skip=set(cast.ids), spent=answered)
+        more.run()
+    assert more.error is None
+    assert {v.ballot.pair_id for v in more.votes if v.abstain_reason} == {"p3", "p4", "p5", "p6"}
+
+
+def test_small_casts_that_are_rejected_add_up():
+    with FaultServer() as server:
+        cast = Cast(settings(server, breaker_failures=5), 8)
+        cast.run()
+        server.status = 400
+        errors = []
+        for n in range(8):
+            mine = [b for b in cast.ballots if b.pair_id == f"p{n}"]
+            try:
+                list(cast.judge.cast(mine, cast.pairs, cast.candidates, TEXT, cast.templates))
+            except JudgeUnavailable as e:
+                errors.append((n, str(e)))
+    assert errors[0][0] == 4
+
+
+def test_one_question_that_is_forbidden_is_an_abstention():
+    """403 is also what a moderated question gets; only a juror that never answered has the wrong key."""
+    with FaultServer(status=fails(403, 0), message="flagged") as server:
+        cast = Cast(settings(server, concurrency=1), 4)
+        votes = cast.run()
+    assert cast.error is None
+    assert [v.ballot.pair_id for v in votes if v.abstain_reason == "infra_error"] == ["p0", "p0"]
+    assert all(v.error.startswith("HTTP 403: flagged (") for v in votes if v.error)
+
+
+@pytest.mark.parametrize("fault", ["error_500", "wrong_type", "no_choices"])
+def test_a_juror_that_never_gave_a_reply_pauses_the_run(fault):
+    """Also with fewer ballots than the breaker waits for, and if it answers something."""
+    with FaultServer(share=1.0, faults=(fault,)) as server:
+        cast = Cast(settings(server, max_retries=0), 2)
+        assert cast.run() == []
+    assert isinstance(cast.error, JudgeUnavailable)
+
+
+def test_a_rejected_schema_says_how_to_do_without():
+    with FaultServer(status=400, message="response_format json_schema is not supported") as server:
+        cast = Cast(settings(server), 2, (JSON,))
+        cast.run()
+        assert "judge.extra_body: {response_format: null}" in str(cast.error)
+        server.status = None
+        without = Cast(settings(server, extra_body={"response_format": None}), 2, (JSON,))
+        without.run()
+    assert "response_format" not in server.bodies[-1]
 
 
 def fails(status, *numbers):
@@ -487,12 +562,14 @@ def test_a_stored_reply_is_a_vote_without_a_call(tmp_path):
 
 
 def test_failures_are_never_stored(tmp_path):
-    with FaultServer(share=1.0, faults=("error_500",)) as server:
-        cast = Cast(settings(server, cache=str(tmp_path), max_retries=0), 3)
+    with FaultServer() as server:
+        answered = spent_on(Cast(settings(server), 1).run(), settings(server))
+        server.share, server.faults = 1.0, ("error_500",)
+        cast = Cast(settings(server, cache=str(tmp_path), max_retries=0), 3, spent=answered)
         assert {v.abstain_reason for v in cast.run()} == {"infra_error"}
         server.share = 0.0
         assert {v.outcome for v in Cast(settings(server, cache=str(tmp_path)), 3).run()} == {"second"}
-        assert server.requests == 12
+        assert server.requests == 2 + 12
 
 
 def test_an_unreadable_entry_is_asked_again(tmp_path):
