@@ -72,6 +72,8 @@ class ChatJudge:
         self._jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
         self._connect = connect
         self._backoff_s = backoff_s
+        self._paces: dict[str, tuple[Pace, Pace]] = {}
+        """By address: requests and tokens a minute, over all casts."""
         self._servers(asyncio.Semaphore(), lambda juror, usage: None)  # a missing key is found before any call
         self._cache = ReplyCache(settings.cache) if settings.cache else None
 
@@ -115,12 +117,11 @@ class ChatJudge:
 
     def _servers(self, slots: asyncio.Semaphore, wasted: Wasted) -> dict[str, Server]:
         """A server for each juror; jurors at one address share its limits."""
-        paces: dict[str, tuple[Pace, Pace]] = {}
         for juror in self._jurors.values():
             limits = Pace(self.settings.requests_per_minute), Pace(self.settings.tokens_per_minute)
-            paces.setdefault(shown_url(juror), limits)
+            self._paces.setdefault(shown_url(juror), limits)
         return {
-            name: self._connect(juror, self.settings, slots, *paces[shown_url(juror)], self._backoff_s, wasted)
+            name: self._connect(juror, self.settings, slots, *self._paces[shown_url(juror)], self._backoff_s, wasted)
             for name, juror in self._jurors.items()
         }
 
@@ -300,7 +301,7 @@ class _Casting:
         failed = max(streak.standing.failures, len(streak.held))
         return JudgeUnavailable(
             f"judge: {url} is down, {failed} ballots in a row failed after all attempts (last: {last.error}"
-            "); no vote is lost: run again when it is back"
+            "); run again when it is back"
         )
 
     async def _work(self) -> None:
@@ -382,9 +383,8 @@ class _Casting:
         for name, limit in self.judge.settings.budget:
             if limit is not None and getattr(spent, name) + (more if name == "calls" else 0) >= limit:
                 raise BudgetSpent(
-                    f"judge.budget.{name}={limit:g} is spent ({spent.calls} calls, {spent.tokens} tokens, "
-                    f"{spent.money:.4g} money); every vote is saved: go on with --set judge.budget.{name}=MORE "
-                    "--allow-change"
+                    f"judge.budget.{name}={limit:g} is spent ({spent}); go on with --set judge.budget.{name}=MORE "
+                    "(a run also needs --allow-change)"
                 )
 
 
