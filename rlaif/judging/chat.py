@@ -16,8 +16,10 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
 from rlaif.config import Judge, Juror
 from rlaif.constitution import Constitution
@@ -84,8 +86,12 @@ class ChatJudge:
         candidates: Sequence[Candidate],
         constitution: Constitution,
         templates: Sequence[Template],
+        journal: Path | None = None,
     ) -> Iterator[list[Vote]]:
         """Votes on the given ballots, in chunks: write each before asking for the next.
+
+        `journal` is a file that gets the id of every ballot before a server is asked: those without a vote may have
+        been asked for nothing when the process is killed.
 
         A generator that is closed early leaves the ballots under way unanswered: they are owed again.
 
@@ -100,8 +106,8 @@ class ChatJudge:
             constitution.hash,
             {t.hash: t for t in templates},
         )
-        with asyncio.Runner() as runner:
-            casting = _Casting(self, iter(ballots), questions)
+        with asyncio.Runner() as runner, _lines(journal) as asked:
+            casting = _Casting(self, iter(ballots), questions, asked)
             runner.run(casting.start())
             try:
                 while (chunk := runner.run(casting.next_chunk())) is not None:
@@ -124,6 +130,11 @@ class ChatJudge:
             name: self._connect(juror, self.settings, slots, *self._paces[shown_url(juror)], self._backoff_s, wasted)
             for name, juror in self._jurors.items()
         }
+
+
+def _lines(path: Path | None) -> AbstractContextManager[TextIO | None]:
+    """A file that grows by lines, each handed to the system at once: it survives this process, if not the machine."""
+    return nullcontext() if path is None else path.open("a", buffering=1)
 
 
 class _Questions(NamedTuple):
@@ -192,9 +203,10 @@ class _Streak:
 class _Casting:
     """One `cast` on its way: a fixed number of tasks take ballots from one iterator."""
 
-    def __init__(self, judge: ChatJudge, ballots: Iterator[Ballot], questions: _Questions):
+    def __init__(self, judge: ChatJudge, ballots: Iterator[Ballot], questions: _Questions, asked: TextIO | None):
         self.judge = judge
         self.ballots = ballots
+        self.asked = asked
         self.questions = questions
         self.ready: list[_Done] = []
         self.streaks = {name: _Streak(judge._standing[name]) for name in judge._jurors}
@@ -333,6 +345,8 @@ class _Casting:
             how: dict[str, Any] = {"cached": True, "attempts": 0}
             return _Done(_vote(ballot, template, stored, prompt_hash, self.judge.settings.clamp, how))
         await self._enter()
+        if self.asked is not None:
+            self.asked.write(f"{ballot.id}\n")
         try:
             answer = await self.servers[ballot.judge].ask(body)
             self.judge.spent = self.judge.spent.plus(answer.reply.usage, juror, self.judge.settings)
