@@ -311,9 +311,11 @@ class _Casting:
                 "questions can't be answered"
             )
         failed = max(streak.standing.failures, len(streak.held))
+        strange = not streak.standing.answers and all(d.failure and d.failure.kind == "broken" for d in streak.held)
         return JudgeUnavailable(
-            f"judge: {url} is down, {failed} ballots in a row failed after all attempts (last: {last.error}"
-            "); run again when it is back"
+            f"judge: {url} {'gives no usable reply' if strange else 'is down'}, {failed} ballots in a row failed after "
+            f"all attempts (last: {last.error}); "
+            f"{'check judge.base_url, or ' if strange else ''}run again when it is back"
         )
 
     async def _work(self) -> None:

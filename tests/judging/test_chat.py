@@ -487,6 +487,7 @@ def test_a_juror_that_never_gave_a_reply_pauses_the_run(fault):
         cast = Cast(settings(server, max_retries=0), 2)
         assert cast.run() == []
     assert isinstance(cast.error, JudgeUnavailable)
+    assert "gives no usable reply" in str(cast.error)
 
 
 def test_a_rejected_schema_says_how_to_do_without():
