@@ -179,7 +179,8 @@ class Judge(Juror):
     tokens_per_minute: int | None = Field(None, ge=1)
     """chat: limit of the server, prompt and completion together."""
     breaker_failures: int = Field(20, ge=1)
-    """chat: this many ballots in a row that failed after all retries: the judge is down, and the run pauses."""
+    """chat: this many ballots in a row that failed after all retries, or pairs that were rejected: the judge is down,
+    and the run pauses."""
     budget: Budget = Budget()
     prices: dict[str, Price] = Field(default_factory=dict)
     """chat: price per model name, for `budget.money`."""

@@ -236,16 +236,16 @@ class Loop:
         text: Constitution,
     ) -> list[Vote]:
         asked: dict[str, Any] = {"constitution": text}
+        journal = here.path / "votes.asked"
         if self.job.judge.kind == "chat":
-            asked["templates"] = self._templates(plan, role, text)
+            asked |= {"templates": self._templates(plan, role, text), "journal": journal}
         ballots = self._ballots(plan, role, pairs, text)
         # Held-out pairs count by their verdict, kept or not, so every vote on them counts.
         early_stop = self.job.judge.early_stop and role == "decide"
         in_rounds = rounds(ballots) if early_stop else [ballots]
 
         def produce(done: list[Vote]) -> Iterator[list[Vote]]:
-            if done:
-                self._tell_interrupted(plan.iteration, len(done), len(ballots))
+            self._tell_interrupted(plan.iteration, done, ballots, journal)
             votes = list(done)
             wanted = {c for p in pairs for c in (p.first, p.second)}
             asked["candidates"] = _candidates([c for c in completions if c.id in wanted], prompts)
@@ -262,16 +262,24 @@ class Loop:
                     yield chunk
 
         votes = here.rows("votes", Vote, produce, inputs=["pairs"], before_commit=lambda: {"ballots": len(ballots)})
+        journal.unlink(missing_ok=True)
         return _as_cast(votes, ballots, complete=not early_stop)
 
-    def _tell_interrupted(self, k: int, durable: int, ballots: int) -> None:
-        """Which calls were in flight nobody can know any more; that there may have been some, the log says."""
-        under_way = self.job.judge.concurrency if self.job.judge.kind == "chat" else 1
-        message = (
-            f"judging was interrupted with {durable} of {ballots} votes durable; calls that were in flight, "
-            f"{under_way} at most, are made again"
-        )
-        self.dir.event("judging_interrupted", message, k, durable=durable, ballots=ballots, in_flight_at_most=under_way)
+    def _tell_interrupted(self, k: int, done: list[Vote], ballots: list[Ballot], journal: Path) -> None:
+        """Notes an earlier attempt at this judging, and which ballots it may have had asked for nothing."""
+        asked = set(journal.read_text().split()) if journal.exists() else set()
+        asked -= {v.ballot.id for v in done}
+        again = [b.id for b in ballots if b.id in asked]
+        if done or again:
+            under_way = self.job.judge.concurrency if self.job.judge.kind == "chat" else 1
+            message = f"judging was interrupted with {len(done)} of {len(ballots)} votes durable; "
+            if self.job.judge.kind == "chat":
+                message += f"{len(again)} ballots that had been sent off have no vote, and may be asked twice"
+            else:
+                message += "the call that was in flight is made again"
+            data = {"durable": len(done), "ballots": len(ballots), "in_flight_at_most": under_way, "asked_again": again}
+            self.dir.event("judging_interrupted", message, k, **data)
+        journal.unlink(missing_ok=True)
 
     def _templates(self, plan: Plan, role: Role, text: Constitution) -> list[Template]:
         names = template_names(self.job.judge, text, role)

@@ -164,6 +164,8 @@ class Usage(Record):
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    estimated: bool = False
+    """The server doesn't say: four characters a token."""
 
 
 class Vote(Record):

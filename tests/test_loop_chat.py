@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +181,46 @@ def test_judging_that_was_interrupted_is_told(tmp_path: Path) -> None:
         loop.run()
     (event,) = [e for e in loop.dir.events() if e.kind == "judging_interrupted"]
     assert (event.data["durable"], event.data["in_flight_at_most"]) == (7, 2)
+    assert event.data["asked_again"] == []  # what was under way at the budget's end was answered
+
+
+def test_calls_that_were_in_flight_are_named(tmp_path: Path) -> None:
+    """Also when no vote is durable yet."""
+    with FaultServer(say=greater_number, latency_s=0.6) as server:
+        loop = chat_loop(tmp_path, chat_job(server, {"concurrency": 4}))
+
+        def interrupt() -> None:
+            while server.requests < 3:
+                time.sleep(0.01)
+            _thread.interrupt_main()
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            loop.run()
+        assert all_votes(loop) == []
+        server.latency_s = 0
+        again = chat_loop(tmp_path, chat_job(server, {"concurrency": 4}))
+        again.run()
+    (event,) = [e for e in again.dir.events() if e.kind == "judging_interrupted"]
+    twice = sum(n > 1 for n in server.seen.values())
+    assert event.data["durable"] == 0
+    assert 3 <= twice <= len(event.data["asked_again"])
+    assert {v.ballot.id for v in all_votes(again)} >= set(event.data["asked_again"])
+    assert not list(again.dir.path.glob("*/*/votes.asked"))
+
+
+def test_ballots_of_a_judge_that_is_down_are_named(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        server.status = lambda body: 503 if server.requests > 3 else None
+        job = chat_job(server, {"breaker_failures": 3, "concurrency": 1})
+        with pytest.raises(JudgeUnavailable):
+            chat_loop(tmp_path, job).run()
+        server.status = None
+        loop = chat_loop(tmp_path, job)
+        loop.run()
+    (event,) = [e for e in loop.dir.events() if e.kind == "judging_interrupted"]
+    assert event.data["durable"] == 3
+    assert sum(n > 1 for n in server.seen.values()) <= len(event.data["asked_again"]) <= 4
 
 
 def test_a_template_that_vanishes_mid_run_is_the_runs_own(tmp_path: Path) -> None:

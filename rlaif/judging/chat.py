@@ -4,7 +4,8 @@ In: ballots (`make_chat_ballots`), pairs, candidates and a constitution. Out: vo
 they were answered. Every ballot ends as a vote, which may be a typed abstention, or is still owed when `cast` raises:
 
 - `BudgetSpent`: the budget is used up; what was under way is answered and yielded first.
-- `JudgeUnavailable`: too many ballots in a row failed for good. Their abstentions are held back, and owed again.
+- `JudgeUnavailable`: too many ballots in a row failed for good, or were rejected. Their abstentions are held back, and
+  owed again.
 - `UserError`: the key, the model, the address or the request itself is wrong.
 
 Ballots are taken from their iterable when there is room, so memory does not grow with their number.
@@ -15,8 +16,10 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
 from rlaif.config import Judge, Juror
 from rlaif.constitution import Constitution
@@ -71,6 +74,8 @@ class ChatJudge:
         self._jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
         self._connect = connect
         self._backoff_s = backoff_s
+        self._paces: dict[str, tuple[Pace, Pace]] = {}
+        """By address: requests and tokens a minute, over all casts."""
         self._servers(asyncio.Semaphore(), lambda juror, usage: None)  # a missing key is found before any call
         self._cache = ReplyCache(settings.cache) if settings.cache else None
 
@@ -81,8 +86,12 @@ class ChatJudge:
         candidates: Sequence[Candidate],
         constitution: Constitution,
         templates: Sequence[Template],
+        journal: Path | None = None,
     ) -> Iterator[list[Vote]]:
         """Votes on the given ballots, in chunks: write each before asking for the next.
+
+        `journal` is a file that gets the id of every ballot before a server is asked: those without a vote may have
+        been asked for nothing when the process is killed.
 
         A generator that is closed early leaves the ballots under way unanswered: they are owed again.
 
@@ -97,8 +106,8 @@ class ChatJudge:
             constitution.hash,
             {t.hash: t for t in templates},
         )
-        with asyncio.Runner() as runner:
-            casting = _Casting(self, iter(ballots), questions)
+        with asyncio.Runner() as runner, _lines(journal) as asked:
+            casting = _Casting(self, iter(ballots), questions, asked)
             runner.run(casting.start())
             try:
                 while (chunk := runner.run(casting.next_chunk())) is not None:
@@ -114,14 +123,18 @@ class ChatJudge:
 
     def _servers(self, slots: asyncio.Semaphore, wasted: Wasted) -> dict[str, Server]:
         """A server for each juror; jurors at one address share its limits."""
-        paces: dict[str, tuple[Pace, Pace]] = {}
         for juror in self._jurors.values():
             limits = Pace(self.settings.requests_per_minute), Pace(self.settings.tokens_per_minute)
-            paces.setdefault(shown_url(juror), limits)
+            self._paces.setdefault(shown_url(juror), limits)
         return {
-            name: self._connect(juror, self.settings, slots, *paces[shown_url(juror)], self._backoff_s, wasted)
+            name: self._connect(juror, self.settings, slots, *self._paces[shown_url(juror)], self._backoff_s, wasted)
             for name, juror in self._jurors.items()
         }
+
+
+def _lines(path: Path | None) -> AbstractContextManager[TextIO | None]:
+    """A file that grows by lines, each handed to the system at once: it survives this process, if not the machine."""
+    return nullcontext() if path is None else path.open("a", buffering=1)
 
 
 class _Questions(NamedTuple):
@@ -161,11 +174,6 @@ class _Done(NamedTuple):
     """What the cache doesn't hold yet."""
 
     @property
-    def broken(self) -> bool:
-        """The server answered something that is no reply."""
-        return self.failure is not None and self.failure.kind == "broken"
-
-    @property
     def rejected(self) -> bool:
         """The server refused the request."""
         return self.failure is not None and self.failure.kind == "rejected"
@@ -178,7 +186,10 @@ class _Standing:
     answers: bool = False
     """It has replied, in this process or an earlier one: its settings are right."""
     failures: int = 0
-    """Ballots that failed since its last reply, but for rejected ones."""
+    """Ballots that failed since its last reply, over all casts, but for rejected ones."""
+    rejected: set[str] = field(default_factory=set)
+    """Pairs with ballots that were rejected since its last reply. One that is too long is rejected in both orders, by
+    every template and sample, which says as much as one rejection."""
 
 
 @dataclass
@@ -192,9 +203,10 @@ class _Streak:
 class _Casting:
     """One `cast` on its way: a fixed number of tasks take ballots from one iterator."""
 
-    def __init__(self, judge: ChatJudge, ballots: Iterator[Ballot], questions: _Questions):
+    def __init__(self, judge: ChatJudge, ballots: Iterator[Ballot], questions: _Questions, asked: TextIO | None):
         self.judge = judge
         self.ballots = ballots
+        self.asked = asked
         self.questions = questions
         self.ready: list[_Done] = []
         self.streaks = {name: _Streak(judge._standing[name]) for name in judge._jurors}
@@ -245,18 +257,20 @@ class _Casting:
         if done.failure is None:
             standing.answers = True
         if done.vote.cached:  # says nothing about the server now
-            self.ready += [*(d for d in streak.held if d.rejected), done]
-            streak.held = [d for d in streak.held if not d.rejected]
+            self.ready.append(done)
         elif done.failure is None:
             self.ready += [*streak.held, done]
             streak.held, standing.failures = [], 0
-        elif done.rejected and standing.answers:
-            self.ready.append(done)
+            standing.rejected.clear()
         else:
             streak.held.append(done)
             # Also those of earlier casts, or a judge that went down between small ones would never be found out.
-            standing.failures += not done.rejected
-            if max(standing.failures, len(streak.held)) >= self.judge.settings.breaker_failures:
+            if done.rejected:
+                standing.rejected.add(done.vote.ballot.pair_id)
+            else:
+                standing.failures += 1
+            failed = standing.failures + len(standing.rejected) if standing.answers else len(streak.held)
+            if failed >= self.judge.settings.breaker_failures:
                 self.error = self.error or self._unavailable(streak)
 
     def _take(self) -> list[_Done]:
@@ -273,8 +287,8 @@ class _Casting:
             JudgeUnavailable, UserError: it didn't.
         """
         for streak in self.streaks.values():
-            # One that answers, but not as it should, may do so for this ballot again and again: a vote, not a pause.
-            if streak.held and not streak.standing.answers and not any(d.broken for d in streak.held):
+            # One that has answered may fail at this very ballot again and again: a vote, not a pause.
+            if streak.held and not streak.standing.answers:
                 raise self._unavailable(streak)
         left = [d for streak in self.streaks.values() for d in streak.held]
         for streak in self.streaks.values():
@@ -285,15 +299,23 @@ class _Casting:
         """Why a row of failures ends the casting."""
         last = streak.held[-1].vote
         url = shown_url(self.judge._jurors[last.ballot.judge])
-        if not streak.standing.answers and all(d.rejected for d in streak.held):
-            return UserError(
-                f"judge: {url} rejects every request ({last.error}); mend the job: judge.model, judge.logprobs, "
-                "judge.extra_body"
+        if all(d.rejected for d in streak.held):
+            if not streak.standing.answers:
+                return UserError(
+                    f"judge: {url} rejects every request ({last.error}); mend the job: judge.model, judge.logprobs, "
+                    "judge.extra_body"
+                )
+            return JudgeUnavailable(
+                f"judge: {url} rejected every request about the last {len(streak.standing.rejected)} pairs (last: "
+                f"{last.error}); run again when that is mended, or with a larger judge.breaker_failures if these "
+                "questions can't be answered"
             )
         failed = max(streak.standing.failures, len(streak.held))
+        strange = not streak.standing.answers and all(d.failure and d.failure.kind == "broken" for d in streak.held)
         return JudgeUnavailable(
-            f"judge: {url} is down, {failed} ballots in a row failed after all attempts (last: {last.error}"
-            "); no vote is lost: run again when it is back"
+            f"judge: {url} {'gives no usable reply' if strange else 'is down'}, {failed} ballots in a row failed after "
+            f"all attempts (last: {last.error}); "
+            f"{'check judge.base_url, or ' if strange else ''}run again when it is back"
         )
 
     async def _work(self) -> None:
@@ -325,6 +347,8 @@ class _Casting:
             how: dict[str, Any] = {"cached": True, "attempts": 0}
             return _Done(_vote(ballot, template, stored, prompt_hash, self.judge.settings.clamp, how))
         await self._enter()
+        if self.asked is not None:
+            self.asked.write(f"{ballot.id}\n")
         try:
             answer = await self.servers[ballot.judge].ask(body)
             self.judge.spent = self.judge.spent.plus(answer.reply.usage, juror, self.judge.settings)
@@ -375,9 +399,8 @@ class _Casting:
         for name, limit in self.judge.settings.budget:
             if limit is not None and getattr(spent, name) + (more if name == "calls" else 0) >= limit:
                 raise BudgetSpent(
-                    f"judge.budget.{name}={limit:g} is spent ({spent.calls} calls, {spent.tokens} tokens, "
-                    f"{spent.money:.4g} money); every vote is saved: go on with --set judge.budget.{name}=MORE "
-                    "--allow-change"
+                    f"judge.budget.{name}={limit:g} is spent ({spent}); go on with --set judge.budget.{name}=MORE "
+                    "(a run also needs --allow-change)"
                 )
 
 

@@ -18,8 +18,7 @@ from rlaif.records import AbstainReason, Outcome, Record, Usage
 Shown = Literal["A", "B", "tie"]
 
 _WORDS: dict[str, Shown] = {"a": "A", "b": "B", "c": "tie", "tie": "tie"}
-_THINK = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_THINK_OPEN = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
+_THINK_OPEN = re.compile(r"\s*<think(?:ing)?>", re.IGNORECASE)
 _THINK_CLOSE = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _LETTER = re.compile(
     r"(?:(?:the\s+)?(?:final\s+)?(?:verdict|answer)\s*(?:is\s*)?:?\s*)?(?:answer\s+)?(?P<verdict>[abc]|tie)\.?",
@@ -85,9 +84,15 @@ def parse(reply: Reply, kind: VerdictKind, pattern: str | None = None) -> Parsed
     if reply.refusal or reply.finish_reason == "content_filter":
         return Parsed(abstain_reason="refused")
     text, thinking = _without_thoughts(reply.content or "")
-    if thinking:
+    # A letter or a whole JSON object is complete; a last line that was cut off may have gone on ("Verdict: B|oth").
+    if thinking or (reply.finish_reason == "length" and kind == "last_line"):
         return Parsed(abstain_reason="truncated")
     shown = _verdict(text, kind, pattern) if text else None
+    if shown is None:
+        # Some chat templates open the block themselves, so a reply holds its end only. Only what is no verdict as a
+        # whole is read so: a JSON reason may quote an answer that holds the mark.
+        text = _THINK_CLOSE.split(text)[-1].strip()
+        shown = _verdict(text, kind, pattern) if text else None
     if shown is not None:
         return Parsed(shown=shown)
     if reply.finish_reason == "length":
@@ -127,12 +132,16 @@ def label_mass(tokens: Sequence[ReplyToken], verdict: Shown) -> LabelMass | None
 
 
 def _without_thoughts(content: str) -> tuple[str, bool]:
-    """The reply after its `<think>` blocks, and whether it ends inside one."""
-    text = _THINK.sub("", content)
-    if _THINK_OPEN.search(text):
-        return "", True
-    # Some chat templates open the block themselves, so a reply holds its end only.
-    return _THINK_CLOSE.split(text)[-1].strip(), False
+    """The reply after the `<think>` blocks that it begins with, and whether it ends inside one.
+
+    Marks further on are text: a judge may quote them from an answer.
+    """
+    text = content
+    while opened := _THINK_OPEN.match(text):
+        if (closed := _THINK_CLOSE.search(text, opened.end())) is None:
+            return "", True
+        text = text[closed.end() :]
+    return text.strip(), False
 
 
 def _verdict(text: str, kind: VerdictKind, pattern: str | None) -> Shown | None:

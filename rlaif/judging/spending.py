@@ -15,6 +15,8 @@ class Spent(Record):
     calls: int = 0
     tokens: int = 0
     money: float = 0.0
+    estimated: bool = False
+    """Some of the tokens, and so of the money, are a guess: a server reports no usage."""
     answered: frozenset[str] = frozenset()
     """Jurors, as ballots name them, that an earlier process had a reply of: their settings are right."""
 
@@ -26,7 +28,11 @@ class Spent(Record):
             money = (usage.prompt_tokens * price.prompt + usage.completion_tokens * price.completion) / 1e6
         tokens = usage.prompt_tokens + usage.completion_tokens
         more = {"calls": self.calls + 1, "tokens": self.tokens + tokens, "money": self.money + money}
-        return self.model_copy(update=more)
+        return self.model_copy(update={**more, "estimated": self.estimated or usage.estimated})
+
+    def __str__(self) -> str:
+        guess = ", in part estimated: the server reports no usage" if self.estimated else ""
+        return f"{self.calls} calls, {self.tokens} tokens, {self.money:.4g} money{guess}"
 
 
 def spent_on(votes: Iterable[Vote], settings: Judge) -> Spent:

@@ -2,7 +2,7 @@
 
 In: the body of a chat completion. Out: a `Reply` as the server gave it, or one of three errors: `UserError` (key, model
 or address), `CallFailed` (no reply after all attempts), both with one line that holds no key. Waits between attempts
-are exponential with full jitter; a server's Retry-After is honoured, up to a minute.
+are exponential with full jitter; a server's Retry-After is honoured by all requests to it, up to a minute.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -34,6 +34,7 @@ MAX_BACKOFF_S = 30.0
 _RETRIED = (408, 409, 425, 429)
 _DOWN = (429, 502, 503, 504)
 _ERROR_CHARACTERS = 300
+_CHARACTERS_PER_TOKEN = 4
 # A verdict stands at the end of its reply; what comes before it needs no probabilities.
 _TOKENS_KEPT = 16
 # A client looks through all of its connections at every request: 64 in one pool cost more than the rest of the call.
@@ -85,14 +86,20 @@ class Server(Protocol):
 
 
 class Pace:
-    """So many a minute, evenly spaced: no burst can break the limit. `None` is no limit."""
+    """So many a minute, evenly spaced: no burst can break the limit. `None` is no limit.
+
+    Whoever waits should go on at once afterwards: those that queue behind it would go together.
+    """
 
     def __init__(self, per_minute: int | None):
         self._interval_s = 60 / per_minute if per_minute else 0.0
         self._free_at = 0.0
+        self._held_until = 0.0
 
     async def wait(self, amount: float = 1.0) -> None:
         """Returns when `amount` more may be used."""
+        while (held_s := self._held_until - time.monotonic()) > 0:
+            await asyncio.sleep(held_s)
         if self._interval_s:
             now = time.monotonic()
             start = max(now, self._free_at)
@@ -102,6 +109,10 @@ class Pace:
     def correct(self, amount: float) -> None:
         """More (or less) was used than announced."""
         self._free_at += amount * self._interval_s
+
+    def hold(self, seconds: float) -> None:
+        """Nothing more may be used before so many seconds have gone by."""
+        self._held_until = max(self._held_until, time.monotonic() + seconds)
 
 
 def api_key(juror: Juror) -> str | None:
@@ -230,11 +241,16 @@ class OpenAIServer:
 
     async def _attempt(self, body: dict[str, Any]) -> tuple[Reply, float]:
         expected = self._expected_tokens(body)
-        await self._requests.wait()
-        await self._tokens.wait(expected)
-        async with self._slots:
+        async with self._slots, self._client() as client:  # first: making one takes longer than a short pace
+            await self._requests.wait()
+            await self._tokens.wait(expected)
             started = time.monotonic()
-            content = await self._post(body)
+            try:
+                content = await self._post(client, body)
+            except _Transient as e:
+                if e.retry_after_s is not None:  # asked of all of us, not of this request alone
+                    self._requests.hold(min(e.retry_after_s, MAX_RETRY_AFTER_S))
+                raise
             latency_s = time.monotonic() - started
         try:
             reply = read_reply(content, self._juror.model, self._scrub)
@@ -242,15 +258,17 @@ class OpenAIServer:
             self._wasted(self._juror, read_usage(content))
             raise
         used = reply.usage.prompt_tokens + reply.usage.completion_tokens
-        if used:
-            self._tokens.correct(used - expected)
+        if not used:  # a budget must hold with servers that don't count, too
+            said = math.ceil(len(reply.content or reply.refusal or "") / _CHARACTERS_PER_TOKEN)
+            guess = Usage(prompt_tokens=math.ceil(expected), completion_tokens=1 + said, estimated=True)
+            return reply.model_copy(update={"usage": guess}), latency_s
+        self._tokens.correct(used - expected)
         return reply, latency_s
 
-    async def _post(self, body: dict[str, Any]) -> bytes:
+    async def _post(self, client: AsyncOpenAI, body: dict[str, Any]) -> bytes:
         """The body of the server's answer; openai's own models would refuse, or invent, what a server leaves out."""
         import openai
 
-        client = self._client()
         try:
             async with asyncio.timeout(self._settings.timeout_s):
                 answer = await client.post("/chat/completions", body=body, cast_to=openai.HttpxBinaryResponseContent)
@@ -261,21 +279,24 @@ class OpenAIServer:
         except openai.APIConnectionError as e:
             cause = e.__cause__ or e
             raise _Transient(self._scrub(f"{type(cause).__name__}: {cause}"), "down") from None
-        finally:
-            self._free.append(client)
         return answer.content
 
-    def _client(self) -> AsyncOpenAI:
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[AsyncOpenAI]:
         """A client with room for one more request; it goes back to `_free` after it."""
         if not self._free:
             self._clients.append(self._connect())
             self._free += [self._clients[-1]] * _REQUESTS_PER_CLIENT
-        return self._free.pop()
+        client = self._free.pop()
+        try:
+            yield client
+        finally:
+            self._free.append(client)
 
     def _status_error(self, error: Any) -> Exception:
         status, juror, url = error.status_code, self._juror, shown_url(self._juror)
         said = self._scrub(_message(error.body) or error.response.text)
-        if status in (401, 403):
+        if status == 401:
             if juror.api_key_env is None:
                 return UserError(
                     f"judge.api_key_env: {url} wants a key (HTTP {status}); name the variable that holds it"
@@ -292,14 +313,22 @@ class OpenAIServer:
         if status in _RETRIED or status >= 500:
             kind: FailureKind = "down" if status in _DOWN else "broken"
             return _Transient(f"HTTP {status}: {said}", kind, retry_after_s(error.response.headers))
-        return CallFailed(f"HTTP {status}: {said}", "rejected")
+        if status == 402:  # nothing of the question: no credit
+            return CallFailed(f"HTTP {status}: {said}", "down")
+        hint = ""
+        if status == 403:  # the key, or what is asked: which, other questions show
+            hint = f" (key: {juror.api_key_env or 'none'}, judge.api_key_env; model `{juror.model}`)"
+        elif re.search("response_format|json_schema", said):
+            hint = " (judge.extra_body: {response_format: null} asks without a JSON schema)"
+        return CallFailed(f"HTTP {status}: {said}{hint}", "rejected")
 
     def _expected_tokens(self, body: dict[str, Any]) -> float:
         """A guess, corrected by the server's own count: four characters a token, and the shortest of replies."""
-        return sum(len(m["content"]) for m in body["messages"]) / 4 + 1
+        return sum(len(m["content"]) for m in body["messages"]) / _CHARACTERS_PER_TOKEN + 1
 
     def _scrub(self, text: str) -> str:
         """One line without the key, for logs and errors."""
+        text = _clean(text)
         if self._key:
             text = text.replace(self._key, "[key]")
         text = re.sub(r"\b(sk-|Bearer\s+)[^\s\"']{6,}", r"\1[key]", text)
@@ -347,7 +376,7 @@ def read_reply(content: bytes, model: str, scrub: Any = str) -> Reply:
     if said is not None and not isinstance(said, str):
         raise _Transient("an answer whose content is not text", "broken")
     return Reply(
-        content=said,
+        content=None if said is None else _clean(said),
         refusal=_text(message.get("refusal")),
         finish_reason=_text(choice.get("finish_reason")),
         tokens=_reply_tokens(choice.get("logprobs")),
@@ -368,8 +397,10 @@ def _reply_tokens(logprobs: Any) -> tuple[ReplyToken, ...]:
     try:
         return tuple(
             ReplyToken(
-                token=at["token"],
-                top=tuple(TopToken(token=t["token"], logprob=t["logprob"]) for t in at.get("top_logprobs") or ()),
+                token=_clean(at["token"]),
+                top=tuple(
+                    TopToken(token=_clean(t["token"]), logprob=t["logprob"]) for t in at.get("top_logprobs") or ()
+                ),
             )
             for at in logprobs["content"][-_TOKENS_KEPT:]
         )
@@ -379,13 +410,24 @@ def _reply_tokens(logprobs: Any) -> tuple[ReplyToken, ...]:
 
 def _usage(tree: Any) -> Usage:
     try:
-        return Usage(prompt_tokens=tree["prompt_tokens"], completion_tokens=tree.get("completion_tokens") or 0)
-    except (TypeError, KeyError, ValueError, AttributeError):
+        return Usage(
+            prompt_tokens=_count(tree["prompt_tokens"]), completion_tokens=_count(tree.get("completion_tokens") or 0)
+        )
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return Usage()
 
 
+def _count(value: Any) -> int:
+    return max(math.ceil(float(value)), 0)
+
+
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return _clean(value) if isinstance(value, str) and value else None
+
+
+def _clean(text: str) -> str:
+    """Without lone surrogates, which JSON can hold and no file can."""
+    return text.encode(errors="replace").decode()
 
 
 def _message(body: Any) -> str | None:

@@ -21,6 +21,7 @@ FAULTS = (
     "rate_limit", "error_500", "hang", "cut", "no_choices", "bad_json", "wrong_type", "truncated", "null_content",
     "slow",
 )  # fmt: skip
+USAGE = {"prompt_tokens": 100, "completion_tokens": 2}
 _QUOTE = re.compile(r"BEGIN ANSWER (?P<slot>[AB]) (?P<code>\w+)\n(?P<text>.*?)\nEND ANSWER (?P=slot) (?P=code)", re.S)
 
 
@@ -43,10 +44,16 @@ class FaultServer:
         message: str = "no",
         seed: int = 0,
         only_first_attempt: bool = False,
+        usage: dict[str, Any] | None = USAGE,
+        retry_after: str | None = None,
     ):
         """Each of `faults` has the probability `share`; `status` answers with that error, if it is one."""
         self.share, self.faults, self.latency_s, self.say = share, faults, latency_s, say
         self.status, self.message, self.seed, self.only_first_attempt = status, message, seed, only_first_attempt
+        self.usage = usage
+        """What every reply says that it cost; None: nothing."""
+        self.retry_after = retry_after
+        """What `rate_limit` asks for; short times in both forms when None."""
         self.seen: Counter[str] = Counter()
         """Requests by content."""
         self.fates: Counter[str] = Counter()
@@ -135,7 +142,7 @@ class FaultServer:
                 await asyncio.sleep(0.02)
             case "rate_limit":
                 soon = email.utils.formatdate(time.time(), usegmt=True)
-                after = "0.05" if self.seen[content] % 2 else soon
+                after = self.retry_after or ("0.05" if self.seen[content] % 2 else soon)
                 await _send(writer, 429, '{"error": {"message": "slow down"}}', headers=f"Retry-After: {after}\r\n")
                 return True
             case "error_500":
@@ -155,7 +162,7 @@ class FaultServer:
             said, finish = "Let me think about", "length"
         if fate == "null_content":
             said = None
-        reply = json.dumps(completion(body, said, finish))
+        reply = json.dumps(completion(body, said, finish) | {"usage": self.usage})
         if fate == "cut":
             writer.write(f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(reply)}\r\n\r\n"
                          f"{reply[: len(reply) // 2]}".encode())  # fmt: skip
@@ -172,8 +179,7 @@ def completion(body: dict[str, Any], said: str | None, finish: str = "stop") -> 
         other = "B" if said == "A" else "A"
         top = [{"token": said, "logprob": -0.28768207}, {"token": f" {other}", "logprob": -1.609438}]
         choice["logprobs"] = {"content": [{"token": said, "logprob": -0.28768207, "top_logprobs": top}]}
-    usage = {"prompt_tokens": 100, "completion_tokens": 2}
-    return {"id": "x", "object": "chat.completion", "model": "m-1", "choices": [choice], "usage": usage}
+    return {"id": "x", "object": "chat.completion", "model": "m-1", "choices": [choice], "usage": USAGE}
 
 
 async def _send(

@@ -22,7 +22,7 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.chat import ChatJudge
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.templates import load_template
-from rlaif.judging.transport import Answer, Pace, read_reply, read_usage, retry_after_s
+from rlaif.judging.transport import Answer, OpenAIServer, Pace, read_reply, read_usage, retry_after_s
 from rlaif.records import Message, Pair, Usage
 from tests.judging.fault_server import FAULTS, FaultServer
 
@@ -296,9 +296,60 @@ def test_tokens_and_money_stop_the_run(budget, name):
     assert cast.judge.spent.money == pytest.approx(len(cast.votes) * 104 / 1e6)
 
 
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 0, "completion_tokens": 0}, {"prompt_tokens": -5}])
+@pytest.mark.parametrize("budget", [{"tokens": 3000}, {"money": 0.003}], ids=["tokens", "money"])
+def test_a_budget_holds_with_a_server_that_reports_no_usage(usage, budget):
+    prices = {"m": {"prompt": 1.0, "completion": 1.0}}
+    with FaultServer(usage=usage) as server:
+        cast = Cast(settings(server, budget=budget, prices=prices, concurrency=1), 40)
+        votes = cast.run()
+    assert isinstance(cast.error, BudgetSpent)
+    assert "estimated" in str(cast.error)
+    asked = sum(len(m["content"]) for m in server.bodies[0]["messages"])
+    assert all(v.usage.estimated and asked / 5 < v.usage.prompt_tokens < asked / 3 for v in votes)
+    assert spent_on(votes, cast.judge.settings).tokens == cast.judge.spent.tokens >= 3000
+
+
+def test_usage_in_odd_forms():
+    said = lambda usage: read_usage(json.dumps({"usage": usage}).encode())  # noqa: E731
+    assert said({"prompt_tokens": 12.5, "completion_tokens": 1.0}) == Usage(prompt_tokens=13, completion_tokens=1)
+    assert said({"prompt_tokens": "12", "completion_tokens": None}) == Usage(prompt_tokens=12)
+    assert said({"prompt_tokens": -5, "completion_tokens": 3}) == Usage(completion_tokens=3)
+    assert said({"prompt_tokens": math.inf}) == said({"prompt_tokens": math.nan}) == Usage()
+
+
 def test_money_needs_prices():
     with pytest.raises(UserError, match="no price for `m`"):
         Cast(settings("http://127.0.0.1:1/v1", budget={"money": 1.0}))
+
+
+# Odd replies
+
+
+def test_a_reply_that_no_file_can_hold_is_a_vote(tmp_path):
+    with FaultServer(say=lambda body: "A\ud800") as server:
+        cast = Cast(settings(server, cache=str(tmp_path)), 2)
+        votes = cast.run()
+    assert [v.abstain_reason for v in votes] == ["unparsed"] * 4
+    assert {v.raw_reply for v in votes} == {"A?"}
+    assert all(v.model_dump_json() for v in votes)
+
+
+def test_nothing_of_an_answer_holds_what_no_file_can():
+    odd = "x\ud800"
+    top = {"token": odd, "logprob": -0.1}
+    logprobs = {"content": [top | {"top_logprobs": [top]}]}
+    choice = {"message": {"content": None, "refusal": odd}, "finish_reason": odd, "logprobs": logprobs}
+    reply = read_reply(json.dumps({"choices": [choice], "model": odd}).encode(), "m")
+    assert (reply.model, reply.refusal, reply.tokens[0].top[0].token) == ("x?",) * 3
+    reply.model_dump_json()
+
+
+def test_an_error_that_no_file_can_hold_is_a_vote():
+    with FaultServer(status=fails(400, 1), message="no\ud800") as server:
+        votes = Cast(settings(server, concurrency=1), 3).run()
+    assert {v.error for v in votes} == {None, "HTTP 400: no?"}
+    assert all(v.model_dump_json() for v in votes)
 
 
 # A judge that is down, and users' mistakes
@@ -358,20 +409,96 @@ def test_a_mistake_is_one_line_at_once(status, words):
 
 
 def test_a_rejected_request_among_others_is_an_abstention():
-    """Also several in a row: a server that rejects some questions is not down."""
+    """Also several in a row: a server that rejects some questions is not down. They count by pair, here 4 of 5."""
 
     def too_long(body):
         number = int(re.search(r"Question (\d+)", body["messages"][-1]["content"])[1])
         return 400 if 3 <= number <= 6 else None
 
     with FaultServer(status=too_long, message="context too long") as server:
-        cast = Cast(settings(server, concurrency=1, breaker_failures=4), 10)
+        cast = Cast(settings(server, concurrency=1, breaker_failures=5), 10)
         votes = cast.run()
     assert cast.error is None
     assert len(votes) == 20
     rejected = [v for v in votes if v.abstain_reason == "infra_error"]
     assert {v.ballot.pair_id for v in rejected} == {"p3", "p4", "p5", "p6"}
     assert all(v.error == "HTTP 400: context too long" and v.attempts == 1 for v in rejected)
+
+
+@pytest.mark.parametrize("status", [400, 402, 403, 413])
+def test_a_server_that_starts_to_reject_pauses_the_run(status):
+    with FaultServer(message="Insufficient credits") as server:
+        server.status = lambda body: status if server.requests > 11 else None
+        cast = Cast(settings(server, breaker_failures=4, concurrency=1), 20)
+        cast.run()
+        assert isinstance(cast.error, JudgeUnavailable)
+        assert f"HTTP {status}: Insufficient credits" in str(cast.error)
+        assert [v.outcome for v in cast.votes] == ["second"] * 11
+        assert server.requests <= 11 + 4 * 2
+        server.status = None
+        rest = Cast(settings(server), 20, skip=set(cast.ids), spent=spent_on(cast.votes, cast.judge.settings))
+        assert {v.outcome for v in rest.run()} == {"second"}
+    assert len(cast.ids + rest.ids) == 40
+
+
+def test_questions_that_are_always_rejected_stop_no_run_for_ever():
+    """The pause names the setting with which they become votes."""
+    with FaultServer(status=fails(400, 3, 4, 5, 6), message="context too long") as server:
+        cast = Cast(settings(server, concurrency=1, breaker_failures=4), 10)
+        cast.run()
+        assert isinstance(cast.error, JudgeUnavailable)
+        assert "judge.breaker_failures" in str(cast.error)
+        answered = spent_on(cast.votes, cast.judge.settings)
+        more = Cast(settings(server, concurrency=1, breaker_failures=5), 10, skip=set(cast.ids), spent=answered)
+        more.run()
+    assert more.error is None
+    assert {v.ballot.pair_id for v in more.votes if v.abstain_reason} == {"p3", "p4", "p5", "p6"}
+
+
+def test_small_casts_that_are_rejected_add_up():
+    with FaultServer() as server:
+        cast = Cast(settings(server, breaker_failures=5), 8)
+        cast.run()
+        server.status = 400
+        errors = []
+        for n in range(8):
+            mine = [b for b in cast.ballots if b.pair_id == f"p{n}"]
+            try:
+                list(cast.judge.cast(mine, cast.pairs, cast.candidates, TEXT, cast.templates))
+            except JudgeUnavailable as e:
+                errors.append((n, str(e)))
+    assert errors[0][0] == 4
+
+
+def test_one_question_that_is_forbidden_is_an_abstention():
+    """403 is also what a moderated question gets; only a juror that never answered has the wrong key."""
+    with FaultServer(status=fails(403, 0), message="flagged") as server:
+        cast = Cast(settings(server, concurrency=1), 4)
+        votes = cast.run()
+    assert cast.error is None
+    assert [v.ballot.pair_id for v in votes if v.abstain_reason == "infra_error"] == ["p0", "p0"]
+    assert all(v.error.startswith("HTTP 403: flagged (") for v in votes if v.error)
+
+
+@pytest.mark.parametrize("fault", ["error_500", "wrong_type", "no_choices"])
+def test_a_juror_that_never_gave_a_reply_pauses_the_run(fault):
+    """Also with fewer ballots than the breaker waits for, and if it answers something."""
+    with FaultServer(share=1.0, faults=(fault,)) as server:
+        cast = Cast(settings(server, max_retries=0), 2)
+        assert cast.run() == []
+    assert isinstance(cast.error, JudgeUnavailable)
+    assert "gives no usable reply" in str(cast.error)
+
+
+def test_a_rejected_schema_says_how_to_do_without():
+    with FaultServer(status=400, message="response_format json_schema is not supported") as server:
+        cast = Cast(settings(server), 2, (JSON,))
+        cast.run()
+        assert "judge.extra_body: {response_format: null}" in str(cast.error)
+        server.status = None
+        without = Cast(settings(server, extra_body={"response_format": None}), 2, (JSON,))
+        without.run()
+    assert "response_format" not in server.bodies[-1]
 
 
 def fails(status, *numbers):
@@ -487,12 +614,14 @@ def test_a_stored_reply_is_a_vote_without_a_call(tmp_path):
 
 
 def test_failures_are_never_stored(tmp_path):
-    with FaultServer(share=1.0, faults=("error_500",)) as server:
-        cast = Cast(settings(server, cache=str(tmp_path), max_retries=0), 3)
+    with FaultServer() as server:
+        answered = spent_on(Cast(settings(server), 1).run(), settings(server))
+        server.share, server.faults = 1.0, ("error_500",)
+        cast = Cast(settings(server, cache=str(tmp_path), max_retries=0), 3, spent=answered)
         assert {v.abstain_reason for v in cast.run()} == {"infra_error"}
         server.share = 0.0
         assert {v.outcome for v in Cast(settings(server, cache=str(tmp_path)), 3).run()} == {"second"}
-        assert server.requests == 12
+        assert server.requests == 2 + 12
 
 
 def test_an_unreadable_entry_is_asked_again(tmp_path):
@@ -542,6 +671,53 @@ def test_requests_a_minute_are_spaced():
         Cast(settings(server, requests_per_minute=1200), 5).run()
     # Nine gaps of 50 ms; the first request also opens its connection.
     assert server.times[-1] - server.times[0] >= 0.7 * 9 * 0.05
+
+
+def test_requests_a_minute_leave_no_burst_behind_full_slots():
+    async def three(judge):
+        slots = asyncio.Semaphore(2)
+        server = OpenAIServer(judge.jurors[0], judge, slots, Pace(300), Pace(None), 0.02)
+        body = {"messages": [{"role": "user", "content": "hi"}]}
+        await server.ask(body)
+        await slots.acquire()
+        await slots.acquire()
+        asked = [asyncio.create_task(server.ask(body)) for _ in range(2)]
+        await asyncio.sleep(0.5)
+        slots.release()
+        slots.release()
+        await asyncio.gather(*asked)
+        await server.close()
+
+    with FaultServer(say=lambda body: "A") as server:
+        asyncio.run(three(settings(server)))
+    assert server.times[2] - server.times[1] >= 0.7 * 0.2
+
+
+def test_the_pace_is_kept_between_casts():
+    with FaultServer() as server:
+        cast = Cast(settings(server, requests_per_minute=300, concurrency=1), 1)
+        for _ in range(2):
+            cast.run()
+    assert server.times[2] - server.times[1] >= 0.7 * 0.2
+
+
+def test_a_server_that_asks_to_wait_is_left_alone_by_all():
+    async def three():
+        pace, start = Pace(None), time.monotonic()
+        await pace.wait()
+        pace.hold(0.2)
+        pace.hold(0.1)
+        await asyncio.gather(pace.wait(), pace.wait())
+        return time.monotonic() - start
+
+    assert 0.19 < asyncio.run(three()) < 0.5
+
+
+def test_a_retry_after_holds_all_requests():
+    with FaultServer(share=1.0, faults=("rate_limit",), only_first_attempt=True, retry_after="0.4") as server:
+        Cast(settings(server, concurrency=1), 1).run()
+    assert len(server.times) == 4
+    assert server.times[1] - server.times[0] >= 0.4
 
 
 def test_tokens_a_minute_follow_the_servers_own_count():

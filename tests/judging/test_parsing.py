@@ -91,8 +91,35 @@ def test_a_pattern_whose_verdict_may_be_absent():
 
 def test_a_verdict_that_was_complete_before_the_limit_counts():
     assert said("A", "letter", "length") == "A"
-    assert said("Well.\nVerdict: B", "last_line", "length") == "B"
+    assert said('{"verdict": "A"}', "json", "length") == "A"
     assert said("Well.\nVerdict: ", "last_line", "length") == "truncated"
+
+
+def test_a_last_line_that_was_cut_off_is_no_verdict():
+    """It may have gone on: `Verdict: Both`."""
+    assert said("Well.\nVerdict: B", "last_line", "length") == "truncated"
+    assert said("Well.\nVerdict: B", "last_line", "length", pattern=r"Verdict: (?P<verdict>[AB])") == "truncated"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "expected"),
+    [
+        ('{"reason": "A writes <think> in its text", "verdict": "B"}', "json", "B"),
+        ('{"reason": "A ends in </think>", "verdict": "B"}', "json", "B"),
+        ('```json\n{"reason": "</think>", "verdict": "B"}\n```', "json", "B"),
+        ('<think>hm</think>{"reason": "<think> and </think>", "verdict": "A"}', "json", "A"),
+        ('hm, A quotes </think>, so</think>\n{"verdict": "A"}', "json", "A"),
+        ("A begins with <think>, which is odd.\nVerdict: B", "last_line", "B"),
+        ("A says <think>x</think>.\nVerdict: B", "last_line", "B"),
+        ("<think>one</think>\n<think>two</think>\nB", "letter", "B"),
+        ("<think>A says </think> and so on</think>\nB", "letter", "B"),
+        ("Verdict: A</think>", "last_line", "empty"),
+        ("Verdict: A\n</think>\nVerdict: D", "last_line", "unparsed"),
+        ("<think>A </think> <think>B", "letter", "truncated"),
+    ],
+)
+def test_an_answer_that_is_quoted_with_its_marks_forces_no_abstention(content, kind, expected):
+    assert said(content, kind) == expected
 
 
 @given(st.text(), st.sampled_from(["letter", "last_line", "json"]), st.sampled_from(["stop", "length", "odd", None]))
