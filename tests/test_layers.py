@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.judging.ballots",
         "rlaif.judging.candidates",
         "rlaif.judging.parsing",
+        "rlaif.judging.sides",
         "rlaif.judging.spending",
         "rlaif.judging.templates",
         "rlaif.judging.verdicts",

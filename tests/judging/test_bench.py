@@ -247,7 +247,7 @@ def test_tables_and_picture(tmp_path):
 
 def llmbar(subset, *where):
     rows = read_labelled([DATA / "llmbar" / f"{subset}.json"]).rows
-    rows, votes = read_recorded(DATA / "llmbar" / "recorded_verdicts.csv", rows, where=parse_where(where))
+    rows, votes = read_recorded(DATA / "llmbar" / "recorded_verdicts.csv", rows, where=parse_where(where))[:2]
     return decide_rows(rows, votes, Filters())
 
 

@@ -54,6 +54,30 @@ def test_bench_reports_every_judge(rlaif) -> None:
     assert len(report["pairs"]) == 160
 
 
+def test_bench_says_how_it_read_the_files_and_what_it_left_out(rlaif, tmp_path: Path) -> None:
+    rows = [
+        {"id": n, "prompt": "q", "first": "a", "second": "b", "label": (0, 1, 0, "tie")[n % 4], "topic": "x"}
+        for n in range(40)
+    ]
+    (tmp_path / "zero.json").write_text(json.dumps(rows))
+    votes = [{"id": n, "winner": ("A", "B", "?")[n % 3]} for n in range(20, 50)]
+    (tmp_path / "some.json").write_text(json.dumps(votes))
+    arguments = ("zero.json", "--map", "first_is=0,second_is=1", "--votes", "some.json")
+    code, out, _ = rlaif("bench", *arguments, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["left_out"] == {"tie": 10, "without a vote": 15, "votes on unknown pairs": 10}
+    assert {(c["value"], c["outcome"], c["count"]) for c in report["labels"]} == {
+        ("0", "first", 20), ("1", "second", 10), ("tie", "tie", 10)
+    }  # fmt: skip
+    assert sum(c["count"] for c in report["cells"]) == 15
+    for command in (("bench",), ("calibrate", "--to", "c.json")):
+        code, out, _ = rlaif(*command, *arguments)
+        assert "labels as read: 0→first 20, " in out
+        assert "recorded winners that name no side, counted as abstentions: '?' 5" in out
+        assert "15 labelled pairs without a vote, 10 votes on unknown pairs" in " ".join(out.split())
+
+
 def test_bench_prints_tables_and_draws(rlaif, tmp_path: Path) -> None:
     code, out, _ = rlaif("bench", *RECORDED, "--splits", "5", "--picture", "risk.svg")
     assert code == 0
