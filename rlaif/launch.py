@@ -6,7 +6,7 @@ import os
 import platform
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +17,7 @@ from rlaif import __version__, models
 from rlaif.config import Job, Judge, changed_keys, parse_job
 from rlaif.errors import RunInterrupted, UserError
 from rlaif.heads import write_head
-from rlaif.judging.calibration import Calibration, read_calibration
+from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
@@ -95,7 +95,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             base_digest=digests["policy"],
             judge_name=f"{job.judge.kind}:{digests.get('judge', job.judge.model)}",
             progress=progress,
-            calibration=_calibration(run, job, base_dir),
+            calibration=_calibration(run, job, base_dir, [p.category or EVERYTHING for p in train], progress.note),
             **workers,
         )
         try:
@@ -116,7 +116,9 @@ def _likelihood(model: Path, settings: Judge) -> tuple[str, dict[str, Any]]:
     return "rlaif.judging.likelihood:make", {"model_path": str(model), "settings": settings}
 
 
-def _calibration(run: RunDir, job: Job, base_dir: Path) -> Calibration | None:
+def _calibration(
+    run: RunDir, job: Job, base_dir: Path, categories: Sequence[str], note: Callable[[str], None]
+) -> Calibration | None:
     """The run's own copy of the calibration file, made at the start."""
     if job.filters.calibration is None:
         return None
@@ -128,6 +130,18 @@ def _calibration(run: RunDir, job: Job, base_dir: Path) -> Calibration | None:
                 f"filters.calibration {job.filters.calibration}: no threshold reached its target, so nothing would be "
                 "kept; calibrate another judge, or give a larger --alpha"
             )
+        unknown = calibration.unknown_slices(categories)
+        if unknown:
+            dropped = (
+                f"filters.calibration {job.filters.calibration}: no threshold for pairs of the categories "
+                f"{', '.join(sorted(unknown))} (`{EVERYTHING}`: prompts without one)"
+            )
+            if unknown == set(categories):
+                raise UserError(
+                    f"{dropped}, so nothing would be kept; give the prompts a `category` that is one of its slices "
+                    f"({', '.join(calibration.slices)}), or calibrate without --by"
+                )
+            note(f"{dropped}: all of them will be dropped")
         write_json(copy, calibration.model_dump(mode="json"))
     return read_calibration(copy)
 

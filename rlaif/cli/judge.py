@@ -25,7 +25,7 @@ from rlaif.cli.judge_common import (
     open_asked,
 )
 from rlaif.console import stdout_console
-from rlaif.errors import UserError
+from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 
 if TYPE_CHECKING:
     from rlaif.config import Job
@@ -164,12 +164,12 @@ def bench(
     _check_risk(alpha, delta)
     if picture is not None:
         report.check_picture(picture)
-    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory)
+    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory, filtered=True)
     calibration = calibration_of(found.job)
     results, trials, pairs, jurors = [], [], [], {}
     for judge, mine in found.by_judge.items():
         judged, jurors[judge] = found.judged(mine, calibration)
-        results += judge_bench.slices(judge, judged)
+        results += judge_bench.slices(judge, judged, found.job.judge)
         pairs += [(judge, j) for j in judged]
         if splits:
             trials += judge_bench.split_trials(judge, judged, splits, alpha, delta, kind, seed)
@@ -250,7 +250,7 @@ def calibrate(
         temporary.unlink()
     except OSError as e:
         raise UserError(f"--to {to}: can't write to the folder {to.parent} ({e.strerror}); name another place") from e
-    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory)
+    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory, filtered=False)
     if len(found.by_judge) > 1:
         names = ", ".join(found.by_judge)
         raise UserError(f"{votes}: votes of several judges ({names}); choose one (--where judge=NAME), or add --jury")
@@ -292,7 +292,9 @@ def _votes(
     job: Path | None,
     set_: list[str] | None,
     directory: Path,
+    filtered: bool,
 ) -> _Votes:
+    """`filtered`: the job's calibration is to be used, not made."""
     from rlaif.judging import bench as judge_bench
     from rlaif.judging.labelled import parse_map, read_labelled
     from rlaif.judging.recorded import narrow, parse_votes_map, parse_where, read_recorded
@@ -307,8 +309,15 @@ def _votes(
         by_judge = judge_bench.by_judge(recorded.votes, jury)
         return _Votes(settings, found, recorded.rows, by_judge, "recorded", directory, recorded)
     rows, _ = narrow(found.rows, conditions)
-    ask, progress = open_asked(settings, rows, directory)
-    cast_now = judge_bench.cast_votes(rows, ask, loader(directory), settings.constitution, progress)
+    ask, progress = open_asked(settings, rows, directory, calibration_of(settings) if filtered else None)
+    try:
+        cast_now = judge_bench.cast_votes(rows, ask, loader(directory), settings.constitution, progress)
+    except (BudgetSpent, JudgeUnavailable) as e:
+        kept = "its replies are kept in judge.cache, and the same command goes on from there"
+        lost = "without judge.cache its replies so far are lost"
+        # A run's next step (its votes are saved, --allow-change) isn't one here.
+        what = str(e).partition("; every vote is saved")[0].partition("; no vote is lost")[0]
+        raise type(e)(f"{what}; a bench saves no votes; {kept if settings.judge.cache else lost}") from e
     return _Votes(settings, found, rows, {settings.judge.model: cast_now}, settings.judge.kind, directory)
 
 

@@ -49,7 +49,7 @@ def test_bench_reports_every_judge(rlaif) -> None:
         ("good", "a"), ("good", "b"), ("good", "all"), ("coin", "a"), ("coin", "b"), ("coin", "all")
     ]  # fmt: skip
     good = report["slices"][2]
-    assert good["accuracy"]["share"] == pytest.approx(78 / 80)
+    assert good["verdict_accuracy"]["share"] == pytest.approx(78 / 80)
     assert len(report["splits"]) == 4
     assert len(report["pairs"]) == 160
 
