@@ -57,7 +57,8 @@ def tables(results: Sequence[Slice], title: str) -> list[Any]:
                 (s.judge, s.name, _share(s.lengths.longer_is_better), _share(s.lengths.judge_names_longer),
                  _share(s.lengths.judge_names_longer_kept), str(s.cost.calls),
                  str(s.cost.prompt_tokens + s.cost.completion_tokens), _number(s.cost.money, 4),
-                 f"{s.cost.seconds:.1f}", _number(s.cost.tokens_per_kept_pair, 0), _number(s.cost.seconds_per_kept_pair, 2))
+                 f"{s.cost.seconds:.1f}", _number(s.cost.tokens_per_kept_pair, 0),
+                 _number(s.cost.seconds_per_kept_pair, 2))
                 for s in results
             ],
         ),

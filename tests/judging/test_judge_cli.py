@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from rlaif import cli
+from tests.judging.fault_server import FaultServer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -151,6 +155,42 @@ def test_a_users_mistake_is_one_line_and_exit_2(rlaif, arguments: list[str], mes
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert message in err
+
+
+@pytest.fixture
+def asked(rlaif, tmp_path: Path):
+    """`rlaif judge ...` on ten pairs with a chat judge behind a server: (requests, exit code, stderr)."""
+    shutil.copytree(ROOT / "prompts" / "judge", tmp_path / "prompts" / "judge")
+    rows = [{"id": n, "prompt": "q", "first": "So.", "second": "Because.", "label": 2} for n in range(10)]
+    (tmp_path / "ten.json").write_text(json.dumps(rows))
+    settings = {"kind": "chat", "model": "m", "api_key_env": "null", "cache": "null", "concurrency": "1"}
+
+    def run(command: str, *arguments: str, **judge: str) -> tuple[int, int, str]:
+        with FaultServer() as server:
+            sets = [f"--set=judge.{k}={v}" for k, v in {**settings, "base_url": server.url, **judge}.items()]
+            code, _, err = rlaif(command, "ten.json", f"--dir={ROOT / 'constitutions'}", *sets, *arguments)
+            return server.requests, code, err
+
+    return run
+
+
+def test_a_bench_whose_budget_ends_says_what_is_kept(asked) -> None:
+    asked_, code, err = asked("bench", **{"budget.calls": "3"})
+    assert (asked_, code) == (3, 2)
+    assert "judge.budget.calls=3 is spent" in err
+    assert "without judge.cache its replies so far are lost" in err
+    assert "every vote is saved" not in err
+    _, _, err = asked("bench", **{"budget.calls": "3", "cache": "replies"})
+    assert "its replies are kept in judge.cache, and the same command goes on from there" in err
+
+
+def test_a_calibration_of_other_questions_is_refused_before_the_first_request(asked, tmp_path: Path) -> None:
+    from tests.judging.test_calibration import calibration
+
+    (tmp_path / "c.json").write_text(calibration().model_dump_json())
+    requests, code, err = asked("bench", "--set", "filters.calibration=c.json")
+    assert (requests, code) == (0, 2)
+    assert "filters.calibration c.json: the judge is chat:m@" in err
 
 
 def test_the_likelihood_judge_is_calibrated_under_the_name_that_a_run_gives_it(
