@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -27,7 +28,7 @@ from rlaif.judging.calibration import (
     score_of,
 )
 from rlaif.judging.filters import decide, trusted
-from rlaif.judging.verdicts import aggregate
+from rlaif.judging.verdicts import aggregate, fit_jurors
 from rlaif.records import Verdict
 from tests.judging.vote_makers import PAIR, make_vote
 
@@ -213,6 +214,49 @@ def test_a_fitted_map_keeps_the_promise(n):
             kept = np.array([passes(v, found, "fitted") for v in OF_MARGIN])
             broken += errors[kept].mean() > ALPHA
     assert binomtest(broken, DRAWS, DELTA, alternative="greater").pvalue >= 0.001
+
+
+JURORS = {"a": 0.8, "b": 0.75, "c": 0.7, "d": 0.55}
+
+
+def jury_votes(pair, truth, right):
+    """One vote of each juror, right or wrong."""
+    other = {"first": "second", "second": "first"}[truth]
+    votes = [
+        make_vote(truth if ok else other, f"{pair}{name}", voice="v") for name, ok in zip(JURORS, right, strict=True)
+    ]
+    return [
+        v.model_copy(update={"ballot": v.ballot.model_copy(update={"pair_id": pair, "judge": name})})
+        for name, v in zip(JURORS, votes, strict=True)
+    ]
+
+
+@pytest.mark.slow
+def test_a_jury_whose_weights_are_fitted_on_the_same_pairs_keeps_the_promise():
+    """The fit sees no label, but the votes of the pairs that test the threshold."""
+    rng = np.random.default_rng(3)
+    draws, n = 40, 80
+    patterns = list(itertools.product((True, False), repeat=len(JURORS)))
+    chance = [math.prod(p if ok else 1 - p for p, ok in zip(JURORS.values(), one, strict=True)) for one in patterns]
+    broken = accepted = 0
+    for _ in range(draws):
+        truths = [("first", "second")[i] for i in rng.integers(2, size=n)]
+        cast = [jury_votes(f"p{i}", t, rng.random(len(JURORS)) < list(JURORS.values())) for i, t in enumerate(truths)]
+        fit = fit_jurors([v for votes in cast for v in votes])
+        verdicts = [aggregate(votes, None, "dawid_skene", fit.weights) for votes in cast]
+        wrong = [v.outcome != t for v, t in zip(verdicts, truths, strict=True)]
+        found = calibrate_scores(verdicts, [True] * n, wrong, ALPHA, DELTA)
+        if found.accepted:
+            accepted += 1
+            kept = errors = 0.0
+            for one, p in zip(patterns, chance, strict=True):
+                verdict = aggregate(jury_votes("p", "first", one), None, "dawid_skene", fit.weights)
+                if passes(verdict, found, "agreement"):
+                    kept += p
+                    errors += p * (verdict.outcome == "second")
+            broken += errors / kept > ALPHA
+    assert accepted > 0
+    assert binomtest(broken, draws, DELTA, alternative="greater").pvalue >= 0.001
 
 
 def test_too_few_pairs_for_a_map():
