@@ -6,7 +6,7 @@ import platform
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +17,7 @@ from rlaif import __version__, models
 from rlaif.config import Job, Judge, changed_keys, parse_job
 from rlaif.errors import RunInterrupted, UserError
 from rlaif.heads import write_head
-from rlaif.judging.calibration import Calibration, read_calibration
+from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
@@ -64,7 +64,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         # Everything that can be refused is looked at before run.json says that there is a run.
         texts = Texts(job, run, base_dir, progress.note)
         train, held_out = _prompts(run, job, base_dir, progress.note)
-        calibration = _calibration(run, job, base_dir)
+        calibration = _calibration(run, job, base_dir, [p.category or EVERYTHING for p in train], progress.note)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
         base = models.resolve(job.policy.model, progress=lambda message, share: progress.note(message))
         digests = {"policy": models.digest_of(base)}
@@ -143,7 +143,9 @@ def _likelihood(model: Path, settings: Judge) -> tuple[str, dict[str, Any]]:
     return "rlaif.judging.likelihood:make", {"model_path": str(model), "settings": settings}
 
 
-def _calibration(run: RunDir, job: Job, base_dir: Path) -> Calibration | None:
+def _calibration(
+    run: RunDir, job: Job, base_dir: Path, categories: Sequence[str], note: Callable[[str], None]
+) -> Calibration | None:
     """The run's own copy of the calibration file, made at the start."""
     if job.filters.calibration is None:
         return None
@@ -155,6 +157,18 @@ def _calibration(run: RunDir, job: Job, base_dir: Path) -> Calibration | None:
                 f"filters.calibration {job.filters.calibration}: no threshold reached its target, so nothing would be "
                 "kept; calibrate another judge, or give a larger --alpha"
             )
+        unknown = calibration.unknown_slices(categories)
+        if unknown:
+            dropped = (
+                f"filters.calibration {job.filters.calibration}: no threshold for pairs of the categories "
+                f"{', '.join(sorted(unknown))} (`{EVERYTHING}`: prompts without one)"
+            )
+            if unknown == set(categories):
+                raise UserError(
+                    f"{dropped}, so nothing would be kept; give the prompts a `category` that is one of its slices "
+                    f"({', '.join(calibration.slices)}), or calibrate without --by"
+                )
+            note(f"{dropped}: all of them will be dropped")
         write_json(copy, calibration.model_dump(mode="json"))
     return read_calibration(copy)
 

@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.judging.candidates",
         "rlaif.judging.numbers",
         "rlaif.judging.parsing",
+        "rlaif.judging.sides",
         "rlaif.judging.spending",
         "rlaif.judging.templates",
         "rlaif.judging.verdicts",

@@ -18,10 +18,10 @@ from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.calibration import panels_of
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.verdicts import by_pair
-from rlaif.launch import execute
+from rlaif.launch import _calibration, execute
 from rlaif.loop import Loop
 from rlaif.records import Decision, Pair, Plan, Vote
-from rlaif.store import read_json
+from rlaif.store import RunDir, read_json
 from rlaif.workers import InlineWorker
 from tests.judging.fault_server import FaultServer
 from tests.judging.test_calibration import ACCEPTED, REFUSED, calibration
@@ -252,6 +252,20 @@ def test_a_secret_in_the_address_never_reaches_a_run(tmp_path: Path) -> None:
         execute(job, tmp_path / "run", tmp_path, None)
     assert "hunter2" not in str(e.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sliced_calibration_must_fit_the_prompts_categories(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(calibration({"a": ACCEPTED, "b": REFUSED}).model_dump_json())
+    job = stub_job(filters={"calibration": "c.json"})
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    notes: list[str] = []
+    with pytest.raises(UserError, match=r"no threshold .* categories all, b .*, so nothing would be kept; .* \(a, b\)"):
+        _calibration(run, job, tmp_path, ["all", "b", "b"], notes.append)
+    assert not (run.path / "calibration.json").exists()
+    assert _calibration(run, job, tmp_path, ["a", "b"], notes.append) is not None
+    assert len(notes) == 1
+    assert "categories b (`all`: prompts without one): all of them will be dropped" in notes[0]
 
 
 def test_a_calibration_of_another_judge_is_found_before_anything_runs(tmp_path: Path) -> None:

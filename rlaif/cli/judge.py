@@ -24,7 +24,7 @@ from rlaif.cli.judge_common import (
     open_asked,
 )
 from rlaif.console import stdout_console
-from rlaif.errors import UserError
+from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.store import replacing
 
 if TYPE_CHECKING:
@@ -32,19 +32,26 @@ if TYPE_CHECKING:
     from rlaif.judging.bench import Judged
     from rlaif.judging.calibration import Calibration
     from rlaif.judging.labelled import Labelled, LabelledSet
+    from rlaif.judging.recorded import Recorded
     from rlaif.judging.verdicts import JurorFit
     from rlaif.records import Vote
+
+_LEFT_OUT = {
+    "tie": "labelled a tie",
+    "disputed": "on which annotators disagree (only unanimous pairs have a better side)",
+    "without a vote": "labelled pairs without a vote",
+}
 
 app = typer.Typer(help="Measure a judge on labelled pairs.", no_args_is_help=True, rich_markup_mode=None)
 app.command()(attack)
 
 Files = Annotated[
-    list[Path] | None, typer.Argument(help=f"Labelled pairs, JSON, JSONL or CSV; {DEFAULT_LABELLED} when absent.")
+    list[Path] | None, typer.Argument(help=f"Labelled pairs, JSON, JSONL, CSV or TSV; {DEFAULT_LABELLED} when absent.")
 ]
 Map = Annotated[
     str | None,
     typer.Option("--map", metavar="KEY=COLUMN,...", help="Columns: id, prompt, first, second, label, slice; and what "
-                 "the label column calls the sides: first_is=0,second_is=1."),
+                 "the label column calls the sides: first_is=0,second_is=1,tie_is=2."),
 ]  # fmt: skip
 By = Annotated[
     str | None, typer.Option("--by", metavar="COLUMN", help="The column that names slices; `file`: each file is one.")
@@ -63,7 +70,8 @@ Votes = Annotated[
 VotesMap = Annotated[
     str | None,
     typer.Option("--votes-map", metavar="KEY=COLUMN,...", help="Columns of --votes: id, set, judge, voice, label, "
-                 "order, forward, reversed, reversed_slots (the second order, not mapped back)."),
+                 "order, forward, reversed, reversed_slots (the second order, not mapped back); and "
+                 "what their cells call the sides: first_is=0,second_is=1,tie_is=2."),
 ]  # fmt: skip
 Jury = Annotated[bool, typer.Option("--jury", help="The judges of --votes vote together, instead of one by one.")]
 Alpha = Annotated[float, typer.Option(help="Largest error among kept pairs.")]
@@ -85,6 +93,27 @@ class _Votes:
     by_judge: dict[str, list[Vote]]
     kind: str
     directory: Path
+    recorded: Recorded | None = None
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """What of the files is not in the report."""
+        out: dict[str, int] = {str(why): n for why, n in self.labelled.excluded.items()}
+        if self.recorded is not None:
+            out["without a vote"] = self.recorded.unvoted
+            out["votes on unknown pairs"] = self.recorded.strangers
+        return {why: n for why, n in out.items() if n}
+
+    def lines(self) -> list[str]:
+        """How the files were read, and what was left out."""
+        from rlaif.judging.sides import cell_lines
+
+        out = cell_lines(self.labelled.labels, "labels")
+        if self.recorded is not None:
+            out += cell_lines(self.recorded.cells, "recorded winners")
+        if self.left_out:
+            out.append("left out: " + ", ".join(f"{n} {_LEFT_OUT.get(why, why)}" for why, n in self.left_out.items()))
+        return out
 
     def judged(self, votes: list[Vote], calibration: Calibration | None = None) -> tuple[list[Judged], JurorFit | None]:
         """One judge's decisions, and its juror weights."""
@@ -135,12 +164,12 @@ def bench(
     _check_risk(alpha, delta)
     if picture is not None:
         report.check_picture(picture)
-    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory)
+    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory, filtered=True)
     calibration = calibration_of(found.job)
     results, trials, pairs, jurors = [], [], [], {}
     for judge, mine in found.by_judge.items():
         judged, jurors[judge] = found.judged(mine, calibration)
-        results += judge_bench.slices(judge, judged)
+        results += judge_bench.slices(judge, judged, found.job.judge)
         pairs += [(judge, j) for j in judged]
         if splits:
             trials += judge_bench.split_trials(judge, judged, splits, alpha, delta, kind, seed)
@@ -153,7 +182,9 @@ def bench(
                     "judge": found.job.judge.model_dump(mode="json") if votes is None else {"votes": str(votes)},
                     "filters": found.job.filters.model_dump(mode="json"),
                     "labelled_digest": found.labelled.digest,
-                    "excluded": found.labelled.excluded,
+                    "left_out": found.left_out,
+                    "labels": [c.model_dump(mode="json") for c in found.labelled.labels],
+                    "cells": [c.model_dump(mode="json") for c in found.recorded.cells] if found.recorded else [],
                     "slices": [s.model_dump(mode="json") for s in results],
                     "splits": [t.model_dump(mode="json") for t in trials],
                     "jurors": {judge: fit.model_dump(mode="json") for judge, fit in jurors.items() if fit},
@@ -171,8 +202,8 @@ def bench(
     title = f"{votes or found.job.judge.model} on {', '.join(dict.fromkeys(r.file for r in found.rows))}"
     for table in report.tables(results, title):
         console.print(table)
-    if found.labelled.excluded:
-        console.print("left out: " + ", ".join(f"{n} {why}" for why, n in found.labelled.excluded.items()))
+    for line in found.lines():
+        console.print(line, markup=False, highlight=False)
     for judge, fit in jurors.items():
         if fit:
             console.print(f"juror weights ({judge}): " + ", ".join(f"{j} {w:.2f}" for j, w in fit.weights.items()))
@@ -219,7 +250,7 @@ def calibrate(
         temporary.unlink()
     except OSError as e:
         raise UserError(f"--to {to}: can't write to the folder {to.parent} ({e.strerror}); name another place") from e
-    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory)
+    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory, filtered=False)
     if len(found.by_judge) > 1:
         names = ", ".join(found.by_judge)
         raise UserError(f"{votes}: votes of several judges ({names}); choose one (--where judge=NAME), or add --jury")
@@ -244,7 +275,7 @@ def calibrate(
     if json_:
         typer.echo(calibration.model_dump_json(indent=1))
         return
-    for line in report.calibration_lines(calibration):
+    for line in [*report.calibration_lines(calibration), *found.lines()]:
         typer.echo(line)
     print(f"wrote {to}" + ("" if calibration.accepted else ": a filter with it keeps nothing"), file=sys.stderr)
 
@@ -261,7 +292,9 @@ def _votes(
     job: Path | None,
     set_: list[str] | None,
     directory: Path,
+    filtered: bool,
 ) -> _Votes:
+    """`filtered`: the job's calibration is to be used, not made."""
     from rlaif.judging import bench as judge_bench
     from rlaif.judging.labelled import parse_map, read_labelled
     from rlaif.judging.recorded import narrow, parse_votes_map, parse_where, read_recorded
@@ -272,11 +305,19 @@ def _votes(
     found = read_labelled(_files(labelled), parse_map(map_), cast("Literal['dev', 'test', 'all'] | None", split), by)
     conditions = parse_where(where or [])
     if votes is not None:
-        rows, recorded = read_recorded(votes, found.rows, parse_votes_map(votes_map), conditions)
-        return _Votes(settings, found, rows, judge_bench.by_judge(recorded, jury), "recorded", directory)
+        recorded = read_recorded(votes, found.rows, parse_votes_map(votes_map), conditions, found.keys)
+        by_judge = judge_bench.by_judge(recorded.votes, jury)
+        return _Votes(settings, found, recorded.rows, by_judge, "recorded", directory, recorded)
     rows, _ = narrow(found.rows, conditions)
-    ask, progress = open_asked(settings, rows, directory)
-    cast_now = judge_bench.cast_votes(rows, ask, loader(directory), settings.constitution, progress)
+    ask, progress = open_asked(settings, rows, directory, calibration_of(settings) if filtered else None)
+    try:
+        cast_now = judge_bench.cast_votes(rows, ask, loader(directory), settings.constitution, progress)
+    except (BudgetSpent, JudgeUnavailable) as e:
+        kept = "its replies are kept in judge.cache, and the same command goes on from there"
+        lost = "without judge.cache its replies so far are lost"
+        # A run's next step (its votes are saved, --allow-change) isn't one here.
+        what = str(e).partition("; every vote is saved")[0].partition("; no vote is lost")[0]
+        raise type(e)(f"{what}; a bench saves no votes; {kept if settings.judge.cache else lost}") from e
     return _Votes(settings, found, rows, {settings.judge.model: cast_now}, settings.judge.kind, directory)
 
 

@@ -54,13 +54,25 @@ def loader(directory: Path) -> Callable[[str], Constitution]:
     return lru_cache(lambda reference: load_constitution(directory, reference))
 
 
-def open_asked(job: Job, rows: Iterable[Labelled], directory: Path) -> tuple[Ask, Callable[[int], None]]:
-    """The job's judge, for these rows' constitutions, and a counter of its votes on the terminal."""
-    from rlaif.judging.opened import open_judge
+def open_asked(
+    job: Job, rows: Iterable[Labelled], directory: Path, calibration: Calibration | None = None
+) -> tuple[Ask, Callable[[int], None]]:
+    """The job's judge, for these rows' constitutions, and a counter of its votes on the terminal.
 
-    references = {r.constitution or job.constitution for r in rows}
-    texts = [loader(directory)(reference) for reference in references if reference is not None]
-    ask = open_judge(job, texts, Path.cwd(), lambda message: print(message, file=sys.stderr))
+    Raises:
+        UserError: `calibration` is of other questions than these; nothing has been asked yet.
+    """
+    from rlaif.judging.filters import check_calibrated
+    from rlaif.judging.opened import open_with_ballots
+
+    # One row for each constitution and slice: their questions differ in the pair alone.
+    some = {(r.constitution or job.constitution, r.slice): r for r in rows}
+    texts = {name: loader(directory)(name) for name, _ in some if name is not None}
+    opened = open_with_ballots(job, texts.values(), Path.cwd(), lambda message: print(message, file=sys.stderr))
+    if calibration is not None:
+        for (name, slice), row in some.items():
+            if name is not None:
+                check_calibrated(opened.ballots([row.pair], texts[name]), calibration, job.filters, slice)
     count = 0
 
     def progress(new: int) -> None:
@@ -69,4 +81,4 @@ def open_asked(job: Job, rows: Iterable[Labelled], directory: Path) -> tuple[Ask
         if sys.stderr.isatty():
             print(f"{count} votes", end="\r", file=sys.stderr, flush=True)
 
-    return ask, progress
+    return opened.ask, progress

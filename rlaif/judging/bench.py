@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from pydantic import Field
 
-from rlaif.config import Filters
+from rlaif.config import Filters, Judge
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
 from rlaif.intervals import wilson
+from rlaif.judging.ballots import juror_names
 from rlaif.judging.calibration import (
     EVERYTHING,
     Calibration,
@@ -34,6 +35,7 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import CONSISTENCY, RULES, decide_votes
 from rlaif.judging.labelled import Labelled
 from rlaif.judging.opened import Ask
+from rlaif.judging.spending import spent_on
 from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
 from rlaif.records import (
     AbstainReason,
@@ -41,6 +43,7 @@ from rlaif.records import (
     DropReason,
     FinishReason,
     Message,
+    Outcome,
     Record,
     Side,
     VoiceKey,
@@ -48,6 +51,7 @@ from rlaif.records import (
 )
 
 JURY = "jury"
+_RESAMPLES = 1000
 _SENTENCE_ENDS = tuple(".!?\"')”")
 
 
@@ -106,9 +110,10 @@ class Lengths(Record):
     longer_is_better: Share
     """Accuracy of "longer wins"; equal lengths count as wrong."""
     judge_names_longer: Share
-    """Of verdicts that name a side, lengths differing, before the filter."""
+    """Of votes that name a side, lengths differing, before the filter: a judge that goes by length in one order and
+    by the slot in the other has a tie for a verdict."""
     judge_names_longer_kept: Share
-    """The same of kept pairs."""
+    """Of kept pairs, lengths differing: the verdict does."""
 
 
 class Cost(Record):
@@ -118,6 +123,8 @@ class Cost(Record):
     """Requests to a server; a reply from the cache is none, and costs no tokens."""
     prompt_tokens: int
     completion_tokens: int
+    money: float | None
+    """By the job's `judge.prices`; None where a model that was asked has none."""
     seconds: float
     """Latencies summed; requests under way together count each."""
     tokens_per_kept_pair: float | None
@@ -138,9 +145,9 @@ class Slice(Record):
     judge: str
     name: str
     pairs: int
-    votes: Share
+    vote_accuracy: Share
     """Votes that name the labelled side; for a judge asked in both orders the mean over the orders."""
-    accuracy: Share
+    verdict_accuracy: Share
     """Verdicts that name the labelled side, before the filter."""
     coverage: Share
     """Kept pairs."""
@@ -156,6 +163,8 @@ class Slice(Record):
     abstentions: dict[AbstainReason, int] = Field(default_factory=dict)
     alpha: float | None
     """Krippendorff's alpha between voices (each order a voice), nominal; None for a single voice."""
+    alpha_interval: tuple[float, float] | None
+    """95 %, by a bootstrap over pairs."""
     lengths: Lengths
     cost: Cost
     risk: tuple[RiskPoint, ...]
@@ -251,14 +260,14 @@ def by_judge(votes: Sequence[Vote], jury: bool = False) -> dict[str, list[Vote]]
     return out
 
 
-def slices(judge: str, judged: Sequence[Judged]) -> list[Slice]:
-    """One slice per name, in order of appearance, then `all` when there are several."""
+def slices(judge: str, judged: Sequence[Judged], settings: Judge | None = None) -> list[Slice]:
+    """One slice per name, in order of appearance, then `all` when there are several; `settings` hold the prices."""
     groups = _by_slice(judged)
-    out = [summarise(judge, name, mine) for name, mine in groups.items()]
-    return [*out, summarise(judge, EVERYTHING, judged)] if len(groups) > 1 else out
+    out = [summarise(judge, name, mine, settings) for name, mine in groups.items()]
+    return [*out, summarise(judge, EVERYTHING, judged, settings)] if len(groups) > 1 else out
 
 
-def summarise(judge: str, name: str, judged: Sequence[Judged]) -> Slice:
+def summarise(judge: str, name: str, judged: Sequence[Judged], settings: Judge | None = None) -> Slice:
     """Counts, shares and intervals of one set of judged pairs."""
     kept = [j for j in judged if j.kept]
     votes = [(v, j.row.label) for j in judged for v in j.votes if not v.ballot.guard]
@@ -268,8 +277,8 @@ def summarise(judge: str, name: str, judged: Sequence[Judged]) -> Slice:
         judge=judge,
         name=name,
         pairs=len(judged),
-        votes=Share.count(sum(v.outcome == label for v, label in votes), len(votes)),
-        accuracy=Share.count(sum(j.correct for j in judged), len(judged)),
+        vote_accuracy=Share.count(sum(v.outcome == label for v, label in votes), len(votes)),
+        verdict_accuracy=Share.count(sum(j.correct for j in judged), len(judged)),
         coverage=Share.count(len(kept), len(judged)),
         kept_accuracy=Share.count(sum(j.correct for j in kept), len(kept)),
         rules=tuple(_after_rules(judged)),
@@ -278,8 +287,9 @@ def summarise(judge: str, name: str, judged: Sequence[Judged]) -> Slice:
         position_bias=Share.count(sum(v.slot_first for v in verdicts), sum(v.slot_votes for v in verdicts)),
         abstentions=dict(sum((Counter(v.abstentions) for v in verdicts), Counter())),
         alpha=krippendorff_alpha([v for v, _ in votes]),
+        alpha_interval=alpha_interval([v for v, _ in votes]),
         lengths=_lengths(judged, kept),
-        cost=_cost([v for j in judged for v in j.votes], len(kept)),
+        cost=_cost([v for j in judged for v in j.votes], len(kept), settings),
         risk=tuple(_risk(judged)),
     )
 
@@ -341,15 +351,31 @@ def calibrate(
     jurors: JurorFit | None = None,
     seed: int = 0,
 ) -> Calibration:
-    """The calibration of a judge on its labelled pairs; `sliced` gives each slice a threshold of its own."""
+    """The calibration of a judge on its labelled pairs; `sliced` gives each slice a threshold of its own.
+
+    Raises:
+        UserError: a slice's pairs were judged under several constitutions: a promise about their mix is about none.
+    """
     groups = _by_slice(judged) if sliced else {EVERYTHING: list(judged)}
+    for name, mine in groups.items():
+        under = dict.fromkeys(j.row.constitution or "the job's" for j in mine)
+        if len({v.ballot.constitution for j in mine for v in j.votes}) > 1:
+            raise UserError(
+                f"slice {name}: its pairs are judged under several constitutions ({', '.join(under)}); a threshold is "
+                "about one: calibrate each by itself (--where constitution=NAME)"
+            )
     panels: tuple[Panel, ...] = panels_of({j.row.id: j.votes for j in judged})
     return Calibration(
         made=made,
         alpha=alpha,
         delta=delta,
         score=kind,
-        slices={name: _threshold(mine, alpha, delta, kind, seed) for name, mine in groups.items()},
+        slices={
+            name: _threshold(mine, alpha, delta, kind, seed).model_copy(
+                update={"panels": tuple(p.hash for p in panels_of({j.row.id: j.votes for j in mine}))}
+            )
+            for name, mine in groups.items()
+        },
         judge_kind=judge_kind,
         models=tuple(sorted({v.model for j in judged for v in j.votes if v.outcome != "abstain"})),
         panels=panels,
@@ -378,6 +404,31 @@ def krippendorff_alpha(votes: Sequence[Vote]) -> float | None:
     if len(np.unique(paired[~np.isnan(paired)])) < 2:
         return None
     return float(krippendorff.alpha(reliability_data=ratings, level_of_measurement="nominal"))
+
+
+def alpha_interval(votes: Sequence[Vote], seed: int = 0) -> tuple[float, float] | None:
+    """95 % interval of Krippendorff's alpha (nominal): the pairs are drawn again, seeded; None where alpha isn't
+    defined."""
+    code = {"first": 0, "second": 1, "tie": 2}
+    pairs = {k: i for i, k in enumerate(dict.fromkeys(v.ballot.pair_id for v in votes))}
+    counts = np.zeros((len(pairs), len(code)))  # [pairs, outcomes]
+    # A voice counts once a pair, as in alpha itself.
+    for (pair, _), outcome in {(v.ballot.pair_id, _voice(v)): v.outcome for v in votes}.items():
+        if outcome != "abstain":
+            counts[pairs[pair], code[outcome]] += 1
+    counts = counts[counts.sum(1) > 1]
+    if np.count_nonzero(counts.sum(0)) < 2:
+        return None
+    ratings = counts.sum(1)  # [pairs]
+    disagreeing = (ratings**2 - (counts**2).sum(1)) / (ratings - 1)  # [pairs]
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), _RESAMPLES)  # [resamples, pairs]
+    named = drawn @ counts  # [resamples, outcomes]
+    total = named.sum(1)
+    expected = (total**2 - (named**2).sum(1)) / (total - 1)
+    defined = expected > 0  # not where a resample names one side only
+    low, high = np.quantile(1 - (drawn @ disagreeing)[defined] / expected[defined], [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _voice(vote: Vote) -> tuple[VoiceKey, str]:
@@ -429,18 +480,20 @@ def _both_orders(votes: Sequence[Vote]) -> tuple[int, int]:
 
 
 def _lengths(judged: Sequence[Judged], kept: Sequence[Judged]) -> Lengths:
-    def names_longer(some: Sequence[Judged]) -> Share:
-        named = [j for j in some if j.row.longer and j.decision.verdict.outcome in ("first", "second")]
-        return Share.count(sum(j.decision.verdict.outcome == j.row.longer for j in named), len(named))
+    def names_longer(outcomes: Sequence[tuple[Outcome, Side | None]]) -> Share:
+        named = [(outcome, longer) for outcome, longer in outcomes if longer and outcome in ("first", "second")]
+        return Share.count(sum(outcome == longer for outcome, longer in named), len(named))
 
     return Lengths(
         longer_is_better=Share.count(sum(j.row.longer == j.row.label for j in judged), len(judged)),
-        judge_names_longer=names_longer(judged),
-        judge_names_longer_kept=names_longer(kept),
+        judge_names_longer=names_longer(
+            [(v.outcome, j.row.longer) for j in judged for v in j.votes if not v.ballot.guard]
+        ),
+        judge_names_longer_kept=names_longer([(j.decision.verdict.outcome, j.row.longer) for j in kept]),
     )
 
 
-def _cost(votes: Sequence[Vote], kept: int) -> Cost:
+def _cost(votes: Sequence[Vote], kept: int, settings: Judge | None) -> Cost:
     asked = [v for v in votes if not v.cached]
     prompt, completion = sum(v.usage.prompt_tokens for v in asked), sum(v.usage.completion_tokens for v in asked)
     seconds = math.fsum(v.latency_s for v in votes)
@@ -448,10 +501,23 @@ def _cost(votes: Sequence[Vote], kept: int) -> Cost:
         calls=sum(v.attempts for v in asked),
         prompt_tokens=prompt,
         completion_tokens=completion,
+        money=_money(votes, settings),
         seconds=round(seconds, 3),
         tokens_per_kept_pair=(prompt + completion) / kept if kept else None,
         seconds_per_kept_pair=seconds / kept if kept else None,
     )
+
+
+def _money(votes: Sequence[Vote], settings: Judge | None) -> float | None:
+    """What the votes cost; None unless each is of a juror of the job whose model has a price."""
+    if settings is None or not settings.prices:
+        return None
+    priced = {
+        name
+        for name, j in zip(juror_names(settings.jurors), settings.jurors, strict=True)
+        if j.model in settings.prices
+    }
+    return spent_on(votes, settings).money if all(v.ballot.judge in priced for v in votes) else None
 
 
 def _risk(judged: Sequence[Judged]) -> Iterator[RiskPoint]:

@@ -9,14 +9,15 @@ the exact (Clopper-Pearson) bound. The first that is not rejected ends the seque
 before it is the threshold; none is a correct answer. A threshold keeps all pairs that score as much: ties are one
 step. Pairs without a winner, or that another rule drops, are never kept.
 
-With slices, each has a threshold and a promise of its own: delta is the risk of one slice, not of all together.
+With slices, each has a threshold and a promise of its own, about the questions that its own pairs were asked: delta is
+the risk of one slice, not of all together. A slice is judged under one constitution.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +99,8 @@ class Threshold(Record):
     error_bound: float
     """Clopper-Pearson upper bound of the error among kept pairs, at level 1 - delta."""
     map: FittedMap | None = None
+    panels: tuple[str, ...] = ()
+    """Hashes of the panels that its pairs were asked; empty in older files."""
 
 
 class Calibration(Record):
@@ -139,15 +142,20 @@ class Calibration(Record):
         found = self.threshold_for(slice)
         return found is not None and passes(verdict, found, self.score)
 
-    def mismatch(self, votes: Sequence[Vote], settings: Filters) -> str | None:
-        """What about a pair's votes, or the filter, is not what was calibrated; None when all of it is."""
-        difference = self.panel_mismatch([v.ballot for v in votes], settings)
+    def unknown_slices(self, categories: Iterable[str]) -> set[str]:
+        """Of some categories those of which nothing can be kept: not calibrated, or without a threshold."""
+        return {c for c in categories if (found := self.threshold_for(c)) is None or not found.accepted}
+
+    def mismatch(self, votes: Sequence[Vote], settings: Filters, slice: str | None = None) -> str | None:
+        """What about a pair's votes, or the filter, is not what was calibrated for its slice; None when all of it is.
+        Without a slice: for any of them."""
+        difference = self.panel_mismatch([v.ballot for v in votes], settings, slice)
         unknown = {v.model for v in votes if v.outcome != "abstain"} - set(self.models)
         if difference is None and unknown:
             return f"the judge's model is {_listed(tuple(sorted(unknown)))}, calibrated was {_listed(self.models)}"
         return difference
 
-    def panel_mismatch(self, ballots: Sequence[Ballot], settings: Filters) -> str | None:
+    def panel_mismatch(self, ballots: Sequence[Ballot], settings: Filters, slice: str | None = None) -> str | None:
         """The same of the questions alone, before anybody was asked."""
         for name in ("aggregate", "min_votes", "max_abstention_share", "guards"):
             calibrated, found = getattr(self, name), getattr(settings, name)
@@ -161,6 +169,10 @@ class Calibration(Record):
                 if calibrated != found and not any(getattr(p, field) == found for p in self.panels):
                     return f"{name} {_listed(found)}, calibrated was {_listed(calibrated)}"
             return "other voices, orders or samples than were calibrated"
+        found = None if slice is None else self.threshold_for(slice)
+        if found is not None and found.panels and panel.hash not in found.panels:
+            names = [name for name, t in self.slices.items() if panel.hash in t.panels]
+            return f"slice {slice} was calibrated on other questions (these are of {_listed(tuple(names))})"
         return None
 
 
@@ -281,8 +293,9 @@ def _fit(
 
     x, right = rows(fit)
     if len(set(right.tolist())) < 2:
-        # Nothing to tell apart: everything was right, or wrong. The agreement alone keeps its order.
-        weights = {"intercept": 0.0, "agreement": 1.0, "margin": 0.0}
+        # Nothing to tell apart: everything was right, or wrong. A constant, by the rule of succession.
+        share = (right.sum() + 1) / (len(right) + 2)
+        weights = {"intercept": math.log(share / (1 - share)), "agreement": 0.0, "margin": 0.0}
     else:
         model = LogisticRegression().fit(x, right)
         weights = dict(zip(("agreement", "margin"), model.coef_[0].tolist(), strict=True))
@@ -336,7 +349,15 @@ def parse_calibration(text: str, source: str) -> Calibration:
                 f"{source}: schema version {version}, expected {CALIBRATION_SCHEMA}; make the file again with "
                 "`rlaif judge calibrate`"
             )
-        return Calibration.model_validate(tree)
+        found = Calibration.model_validate(tree)
+        if len({p.constitutions for p in found.panels}) > 1 and any(
+            t.accepted and not t.panels for t in found.slices.values()
+        ):
+            raise UserError(
+                f"{source}: made over several constitutions by an older version, which didn't note the slices' own; "
+                "make the file again with `rlaif judge calibrate`"
+            )
+        return found
     except json.JSONDecodeError as e:
         raise UserError(
             f"{source}:{e.lineno}: not a calibration file ({e.msg}); `rlaif judge calibrate` makes one"

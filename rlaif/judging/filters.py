@@ -159,18 +159,20 @@ def trusted(
     Raises:
         UserError: the votes aren't those that were calibrated, and `filters.uncalibrated` says stop.
     """
-    difference = calibration.mismatch(votes, settings)
+    difference = calibration.mismatch(votes, settings, slice)
     _refuse(difference, settings)
     return difference is None and calibration.keeps(verdict, slice)
 
 
-def check_calibrated(ballots: Sequence[Ballot], calibration: Calibration, settings: Filters) -> None:
+def check_calibrated(
+    ballots: Sequence[Ballot], calibration: Calibration, settings: Filters, slice: str | None = None
+) -> None:
     """Refuses a pair's questions before anybody is asked them.
 
     Raises:
         UserError: they aren't those that were calibrated, and `filters.uncalibrated` says stop.
     """
-    _refuse(calibration.panel_mismatch(ballots, settings), settings)
+    _refuse(calibration.panel_mismatch(ballots, settings, slice), settings)
 
 
 def _refuse(difference: str | None, settings: Filters) -> None:

@@ -2,7 +2,7 @@
 
 In: JSON (a list of objects), JSONL or CSV files, and where the columns have unusual names a column map. Out: a
 `LabelledSet`: the pairs with a label, and how many rows have none. A row labelled a tie, or on which its annotators
-disagree, has no better side: it is left out and counted.
+disagree, has no better side: it is left out and counted. Answers may be message lists; what both share is the prompt.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from rlaif.errors import UserError
+from rlaif.judging.sides import NAME_KEYS, Cell, Sides, count_cells
 from rlaif.records import Outcome, Pair, Record, Side
 
 Split = Literal["dev", "test"]
@@ -27,7 +28,8 @@ Exclusion = Literal["tie", "disputed"]
 
 ROW_NUMBERS = ("row", "idx", "index")
 """Columns that may count the rows of a file without ids."""
-ID_COLUMNS = ("id", "pair_id", *ROW_NUMBERS)
+_QUESTION = "question_id"
+ID_COLUMNS = ("id", "pair_id", *ROW_NUMBERS, _QUESTION)
 """What labelled pairs and votes on them call a pair: the first of these that is a column."""
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "id": ID_COLUMNS,
@@ -41,20 +43,21 @@ _ANSWERS = (
     ("response1", "response2"),
     ("response_1", "response_2"),
     ("answer_1", "answer_2"),
+    ("answer1", "answer2"),
     ("output_a", "output_b"),
     ("response_a", "response_b"),
     ("answer_a", "answer_b"),
     ("chosen", "rejected"),
+    ("conversation_a", "conversation_b"),
 )
+_ONE_HOT: tuple[tuple[str, Outcome], ...] = (
+    ("winner_model_a", "first"), ("winner_model_b", "second"), ("winner_tie", "tie")
+)  # fmt: skip
+"""Chatbot Arena: a column for each outcome, 1 in one of them."""
 FILE = "file"
 """As a column of slices: each file is one, whatever its columns."""
 _ANNOTATOR = re.compile(r"annotator_?\d+")
-_MAP_KEYS = (*_COLUMNS, "first", "second", "first_is", "second_is")
-_NAMES: dict[str, Outcome] = {
-    **dict.fromkeys(("1", "first", "a", "model_a", "output_1", "response1", "response_1", "[[a]]", "a>b"), "first"),
-    **dict.fromkeys(("2", "second", "b", "model_b", "output_2", "response2", "response_2", "[[b]]", "b>a"), "second"),
-    **dict.fromkeys(("0", "tie", "tie (bothbad)", "both", "equal", "c", "[[c]]", "a=b"), "tie"),
-}
+_MAP_KEYS = (*_COLUMNS, "first", "second", *NAME_KEYS)
 
 
 class Labelled(Record):
@@ -107,6 +110,10 @@ class LabelledSet(Record):
     """Rows without a better side."""
     digest: str
     """sha256 (first 16 digits) of the files' bytes."""
+    labels: tuple[Cell, ...] = ()
+    """How the label cells were read."""
+    keys: dict[str, frozenset[str]] = Field(default_factory=dict)
+    """File → the keys of all its rows, those left out included: what a recorded vote may be about."""
 
 
 class _Row(NamedTuple):
@@ -134,14 +141,8 @@ def parse_columns(text: str, option: str, allowed: Sequence[str]) -> dict[str, s
 
 
 def parse_map(text: str | None) -> dict[str, str]:
-    """The column map of labelled files; `first_is` and `second_is` say what the label column calls the sides."""
+    """The column map of labelled files; `first_is`, `second_is` and `tie_is` say what the label column calls them."""
     return parse_columns(text, "--map", _MAP_KEYS) if text else {}
-
-
-def outcome_of(value: Any) -> Outcome | None:
-    """What a label or a recorded winner means: 1, A, first, model_a, ...; None when it means nothing."""
-    # 1.0 is how a table writes 1 when a cell of the column is empty.
-    return _NAMES.get(str(value).strip().lower().removesuffix(".0")) if value is not None else None
 
 
 def file_digest(paths: Sequence[Path]) -> str:
@@ -153,30 +154,21 @@ def file_digest(paths: Sequence[Path]) -> str:
 
 
 def read_table(path: Path) -> list[_Row]:
-    """The rows of a JSON, JSONL or CSV file.
+    """The rows of a JSON, JSONL, CSV or TSV file. Half a surrogate pair, which no other file can hold, is replaced.
 
     Raises:
         UserError: the file can't be read, or a row isn't one (with its line).
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: can't read the file ({e}); save it as UTF-8") from e
+    except OSError as e:
         raise UserError(f"{path}: can't read the file ({e})") from e
-    if path.suffix == ".csv":
-        csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 128 KiB
-        # Not splitlines(): it also breaks at characters that a cell may hold.
-        lines = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=None)
-        rows = []
-        try:
-            for number, values in enumerate(lines):
-                where = f"{path}:{lines.line_num}"
-                if "" in values or None in values.values():
-                    raise UserError(f"{where}: the row has another number of columns than the first line")
-                rows.append(_Row(where, number, values))
-        except csv.Error as e:
-            raise UserError(f"{path}:{lines.line_num}: not valid CSV ({e})") from e
-        return rows
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return list(_csv_rows(path, text, "\t" if suffix == ".tsv" else ","))
+    if suffix == ".json":
         try:
             tree = json.loads(text)
         except json.JSONDecodeError as e:
@@ -189,7 +181,39 @@ def read_table(path: Path) -> list[_Row]:
     for where, value in found:
         if not isinstance(value, dict):
             raise UserError(f"{where}: expected an object with named columns, found {type(value).__name__}")
-    return [_Row(where, n, value) for n, (where, value) in enumerate(found)]
+    escaped = "\\ud" in text.lower()
+    return [_Row(where, n, _whole(value) if escaped else value) for n, (where, value) in enumerate(found)]
+
+
+def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[_Row]:
+    csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 128 KiB
+    # Not splitlines(): it also breaks at characters that a cell may hold.
+    lines = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=None, delimiter=delimiter)
+    head = list(lines.fieldnames or ())
+    if len(head) == 1 and (";" in head[0] or "\t" in head[0]):
+        raise UserError(f"{path}:1: one column, `{head[0]}`; separate columns by commas, or by tabs in a .tsv file")
+    twice = [name for name, n in Counter(head).items() if n > 1]
+    if twice:
+        raise UserError(f"{path}:1: two columns are called `{twice[0]}`; rename one")
+    try:
+        for number, values in enumerate(lines):
+            where = f"{path}:{lines.line_num}"
+            if "" in values or None in values.values():
+                raise UserError(f"{where}: the row has another number of columns than the first line")
+            yield _Row(where, number, values)
+    except csv.Error as e:
+        raise UserError(f"{path}:{lines.line_num}: not valid CSV ({e})") from e
+
+
+def _whole(value: Any) -> Any:
+    """The value with U+FFFD for half surrogate pairs, in all its strings."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    if isinstance(value, dict):
+        return {_whole(k): _whole(v) for k, v in value.items()}
+    return value
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -221,25 +245,35 @@ def read_labelled(
         chosen["slice"] = by
     rows: list[Labelled] = []
     excluded: Counter[Exclusion] = Counter()
+    cells: list[tuple[Any, Outcome]] = []
+    keys: dict[str, frozenset[str]] = {}
+    where_of: dict[str, str] = {}
     for path in paths:
         table = read_table(path)
         if not table:
             raise UserError(f"{path}: no labelled pairs")
         reader = _Reader(path, table, chosen, several=len(paths) > 1)
+        keys[path.stem] = frozenset(map(reader.key, table))
         for row in table:
-            if reader.split(row, split):
-                labelled = reader.read(row)
-                if isinstance(labelled, Labelled):
-                    rows.append(labelled)
-                else:
-                    excluded[labelled] += 1
-    duplicates = [id for id, n in Counter(r.id for r in rows).items() if n > 1]
-    if duplicates:
-        raise UserError(f"{paths[0]}: two rows have the id `{duplicates[0]}`; each needs its own")
+            if not reader.split(row, split):
+                continue
+            labelled = reader.read(row)
+            if not isinstance(labelled, Labelled):
+                excluded[labelled] += 1
+                continue
+            if labelled.id in where_of:
+                raise UserError(
+                    f"{row.where}: two rows have the id `{labelled.id}` (the first: {where_of[labelled.id]}); each "
+                    "needs its own (--map id=COLUMN)"
+                )
+            where_of[labelled.id] = row.where
+            rows.append(labelled)
+        cells += reader.cells
     if not rows:
         left_out = f" ({excluded.total()} rows are ties or disputed)" if excluded else ""
         raise UserError(f"{paths[0]}: no labelled pairs" + (f" of split {split}" if split else "") + left_out)
-    return LabelledSet(rows=tuple(rows), excluded=dict(excluded), digest=file_digest(paths))
+    return LabelledSet(rows=tuple(rows), excluded=dict(excluded), digest=file_digest(paths), labels=count_cells(cells),
+                       keys=keys)  # fmt: skip
 
 
 class _Reader:
@@ -250,9 +284,13 @@ class _Reader:
         self.several = several
         head = table[0].values
         for key, column in chosen.items():
-            if key not in ("first_is", "second_is") and column not in head and (key, column) != ("slice", FILE):
+            if key not in NAME_KEYS and column not in head and (key, column) != ("slice", FILE):
                 raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}")
         self.columns = {key: chosen.get(key) or find_column(names, head) for key, names in _COLUMNS.items()}
+        if "id" not in chosen and self.columns["id"] and self.columns["id"].lower() == _QUESTION:
+            # A question that several rows are about is no pair's name.
+            asked = [str(row.values.get(self.columns["id"])) for row in table]
+            self.columns["id"] = self.columns["id"] if len(set(asked)) == len(asked) else None
         if self.columns["slice"] == FILE:
             self.columns["slice"] = None
         found = ((find_column((a,), head), find_column((b,), head)) for a, b in _ANSWERS)
@@ -260,18 +298,17 @@ class _Reader:
         self.first, self.second = chosen.get("first") or first, chosen.get("second") or second
         self.annotators = [] if "label" in chosen else [c for c in head if _ANNOTATOR.fullmatch(c)]
         self.chosen_is_first = "label" not in chosen and (self.first, self.second) == ("chosen", "rejected")
+        self.one_hot = "label" not in chosen and all(column in head for column, _ in _ONE_HOT[:2])
+        self.talks = self.first is not None and isinstance(head.get(self.first), list)
         # PandaLM, Alpaca: the task is the instruction, and the text that it is about.
         self.about = "input" if self.columns["prompt"] == "instruction" and "input" in head else None
-        self.names = {
-            chosen[key].lower(): side for key, side in (("first_is", "first"), ("second_is", "second")) if key in chosen
-        }
         missing = [
             key
             for key, found in (
-                ("prompt", self.columns["prompt"]),
+                ("prompt", self.columns["prompt"] or self.talks),
                 ("first", self.first),
                 ("second", self.second),
-                ("label", self.columns["label"] or self.annotators or self.chosen_is_first),
+                ("label", self.columns["label"] or self.annotators or self.chosen_is_first or self.one_hot),
             )
             if not found
         ]
@@ -281,18 +318,21 @@ class _Reader:
             )
         # Another project's `split` (train, validation, ...) is a column like any other.
         self.has_splits = any(row.values.get("split") in ("dev", "test") for row in table)
-        self._refuse_zero_and_one(table)
+        self.cells: list[tuple[Any, Outcome]] = []
+        self.sides = Sides({})
+        if not self.chosen_is_first and not self.one_hot:
+            columns = self.annotators or [str(self.columns["label"])]
+            self.sides = Sides.of(
+                (row.values.get(column) for row in table for column in columns),
+                chosen,
+                f"{path}: the labels in `{columns[0]}`",
+                "--map",
+                zero_is_tie=bool(self.annotators),  # as PandaLM's annotators write it
+            )
 
-    def _refuse_zero_and_one(self, table: Sequence[_Row]) -> None:
-        # 0 is a tie beside 1 and 2; alone with 1 it is somebody's first answer, and a guess would be half wrong.
-        label = self.columns["label"]
-        if not self.names and not self.annotators and not self.chosen_is_first:
-            seen = {str(row.values.get(str(label))).strip().removesuffix(".0") for row in table}
-            if "0" in seen and "2" not in seen and seen <= {"0", "1"}:
-                raise UserError(
-                    f"{self.path}: the labels in `{label}` are 0 and 1; say which is which, for example "
-                    "--map first_is=0,second_is=1"
-                )
+    def key(self, row: _Row) -> str:
+        """What a table of votes calls the row."""
+        return str(row.values.get(self.columns["id"])) if self.columns["id"] else str(row.number)
 
     def split(self, row: _Row, wanted: Split | Literal["all"] | None) -> bool:
         """The row is of the wanted split."""
@@ -311,7 +351,7 @@ class _Reader:
         if label in ("tie", "disputed"):
             return label
         key = self._text(row, self.columns["id"]) if self.columns["id"] else str(row.number)
-        prompt = self._text(row, self.columns["prompt"])
+        prompt, first, second = self._texts(row)
         if self.about and self._text(row, self.about):
             prompt = f"{prompt}\n\n{self._text(row, self.about)}"
         used = {*self.columns.values(), self.first, self.second, self.about}
@@ -323,8 +363,8 @@ class _Reader:
             file=self.path.stem,
             slice=self._text(row, self.columns["slice"]) if self.columns["slice"] else self.path.stem,
             prompt=prompt,
-            first=self._text(row, self.first),
-            second=self._text(row, self.second),
+            first=first,
+            second=second,
             label=label,
             constitution=others.get("constitution"),
             split=row.values["split"] if self.has_splits else None,
@@ -334,31 +374,79 @@ class _Reader:
             },
         )
 
-    def _label(self, row: _Row) -> Outcome | Literal["disputed"] | Any:
+    def _label(self, row: _Row) -> Outcome | Literal["disputed"]:
         if self.chosen_is_first:
             return "first"
+        if self.one_hot:
+            return self._hot(row)
         names = self.annotators or [str(self.columns["label"])]
         found = {self._side(row, name) for name in names}
         return found.pop() if len(found) == 1 else "disputed"
 
     def _side(self, row: _Row, column: str) -> Outcome:
         value = row.values.get(column)
-        said = str(value).strip().lower()
-        named = self.names.get(said) or self.names.get(said.removesuffix(".0"))
-        if not self.names:
-            named = outcome_of(value)
+        named = self.sides.outcome(value)
         if named is None:
             raise UserError(
                 f"{row.where}: {column}: found {value!r}, expected 1, 2 or 0 (a tie), or first, second or tie; "
-                "other names: --map first_is=NAME,second_is=NAME"
+                "other names: --map first_is=NAME,second_is=NAME,tie_is=NAME"
             )
-        return named  # type: ignore[return-value]
+        self.cells.append((value, named))
+        return named
+
+    def _hot(self, row: _Row) -> Outcome:
+        hot = [(c, side) for c, side in _ONE_HOT if str(row.values.get(c)).strip().lower() in ("1", "1.0", "true")]
+        if len(hot) != 1:
+            raise UserError(f"{row.where}: {len(hot)} of {', '.join(c for c, _ in _ONE_HOT)} are 1, expected one")
+        self.cells.append(hot[0])
+        return hot[0][1]
+
+    def _texts(self, row: _Row) -> tuple[str, str, str]:
+        """Prompt, first and second."""
+        given = self.columns["prompt"]
+        if not self.talks:
+            return self._prompt(row), self._text(row, self.first), self._text(row, self.second)
+        first, second = self._talk(row, self.first), self._talk(row, self.second)
+        n = 0
+        while n < min(len(first), len(second)) - 1 and first[n] == second[n]:
+            n += 1
+        if not n and not given:
+            raise UserError(f"{row.where}: {self.first} and {self.second} share no first message to be the prompt")
+        prompt = _transcript(first[:n], "user") if n else self._prompt(row)
+        return prompt, _transcript(first[n:], "assistant"), _transcript(second[n:], "assistant")
+
+    def _prompt(self, row: _Row) -> str:
+        column = self.columns["prompt"]
+        if isinstance(row.values.get(str(column)), list):
+            return _transcript(self._talk(row, column), "user")
+        return self._text(row, column)
+
+    def _talk(self, row: _Row, column: str | None) -> list[tuple[str, str]]:
+        """(role, content) of a message list."""
+        value = row.values.get(str(column))
+        try:
+            return [(str(m["role"]), self._content(m["content"])) for m in value]  # type: ignore[union-attr]
+        except (TypeError, KeyError) as e:
+            raise UserError(f"{row.where}: {column}: expected messages with role and content") from e
+
+    @staticmethod
+    def _content(content: Any) -> str:
+        if not isinstance(content, str):
+            raise TypeError(type(content))
+        return content
 
     def _text(self, row: _Row, column: str | None) -> str:
         value = row.values.get(str(column))
         if not isinstance(value, str | int | float):
             raise UserError(f"{row.where}: {column}: expected text, found {type(value).__name__}")
         return str(value)
+
+
+def _transcript(talk: Sequence[tuple[str, str]], role: str) -> str:
+    """The messages as one text; a single one of this role is its content."""
+    if len(talk) == 1 and talk[0][0] == role:
+        return talk[0][1]
+    return "\n\n".join(f"{r.capitalize()}: {content}" for r, content in talk)
 
 
 def find_column(names: Sequence[str], head: Mapping[str, Any]) -> str | None:

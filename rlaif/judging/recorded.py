@@ -1,23 +1,26 @@
 """Votes that were cast before: tables of other people's judges, and the log of a run.
 
 In: a CSV, JSON or JSONL table with one row a pair and judge (or a run's votes.jsonl), and the labelled pairs that it
-is about. Out: votes on those pairs. A cell that names no side is an abstention (`unparsed`), never a tie. In a table
-the row says which pair it is about by an id or index, and a second order may be mapped back already
-(`winner_ba_mapped`) or still name slots (`winner_ba`).
+is about. Out: votes on those pairs, how their cells were read, and what was left out. A cell that names no side is an
+abstention (`unparsed`), never a tie; a column in which none does is refused. In a table the row says which pair it is
+about by an id or index, and a second order may be mapped back already (`winner_ba_mapped`) or still name slots
+(`winner_ba`).
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
 from rlaif.errors import UserError
-from rlaif.judging.labelled import ID_COLUMNS, ROW_NUMBERS, Labelled, find_column, outcome_of, parse_columns, read_table
+from rlaif.judging.labelled import ID_COLUMNS, ROW_NUMBERS, Labelled, find_column, parse_columns, read_table
+from rlaif.judging.sides import NAME_KEYS, Cell, Sides, count_cells
 from rlaif.records import Ballot, Outcome, Usage, Vote
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
@@ -27,17 +30,37 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "voice": ("strategy", "voice", "template"),
     "label": ("label",),
     "order": ("order",),
-    "forward": ("winner_ab", "forward", "winner", "outcome", "verdict", "result"),
-    "reversed": ("winner_ba_mapped", "reversed_mapped"),
+    "forward": ("winner_ab", "forward", "winner", "outcome", "verdict", "result", "g1_winner"),
+    "reversed": ("winner_ba_mapped", "reversed_mapped", "g2_winner"),  # FastChat maps its second game back
     "reversed_slots": ("winner_ba", "reversed"),
 }
-_MAP_KEYS = tuple(_COLUMNS)
+_MAP_KEYS = (*_COLUMNS, *NAME_KEYS)
+_Order = Literal["forward", "reversed"]
+_ORDERS: dict[str, _Order] = {
+    **dict.fromkeys(("forward", "ab", "original", "0", "false"), "forward"),
+    **dict.fromkeys(("reversed", "ba", "swapped", "1", "true"), "reversed"),
+}
 _MIRROR: dict[Outcome, Outcome] = {"first": "second", "second": "first", "tie": "tie", "abstain": "abstain"}
 _NO_USAGE = Usage()
 
 
+class Recorded(NamedTuple):
+    """Votes that were cast before, on labelled pairs."""
+
+    rows: list[Labelled]
+    """The pairs that have votes."""
+    votes: list[Vote]
+    """Pair by pair."""
+    cells: tuple[Cell, ...]
+    """How the cells were read; empty for a run's log."""
+    unvoted: int
+    """Labelled pairs (that fit the conditions) without a vote."""
+    strangers: int
+    """Votes on something that is no row of the labelled files."""
+
+
 def parse_votes_map(text: str | None) -> dict[str, str]:
-    """The column map of a table of votes."""
+    """The column map of a table of votes; `first_is`, `second_is` and `tie_is` say what its cells call them."""
     return parse_columns(text, "--votes-map", _MAP_KEYS) if text else {}
 
 
@@ -77,33 +100,56 @@ def read_recorded(
     rows: Sequence[Labelled],
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, set[str]] | None = None,
-) -> tuple[list[Labelled], list[Vote]]:
-    """The labelled rows that the file has votes on (and that fit `where`), and those votes, pair by pair.
+    keys: Mapping[str, Collection[str]] | None = None,
+) -> Recorded:
+    """The labelled rows that the file has votes on (and that fit `where`), and those votes.
+
+    `keys` are those of all the labelled files' rows (`LabelledSet.keys`), by default those of `rows`.
 
     Raises:
-        UserError: the file can't be read, its rows aren't about these pairs, its labels are others, or two votes
-            answer one question (with the line).
+        UserError: the file can't be read, its rows aren't about these pairs, its labels are others, its cells don't
+            say which side, or two votes answer one question (with the line).
     """
+    cells: tuple[Cell, ...] = ()
     if _is_log(path):
         left, rest = narrow(rows, where or {}, ("judge", "voice"))
-        votes = [v for v in read_votes_log(path) if all(getattr(v.ballot, c) in values for c, values in rest.items())]
+        logged = read_votes_log(path)
+        votes = [v for v in logged if all(getattr(v.ballot, c) in values for c, values in rest.items())]
+        known = {k if len(keys) == 1 else f"{f}/{k}" for f, some in keys.items() for k in some} if keys else set()
+        known |= {r.id for r in rows}
+        strangers = sum(v.ballot.pair_id not in known for v in votes)
+        there = {c: sorted({str(getattr(v.ballot, c)) for v in logged}) for c in rest}
     else:
         table = read_table(path)
         if not table:
             raise UserError(f"{path}: no recorded votes")
         left, rest = narrow(rows, where or {}, tuple(table[0].values))
-        votes = list(_table(path, table, left, columns or {}, rest, rows))
+        reader = _Table(path, table, left, columns or {}, rest, rows, keys)
+        votes = list(reader.votes())
+        cells, strangers = count_cells(reader.cells), reader.strangers
+        there = {c: sorted({str(row.values.get(c)) for row in table}) for c in rest}
     by_id: dict[str, list[Vote]] = {r.id: [] for r in left}
     for vote in votes:
         if vote.ballot.pair_id in by_id:
             by_id[vote.ballot.pair_id].append(vote)
     voted = [r for r in left if by_id[r.id]]
     if not voted:
+        for column, values in there.items():
+            if not (where or {})[column] & set(values):
+                raise UserError(f"{path}: no row has --where {_condition(column, where)}; there is {_listed(values)}")
         raise UserError(
             f"{path}: no vote is on a labelled pair; a vote and its pair share an id or a row number "
             "(--votes-map id=COLUMN)"
         )
-    return voted, [v for r in voted for v in by_id[r.id]]
+    return Recorded(voted, [v for r in voted for v in by_id[r.id]], cells, len(left) - len(voted), strangers)
+
+
+def _condition(column: str, where: Mapping[str, set[str]] | None) -> str:
+    return " or ".join(f"{column}={value}" for value in sorted((where or {})[column]))
+
+
+def _listed(values: Sequence[str], most: int = 10) -> str:
+    return ", ".join(values[:most]) + (f", and {len(values) - most} others" if len(values) > most else "")
 
 
 def read_votes_log(path: Path) -> list[Vote]:
@@ -131,7 +177,7 @@ def read_votes_log(path: Path) -> list[Vote]:
 
 def _is_log(path: Path) -> bool:
     """The file is JSONL whose rows hold a ballot."""
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return False
     try:
         with path.open(encoding="utf-8") as lines:
@@ -152,73 +198,134 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _table(
-    path: Path,
-    table: Sequence[Any],
-    rows: Sequence[Labelled],
-    chosen: Mapping[str, str],
-    where: Mapping[str, set[str]],
-    all_rows: Sequence[Labelled],
-) -> Iterator[Vote]:
-    head = table[0].values
-    for column in chosen.values():
-        if column not in head:
-            raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}")
-    of = {key: chosen.get(key) or find_column(names, head) for key, names in _COLUMNS.items()}
-    if not any(of[k] for k in ("forward", "reversed", "reversed_slots")):
-        results = [c for c in head if c.endswith("_result")]
-        of["forward"] = results[0] if len(results) == 1 else None
-    if of["id"] is None or not any(of[k] for k in ("forward", "reversed", "reversed_slots")):
-        what = "id" if of["id"] is None else "forward"
-        raise UserError(f"{path}: which column is the {what}? It has {', '.join(head)}; say --votes-map {what}=COLUMN")
-    files = {r.file for r in rows}
-    by_set = of["set"] is not None and any(row.values[of["set"]] in files for row in table)
-    pair_of = {(r.file if by_set else None, r.key): r for r in rows}
-    if len(pair_of) < len(rows):
-        raise UserError(
-            f"{path}: several labelled files have a row `{rows[0].key}`; the votes need a column that names the file "
-            "(--votes-map set=COLUMN)"
-        )
-    if "id" not in chosen:
-        _refuse_other_ids(path, table, all_rows, str(of["id"]), of["set"] if by_set else None)
-    seen: dict[str, str] = {}
-    for row in table:
-        values = row.values
-        if any(str(values.get(c)) not in allowed for c, allowed in where.items()):
-            continue
-        pair = pair_of.get((values[of["set"]] if by_set else None, str(values[of["id"]])))
-        if pair is None:
-            continue
-        if of["label"] and outcome_of(values[of["label"]]) not in (pair.label, None):
+class _Table:
+    """How one table of votes is read: settled from its head and all of its cells, before the first vote."""
+
+    def __init__(
+        self,
+        path: Path,
+        table: Sequence[Any],
+        rows: Sequence[Labelled],
+        chosen: Mapping[str, str],
+        where: Mapping[str, set[str]],
+        all_rows: Sequence[Labelled],
+        keys: Mapping[str, Collection[str]] | None,
+    ):
+        self.path = path
+        self.head = head = table[0].values
+        for key, column in chosen.items():
+            if key not in NAME_KEYS and column not in head:
+                raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}")
+        self.of = of = {key: chosen.get(key) or find_column(names, head) for key, names in _COLUMNS.items()}
+        if not any(of[k] for k in _WINNERS):
+            results = [c for c in head if c.endswith("_result")]
+            of["forward"] = results[0] if len(results) == 1 else None
+        if of["id"] is None or not any(of[k] for k in _WINNERS):
+            what = "id" if of["id"] is None else "forward"
             raise UserError(
-                f"{row.where}: the label of {pair.id} is {values[of['label']]} here and {pair.label} among the "
-                "labelled pairs: they are about different pairs; narrow with --where, or give the file that fits"
+                f"{path}: which column is the {what}? It has {', '.join(head)}; say --votes-map {what}=COLUMN"
             )
-        judge = str(values[of["judge"]]) if of["judge"] else path.stem
-        voice = str(values[of["voice"]]) if of["voice"] else "recorded"
-        for order, cell, slots in _cells(row, of):
-            id = f"{pair.id}|{judge}|{voice}|{order}"
-            if id in seen:
-                others = [c for c in head if c not in set(of.values())] + ([of["set"]] if of["set"] else [])
+        self.rows = [r for r in table if all(str(r.values.get(c)) in allowed for c, allowed in where.items())]
+        files = {r.file for r in rows}
+        self.by_set = of["set"] is not None and any(str(row.values.get(of["set"])) in files for row in table)
+        self.pair_of = {(r.file if self.by_set else None, r.key): r for r in rows}
+        if len(self.pair_of) < len(rows):
+            raise UserError(
+                f"{path}: several labelled files have a row `{rows[0].key}`; the votes need a column that names the "
+                "file (--votes-map set=COLUMN)"
+            )
+        all_keys = keys or _keys(all_rows)
+        self.known = {(f if self.by_set else None, k) for f, some in all_keys.items() for k in some}
+        self._refuse_other_ids(all_rows, {k for _, k in self.known}, "id" in chosen, keys is not None)
+        # The columns that hold winners, in the order in which their votes are given.
+        self.winners = [of["forward"], of["reversed"] or of["reversed_slots"]]
+        columns = [c for c in dict.fromkeys(self.winners) if c]
+        self.sides = Sides.of(
+            (row.values.get(c) for row in table for c in columns),
+            chosen,
+            f"{path}: the winners in `{columns[0]}`",
+            "--votes-map",
+            zero_is_tie=columns[0].endswith("_result"),  # as PandaLM's files write it
+        )
+        self.label_sides = self._label_sides(chosen)
+        self.cells: list[tuple[Any, Outcome]] = []
+        self.strangers = 0
+
+    def votes(self) -> Iterator[Vote]:
+        """The votes that fit the conditions, row by row."""
+        of = self.of
+        seen: dict[str, str] = {}
+        per_column: dict[str, Counter[str | None]] = {}
+        for row in self.rows:
+            values = row.values
+            key = str(_cell(row, of["set"])) if self.by_set else None, str(_cell(row, of["id"]))
+            pair = self.pair_of.get(key)
+            if pair is None:
+                self.strangers += key not in self.known
+                continue
+            label = self.label_sides.outcome(values.get(str(of["label"]))) if of["label"] else None
+            if label not in (pair.label, None):
                 raise UserError(
-                    f"{row.where}: a second vote of {judge}/{voice} on {pair.id} ({order}; the first: {seen[id]}); "
-                    f"narrow with --where COLUMN=VALUE ({', '.join(map(str, others)) or 'no other column'})"
+                    f"{row.where}: the label of {pair.id} is {values.get(str(of['label']))} here and {pair.label} "
+                    "among the labelled pairs: they are about different pairs; narrow with --where, or give the file "
+                    "that fits"
                 )
-            seen[id] = row.where
-            yield _vote(id, pair.id, judge, voice, order, cell, slots)
+            judge = str(_cell(row, of["judge"])) if of["judge"] else self.path.stem
+            voice = str(_cell(row, of["voice"])) if of["voice"] else "recorded"
+            for order, column, slots in _columns(row, of):
+                cell = _cell(row, column)
+                id = f"{pair.id}|{judge}|{voice}|{order}"
+                if id in seen:
+                    others = [c for c in self.head if c not in set(of.values())] + ([of["set"]] if of["set"] else [])
+                    raise UserError(
+                        f"{row.where}: a second vote of {judge}/{voice} on {pair.id} ({order}; the first: {seen[id]}); "
+                        f"narrow with --where COLUMN=VALUE ({', '.join(map(str, others)) or 'no other column'})"
+                    )
+                seen[id] = row.where
+                outcome = self.sides.outcome(cell)
+                self.cells.append((cell, outcome or "abstain"))
+                said = None if cell is None or not str(cell).strip() else str(cell).strip()
+                per_column.setdefault(column, Counter())["a side" if outcome in ("first", "second") else said] += 1
+                yield _vote(id, pair.id, judge, voice, order, cell, outcome or "abstain", slots)
+        for column, said_in in per_column.items():
+            if "a side" not in said_in and (set(said_in) != {None} or len(per_column) == 1):
+                found = _listed([repr(word) for word, _ in said_in.most_common(3)])
+                raise UserError(
+                    f"{self.path}: no cell of `{column}` names a side; found {found}; say how they are called: "
+                    "--votes-map first_is=NAME,second_is=NAME"
+                )
 
+    def _label_sides(self, chosen: Mapping[str, str]) -> Sides:
+        """How the labels beside the votes are read; they are only compared, so what isn't clear means nothing."""
+        if not self.of["label"]:
+            return Sides({})
+        cells = [row.values.get(self.of["label"]) for row in self.rows]
+        if any(self.sides.outcome(c) for c in cells) and "first_is" in chosen:
+            return self.sides
+        try:
+            return Sides.of(cells, {}, "", "", zero_is_tie=True)
+        except UserError:
+            return Sides({})
 
-def _refuse_other_ids(
-    path: Path, table: Sequence[Any], rows: Sequence[Labelled], column: str, set_: str | None
-) -> None:
-    """Numbers of two columns may look alike and count differently: of columns with other names all must be known."""
-    own = {r.id_column for r in rows}
-    if own == {column} or (own == {None} and column.lower() in ROW_NUMBERS):
-        return
-    files, keys = {r.file for r in rows}, {r.key for r in rows}
-    for row in table:
-        id = str(row.values[column])
-        if (set_ is None or row.values[set_] in files) and id not in keys:
+    def _refuse_other_ids(
+        self, rows: Sequence[Labelled], keys: Collection[str], is_chosen: bool, all_known: bool
+    ) -> None:
+        """Numbers of two columns may look alike and count differently, and so may row numbers, from 0 or from 1: of
+        columns with other names, and of row numbers, all must be known."""
+        own, column = {r.id_column for r in rows}, str(self.of["id"])
+        numbers = own == {None} and (is_chosen or column.lower() in ROW_NUMBERS)
+        if own == {column} or (is_chosen and not numbers) or (numbers and not all_known):
+            return
+        files = {r.file for r in rows}
+        for row in self.rows:
+            id = str(_cell(row, column))
+            if (self.by_set and str(_cell(row, self.of["set"])) not in files) or id in keys:
+                continue
+            if numbers:
+                raise UserError(
+                    f"{row.where}: `{column}` is {id}, and the labelled file's rows are counted from 0 to "
+                    f"{max(map(int, keys))}; give both files an id, or count from 0"
+                )
             theirs = " or ".join(f"`{name}`" if name else "row number" for name in sorted(own, key=str))
             raise UserError(
                 f"{row.where}: `{column}` {id} is no labelled pair's {theirs}; say which columns are the same ids "
@@ -226,27 +333,48 @@ def _refuse_other_ids(
             )
 
 
-_Order = Literal["forward", "reversed"]
+_WINNERS = ("forward", "reversed", "reversed_slots")
 
 
-def _cells(row: Any, of: Mapping[str, str | None]) -> Iterator[tuple[_Order, Any, bool]]:
-    """(order, cell, the cell names a slot of the reversed order) for each vote of a row."""
+def _keys(rows: Sequence[Labelled]) -> dict[str, set[str]]:
+    out: dict[str, set[str]] = {}
+    for r in rows:
+        out.setdefault(r.file, set()).add(r.key)
+    return out
+
+
+def _cell(row: Any, column: str | None) -> Any:
+    if column not in row.values:
+        raise UserError(f"{row.where}: no `{column}`; write null where there is nothing")
+    return row.values[column]
+
+
+def _columns(row: Any, of: Mapping[str, str | None]) -> Iterator[tuple[_Order, str, bool]]:
+    """(order, column, the cell names a slot of the reversed order) for each vote of a row."""
+    second = of["reversed"] or of["reversed_slots"]
+    slots = not of["reversed"] and of["reversed_slots"] is not None
     if of["order"]:
-        order = str(row.values[of["order"]]).strip().lower()
-        if order not in ("forward", "reversed"):
-            raise UserError(f"{row.where}: {of['order']}: found {order!r}, expected forward or reversed")
-        yield ("reversed" if order == "reversed" else "forward"), row.values[of["forward"]], False
+        said = str(_cell(row, of["order"])).strip().lower().removesuffix(".0")
+        order = _ORDERS.get(said)
+        if order is None:
+            raise UserError(
+                f"{row.where}: {of['order']}: found {said!r}, expected forward or reversed (or ab and ba, original and "
+                "swapped, 0 and 1)"
+            )
+        if order == "reversed":
+            yield order, str(second or of["forward"]), slots
+        else:
+            yield order, str(of["forward"] or second), False
         return
     if of["forward"]:
-        yield "forward", row.values[of["forward"]], False
-    if of["reversed"]:
-        yield "reversed", row.values[of["reversed"]], False
-    elif of["reversed_slots"]:
-        yield "reversed", row.values[of["reversed_slots"]], True
+        yield "forward", of["forward"], False
+    if second:
+        yield "reversed", second, slots
 
 
-def _vote(id: str, pair_id: str, judge: str, voice: str, order: _Order, cell: Any, slots: bool) -> Vote:
-    outcome: Outcome = outcome_of(cell) or "abstain"
+def _vote(
+    id: str, pair_id: str, judge: str, voice: str, order: _Order, cell: Any, outcome: Outcome, slots: bool
+) -> Vote:
     # Built without validation: every field is made here, and a table may have a million cells.
     ballot = Ballot.model_construct(
         id=id, pair_id=pair_id, judge=judge, voice=voice, principles=(), order=order, constitution="", template=voice

@@ -24,7 +24,7 @@ def tables(results: Sequence[Slice], title: str) -> list[Any]:
             title,
             ("judge", "slice", "pairs", "votes right", "right", "95%", "kept", "95% ", "right when kept", "95%  "),
             [
-                (s.judge, s.name, str(s.pairs), _share(s.votes), *_both(s.accuracy), *_both(s.coverage),
+                (s.judge, s.name, str(s.pairs), _share(s.vote_accuracy), *_both(s.verdict_accuracy), *_both(s.coverage),
                  *_both(s.kept_accuracy))
                 for s in results
             ],
@@ -40,22 +40,25 @@ def tables(results: Sequence[Slice], title: str) -> list[Any]:
         ),
         _table(
             "voices",
-            ("judge", "slice", "order consistency", "95%", "first slot named", "95% ", "alpha", "abstentions"),
+            ("judge", "slice", "order consistency", "95%", "first slot named", "95% ", "alpha", "95%  ",
+             "abstentions"),
             [
                 (s.judge, s.name, *_both(s.order_consistency), *_both(s.position_bias), _number(s.alpha),
+                 _interval(s.alpha_interval),
                  " ".join(f"{reason}:{n}" for reason, n in sorted(s.abstentions.items())) or "-")
                 for s in results
             ],
         ),
         _table(
             "length and cost",
-            ("judge", "slice", "longer is better", "judge names longer", "when kept", "calls", "tokens", "seconds",
-             "tokens a kept pair", "seconds a kept pair"),
+            ("judge", "slice", "longer is better", "judge names longer", "when kept", "calls", "tokens", "money",
+             "seconds", "tokens a kept pair", "seconds a kept pair"),
             [
                 (s.judge, s.name, _share(s.lengths.longer_is_better), _share(s.lengths.judge_names_longer),
                  _share(s.lengths.judge_names_longer_kept), str(s.cost.calls),
-                 str(s.cost.prompt_tokens + s.cost.completion_tokens), f"{s.cost.seconds:.1f}",
-                 _number(s.cost.tokens_per_kept_pair, 0), _number(s.cost.seconds_per_kept_pair, 2))
+                 str(s.cost.prompt_tokens + s.cost.completion_tokens), _number(s.cost.money, 4),
+                 f"{s.cost.seconds:.1f}", _number(s.cost.tokens_per_kept_pair, 0),
+                 _number(s.cost.seconds_per_kept_pair, 2))
                 for s in results
             ],
         ),
@@ -153,6 +156,10 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
 
 def _both(share: Share) -> tuple[str, str]:
     return _share(share), f"{share.low:.2f}-{share.high:.2f}"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}"
 
 
 def _share(share: Share) -> str:

@@ -25,6 +25,8 @@ Method = Literal["mean", "majority", "dawid_skene"]
 _HARD = {"first": 1.0, "second": 0.0, "tie": 0.5}
 _EPSILON = 1e-9
 _LEAST_JURORS = 3
+_CLEAR = 0.05
+"""Of Youden's J: nearer to 0 a juror is neither believed nor contrary."""
 
 
 class Confusion(Record):
@@ -47,7 +49,8 @@ class JurorFit(Record):
     """Juror weights fitted by Dawid-Skene over all pairs of an iteration."""
 
     fitted: bool
-    """False when there are too few jurors to tell who is right; all weights are then 1."""
+    """False when there are too few jurors to tell who is right, or no more that are believed than contrary ones; all
+    weights are then 1."""
     pairs: int
     weights: dict[str, float]
     """Juror → weight, 0 to 1."""
@@ -129,7 +132,8 @@ def fit_jurors(votes: Sequence[Vote]) -> JurorFit:
     true. Its weight is the mean of Youden's J over its orders, at least 0. So a juror that always names the slot
     shown first, or votes at random, loses its weight; one that is always contrary loses it too and is not turned
     round: a winner must have been named by a juror that is believed. With fewer than three jurors nothing tells who
-    is right, and all keep weight 1.
+    is right, and all keep weight 1. The same when no more are clearly believed than are clearly contrary: the fit then
+    rests on one of two camps, and either could be the contrary one.
     """
     jurors = sorted({v.ballot.judge for v in votes if not v.ballot.guard})
     named = [v for v in votes if not v.ballot.guard and v.outcome in ("first", "second")]
@@ -141,6 +145,9 @@ def fit_jurors(votes: Sequence[Vote]) -> JurorFit:
     for c in confusions:
         informedness[c.juror].append(c.informedness)
     mean = {juror: sum(values) / len(values) for juror, values in informedness.items()}
+    believed, contrary = (sum(sign * j > _CLEAR for j in mean.values()) for sign in (1, -1))
+    if believed <= contrary:
+        return JurorFit(fitted=False, pairs=pairs, weights=dict.fromkeys(jurors, 1.0), confusions=tuple(confusions))
     weights = {juror: round(max(mean.get(juror, 0.0), 0.0), 6) for juror in jurors}
     return JurorFit(fitted=True, pairs=pairs, weights=weights, confusions=tuple(confusions))
 

@@ -267,7 +267,8 @@ def test_scores_are_read_again(tmp_path: Path, likelihood: RunDir) -> None:
 
 def calibration_of(run: RunDir, threshold: float, **changes: Any) -> Calibration:
     votes = by_pair([v for k in run.iterations() for v in run.iteration(k).read("votes", Vote)])
-    found = Threshold(accepted=True, threshold=threshold, pairs=50, kept=40, errors=0, error_bound=0.05)
+    panels = tuple(p.hash for p in panels_of(votes))
+    found = Threshold(accepted=True, threshold=threshold, pairs=50, kept=40, errors=0, error_bound=0.05, panels=panels)
     settings = settings_of(run, run.path)[0].job.filters
     content = {
         "made": "2026-01-01T00:00:00+00:00", "alpha": 0.1, "delta": 0.1, "score": "margin", "slices": {"all": found},

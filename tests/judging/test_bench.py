@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
-from rlaif.config import Filters
+from rlaif.config import Filters, Judge, Price
 from rlaif.constitution import parse_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import make_ballots
 from rlaif.judging.bench import (
+    alpha_interval,
     by_judge,
     calibrate,
     candidate,
@@ -86,10 +88,18 @@ def counts(share):
 def test_counts_before_and_after_the_filter():
     brevity, lists, everything = slices("fake", judged())
     assert (brevity.name, brevity.pairs) == ("brevity", 3)
-    assert [counts(s) for s in (brevity.accuracy, brevity.coverage, brevity.kept_accuracy)] == [(1, 3), (2, 3), (1, 2)]
-    assert counts(brevity.votes) == (3, 6)  # guards don't count
+    assert [counts(s) for s in (brevity.verdict_accuracy, brevity.coverage, brevity.kept_accuracy)] == [
+        (1, 3),
+        (2, 3),
+        (1, 2),
+    ]
+    assert counts(brevity.vote_accuracy) == (3, 6)  # guards don't count
     assert counts(lists.kept_accuracy) == (1, 1)
-    assert (everything.name, counts(everything.accuracy), counts(everything.coverage)) == ("all", (2, 5), (3, 5))
+    assert (everything.name, counts(everything.verdict_accuracy), counts(everything.coverage)) == (
+        "all",
+        (2, 5),
+        (3, 5),
+    )
     assert brevity.reasons == {"tie": 1, "low_agreement": 1}
     assert everything.abstentions == {"empty": 3}
 
@@ -149,6 +159,66 @@ def test_alpha_between_voices():
     assert krippendorff_alpha(both("r0", "first", "abstain")) is None
 
 
+def test_alpha_has_an_interval():
+    rng = random.Random(1)
+    votes = []
+    for n in range(200):
+        one = rng.choice(("first", "second"))
+        votes += both(f"r{n}", one, one if rng.random() < 0.8 else "second")
+    alpha, (low, high) = krippendorff_alpha(votes), alpha_interval(votes)
+    assert low < alpha < high
+    assert 0.1 < high - low < 0.3
+    assert alpha_interval(votes) == (low, high)
+    few = votes[: 2 * 50]
+    assert alpha_interval(few)[1] - alpha_interval(few)[0] > 1.5 * (high - low)
+    assert alpha_interval(both("r0", "first", "first")) is None
+    assert alpha_interval(both("r0", "first", "second") * 20) is not None
+    assert alpha_interval([]) is None
+
+
+def test_a_judge_that_goes_by_length_in_one_order_shows_before_the_filter():
+    # Forward it names the longer one (the second), reversed the slot: three of four verdicts are ties.
+    votes = [*both("r0", "second", "first"), *both("r1", "second", "first"), *both("r2", "second", "first"),
+             *both("r3", "first", "first")]  # fmt: skip
+    lengths = summarise("j", "all", decide_rows(ROWS, votes, Filters())).lengths
+    assert counts(lengths.judge_names_longer) == (3, 8)
+    assert counts(lengths.judge_names_longer_kept) == (0, 1)
+
+
+def test_money_by_the_jobs_prices():
+    settings = Judge(kind="chat", model="m", base_url="http://h/v1", prices={"m": Price(prompt=10, completion=20)})
+    spent = {"usage": Usage(prompt_tokens=100_000, completion_tokens=50_000)}
+    votes = both("r0", "first", "first", judge="chat:m@h", **spent)
+    some = decide_rows(ROWS, votes, Filters())
+    assert summarise("j", "all", some, settings).cost.money == pytest.approx(4.0)
+    assert summarise("j", "all", some).cost.money is None
+    free = settings.model_copy(update={"prices": {"other": Price(prompt=1, completion=1)}})
+    assert summarise("j", "all", some, free).cost.money is None
+    assert (
+        summarise("j", "all", decide_rows(ROWS, both("r0", "first", "first"), Filters()), settings).cost.money is None
+    )
+
+
+def test_a_slice_under_several_constitutions_is_refused():
+    def under(constitution, slice, ids):
+        rows = [row(n, constitution=f"{constitution}@1", slice=slice) for n in ids]
+        votes = [v for r in rows for v in both(r.id, "first", "first")]
+        votes = [v.model_copy(update={"ballot": v.ballot.model_copy(update={"constitution": constitution})})
+                 for v in votes]  # fmt: skip
+        return decide_rows(rows, votes, Filters())
+
+    good = under("c1", "one", range(110))
+    with pytest.raises(UserError, match=r"slice all: .* several constitutions \(c1@1, c2@1\).*--where constitution="):
+        calibration(good + under("c2", "one", range(110, 120)))
+    found = calibration(good + under("c2", "two", range(110, 150)), sliced=True)
+    assert [len(t.panels) for t in found.slices.values()] == [1, 1]
+    votes = [list(j.votes) for j in (good[0], under("c2", "two", [110])[0])]
+    assert [found.mismatch(v, Filters(), s) for v, s in zip(votes, ("one", "two"), strict=True)] == [None, None]
+    assert found.mismatch(votes[1], Filters(), "one") == (
+        "slice one was calibrated on other questions (these are of two)"
+    )
+
+
 def test_lengths_before_and_after():
     # `second` is the longer one in every row but the last, whose answers are even.
     rows = [row(0), row(1, "second"), row(2), row(3).model_copy(update={"second": "So?"})]
@@ -156,7 +226,7 @@ def test_lengths_before_and_after():
              vote("r2", "second", voice="w"), *both("r3", "first", "first")]  # fmt: skip
     lengths = summarise("j", "all", decide_rows(rows, votes, Filters(min_agreement=1.0))).lengths
     assert counts(lengths.longer_is_better) == (1, 4)
-    assert counts(lengths.judge_names_longer) == (2, 2)  # r2 is a tie between its two voices
+    assert counts(lengths.judge_names_longer) == (5, 7)  # also votes on r2, a tie between its two voices
     assert counts(lengths.judge_names_longer_kept) == (2, 2)
 
 
@@ -247,7 +317,7 @@ def test_tables_and_picture(tmp_path):
 
 def llmbar(subset, *where):
     rows = read_labelled([DATA / "llmbar" / f"{subset}.json"]).rows
-    rows, votes = read_recorded(DATA / "llmbar" / "recorded_verdicts.csv", rows, where=parse_where(where))
+    rows, votes = read_recorded(DATA / "llmbar" / "recorded_verdicts.csv", rows, where=parse_where(where))[:2]
     return decide_rows(rows, votes, Filters())
 
 
@@ -257,7 +327,7 @@ def llmbar(subset, *where):
 def test_known_figures_of_one_strategy(judge, right, kept, right_kept):
     found = summarise(judge, "natural", llmbar("natural", f"judge={judge}", "strategy=Vanilla"))
     assert found.pairs == 100
-    assert found.votes.share == pytest.approx(right)
+    assert found.vote_accuracy.share == pytest.approx(right)
     assert found.coverage.share == pytest.approx(kept)
     assert found.order_consistency.share == pytest.approx(kept)
     assert round(found.kept_accuracy.share, 3) == right_kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -27,7 +28,7 @@ from rlaif.judging.calibration import (
     score_of,
 )
 from rlaif.judging.filters import decide, trusted
-from rlaif.judging.verdicts import aggregate
+from rlaif.judging.verdicts import aggregate, fit_jurors
 from rlaif.records import Verdict
 from tests.judging.vote_makers import PAIR, make_vote
 
@@ -196,18 +197,66 @@ def test_a_fitted_map_is_tested_on_other_pairs():
     assert not calibrate_scores(verdicts, [True] * 1000, wrong, 0.1, 0.1, "agreement").accepted
 
 
-def test_a_fitted_map_keeps_the_promise():
-    rng = np.random.default_rng(2)
-    population, population_wrong = simulated(20_000, rng)
+MARGINS = (np.arange(500) + 0.5) / 500
+OF_MARGIN = [Verdict(pair_id="p", outcome="first", p_first=0.5 + m / 2, agreement=1.0, valid_votes=2) for m in MARGINS]
+
+
+@pytest.mark.parametrize("n", [100, 200])
+def test_a_fitted_map_keeps_the_promise(n):
+    rng = np.random.default_rng(n)
+    errors = 0.5 * (1 - MARGINS) ** 2  # [margins]
     broken = 0
-    for seed in range(100):
-        verdicts, wrong = simulated(200, rng)
-        found = calibrate_scores(verdicts, [True] * 200, wrong, ALPHA, DELTA, "fitted", seed)
+    for seed in range(DRAWS):
+        drawn = rng.integers(len(MARGINS), size=n)
+        wrong = rng.random(n) < errors[drawn]
+        found = calibrate_scores([OF_MARGIN[i] for i in drawn], [True] * n, wrong, ALPHA, DELTA, "fitted", seed)
         if found.accepted:
-            kept = [w for v, w in zip(population[::20], population_wrong[::20], strict=True)
-                    if passes(v, found, "fitted")]  # fmt: skip
-            broken += np.mean(kept) > ALPHA + 0.02
-    assert binomtest(broken, 100, DELTA, alternative="greater").pvalue >= 0.001
+            kept = np.array([passes(v, found, "fitted") for v in OF_MARGIN])
+            broken += errors[kept].mean() > ALPHA
+    assert binomtest(broken, DRAWS, DELTA, alternative="greater").pvalue >= 0.001
+
+
+JURORS = {"a": 0.8, "b": 0.75, "c": 0.7, "d": 0.55}
+
+
+def jury_votes(pair, truth, right):
+    """One vote of each juror, right or wrong."""
+    other = {"first": "second", "second": "first"}[truth]
+    votes = [
+        make_vote(truth if ok else other, f"{pair}{name}", voice="v") for name, ok in zip(JURORS, right, strict=True)
+    ]
+    return [
+        v.model_copy(update={"ballot": v.ballot.model_copy(update={"pair_id": pair, "judge": name})})
+        for name, v in zip(JURORS, votes, strict=True)
+    ]
+
+
+@pytest.mark.slow
+def test_a_jury_whose_weights_are_fitted_on_the_same_pairs_keeps_the_promise():
+    """The fit sees no label, but the votes of the pairs that test the threshold."""
+    rng = np.random.default_rng(3)
+    draws, n = 40, 80
+    patterns = list(itertools.product((True, False), repeat=len(JURORS)))
+    chance = [math.prod(p if ok else 1 - p for p, ok in zip(JURORS.values(), one, strict=True)) for one in patterns]
+    broken = accepted = 0
+    for _ in range(draws):
+        truths = [("first", "second")[i] for i in rng.integers(2, size=n)]
+        cast = [jury_votes(f"p{i}", t, rng.random(len(JURORS)) < list(JURORS.values())) for i, t in enumerate(truths)]
+        fit = fit_jurors([v for votes in cast for v in votes])
+        verdicts = [aggregate(votes, None, "dawid_skene", fit.weights) for votes in cast]
+        wrong = [v.outcome != t for v, t in zip(verdicts, truths, strict=True)]
+        found = calibrate_scores(verdicts, [True] * n, wrong, ALPHA, DELTA)
+        if found.accepted:
+            accepted += 1
+            kept = errors = 0.0
+            for one, p in zip(patterns, chance, strict=True):
+                verdict = aggregate(jury_votes("p", "first", one), None, "dawid_skene", fit.weights)
+                if passes(verdict, found, "agreement"):
+                    kept += p
+                    errors += p * (verdict.outcome == "second")
+            broken += errors / kept > ALPHA
+    assert accepted > 0
+    assert binomtest(broken, draws, DELTA, alternative="greater").pvalue >= 0.001
 
 
 def test_too_few_pairs_for_a_map():
@@ -216,11 +265,12 @@ def test_too_few_pairs_for_a_map():
         calibrate_scores(verdicts, [True] * 99, wrong, 0.1, 0.1, "fitted")
 
 
-def test_a_map_of_a_faultless_judge_keeps_the_order_of_agreement():
+def test_a_map_of_a_faultless_judge_is_a_constant():
     verdicts = [verdict(0.6 + 0.4 * (n % 2)) for n in range(200)]
     found = calibrate_scores(verdicts, [True] * 200, [False] * 200, 0.1, 0.1, "fitted")
     assert found.accepted
     assert found.kept == 100
+    assert found.map.ece == pytest.approx(1 - 51 / 52)  # a constant, by the rule of succession
 
 
 def test_pairs_that_another_rule_drops_are_never_kept():
@@ -297,6 +347,27 @@ def test_each_slice_has_its_own_threshold():
     assert (sliced.threshold_for("hard"), sliced.threshold_for("never seen")) == (REFUSED, None)
     assert sliced.accepted
     assert not calibration({"hard": REFUSED}).accepted
+
+
+def test_categories_of_which_nothing_is_kept_are_known():
+    sliced = calibration({"easy": ACCEPTED, "hard": REFUSED})
+    assert sliced.unknown_slices(["easy", "hard", "all", "easy"]) == {"hard", "all"}
+    assert calibration().unknown_slices(["easy", "all"]) == set()
+
+
+def test_a_slice_is_only_about_the_questions_that_its_pairs_were_asked():
+    other = changed(constitution="d")
+    panels = panels_of({"p": VOTES, "q": other})
+    slices = {name: ACCEPTED.model_copy(update={"panels": (p.hash,)}) for name, p in zip("ab", panels, strict=True)}
+    both = calibration(slices).model_copy(update={"panels": panels})
+    drop = Filters(calibration="c.json", uncalibrated="drop")
+    found = {(s, v is other): trusted(aggregate(v), v, both, drop, s) for s in "ab" for v in (VOTES, other)}
+    assert found == {("a", False): True, ("a", True): False, ("b", False): False, ("b", True): True}
+    with pytest.raises(UserError, match="slice a was calibrated on other questions"):
+        trusted(aggregate(other), other, both, SETTINGS, "a")
+    old = calibration({"a": ACCEPTED}).model_copy(update={"panels": panels})
+    with pytest.raises(UserError, match=r"c.json: made over several constitutions by an older version"):
+        parse_calibration(old.model_dump_json(), "c.json")
 
 
 def test_the_threshold_takes_the_place_of_the_rules_on_consistency():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from rlaif import cli
+from tests.judging.fault_server import FaultServer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -49,9 +53,33 @@ def test_bench_reports_every_judge(rlaif) -> None:
         ("good", "a"), ("good", "b"), ("good", "all"), ("coin", "a"), ("coin", "b"), ("coin", "all")
     ]  # fmt: skip
     good = report["slices"][2]
-    assert good["accuracy"]["share"] == pytest.approx(78 / 80)
+    assert good["verdict_accuracy"]["share"] == pytest.approx(78 / 80)
     assert len(report["splits"]) == 4
     assert len(report["pairs"]) == 160
+
+
+def test_bench_says_how_it_read_the_files_and_what_it_left_out(rlaif, tmp_path: Path) -> None:
+    rows = [
+        {"id": n, "prompt": "q", "first": "a", "second": "b", "label": (0, 1, 0, "tie")[n % 4], "topic": "x"}
+        for n in range(40)
+    ]
+    (tmp_path / "zero.json").write_text(json.dumps(rows))
+    votes = [{"id": n, "winner": ("A", "B", "?")[n % 3]} for n in range(20, 50)]
+    (tmp_path / "some.json").write_text(json.dumps(votes))
+    arguments = ("zero.json", "--map", "first_is=0,second_is=1", "--votes", "some.json")
+    code, out, _ = rlaif("bench", *arguments, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["left_out"] == {"tie": 10, "without a vote": 15, "votes on unknown pairs": 10}
+    assert {(c["value"], c["outcome"], c["count"]) for c in report["labels"]} == {
+        ("0", "first", 20), ("1", "second", 10), ("tie", "tie", 10)
+    }  # fmt: skip
+    assert sum(c["count"] for c in report["cells"]) == 15
+    for command in (("bench",), ("calibrate", "--to", "c.json")):
+        code, out, _ = rlaif(*command, *arguments)
+        assert "labels as read: 0→first 20, " in out
+        assert "recorded winners that name no side, counted as abstentions: '?' 5" in out
+        assert "15 labelled pairs without a vote, 10 votes on unknown pairs" in " ".join(out.split())
 
 
 def test_bench_prints_tables_and_draws(rlaif, tmp_path: Path) -> None:
@@ -127,6 +155,42 @@ def test_a_users_mistake_is_one_line_and_exit_2(rlaif, arguments: list[str], mes
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert message in err
+
+
+@pytest.fixture
+def asked(rlaif, tmp_path: Path):
+    """`rlaif judge ...` on ten pairs with a chat judge behind a server: (requests, exit code, stderr)."""
+    shutil.copytree(ROOT / "prompts" / "judge", tmp_path / "prompts" / "judge")
+    rows = [{"id": n, "prompt": "q", "first": "So.", "second": "Because.", "label": 2} for n in range(10)]
+    (tmp_path / "ten.json").write_text(json.dumps(rows))
+    settings = {"kind": "chat", "model": "m", "api_key_env": "null", "cache": "null", "concurrency": "1"}
+
+    def run(command: str, *arguments: str, **judge: str) -> tuple[int, int, str]:
+        with FaultServer() as server:
+            sets = [f"--set=judge.{k}={v}" for k, v in {**settings, "base_url": server.url, **judge}.items()]
+            code, _, err = rlaif(command, "ten.json", f"--dir={ROOT / 'constitutions'}", *sets, *arguments)
+            return server.requests, code, err
+
+    return run
+
+
+def test_a_bench_whose_budget_ends_says_what_is_kept(asked) -> None:
+    asked_, code, err = asked("bench", **{"budget.calls": "3"})
+    assert (asked_, code) == (3, 2)
+    assert "judge.budget.calls=3 is spent" in err
+    assert "without judge.cache its replies so far are lost" in err
+    assert "every vote is saved" not in err
+    _, _, err = asked("bench", **{"budget.calls": "3", "cache": "replies"})
+    assert "its replies are kept in judge.cache, and the same command goes on from there" in err
+
+
+def test_a_calibration_of_other_questions_is_refused_before_the_first_request(asked, tmp_path: Path) -> None:
+    from tests.judging.test_calibration import calibration
+
+    (tmp_path / "c.json").write_text(calibration().model_dump_json())
+    requests, code, err = asked("bench", "--set", "filters.calibration=c.json")
+    assert (requests, code) == (0, 2)
+    assert "filters.calibration c.json: the judge is chat:m@" in err
 
 
 def test_the_likelihood_judge_is_calibrated_under_the_name_that_a_run_gives_it(

@@ -10,6 +10,8 @@ import pytest
 from rlaif.constitution import load_constitution
 from rlaif.errors import UserError
 from rlaif.judging.labelled import parse_map, read_labelled
+from rlaif.judging.sides import cell_lines
+from rlaif.records import digest
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -181,3 +183,123 @@ def test_public_sets_are_read_as_they_are():
     pandalm = read_labelled([DATA / "pandalm" / "data__testset-v1.json"])
     assert len(pandalm.rows) + pandalm.excluded["tie"] == 879
     assert pandalm.excluded == {"tie": 85, "disputed": 120}
+
+
+def labels(tmp_path, values, columns=None):
+    rows = [{"prompt": "q", "first": "a", "second": "b", "label": v} for v in values]
+    return read_labelled([write(tmp_path / "l.jsonl", *rows)], parse_map(columns))
+
+
+@pytest.mark.parametrize(
+    ("values", "columns"),
+    [
+        ([0, 1, 0, "tie"], "first_is=0,second_is=1"),  # the usual words for a tie stay
+        ([0, 1, 0, 2], "first_is=0,second_is=1,tie_is=2"),
+        ([1, 2, 1, 0], "first_is=1,second_is=2"),
+        ([1, 2, 1, 3], "tie_is=3"),
+        ([1, -1, 1, 0], "first_is=1,second_is=-1,tie_is=0"),
+        (["L", "R", "l", "even"], "first_is=L,second_is=R,tie_is=even"),
+        (["model_1", "model_2", "A>>B", "tie (inconsistent)"], None),
+    ],
+)
+def test_ties_beside_any_names(tmp_path, values, columns):
+    found = labels(tmp_path, values, columns)
+    assert [r.label for r in found.rows] == ["first", "second", "first"]
+    assert found.excluded == {"tie": 1}
+    assert sum(c.count for c in found.labels) == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0, 1, "tie"], "are 0 and 1; say which is which, for example --map first_is=0,second_is=1"),
+        ([0, 1, 2], r"are 0 and 1 and 2; say which is which, for example --map first_is=0,second_is=1,tie_is=2"),
+        ([0, 2], "are 0 and 2; say which"),
+        ([1, -1], "are -1 and 1; say which is which, for example --map first_is=1,second_is=-1"),
+        ([True, False], "found True, expected 1, 2 or 0"),
+    ],
+)
+def test_numbers_that_projects_count_differently_are_not_guessed_at(tmp_path, values, message):
+    with pytest.raises(UserError, match=message):
+        labels(tmp_path, values)
+
+
+def test_how_labels_were_read_is_one_line(tmp_path):
+    found = labels(tmp_path, [1, 2, 1, "tie"])
+    assert cell_lines(found.labels, "labels") == ["labels as read: 1→first 2, 2→second 1, tie→tie 1"]
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    rows = [{"prompt": "q\ud800", "first": "a\udc00 \U0001f600", "second": "b", "label": 1}]
+    (only,) = read_labelled([write(tmp_path / "l.jsonl", *rows)]).rows
+    assert (only.prompt, only.first) == ("q\ufffd", "a\ufffd \U0001f600")
+    assert digest([only.prompt, only.first])
+
+
+def test_a_table_by_any_ending(tmp_path):
+    text = "ID,Prompt,First,Second,Label\n1,q,a,b,1\n2,q,a,b,2\n"
+    for name, written in (("a.CSV", text), ("b.tsv", text.replace(",", "\t"))):
+        (tmp_path / name).write_text(written)
+        assert [r.label for r in read_labelled([tmp_path / name]).rows] == ["first", "second"]
+    (tmp_path / "c.csv").write_text(text.replace(",", ";"))
+    with pytest.raises(UserError, match=r"c.csv:1: one column, `ID;Prompt;.*separate columns by commas, or by tabs"):
+        read_labelled([tmp_path / "c.csv"])
+    (tmp_path / "d.csv").write_bytes("prompt,first,second,label\ncafé,a,b,1\n".encode("latin-1"))
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        read_labelled([tmp_path / "d.csv"])
+    (tmp_path / "e.csv").write_text("prompt,first,first,label\nq,a,b,1\n")
+    with pytest.raises(UserError, match=r"e.csv:1: two columns are called `first`"):
+        read_labelled([tmp_path / "e.csv"])
+
+
+def test_two_rows_of_one_id_are_both_named(tmp_path):
+    with pytest.raises(UserError, match=r"b.jsonl:3: two rows have the id `r0` \(the first: .*b.jsonl:1\)"):
+        read_labelled([write(tmp_path / "b.jsonl", row(0), row(1), row(0))])
+
+
+def talk(*contents):
+    return [{"role": ("user", "assistant")[n % 2], "content": c} for n, c in enumerate(contents)]
+
+
+def test_conversations(tmp_path):
+    one = {"conversation_a": talk("Why?", "So."), "conversation_b": talk("Why?", "Because."), "winner": "model_b",
+           "question_id": "x"}  # fmt: skip
+    two = one | {"question_id": "y", "conversation_a": talk("Why?", "So.", "And?", "No."),
+                 "conversation_b": talk("Why?", "Thus.", "And?", "Yes.")}  # fmt: skip
+    first, second = read_labelled([write(tmp_path / "c.jsonl", one, two)]).rows
+    assert (first.id, first.prompt, first.first, first.second, first.label) == (
+        "x",
+        "Why?",
+        "So.",
+        "Because.",
+        "second",
+    )
+    assert (second.prompt, second.first) == ("Why?", "Assistant: So.\n\nUser: And?\n\nAssistant: No.")
+    shared = {"chosen": talk("Hi", "Hello", "Why?", "So."), "rejected": talk("Hi", "Hello", "Why?", "Because.")}
+    (only,) = read_labelled([write(tmp_path / "d.jsonl", shared)]).rows
+    assert (only.prompt, only.first) == ("User: Hi\n\nAssistant: Hello\n\nUser: Why?", "So.")
+    (only,) = read_labelled([write(tmp_path / "e.jsonl", {"prompt": talk("Why?"), "chosen": talk("", "So.")[1:],
+                                                          "rejected": talk("", "No.")[1:]})]).rows  # fmt: skip
+    assert (only.prompt, only.first, only.second) == ("Why?", "So.", "No.")
+    with pytest.raises(UserError, match=r"f.jsonl:1: chosen and rejected share no first message"):
+        read_labelled([write(tmp_path / "f.jsonl", {"chosen": talk("x", "y"), "rejected": talk("z", "y")})])
+    with pytest.raises(UserError, match=r"g.jsonl:1: rejected: expected messages with role and content"):
+        read_labelled([write(tmp_path / "g.jsonl", {"chosen": talk("x", "y"), "rejected": "z"})])
+
+
+def test_a_question_that_several_rows_are_about_names_none(tmp_path):
+    pair = {"question_id": 80, "question": "q", "answer1": "a", "answer2": "b", "winner": "model_1"}
+    assert [r.id for r in read_labelled([write(tmp_path / "q.jsonl", pair, pair)]).rows] == ["0", "1"]
+    assert [r.id for r in read_labelled([write(tmp_path / "r.jsonl", pair)]).rows] == ["80"]
+
+
+def test_a_column_for_each_winner(tmp_path):
+    def arena(*hot):
+        return {"id": str(hot), "prompt": "q", "response_a": "a", "response_b": "b",
+                **dict(zip(("winner_model_a", "winner_model_b", "winner_tie"), hot, strict=True))}  # fmt: skip
+
+    found = read_labelled([write(tmp_path / "a.jsonl", arena(1, 0, 0), arena(0, 1, 0), arena(0, 0, 1))])
+    assert [r.label for r in found.rows] == ["first", "second"]
+    assert found.excluded == {"tie": 1}
+    with pytest.raises(UserError, match=r"a.jsonl:1: 2 of winner_model_a, winner_model_b, winner_tie are 1"):
+        read_labelled([write(tmp_path / "a.jsonl", arena(1, 1, 0))])

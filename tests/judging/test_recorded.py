@@ -10,6 +10,7 @@ import pytest
 from rlaif.errors import UserError
 from rlaif.judging.labelled import Labelled, read_labelled
 from rlaif.judging.recorded import parse_votes_map, parse_where, read_recorded, read_votes_log
+from rlaif.judging.sides import cell_lines
 from tests.judging.vote_makers import make_vote
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -37,7 +38,7 @@ def said(votes):
 def test_both_orders_in_one_row(tmp_path):
     head = "row,judge,strategy,label,winner_ab,winner_ba_mapped"
     path = csv_file(tmp_path, head, "0,J,plain,1,1,2", "1,J,plain,2,,2")
-    rows, votes = read_recorded(path, ROWS)
+    rows, votes = read_recorded(path, ROWS)[:2]
     assert said(votes) == [
         ("easy/0", "J", "plain", "forward", "first"),
         ("easy/0", "J", "plain", "reversed", "second"),
@@ -51,7 +52,7 @@ def test_both_orders_in_one_row(tmp_path):
 
 def test_a_second_order_that_names_slots_is_mapped_back(tmp_path):
     path = csv_file(tmp_path, "id,winner_ab,winner_ba", "0,A,A", "1,tie,b")
-    _, votes = read_recorded(path, ROWS)
+    _, votes = read_recorded(path, ROWS)[:2]
     assert [(j, o, out) for _, j, _, o, out in said(votes)] == [
         ("votes", "forward", "first"), ("votes", "reversed", "second"),
         ("votes", "forward", "tie"), ("votes", "reversed", "first"),
@@ -60,7 +61,7 @@ def test_a_second_order_that_names_slots_is_mapped_back(tmp_path):
 
 def test_one_row_a_vote(tmp_path):
     path = csv_file(tmp_path, "id,order,verdict", "0,forward,first", "0,reversed,no idea")
-    rows, votes = read_recorded(path, ROWS)
+    rows, votes = read_recorded(path, ROWS)[:2]
     assert [v.outcome for v in votes] == ["first", "abstain"]
     assert votes[1].raw_reply == "no idea"
     assert rows == ROWS[:1]
@@ -69,14 +70,14 @@ def test_one_row_a_vote(tmp_path):
 def test_one_result_column_by_any_name(tmp_path):
     path = tmp_path / "gpt.json"
     path.write_text(json.dumps([{"idx": 0, "gpt_result": "1"}, {"idx": 1, "gpt_result": "garbage"}]))
-    _, votes = read_recorded(path, ROWS)
+    _, votes = read_recorded(path, ROWS)[:2]
     assert [(v.ballot.judge, v.outcome) for v in votes] == [("gpt", "first"), ("gpt", "abstain")]
 
 
 def test_a_map_for_unusual_names(tmp_path):
     path = csv_file(tmp_path, "n,who,how,x,y", "0,J,plain,1,1")
     columns = parse_votes_map("id=n,judge=who,voice=how,forward=x,reversed=y")
-    assert [v.ballot.order for v in read_recorded(path, ROWS, columns)[1]] == ["forward", "reversed"]
+    assert [v.ballot.order for v in read_recorded(path, ROWS, columns).votes] == ["forward", "reversed"]
 
 
 def test_files_are_kept_apart_by_the_column_that_names_them(tmp_path):
@@ -96,7 +97,7 @@ def pairs_and_votes(tmp_path, own, theirs):
 @pytest.mark.parametrize("column", ["id", "pair_id", "idx", "index", "row"])
 def test_both_files_call_a_pair_by_the_same_column(tmp_path, column):
     rows, path = pairs_and_votes(tmp_path, column, column)
-    voted, votes = read_recorded(path, rows)
+    voted, votes = read_recorded(path, rows)[:2]
     assert [v.outcome for v in votes] == [r.label for r in voted]
     assert len(voted) == 6
 
@@ -149,7 +150,7 @@ def test_a_log_of_votes(tmp_path):
     path.write_text("".join(v.model_dump_json() + "\n" for v in votes))
     assert read_votes_log(path) == votes
     rows = [labelled(0).model_copy(update={"id": "p"}), labelled(1)]
-    assert read_recorded(path, rows) == (rows[:1], votes)
+    assert read_recorded(path, rows)[:2] == (rows[:1], votes)
     path.write_text('{"ballot": {}}\n')
     with pytest.raises(UserError, match=r"votes.jsonl:1: ballot.id: Field required"):
         read_votes_log(path)
@@ -164,7 +165,144 @@ def test_a_log_of_votes(tmp_path):
 @pytest.mark.parametrize(("judge", "right", "unparsed"), [("gpt-3.5-turbo", 628, 8), ("pandalm-7b", 574, 0)])
 def test_pandalm_verdicts_as_they_are(judge, right, unparsed):
     rows = read_labelled([DATA / "pandalm" / "data__testset-v1.json"]).rows
-    voted, votes = read_recorded(DATA / "pandalm" / f"data__{judge}-testset-v1.json", rows)
+    voted, votes = read_recorded(DATA / "pandalm" / f"data__{judge}-testset-v1.json", rows)[:2]
     assert len(voted) == len(votes) == 794
     assert sum(v.outcome == r.label for v, r in zip(votes, voted, strict=True)) == right
     assert sum(v.abstain_reason == "unparsed" for v in votes) == unparsed
+
+
+TRUTH = [1 + n % 2 for n in range(12)]
+VOTED = [w if n % 4 else 3 - w for n, w in enumerate(TRUTH)]  # right on 9 of 12
+MORE = [labelled(n, "first" if w == 1 else "second") for n, w in enumerate(TRUTH)]
+KEYS = {"easy": {str(n) for n in range(12)}}
+
+
+def table(tmp_path, *rows):
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def right(found):
+    sides = {r.id: r.label for r in found.rows}
+    return sum(v.outcome == sides[v.ballot.pair_id] for v in found.votes), len(found.votes)
+
+
+@pytest.mark.parametrize(
+    ("words", "columns"),
+    [
+        ((1, 2), ""),
+        (("model_1", "model_2"), ""),
+        (("A>>B", "B>>A"), ""),
+        (("A>B", "b>a"), ""),
+        (("Output (a)", "Output (b)"), ""),
+        ((0, 1), "first_is=0,second_is=1"),
+        ((1, 0), "first_is=1,second_is=0"),
+        ((True, False), "first_is=true,second_is=false"),
+        ((1, -1), "first_is=1,second_is=-1"),
+        (("L", "R"), "first_is=l,second_is=r"),
+    ],
+)
+def test_every_way_to_name_a_side_gives_the_same_votes(tmp_path, words, columns):
+    path = table(tmp_path, *({"id": n, "winner": words[v - 1]} for n, v in enumerate(VOTED)))
+    found = read_recorded(path, MORE, parse_votes_map(columns or None))
+    assert right(found) == (9, 12)
+    assert {(c.value, c.outcome) for c in found.cells} == {(str(words[0]), "first"), (str(words[1]), "second")}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((0, 1), r"the winners in `winner` are 0 and 1; say which is which, .*--votes-map first_is=0,second_is=1"),
+        ((1.0, 0.0), "are 0 and 1; say which"),
+        ((0, 1, 2), "are 0 and 1 and 2; say which is which, .*,tie_is=2"),
+        ((1, -1), "are -1 and 1; say which is which, .*first_is=1,second_is=-1"),
+        ((True, False), "no cell of `winner` names a side; found '(True|False)'"),
+        (("gpt", "claude"), "no cell of `winner` names a side"),
+        ((0.9, 0.1), "no cell of `winner` names a side"),
+        ((None, ""), "no cell of `winner` names a side"),
+    ],
+)
+def test_words_that_name_no_side_for_sure_are_refused(tmp_path, words, message):
+    path = table(tmp_path, *({"id": n, "winner": words[n % len(words)]} for n in range(12)))
+    with pytest.raises(UserError, match=message) as e:
+        read_recorded(path, MORE)
+    assert "\n" not in str(e.value)
+
+
+def test_ties_and_what_is_not_read_are_told_apart_and_counted(tmp_path):
+    words = ["draw", "neither", "tie (bothbad)", "Tie (inconsistent)", "error", "error", None, *VOTED[7:]]
+    found = read_recorded(table(tmp_path, *({"id": n, "winner": w} for n, w in enumerate(words))), MORE)
+    assert [v.outcome for v in found.votes[:7]] == ["tie"] * 4 + ["abstain"] * 3
+    assert {(c.value, c.count) for c in found.cells if c.outcome == "abstain"} == {("error", 2), ("", 1)}
+    lines = cell_lines(found.cells, "recorded winners")
+    assert lines[1] == "recorded winners that name no side, counted as abstentions: 'error' 2, empty 1"
+
+
+def test_two_games_of_fastchat(tmp_path):
+    rows = ({"id": n, "g1_winner": f"model_{v}", "g2_winner": f"model_{w}"}
+            for n, (v, w) in enumerate(zip(VOTED, TRUTH, strict=True)))  # fmt: skip
+    found = read_recorded(table(tmp_path, *rows), MORE)
+    assert right(found) == (21, 24)
+    assert [v.ballot.order for v in found.votes[:2]] == ["forward", "reversed"]
+
+
+@pytest.mark.parametrize("orders", [("forward", "reversed"), ("ab", "BA"), ("original", "swapped"), (0, 1),
+                                    (False, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("slots", "columns"),
+    [(False, "order=o,forward=w"), (True, "order=o,reversed_slots=w"), (True, "order=o,forward=w,reversed_slots=w")],
+)
+def test_an_order_column_names_sides_or_slots(tmp_path, orders, slots, columns):
+    rows = []
+    for n, v in enumerate(VOTED):
+        rows += [{"id": n, "o": orders[0], "w": v}, {"id": n, "o": orders[1], "w": 3 - v if slots else v}]
+    found = read_recorded(table(tmp_path, *rows), MORE, parse_votes_map(columns))
+    assert right(found) == (18, 24)
+    assert [v.ballot.order for v in found.votes[:2]] == ["forward", "reversed"]
+
+
+def test_row_numbers_from_one_are_refused(tmp_path):
+    path = table(tmp_path, *({"row": n + 1, "winner": v} for n, v in enumerate(VOTED)))
+    for columns in ({}, {"id": "row"}):
+        with pytest.raises(UserError, match=r"t.jsonl:12: `row` is 12, and the labelled file's rows .* from 0 to 11"):
+            read_recorded(path, MORE, columns, keys=KEYS)
+    # A row that was left out for its tie is still a row.
+    path = table(tmp_path, *({"row": n, "winner": v} for n, v in enumerate(VOTED)))
+    assert len(read_recorded(path, MORE[:-1], keys=KEYS).rows) == 11
+
+
+def test_an_id_of_a_row_that_was_left_out_is_known(tmp_path):
+    rows = [{"id": n, "prompt": "q", "first": "x", "second": "y", "label": (1, 2, "tie")[n]} for n in range(3)]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    found = read_labelled([tmp_path / "p.json"])
+    path = csv_file(tmp_path, "pair_id,winner", "0,1", "1,2", "2,1")
+    assert len(read_recorded(path, found.rows, keys=found.keys).rows) == 2
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    path = table(tmp_path, *({"id": n, "winner": 1} for n in (0, 1, 11, 77, 78)))
+    named = [r.model_copy(update={"id_column": "id"}) for r in MORE[:10]]
+    found = read_recorded(path, named, keys=KEYS)
+    assert (len(found.rows), found.unvoted, found.strangers) == (2, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ([{"id": 0, "winner": 1}, {"id": 1}], "", "t.jsonl:2: no `winner`; write null where there is nothing"),
+        ([{"id": 0, "winner": 1, "judge": "J"}, {"id": 1, "winner": 1}], "", "t.jsonl:2: no `judge`"),
+        ([{"id": 0, "winner": 1}, {"winner": 1}], "", "t.jsonl:2: no `id`"),
+        ([{"id": 0, "w": 1}], "forward=w,first_is=1", "--votes-map: name both sides"),
+        ([{"id": 0, "w": 1}], "forward=w,first_is=1,second_is=1", "--votes-map: name both sides"),
+    ],
+)
+def test_a_row_that_lacks_something_is_named(tmp_path, rows, columns, message):
+    with pytest.raises(UserError, match=message):
+        read_recorded(table(tmp_path, *rows), MORE, parse_votes_map(columns or None))
+
+
+def test_a_condition_that_no_vote_fits_lists_what_there_is(tmp_path):
+    path = csv_file(tmp_path, "row,judge,winner", "0,GPT-4,1", "1,ChatGPT,1")
+    with pytest.raises(UserError, match=r"no row has --where judge=gpt4; there is ChatGPT, GPT-4"):
+        read_recorded(path, ROWS, where=parse_where(["judge=gpt4"]))

@@ -231,6 +231,13 @@ def test_a_contrary_juror_alone_on_a_pair_elects_nobody():
     assert (verdict.outcome, verdict.valid_votes) == ("abstain", 0)
 
 
+def test_two_camps_of_one_can_not_tell_who_is_contrary():
+    votes, _ = jury(60, GOOD[0], FIRST_SLOT, CONTRARY)
+    fit = fit_jurors(votes)
+    assert (fit.fitted, set(fit.weights.values())) == (False, {1.0})
+    assert len(fit.confusions) == 6
+
+
 def test_two_jurors_can_not_tell_who_is_right():
     votes, _ = jury(20, GOOD[0], CONTRARY)
     fit = fit_jurors(votes)
