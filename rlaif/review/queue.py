@@ -31,7 +31,7 @@ from rlaif.records import (
     digest,
 )
 from rlaif.review import labels as log
-from rlaif.store import RunDir, StageDir, read_json, read_rows, replacing
+from rlaif.store import RunDir, StageDir, read_record, read_rows, replacing
 
 CLAIM_S = 600.0
 """How long a pair that is shown to one reviewer is kept from the others."""
@@ -141,7 +141,7 @@ class Queue:
         prompt = _by_id(self._run.path / "prompts" / "train.jsonl", Prompt, pair.prompt_id)[pair.prompt_id]
         ref = self._plan(k).constitution
         folder = self._run.path / "constitutions" / ref.hash
-        text = Constitution.model_validate(read_json(folder / "constitution.json"))
+        text = read_record(folder / "constitution.json", Constitution)
         return Question(
             pair_id=pair_id,
             iteration=k,
@@ -247,7 +247,7 @@ class Queue:
 
     def _plan(self, k: int) -> Plan:
         if k not in self._plans:
-            self._plans[k] = Plan.model_validate(read_json(self._run.iteration(k).path / "plan.json"))
+            self._plans[k] = self._run.plan(k)
         return self._plans[k]
 
     def _read_labels(self) -> tuple[HumanLabel, ...]:
