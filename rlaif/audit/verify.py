@@ -276,7 +276,7 @@ class _Checking:
                 )  # fmt: skip
 
     def _was_unread(self, head: str) -> bool:
-        """Whether a head, as `16:3f2a…`, can be that of a line that can't be read; a run's end may have a second one."""
+        """Whether a head, as `16:3f2a…`, can be that of a line that can't be read."""
         done = str(head).partition(":")[0]
         return done.isdigit() and any(r.start <= int(done) <= r.stop for r in self.unread)
 
