@@ -367,9 +367,7 @@ class Index:
                     self._problem(connection, source, None, f"can't be read ({e.strerror})")
             self._fill_panels(connection, sources)
 
-    def _take(
-        self, connection: duckdb.DuckDBPyConnection, source: Source, known: Taken | None, careful: bool
-    ) -> None:
+    def _take(self, connection: duckdb.DuckDBPyConnection, source: Source, known: Taken | None, careful: bool) -> None:
         """Takes in one file: the whole of it, or what was added since the last look."""
         meta_seen = _meta_seen(source)
         status = source.path.stat()
