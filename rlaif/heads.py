@@ -21,7 +21,8 @@ from rlaif.store import RunDir, append_line, file_digest, row_digests
 
 FILE = "heads.jsonl"
 DIGITS = 32
-GROWING = ("events.jsonl", "review/labels.jsonl")
+LABELS = "review/labels.jsonl"
+GROWING = ("events.jsonl", LABELS)
 """Files whose lines are appended, and never changed."""
 CHANGING = ("run.json", "constitutions/pins.json")
 """Files that a resumed run may write anew (another number of iterations); each head says what they were."""
@@ -85,7 +86,7 @@ def write_head(run: RunDir) -> Head:
     if not done:
         raise UserError(f"{run.path}: no iteration is done, so there is no head yet")
     files = {name: file_digest(run.path / name) for name in complete_files(run.path, done[-1]) if name not in known}
-    if newest and not files:
+    if newest and not files and not _labelled_since(run.path, newest):
         return newest
     since = {name: grown.size for name, grown in newest.growing.items()} if newest else {}
     head = Head(
@@ -127,6 +128,12 @@ def read_heads(run: Path) -> list[Head | None]:
     return heads
 
 
+def ends_torn(run: Path) -> bool:
+    """Whether heads.jsonl ends within a line."""
+    path = run / FILE
+    return path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+
+
 def parse_head(text: str) -> tuple[int | None, str]:
     """(iterations done, digest) of a head as it was noted: `16:3f2a…` or the digits alone, at least twelve of them.
 
@@ -137,6 +144,12 @@ def parse_head(text: str) -> tuple[int | None, str]:
     if match is None:
         raise UserError(f"--head {text}: not a head; expected what a run prints after each iteration, as 16:3f2a90…")
     return (int(match[1]) if match[1] else None), match[2]
+
+
+def _labelled_since(run: Path, head: Head) -> bool:
+    """Whether people gave labels that the head doesn't cover; events alone, as a head is told in, need no other one."""
+    path, grown = run / LABELS, head.growing.get(LABELS)
+    return path.exists() and _grown(path, 0).size > (grown.size if grown else 0)
 
 
 def _grown(path: Path, since: int) -> Grown:

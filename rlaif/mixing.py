@@ -11,7 +11,7 @@ from typing import Any
 
 from rlaif.config import Replay
 from rlaif.constitution import Constitution
-from rlaif.records import Completion, Decision, Pair, Plan, Preference, Prompt, Side
+from rlaif.records import Completion, Decision, Pair, Preference, Prompt, Side
 from rlaif.review.labels import (
     REVIEW,
     LabelLog,
@@ -23,7 +23,7 @@ from rlaif.review.labels import (
     read_labels,
     review_lock,
 )
-from rlaif.store import RunDir, read_json
+from rlaif.store import RunDir
 
 
 def preferences_of(
@@ -85,7 +85,7 @@ def labelled(
         return [], {}
     labels = in_force(log.labels)
     given_in = {x.iteration for x in labels.values()}
-    plans = {i: Plan.model_validate(read_json(run.iteration(i).path / "plan.json")) for i in range(k) if i in given_in}
+    plans = {i: run.plan(i) for i in range(k) if i in given_in}
     judged_under = {i: plan.constitution.hash for i, plan in plans.items()}
     joins, stale = joining(labels, joined_sides(run, range(k)), judged_under, k, text.hash)
     rows: list[Preference] = []

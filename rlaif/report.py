@@ -21,7 +21,7 @@ from rlaif.heads import read_heads
 from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.records import EvaluationMetrics, Record
 from rlaif.review.agreement import Agreement, agreement, labelled_pairs
-from rlaif.store import RunDir, file_digest, read_json, replacing
+from rlaif.store import RunDir, file_digest, read_record, replacing
 from rlaif.summary import held_out_answers
 from rlaif.view.facts import Facts, read_facts
 from rlaif.view.pictures import percent, pictures
@@ -263,7 +263,7 @@ def _text(run: RunDir, name: str, digest: str, since: int) -> Text:
         hash=digest,
         since=since,
         source=source.read_text(errors="replace") if source.exists() else "(the run's copy is missing)",
-        constitution=Constitution.model_validate(read_json(parsed)) if parsed.exists() else None,
+        constitution=read_record(parsed, Constitution) if parsed.exists() else None,
     )
 
 

@@ -90,6 +90,8 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file; a damaged one is an error that names it."""
     try:
         return json.loads(path.read_text())
+    except UnicodeDecodeError as e:
+        raise RlaifError(f"{path}: not UTF-8 (byte {e.start + 1}); it was damaged after it was written") from e
     except json.JSONDecodeError as e:
         raise RlaifError(f"{path}:{e.lineno}: not valid JSON ({e.msg}); it was damaged after it was written") from e
 
@@ -268,6 +270,11 @@ class RunDir:
             raise UserError(f"{path}: written with schema {version}, this rlaif reads up to {SCHEMA_VERSION}; upgrade")
         if not isinstance(header.get("job"), dict):
             raise UserError(f"{path / 'run.json'}: not a run's (no job in it); restore the file")
+        if wrong := [n for n in ("models", "packages") if not isinstance(header.get(n, {}), dict)]:
+            raise UserError(f"{path / 'run.json'}: not a run's ({wrong[0]} is no mapping); restore the file")
+        for name in ("judge", "policy", "filters"):  # readers look into these without parsing the job of an older run
+            if not isinstance(header["job"].get(name, {}), dict):
+                raise UserError(f"{path / 'run.json'}: not a run's (job.{name} is no mapping); restore the file")
         return run
 
     @property

@@ -224,3 +224,16 @@ def test_a_run_without_a_job_is_named(tmp_path: Path) -> None:
 def test_a_place_that_takes_no_folders_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match=r"^/proc/rlaif: can't write here"), RunDir(Path("/proc/rlaif")).lock():
         pass
+
+
+def test_a_file_of_other_bytes_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(RlaifError, match=r"run\.json: not UTF-8 \(byte 8\)"):
+        RunDir.open(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"job": []}, {"models": None}, {"packages": []}, {"job": {"judge": None}}])
+def test_a_header_of_another_shape_is_refused_when_it_is_opened(tmp_path: Path, wrong: dict[str, object]) -> None:
+    write_json(tmp_path / "run.json", {"schema_version": 1, "job": {}} | wrong)
+    with pytest.raises(UserError, match=r"run\.json: not a run's"):
+        RunDir.open(tmp_path)

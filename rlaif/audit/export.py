@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rlaif.audit.index import Index
-from rlaif.errors import UserError
-from rlaif.store import disk_errors
+from rlaif.errors import RlaifError, UserError
+from rlaif.records import HumanLabel, Preference
+from rlaif.review.labels import in_force, read_labels
+from rlaif.store import RunDir, disk_errors
 
 SUFFIXES = (".parquet", ".jsonl")
 
@@ -22,9 +24,12 @@ SELECT f.pair_id, f.iteration AS trained_in, f.judged_in AS iteration, f.source,
     f.constitution AS constitution_hash, x.policy_iteration, x.policy_digest, f.p_chosen, f.agreement,
     coalesce(v.valid_votes, 0) AS valid_votes, coalesce(v.abstentions, 0) AS abstentions, v.judges, v.judge_models,
     f.prompt_id, q.messages, x.text AS chosen_text, y.text AS rejected_text, x.finish_reason AS chosen_finish_reason,
-    y.finish_reason AS rejected_finish_reason
+    y.finish_reason AS rejected_finish_reason, f.line,
+    EXISTS (
+        SELECT 1 FROM trained g WHERE g.pair_id = f.pair_id AND g.iteration > f.iteration AND g.chosen_id <> f.chosen_id
+    ) AS superseded
 FROM preferences f
-JOIN completions x ON x.completion_id = f.chosen_id JOIN completions y ON y.completion_id = f.rejected_id
+LEFT JOIN completions x ON x.completion_id = f.chosen_id LEFT JOIN completions y ON y.completion_id = f.rejected_id
 LEFT JOIN constitutions c ON c.constitution = f.constitution
 LEFT JOIN (SELECT prompt_id, any_value(messages) AS messages FROM prompts GROUP BY ALL) q ON q.prompt_id = f.prompt_id
 LEFT JOIN (
@@ -49,19 +54,40 @@ def preference_rows(
     A pair of a skipped update comes only if a later update replayed it: no other was trained on.
 
     `iteration` is counted from 0, `constitution` is name@version or the beginning of a hash. Prompt, chosen and
-    rejected are lists of messages, as TRL's conversational preference format has them.
+    rejected are lists of messages, as TRL's conversational preference format has them. Texts whose own file is gone
+    or damaged come from the preference's line, which has them too. `superseded` is a row whose pair was trained with
+    the other side later: a person corrected its label.
     """
     for k in index.run.iterations():
         asked = [k, k, iteration, iteration, constitution, constitution, constitution]
-        for r in index.rows(_ROWS, asked):
+        rows = index.rows(_ROWS, asked)
+        bare = [r["line"] for r in rows if not r["messages"] or r["chosen_text"] is None or r["rejected_text"] is None]
+        lines = index.source_lines("preferences", {"iteration": k, "evaluation": None}, bare)
+        labels = _labels_then(index.run, k) if any(r["source"] == "human" for r in rows) else {}
+        for r in rows:
             messages, chosen, rejected = r.pop("messages"), r.pop("chosen_text"), r.pop("rejected_text")
+            line = lines.get(r.pop("line"))
+            own = Preference.model_validate_json(line) if line else None
+            label = labels.get(r["pair_id"]) if r["source"] == "human" else None
+            asked_text = own.prompt if own else r["prompt_id"]
             yield {
-                "prompt": [dict(m) for m in messages] if messages else [{"role": "user", "content": r["prompt_id"]}],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
+                "prompt": [dict(m) for m in messages] if messages else [{"role": "user", "content": asked_text}],
+                "chosen": [{"role": "assistant", "content": own.chosen if own and chosen is None else chosen}],
+                "rejected": [{"role": "assistant", "content": own.rejected if own and rejected is None else rejected}],
                 **{name: value for name, value in r.items() if name != "trained_in"},
+                "label_author": label.author if label else None,
+                "label_time": label.time if label else None,
                 "run": str(index.run.path.name),
             }
+
+
+def _labels_then(run: RunDir, k: int) -> dict[str, HumanLabel]:
+    """The labels in force when iteration k took them; none where its meta file doesn't say how many there were."""
+    try:
+        size = run.iteration(k).meta("preferences").get("labels", {}).get("size")
+    except (RlaifError, OSError):
+        return {}
+    return in_force(read_labels(run, size).labels) if size is not None else {}
 
 
 def export_preferences(index: Index, to: Path, iteration: int | None = None, constitution: str | None = None) -> int:
@@ -110,6 +136,7 @@ def _features(datasets: Any) -> Any:
             "policy_iteration": whole, "policy_digest": text, "p_chosen": real, "agreement": real,
             "valid_votes": whole, "abstentions": whole, "judges": datasets.List(text),
             "judge_models": datasets.List(text),
-            "prompt_id": text, "chosen_finish_reason": text, "rejected_finish_reason": text, "run": text,
+            "prompt_id": text, "chosen_finish_reason": text, "rejected_finish_reason": text,
+            "superseded": datasets.Value("bool"), "label_author": text, "label_time": text, "run": text,
         }
     )  # fmt: skip

@@ -25,16 +25,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import ValidationError
+
 from rlaif.audit.tables import EVALUATION_STAGES, FILL_PANELS, SMALL_TABLES, STAGE_TABLES, STAGES, create_statements
 from rlaif.errors import RlaifError, UserError
 from rlaif.models import cache_root
-from rlaif.records import digest
-from rlaif.store import RunDir, disk_errors, read_json
+from rlaif.records import Plan, Record, digest
+from rlaif.store import RunDir, disk_errors, read_json, read_record
 
 if TYPE_CHECKING:
     import duckdb
 
-VERSION = 1
+VERSION = 2
 """Rises when what is taken in changes; an index of another version, other tables or another DuckDB is made anew."""
 
 MEMORY_LIMIT = "1GB"
@@ -82,6 +84,8 @@ class Taken:
     """Whole lines that were taken in."""
     lines: int
     tail: str
+    meta: str
+    """Size and time of the stage's meta file."""
 
 
 class Index:
@@ -172,9 +176,12 @@ class Index:
             try:
                 if self._owed() is not None:
                     self._update()
-                found = self.rows("SELECT * FROM problems ORDER BY file, line")
-                self.problems = self._missing() + [
-                    f"{r['file']}{'' if r['line'] is None else ':' + str(r['line'])}: {r['message']}" for r in found
+                with self.session():
+                    found = self.rows("SELECT * FROM problems ORDER BY file, line")
+                    self.problems = self._missing()
+                self.problems += [
+                    f"{self.run.path / r['file']}{'' if r['line'] is None else ':' + str(r['line'])}: {r['message']}"
+                    for r in found
                 ]
                 return
             except _duckdb().Error as e:
@@ -237,8 +244,19 @@ class Index:
         return found
 
     def _missing(self) -> list[str]:
-        """Stages that must have been there: a later one of the same folder is."""
+        """Files that must have been there: what is made from them is."""
         out = []
+        begun = any(self.run.iteration(k).is_complete(STAGES[0]) for k in self.run.iterations())
+        for name, lost in (
+            ("events.jsonl", "alarms, if there were any, can't be told"),
+            ("prompts/train.jsonl", "no prompt's text can be shown or searched"),
+        ):
+            if begun and not (self.run.path / name).exists():
+                out.append(f"{self.run.path / name}: missing; {lost}")
+        for r in self.rows("SELECT DISTINCT constitution AS hash FROM iterations WHERE hash IS NOT NULL ORDER BY ALL"):
+            copy = self.run.path / "constitutions" / r["hash"] / "constitution.json"
+            if not copy.exists():
+                out.append(f"{copy}: missing, though iterations were judged under it")
         for numbers, folder, stages in (
             (self.run.iterations(), self.run.iteration, STAGES),
             (self.run.evaluations(), self.run.evaluation, EVALUATION_STAGES),
@@ -247,6 +265,8 @@ class Index:
                 here = folder(k)
                 there = [here.is_complete(s) for s in stages]
                 last = max((i for i, t in enumerate(there) if t), default=-1)
+                if stages is STAGES and last >= 0 and not (here.path / "plan.json").exists():
+                    out.append(f"{here.path / 'plan.json'}: missing, though {stages[last]}.jsonl is there")
                 out += [
                     f"{here.path / stages[i]}.jsonl: missing, though {stages[last]}.jsonl is there"
                     for i in range(last)
@@ -267,7 +287,7 @@ class Index:
         for path in self._small_files():
             with suppress(FileNotFoundError):
                 status = path.stat()
-                seen.append((str(path.relative_to(self.run.path)), status.st_size, status.st_mtime_ns))
+                seen.append((str(path.relative_to(self.run.path)), status.st_size, status.st_mtime_ns, status.st_mode))
         return digest(seen)
 
     def _owed(self) -> Owed | None:
@@ -289,8 +309,8 @@ class Index:
             except FileNotFoundError:  # renamed just now; the next look finds it
                 continue
             known = taken.get(source.key)
-            now = (source.path.name, status.st_size, status.st_mtime_ns)
-            if known is None or now != (known.name, known.size, known.mtime_ns):
+            now = (source.path.name, status.st_size, status.st_mtime_ns, _meta_seen(source))
+            if known is None or now != (known.name, known.size, known.mtime_ns, known.meta):
                 owed.append(source)
         gone = sorted(set(taken) - {s.key for s in sources})
         small_changed = self._small_digest() != small
@@ -320,10 +340,10 @@ class Index:
                     of_folder = list(group)
                     self._progress(f"{folder.parent.name}/{folder.name}", done / total)
                     try:
-                        with _transaction(connection):
-                            for source, _ in of_folder:
-                                self._take(connection, source, taken.get(source.key))
-                            self._fill_panels(connection, [s for s, _ in of_folder])
+                        try:
+                            self._take_folder(connection, [s for s, _ in of_folder], taken, careful=False)
+                        except (_Damaged, _duckdb().InvalidInputException, _duckdb().ConversionException):
+                            self._take_folder(connection, [s for s, _ in of_folder], taken, careful=True)
                     except (FileNotFoundError, _duckdb().IOException):
                         # Completed, that is renamed, just now: the next look finds it under its new name.
                         if all(s.path.exists() for s, _ in of_folder):
@@ -334,8 +354,22 @@ class Index:
                         self._take_small(connection)
                 self._progress("done", 1.0)
 
-    def _take(self, connection: duckdb.DuckDBPyConnection, source: Source, known: Taken | None) -> None:
+    def _take_folder(
+        self, connection: duckdb.DuckDBPyConnection, sources: list[Source], taken: dict[Key, Taken], careful: bool
+    ) -> None:
+        """Takes in a folder's files, all or none."""
+        with _transaction(connection):
+            for source in sources:
+                try:
+                    self._take(connection, source, taken.get(source.key), careful)
+                except PermissionError as e:  # not taken in, so that every look tries again
+                    _forget(connection, source.key)
+                    self._problem(connection, source, None, f"can't be read ({e.strerror})")
+            self._fill_panels(connection, sources)
+
+    def _take(self, connection: duckdb.DuckDBPyConnection, source: Source, known: Taken | None, careful: bool) -> None:
         """Takes in one file: the whole of it, or what was added since the last look."""
+        meta_seen = _meta_seen(source)
         status = source.path.stat()
         start, lines, end = 0, 0, status.st_size
         if source.grows:
@@ -346,57 +380,61 @@ class Index:
             _forget(connection, source.key)
         if end > start:
             with _part(source.path, start, end) if source.grows else nullcontext(source.path) as path:
-                lines += self._insert(connection, source, path, lines)
+                lines += self._insert(connection, source, path, lines, careful)
         sha256 = None
         meta = source.path.with_name(f"{source.table}.meta.json")
         if not source.grows and meta.exists():
             with suppress(RlaifError):  # `verify` speaks about meta files
                 found = read_json(meta)
-                sha256 = found.get("sha256")
-                if found.get("rows") not in (None, lines):
+                sha256 = _of(found, "sha256", str) if isinstance(found, dict) else None
+                if isinstance(found, dict) and found.get("rows") not in (None, lines):
                     self._problem(connection, source, None, f"has {lines} lines, {meta.name} says {found['rows']}")
         connection.execute(
             "DELETE FROM files WHERE source_table = ? AND iteration = ? AND evaluation = ?", list(source.key)
         )
         connection.execute(
-            "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [*source.key, source.path.name, status.st_size, status.st_mtime_ns, sha256, end, lines,
-             _tail(source.path, end)],
+             _tail(source.path, end), meta_seen],
         )  # fmt: skip
 
-    def _insert(self, connection: duckdb.DuckDBPyConnection, source: Source, path: Path, before: int) -> int:
-        """Inserts a file's rows, numbered from `before` + 1; how many lines it has."""
+    def _insert(
+        self, connection: duckdb.DuckDBPyConnection, source: Source, path: Path, before: int, careful: bool
+    ) -> int:
+        """Inserts a file's rows, numbered from `before` + 1; how many lines it has.
+
+        Raises:
+            _Damaged: not every line is a row. Which ones, and the right numbers for all others, takes a slower look.
+        """
         lines = _count_lines(path)
-        try:
-            found = self._read(connection, source, path, before)
-        except _duckdb().Error:
-            if not path.exists():
-                raise
-            found = -1
-        if found != lines:
-            # Something is damaged. Which line it is, and the right numbers for all others, takes a slower look.
-            if found >= 0:
-                where, values = _where(source.key)
-                connection.execute(f"DELETE FROM {source.table} WHERE {where} AND line > ?", [*values, before])
-            with _mended(path, STAGE_TABLES[source.table].key) as (mended, damaged):
-                self._read(connection, source, mended, before)
-            for line in damaged:
-                what = f"not a line of {source.table}; it was damaged after it was written, and is left out"
-                self._problem(connection, source, before + line, what)
+        if not careful:
+            if self._read(connection, source, path, before, strict=True) != lines:
+                raise _Damaged
+            return lines
+        record = STAGE_TABLES[source.table].record
+        assert record is not None
+        with _mended(path, record) as (mended, damaged):
+            self._read(connection, source, mended, before, strict=False)
+        for line in damaged:
+            what = f"not a line of {source.table}; it was damaged after it was written, and is left out"
+            self._problem(connection, source, before + line, what)
         return lines
 
-    def _read(self, connection: duckdb.DuckDBPyConnection, source: Source, path: Path, before: int) -> int:
-        """Inserts the sound rows of a file; how many there are."""
+    def _read(
+        self, connection: duckdb.DuckDBPyConnection, source: Source, path: Path, before: int, strict: bool
+    ) -> int:
+        """Inserts the sound rows of a file; how many there are. `strict` fails at a value of another type."""
         table = STAGE_TABLES[source.table]
         fields = ", ".join(f"{name}: '{type}'" for name, type in table.json_columns().items())
         columns = ", ".join(c.source for c in table.columns)
         places = {"iteration": source.iteration, "evaluation": source.evaluation, "held_out": source.iteration == 1}
         where = ", ".join("?" if c.name in places else "? + r.line" for c in table.where)
         values = [places.get(c.name, before) for c in table.where]
+        sound = " AND ".join(f"r.{name} IS NOT NULL" for name in (table.key, *(table.required() if strict else ())))
         found = connection.execute(
             f"INSERT INTO {table.name} SELECT {where}, {columns} FROM (SELECT row_number() OVER () AS line, * FROM "
-            f"read_json(?, format = 'newline_delimited', ignore_errors = true, columns = {{{fields}}})) r "
-            f"WHERE r.{table.key} IS NOT NULL",
+            f"read_json(?, format = 'newline_delimited', ignore_errors = {'false' if strict else 'true'}, "
+            f"columns = {{{fields}}})) r WHERE {sound}",
             [*values, str(path)],
         ).fetchall()
         return int(found[0][0])
@@ -410,8 +448,12 @@ class Index:
 
     def _problem(self, connection: duckdb.DuckDBPyConnection, source: Source, line: int | None, message: str) -> None:
         connection.execute(
-            "INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", [*source.key, str(source.path), line, message]
+            "INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", [*source.key, self._relative(source.path), line, message]
         )
+
+    def _relative(self, path: Path) -> str:
+        """A path as problems keep it: the run may be named otherwise, or lie elsewhere, when they are printed."""
+        return str(path.relative_to(self.run.path))
 
     def _take_small(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Takes in plans, metrics and texts, all of them anew."""
@@ -421,36 +463,42 @@ class Index:
         for name in SMALL_TABLES:
             connection.execute(f"DELETE FROM {name}")
 
-        def read(path: Path) -> dict[str, Any] | None:
+        def read(path: Path, record: type[Record] | None = None) -> dict[str, Any] | None:
             try:
-                value: dict[str, Any] = read_json(path)
-                return value
+                value = read_record(path, record).model_dump(mode="json") if record else read_json(path)
+                if isinstance(value, dict):
+                    return value
+                problem = f"{path}: not a JSON object; it was damaged after it was written"
             except FileNotFoundError:
                 return None
-            except (RlaifError, UnicodeDecodeError) as e:
-                line, _, message = str(e).removeprefix(f"{path}:").partition(": ")
-                values = [*key, str(path), int(line) if line.isdigit() else None, message or line]
-                connection.execute("INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", values)
-                return None
+            except PermissionError as e:
+                problem = f"{path}: can't be read ({e.strerror})"
+            except RlaifError as e:
+                problem = str(e)
+            line, _, message = problem.removeprefix(f"{path}:").partition(": ")
+            found = (int(line), message) if line.isdigit() else (None, problem.removeprefix(f"{path}: "))
+            connection.execute("INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", [*key, self._relative(path), *found])
+            return None
 
         for k in self.run.iterations():
             here = self.run.iteration(k).path
-            plan, metrics = read(here / "plan.json"), read(here / "metrics.json")
+            plan, metrics = read(here / "plan.json", Plan), read(here / "metrics.json")
             meta = read(here / "updates.meta.json") if (here / "updates.jsonl").exists() else None
-            text = (plan or metrics or {}).get("constitution") or {}
-            policy = (plan or metrics or {}).get("policy") or {}
+            text = _of(plan or metrics, "constitution", dict) or {}
+            policy = _of(plan or metrics, "policy", dict) or {}
             connection.execute(
                 "INSERT INTO iterations VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [k, text.get("hash"), _text_name(text), policy.get("iteration"), policy.get("digest"),
-                 (meta or {}).get("policy_digest"), (meta or {}).get("skipped"), _dumped(metrics)],
+                [k, _of(text, "hash", str), _text_name(text), _of(policy, "iteration", int), _of(policy, "digest", str),
+                 _of(meta, "policy_digest", str), _of(meta, "skipped", bool), _dumped(metrics)],
             )  # fmt: skip
         for k in self.run.evaluations():
             metrics = read(self.run.evaluation(k).path / "metrics.json")
             # An evaluation that is under way is judged under the text of the iteration that led to it.
-            plan = None if metrics else read(self.run.iteration(max(k - 1, 0)).path / "plan.json")
-            text = (metrics or plan or {}).get("constitution") or {}
+            plan = None if metrics else read(self.run.iteration(max(k - 1, 0)).path / "plan.json", Plan)
+            text = _of(metrics or plan, "constitution", dict) or {}
             connection.execute(
-                "INSERT INTO evaluations VALUES (?, ?, ?, ?)", [k, text.get("hash"), _text_name(text), _dumped(metrics)]
+                "INSERT INTO evaluations VALUES (?, ?, ?, ?)",
+                [k, _of(text, "hash", str), _text_name(text), _dumped(metrics)],
             )
         for path in sorted((self.run.path / "constitutions").glob("*/constitution.json")):
             if (content := read(path)) is not None:
@@ -476,7 +524,9 @@ class Index:
     @contextmanager
     def _lock(self, alone: bool) -> Iterator[None]:
         """Holds the index's lock, between threads as well as between processes."""
-        with open(f"{self.path}.lock", "a") as f:
+        with _writable(self.path):
+            lock = open(f"{self.path}.lock", "a")  # noqa: SIM115
+        with lock as f:
             kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
             told = False
             while True:
@@ -532,6 +582,25 @@ def _text_name(text: dict[str, Any]) -> str | None:
     return f"{text['name']}@{text['version']}" if "name" in text and "version" in text else None
 
 
+def _of(value: dict[str, Any] | None, name: str, kind: type) -> Any:
+    """A field of a JSON object; None when it is of another type."""
+    found = (value or {}).get(name)
+    return found if isinstance(found, kind) else None
+
+
+def _meta_seen(source: Source) -> str:
+    """Size and time of the meta file of a complete stage."""
+    meta = source.path.with_name(f"{source.table}.meta.json")
+    if source.grows or not meta.exists():
+        return ""
+    status = meta.stat()
+    return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+class _Damaged(Exception):
+    """A file has lines that are no rows."""
+
+
 def _dumped(value: Any) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False)
 
@@ -549,7 +618,7 @@ def _writable(path: Path) -> Iterator[None]:
         raise UserError(f"{e}; set RLAIF_CACHE to a folder for the index of runs") from e
 
 
-_FILES = "SELECT source_table, iteration, evaluation, name, size, mtime_ns, sha256, bytes, lines, tail FROM files"
+_FILES = "SELECT source_table, iteration, evaluation, name, size, mtime_ns, sha256, bytes, lines, tail, meta FROM files"
 
 
 def _taken(rows: list[tuple[Any, ...]]) -> dict[Key, Taken]:
@@ -563,7 +632,7 @@ def _create(connection: duckdb.DuckDBPyConnection) -> None:
             connection.execute(statement)
         connection.execute(
             f"CREATE TABLE files ({key}, name VARCHAR, size BIGINT, mtime_ns BIGINT, sha256 VARCHAR, bytes BIGINT, "
-            "lines INTEGER, tail VARCHAR)"
+            "lines INTEGER, tail VARCHAR, meta VARCHAR)"
         )
         connection.execute(f"CREATE TABLE problems ({key}, file VARCHAR, line INTEGER, message VARCHAR)")
         connection.execute("CREATE TABLE small (digest VARCHAR)")
@@ -620,21 +689,17 @@ def _count_lines(path: Path) -> int:
 
 
 @contextmanager
-def _mended(path: Path, key: str) -> Iterator[tuple[Path, list[int]]]:
+def _mended(path: Path, record: type[Record]) -> Iterator[tuple[Path, list[int]]]:
     """A copy in which every damaged line is an empty object, so that all others keep their number; and the numbers."""
     damaged = []
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy, path.open("rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                value = json.loads(line)
-                for part in key.split("."):
-                    value = value[part]
-                sound = value is not None
-            except (ValueError, TypeError, KeyError):
-                sound = False
-            if not sound:
+                record.model_validate_json(line)
+                copy.write(line.rstrip(b"\n") + b"\n")
+            except ValidationError:
                 damaged.append(number)
-            copy.write(line.rstrip(b"\n") + b"\n" if sound else b"{}\n")
+                copy.write(b"{}\n")
         copy.flush()
         yield Path(copy.name), damaged
 

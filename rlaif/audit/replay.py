@@ -30,7 +30,7 @@ from rlaif.judging.numbers import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
 from rlaif.judging.verdicts import JurorFit, jurors_for
-from rlaif.records import Ballot, Completion, Decision, Pair, Prompt, Record, VoiceKey, Vote
+from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote
 from rlaif.review.labels import labels_of
 from rlaif.store import RunDir, StageDir, read_record, read_rows
 from rlaif.texts import template_sources
@@ -113,7 +113,7 @@ class Replay(Record):
     examples: tuple[Change, ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
-    """Lines that can't be read; their pairs are left out."""
+    """Lines that can't be read, whose pairs are left out, and iterations that are."""
 
     def total(self, what: str) -> int:
         """The sum of one column over the iterations."""
@@ -202,7 +202,10 @@ def replay(
     problems: list[str] = []
     votes = 0
     for k in run.iterations():
-        if not all(run.iteration(k).is_complete(s) for s in ("completions", "pairs", "votes", "decisions")):
+        if not run.iteration(k).is_complete("decisions"):
+            continue
+        if (problem := _unreadable(run, k)) is not None:
+            problems.append(f"{problem}; iteration {k + 1} is left out")
             continue
         progress(k)
         again = Iteration(run, k, settings)
@@ -231,6 +234,7 @@ def replay(
                 **{name: counts[name] for name in named},
             )
         )
+    examples = tuple(_with_texts(run, _in_turn(found), problems))
     notes = []
     if own.judge.early_stop:
         notes.append("judge.early_stop left ballots out that the run's own filters didn't need; others might have")
@@ -242,10 +246,36 @@ def replay(
         votes=votes,
         iterations=tuple(rows),
         transitions=tuple(Transition(before=b, after=a, pairs=n) for (b, a), n in table.most_common()),
-        examples=tuple(_with_texts(run, _in_turn(found))),
+        examples=examples,
         notes=tuple(notes),
         problems=tuple(problems),
     )
+
+
+class _End:
+    """After the last line."""
+
+
+_END = _End()
+
+
+def _unreadable(run: RunDir, k: int) -> str | None:
+    """Why an iteration that has decided can't be decided again: what all of it needs is missing or damaged."""
+    here = run.iteration(k)
+    for stage in ("completions", "pairs", "votes"):
+        if not here.is_complete(stage):
+            return f"{here.path / stage}.jsonl: missing"
+    try:
+        _text(run, run.plan(k))
+    except OSError as e:
+        return f"{e.filename}: {e.strerror}"
+    except RlaifError as e:
+        return str(e)
+    return None
+
+
+def _text(run: RunDir, plan: Plan) -> Constitution:
+    return read_record(run.path / "constitutions" / plan.constitution.hash / "constitution.json", Constitution)
 
 
 def _updated_in(here: StageDir, kept: int, own: Job) -> bool:
@@ -267,7 +297,7 @@ class Iteration:
         self.here = run.iteration(k)
         self.plan = run.plan(k)
         folder = run.path / "constitutions"
-        self.text = read_record(folder / self.plan.constitution.hash / "constitution.json", Constitution)
+        self.text = _text(run, self.plan)
         self.templates = {h: t for name, h in self.plan.templates.items() if (t := _template(folder / h, name))}
         if settings.parser and len(self.templates) < len(self.plan.templates):
             gone = next(h for h in self.plan.templates.values() if h not in self.templates)
@@ -297,15 +327,17 @@ class Iteration:
         sliced = calibration is not None and EVERYTHING not in calibration.slices
         categories = self._categories() if sliced else {}
         self.votes = self.reparsed = 0
-        before = stage_rows(self.here, "decisions", Decision)
+        before = self._sound("decisions", Decision)
         for pair, mine in self._pairs():
-            was = next(before, None)
-            if was is None or was.pair_id != pair.id:
+            was = next(before, _END)
+            if pair is None or was is None:
+                continue  # lines that stand for the same pair: one of them can't be read
+            if isinstance(was, _End) or was.pair_id != pair.id:
                 raise RlaifError(
                     f"{self.here.path / 'decisions.jsonl'}: doesn't fit pairs.jsonl at pair {pair.id}; "
                     "`rlaif audit RUN verify` says what was changed"
                 )
-            if mine is None:
+            if mine is None or not {pair.first, pair.second} <= texts.keys():
                 continue
             slice = categories.get(pair.prompt_id) or EVERYTHING
             yield was, decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice)
@@ -328,12 +360,23 @@ class Iteration:
         ]
         return jurors_for(method, named)
 
-    def _pairs(self) -> Iterator[tuple[Pair, list[Vote] | None]]:
-        """Each pair with its votes in the order in which they were asked for; None when one can't be read."""
+    def _sound(self, stage: str, record: type[R]) -> Iterator[R | None]:
+        """A stage's rows, one at a time; None for a line that can't be read."""
+        path = self.here.path / f"{stage}.jsonl"
+        for number, (row, problem) in enumerate(_rows_or_problems(path, record), 1):
+            if row is None:
+                self._problem(f"{path}:{number}: not a {record.__name__} ({problem}); it was damaged")
+            yield row
+
+    def _pairs(self) -> Iterator[tuple[Pair | None, list[Vote] | None]]:
+        """Each pair with its votes in the order in which they were asked for; None for what can't be read."""
         rank: dict[tuple[VoiceKey, str], int] | None = None
         path = self.here.path / "votes.jsonl"
         with path.open("rb") as f:
-            for pair in stage_rows(self.here, "pairs", Pair):
+            for pair in self._sound("pairs", Pair):
+                if pair is None:
+                    yield None, None
+                    continue
                 mine: list[Vote] = []
                 places = self._places.get(pair.id, [])
                 for place in places:
@@ -384,7 +427,8 @@ class Iteration:
         """Completion → a digest of its text without the space around it: all that `identical` needs of it."""
         return {
             c.id: hashlib.blake2b(c.text.strip().encode(), digest_size=12).hexdigest()
-            for c in stage_rows(self.here, "completions", Completion)
+            for c in self._sound("completions", Completion)
+            if c is not None
         }
 
     def _read(self, vote: Vote) -> Vote:
@@ -478,13 +522,25 @@ def rows_of(path: Path, record: type[R]) -> Iterator[R]:
     Raises:
         RlaifError: a line is damaged.
     """
+    for number, (row, problem) in enumerate(_rows_or_problems(path, record), 1):
+        if row is None:
+            raise RlaifError(f"{path}:{number}: not a {record.__name__} ({problem}); it was damaged")
+        yield row
+
+
+def _rows_or_problems(path: Path, record: type[R]) -> Iterator[tuple[R | None, str]]:
+    """Of each line the row, or None and why it is none."""
     with path.open("rb") as f:
-        for number, line in enumerate(f, 1):
+        for line in f:
             try:
-                yield record.model_validate_json(line)
+                yield record.model_validate_json(line), ""
             except ValidationError as e:
-                problem = e.errors()[0]["msg"]
-                raise RlaifError(f"{path}:{number}: not a {record.__name__} ({problem}); it was damaged") from e
+                yield None, e.errors()[0]["msg"]
+
+
+def _sound_rows(here: StageDir, stage: str, record: type[R]) -> Iterator[R]:
+    """A stage's rows without the damaged lines, which were named before."""
+    return (row for row, _ in _rows_or_problems(here.path / f"{stage}.jsonl", record) if row is not None)
 
 
 def _line_at(path: Path, place: int) -> int:
@@ -514,23 +570,27 @@ def _in_turn(found: Mapping[Kind, Sequence[Change]]) -> list[Change]:
     return [change for change in chain.from_iterable(turns) if change is not None][:EXAMPLES]
 
 
-def _with_texts(run: RunDir, changes: Sequence[Change]) -> Iterator[Change]:
-    """The changes with what was asked and answered."""
+def _with_texts(run: RunDir, changes: Sequence[Change], problems: list[str]) -> Iterator[Change]:
+    """The changes with what was asked and answered; damaged prompts are added to `problems`."""
     wanted: dict[int, set[str]] = defaultdict(set)
     for change in changes:
         wanted[change.iteration].add(change.pair_id)
     pairs: dict[str, Pair] = {}
     answers: dict[str, str] = {}
     for k, ids in wanted.items():
-        mine = {p.id: p for p in stage_rows(run.iteration(k), "pairs", Pair) if p.id in ids}
+        mine = {p.id: p for p in _sound_rows(run.iteration(k), "pairs", Pair) if p.id in ids}
         pairs |= mine
         sides = {c for p in mine.values() for c in (p.first, p.second)}
-        answers |= {c.id: c.text for c in stage_rows(run.iteration(k), "completions", Completion) if c.id in sides}
+        answers |= {c.id: c.text for c in _sound_rows(run.iteration(k), "completions", Completion) if c.id in sides}
     file = run.path / "prompts" / "train.jsonl"
     asked = {p.prompt_id for p in pairs.values()}
     prompts: dict[str, str] = {}
     if file.exists() and changes:
-        prompts = {p.id: p.text for p in rows_of(file, Prompt) if p.id in asked}
+        for number, (prompt, problem) in enumerate(_rows_or_problems(file, Prompt), 1):
+            if prompt is None:
+                problems.append(f"{file}:{number}: not a Prompt ({problem}); the prompt's text is left out")
+            elif prompt.id in asked:
+                prompts[prompt.id] = prompt.text
     for change in changes:
         pair = pairs[change.pair_id]
         shown = {"first": answers.get(pair.first), "second": answers.get(pair.second)}

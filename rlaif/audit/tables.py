@@ -72,6 +72,12 @@ class Table(NamedTuple):
         """Name → DuckDB type of every column."""
         return {c.name: c.type for c in self.columns}
 
+    def required(self) -> list[str]:
+        """Fields among `json_columns` that every sound row has."""
+        assert self.record is not None
+        fields = self.record.model_fields
+        return [n for n in self.json_columns() if fields[n].is_required() and not _optional(fields[n].annotation)]
+
     def json_columns(self) -> dict[str, str]:
         """Field → DuckDB type of what has to be read of a row: the fields that some column is made from."""
         assert self.record is not None
@@ -81,6 +87,10 @@ class Table(NamedTuple):
             for name, field in self.record.model_fields.items()
             if f"r.{name}" in sources
         }
+
+
+def _optional(annotation: Any) -> bool:
+    return type(None) in typing.get_args(annotation)
 
 
 def duckdb_type(annotation: Any) -> str:

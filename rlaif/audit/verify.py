@@ -18,11 +18,11 @@ from pydantic import ValidationError
 
 from rlaif.constitution import Constitution, parse_constitution
 from rlaif.errors import RlaifError
-from rlaif.heads import FILE, Head, complete_files, parse_head, read_heads
+from rlaif.heads import FILE, Head, complete_files, ends_torn, parse_head, read_heads
 from rlaif.judging.templates import parse_template
 from rlaif.models import export_digest
 from rlaif.records import ConstitutionRef, Event, Plan, Record
-from rlaif.store import ROW_DIGEST_BYTES, RunDir, StageDir, file_digest, read_json, row_digest
+from rlaif.store import ROW_DIGEST_BYTES, RunDir, StageDir, file_digest, read_json, read_record, row_digest
 from rlaif.texts import template_sources
 
 _READ = 1 << 20
@@ -111,6 +111,12 @@ class _Checking:
         self.notes: list[str] = []
         self.counts = dict.fromkeys(("stages", "rows", "texts", "policies"), 0)
         self.chain: list[Head] = []
+        self.line_of: list[int] = []
+        """Of each head of the chain, its line."""
+        self.covered: set[str] = set()
+        """Files that some head covers."""
+        self.unread: list[range] = []
+        """Iterations whose head can't be read."""
         self.iterations = run.iterations()
         self.missing: set[str] = set()
         """Folders that are gone as a whole: one finding each is enough."""
@@ -129,23 +135,39 @@ class _Checking:
     def heads(self) -> None:
         """The chain of heads, and every file that they cover."""
         lines = read_heads(self.run.path)
-        previous: str | None = None
+        torn: list[int] = []
+        """Lines before the next head that are none."""
         for number, head in enumerate(lines, 1):
             if head is None:
-                continue  # torn by a kill: if one was lost, the next one's link shows it
-            if head.previous != previous:
-                self.found(FILE, f"the link to the head before it doesn't hold: heads were {_LOST}", number)
+                torn.append(number)
+                continue
+            before = self.chain[-1] if self.chain else None
+            if head.previous != (before.head if before else None):
+                if torn:
+                    self._unreadable(torn, before, head.iteration)
+                else:
+                    self.found(FILE, f"the link to the head before it doesn't hold: heads were {_LOST}", number)
+            # Lines that a link goes past were torn by a kill, and the head that follows covers what theirs would have.
+            torn = []
             if head.computed() != head.head:
                 self.found(FILE, "the head doesn't follow from its line: it was changed", number)
-            previous = head.head
             self.chain.append(head)
+            self.line_of.append(number)
+        if torn:
+            self._unreadable(torn, self.chain[-1] if self.chain else None, max(self.iterations, default=-1))
+        if ends_torn(self.run.path):
+            self.notes.append(
+                f"{FILE}:{len(lines) + 1} is a torn line, by a kill or by a cut: it covers nothing, and the next head "
+                "of the run will cover what it would have"
+            )
         if not self.chain:
             self.notes.append(
                 f"no {FILE}: the run is older than heads, or no iteration is done. Whether plan.json, metrics.json, "
                 "events.jsonl, prompts and meta files are as they were written can't be told"
             )
             return
-        for number, head in enumerate(self.chain, 1):
+        for number, head in zip(self.line_of, self.chain, strict=True):
+            self.covered |= head.files.keys()
             for name, sha256 in head.files.items():
                 self._covered(name, sha256, number)
         self._changing(self.chain[-1])
@@ -153,6 +175,13 @@ class _Checking:
             self._growing(name)
         self._uncovered()
         self._told()
+
+    def _unreadable(self, lines: list[int], before: Head | None, last: int) -> None:
+        """Lines that were heads, of iterations up to `last`: what they covered can't be told any more."""
+        for number in lines:
+            self.found(FILE, "can't be read: it was damaged after it was written, and what it covered isn't checked",
+                       number)  # fmt: skip
+        self.unread.append(range(before.iteration + 1 if before else 0, last + 1))
 
     def _covered(self, name: str, sha256: str, number: int) -> None:
         path = self.run.path / name
@@ -172,8 +201,14 @@ class _Checking:
             path = self.run.path / name
             if not path.exists():
                 self.found(name, "is gone")
-            elif file_digest(path) != sha256 and not self._resumed_since(newest):
-                self.found(name, f"was changed after {FILE}:{len(self.chain)} was written, and no run went on since")
+            elif file_digest(path) != sha256:
+                if self._resumed_since(newest):
+                    self.notes.append(
+                        f"{name} is not what {FILE}:{self.line_of[-1]} covers; a resume was noted since, which may "
+                        "write it anew: whether it was changed by hand can't be told"
+                    )
+                    continue
+                self.found(name, f"was changed after {FILE}:{self.line_of[-1]} was written, and no run went on since")
 
     def _resumed_since(self, head: Head) -> bool:
         grown, path = head.growing.get("events.jsonl"), self.run.path / "events.jsonl"
@@ -204,8 +239,11 @@ class _Checking:
 
     def _uncovered(self) -> None:
         """Files of finished iterations and their evaluations that no head covers came later."""
-        known = {name for head in self.chain for name in head.files}
+        known = self.covered
         newest = self.chain[-1].iteration
+        # An iteration's head covers the evaluation after it too, and the first one that of the base policy.
+        unread = {("iterations", k) for r in self.unread for k in r}
+        unread |= {("evaluations", k) for r in self.unread for k in (*r, r.stop)}
         under_way = self.run.iteration(newest + 1).path.exists()
         for name in complete_files(self.run.path, newest):
             kind, _, rest = name.partition("/")
@@ -215,6 +253,8 @@ class _Checking:
             number = rest.partition("/")[0]
             if kind == "evaluations" and under_way and number.isdigit() and int(number) > newest:
                 continue
+            if number.isdigit() and (kind, int(number)) in unread:
+                continue
             self.found(name, f"was added after iteration {newest + 1} was done: no line of {FILE} covers it")
 
     def _told(self) -> None:
@@ -222,7 +262,7 @@ class _Checking:
         known = {head.name for head in self.chain}
         newest = max(self.iterations, default=-1)
         for number, event in self._events():
-            if (head := event.data.get("head")) and head not in known:
+            if (head := event.data.get("head")) and head not in known and not self._was_unread(head):
                 self.found(
                     "events.jsonl", f"tells of head {head}, and {FILE} has none such: heads were {_LOST}", number
                 )
@@ -234,6 +274,11 @@ class _Checking:
                     "events.jsonl", f"tells of iteration {event.iteration + 1}, whose folder is gone (a removed tail)",
                     number,
                 )  # fmt: skip
+
+    def _was_unread(self, head: str) -> bool:
+        """Whether a head, as `16:3f2a…`, can be that of a line that can't be read."""
+        done = str(head).partition(":")[0]
+        return done.isdigit() and any(r.start <= int(done) <= r.stop for r in self.unread)
 
     def _events(self) -> Iterator[tuple[int, Event]]:
         path = self.run.path / "events.jsonl"
@@ -289,8 +334,8 @@ class _Checking:
             for path in sorted(folder.path.glob("*.meta.json")):
                 stage = path.name.removesuffix(".meta.json")
                 meta = self._meta(path)
-                if meta is None or (folder.path / f"{stage}.jsonl.partial").exists():
-                    continue  # its rows are renamed next
+                if meta is None or self._renamed_next(folder, stage):
+                    continue
                 metas[stage] = meta
                 unnamed += "row_digests" not in meta
                 self._stage(folder, stage, meta)
@@ -303,6 +348,16 @@ class _Checking:
                 f"{unnamed} stages were written without digests of their rows (an older rlaif): if such a file was "
                 "changed, no line can be named"
             )
+
+    def _renamed_next(self, folder: StageDir, stage: str) -> bool:
+        """Whether the stage is between its meta file and its last rename, as a run that is being written has it."""
+        partial = folder.path / f"{stage}.jsonl.partial"
+        if folder.is_complete(stage):
+            if partial.exists():
+                self.found(partial, f"stands beside the complete {stage}.jsonl: it was added")
+            return False
+        covered = str((folder.path / f"{stage}.meta.json").relative_to(self.run.path)) in self.covered
+        return not covered and partial.exists()
 
     def _meta(self, path: Path) -> dict[str, Any] | None:
         try:
@@ -341,8 +396,9 @@ class _Checking:
         for stage, meta in metas.items():
             for name, sha256 in meta["inputs"].items():
                 if name not in metas:
-                    if not (folder.path / f"{name}.meta.json").exists():
-                        self.found(folder.path / f"{name}.meta.json", f"is gone, and {stage} was made from it")
+                    for file in (f"{name}.meta.json", f"{name}.jsonl"):
+                        if not (folder.path / file).exists():
+                            self.found(folder.path / file, f"is gone, and {stage} was made from it")
                 elif metas[name]["sha256"] != sha256:
                     self.found(
                         folder.path / f"{name}.jsonl",
@@ -400,8 +456,8 @@ class _Checking:
                 self.found(path, "is gone")
             return None
         try:
-            return Plan.model_validate(read_json(path))
-        except (RlaifError, ValueError):  # no JSON, no UTF-8, no plan
+            return read_record(path, Plan)
+        except RlaifError:  # no JSON, no UTF-8, no plan
             self.found(path, "is no plan any more: it was damaged after it was written")
             return None
 
@@ -427,7 +483,7 @@ class _Checking:
                 templates |= {hash: name for name, hash in plan.templates.items()}
         for hash, ref in constitutions.items():
             folder = self.run.path / "constitutions" / hash
-            self._text(folder / "constitution.json", hash, lambda p: Constitution.model_validate(read_json(p)).hash)
+            self._text(folder / "constitution.json", hash, lambda p: read_record(p, Constitution).hash)
             self._text(
                 folder / "source.yaml",
                 hash,
@@ -435,6 +491,13 @@ class _Checking:
             )
         for hash, name in templates.items():
             self._text(self.run.path / "constitutions" / hash, hash, lambda p, name=name: _template_hash(p, name))  # type: ignore[misc]
+        named = {*constitutions, *templates, *(Path(name).parts[1] for name in self.covered if name.startswith(_TEXTS))}
+        for folder in sorted(p for p in (self.run.path / "constitutions").glob("*") if p.is_dir()):
+            if folder.name not in named and folder.suffix != ".partial":
+                self.notes.append(
+                    f"{_TEXTS}{folder.name} is named by no plan and no head: it was added, or copied for an iteration "
+                    "that hasn't begun"
+                )
 
     def _text(self, path: Path, hash: str, hash_of: Callable[[Path], str]) -> None:
         self.counts["texts"] += 1
@@ -452,6 +515,7 @@ class _Checking:
             )
 
 
+_TEXTS = "constitutions/"
 _LOST = "changed, cut or added"
 
 

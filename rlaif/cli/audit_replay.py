@@ -70,7 +70,7 @@ def _show(found: Replay, parser: bool) -> None:
     for note in found.notes:
         console.print(f"note: {inert(note)}")
     for problem in found.problems:
-        console.print(f"[red]{inert(problem)}[/]; its pair is left out")
+        console.print(f"[red]{inert(problem)}[/]{'' if problem.endswith('left out') else '; its pair is left out'}")
     columns = ("iteration", "constitution", "pairs", "kept", "would keep", "newly kept", "newly dropped", "to review",
                "reversed", "other reasons", "")  # fmt: skip
     table = Table(*columns)

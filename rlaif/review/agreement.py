@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlaif.intervals import wilson
-from rlaif.records import Decision, HumanLabel, Plan, Record
+from rlaif.records import Decision, HumanLabel, Record
 from rlaif.review.labels import REVIEW, in_force, read_labels
-from rlaif.store import RunDir, read_json
+from rlaif.store import RunDir
 
 BANDS = ((0.0, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.0))
 """Of agreement; the upper bound isn't in the band, and 1 is a band of its own."""
@@ -68,7 +68,7 @@ def labelled_pairs(run: RunDir) -> tuple[list[Reviewed], tuple[str, ...]]:
         mine = {pair: label for pair, label in wanted.items() if label.iteration == k}
         if not mine or not run.iteration(k).is_complete("decisions"):
             continue
-        plan = Plan.model_validate(read_json(run.iteration(k).path / "plan.json"))
+        plan = run.plan(k)
         out += [
             Reviewed(label=mine[d.pair_id], decision=d, constitution=str(plan.constitution))
             for d in run.iteration(k).read("decisions", Decision, REVIEW)

@@ -66,10 +66,13 @@ def review_lock(run: RunDir) -> Iterator[None]:
         lock.release()
 
 
-def read_labels(run: RunDir) -> LabelLog:
-    """All labels of a run; damaged lines are left out and named. Needs no lock: lines appear whole or last."""
+def read_labels(run: RunDir, size: int | None = None) -> LabelLog:
+    """All labels of a run, or those among its first `size` bytes; damaged lines are left out and named.
+
+    Needs no lock: lines appear whole or last.
+    """
     path = labels_path(run)
-    content = path.read_bytes() if path.exists() else b""
+    content = path.read_bytes()[:size] if path.exists() else b""
     labels, problems = [], []
     lines = content.split(b"\n")
     for number, line in enumerate(lines, 1):

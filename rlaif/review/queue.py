@@ -12,9 +12,11 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, TypeVar
+
+from pydantic import ValidationError
 
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
@@ -31,7 +33,7 @@ from rlaif.records import (
     digest,
 )
 from rlaif.review import labels as log
-from rlaif.store import RunDir, StageDir, read_json, read_rows, replacing
+from rlaif.store import RunDir, StageDir, first_problem, read_record, read_rows, replacing
 
 CLAIM_S = 600.0
 """How long a pair that is shown to one reviewer is kept from the others."""
@@ -95,7 +97,8 @@ class Queue:
         self._plans: dict[int, Plan] = {}
         self._reading = threading.Lock()  # a server asks from many threads
         self.problems: tuple[str, ...] = ()
-        """One line for each damaged line of the labels, as last read."""
+        """One line for each damaged line of the labels, as last read, and for decisions that can't be read."""
+        self._damaged: dict[int, list[str]] = {}  # what of it is about an iteration's decisions
 
     def next(self, author: str, session: str = "") -> Question | None:
         """The pair to ask this author about now, claimed for them; None when none waits that isn't another's.
@@ -141,7 +144,7 @@ class Queue:
         prompt = _by_id(self._run.path / "prompts" / "train.jsonl", Prompt, pair.prompt_id)[pair.prompt_id]
         ref = self._plan(k).constitution
         folder = self._run.path / "constitutions" / ref.hash
-        text = Constitution.model_validate(read_json(folder / "constitution.json"))
+        text = read_record(folder / "constitution.json", Constitution)
         return Question(
             pair_id=pair_id,
             iteration=k,
@@ -194,11 +197,13 @@ class Queue:
 
     def waiting(self) -> int:
         """Pairs without a label. Writes nothing; of an iteration that it has seen it reads nothing again."""
+        sent = self._all_sent()
         labelled = log.in_force(self._read_labels())
-        return sum(d.pair_id not in labelled for d in self._all_sent())
+        return sum(d.pair_id not in labelled for d in sent)
 
     def counts(self) -> Counts:
         """Where the queue stands. Writes nothing."""
+        self._all_sent()  # first, so that `problems` tells of it
         labels = self._read_labels()
         sent = {d.pair_id for d in self._all_sent()}
         standing = [label for pair, label in log.in_force(labels).items() if pair in sent]
@@ -225,14 +230,25 @@ class Queue:
             for k in self._run.iterations():
                 here = self._run.iteration(k)
                 if k not in self._sent and here.is_complete("decisions"):
-                    self._sent[k] = sent_to_review(here)
+                    self._sent[k], self._damaged[k] = self._readable(k, here)
             return dict(self._sent)
+
+    def _readable(self, k: int, here: StageDir) -> tuple[list[Decision], list[str]]:
+        """An iteration's decisions with status review that a person can be asked about, and why not about others."""
+        problems: list[str] = []
+        sent = sent_to_review(here, problems.append)
+        try:
+            self._plan(k)
+        except (RlaifError, OSError) as e:
+            what = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
+            return [], [*problems, *([f"{what}; its {len(sent)} pairs in review are left out"] if sent else [])]
+        return sent, problems
 
     def _waiting(self, labels: Iterable[HumanLabel]) -> list[Decision]:
         """Pairs without a label, the most useful first: judged under the newest text, then of the newest iteration,
         then the least certain."""
         labelled = log.in_force(labels)
-        sent = self._by_iteration()
+        sent = {k: decisions for k, decisions in self._by_iteration().items() if k in self._plans}
         if not sent:
             return []
         newest = self._plan(max(sent)).constitution.hash
@@ -247,12 +263,12 @@ class Queue:
 
     def _plan(self, k: int) -> Plan:
         if k not in self._plans:
-            self._plans[k] = Plan.model_validate(read_json(self._run.iteration(k).path / "plan.json"))
+            self._plans[k] = self._run.plan(k)
         return self._plans[k]
 
     def _read_labels(self) -> tuple[HumanLabel, ...]:
         found = log.read_labels(self._run)
-        self.problems = found.problems
+        self.problems = (*found.problems, *(p for _, mine in sorted(self._damaged.copy().items()) for p in mine))
         return found.labels
 
     @property
@@ -273,9 +289,22 @@ class Queue:
             temporary.write_text(json.dumps({p: c.model_dump() for p, c in claims.items()}))
 
 
-def sent_to_review(here: StageDir) -> list[Decision]:
-    """The decisions of one iteration with status review."""
-    return [d for d in here.read("decisions", Decision, log.REVIEW) if d.status == "review"]
+def sent_to_review(here: StageDir, told: Callable[[str], None] = lambda problem: None) -> list[Decision]:
+    """The decisions of one iteration with status review; `told` gets a line for each damaged one, which is left out."""
+    path = here.path / "decisions.jsonl"
+    sent = []
+    with path.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            if log.REVIEW.search(line) is None:
+                continue
+            try:
+                decision = Decision.model_validate_json(line)
+            except ValidationError as e:
+                told(f"{path}:{number}: not a Decision ({first_problem(e)}); its pair is left out")
+                continue
+            if decision.status == "review":
+                sent.append(decision)
+    return sent
 
 
 def _by_id(path: Path, record: type[R], *ids: str) -> dict[str, R]:

@@ -102,3 +102,41 @@ def test_parts_of_it(stored: RunDir, tmp_path: Path) -> None:
             export_preferences(index, tmp_path / "c.jsonl", constitution="rules@9")
         with pytest.raises(UserError, match="exists already"):
             export_preferences(index, tmp_path / "a.jsonl")
+
+
+def test_a_lost_file_costs_no_row(copy: RunDir) -> None:
+    before = exported(copy)
+    copy.iteration(1).path.joinpath("completions.jsonl").unlink()
+    copy.path.joinpath("prompts/train.jsonl").unlink()
+    after = exported(copy)
+    assert after.keys() == before.keys()
+    for key, row in after.items():
+        assert [row[n] for n in ("prompt", "chosen", "rejected")] == [
+            before[key][n] for n in ("prompt", "chosen", "rejected")
+        ]
+
+
+def test_a_corrected_label_supersedes_the_row_that_trained_before(copy: RunDir) -> None:
+    pair = next(p for p in copy.iteration(0).read("preferences", Preference) if p.source == "judge")
+    side = {"pair_id": pair.pair_id, "iteration": 0, "outcome": "first", "reason": None}
+    folder = copy.path / "review"
+    folder.mkdir()
+    given = [side | {"author": "ann", "time": "2026-01-01"}, side | {"author": "bob", "time": "2026-02-02"}]
+    rows = [json.dumps(label) + "\n" for label in given]
+    (folder / "labels.jsonl").write_text("".join(rows))
+    meta = copy.iteration(1).path / "preferences.meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"labels": {"size": len(rows[0]), "joined": {}}}))
+    other = pair.model_copy(
+        update={
+            "source": "human", "chosen_id": pair.rejected_id, "rejected_id": pair.chosen_id,
+            "chosen": pair.rejected, "rejected": pair.chosen,
+        }
+    )  # fmt: skip
+    path = copy.iteration(1).path / "preferences.jsonl"
+    path.write_text(path.read_text() + other.model_dump_json() + "\n")
+    found = exported(copy)
+    assert found[pair.pair_id, "judge"]["superseded"]
+    corrected = found[pair.pair_id, "human"]
+    assert not corrected["superseded"]
+    assert (corrected["label_author"], corrected["label_time"]) == ("ann", "2026-01-01")  # bob's came after the update
+    assert sum(row["superseded"] for row in found.values()) == 1

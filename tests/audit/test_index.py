@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,7 +174,7 @@ def test_an_index_that_is_garbage_is_made_again(stored: RunDir) -> None:
 def test_another_layout_is_another_index(stored: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     with Index.open(stored) as index:
         old = index.path
-    monkeypatch.setattr("rlaif.audit.index.VERSION", 2)
+    monkeypatch.setattr("rlaif.audit.index.VERSION", 99)
     with Index.open(stored) as index:
         assert index.path != old
         assert count(index, "votes") == 208
@@ -262,3 +264,108 @@ def test_threads_may_ask_while_another_updates(copy: RunDir) -> None:
             t.join()
         assert failed == []
         assert count(index, "events WHERE kind = 'note'") == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "field", "value"),
+    [
+        ("decisions", 2, "verdict", {"agreement": "high"}),
+        ("pairs", 1, "first", None),
+        ("preferences", 3, "agreement", "high"),
+        ("votes", 4, "p_first", "high"),
+    ],
+)
+def test_a_value_of_another_type_is_a_damaged_line(
+    copy: RunDir, name: str, line: int, field: str, value: object
+) -> None:
+    path = copy.iteration(1).path / f"{name}.jsonl"
+    rows = [json.loads(row) for row in path.read_text().splitlines()]
+    rows[line - 1][field] = rows[line - 1][field] | value if isinstance(value, dict) else value
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Index.open(copy) as index:
+        what = f"not a line of {name}; it was damaged after it was written, and is left out"
+        assert index.problems == [f"{path}:{line}: {what}"]
+        assert count(index, f"{name} WHERE iteration = 1") == len(rows) - 1
+
+
+def test_files_that_are_gone_are_named(copy: RunDir) -> None:
+    text = overview(Index.open(copy), copy).iterations[0].constitution
+    assert text == "rules@1"
+    gone = [copy.path / "events.jsonl", copy.path / "prompts/train.jsonl", copy.iteration(2).path / "plan.json"]
+    gone += sorted((copy.path / "constitutions").glob("*/constitution.json"))[:1]
+    for path in gone:
+        path.unlink()
+    with Index.open(copy) as index:
+        assert {p.partition(": missing")[0] for p in index.problems} == {str(path) for path in gone}
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"iteration": "x"}', b'"\xff"', b"null"])
+def test_a_plan_of_another_shape_is_named(copy: RunDir, content: bytes) -> None:
+    plan = copy.iteration(1).path / "plan.json"
+    plan.write_bytes(content)
+    with Index.open(copy) as index:
+        assert len(index.problems) == 1
+        assert index.problems[0].startswith(f"{plan}: not ")
+        assert overview(index, copy).iterations[1].constitution == "rules@1"
+
+
+def test_a_changed_meta_file_is_looked_at_again(copy: RunDir) -> None:
+    meta = copy.iteration(1).path / "votes.meta.json"
+    with Index.open(copy) as index:
+        assert index.problems == []
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"rows": 41}))
+        index.refresh()
+        assert index.problems == [f"{meta.with_name('votes.jsonl')}: has 40 lines, votes.meta.json says 41"]
+
+
+def test_problems_name_the_run_as_it_is_named_now(copy: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy.iteration(1).path / "plan.json").write_text("{")
+    monkeypatch.chdir(copy.path.parent)
+    for named in (Path("run"), copy.path):
+        with Index.open(RunDir.open(named)) as index:
+            assert [p.partition(":")[0] for p in index.problems] == [f"{named}/iterations/0001/plan.json"]
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, refused: Path) -> None:
+    """Lets a file be one that may not be opened: root may open all."""
+    path_open = Path.open
+
+    def opened(self: Path, *arguments: object, **named: object) -> object:
+        if self == refused:
+            raise PermissionError(13, "Permission denied", str(self))
+        return path_open(self, *arguments, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+def test_a_file_that_cannot_be_read_is_a_problem_of_that_file(copy: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    votes = copy.iteration(1).path / "votes.jsonl"
+    with monkeypatch.context() as patched:
+        refuse(patched, votes)
+        with Index.open(copy) as index:
+            assert index.problems == [f"{votes}: can't be read (Permission denied)"]
+            assert count(index, "votes WHERE iteration = 0") > 0
+            assert count(index, "votes WHERE iteration = 1") == 0
+    with Index.open(copy) as index:
+        assert index.problems == []
+        assert count(index, "votes WHERE iteration = 1") == 40
+
+
+def test_a_lock_that_cannot_be_written_names_the_setting(stored: RunDir) -> None:
+    with Index.open(stored) as index:
+        lock = Path(f"{index.path}.lock")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("builtins.open", _refusing(lock))
+        with pytest.raises(UserError, match="set RLAIF_CACHE"):
+            Index.open(stored)
+
+
+def _refusing(refused: Path) -> Callable[..., Any]:
+    real = open
+
+    def opened(file: Any, *arguments: Any, **named: Any) -> Any:
+        if str(file) == str(refused):
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file, *arguments, **named)
+
+    return opened

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,10 @@ from typer.testing import CliRunner
 from rlaif.audit.replay import Iteration, replay, settings_of
 from rlaif.cli import app
 from rlaif.config import Job
-from rlaif.errors import RlaifError, UserError
+from rlaif.errors import UserError
 from rlaif.judging.calibration import Calibration, Threshold, panels_of
 from rlaif.judging.verdicts import by_pair
-from rlaif.records import Decision, Vote
+from rlaif.records import Decision, Pair, Vote
 from rlaif.store import RunDir, write_json
 from tests.judging.fault_server import FaultServer
 from tests.stubs import BASE_DIGEST, stub_job, stub_loop
@@ -302,8 +303,37 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, likelihood: Ru
         path.parent.mkdir(exist_ok=True)
         path.write_text('{"seed": 1}\n')
         run = RunDir.open(tmp_path / f"run{n}")
-        with pytest.raises(RlaifError, match=f"{name}.*: not a (Plan|Constitution|Prompt) "):
-            replay(run, *settings_of(run, run.path, overrides=["filters.min_margin=0.3"]))
+        found = replay(run, *settings_of(run, run.path, overrides=["filters.min_margin=0.3"]))
+        assert found.problems
+        for problem in found.problems:
+            assert re.match(f"{path}.*: not a (Plan|Constitution|Prompt) .* left out$", problem)
+        left = {"plan.json": [0, 2, 3], "train.jsonl": [0, 1, 2, 3]}.get(path.name)
+        if left is None:  # the iterations under that text
+            left = [k for k in run.iterations() if run.plan(k).constitution.hash != path.parent.name]
+        assert [i.iteration for i in found.iterations] == left
+
+
+@pytest.mark.parametrize("stage", ["decisions", "pairs", "completions"])
+def test_a_damaged_line_costs_its_pairs_alone(run: RunDir, stage: str) -> None:
+    path = run.iteration(0).path / f"{stage}.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    lost = {json.loads(rows[1])[{"decisions": "pair_id"}.get(stage, "id")]}
+    if stage == "completions":
+        lost = {p.id for p in run.iteration(0).read("pairs", Pair) if lost & {p.first, p.second}}
+    path.write_text("".join([rows[0], "{}\n", *rows[2:]]))
+    aggregate = "mean" if "dawid" in run.header["job"]["filters"]["aggregate"] else None
+    settings = settings_of(run, run.path, aggregate=aggregate)
+    before = len((run.iteration(0).path / "decisions.jsonl").read_text().splitlines())
+    found = replay(run, *settings)
+    assert [p.partition(" (")[0] for p in found.problems] == [f"{path}:2: not a {stage.capitalize()[:-1]}"]
+    assert found.iterations[0].pairs == before - len(lost)
+    assert len(found.iterations) == len(run.iterations())
+
+
+def test_an_iteration_without_its_votes_is_named(run: RunDir) -> None:
+    path = run.iteration(1).path / "votes.jsonl"
+    path.unlink()
+    assert replay(run, *settings_of(run, run.path)).problems == (f"{path}: missing; iteration 2 is left out",)
 
 
 def test_a_damaged_vote_is_named_and_its_pair_left_out(run: RunDir) -> None:

@@ -360,3 +360,68 @@ def test_the_command(run: RunDir) -> None:
         assert "iterations/0000/votes.jsonl:2: was changed" in found.output
     as_json = CliRunner().invoke(app, ["audit", str(run.path), "verify", "--json"])
     assert json.loads(as_json.output)["findings"][0]["line"] == 2
+
+
+def test_a_partial_file_hides_no_changed_rows(run: RunDir) -> None:
+    head = read_heads(run.path)[-1]
+    assert head is not None
+    here = run.iteration(1).path
+    edit(here / "votes.jsonl", lambda rows: [rows[0], b"{}\n", *rows[2:]])
+    (here / "votes.jsonl.partial").touch()
+    assert findings(run, head.name) == [
+        "iterations/0001/votes.jsonl.partial: stands beside the complete votes.jsonl: it was added",
+        "iterations/0001/votes.jsonl:2: was changed after it was written",
+    ]
+    (here / "votes.jsonl").rename(here / "votes.jsonl.partial")
+    assert findings(run, head.name) == ["iterations/0001/votes.jsonl: is gone; its meta file is there"]
+    (run.path / "heads.jsonl").unlink()  # without heads, a later stage still tells that it was complete
+    assert "iterations/0001/votes.jsonl: is gone, and decisions was made from it" in findings(run)
+
+
+def test_a_job_that_may_have_been_written_anew_is_noted(run: RunDir) -> None:
+    assert verify(run).notes == ()
+    (run.path / "run.json").write_text((run.path / "run.json").read_text() + " ")
+    run.event("resumed", "9 iterations")
+    (note,) = verify(run).notes
+    assert note.startswith("run.json is not what heads.jsonl:4 covers; a resume was noted since")
+
+
+def test_an_unreadable_head_is_named_itself_and_accuses_nothing_else(run: RunDir) -> None:
+    edit(run.path / "heads.jsonl", lambda rows: [*rows[:2], rows[2][:50] + b"\n", rows[3]])
+    damaged = "can't be read: it was damaged after it was written, and what it covered isn't checked"
+    assert findings(run) == [f"heads.jsonl:3: {damaged}"]
+    (run.iteration(3).path / "metrics.json").write_text("{}\n")  # the line of the head after it is still right
+    assert findings(run)[1:] == ["iterations/0003/metrics.json: was changed after heads.jsonl:4 was written"]
+
+
+@pytest.mark.parametrize("line", [0, 3])
+def test_the_first_and_the_last_head_unreadable(run: RunDir, line: int) -> None:
+    edit(run.path / "heads.jsonl", lambda rows: [*rows[:line], b"{}\n", *rows[line + 1 :]])
+    assert [f.partition(" it was")[0] for f in findings(run)] == [f"heads.jsonl:{line + 1}: can't be read:"]
+
+
+def test_a_torn_last_head_is_noted(run: RunDir) -> None:
+    path = run.path / "heads.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert [n.partition(",")[0] for n in verify(run).notes] == ["heads.jsonl:4 is a torn line"]
+
+
+def test_a_text_that_nothing_names_is_noted(run: RunDir) -> None:
+    (run.path / "constitutions" / "0123456789ab").mkdir()
+    (note,) = verify(run).notes
+    assert note.startswith("constitutions/0123456789ab is named by no plan and no head")
+
+
+def test_labels_of_after_the_last_iteration_get_a_head(run: RunDir) -> None:
+    before = read_heads(run.path)[-1]
+    assert before is not None
+    assert write_head(run) == before
+    (run.path / "review").mkdir()
+    (run.path / "review/labels.jsonl").write_text("{}\n")
+    after = write_head(run)
+    assert (after.previous, after.iteration) == (before.head, before.iteration)
+    assert "review/labels.jsonl" in after.growing
+    assert write_head(run) == after
+    assert verify(run, before.name).noted == "it is the head after iteration 4; 1 more follow"
+    (run.path / "review/labels.jsonl").write_text("[]\n")
+    assert findings(run) == ["review/labels.jsonl:1: was changed after it was written"]

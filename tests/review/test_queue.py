@@ -263,3 +263,19 @@ def test_a_run_without_review_has_an_empty_queue(tmp_path: Path) -> None:
     assert Queue(run).counts().sent == 0
     assert Queue(run).next("ann") is None
     assert review_job().filters.review is not None
+
+
+def test_what_can_still_be_read_is_asked_about(run: RunDir) -> None:
+    before = {k: [d.pair_id for d in sent_to_review(run.iteration(k))] for k in run.iterations()}
+    path = run.iteration(0).path / "decisions.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    at = next(n for n, row in enumerate(rows) if before[0][0] in row)
+    rows[at] = rows[at].replace('"agreement":', '"agreement":"high","was":', 1)
+    path.write_text("".join(rows))
+    plan = run.iteration(2).path / "plan.json"
+    plan.unlink()
+    queue = Queue(run)
+    assert queue.counts().sent == sum(map(len, before.values())) - 1 - len(before[2])
+    assert queue.next("ann") is not None
+    assert [p.partition(": ")[0] for p in queue.problems] == [f"{path}:{at + 1}", str(plan)]
+    assert all(p.endswith("left out") for p in queue.problems)
