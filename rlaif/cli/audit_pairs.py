@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -17,7 +18,7 @@ from rlaif.cli.audit_common import (
     print_total,
     short,
 )
-from rlaif.errors import UserError
+from rlaif.errors import RlaifError, UserError
 
 if TYPE_CHECKING:
     from rlaif.audit.pair import PairDetail
@@ -83,14 +84,20 @@ def _filter(**fields: Any) -> PairFilter:
 def _list(
     ctx: typer.Context, filter: PairFilter, sort: Any, descending: bool, limit: int, offset: int, json_: bool
 ) -> None:
-    from rlaif.audit.pairs import list_pairs
+    from rlaif.audit.pairs import list_pairs, unknown_values
 
     with opened(ctx) as index:
         page = list_pairs(index, filter, sort, descending, limit, offset)
+        _warn([*page.problems, *([] if page.total else unknown_values(index, filter))])
     if json_:
         print_json(page)
     else:
         _print_page(page)
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(f"rlaif: {line}", err=True)
 
 
 def _print_page(page: Page) -> None:
@@ -129,7 +136,13 @@ def show(
 
     with opened(ctx) as index:
         found = ask(index, index.run, pair)
-        asked = {v.ballot.id: question_of(index.run, found, v.ballot.id) for v in found.votes} if questions else {}
+        asked = {}
+        for v in found.votes if questions else ():
+            try:
+                asked[v.ballot.id] = question_of(index.run, found, v.ballot.id)
+            except (RlaifError, OSError) as e:
+                asked[v.ballot.id] = f"question can't be shown: {e}"
+    _warn(found.problems)
     if json_:
         import json
 
@@ -180,7 +193,7 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
         console.print(inert(question), soft_wrap=True)
 
     if found.decision is None:
-        console.print("not decided yet")
+        console.print("the decision can't be read" if found.problems else "not decided yet")
     else:
         verdict = found.decision.verdict
         sent_by = f" ({found.decision.review_rule})" if found.decision.review_rule else ""
@@ -253,12 +266,13 @@ def _splits(
     offset: int,
     json_: bool,
 ) -> None:
-    from rlaif.audit.pairs import splits
+    from rlaif.audit.pairs import splits, unknown_values
     from rlaif.console import Listing, piped, stdout_console
 
     filter = _filter(iteration=from_zero(iteration), constitution=constitution, **wanted)
     with opened(ctx) as index:
         page = splits(index, filter, limit, offset)
+        _warn([] if page.total else unknown_values(index, filter))
     if json_:
         print_json(page)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,10 +19,12 @@ from rlaif.cli.audit_common import (
     share,
     short,
 )
+from rlaif.errors import UserError
 from rlaif.store import RunDir
 
 if TYPE_CHECKING:
     from rlaif.audit.compare import Compared
+    from rlaif.audit.index import Index
     from rlaif.audit.overview import Overview
     from rlaif.console import Listing
 
@@ -311,12 +313,14 @@ def sql(
     from rlaif.console import Listing, stdout_console
 
     with opened(ctx) as index:
-        found = index.ask(query, limit + 1)
-    names, rows = found
+        names, rows = index.ask(query, limit + 1)
+        types = _types(index, query) if json_ else []
     more, rows = len(rows) > limit, rows[:limit]
     if json_:
-        values = [dict(zip(names, row, strict=True)) for row in rows]
-        typer.echo(json.dumps(values, indent=1, ensure_ascii=False, default=str))
+        names = _different(names)
+        kinds = dict(zip(names, types, strict=False))
+        values = [{n: _as_json(v, kinds.get(n)) for n, v in zip(names, row, strict=True)} for row in rows]
+        typer.echo(json.dumps(values, indent=1, ensure_ascii=False, default=str, allow_nan=False))
     else:
         table = Listing(*names)
         for row in rows:
@@ -324,6 +328,42 @@ def sql(
         table.print(stdout_console())
     if more:
         typer.echo(f"rlaif: only the first {limit} rows; --limit gives more", err=True)
+
+
+def _types(index: Index, query: str) -> list[str]:
+    """DuckDB's types of a query's columns; empty when it can't say, as of an EXPLAIN."""
+    try:
+        names, rows = index.ask(f"DESCRIBE {query}", 10_000)
+    except UserError:
+        return []
+    return [str(row[names.index("column_type")]) for row in rows]
+
+
+def _different(names: list[str]) -> list[str]:
+    """Column names, each once: a second `n` is `n_2`, as a JSON object holds a name once."""
+    out: list[str] = []
+    for name in names:
+        place, known = 2, name
+        while known in out or (known != name and known in names):
+            known, place = f"{name}_{place}", place + 1
+        out.append(known)
+    return out
+
+
+def _as_json(value: Any, kind: str | None = None) -> Any:
+    """A value of DuckDB's as JSON has it: its JSON columns are values, not text; what is no number is null."""
+    import json
+    import math
+
+    if kind == "JSON" and isinstance(value, str):
+        value = json.loads(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(v) for v in value]
+    return value
 
 
 def export(

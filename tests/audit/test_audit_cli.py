@@ -248,3 +248,72 @@ def test_a_run_that_has_just_begun(copy: RunDir, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert complaints(done) == []
     assert "0 of 4 iterations done" in audit(run=begun).stdout
+
+
+def test_sql_json_is_json() -> None:
+    query = (
+        "SELECT 1 AS n, 2 AS n, 'infinity'::DOUBLE AS i, [{'x': 'nan'::DOUBLE}] AS l, "
+        "(SELECT metrics FROM iterations LIMIT 1) AS m"
+    )
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    (row,) = json.loads(audit("sql", query, "--json").stdout, parse_constant=refuse)
+    assert (row["n"], row["n_2"], row["i"], row["l"]) == (1, 2, None, [{"x": None}])
+    assert row["m"]["iteration"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--principle", "nope"), "principle nope: the run has answers"),
+        (("--judge", "nope"), "judge nope: the run has chat:careful"),
+        (("--constitution", "nope@9"), "constitution nope@9: the run has rules@1, rules@2"),
+        (("--iteration", "99"), "iteration 99: the run has 4"),
+    ],
+)
+def test_an_empty_list_says_what_there_is(arguments: tuple[str, ...], said: str) -> None:
+    done = audit("list", *arguments)
+    assert done.returncode == 0
+    assert "0 pairs" in done.stdout
+    assert said in done.stderr
+
+
+def change(path: Path, key: str, value: object) -> None:
+    """Gives the first row of a file another value, of whatever type."""
+    lines = path.read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | {key: value})
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def test_a_vote_that_is_none_is_named_and_the_pair_shown(copy: RunDir) -> None:
+    path = copy.iteration(0).path / "votes.jsonl"
+    change(path, "outcome", "perhaps")
+    done = audit("show", PAIR, run=copy.path)
+    assert done.returncode == 0, done.stderr
+    assert f"{path}:1: not a Vote" in done.stderr
+    assert "decision: kept" in done.stdout
+    assert f"votes: {path}:2 to line 8" in done.stdout
+
+
+def test_a_decision_that_is_none_is_named_and_the_pair_shown(copy: RunDir) -> None:
+    path = copy.iteration(0).path / "decisions.jsonl"
+    change(path, "status", "perhaps")
+    pair = json.loads(path.read_text().splitlines()[0])["pair_id"]
+    done = audit("show", pair, run=copy.path)
+    assert done.returncode == 0, done.stderr
+    assert f"{path}:1: not a Decision" in done.stderr
+    done = audit("list", "--iteration", "1", run=copy.path)
+    assert done.returncode == 0, done.stderr
+    assert f"{path}: the decision on pair {pair} is none" in done.stderr
+    assert "1-5 of 5 pairs" in done.stdout
+
+
+def test_without_the_text_the_questions_are_missing_and_the_rest_is_shown(copy: RunDir) -> None:
+    for path in (copy.path / "constitutions").glob("*/constitution.json"):
+        path.unlink()
+    done = audit("show", PAIR, "--questions", run=copy.path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("question can't be shown") == 8
+    assert "decision: kept" in done.stdout

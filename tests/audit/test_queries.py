@@ -413,3 +413,21 @@ def test_pairs_in_review_are_not_counted_as_dropped(tmp_path: Path) -> None:
         metrics = read_json(run.iteration(r.iteration).path / "metrics.json")
         assert (r.reasons, r.review) == (metrics["dropped_by_first_reason"], metrics["review"])
     assert sum(found.totals.reasons.values()) == found.totals.dropped
+
+
+def test_text_is_found_in_earlier_turns(copy: RunDir) -> None:
+    path = copy.path / "prompts" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    with Index.open(copy) as index:
+        prompt = index.rows("SELECT prompt_id FROM pairs WHERE iteration = 0 LIMIT 1")[0]["prompt_id"]
+    for row in rows:
+        if row["id"] == prompt:
+            row["messages"] = [{"role": "user", "content": "About Zebras."}, {"role": "assistant", "content": "Yes?"},
+                               *row["messages"]]  # fmt: skip
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with Index.open(copy) as index:
+        found = list_pairs(index, PairFilter(text="zebra"))
+        assert found.total
+        assert {index.rows("SELECT prompt_id FROM pairs WHERE pair_id = ?", [r.pair_id])[0]["prompt_id"]
+                for r in found.rows} == {prompt}  # fmt: skip
+        assert all("Zebra" not in r.prompt for r in found.rows)
