@@ -14,11 +14,17 @@ import argparse
 import json
 import os
 import resource
+import socket
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import uvicorn
 
 from benchmarks.audit_run import VOTES_PER_PAIR, write_run
 from rlaif.audit.index import Index
@@ -28,6 +34,7 @@ from rlaif.audit.pairs import PairFilter, list_pairs, splits
 from rlaif.audit.trace import trace
 from rlaif.records import Record
 from rlaif.store import RunDir
+from rlaif.view.app import make_app
 
 BUILD_S, OVERVIEW_S, LIST_S, SHOW_S, PAGE_S, MEMORY_GIB = 90.0, 3.0, 2.0, 1.0, 1.0, 2.0
 REPEATS = 3
@@ -85,6 +92,26 @@ def measure(name: str, limit_s: float | None, ask: Callable[[], Any], repeats: i
     return Measured(name=name, seconds=slowest[0], processor_s=slowest[1], limit_s=limit_s, found=found), answer
 
 
+@contextmanager
+def served(run: RunDir, index: Index) -> Iterator[str]:
+    """The address of the run's pages, served by a thread."""
+    server = uvicorn.Server(uvicorn.Config(make_app(run, index), log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def get(url: str) -> None:
+    """Reads a page to its end; an error of the server's raises."""
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        answer.read()
+
+
 def run_benchmark(path: Path) -> Report:
     """Builds the index of a run anew and asks it everything. `RLAIF_CACHE` says where the index goes."""
     run = RunDir.open(path)
@@ -111,6 +138,11 @@ def run_benchmark(path: Path) -> Report:
     ask("show", SHOW_S, lambda: show(index, run, pair))
     ask("flips, with voices", LIST_S, lambda: splits(index, PairFilter(flipped=True)))
     ask("trace of the last policy, 20 rows", None, lambda: trace(index, run, str(len(run.iterations())), 20))
+    with served(run, index) as url:
+        ask("GET the overview page", OVERVIEW_S, lambda: get(f"{url}/"))
+        ask("GET a page of decisions", PAGE_S, lambda: get(f"{url}/pairs?offset={total // 2}"))
+        ask("GET a page of dropped pairs", PAGE_S, lambda: get(f"{url}/pairs?status=dropped&sort=margin"))
+        ask("GET a pair's page", PAGE_S, lambda: get(f"{url}/pairs/{pair}"))
     counts = {t: index.rows(f"SELECT count(*) AS n FROM {t}")[0]["n"] for t in ("votes", "pairs")}
     return Report(
         votes=counts["votes"],

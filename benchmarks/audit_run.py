@@ -357,15 +357,17 @@ class _Run:
             reply = rng.choice(self.words.replies) + {"C": "tie"}.get(letter, letter)
         reason = '"unparsed"' if outcome == "abstain" else "null"
         seed = rng.getrandbits(64)
+        cached = seed % 20 == 0
         return (
             f'{{"ballot":{{"id":"{seed:016x}","pair_id":"{pair_id}","judge":"{_JUDGES[juror]}","voice":"{template}",'
             f'"principles":["answers","brief"],"guard":false,"order":"{order}","sample_index":0,"seed":0,'
             f'"constitution":"{constitution}","template":"{_TEMPLATES[template]}","parameters":"cccccccccccccccc"}},'
             f'"model":"{("careful", "contrary")[juror]}-2026-01","outcome":"{outcome}","abstain_reason":{reason},'
             f'"p_first":{"null" if p is None else p},"score_first":null,"score_second":null,"raw_reply":"{reply}",'
-            f'"finish_reason":"stop","prompt_hash":null,"mass_neither":null,"error":null,"attempts":1,'
+            '"finish_reason":"stop","prompt_hash":null,"mass_neither":null,"error":null,'
+            f'"attempts":{0 if cached else 1},'
             f'"usage":{{"prompt_tokens":{400 + seed % 200},"completion_tokens":{len(reply) // 5 + 1}}},'
-            f'"latency_s":{0.1 + seed % 997 / 1000:.3f},"cached":{"true" if seed % 20 == 0 else "false"}}}'
+            f'"latency_s":{0.1 + seed % 997 / 1000:.3f},"cached":{"true" if cached else "false"}}}'
         )
 
 

@@ -6,9 +6,7 @@ import json
 from typing import Any
 
 from rlaif.audit.index import Index
-from rlaif.records import (
-    Record,
-)
+from rlaif.records import Record
 from rlaif.store import RunDir
 
 
@@ -112,6 +110,8 @@ class Overview(Record):
     totals: Totals
     evaluations: tuple[EvaluationRow, ...]
     alarms: tuple[str, ...]
+    events_missing: bool = False
+    """events.jsonl isn't there, so nobody knows of alarms."""
     cost: tuple[JudgeCost, ...]
     problems: tuple[str, ...]
 
@@ -139,6 +139,7 @@ def _overview(index: Index, run: RunDir) -> Overview:
             f"iteration {r['iteration'] + 1}: {r['message']}" if r["iteration"] is not None else r["message"]
             for r in index.rows("SELECT iteration, message FROM events WHERE kind = 'alarm' ORDER BY line")
         ),
+        events_missing=not (run.path / "events.jsonl").exists(),
         cost=tuple(_costs(index, header.get("job", {}).get("judge", {}).get("prices") or {})),
         problems=tuple(index.problems),
     )
@@ -168,7 +169,7 @@ def _iteration_rows(index: Index) -> list[IterationRow]:
     reasons: dict[int, dict[str, int]] = {}
     for r in index.rows(
         "SELECT iteration, reasons[1] AS reason, count(*) AS n FROM decisions "
-        "WHERE iteration IS NOT NULL AND len(reasons) > 0 GROUP BY ALL ORDER BY n DESC, reason"
+        "WHERE iteration IS NOT NULL AND status = 'dropped' AND len(reasons) > 0 GROUP BY ALL ORDER BY n DESC, reason"
     ):
         reasons.setdefault(r["iteration"], {})[r["reason"]] = r["n"]
     out = []
@@ -233,8 +234,8 @@ def _totals(index: Index) -> Totals:
         return int(index.rows(f"SELECT count(*) AS n FROM {table} WHERE iteration IS NOT NULL")[0]["n"])
 
     reasons = index.rows(
-        "SELECT reasons[1] AS reason, count(*) AS n FROM decisions WHERE iteration IS NOT NULL AND len(reasons) > 0 "
-        "GROUP BY ALL ORDER BY n DESC, reason"
+        "SELECT reasons[1] AS reason, count(*) AS n FROM decisions WHERE iteration IS NOT NULL AND status = 'dropped' "
+        "AND len(reasons) > 0 GROUP BY ALL ORDER BY n DESC, reason"
     )
     abstentions = index.rows(
         "SELECT abstain_reason AS reason, count(*) AS n FROM votes WHERE iteration IS NOT NULL AND outcome = 'abstain' "

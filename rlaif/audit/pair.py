@@ -65,6 +65,8 @@ class PairDetail(Record):
     preferences: tuple[Training, ...]
     labels: tuple[HumanLabel, ...]
     """Human labels, oldest first."""
+    problems: tuple[str, ...] = ()
+    """Lines of the log about it that can't be read, and are left out."""
 
 
 def find_pair(index: Index, pair_id: str) -> str:
@@ -105,14 +107,24 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
         [pair_id],
     )
     base = found[0]
-    (row,) = as_rows(index, found[:1])
+    problems: list[str] = []
+    (row,) = as_rows(index, found[:1], [])
+
+    def readable(record: type[Any], line: bytes | None, table: str, number: int) -> Any:
+        try:
+            return _parsed(record, line, index, table, base, number)
+        except RlaifError as e:
+            problems.append(str(e))
+            return None
+
     vote_lines = [r["line"] for r in index.rows("SELECT line FROM votes WHERE pair_id = ? ORDER BY line", [pair_id])]
     read = index.source_lines("votes", base, vote_lines)
-    votes = [_parsed(Vote, read.get(n), index, "votes", base, n) for n in vote_lines]
+    read_votes = {n: vote for n in vote_lines if (vote := readable(Vote, read.get(n), "votes", n))}
+    votes = [*read_votes.values()]
     decision = None
     if base["decision_line"]:
         line = index.source_lines("decisions", base, [base["decision_line"]]).get(base["decision_line"])
-        decision = _parsed(Decision, line, index, "decisions", base, base["decision_line"])
+        decision = readable(Decision, line, "decisions", base["decision_line"])
     pair_line = index.source_lines("pairs", base, [base["line"]]).get(base["line"])
     pair = _parsed(Pair, pair_line, index, "pairs", base, base["line"])
     first, second = (_completion(index, i) for i in (pair.first, pair.second))
@@ -135,13 +147,14 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
         first=first,
         second=second,
         votes=tuple(votes),
-        vote_lines=tuple(f"{index.file_of('votes', base)}:{n}" for n in vote_lines),
+        vote_lines=tuple(f"{index.file_of('votes', base)}:{n}" for n in read_votes),
         decision=decision,
         rules=rules,
         constitution=reference,
         constitution_text=text,
         preferences=_trained(index, pair),
         labels=tuple(HumanLabel.model_validate(r) for r in labels),
+        problems=tuple(problems),
     )
 
 

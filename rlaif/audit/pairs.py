@@ -5,8 +5,10 @@ Iterations count from 0 here, as in the files; people's tables count from 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from rlaif.audit.index import Index
 from rlaif.records import (
@@ -15,6 +17,7 @@ from rlaif.records import (
     Record,
     Side,
 )
+from rlaif.store import first_problem
 
 PREVIEW_CHARS = 160
 
@@ -50,7 +53,7 @@ class PairFilter(Record):
     disagreeing: bool | None = None
     """Voices or judges name different sides."""
     text: str | None = None
-    """In the prompt or in either completion, whatever the case."""
+    """In the prompt, earlier turns included, or in either completion, whatever the case."""
     evaluation: bool = False
     """Held-out pairs of evaluations instead of those of iterations."""
 
@@ -88,6 +91,8 @@ class Page(Record):
     """Pairs that the filter lets through."""
     offset: int
     rows: tuple[PairRow, ...]
+    problems: tuple[str, ...] = ()
+    """Decisions of these rows that can't be read: their rows are shown without."""
 
 
 def list_pairs(
@@ -118,8 +123,9 @@ def list_pairs(
             total = found[0]["total"] if found else 0
         else:
             total = index.rows(f"SELECT count(*) AS n {base}", parameters)[0]["n"]
-        rows = pair_rows(index, [r["pair_id"] for r in found])
-    return Page(total=total, offset=offset, rows=rows)
+        problems: list[str] = []
+        rows = pair_rows(index, [r["pair_id"] for r in found], problems)
+    return Page(total=total, offset=offset, rows=rows, problems=tuple(problems))
 
 
 _JOINS = {
@@ -132,7 +138,7 @@ COLUMNS = """p.pair_id, p.iteration, p.evaluation, p.line, p.prompt_id, p.first,
 d.winner, d.outcome, d.agreement, d.p_first, d.order_flip, d.valid_votes, d.abstentions"""
 
 
-def pair_rows(index: Index, pair_ids: Sequence[str]) -> tuple[PairRow, ...]:
+def pair_rows(index: Index, pair_ids: Sequence[str], problems: list[str]) -> tuple[PairRow, ...]:
     """The given pairs, in the given order; ids that aren't in the log are left out."""
     found = index.rows(
         f"SELECT {COLUMNS} FROM (SELECT * FROM pairs WHERE pair_id IN (SELECT unnest(?::VARCHAR[]))) p "
@@ -140,7 +146,7 @@ def pair_rows(index: Index, pair_ids: Sequence[str]) -> tuple[PairRow, ...]:
         [list(pair_ids), list(pair_ids)],
     )
     by_id = {r["pair_id"]: r for r in found}
-    return as_rows(index, [by_id[i] for i in pair_ids if i in by_id])
+    return as_rows(index, [by_id[i] for i in pair_ids if i in by_id], problems)
 
 
 def _where(filter: PairFilter) -> tuple[str, list[Any]]:
@@ -179,7 +185,8 @@ def _where(filter: PairFilter) -> tuple[str, list[Any]]:
     if filter.text is not None:
         # One look at the answers for both sides.
         add(
-            "(p.prompt_id IN (SELECT prompt_id FROM prompts WHERE contains(lower(text), ?)) OR p.pair_id IN ("
+            "(p.prompt_id IN (SELECT prompt_id FROM (SELECT prompt_id, unnest(messages) AS m FROM prompts) "
+            "WHERE contains(lower(m.content), ?)) OR p.pair_id IN ("
             "SELECT s.pair_id FROM (SELECT pair_id, unnest([first, second]) AS id FROM pairs) s "
             "JOIN completions c ON c.completion_id = s.id WHERE contains(lower(c.text), ?)))",
             filter.text.lower(),
@@ -188,13 +195,14 @@ def _where(filter: PairFilter) -> tuple[str, list[Any]]:
     return " AND ".join(conditions), parameters
 
 
-def as_rows(index: Index, found: Sequence[dict[str, Any]]) -> tuple[PairRow, ...]:
-    """Adds texts to rows of `COLUMNS`."""
+def as_rows(index: Index, found: Sequence[dict[str, Any]], problems: list[str]) -> tuple[PairRow, ...]:
+    """Adds texts to rows of `COLUMNS`; a decision that is none is left out, and said in `problems`."""
     answers = _lookup(index, "completions", "completion_id", {i for r in found for i in (r["first"], r["second"])})
     prompts = _lookup(index, "prompts", "prompt_id", {r["prompt_id"] for r in found})
     names = _text_names(index)
-    return tuple(
-        PairRow(
+
+    def row(r: dict[str, Any]) -> PairRow:
+        return PairRow(
             pair_id=r["pair_id"],
             iteration=r["iteration"] if r["evaluation"] is None else r["evaluation"],
             evaluation=r["evaluation"] is not None,
@@ -212,8 +220,60 @@ def as_rows(index: Index, found: Sequence[dict[str, Any]]) -> tuple[PairRow, ...
             first_preview=_preview(answers.get(r["first"], "")),
             second_preview=_preview(answers.get(r["second"], "")),
         )
-        for r in found
-    )
+
+    rows = []
+    for r in found:
+        try:
+            rows.append(row(r))
+        except ValidationError as e:
+            file = index.file_of("decisions", r)
+            problems.append(f"{file}: the decision on pair {r['pair_id']} is none ({first_problem(e)})")
+            rows.append(row(r | dict.fromkeys(_DECIDED)))
+    return tuple(rows)
+
+
+_DECIDED = ("status", "reasons", "winner", "outcome", "agreement", "p_first", "order_flip", "valid_votes",
+            "abstentions")  # fmt: skip
+
+
+def known_names(index: Index) -> dict[str, tuple[str, ...]]:
+    """What the run has of texts, principles and judges, by the name of the filter's field."""
+
+    def names(sql: str) -> tuple[str, ...]:
+        return tuple(row["name"] for row in index.rows(sql) if row["name"])
+
+    return {
+        "constitution": names("SELECT DISTINCT text_name AS name FROM iterations ORDER BY name"),
+        "principle": names("SELECT DISTINCT unnest(principles) AS name FROM panels ORDER BY name"),
+        "judge": names("SELECT DISTINCT unnest(judges) AS name FROM panels ORDER BY name"),
+    }
+
+
+def unknown_values(index: Index, filter: PairFilter) -> list[str]:
+    """A line for each field that asks for what the run doesn't have, with what it has."""
+    known = known_names(index)
+    kind = "evaluation" if filter.evaluation else "iteration"
+    numbers = [r["n"] for r in index.rows(f"SELECT {kind} AS n FROM {kind}s ORDER BY n")]
+    texts = index.rows("SELECT constitution AS hash, text_name AS name FROM iterations UNION "
+                       "SELECT constitution, text_name FROM evaluations")  # fmt: skip
+    out = []
+    text = filter.constitution
+    if text is not None and not any(text == t["name"] or (t["hash"] or "").startswith(text) for t in texts):
+        out.append(f"constitution {text}: the run has {_listed(known['constitution'])}")
+    if filter.principle is not None and filter.principle not in known["principle"]:
+        out.append(f"principle {filter.principle}: the run has {_listed(known['principle'])}")
+    if filter.judge is not None and not any(filter.judge in name for name in known["judge"]):
+        out.append(f"judge {filter.judge}: the run has {_listed(known['judge'])}")
+    if filter.iteration is not None and filter.iteration not in numbers:
+        if filter.evaluation:
+            out.append(f"iteration {filter.iteration}: there are evaluations after {_listed(map(str, numbers))}")
+        else:
+            out.append(f"iteration {filter.iteration + 1}: the run has {len(numbers)}")
+    return out
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _lookup(index: Index, table: str, key: str, ids: set[str]) -> dict[str, str]:

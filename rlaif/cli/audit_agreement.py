@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlaif.cli.audit_common import run_of
-from rlaif.console import inert, stdout_console
+from rlaif.console import Listing, piped, stdout_console
 
 if TYPE_CHECKING:
     from rlaif.review.agreement import Agreement
@@ -54,17 +54,15 @@ def agreement(
 
 
 def _table(rows: list[Agreement]) -> None:
-    from rich.table import Table
-
-    table = Table(title="judge against human, on reviewed pairs", title_justify="left")
-    for column in ("slice", "", "labels", "same side", "accuracy", "95%", "kappa", "human ties", "judge undecided"):
-        table.add_column(column, justify="left" if column in ("slice", "") else "right")
+    numbers = ("labels", "same side", "accuracy", "95%", "kappa", "human ties", "judge undecided")
+    table = Listing("slice", "", *numbers, right=numbers, title="judge against human, on reviewed pairs")
     before = None
     for row in rows:
         low, high = row.interval
-        table.add_row(
-            "" if row.slice == before else row.slice,
-            inert(row.value) if row.slice != "all" else "",
+        value = str(int(row.value)) if row.slice == "iteration" else row.value
+        table.add(
+            "" if row.slice == before and not piped() else row.slice,
+            value if row.slice != "all" else "",
             str(row.labels),
             f"{row.same}/{row.decided}",
             "-" if row.accuracy is None else f"{row.accuracy:.0%}",
@@ -75,7 +73,7 @@ def _table(rows: list[Agreement]) -> None:
         )
         before = row.slice
     console = stdout_console()
-    console.print(table)
+    table.print(console)
     console.print(
         "Reviewed pairs are those that the filter doubted: this says little about the pairs that it was sure of."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -17,7 +18,7 @@ from rlaif.cli.audit_common import (
     print_total,
     short,
 )
-from rlaif.errors import UserError
+from rlaif.errors import RlaifError, UserError
 
 if TYPE_CHECKING:
     from rlaif.audit.pair import PairDetail
@@ -83,32 +84,35 @@ def _filter(**fields: Any) -> PairFilter:
 def _list(
     ctx: typer.Context, filter: PairFilter, sort: Any, descending: bool, limit: int, offset: int, json_: bool
 ) -> None:
-    from rlaif.audit.pairs import list_pairs
+    from rlaif.audit.pairs import list_pairs, unknown_values
 
     with opened(ctx) as index:
         page = list_pairs(index, filter, sort, descending, limit, offset)
+        _warn([*page.problems, *([] if page.total else unknown_values(index, filter))])
     if json_:
         print_json(page)
     else:
         _print_page(page)
 
 
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(f"rlaif: {line}", err=True)
+
+
 def _print_page(page: Page) -> None:
-    from rich.table import Table
+    from rlaif.console import Listing, stdout_console
 
-    from rlaif.console import inert, stdout_console
-
-    console = stdout_console()
-    table = Table()
-    for column in ("pair", "iter.", "text", "prompt", "decision", "verdict", "agree", "p(first)", "votes"):
-        table.add_column(column, justify="right" if column in ("iter.", "agree", "p(first)", "votes") else "left",
-                         no_wrap=column in ("pair", "verdict"))  # fmt: skip
+    table = Listing(
+        "pair", "iter.", "text", "prompt", "decision", "verdict", "agree", "p(first)", "votes",
+        right=("iter.", "agree", "p(first)", "votes"), whole=("pair",),
+    )  # fmt: skip
     for r in page.rows:
-        table.add_row(
+        table.add(
             r.pair_id,
             f"eval {r.iteration}" if r.evaluation else str(r.iteration + 1),
-            inert(r.constitution or "-"),
-            inert(short(r.prompt)),
+            r.constitution or "-",
+            short(r.prompt),
             f"{r.status or 'undecided'} {' '.join(r.reasons)}".strip(),
             f"{r.outcome or '-'}{' (flip)' if r.order_flip else ''}",
             number(r.agreement),
@@ -116,7 +120,7 @@ def _print_page(page: Page) -> None:
             f"{r.valid_votes}" + (f"+{r.abstentions} abst." if r.abstentions else ""),
         )
     if page.rows:
-        console.print(table)
+        table.print(stdout_console())
     print_total(page.total, page.offset, len(page.rows))
 
 
@@ -132,7 +136,13 @@ def show(
 
     with opened(ctx) as index:
         found = ask(index, index.run, pair)
-        asked = {v.ballot.id: question_of(index.run, found, v.ballot.id) for v in found.votes} if questions else {}
+        asked = {}
+        for v in found.votes if questions else ():
+            try:
+                asked[v.ballot.id] = question_of(index.run, found, v.ballot.id)
+            except (RlaifError, OSError) as e:
+                asked[v.ballot.id] = f"question can't be shown: {e}"
+    _warn(found.problems)
     if json_:
         import json
 
@@ -143,9 +153,7 @@ def show(
 
 
 def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
-    from rich.table import Table
-
-    from rlaif.console import inert, stdout_console
+    from rlaif.console import Listing, inert, piped, stdout_console
 
     console = stdout_console()
     row = found.row
@@ -154,35 +162,38 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
     console.print(f"[bold]pair {row.pair_id}[/]  {where}, judged under {inert(text)}, paired by {found.pair.method}")
     for m in found.prompt_messages:
         console.print(f"[dim]{m.role}:[/] {inert(m.content)}", soft_wrap=True)
-    sides = Table(show_lines=True, expand=True)
+    sides = []
     for name, completion in (("first", found.first), ("second", found.second)):
         ended = "not in the log" if completion is None else completion.finish_reason
         mark = " (chosen)" if row.winner == name else ""
-        sides.add_column(f"{name}{mark}: {getattr(found.pair, name)}, {ended}", ratio=1)
-    sides.add_row(*(inert(c.text) if c else "-" for c in (found.first, found.second)))
-    console.print(sides)
+        text = "-" if completion is None else completion.text
+        sides.append((f"{name}{mark}: {getattr(found.pair, name)}, {ended}", text))
+    if piped():
+        for heading, text in sides:
+            console.print(f"[bold]{inert(heading)}[/]\n{inert(text)}", soft_wrap=True)
+    else:
+        console.print(_side_by_side(sides))
 
-    votes = Table(title="votes", title_justify="left")
-    for column in ("ballot", "judge", "voice", "shown", "outcome", "p(first)", "raw reply"):
-        votes.add_column(column, justify="right" if column == "p(first)" else "left", no_wrap=column == "ballot")
+    votes = Listing("ballot", "judge", "voice", "shown", "outcome", "p(first)", "raw reply",
+                    right=("p(first)",), whole=("ballot",), title="votes")  # fmt: skip
     for v in found.votes:
         b = v.ballot
-        votes.add_row(
+        votes.add(
             b.id,
-            inert(f"{b.judge} ({v.model})"),
-            inert(f"{b.voice}{f' #{b.sample_index}' if b.sample_index else ''}{' guard' if b.guard else ''}"),
+            f"{b.judge} ({v.model})",
+            f"{b.voice}{f' #{b.sample_index}' if b.sample_index else ''}{' guard' if b.guard else ''}",
             {"forward": "first, second", "reversed": "second, first"}.get(b.order, "no slots"),
             f"{v.outcome}{f' ({v.abstain_reason})' if v.abstain_reason else ''}",
             number(v.p_first, 3),
-            inert(v.raw_reply or v.error or ""),
+            v.raw_reply or v.error or "",
         )
-    console.print(votes)
+    votes.print(console)
     for ballot_id, question in asked.items():
         console.print(f"\n[bold]question of ballot {ballot_id}[/]")
         console.print(inert(question), soft_wrap=True)
 
     if found.decision is None:
-        console.print("not decided yet")
+        console.print("the decision can't be read" if found.problems else "not decided yet")
     else:
         verdict = found.decision.verdict
         sent_by = f" ({found.decision.review_rule})" if found.decision.review_rule else ""
@@ -207,6 +218,19 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
         console.print("never trained on")
     if found.vote_lines:
         console.print(inert(f"votes: {found.vote_lines[0]} to line {found.vote_lines[-1].rpartition(':')[2]}"))
+
+
+def _side_by_side(sides: list[tuple[str, str]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    from rlaif.console import visible
+
+    table = Table(show_lines=True, expand=True)
+    for heading, _ in sides:
+        table.add_column(Text(visible(heading)), ratio=1, overflow="fold")
+    table.add_row(*(Text(visible(text)) for _, text in sides))
+    return table
 
 
 def flips(
@@ -242,30 +266,28 @@ def _splits(
     offset: int,
     json_: bool,
 ) -> None:
-    from rich.table import Table
-
-    from rlaif.audit.pairs import splits
-    from rlaif.console import inert, stdout_console
+    from rlaif.audit.pairs import splits, unknown_values
+    from rlaif.console import Listing, piped, stdout_console
 
     filter = _filter(iteration=from_zero(iteration), constitution=constitution, **wanted)
     with opened(ctx) as index:
         page = splits(index, filter, limit, offset)
+        _warn([] if page.total else unknown_values(index, filter))
     if json_:
         print_json(page)
         return
-    table = Table()
-    for column in ("pair", "iter.", "prompt", "decision", "judge", "voice", "first shown first", "second shown first"):
-        table.add_column(column, justify="right" if column == "iter." else "left", no_wrap=column == "pair")
+    table = Listing("pair", "iter.", "prompt", "decision", "judge", "voice", "first shown first", "second shown first",
+                    right=("iter.",), whole=("pair",))  # fmt: skip
     for split in page.rows:
         r = split.row
-        start = [r.pair_id, str(r.iteration + 1), inert(short(r.prompt, 40)), r.status or "undecided"]
+        start = [r.pair_id, str(r.iteration + 1), short(r.prompt, 40), r.status or "undecided"]
         for v in split.voices:
             voice = f"{v.voice}{f' #{v.sample_index}' if v.sample_index else ''}{' guard' if v.guard else ''}"
             forward = " ".join(v.forward or v.unordered) or "-"
-            table.add_row(*start, inert(v.judge), inert(voice), forward, " ".join(v.reversed) or "-")
-            start = [""] * 4
-        table.add_section()
-    console = stdout_console()
+            table.add(*start, v.judge, voice, forward, " ".join(v.reversed) or "-")
+            if not piped():  # a program wants to know of every line which pair it is about
+                start = [""] * 4
+        table.end_section()
     if page.rows:
-        console.print(table)
+        table.print(stdout_console())
     print_total(page.total, page.offset, len(page.rows))

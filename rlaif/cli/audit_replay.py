@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlaif.cli.audit_common import run_of
-from rlaif.console import inert, stdout_console
+from rlaif.console import Listing, inert, stdout_console
 
 if TYPE_CHECKING:
     from rlaif.audit.replay import Change, Replay
@@ -58,8 +58,6 @@ def replay(
 
 
 def _show(found: Replay, parser: bool) -> None:
-    from rich.table import Table
-
     console = stdout_console()
     pairs, votes = found.total("pairs"), found.votes
     console.print(f"replayed {pairs} pairs with {votes} votes of {inert(found.run)}; nothing is written")
@@ -71,23 +69,19 @@ def _show(found: Replay, parser: bool) -> None:
         console.print(f"note: {inert(note)}")
     for problem in found.problems:
         console.print(f"[red]{inert(problem)}[/]{'' if problem.endswith('left out') else '; its pair is left out'}")
-    columns = ("iteration", "constitution", "pairs", "kept", "would keep", "newly kept", "newly dropped", "to review",
-               "reversed", "other reasons", "")  # fmt: skip
-    table = Table(*columns)
-    for name in columns[2:-1]:
-        next(c for c in table.columns if c.header == name).justify = "right"
+    numbers = ("iteration", "pairs", "kept", "would keep", "newly kept", "newly dropped", "to review", "reversed",
+               "other reasons")  # fmt: skip
+    table = Listing(numbers[0], "constitution", *numbers[1:], "", right=numbers[1:])
     for i in found.iterations:
         update = "" if i.updated == i.would_update else "no update any more" if i.updated else "now an update"
-        numbers = [getattr(i, name) for name in _COUNTED]
-        table.add_row(str(i.iteration + 1), inert(i.constitution), *map(str, numbers), update)
-    table.add_section()
-    table.add_row("all", "", *(str(found.total(name)) for name in _COUNTED), "")
-    console.print(table)
-    reasons = Table("before", "after", "pairs")
-    reasons.columns[2].justify = "right"
+        table.add(str(i.iteration + 1), i.constitution, *(str(getattr(i, name)) for name in _COUNTED), update)
+    table.end_section()
+    table.add("all", "", *(str(found.total(name)) for name in _COUNTED), "")
+    table.print(console)
+    reasons = Listing("before", "after", "pairs", right=("pairs",))
     for t in found.transitions:
-        reasons.add_row(t.before, t.after if t.after != t.before else "the same", str(t.pairs))
-    console.print(reasons)
+        reasons.add(t.before, t.after if t.after != t.before else "the same", str(t.pairs))
+    reasons.print(console)
     if not any(found.total(name) for name in _COUNTED[3:]):
         console.print("every decision is as it was made")
     for change in found.examples:

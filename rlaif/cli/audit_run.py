@@ -19,60 +19,113 @@ from rlaif.cli.audit_common import (
     share,
     short,
 )
+from rlaif.errors import UserError
 from rlaif.store import RunDir
 
 if TYPE_CHECKING:
     from rlaif.audit.compare import Compared
+    from rlaif.audit.index import Index
     from rlaif.audit.overview import Overview
+    from rlaif.console import Listing
 
 
 def print_overview(found: Overview) -> None:
-    """The run on one screen."""
-    from rich.table import Table
+    """The run on one screen; when piped, all of it."""
+    from rich.text import Text
 
-    from rlaif.console import inert, stdout_console
+    from rlaif.console import piped, stdout_console
 
     console = stdout_console()
+    if piped():
+        for line in [*_about(found), None, *_results(found, console.width)]:
+            if line is None:
+                _iterations(found).print(console)
+            else:
+                console.print(line, soft_wrap=True)
+        return
+
+    def height(lines: list[str]) -> int:
+        return sum(len(console.render_lines(Text.from_markup(line))) for line in lines)
+
+    # One line stays for the shell's prompt.
+    room = max(console.height, _LEAST_HEIGHT) - 1
+    about, results = _about(found, _FEW), _results(found, console.width, _FEW)
+    if height(about) + height(results) + _TABLE_LINES + _LEAST_ROWS > room:
+        about, results = _about(found, 1), _results(found, console.width, 1)
+    rows = max(room - height(about) - height(results) - _TABLE_LINES, _LEAST_ROWS)
+    table = _iterations(found)
+    if len(table.rows) > rows:
+        table.rows = [("…",) * len(table.columns), *table.rows[-(rows - 1) :]]
+    without: list[str] = []
+    unlimited = console.options.update(max_width=10_000)
+    for column in _DROPPED_FIRST:
+        if table.table(without).__rich_measure__(console, unlimited).maximum <= console.width:
+            break
+        without.append(column)
+    for line in about:
+        console.print(line)
+    console.print(table.table(without, console.width))
+    for line in results:
+        console.print(line)
+
+
+_LEAST_HEIGHT = 24
+_TABLE_LINES = 4
+"""Of a table without rows: three of its head and one below."""
+_LEAST_ROWS = 4
+_FEW = 3
+"""Texts, judges, evaluations and alarms that an overview on a terminal shows of many."""
+_DROPPED_FIRST = ("cached", "abst.", "slot 1", "text", "words", "dropped", "review", "agree", "loss")
+"""Columns that a narrow terminal goes without."""
+
+
+def _about(found: Overview, most: int | None = None) -> list[str]:
+    """What an overview says before the iterations, as rich's markup; of many texts and judges `most`."""
+    from rlaif.console import inert
+
     t = found.totals
     done = sum(r.done for r in found.iterations)
-    console.print(f"[bold]{inert(found.run)}[/]  {done} of {found.iterations_planned or '?'} iterations done")
-    console.print(
-        "texts: "
-        + "  ".join(f"{inert(c.constitution)} ({c.hash}) from iteration {c.iteration + 1}" for c in found.changes)
-    )
+    texts = [f"{inert(c.constitution)} ({c.hash}) from iteration {c.iteration + 1}" for c in found.changes]
     kept = share(t.kept / t.decided if t.decided else None)
-    console.print(
+    lines = [
+        f"[bold]{inert(found.run)}[/]  {done} of {found.iterations_planned or '?'} iterations done",
+        "texts: " + "  ".join(_last(texts, most, "earlier")),
         f"pairs {t.pairs}, kept {t.kept} ({kept}), dropped {t.dropped}"
         + (f" ({counts(t.reasons)})" if t.reasons else "")
-        + (f", in review {t.review}" if t.review else "")
-    )
-    console.print(
+        + (f", in review {t.review}" if t.review else ""),
         f"agreement {number(t.agreement)}, position bias {number(t.position_bias)}, order flips {t.order_flips}, "
         f"abstentions {sum(t.abstentions.values())} of {t.votes} votes"
-        + (f" ({counts(t.abstentions)})" if t.abstentions else "")
-    )
-    console.print(f"trained on {t.preferences} preferences ({t.replayed} replayed, {t.human} human) in {t.steps} steps")
+        + (f" ({counts(t.abstentions)})" if t.abstentions else ""),
+        f"trained on {t.preferences} preferences ({t.replayed} replayed, {t.human} human) in {t.steps} steps",
+    ]
+    costs = []
     for c in found.cost:
         money = "" if c.money is None else f", cost {c.money:.4f}"
-        console.print(
+        costs.append(
             f"judge {inert(c.judge)}: {c.votes} votes, {c.calls} calls, {c.cached} cached, "
             f"{c.prompt_tokens + c.completion_tokens} tokens{money}"
         )
-    table = Table()
-    for column in (
-        "iteration", "text", "pairs", "kept", "dropped", "agree", "slot 1", "abst.", "cached", "loss", "words",
-    ):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("text", "dropped") else "right")
-    for r in _ends(found.iterations):
-        if r is None:
-            table.add_row(*["…"] * len(table.columns))
-            continue
-        table.add_row(
+    return [*lines, *_last(costs, most, "others")]
+
+
+def _iterations(found: Overview) -> Listing:
+    from rlaif.console import Listing
+
+    reviewed = any(r.review for r in found.iterations)
+    review = ["review"] if reviewed else []
+    numbers = ("iteration", "pairs", "kept", "review", "agree", "slot 1", "abst.", "cached", "loss", "words")
+    table = Listing(
+        "iteration", "text", "pairs", "kept", "dropped", *review, "agree", "slot 1", "abst.", "cached", "loss", "words",
+        right=numbers,
+    )  # fmt: skip
+    for r in found.iterations:
+        table.add(
             str(r.iteration + 1),
-            inert(r.constitution or "-"),
+            r.constitution or "-",
             str(r.pairs),
             share(r.kept / r.decided if r.decided else None),
             counts(r.reasons),
+            *([str(r.review)] if reviewed else []),
             number(r.agreement),
             number(r.position_bias),
             str(r.abstentions),
@@ -80,28 +133,36 @@ def print_overview(found: Overview) -> None:
             "skipped" if r.skipped else number(r.loss, 3),
             number(r.mean_words, 1),
         )
-    console.print(table)
+    return table
+
+
+_WIDE = 90
+
+
+def _results(found: Overview, width: int, most: int | None = None) -> list[str]:
+    """What an overview says after the iterations, as rich's markup; the last `most` evaluations and alarms."""
+    from rlaif.console import inert
+
+    against = " against the base policy" if width >= _WIDE else ""
+    evaluations = []
     for e in found.evaluations:
         if e.win_rate is not None and e.win_interval is not None:
             low, high = e.win_interval
-            console.print(
-                f"after {e.updates}: win rate {e.win_rate:.2f} ({low:.2f}-{high:.2f}) against the base policy, "
+            evaluations.append(
+                f"after {e.updates}: win rate {e.win_rate:.2f} ({low:.2f}-{high:.2f}){against}, "
                 f"{number(e.mean_words, 1)} words, KL {number(e.kl_per_token, 3)} a token"
             )
-    for alarm in found.alarms[-5:]:
-        console.print(f"[red]alarm[/] {inert(alarm)}")
-    if not found.alarms:
-        console.print("no alarms")
+    alarms = _last([f"[red]alarm[/] {inert(alarm)}" for alarm in found.alarms], most, "earlier alarms")
+    if found.events_missing:
+        alarms = ["alarms unknown: events.jsonl is missing"]
+    return [*_last(evaluations, most, "earlier evaluations"), *(alarms or ["no alarms"])]
 
 
-_FIRST_ROWS, _LAST_ROWS = 8, 8
-
-
-def _ends(rows: tuple[Any, ...]) -> list[Any]:
-    """The first and the last rows of a long table, None between them: an overview fits on a screen."""
-    if len(rows) <= _FIRST_ROWS + _LAST_ROWS:
-        return list(rows)
-    return [*rows[:_FIRST_ROWS], None, *rows[-_LAST_ROWS:]]
+def _last(lines: list[str], most: int | None, what: str) -> list[str]:
+    """The last ones, after a word on how many others there are."""
+    if most is None or len(lines) <= most:
+        return lines
+    return [f"… {len(lines) - most} {what}", *lines[-most:]]
 
 
 def trace(
@@ -114,10 +175,8 @@ def trace(
     json_: Json = False,
 ) -> None:
     """Every preference that went into a policy, back to its votes and to the text that it was judged under."""
-    from rich.table import Table
-
     from rlaif.audit.trace import trace as ask
-    from rlaif.console import inert, stdout_console
+    from rlaif.console import Listing, inert, stdout_console
 
     with opened(ctx) as index:
         found = ask(index, index.run, checkpoint, (None if json_ else 20) if limit is None else limit, offset)
@@ -134,33 +193,29 @@ def trace(
         console.print(
             inert(f"{text.name or 'unknown text'} ({text.hash}): {text.preferences} preferences; {text.file}")
         )
-    table = Table(title="what each iteration added", title_justify="left")
-    for column in ("iteration", "judged under", "preferences", "judge", "replay", "human", "votes", "agree", "steps"):
-        table.add_column(column, justify="left" if column == "judged under" else "right")
-    table.add_column("policy after")
+    numbers = ("iteration", "preferences", "judge", "replay", "human", "votes", "agree", "steps")
+    table = Listing(numbers[0], "judged under", *numbers[1:], "policy after",
+                    right=numbers, whole=("policy after",), title="what each iteration added")  # fmt: skip
     for r in found.iterations:
-        table.add_row(
-            str(r.iteration + 1), inert(r.constitution or "-"), str(r.preferences), str(r.judged), str(r.replayed),
+        table.add(
+            str(r.iteration + 1), r.constitution or "-", str(r.preferences), str(r.judged), str(r.replayed),
             str(r.human), str(r.votes), number(r.agreement), str(r.steps), r.policy_after or "-",
         )  # fmt: skip
-    console.print(table)
+    table.print(console)
     if not found.rows:
         return
-    table = Table(title="preferences", title_justify="left")
-    for column in ("in", "pair", "source", "judged under", "prompt", "chosen", "p", "agree", "steps", "votes"):
-        table.add_column(
-            column, justify="right" if column in ("in", "p", "agree") else "left", no_wrap=column == "pair"
-        )
+    table = Listing("in", "pair", "source", "judged under", "prompt", "chosen", "p", "agree", "steps", "votes",
+                    right=("in", "p", "agree"), whole=("pair",), title="preferences")  # fmt: skip
     for p in found.rows:
         lines = f"{len(p.vote_lines)} in {p.judged_in + 1}"
         if p.vote_lines:
             lines += f": line {p.vote_lines[0]}" + (" …" if len(p.vote_lines) > 1 else "")
-        table.add_row(
-            str(p.iteration + 1), p.pair_id, p.source, inert(p.constitution or p.constitution_hash),
-            inert(short(p.prompt, 40)), p.chosen_id, number(p.p_chosen), number(p.agreement),
+        table.add(
+            str(p.iteration + 1), p.pair_id, p.source, p.constitution or p.constitution_hash,
+            short(p.prompt, 40), p.chosen_id, number(p.p_chosen), number(p.agreement),
             ", ".join(map(str, p.steps)), lines,
         )  # fmt: skip
-    console.print(table)
+    table.print(console)
     print_total(found.preferences, offset, len(found.rows), "preferences")
 
 
@@ -182,14 +237,12 @@ def compare(
 
 
 def _print_compared(found: Compared) -> None:
-    from rich.table import Table
-
-    from rlaif.console import inert, stdout_console
+    from rlaif.console import Listing, stdout_console
 
     console = stdout_console()
-    table = Table("", *(inert(r) for r in found.runs))
-    texts = (", ".join(f"{inert(c.constitution)} from iteration {c.iteration + 1}" for c in t) for t in found.texts)
-    table.add_row("texts", *texts)
+    table = Listing("", *found.runs)
+    texts = (", ".join(f"{c.constitution} from iteration {c.iteration + 1}" for c in t) for t in found.texts)
+    table.add("texts", *texts)
     lines: dict[str, list[str]] = {}
     for t in found.totals:
         for name, value in {
@@ -204,7 +257,7 @@ def _print_compared(found: Compared) -> None:
         }.items():
             lines.setdefault(name, []).append(value)
     for name, values in lines.items():
-        table.add_row(name, *values)
+        table.add(name, *values)
     wins = [
         {e.updates: e for e in evaluations if e.win_rate is not None and e.win_interval is not None}
         for evaluations in found.evaluations
@@ -215,13 +268,13 @@ def _print_compared(found: Compared) -> None:
             e = side.get(updates)
             low, high = (e.win_interval or (0, 1)) if e else (0, 1)
             cells.append(f"{e.win_rate:.2f} ({low:.2f}-{high:.2f})" if e and e.win_rate is not None else "-")
-        table.add_row(f"win rate after {updates}", *cells)
-    console.print(table)
+        table.add(f"win rate after {updates}", *cells)
+    table.print(console)
     if found.settings:
-        table = Table("setting", *(inert(r) for r in found.runs), title="settings that differ", title_justify="left")
+        table = Listing("setting", *found.runs, title="settings that differ")
         for s in found.settings:
-            table.add_row(inert(s.key), inert(repr(s.first)), inert(repr(s.second)))
-        console.print(table)
+            table.add(s.key, repr(s.first), repr(s.second))
+        table.print(console)
     else:
         console.print("the same settings")
     console.print(
@@ -229,14 +282,14 @@ def _print_compared(found: Compared) -> None:
         f"decided differently, {found.reversed} the other way round"
     )
     if found.examples:
-        table = Table("prompt", "pair", "decision", "agree", "pair in the second", "decision", "agree")
+        table = Listing("prompt", "pair", "decision", "agree", "pair in the second", "decision", "agree")
         for d in found.examples:
-            table.add_row(
-                inert(short(d.prompt, 40)),
+            table.add(
+                short(d.prompt, 40),
                 d.first_pair, f"{d.first_status or '-'} {d.first_outcome or ''}", number(d.first_agreement),
                 d.second_pair, f"{d.second_status or '-'} {d.second_outcome or ''}", number(d.second_agreement),
             )  # fmt: skip
-        console.print(table)
+        table.print(console)
 
 
 def tables_help() -> str:
@@ -257,24 +310,60 @@ def sql(
     """See `tables_help`."""
     import json
 
-    from rich.table import Table
-
-    from rlaif.console import inert, stdout_console
+    from rlaif.console import Listing, stdout_console
 
     with opened(ctx) as index:
-        found = index.ask(query, limit + 1)
-    names, rows = found
+        names, rows = index.ask(query, limit + 1)
+        types = _types(index, query) if json_ else []
     more, rows = len(rows) > limit, rows[:limit]
     if json_:
-        values = [dict(zip(names, row, strict=True)) for row in rows]
-        typer.echo(json.dumps(values, indent=1, ensure_ascii=False, default=str))
+        names = _different(names)
+        kinds = dict(zip(names, types, strict=False))
+        values = [{n: _as_json(v, kinds.get(n)) for n, v in zip(names, row, strict=True)} for row in rows]
+        typer.echo(json.dumps(values, indent=1, ensure_ascii=False, default=str, allow_nan=False))
     else:
-        table = Table(*(inert(n) for n in names))
+        table = Listing(*names)
         for row in rows:
-            table.add_row(*("-" if v is None else inert(str(v)) for v in row))
-        stdout_console().print(table)
+            table.add(*("-" if v is None else str(v) for v in row))
+        table.print(stdout_console())
     if more:
         typer.echo(f"rlaif: only the first {limit} rows; --limit gives more", err=True)
+
+
+def _types(index: Index, query: str) -> list[str]:
+    """DuckDB's types of a query's columns; empty when it can't say, as of an EXPLAIN."""
+    try:
+        names, rows = index.ask(f"DESCRIBE {query}", 10_000)
+    except UserError:
+        return []
+    return [str(row[names.index("column_type")]) for row in rows]
+
+
+def _different(names: list[str]) -> list[str]:
+    """Column names, each once: a second `n` is `n_2`, as a JSON object holds a name once."""
+    out: list[str] = []
+    for name in names:
+        place, known = 2, name
+        while known in out or (known != name and known in names):
+            known, place = f"{name}_{place}", place + 1
+        out.append(known)
+    return out
+
+
+def _as_json(value: Any, kind: str | None = None) -> Any:
+    """A value of DuckDB's as JSON has it: its JSON columns are values, not text; what is no number is null."""
+    import json
+    import math
+
+    if kind == "JSON" and isinstance(value, str):
+        value = json.loads(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(v) for v in value]
+    return value
 
 
 def export(

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from rlaif.audit.index import Index
 from rlaif.audit.pair import PairDetail, question_of, show
-from rlaif.audit.pairs import list_pairs
+from rlaif.audit.pairs import known_names, list_pairs
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.verdicts import flips
 from rlaif.records import Vote
@@ -115,6 +115,11 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
     def our_error(request: Request, e: RlaifError) -> Response:
         return error(404 if isinstance(e, UserError) else 500, str(e))
 
+    @app.exception_handler(OSError)
+    def file_error(request: Request, e: OSError) -> Response:
+        logging.getLogger(__name__).error("%s: %s", request.url.path, e)
+        return error(500, f"{e.filename or 'a file of the run'}: {e.strerror or e}")
+
     @app.get("/static/{file}")
     def static(file: str) -> Response:
         if file not in STATIC:
@@ -148,7 +153,7 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
             return RedirectResponse(asked.address(), 303)
         with fresh():
             found = list_pairs(index, asked.filter, asked.sort, asked.descending, asked.limit, asked.offset)
-            names = _known_names(index)
+            names = known_names(index)
         return page(
             "pairs.html",
             page="pairs",
@@ -157,7 +162,7 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
             choices=CHOICES | names,
             found=found,
             pages=asked.pages(found),
-            problems=problems,
+            problems=[*problems, *found.problems],
         )
 
     @app.get("/pairs/{pair_id:path}")
@@ -215,19 +220,6 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
 
     add_review(app, run, queue, page)
     return app
-
-
-def _known_names(index: Index) -> dict[str, tuple[str, ...]]:
-    """What the run has of texts, principles and judges, for the filters' choices."""
-
-    def names(sql: str) -> tuple[str, ...]:
-        return tuple(row["name"] for row in index.rows(sql) if row["name"])
-
-    return {
-        "constitution": names("SELECT DISTINCT text_name AS name FROM iterations ORDER BY name"),
-        "principle": names("SELECT DISTINCT unnest(principles) AS name FROM panels ORDER BY name"),
-        "judge": names("SELECT DISTINCT unnest(judges) AS name FROM panels ORDER BY name"),
-    }
 
 
 def _by_voice(detail: PairDetail) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -18,6 +19,16 @@ from rlaif.records import EvaluationMetrics, IterationMetrics, Record, digest
 from rlaif.store import RunDir, first_problem
 
 R = TypeVar("R", bound=Record)
+
+
+class PrincipleRow(Record):
+    """A principle on held-out answers, by the judge."""
+
+    principle: str
+    pairs: int
+    """On which some vote was about this principle alone."""
+    win_rate: float | None
+    """Mean over those pairs, a vote for neither side as half; None without such a vote."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,8 @@ class Facts:
     """Iteration, from 0 → pairs that were `kept`, wait for `review`, or were dropped, by first reason."""
     losses: list[tuple[int, float]]
     """(iteration, loss) of every optimizer step, in order."""
+    principles: tuple[PrincipleRow, ...] = ()
+    """Of `last_judged`."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by stage, of finished iterations; `evaluations` too."""
 
@@ -62,13 +75,31 @@ def read_facts(index: Index, run: RunDir) -> Facts:
     seconds["evaluations"] = sum(e.seconds for e in evaluations)
     found = overview(index, run)
     losses = index.rows("SELECT iteration, loss FROM updates WHERE iteration IS NOT NULL ORDER BY iteration, step")
+    judged = [e.updates for e in evaluations if e.win_rate is not None]
     return Facts(
         overview=found.model_copy(update={"problems": (*found.problems, *problems)}),
         evaluations=evaluations,
         parts=parts,
         losses=[(row["iteration"], row["loss"]) for row in losses if row["loss"] is not None],
+        principles=_principles(index, judged[-1]) if judged else (),
         seconds={stage: round(took, 1) for stage, took in seconds.items()},
     )
+
+
+def _principles(index: Index, updates: int) -> tuple[PrincipleRow, ...]:
+    """What moved, principle by principle; a held-out pair shows the policy's answer first, the base policy's second."""
+    rows = index.rows(
+        """WITH alone AS (
+            SELECT principles[1] AS principle, pair_id,
+                avg(CASE outcome WHEN 'first' THEN 1.0 WHEN 'second' THEN 0.0 ELSE 0.5 END) AS won
+            FROM votes WHERE evaluation = ? AND NOT guard AND len(principles) = 1 AND outcome <> 'abstain'
+            GROUP BY ALL
+        ), asked AS (SELECT DISTINCT unnest(principles) AS principle FROM votes WHERE evaluation = ? AND NOT guard)
+        SELECT principle, count(pair_id) AS pairs, avg(won) AS win_rate FROM asked LEFT JOIN alone USING (principle)
+        GROUP BY principle ORDER BY principle""",
+        [updates, updates],
+    )
+    return tuple(PrincipleRow.model_validate(r) for r in rows)
 
 
 def _metrics(index: Index, kind: str, record: type[R], problems: list[str]) -> Iterator[R]:
@@ -80,10 +111,21 @@ def _metrics(index: Index, kind: str, record: type[R], problems: list[str]) -> I
             problems.append(f"{kind}s/{row['n']:04d}/metrics.json: not {record.__name__} ({first_problem(e)})")
 
 
+def _grown(path: Path) -> int:
+    """The size of a file that is being written; 0 of any other, whose name says enough."""
+    if not path.name.endswith(".partial"):
+        return 0
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # it was finished since
+        return 0
+
+
 def version_of(run: RunDir) -> str:
-    """Another one when there is something new to see: a stage, an iteration, an event, a label."""
+    """Another one when there is something new to see: a stage, more of it, an iteration, an event, a label."""
     folders = [run.iteration(k).path for k in run.iterations()[-1:]]
     folders += [run.evaluation(k).path for k in run.evaluations()[-1:]]
-    names = [[str(f), *sorted(p.name for p in f.iterdir())] for f in folders]
+    # A stage grows under its .partial name: a long one is news while it is written.
+    names = [[str(f), *sorted((p.name, _grown(p)) for p in f.iterdir())] for f in folders]
     files = ("events.jsonl", "run.json", "review/labels.jsonl")
     return digest([names, [os.stat(p).st_size if (p := run.path / f).exists() else 0 for f in files]])

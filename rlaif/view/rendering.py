@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ def environment() -> jinja2.Environment:
     made.filters |= {
         "percent": lambda value: MISSING if value is None else percent(value),
         "number": number,
+        "money": lambda value: MISSING if value is None else money(value),
         "count": lambda value: MISSING if value is None else f"{value:,}".replace(",", "\u202f"),
         "path": lambda value: quote(str(value), safe=""),
         "words": lambda value: str(value).replace("_", " "),
@@ -43,6 +45,11 @@ def environment() -> jinja2.Environment:
 def number(value: float | None, digits: int = 2) -> str:
     """A number with so many digits, a proper minus sign, and a dash for none."""
     return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def money(value: float) -> str:
+    """A sum with two digits that say something: whole cents of more than one."""
+    return f"{value:.2f}" if value >= 1 or value == 0 else f"{value:.{1 - math.floor(math.log10(value))}f}"
 
 
 def render(template: str, **values: Any) -> str:

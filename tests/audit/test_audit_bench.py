@@ -46,6 +46,8 @@ def test_a_generated_run_is_a_run(tmp_path: Path) -> None:
         kept += len(rows["preferences"])
     assert 0 < kept < 60
     assert verify(run).findings == ()
+    for v in rows["votes"]:
+        assert v.attempts == (0 if v.cached else 1)
     vote = (run.iteration(0).path / "votes.jsonl").stat().st_size / (VOTES_PER_PAIR * 20)
     assert 600 < vote < 1200  # bytes, as in real runs
 
@@ -58,6 +60,7 @@ def test_the_benchmark_measures_everything(tmp_path: Path, index_folder: Path) -
     assert found["list: no filter"] == 60
     assert found["list: iteration"] == 20
     assert {f"list: {name}" for name in FILTERS} <= set(found)
+    assert {"GET the overview page", "GET a page of decisions", "GET a pair's page"} <= set(found)
     shown = table(report)
     assert "peak memory, GiB" in shown
     assert all(m.name in shown for m in report.measured)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.audit_run import write_run
 from rlaif.store import RunDir
 from tests.audit.conftest import STORED
 from tests.test_layers import main, without_heavy
@@ -62,10 +63,12 @@ def test_the_overview_fits_a_screen() -> None:
         assert word in done.stdout
 
 
-def test_a_terminal_gets_a_rich_table() -> None:
+def on_a_terminal(*arguments: str, columns: int, lines: int, run: Path = STORED) -> str:
+    """What a terminal of a size is sent."""
     parent, child = pty.openpty()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "120"}
-    command = [sys.executable, "-m", "rlaif", "audit", str(STORED)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
+    environment |= {"COLUMNS": str(columns), "LINES": str(lines)}
+    command = [sys.executable, "-m", "rlaif", "audit", str(run), *arguments]
     process = subprocess.Popen(command, env=environment, stdout=child, stderr=subprocess.DEVNULL)
     os.close(child)
     shown = b""
@@ -77,8 +80,67 @@ def test_a_terminal_gets_a_rich_table() -> None:
         if not block:
             break
         shown += block
+    os.close(parent)
     assert process.wait() == 0
-    assert b"\x1b[1m" in shown
+    return shown.decode()
+
+
+def test_a_terminal_gets_a_rich_table_and_a_pipe_lines() -> None:
+    query = ("sql", "SELECT * FROM votes LIMIT 2")
+    shown = on_a_terminal(*query, columns=120, lines=40)
+    assert "\x1b[1m" in shown
+    assert "┏" in shown
+    assert "…" not in shown
+    head, *rows = (line.split("\t") for line in audit(*query).stdout.splitlines())
+    assert [len(head)] * 2 == [len(row) for row in rows]
+    values = json.loads(audit(*query, "--json").stdout)
+    assert [row[head.index("ballot_id")] for row in rows] == [v["ballot_id"] for v in values]
+    assert not any("┃" in line or "│" in line for line in audit("show", PAIR).stdout.splitlines())
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (100, 30), (200, 60)])
+def test_the_overview_of_a_long_run_fits_the_screen(tmp_path: Path, columns: int, lines: int) -> None:
+    write_run(tmp_path / "run", pairs=100, iterations=50)
+    shown = on_a_terminal(columns=columns, lines=lines, run=tmp_path / "run").splitlines()
+    assert len(shown) < lines
+    assert any("after 50" in line for line in shown)
+    assert any(line.startswith("│        50 │") for line in shown)
+    assert any(line.startswith("│         … │") for line in shown)
+    assert ("┃ cached" in "".join(shown).replace("\x1b[0m", "").replace("\x1b[1m", "")) == (columns > 100)
+    piped = audit(run=tmp_path / "run").stdout
+    assert len([line for line in piped.splitlines() if line.count("\t") == 10]) == 51
+
+
+LONG = "x" * 299 + "."
+CHINESE = "天地玄黄宇宙洪荒" * 20
+
+
+@pytest.mark.parametrize("text", [LONG, CHINESE])
+@pytest.mark.parametrize("columns", [60, 100, None])
+def test_text_without_spaces_is_shown_whole(copy: RunDir, text: str, columns: int | None) -> None:
+    here = copy.iteration(0).path
+    for name, key in (("completions", "text"), ("votes", "raw_reply")):
+        rows = [json.loads(line) for line in (here / f"{name}.jsonl").read_text().splitlines()]
+        for row in rows:
+            row[key] = text
+        (here / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    if columns is None:
+        shown = audit("show", PAIR, run=copy.path).stdout
+        assert shown.count(text) == 10
+    else:
+        shown = on_a_terminal("show", PAIR, columns=columns, lines=30, run=copy.path)
+    assert "…" not in shown
+    # Two answers, eight votes.
+    assert shown.count(text[0]) >= 10 * text.count(text[0])
+    assert shown.count(text[-1]) >= 10 * text.count(text[-1])
+
+
+def test_missing_events_are_no_word_on_alarms(copy: RunDir) -> None:
+    assert "no alarms" in audit(run=copy.path).stdout or "alarm " in audit(run=copy.path).stdout
+    (copy.path / "events.jsonl").unlink()
+    shown = audit(run=copy.path).stdout
+    assert "alarms unknown: events.jsonl is missing" in shown
+    assert "no alarms" not in shown
 
 
 def test_a_pair_of_a_skipped_update_was_not_trained_on() -> None:
@@ -186,3 +248,72 @@ def test_a_run_that_has_just_begun(copy: RunDir, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert complaints(done) == []
     assert "0 of 4 iterations done" in audit(run=begun).stdout
+
+
+def test_sql_json_is_json() -> None:
+    query = (
+        "SELECT 1 AS n, 2 AS n, 'infinity'::DOUBLE AS i, [{'x': 'nan'::DOUBLE}] AS l, "
+        "(SELECT metrics FROM iterations LIMIT 1) AS m"
+    )
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    (row,) = json.loads(audit("sql", query, "--json").stdout, parse_constant=refuse)
+    assert (row["n"], row["n_2"], row["i"], row["l"]) == (1, 2, None, [{"x": None}])
+    assert row["m"]["iteration"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--principle", "nope"), "principle nope: the run has answers"),
+        (("--judge", "nope"), "judge nope: the run has chat:careful"),
+        (("--constitution", "nope@9"), "constitution nope@9: the run has rules@1, rules@2"),
+        (("--iteration", "99"), "iteration 99: the run has 4"),
+    ],
+)
+def test_an_empty_list_says_what_there_is(arguments: tuple[str, ...], said: str) -> None:
+    done = audit("list", *arguments)
+    assert done.returncode == 0
+    assert "0 pairs" in done.stdout
+    assert said in done.stderr
+
+
+def change(path: Path, key: str, value: object) -> None:
+    """Gives the first row of a file another value, of whatever type."""
+    lines = path.read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | {key: value})
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def test_a_vote_that_is_none_is_named_and_the_pair_shown(copy: RunDir) -> None:
+    path = copy.iteration(0).path / "votes.jsonl"
+    change(path, "outcome", "perhaps")
+    done = audit("show", PAIR, run=copy.path)
+    assert done.returncode == 0, done.stderr
+    assert f"{path}:1: not a Vote" in done.stderr
+    assert "decision: kept" in done.stdout
+    assert f"votes: {path}:2 to line 8" in done.stdout
+
+
+def test_a_decision_that_is_none_is_named_and_the_pair_shown(copy: RunDir) -> None:
+    path = copy.iteration(0).path / "decisions.jsonl"
+    change(path, "status", "perhaps")
+    pair = json.loads(path.read_text().splitlines()[0])["pair_id"]
+    done = audit("show", pair, run=copy.path)
+    assert done.returncode == 0, done.stderr
+    assert f"{path}:1: not a Decision" in done.stderr
+    done = audit("list", "--iteration", "1", run=copy.path)
+    assert done.returncode == 0, done.stderr
+    assert f"{path}: the decision on pair {pair} is none" in done.stderr
+    assert "1-5 of 5 pairs" in done.stdout
+
+
+def test_without_the_text_the_questions_are_missing_and_the_rest_is_shown(copy: RunDir) -> None:
+    for path in (copy.path / "constitutions").glob("*/constitution.json"):
+        path.unlink()
+    done = audit("show", PAIR, "--questions", run=copy.path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("question can't be shown") == 8
+    assert "decision: kept" in done.stdout

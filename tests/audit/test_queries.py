@@ -25,6 +25,7 @@ from rlaif.judging.verdicts import by_pair
 from rlaif.records import Completion, Decision, Pair, Preference, Prompt, UpdateStep, Verdict, Vote
 from rlaif.store import RunDir, read_json, read_rows, write_json
 from tests.data.make_run import write_header
+from tests.review.runs import reviewed
 from tests.stubs import stub_job, stub_loop
 
 Facts = dict[str, Any]
@@ -400,3 +401,33 @@ def test_abstentions_are_shown_among_all_votes_as_the_filter_counts_them() -> No
         abstentions={"unparsed": 1},
     )  # fmt: skip
     assert _rule("abstained", verdict, Filters())[0] == "1 of 4 votes abstained"
+
+
+def test_pairs_in_review_are_not_counted_as_dropped(tmp_path: Path) -> None:
+    run = reviewed(tmp_path)
+    with Index.open(run) as index:
+        found = overview(index, run)
+    assert found.totals.review
+    assert any(r.review for r in found.iterations)
+    for r in found.iterations:
+        metrics = read_json(run.iteration(r.iteration).path / "metrics.json")
+        assert (r.reasons, r.review) == (metrics["dropped_by_first_reason"], metrics["review"])
+    assert sum(found.totals.reasons.values()) == found.totals.dropped
+
+
+def test_text_is_found_in_earlier_turns(copy: RunDir) -> None:
+    path = copy.path / "prompts" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    with Index.open(copy) as index:
+        prompt = index.rows("SELECT prompt_id FROM pairs WHERE iteration = 0 LIMIT 1")[0]["prompt_id"]
+    for row in rows:
+        if row["id"] == prompt:
+            row["messages"] = [{"role": "user", "content": "About Zebras."}, {"role": "assistant", "content": "Yes?"},
+                               *row["messages"]]  # fmt: skip
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with Index.open(copy) as index:
+        found = list_pairs(index, PairFilter(text="zebra"))
+        assert found.total
+        assert {index.rows("SELECT prompt_id FROM pairs WHERE pair_id = ?", [r.pair_id])[0]["prompt_id"]
+                for r in found.rows} == {prompt}  # fmt: skip
+        assert all("Zebra" not in r.prompt for r in found.rows)

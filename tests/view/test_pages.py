@@ -142,7 +142,9 @@ def test_a_version_changes_when_something_is_written(stub_run: Path, tmp_path: P
     run.iteration(9).path.mkdir()
     third = version_of(run)
     (run.iteration(9).path / "votes.jsonl.partial").touch()
-    assert len({first, second, third, version_of(run)}) == 4
+    fourth = version_of(run)
+    (run.iteration(9).path / "votes.jsonl.partial").write_text("more of a long stage\n")
+    assert len({first, second, third, fourth, version_of(run)}) == 5
 
 
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
@@ -162,3 +164,48 @@ def test_a_voice_is_shown_as_flipped_by_the_rule_that_drops_its_pair() -> None:
     votes = [make_vote("first", 0, voice="v", order="forward"), make_vote("tie", 1, voice="v", order="reversed")]
     (voice,) = _by_voice(SimpleNamespace(votes=votes, vote_lines=["1", "2"]))  # type: ignore[arg-type]
     assert voice["flipped"] is aggregate(votes).order_flip is True
+
+
+def test_a_damaged_decision_is_named_on_its_pages(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "made")
+    path = run / "iterations" / "0000" / "decisions.jsonl"
+    lines = path.read_text().splitlines()
+    first = json.loads(lines[0])
+    lines[0] = json.dumps(first | {"status": "perhaps"})
+    path.write_text("".join(line + "\n" for line in lines))
+    with served(run) as url:
+        for address in ("/", "/pairs", f"/pairs/{first['pair_id']}"):
+            status, _, text = get(url + address)
+            assert status == 200, address
+            if address != "/":
+                assert "decisions.jsonl" in text
+
+
+def test_a_principle_is_measured_by_votes_about_it_alone(stub_run: Path, tmp_path: Path) -> None:
+    from rlaif.audit.index import Index
+    from rlaif.records import Vote
+    from rlaif.store import RunDir, read_rows
+    from rlaif.view.facts import read_facts
+
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(stub_run, run.path)
+    last = max(run.evaluations())
+    path = run.evaluation(last).path / "votes.jsonl"
+    votes = [v for v in read_rows(path, Vote) if not v.ballot.guard]
+    together = {"principles": ("alone", "other")}
+    changed = [v.model_copy(update={"outcome": "first", "abstain_reason": None,
+                                    "ballot": v.ballot.model_copy(update={"principles": ("alone",)})})
+               if i % 2 else v.model_copy(update={"ballot": v.ballot.model_copy(update=together)})
+               for i, v in enumerate(votes)]  # fmt: skip
+    path.write_text("".join(v.model_dump_json() + "\n" for v in changed))
+    with Index.open(run) as index:
+        rows = {p.principle: p for p in read_facts(index, run).principles}
+    assert rows["alone"].win_rate == 1
+    assert rows["alone"].pairs == len({v.ballot.pair_id for v in changed[1::2]})
+    assert (rows["other"].win_rate, rows["other"].pairs) == (None, 0)
+
+
+def test_money_keeps_digits_that_say_something() -> None:
+    from rlaif.view.rendering import money
+
+    assert [money(x) for x in (0, 0.0067, 0.00012, 0.1, 12.345)] == ["0.00", "0.0067", "0.00012", "0.10", "12.35"]
