@@ -258,7 +258,7 @@ def question_of(run: RunDir, detail: PairDetail, ballot_id: str) -> str:
     vote = found[0]
     path = run.path / "constitutions" / vote.ballot.constitution / "constitution.json"
     if not path.exists():
-        raise RlaifError(f"{path}: missing; the question can't be shown without the text")
+        raise RlaifError(f"{path}: missing; a question is rendered from the text")
     text = read_record(path, Constitution)
     if vote.ballot.order == "none" and vote.prompt_hash is None:
         return _likelihood_question(detail, vote, text)
