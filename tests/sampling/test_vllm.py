@@ -42,7 +42,7 @@ def run(worker: Worker, requests: list[SampleRequest]) -> dict[str, Sample]:
 
 @pytest.fixture(scope="module")
 def worker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    settings = config.Sampling(max_model_len=64, kv_cache_gib=0.05)
+    settings = config.Sampling(max_tokens=24, max_model_len=64, kv_cache_gib=0.05)
     log = tmp_path_factory.mktemp("logs") / "sampler.log"
     with Worker("sampler", "rlaif.sampling.vllm:Sampler", {"model_path": str(tiny), "settings": settings}, log) as w:
         w.ready()
