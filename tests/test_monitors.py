@@ -76,7 +76,7 @@ def test_numbers_of_a_stored_run_still_read(record: type[IterationMetrics | Eval
 
 def test_numbers_that_are_none_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text('{"iteration": "one"}')
-    with pytest.raises(RlaifError, match=r"metrics.json: not IterationMetrics of schema 1 \(iteration: "):
+    with pytest.raises(RlaifError, match=r"metrics.json: not a IterationMetrics of schema 1 \(iteration: "):
         read_record(tmp_path / "metrics.json", IterationMetrics)
 
 
