@@ -4,6 +4,13 @@ Every message says what was found, what was allowed, and the next step; it is sh
 line, without a traceback.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class RlaifError(Exception):
     """Something on our side failed. Exit code 1."""
@@ -33,3 +40,10 @@ class JudgeUnavailable(UserError):
 
 class BudgetSpent(UserError):
     """The judge's budget is used up: the run stops cleanly and can go on with a larger one."""
+
+
+def first_problem(e: ValidationError) -> str:
+    """What is wrong first, and where, in one line."""
+    problem = e.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg']}" if where else problem["msg"]

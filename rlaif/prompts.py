@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlaif.config import Prompts
-from rlaif.errors import UserError
+from rlaif.errors import UserError, first_problem
 from rlaif.records import Message, Prompt, digest
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -216,9 +216,7 @@ def _messages(chat: Any, column: str, where: str) -> tuple[Message, ...]:
     try:
         messages = [Message.model_validate(m) for m in chat]
     except ValidationError as e:
-        error = e.errors()[0]
-        at = ".".join(str(part) for part in error["loc"])
-        raise UserError(f"{where}: `{column}`: {at}: {error['msg']} (a message is {{role, content}})") from e
+        raise UserError(f"{where}: `{column}`: {first_problem(e)} (a message is {{role, content}})") from e
     while len(messages) > 1 and messages[-1].role == "assistant":
         messages.pop()
     if messages[-1].role != "user" or not messages[-1].content.strip():

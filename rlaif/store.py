@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from rlaif.config import Job, parse_job
-from rlaif.errors import RlaifError, UserError
+from rlaif.errors import RlaifError, UserError, first_problem
 from rlaif.records import SCHEMA_VERSION, Event, Plan, Record
 
 R = TypeVar("R", bound=Record)
@@ -103,13 +103,6 @@ def read_record(path: Path, record: type[R]) -> R:
     except ValidationError as e:
         what = f"not a {record.__name__} of schema {SCHEMA_VERSION}"
         raise RlaifError(f"{path}: {what} ({first_problem(e)}); it was damaged after it was written") from e
-
-
-def first_problem(e: ValidationError) -> str:
-    """What is wrong first, and where, in one line."""
-    problem = e.errors()[0]
-    where = ".".join(map(str, problem["loc"]))
-    return f"{where}: {problem['msg']}" if where else problem["msg"]
 
 
 def file_digest(path: Path) -> str:

@@ -11,13 +11,13 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from rlaif.audit.index import Index
+from rlaif.errors import first_problem
 from rlaif.records import (
     DropReason,
     Outcome,
     Record,
     Side,
 )
-from rlaif.store import first_problem
 
 PREVIEW_CHARS = 160
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Limit = Annotated[int, typer.Option(min=1, help="Most rows to print.")]
+Iteration = Annotated[int | None, typer.Option(help="Iteration, counted from 1 as in tables.")]
+TextName = Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")]
 Offset = Annotated[int, typer.Option(min=0, help="Rows to leave out first.")]
 
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rlaif.cli.audit_common import (
+    Iteration,
     Json,
     Limit,
     Offset,
+    TextName,
     from_zero,
     number,
     opened,
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 
 def list_(
     ctx: typer.Context,
-    iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 1 as in tables.")] = None,
-    constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
+    iteration: Iteration = None,
+    constitution: TextName = None,
     status: Annotated[Literal["kept", "dropped", "review"] | None, typer.Option(help="The filter's word.")] = None,
     reason: Annotated[str | None, typer.Option(help="A rule that spoke against the pair.")] = None,
     principle: Annotated[str | None, typer.Option(help="A principle that some vote is about.")] = None,
@@ -235,8 +237,8 @@ def _side_by_side(sides: list[tuple[str, str]]) -> Any:
 
 def flips(
     ctx: typer.Context,
-    iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 1 as in tables.")] = None,
-    constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
+    iteration: Iteration = None,
+    constitution: TextName = None,
     limit: Limit = 50,
     offset: Offset = 0,
     json_: Json = False,
@@ -247,8 +249,8 @@ def flips(
 
 def disagree(
     ctx: typer.Context,
-    iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 1 as in tables.")] = None,
-    constitution: Annotated[str | None, typer.Option(help="name@version, or a hash (its beginning).")] = None,
+    iteration: Iteration = None,
+    constitution: TextName = None,
     limit: Limit = 50,
     offset: Offset = 0,
     json_: Json = False,

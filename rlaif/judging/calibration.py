@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from rlaif.config import Filters
-from rlaif.errors import UserError
+from rlaif.errors import UserError, first_problem
 from rlaif.judging.numbers import sigmoid
 from rlaif.judging.verdicts import JurorFit
 from rlaif.records import Ballot, Record, Verdict, Vote, digest
@@ -363,9 +363,7 @@ def parse_calibration(text: str, source: str) -> Calibration:
             f"{source}:{e.lineno}: not a calibration file ({e.msg}); `rlaif judge calibrate` makes one"
         ) from e
     except ValidationError as e:
-        error = e.errors()[0]
-        where = ".".join(str(p) for p in error["loc"])
-        raise UserError(f"{source}: {where}: {error['msg']}; make the file again with `rlaif judge calibrate`") from e
+        raise UserError(f"{source}: {first_problem(e)}; make the file again with `rlaif judge calibrate`") from e
 
 
 def panels_of(votes_by_pair: Mapping[str, Sequence[Vote]]) -> tuple[Panel, ...]:

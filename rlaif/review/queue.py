@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from rlaif.constitution import Constitution
-from rlaif.errors import RlaifError, UserError
+from rlaif.errors import RlaifError, UserError, first_problem
 from rlaif.judging.filters import certainty
 from rlaif.records import (
     Completion,
@@ -33,7 +33,7 @@ from rlaif.records import (
     digest,
 )
 from rlaif.review import labels as log
-from rlaif.store import RunDir, StageDir, first_problem, read_record, read_rows, replacing
+from rlaif.store import RunDir, StageDir, read_record, read_rows, replacing
 
 CLAIM_S = 600.0
 """How long a pair that is shown to one reviewer is kept from the others."""

@@ -24,7 +24,7 @@ from rlaif.audit.pair import PairDetail, question_of, show
 from rlaif.audit.pairs import known_names, list_pairs
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.verdicts import flips
-from rlaif.records import Vote
+from rlaif.records import VoiceKey, Vote
 from rlaif.review.queue import Queue
 from rlaif.store import RunDir
 from rlaif.summary import status_of
@@ -224,21 +224,20 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
 
 def _by_voice(detail: PairDetail) -> list[dict[str, Any]]:
     """Votes grouped by who was asked and how; both orders of a voice stand together."""
-    groups: dict[tuple[Any, ...], list[tuple[Vote, str]]] = {}
+    groups: dict[tuple[bool, VoiceKey], list[tuple[Vote, str]]] = {}
     for vote, line in zip(detail.votes, detail.vote_lines, strict=True):
-        b = vote.ballot
-        groups.setdefault((b.guard, b.judge, b.voice, b.principles, b.sample_index), []).append((vote, line))
+        groups.setdefault((vote.ballot.guard, vote.ballot.voice_key), []).append((vote, line))
     return [
         {
             "guard": guard,
-            "judge": judge,
-            "voice": voice,
-            "principles": principles,
-            "sample": sample,
+            "judge": key.judge,
+            "voice": key.voice,
+            "principles": key.principles,
+            "sample": key.sample_index,
             "votes": sorted(votes, key=lambda row: row[0].ballot.order),
             "flipped": flips(v for v, _ in votes),
         }
-        for (guard, judge, voice, principles, sample), votes in sorted(groups.items(), key=lambda item: item[0][:3])
+        for (guard, key), votes in sorted(groups.items(), key=lambda item: (item[0][0], *item[0][1][:2]))
     ]
 
 

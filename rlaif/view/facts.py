@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from rlaif.audit.index import Index
 from rlaif.audit.overview import Overview, overview
+from rlaif.errors import first_problem
 from rlaif.records import EvaluationMetrics, IterationMetrics, Record, digest
-from rlaif.store import RunDir, first_problem
+from rlaif.store import RunDir
 
 R = TypeVar("R", bound=Record)
 
