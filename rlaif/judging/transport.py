@@ -37,8 +37,8 @@ _ERROR_CHARACTERS = 300
 _CHARACTERS_PER_TOKEN = 4
 # A verdict stands at the end of its reply; what comes before it needs no probabilities.
 _TOKENS_KEPT = 16
-# A client looks through all of its connections at every request: 64 in one pool cost more than the rest of the call.
-_REQUESTS_PER_CLIENT = 8
+# A client looks through all of its connections at every request: hundreds are too many for one. Making one takes 20 ms.
+_REQUESTS_PER_CLIENT = 64
 
 FailureKind = Literal["down", "broken", "rejected"]
 """`down`: no answer, or "not now". `broken`: an answer that is none. `rejected`: the server refuses the request."""
