@@ -13,7 +13,8 @@ from typing import Any
 
 from rlaif.intervals import wilson
 from rlaif.records import Decision, HumanLabel, Record
-from rlaif.review.labels import REVIEW, in_force, read_labels
+from rlaif.review.labels import in_force, read_labels
+from rlaif.review.queue import readable
 from rlaif.store import RunDir
 
 BANDS = ((0.0, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.0))
@@ -64,19 +65,19 @@ def labelled_pairs(run: RunDir) -> tuple[list[Reviewed], tuple[str, ...]]:
     log = read_labels(run)
     wanted = in_force(log.labels)
     out: list[Reviewed] = []
+    problems = list(log.problems)
     for k in run.iterations():
         mine = {pair: label for pair, label in wanted.items() if label.iteration == k}
         if not mine or not run.iteration(k).is_complete("decisions"):
             continue
-        plan = run.plan(k)
-        out += [
-            Reviewed(label=mine[d.pair_id], decision=d, constitution=str(plan.constitution))
-            for d in run.iteration(k).read("decisions", Decision, REVIEW)
-            if d.pair_id in mine and d.status == "review"
-        ]
+        sent, plan, damaged = readable(run, k)
+        problems += damaged
+        if plan is not None:
+            text = str(plan.constitution)
+            out += [Reviewed(label=mine[d.pair_id], decision=d, constitution=text) for d in sent if d.pair_id in mine]
     lost = sorted(wanted.keys() - {x.label.pair_id for x in out})
     unknown = [f"{run.path}: no pair {pair} was sent to review; its label is left out" for pair in lost]
-    return out, (*log.problems, *unknown)
+    return out, (*problems, *unknown)
 
 
 def agreement(pairs: Sequence[Reviewed]) -> list[Agreement]:

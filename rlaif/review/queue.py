@@ -230,19 +230,10 @@ class Queue:
             for k in self._run.iterations():
                 here = self._run.iteration(k)
                 if k not in self._sent and here.is_complete("decisions"):
-                    self._sent[k], self._damaged[k] = self._readable(k, here)
+                    self._sent[k], plan, self._damaged[k] = readable(self._run, k)
+                    if plan is not None:
+                        self._plans[k] = plan
             return dict(self._sent)
-
-    def _readable(self, k: int, here: StageDir) -> tuple[list[Decision], list[str]]:
-        """An iteration's decisions with status review that a person can be asked about, and why not about others."""
-        problems: list[str] = []
-        sent = sent_to_review(here, problems.append)
-        try:
-            self._plan(k)
-        except (RlaifError, OSError) as e:
-            what = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
-            return [], [*problems, *([f"{what}; its {len(sent)} pairs in review are left out"] if sent else [])]
-        return sent, problems
 
     def _waiting(self, labels: Iterable[HumanLabel]) -> list[Decision]:
         """Pairs without a label, the most useful first: judged under the newest text, then of the newest iteration,
@@ -287,6 +278,18 @@ class Queue:
         # Whole or not at all, but not made durable: with the machine, whoever looked at a pair is gone too.
         with replacing(self._claims_path) as temporary:
             temporary.write_text(json.dumps({p: c.model_dump() for p, c in claims.items()}))
+
+
+def readable(run: RunDir, k: int) -> tuple[list[Decision], Plan | None, list[str]]:
+    """An iteration's decisions with status review and its plan; without a plan none of them can be used. And what
+    couldn't be read, a line each."""
+    problems: list[str] = []
+    sent = sent_to_review(run.iteration(k), problems.append)
+    try:
+        return sent, run.plan(k), problems
+    except (RlaifError, OSError) as e:
+        what = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
+        return [], None, [*problems, *([f"{what}; its {len(sent)} pairs in review are left out"] if sent else [])]
 
 
 def sent_to_review(here: StageDir, told: Callable[[str], None] = lambda problem: None) -> list[Decision]:

@@ -112,3 +112,22 @@ def test_the_command(rlaif, tmp_path: Path) -> None:  # noqa: F811
     found = json.loads(out)
     assert found["agreement"][0]["labels"] == len(found["labels"]) == len(sent_to_review(run.iteration(0)))
     assert {"judge", "judge_agreement", "reasons", "review_rule", "outcome", "author"} <= set(found["labels"][0])
+
+
+def test_a_damaged_decision_costs_its_pair_only(tmp_path: Path) -> None:
+    run = reviewed(tmp_path, iterations=2)
+    for k in (0, 1):
+        for d in sent_to_review(run.iteration(k)):
+            give(run, d.pair_id, "first")
+    whole, _ = labelled_pairs(run)
+    path = run.iteration(0).path / "decisions.jsonl"
+    lost = next(x for x in whole if x.label.iteration == 0).label.pair_id
+    rows = path.read_text().splitlines(keepends=True)
+    at = next(n for n, row in enumerate(rows) if lost in row)
+    rows[at] = rows[at].replace('"p_first":', '"p_firs":')
+    path.write_text("".join(rows))
+    (run.iteration(1).path / "plan.json").unlink()
+    pairs, problems = labelled_pairs(run)
+    assert {x.label.pair_id for x in pairs} == {x.label.pair_id for x in whole if x.label.iteration == 0} - {lost}
+    assert any(f"decisions.jsonl:{at + 1}: not a Decision" in p for p in problems)
+    assert any("plan.json: No such file" in p for p in problems)
