@@ -21,8 +21,8 @@ $(STAMP): pyproject.toml scripts/setup.sh
 quickstart: $(STAMP) ## sets up, then runs jobs/quickstart.yaml (or JOB=...)
 	@$(BIN)/rlaif run $(JOB)
 
-test: $(STAMP) ## sets up, then runs the test suite (ARGS="-m 'not slow'" for the quick part)
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## sets up, then runs the test suite (ARGS="-m 'not slow'" for the quick part, ARGS=-n0 in one process)
+	@$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

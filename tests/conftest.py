@@ -17,6 +17,19 @@ from tests.stubs import write_texts
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share fixtures and stay together. Tests with real models come first and one after another: they
+    take longest, and the machine has the memory and the cores for one of them beside the small ones."""
+
+    def has_models(item: pytest.Item) -> bool:
+        return any(item.get_closest_marker(name) for name in ("vllm", "model", "slow"))
+
+    items.sort(key=lambda item: not has_models(item))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("models" if has_models(item) else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with a tokenizer and a chat template."""

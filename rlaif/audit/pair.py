@@ -110,24 +110,34 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
     problems: list[str] = []
     (row,) = as_rows(index, found[:1], [])
 
-    def readable(record: type[Any], line: bytes | None, table: str, number: int) -> Any:
+    def readable(record: type[Any], line: bytes | None, table: str, where: dict[str, Any], number: int) -> Any:
         try:
-            return _parsed(record, line, index, table, base, number)
+            return _parsed(record, line, index, table, where, number)
         except RlaifError as e:
             problems.append(str(e))
             return None
 
     vote_lines = [r["line"] for r in index.rows("SELECT line FROM votes WHERE pair_id = ? ORDER BY line", [pair_id])]
     read = index.source_lines("votes", base, vote_lines)
-    read_votes = {n: vote for n in vote_lines if (vote := readable(Vote, read.get(n), "votes", n))}
+    read_votes = {n: vote for n in vote_lines if (vote := readable(Vote, read.get(n), "votes", base, n))}
     votes = [*read_votes.values()]
     decision = None
     if base["decision_line"]:
         line = index.source_lines("decisions", base, [base["decision_line"]]).get(base["decision_line"])
-        decision = readable(Decision, line, "decisions", base["decision_line"])
+        decision = readable(Decision, line, "decisions", base, base["decision_line"])
     pair_line = index.source_lines("pairs", base, [base["line"]]).get(base["line"])
     pair = _parsed(Pair, pair_line, index, "pairs", base, base["line"])
-    first, second = (_completion(index, i) for i in (pair.first, pair.second))
+
+    def completion(completion_id: str) -> Completion | None:
+        found = index.rows(
+            "SELECT iteration, evaluation, line FROM completions WHERE completion_id = ?", [completion_id]
+        )
+        if not found:
+            return None
+        line = index.source_lines("completions", found[0], [found[0]["line"]]).get(found[0]["line"])
+        return readable(Completion, line, "completions", found[0], found[0]["line"])
+
+    first, second = completion(pair.first), completion(pair.second)
     asked = index.rows("SELECT messages, category FROM prompts WHERE prompt_id = ?", [pair.prompt_id])
     category = asked[0]["category"] if asked else None
     rules: tuple[RuleLine, ...] = ()
@@ -166,16 +176,6 @@ def _parsed(record: type[Any], line: bytes | None, index: Index, table: str, row
         return record.model_validate_json(line)
     except ValidationError as e:
         raise RlaifError(f"{where}: not a {record.__name__} ({e.errors()[0]['msg']}); it was changed") from e
-
-
-def _completion(index: Index, completion_id: str) -> Completion | None:
-    found = index.rows("SELECT iteration, evaluation, line FROM completions WHERE completion_id = ?", [completion_id])
-    if not found:
-        return None
-    where = found[0]
-    line = index.source_lines("completions", where, [where["line"]]).get(where["line"])
-    completion: Completion = _parsed(Completion, line, index, "completions", where, where["line"])
-    return completion
 
 
 def _constitution_of(index: Index, run: RunDir, row: dict[str, Any]) -> tuple[ConstitutionRef | None, str | None]:

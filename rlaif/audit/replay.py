@@ -193,7 +193,7 @@ def replay(
 
     Raises:
         UserError: the calibration isn't about this run's votes, and `filters.uncalibrated` says stop.
-        RlaifError: two files of an iteration don't fit each other (`rlaif audit RUN verify` says why).
+        RlaifError: a judge template is gone, and `settings.parser` needs it.
     """
     own = run.job()
     rows: list[Replayed] = []
@@ -210,17 +210,26 @@ def replay(
         progress(k)
         again = Iteration(run, k, settings)
         counts: Counter[str] = Counter()
-        for before, after in again.decisions():
-            counts["pairs"] += 1
-            counts["kept_before"] += before.status == "kept"
-            counts["kept_after"] += after.status == "kept"
-            table[_label(before), _label(after)] += 1
-            if (kind := _kind(before, after)) is not None:
-                counts[kind] += 1
-                if len(found[kind]) < EXAMPLES:
-                    found[kind].append(
-                        Change(iteration=k, pair_id=before.pair_id, kind=kind, before=before, after=after)
-                    )
+        mine: Counter[tuple[str, str]] = Counter()
+        changes: list[Change] = []
+        try:
+            for before, after in again.decisions():
+                counts["pairs"] += 1
+                counts["kept_before"] += before.status == "kept"
+                counts["kept_after"] += after.status == "kept"
+                mine[_label(before), _label(after)] += 1
+                if (kind := _kind(before, after)) is not None:
+                    counts[kind] += 1
+                    if len(found[kind]) + counts[kind] <= EXAMPLES:
+                        changes.append(
+                            Change(iteration=k, pair_id=before.pair_id, kind=kind, before=before, after=after)
+                        )
+        except _Misfit as e:
+            problems.append(f"{e}; iteration {k + 1} is left out")
+            continue
+        table += mine
+        for change in changes:
+            found[change.kind].append(change)
         votes += again.votes
         problems += again.problems
         named = ("pairs", "kept_before", "kept_after", *get_args(Kind))
@@ -250,6 +259,10 @@ def replay(
         notes=tuple(notes),
         problems=tuple(problems),
     )
+
+
+class _Misfit(RlaifError):
+    """Two files of an iteration don't fit each other."""
 
 
 class _End:
@@ -333,9 +346,9 @@ class Iteration:
             if pair is None or was is None:
                 continue  # lines that stand for the same pair: one of them can't be read
             if isinstance(was, _End) or was.pair_id != pair.id:
-                raise RlaifError(
-                    f"{self.here.path / 'decisions.jsonl'}: doesn't fit pairs.jsonl at pair {pair.id}; "
-                    "`rlaif audit RUN verify` says what was changed"
+                raise _Misfit(
+                    f"{self.here.path / 'decisions.jsonl'}: doesn't fit pairs.jsonl at pair {pair.id} "
+                    "(`rlaif audit RUN verify` says what was changed)"
                 )
             if mine is None or not {pair.first, pair.second} <= texts.keys():
                 continue

@@ -311,6 +311,23 @@ def test_a_question_that_was_not_sent_says_so(copy: RunDir) -> None:
     assert asked.startswith("Not what was sent: the vote notes prompt 0000000000000000")
 
 
+def test_a_damaged_answer_is_named_and_the_rest_of_its_pair_shown(copy: RunDir) -> None:
+    here = copy.iteration(0)
+    pair = here.read("pairs", Pair)[0]
+    path = here.path / "completions.jsonl"
+    lines = path.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if json.loads(line)["id"] == pair.first)
+    lines[at] = lines[at].replace('"policy":', '"polic":')
+    path.write_text("\n".join(lines) + "\n")
+    with Index.open(copy) as index:
+        found = show(index, copy, pair.id)
+    assert found.first is None
+    assert found.second is not None
+    assert found.votes
+    (problem,) = found.problems
+    assert problem.startswith(f"{path}:{at + 1}: not a Completion (")
+
+
 def test_a_template_may_include_from_a_folder(copy: RunDir) -> None:
     for folder in {p.parent for p in copy.path.glob("constitutions/*/*.jinja")}:
         (folder / "parts").mkdir()

@@ -330,6 +330,19 @@ def test_a_damaged_line_costs_its_pairs_alone(run: RunDir, stage: str) -> None:
     assert len(found.iterations) == len(run.iterations())
 
 
+def test_an_iteration_whose_files_do_not_fit_is_named_and_left_out(run: RunDir) -> None:
+    whole = replay(run, *settings_of(run, run.path))
+    path = run.iteration(0).path / "decisions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[1], lines[0], *lines[2:]]))
+    found = replay(run, *settings_of(run, run.path))
+    (problem,) = found.problems
+    assert problem.startswith(f"{path}: doesn't fit pairs.jsonl at pair ")
+    assert problem.endswith("; iteration 1 is left out")
+    assert found.iterations == whole.iterations[1:]
+    assert sum(t.pairs for t in found.transitions) == sum(r.pairs for r in found.iterations)
+
+
 def test_an_iteration_without_its_votes_is_named(run: RunDir) -> None:
     path = run.iteration(1).path / "votes.jsonl"
     path.unlink()
