@@ -317,7 +317,7 @@ def test_a_damaged_answer_is_named_and_the_rest_of_its_pair_shown(copy: RunDir) 
     path = here.path / "completions.jsonl"
     lines = path.read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if json.loads(line)["id"] == pair.first)
-    lines[at] = lines[at].replace('"policy":', '"polic":')
+    lines[at] = lines[at].replace('"finish_reason":"', '"finish_reason":"un')
     path.write_text("\n".join(lines) + "\n")
     with Index.open(copy) as index:
         found = show(index, copy, pair.id)
