@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rlaif.errors import UserError
 
+Precision = Literal["auto", "bf16", "fp32"]
+"""`auto`: bf16 on hardware that multiplies it, else fp32."""
+
 
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys are an error, docstrings under fields are kept."""
@@ -60,6 +63,9 @@ class Sampling(Section):
     """Nucleus: the smallest set of tokens with this much probability."""
     max_model_len: int = Field(1024, ge=32)
     """Longest prompt plus completion, in tokens."""
+    precision: Precision = "auto"
+    """What the policy samples in. `auto`: bf16 on hardware that multiplies it, else fp32. The weights are bf16 in
+    both."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Memory for vLLM's KV cache on the CPU, GiB."""
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
@@ -142,6 +148,8 @@ class Judge(Juror):
     OpenAI-compatible server answers a question rendered from a template."""
     model: str = "embedded:smollm2-135m-instruct"
     """likelihood: the frozen model that judges. chat: the name that the server knows."""
+    precision: Precision = "auto"
+    """likelihood: what the frozen model computes in; `auto` as in `sampling.precision`."""
     batch_tokens: int = Field(1024, ge=64)
     """likelihood: tokens of one forward pass."""
     score_temperature: float = Field(4.0, gt=0)
@@ -297,8 +305,8 @@ class Learner(Section):
     """Gradient clipping."""
     reference: Literal["base", "previous"] = "base"
     """What KL is measured against: the untrained policy, or the policy before this iteration."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast of the update; master weights and Adam state are fp32 in both."""
+    precision: Precision = "auto"
+    """Autocast of the update; master weights and Adam state are fp32 in both. `auto` as in `sampling.precision`."""
     lora: Lora | None = None
     """Train adapters; full weights when absent."""
     args: dict[str, Any] = Field(default_factory=dict)

@@ -16,8 +16,8 @@ from typing import Literal
 import psutil
 
 from rlaif import models
+from rlaif.hardware import cpu_has_bf16, cpu_name, gpu_names
 from rlaif.records import Record
-from rlaif.workers import gpu_names
 
 MIN_PYTHON = (3, 11)
 MIN_CORES = 2
@@ -79,10 +79,11 @@ def _python() -> Check:
 def _cores() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     enough = cores >= MIN_CORES
+    multiplies = "bf16" if cpu_has_bf16() else "no bf16, so models compute in fp32"
     return Check(
         name="cores",
         status="ok" if enough else "warning",
-        found=f"{cores}",
+        found=f"{cores} of {cpu_name()} ({multiplies})",
         mend=None if enough else f"the quickstart's ten minutes are for {MIN_CORES} cores",
     )
 

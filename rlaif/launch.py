@@ -16,6 +16,8 @@ from typing import Any
 from rlaif import __version__, models
 from rlaif.config import Job, Judge, changed_keys, parse_job
 from rlaif.errors import RunInterrupted, UserError
+from rlaif.hardware import facts as hardware_facts
+from rlaif.hardware import gpu_names
 from rlaif.heads import write_head
 from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
 from rlaif.judging.spending import Spent, spent_on
@@ -26,13 +28,14 @@ from rlaif.prompts import check_enough, exclude_held_out, load_prompts, with_sys
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
 from rlaif.store import RunDir, read_json, read_rows, replacing, write_json
 from rlaif.texts import Texts
-from rlaif.workers import InlineWorker, Worker, gpu_names, start_worker
+from rlaif.workers import InlineWorker, Worker, start_worker
 
 HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
             "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
             "judge.timeout_s", "judge.max_retries", "judge.requests_per_minute", "judge.tokens_per_minute",
             "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env",
-            # What a device's memory asks for: of the numbers, only the rounding changes.
+            # What a device asks for: of the numbers, only the rounding changes.
+            "sampling.precision", "judge.precision", "learner.precision",
             "sampling.gpu_memory_utilization", "sampling.tensor_parallel_size",
             "learner.args.per_device_train_batch_size", "learner.args.gradient_checkpointing")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
@@ -96,7 +99,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             factories["judge"] = ("rlaif.judging.chat:make", {"settings": job.judge, "spent": _spent(run, job)})
         # Sanity is measured under the frozen base policy, whoever judges.
         if digests.get("judge") != digests["policy"]:
-            factories["measurer"] = _likelihood(base, Judge())
+            factories["measurer"] = _likelihood(base, Judge(precision=job.judge.precision))
         workers: dict[str, Worker | InlineWorker] = {}
         for name, (factory, kwargs) in factories.items():
             worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log")
@@ -266,6 +269,7 @@ def _code() -> dict[str, Any]:
         "packages": {name: v for name in PACKAGES if (v := _version(name))},
         "python": platform.python_version(),
         "revision": _revision(),
+        "hardware": hardware_facts(),
     }
 
 

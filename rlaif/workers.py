@@ -17,7 +17,6 @@ import importlib
 import os
 import queue
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -35,20 +34,6 @@ from rlaif.errors import RlaifError, UserError, WorkerError
 _START = 0  # the id of the answer to construction
 _CLOSE_GRACE_S = 15.0  # a tracker may have something to upload
 _POLL_S = 1.0
-
-
-def gpu_names() -> list[str]:
-    """Names of the CUDA GPUs that `nvidia-smi` lists; empty without the program or a driver."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    try:
-        done = subprocess.run(
-            [program, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 class WorkerLike(Protocol):

@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "rlaif.store",
         "rlaif.heads",
+        "rlaif.hardware",
         "rlaif.models",
         "rlaif.workers",
         "rlaif.prompts",
@@ -94,7 +95,7 @@ AT_TOP = {
 """Who may import a heavy library when it is imported itself; these modules are loaded by their worker only."""
 ANYWHERE = {
     **AT_TOP,
-    "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm rlaif.judging.likelihood rlaif.models",
+    "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm rlaif.judging.likelihood rlaif.models rlaif.hardware",
     "transformers": f"{AT_TOP['transformers']} rlaif.judging.likelihood rlaif.models",
     "vllm": "rlaif.sampling.vllm",
     "peft": "rlaif.learning.base",

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlaif.config import Judge
 from rlaif.constitution import Constitution, Voice
 from rlaif.errors import UserError
+from rlaif.hardware import torch_dtype
 from rlaif.judging.ballots import GUARD_MEASURES
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.numbers import side_of, sigmoid
@@ -96,7 +97,7 @@ class LikelihoodJudge:
     """
 
     def __init__(self, model_path: str, settings: Judge, name: str | None = None):
-        """Loads a local model folder in bf16 on the GPU or the CPU. `name` is recorded in votes.
+        """Loads a local model folder on the GPU or the CPU. `name` is recorded in votes.
 
         Raises:
             UserError: the folder holds no model, or its tokenizer has no chat template.
@@ -106,7 +107,7 @@ class LikelihoodJudge:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+            model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(settings.precision))
             tokenizer = AutoTokenizer.from_pretrained(model_path)
         except (OSError, ValueError) as e:
             raise UserError(f"judge.model {model_path}: can't load the model ({str(e).splitlines()[0]})") from e

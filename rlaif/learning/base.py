@@ -34,6 +34,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from rlaif import config
 from rlaif.errors import RlaifError, UserError
+from rlaif.hardware import precision_here
 from rlaif.models import export_digest
 from rlaif.records import Preference, UpdateStep
 
@@ -81,6 +82,7 @@ class TrlLearner(ABC):
         """Loads the policy (fp32) and builds the trainer; see `rlaif.learning.make_learner`."""
         self.settings = settings
         self.seed = seed
+        self._precision = precision_here(settings.precision)
         disable_progress_bar()  # of transformers: progress is the loop's to show
         # The trainer wants a folder of its own, even when it writes nothing there.
         self._scratch = tempfile.TemporaryDirectory(prefix="rlaif-learner-")
@@ -235,7 +237,7 @@ class TrlLearner(ABC):
             return None
         base, _ = _load(model_path)
         base.requires_grad_(False).eval()
-        if self.settings.precision == "bf16":
+        if self._precision == "bf16":
             # What autocast would do at every call, done once: same numbers as the policy's, half the memory. A
             # tied head stays fp32, since the embedding that it shares is not autocast.
             embedding = base.get_input_embeddings().weight
@@ -267,7 +269,7 @@ class TrlLearner(ABC):
             "loss_type": settings.loss_type,
             "max_grad_norm": settings.max_grad_norm,
             "per_device_train_batch_size": settings.batch_size,
-            "bf16": settings.precision == "bf16",
+            "bf16": self._precision == "bf16",
             "use_cpu": not torch.cuda.is_available(),
             "seed": self.seed,
             "lr_scheduler_type": "constant",

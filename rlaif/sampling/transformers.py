@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlaif import config, models
 from rlaif.errors import UserError
+from rlaif.hardware import precision_here, torch_dtype
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.nucleus import keep_nucleus
 from rlaif.sampling.requests import check_length
@@ -37,6 +38,9 @@ class Sampler:
         self._tokenizer = models.load_tokenizer(model_path)
         self._stop_token_ids = frozenset(models.stop_token_ids(Path(model_path)))
         self._max_model_len = settings.max_model_len
+        # A model that was written in fp32 (tests) keeps it; exports are bf16.
+        computes = precision_here(settings.precision)
+        self._dtype: Any = "auto" if settings.precision == "auto" and computes == "bf16" else torch_dtype(computes)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self.load(model_path)
 
@@ -47,8 +51,9 @@ class Sampler:
             UserError: they are damaged.
         """
         try:
-            # A model that was written in fp32 (tests) keeps it; exports are bf16.
-            self._model: Any = AutoModelForCausalLM.from_pretrained(policy_path, dtype="auto", local_files_only=True)
+            self._model: Any = AutoModelForCausalLM.from_pretrained(
+                policy_path, dtype=self._dtype, local_files_only=True
+            )
         except (OSError, SafetensorError) as e:
             raise UserError(f"{policy_path}: can't load these weights ({' '.join(str(e).split())})") from e
         self._model.to(self._device).eval()

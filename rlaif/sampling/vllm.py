@@ -13,6 +13,7 @@ from typing import Any
 
 from rlaif import config, models
 from rlaif.errors import UserError
+from rlaif.hardware import torch_dtype
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.requests import check_length
 
@@ -72,7 +73,7 @@ class Sampler:
         )
         self._llm = vllm.LLM(
             model=model_path,
-            dtype="bfloat16",
+            dtype=torch_dtype(settings.precision),
             max_model_len=settings.max_model_len,
             max_num_seqs=MAX_SEQUENCES,
             tensor_parallel_size=settings.tensor_parallel_size,
