@@ -22,7 +22,7 @@ quickstart: $(STAMP) ## sets up, then runs jobs/quickstart.yaml (or JOB=...)
 	@$(BIN)/rlaif run $(JOB)
 
 test: $(STAMP) ## sets up, then runs the test suite (ARGS="-m 'not slow'" for the quick part, ARGS=-n0 in one process)
-	@$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -46,6 +46,7 @@ bench-audit: $(STAMP) ## speed and memory of the audit on a run of a million vot
 judge-server: $(STAMP) ## vLLM's OpenAI-compatible server with the embedded model, on loopback (PORT=8000)
 	@VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING $(BIN)/python -m vllm.entrypoints.openai.api_server \
 		--model "$$($(BIN)/rlaif models embedded:smollm2-135m-instruct)" --served-model-name smollm2 \
+		--dtype "$$($(BIN)/python -m rlaif.hardware)" \
 		--host 127.0.0.1 --port $(PORT) --max-model-len 2048 --enforce-eager
 
 clean: ## removes the virtual environment and caches; runs/ stays

@@ -7,9 +7,10 @@ another, each in a process of its own, on the same prompts:
   last iteration's weights into vLLM, sampling, voting, deciding, update, state and weights written.
 - `vllm`: the same requests straight to `vllm.LLM.generate`, the limit for sampling. Once more without top-p, which
   vLLM's CPU sampler pays for by sorting the vocabulary.
-- `bare`: PyTorch on the token batches that the loop trained on, the limit for the update. Policy in fp32 under bf16
-  autocast, one forward without gradient (the reference), one forward and backward of the DPO loss; the vocabulary is
-  projected for completion tokens only, as in the loop. No clipping, optimizer, metrics or records: Adam is timed apart.
+- `bare`: PyTorch on the token batches that the loop trained on, the limit for the update. Policy in fp32, under bf16
+  autocast where the loop takes it, one forward without gradient (the reference), one forward and backward of the DPO
+  loss; the vocabulary is projected for completion tokens only, as in the loop. No clipping, optimizer, metrics or
+  records: Adam is timed apart.
 - `trl`: TRL's stock `OnlineDPOTrainer` with transformers generation; its defaults but for a completion's length.
 - `trl_tuned_fp32` and `trl_tuned_bf16`: the same without gradient checkpointing, with which generation has no KV cache,
   in fp32 and under bf16 autocast. The faster one is what somebody who knows TRL well would get.
@@ -37,6 +38,7 @@ from typing import Any
 
 from rlaif.config import Job, Prompts, parse_job
 from rlaif.errors import RlaifError, UserError
+from rlaif.hardware import precision_here, torch_dtype
 from rlaif.records import (
     Ballot,
     Completion,
@@ -443,7 +445,7 @@ def part_vllm(work: Path, model: Path, prompts: list[Prompt]) -> VllmTimes:
     gpu = {"gpu_memory_utilization": settings.gpu_memory_utilization}
     llm = LLM(
         model=str(model),
-        dtype="bfloat16",
+        dtype=torch_dtype(settings.precision),
         max_model_len=settings.max_model_len,
         max_num_seqs=MAX_SEQUENCES,
         disable_log_stats=True,
@@ -496,7 +498,7 @@ def part_bare(work: Path, model: Path, prompts: list[Prompt]) -> BareTimes:
         return ids.to(device), mask.to(device), scored.to(device)
 
     def log_p(ids: Any, mask: Any, scored: Any) -> Any:
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision_here("auto") == "bf16"):
             hidden = policy.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             logits = policy.lm_head(hidden[:, :-1][scored[:, 1:]])  # [completion tokens, vocabulary]
         token = logits.float().log_softmax(-1).gather(-1, ids[scored].unsqueeze(-1)).squeeze(-1)

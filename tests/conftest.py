@@ -17,17 +17,10 @@ from tests.stubs import write_texts
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share fixtures and stay together. Tests with real models come first and one after another: they
-    take longest, and the machine has the memory and the cores for one of them beside the small ones."""
-
-    def has_models(item: pytest.Item) -> bool:
-        return any(item.get_closest_marker(name) for name in ("vllm", "model", "slow"))
-
-    items.sort(key=lambda item: not has_models(item))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("models" if has_models(item) else item.path.stem))
+    """Files with slow tests first: `make test` hands out files, and the last one must not be a long one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

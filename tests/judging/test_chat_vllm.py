@@ -37,6 +37,7 @@ def free_port() -> int:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("vllm")
     from rlaif import models
+    from rlaif.hardware import torch_dtype
     from rlaif.sampling.vllm import ENVIRONMENT
 
     port, log = free_port(), tmp_path_factory.mktemp("server") / "server.log"
@@ -45,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",
                "--port", str(port), "--served-model-name", "smollm2", "--max-model-len", "2048",
-               "--enforce-eager"]  # fmt: skip
+               "--enforce-eager", "--dtype", str(torch_dtype("auto")).removeprefix("torch.")]  # fmt: skip
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
     try:
