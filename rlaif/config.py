@@ -331,6 +331,11 @@ class Eval(Section):
     """Held-out prompts used, in file order."""
     samples: int = Field(1, ge=1)
     """Answers for each."""
+    temperature: float | None = Field(None, ge=0)
+    """Of held-out answers; `sampling.temperature` when absent. Training wants samples that explore, people read answers
+    that don't: set here what the policy will be used with."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Of held-out answers; `sampling.top_p` when absent."""
 
 
 class Monitors(Section):

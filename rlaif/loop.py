@@ -450,6 +450,8 @@ class Loop:
                     seed=self.job.seed,
                     iteration=EVAL_SEED_ITERATION,
                     prefix=f"eval{updates:04d}",
+                    temperature=self.job.eval.temperature,
+                    top_p=self.job.eval.top_p,
                 )
             )
 

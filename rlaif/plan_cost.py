@@ -11,10 +11,11 @@ import psutil
 from rich.table import Table
 
 from rlaif import models
-from rlaif.config import Job
+from rlaif.config import Job, Precision
 from rlaif.console import inert, stdout_console
 from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
+from rlaif.hardware import cpu_has_bf16
 from rlaif.judging.ballots import Role, ballots_for, selecting_voices
 from rlaif.judging.calibration import read_calibration
 from rlaif.judging.templates import load_template, template_names
@@ -24,8 +25,13 @@ from rlaif.records import Pair
 
 PROMPT_TOKENS = 40
 """A rendered prompt with its chat template, tokens: typical for one-sentence questions."""
-# Rates of the reference machine (2 cores, AVX-512, no GPU) on 135M parameters, tokens/s; `make bench` shows yours.
-SAMPLE_RATE, SCORE_RATE, TRAIN_RATE = 380.0, 1100.0, 230.0
+RATES = {
+    "sample": {"bf16": 380.0, "fp32": 190.0},
+    "score": {"bf16": 1100.0, "fp32": 440.0},
+    "train": {"bf16": 230.0, "fp32": 90.0},
+}
+"""Tokens a second of 135M parameters on the reference machines: 2 cores, no GPU; with bf16 (AMX) and without (AVX2). In
+bf16 on a processor that doesn't multiply it, a tenth of that. `make bench` shows yours."""
 REFERENCE_PARAMETERS = 135e6
 REFERENCE_WIDTH = 576
 START_S = 45.0
@@ -73,7 +79,11 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     trained = pairs * job.iterations * job.learner.epochs * 2 * (answer + PROMPT_TOKENS)
     parameters = _parameters(job.policy.model)
     scale = (parameters or REFERENCE_PARAMETERS) / REFERENCE_PARAMETERS
-    seconds = START_S + scale * (sampled / SAMPLE_RATE + judged / SCORE_RATE + trained / TRAIN_RATE)
+    seconds = START_S + scale * (
+        sampled / _rate("sample", job.sampling.precision)
+        + judged / _rate("score", job.judge.precision)
+        + trained / _rate("train", job.learner.precision)
+    )
     weights = 2 * (parameters or REFERENCE_PARAMETERS)  # bf16
     trained_share = _trained_share(job)
     # fp32 weights, and for what is trained a gradient, Adam's two moments and the reference or what a step needs.
@@ -115,6 +125,12 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "warnings": warnings,
         "parameters": parameters,
     }
+
+
+def _rate(work: str, precision: Precision) -> float:
+    fast = cpu_has_bf16()
+    computes = ("bf16" if fast else "fp32") if precision == "auto" else precision
+    return RATES[work][computes] / (1 if fast or computes == "fp32" else 10)
 
 
 def _ballots_a_pair(job: Job, text: Constitution, role: Role, base_dir: Path) -> int:
@@ -168,7 +184,7 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "evaluation": f"{costs['evaluations']} times, {costs['held_out_answers']} answers, "
         f"at most {costs['evaluation_ballots_at_most']} ballots",
         "tokens": f"about {tokens['sampled']:,} sampled, {tokens['judged']:,} judged, {tokens['trained']:,} trained on",
-        "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores without a GPU, after set-up"
+        "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores like these, without a GPU, after set-up"
         + (", and the judge's own" if costs["judge"] == "chat" else ""),
         "memory": f"about {costs['memory_gib']} GiB ({costs['memory_here_gib']} GiB here)",
         "disk": f"about {costs['disk_gib']} GiB ({costs['disk_free_gib']} GiB free)",

@@ -91,6 +91,8 @@ class StubSampler:
         seed: int,
         iteration: int,
         prefix: str,
+        temperature: float | None = None,
+        top_p: float | None = None,
     ) -> Iterator[list[Completion]]:
         if policy.digest != self._digest:
             raise RuntimeError(f"asked for answers of {policy.digest}, holding {self._digest}")

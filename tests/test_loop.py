@@ -170,6 +170,24 @@ def test_evaluations_say_what_they_measured(finished: RunDir) -> None:
     assert abs(base["kl_per_token"]) < 0.05  # the base policy against itself, in another precision
 
 
+def test_held_out_answers_have_a_temperature_of_their_own(tmp_path: Path, tiny_model: Path) -> None:
+    from rlaif.launch import execute
+
+    def answers(seed: int, **decoding: float) -> list[list[str]]:
+        where = tmp_path / f"{seed}{decoding}"
+        where.mkdir()
+        job = project_job(where, tiny_model, seed=seed, iterations=1, constitution="rules@1", eval=decoding)
+        run = execute(job, where / "run", where, Quiet())
+        stages = run.evaluation(0), run.iteration(0)
+        return [[c.text for c in here.read("completions", Completion)] for here in stages]
+
+    greedy, sampled = answers(0, temperature=0.0)
+    assert greedy == answers(1, temperature=0.0)[0]
+    assert len(set(sampled)) > len({c.split()[0] for c in sampled})  # training explores as before
+    assert answers(0, top_p=1e-6)[0] == greedy
+    assert answers(0)[0] != greedy
+
+
 def test_running_it_again_says_that_it_is_done(finished: RunDir) -> None:
     from rlaif.config import parse_job
     from rlaif.launch import execute
@@ -190,7 +208,7 @@ def test_a_run_that_goes_on_says_by_which_code(
     root = tmp_path / "again"
     shutil.copytree(finished.path.parent.parent, root)
     run = RunDir(root / "runs" / "tiny")
-    before = {k: finished.header[k] for k in ("rlaif", "packages", "python", "revision")}
+    before = {k: finished.header[k] for k in ("rlaif", "packages", "python", "revision", "hardware")}
     monkeypatch.setattr(launch, "_revision", lambda: "another")
     execute(parse_job(run.header["job"] | {"iterations": 4}, "run.json"), run.path, root, Quiet(), allow_change=True)
     begun, gone_on = [e for e in run.events() if e.kind in ("started", "resumed")]

@@ -75,7 +75,7 @@ def compare(first: Index, second: Index, limit: int = 10) -> Compared:
 
 def _settings(first: RunDir, second: RunDir) -> list[Setting]:
     a, b = first.header, second.header
-    parts = {"": "job", "models.": "models", "packages.": "packages"}
+    parts = {"": "job", "models.": "models", "packages.": "packages", "hardware.": "hardware"}
     found = []
     for prefix, part in parts.items():
         changes = changed_keys(a.get(part) or {}, b.get(part) or {})

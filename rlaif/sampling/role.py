@@ -61,8 +61,14 @@ class SamplerRole:
         seed: int,
         iteration: int,
         prefix: str,
+        temperature: float | None = None,
+        top_p: float | None = None,
     ) -> Iterator[list[Completion]]:
-        """Yields completions as they finish, in chunks; each is named `<prefix>-<prompt id>-<index>`."""
+        """Yields completions as they finish, in chunks; each is named `<prefix>-<prompt id>-<index>`.
+
+        `temperature` and `top_p` take the place of the settings' own.
+        """
+        settings = self._settings
         requests, about = [], {}
         for prompt in prompts:
             ids = render_prompt(self._tokenizer, prompt)
@@ -71,9 +77,9 @@ class SamplerRole:
                     id=f"{prefix}-{prompt.id}-{index}",
                     prompt_token_ids=ids,
                     seed=seed_for(seed, iteration, prompt.id, index),
-                    max_tokens=self._settings.max_tokens,
-                    temperature=self._settings.temperature,
-                    top_p=self._settings.top_p,
+                    max_tokens=settings.max_tokens,
+                    temperature=settings.temperature if temperature is None else temperature,
+                    top_p=settings.top_p if top_p is None else top_p,
                 )
                 requests.append(request)
                 about[request.id] = (prompt.id, index, request)
