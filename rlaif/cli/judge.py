@@ -22,9 +22,10 @@ from rlaif.cli.judge_common import (
     job_of,
     loader,
     open_asked,
+    told_what_is_kept,
 )
 from rlaif.console import stdout_console
-from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
+from rlaif.errors import UserError
 from rlaif.store import replacing
 
 if TYPE_CHECKING:
@@ -113,7 +114,17 @@ class _Votes:
             out += cell_lines(self.recorded.cells, "recorded winners")
         if self.left_out:
             out.append("left out: " + ", ".join(f"{n} {_LEFT_OUT.get(why, why)}" for why, n in self.left_out.items()))
+        out += [
+            f"{judge}: no vote on {n} of {len(self.rows)} pairs; its figures are of the others"
+            for judge, n in self.unvoted.items()
+        ]
         return out
+
+    @property
+    def unvoted(self) -> dict[str, int]:
+        """Judge → pairs that others voted on, and it did not."""
+        voted = {judge: len({v.ballot.pair_id for v in votes}) for judge, votes in self.by_judge.items()}
+        return {judge: missing for judge, n in voted.items() if (missing := len(self.rows) - n)}
 
     def judged(self, votes: list[Vote], calibration: Calibration | None = None) -> tuple[list[Judged], JurorFit | None]:
         """One judge's decisions, and its juror weights."""
@@ -166,6 +177,7 @@ def bench(
         report.check_picture(picture)
     found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory, filtered=True)
     calibration = calibration_of(found.job)
+    uncalibrated = _uncalibrated(found, calibration)
     results, trials, pairs, jurors = [], [], [], {}
     for judge, mine in found.by_judge.items():
         judged, jurors[judge] = found.judged(mine, calibration)
@@ -183,6 +195,7 @@ def bench(
                     "filters": found.job.filters.model_dump(mode="json"),
                     "labelled_digest": found.labelled.digest,
                     "left_out": found.left_out,
+                    "unvoted": found.unvoted,
                     "labels": [c.model_dump(mode="json") for c in found.labelled.labels],
                     "cells": [c.model_dump(mode="json") for c in found.recorded.cells] if found.recorded else [],
                     "slices": [s.model_dump(mode="json") for s in results],
@@ -202,7 +215,7 @@ def bench(
     title = f"{votes or found.job.judge.model} on {', '.join(dict.fromkeys(r.file for r in found.rows))}"
     for table in report.tables(results, title):
         console.print(table)
-    for line in found.lines():
+    for line in [*found.lines(), *uncalibrated]:
         console.print(line, markup=False, highlight=False)
     for judge, fit in jurors.items():
         if fit:
@@ -310,15 +323,25 @@ def _votes(
         return _Votes(settings, found, recorded.rows, by_judge, "recorded", directory, recorded)
     rows, _ = narrow(found.rows, conditions)
     ask, progress = open_asked(settings, rows, directory, calibration_of(settings) if filtered else None)
-    try:
+    with told_what_is_kept(settings):
         cast_now = judge_bench.cast_votes(rows, ask, loader(directory), settings.constitution, progress)
-    except (BudgetSpent, JudgeUnavailable) as e:
-        kept = "its replies are kept in judge.cache, and the same command goes on from there"
-        lost = "without judge.cache its replies so far are lost"
-        # A run's next step (its votes are saved, --allow-change) isn't one here.
-        what = str(e).partition("; every vote is saved")[0].partition("; no vote is lost")[0]
-        raise type(e)(f"{what}; a bench saves no votes; {kept if settings.judge.cache else lost}") from e
     return _Votes(settings, found, rows, {settings.judge.model: cast_now}, settings.judge.kind, directory)
+
+
+def _uncalibrated(found: _Votes, calibration: Calibration | None) -> list[str]:
+    """Which slices the job's calibration knows nothing of.
+
+    Raises:
+        UserError: it knows none of them, and would keep nothing.
+    """
+    slices = dict.fromkeys(r.slice for r in found.rows)
+    unknown = [] if calibration is None else [s for s in slices if calibration.threshold_for(s) is None]
+    if calibration is None or not unknown:
+        return []
+    what = f"{found.job.filters.calibration} has thresholds for {', '.join(calibration.slices)}; none for"
+    if len(unknown) == len(slices):
+        raise UserError(f"filters.calibration: {what} {', '.join(unknown)}; name the slices' column with --by")
+    return [f"all pairs of {', '.join(unknown)} are dropped (uncalibrated): {what} them"]
 
 
 def _files(labelled: list[Path] | None) -> list[Path]:

@@ -18,6 +18,7 @@ from rlaif.cli.judge_common import (
     job_of,
     loader,
     open_asked,
+    told_what_is_kept,
 )
 from rlaif.console import stdout_console
 
@@ -39,15 +40,16 @@ def attack(
     rows = attacks.evenly(rows, limit)
     calibration = calibration_of(settings)
     ask, progress = open_asked(settings, rows, directory)
-    report = attacks.attack_judge(
-        rows,
-        ask,
-        loader(directory),
-        settings.filters,
-        settings.constitution,
-        progress=progress,
-        calibration=calibration,
-    )
+    with told_what_is_kept(settings):
+        report = attacks.attack_judge(
+            rows,
+            ask,
+            loader(directory),
+            settings.filters,
+            settings.constitution,
+            progress=progress,
+            calibration=calibration,
+        )
     if json_:
         head = {"model": settings.judge.model, "labelled": str(labelled)}
         typer.echo(json.dumps(head | report.model_dump(), indent=1))

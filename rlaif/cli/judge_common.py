@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from rlaif.errors import BudgetSpent, JudgeUnavailable
 
 if TYPE_CHECKING:
     from rlaif.config import Job
@@ -52,6 +55,19 @@ def loader(directory: Path) -> Callable[[str], Constitution]:
     from rlaif.constitution import load_constitution
 
     return lru_cache(lambda reference: load_constitution(directory, reference))
+
+
+@contextmanager
+def told_what_is_kept(job: Job) -> Iterator[None]:
+    """A judge that stops in the middle says what of its work is kept: these commands write no votes."""
+    try:
+        yield
+    except (BudgetSpent, JudgeUnavailable) as e:
+        kept = "its replies are kept in judge.cache, and the same command goes on from there"
+        lost = "without judge.cache its replies so far are lost"
+        # A run's next step (its votes are saved, --allow-change) isn't one here.
+        what = str(e).partition("; every vote is saved")[0].partition("; no vote is lost")[0]
+        raise type(e)(f"{what}; this command saves no votes; {kept if job.judge.cache else lost}") from e
 
 
 def open_asked(

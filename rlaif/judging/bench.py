@@ -46,6 +46,7 @@ from rlaif.records import (
     Outcome,
     Record,
     Side,
+    Usage,
     VoiceKey,
     Vote,
 )
@@ -117,15 +118,15 @@ class Lengths(Record):
 
 
 class Cost(Record):
-    """What the votes cost. Recorded votes cost what their log says."""
+    """What the votes cost. Recorded votes cost what their log says; where it says nothing, all of it is None."""
 
-    calls: int
+    calls: int | None
     """Requests to a server; a reply from the cache is none, and costs no tokens."""
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
     money: float | None
     """By the job's `judge.prices`; None where a model that was asked has none."""
-    seconds: float
+    seconds: float | None
     """Latencies summed; requests under way together count each."""
     tokens_per_kept_pair: float | None
     seconds_per_kept_pair: float | None
@@ -494,6 +495,8 @@ def _lengths(judged: Sequence[Judged], kept: Sequence[Judged]) -> Lengths:
 
 
 def _cost(votes: Sequence[Vote], kept: int, settings: Judge | None) -> Cost:
+    if not any(v.attempts or v.cached or v.latency_s or v.usage != Usage() for v in votes):
+        return Cost(**dict.fromkeys(Cost.model_fields))
     asked = [v for v in votes if not v.cached]
     prompt, completion = sum(v.usage.prompt_tokens for v in asked), sum(v.usage.completion_tokens for v in asked)
     seconds = math.fsum(v.latency_s for v in votes)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif.errors import UserError
-from rlaif.judging.bench import Share, Slice, SplitTrial
+from rlaif.judging.bench import Cost, Share, Slice, SplitTrial
 from rlaif.judging.calibration import Calibration, least_pairs
 
 _PICTURES = (".png", ".svg")
@@ -55,9 +55,9 @@ def tables(results: Sequence[Slice], title: str) -> list[Any]:
              "seconds", "tokens a kept pair", "seconds a kept pair"),
             [
                 (s.judge, s.name, _share(s.lengths.longer_is_better), _share(s.lengths.judge_names_longer),
-                 _share(s.lengths.judge_names_longer_kept), str(s.cost.calls),
-                 str(s.cost.prompt_tokens + s.cost.completion_tokens), _number(s.cost.money, 4),
-                 f"{s.cost.seconds:.1f}", _number(s.cost.tokens_per_kept_pair, 0),
+                 _share(s.lengths.judge_names_longer_kept), _number(s.cost.calls, 0),
+                 _number(_tokens(s.cost), 0), _number(s.cost.money, 4), _number(s.cost.seconds, 1),
+                 _number(s.cost.tokens_per_kept_pair, 0),
                  _number(s.cost.seconds_per_kept_pair, 2))
                 for s in results
             ],
@@ -88,11 +88,6 @@ def calibration_lines(calibration: Calibration) -> list[str]:
         counted = f"{t.errors} wrong of {t.kept} kept ({t.pairs} pairs); error at most {t.error_bound:.3f}"
         if t.accepted:
             out.append(f"{name}: keep {calibration.score} >= {t.threshold:g}. {counted} at confidence {1 - d:g}")
-            if t.map:
-                out.append(
-                    f"{name}: map fitted on {t.map.fitted_on} pairs; on {t.map.reported_on} others ECE "
-                    f"{t.map.ece:.3f}, Brier {t.map.brier:.3f}"
-                )
         elif t.kept:
             out.append(f"{name}: this judge can't be used at alpha={a:g} on this slice. Strictest threshold: {counted}")
         else:
@@ -100,7 +95,18 @@ def calibration_lines(calibration: Calibration) -> list[str]:
                 f"{name}: this judge can't be used at alpha={a:g} on this slice. No threshold keeps the "
                 f"{least_pairs(a, d)} pairs that a test needs ({t.pairs} pairs); label more"
             )
+        if t.map:
+            out.append(
+                f"{name}: map fitted on {t.map.fitted_on} pairs; on {t.map.reported_on} others ECE "
+                f"{t.map.ece:.3f}, Brier {t.map.brier:.3f}"
+            )
     return out
+
+
+def _tokens(cost: Cost) -> int | None:
+    if cost.prompt_tokens is None or cost.completion_tokens is None:
+        return None
+    return cost.prompt_tokens + cost.completion_tokens
 
 
 def check_picture(path: Path) -> None:

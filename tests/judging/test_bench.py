@@ -243,6 +243,15 @@ def test_cost():
     assert (cost.tokens_per_kept_pair, cost.seconds_per_kept_pair) == (315, 2.0)
 
 
+def test_votes_that_say_nothing_of_their_cost_cost_nothing_that_is_known():
+    silent = [vote("r0", "first", attempts=0), vote("r0", "first", "reversed", attempts=0)]
+    cost = summarise("j", "all", decide_rows(ROWS, silent, Filters())).cost
+    assert set(cost.model_dump().values()) == {None}
+    (table,) = [t for t in tables([summarise("j", "all", decide_rows(ROWS, silent, Filters()))], "t")
+                if "length" in str(t.title)]  # fmt: skip
+    assert [c._cells for c in table.columns][-6:] == [["-"]] * 6
+
+
 def test_the_risk_curve_takes_equal_scores_together():
     votes = [*both("r0", "first", "first"), *both("r1", "second", "second"), *both("r2", "tie", "second"),
              *both("r3", "first", "second")]  # fmt: skip

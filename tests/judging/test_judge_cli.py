@@ -120,6 +120,29 @@ def test_calibrate_then_filter(rlaif, tmp_path: Path) -> None:
     assert json.loads(out)["slices"][0]["reasons"]["uncalibrated"] == 80
 
 
+def test_a_calibration_by_slice_needs_the_slices_named(rlaif, tmp_path: Path) -> None:
+    calibrate = ("calibrate", *RECORDED, "--where", "judge=good", "--to", "c.json")
+    assert rlaif(*calibrate, "--by", "topic")[0] == 0
+    use = ("bench", *RECORDED, "--where", "judge=good", "--set", "filters.calibration=c.json")
+    code, out, err = rlaif(*use)
+    assert (code, out) == (2, "")
+    assert "c.json has thresholds for a, b; none for pairs; name the slices' column with --by" in err
+    assert rlaif(*use, "--by", "topic")[0] == 0
+    assert rlaif(*calibrate, "--by", "topic", "--where", "topic=a")[0] == 0
+    code, out, _ = rlaif(*use, "--by", "topic")
+    assert code == 0
+    assert "all pairs of b are dropped (uncalibrated): c.json has thresholds for a; none for them" in out
+
+
+def test_a_judge_without_a_vote_on_some_pairs_is_named(rlaif, tmp_path: Path) -> None:
+    lines = (tmp_path / "votes.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "votes.csv").write_text("".join(x for x in lines if not x.startswith(("3,good", "4,good", "5,coin"))))
+    code, out, _ = rlaif("bench", *RECORDED)
+    assert code == 0
+    assert "good: no vote on 2 of 80 pairs; its figures are of the others" in out
+    assert json.loads(rlaif("bench", *RECORDED, "--json")[1])["unvoted"] == {"good": 2, "coin": 1}
+
+
 def test_a_judge_that_can_not_be_used_is_an_answer(rlaif, tmp_path: Path) -> None:
     code, out, err = rlaif("calibrate", *RECORDED, "--where", "judge=coin", "--by", "topic", "--to", "c.json")
     assert code == 0
