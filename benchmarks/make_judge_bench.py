@@ -21,6 +21,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from rlaif.hardware import torch_dtype
+
 PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
 BENCH = PROMPTS / "judge_bench.jsonl"
 MODEL = "embedded:smollm2-135m-instruct"
@@ -67,7 +69,7 @@ def sample(out: Path) -> None:
                 asked.append({"prompt": prompt, "system": system})
                 conversations.append([*start, {"role": "user", "content": prompt}])
                 params.append(SamplingParams(temperature=0.8, top_p=0.95, max_tokens=MAX_TOKENS[group]))
-    llm = LLM(model=str(resolve(MODEL)), dtype="bfloat16", max_model_len=512, enforce_eager=True, seed=0)
+    llm = LLM(model=str(resolve(MODEL)), dtype=torch_dtype("auto"), max_model_len=512, enforce_eager=True, seed=0)
     with out.open("w") as f:
         for row, answer in zip(asked, llm.chat(conversations, params), strict=True):
             best = answer.outputs[0]

@@ -496,9 +496,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    where = ".".join(str(p) for p in error["loc"])
+    where = ".".join(str(p) for p in error["loc"] if p != "[key]")
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")
+        if error["type"] in ("model_type", "dict_type"):
+            message = "expected a section, `key: value` lines below it"
         return f"{where or 'job'}: {message} (found {error['input']!r})" if where else message
     known = _known_keys(error["loc"][:-1])
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)

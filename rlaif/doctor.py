@@ -79,7 +79,7 @@ def _python() -> Check:
 def _cores() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     enough = cores >= MIN_CORES
-    multiplies = "bf16" if cpu_has_bf16() else "no bf16, so models compute in fp32"
+    multiplies = "bf16" if cpu_has_bf16() else "no bf16" + ("" if gpu_names() else ", so models compute in fp32")
     return Check(
         name="cores",
         status="ok" if enough else "warning",

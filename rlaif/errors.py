@@ -47,3 +47,14 @@ def first_problem(e: ValidationError) -> str:
     problem = e.errors()[0]
     where = ".".join(map(str, problem["loc"]))
     return f"{where}: {problem['msg']}" if where else problem["msg"]
+
+
+_TRAIN_EXTRA = ("accelerate", "datasets", "gguf", "peft", "safetensors", "torch", "transformers", "trl")
+
+
+def needs_extra(e: ImportError) -> str | None:
+    """What to install, when it is a package of the extra `train` that the bare package lives without; else None."""
+    name = (e.name or "").partition(".")[0]
+    if name not in _TRAIN_EXTRA:
+        return None
+    return f"this needs {name}, not in the bare package: `make setup` in a checkout, or pip install '.[train]'"

@@ -77,6 +77,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         found = digests | models.tokenizer_identity(base).model_dump()
         code = _code()
         _check_models(run, found)
+        _tell_hardware(run, code["hardware"], progress.note)
         if (run.iteration(job.iterations - 1).path / "metrics.json").exists():
             _write_header(run, job, found, code, changed)
             progress.note(f"{run.path}: all {job.iterations} iterations are done; head {write_head(run).name}")
@@ -229,6 +230,9 @@ def _check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
     changes = changed_keys(before.model_dump(mode="json"), job.model_dump(mode="json"))
     if not changes:
         return None
+    done = sum((run.iteration(k).path / "metrics.json").exists() for k in run.iterations())
+    if job.iterations < done:
+        raise UserError(f"iterations: {job.iterations}, but {run.path} has done {done}; give at least that many")
     named = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in changes.items())
     harmful = [key for key in changes if not key.startswith(HARMLESS)]
     if harmful:
@@ -307,6 +311,14 @@ def _check_models(run: RunDir, found: dict[str, Any]) -> None:
                 f"{path}: the {name} model changed since the run was started "
                 f"({before.get(name)} -> {digest_found}); restore it, or start a new run with --name NAME"
             )
+
+
+def _tell_hardware(run: RunDir, found: dict[str, Any], note: Callable[[str], None]) -> None:
+    """`precision: auto` follows the machine: a run that goes on elsewhere may compute in another one."""
+    before = run.header.get("hardware") if _begun(run) else None
+    if before and before != found:
+        changed = ", ".join(f"{k} {before.get(k)!r} -> {v!r}" for k, v in found.items() if before.get(k) != v)
+        note(f"other hardware than this run was begun on ({changed}): its answers are no longer those of one machine")
 
 
 def _version(package: str) -> str | None:

@@ -15,7 +15,7 @@ from rlaif.config import Job, Precision
 from rlaif.console import inert, stdout_console
 from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
-from rlaif.hardware import cpu_has_bf16
+from rlaif.hardware import cpu_has_bf16, gpu_names
 from rlaif.judging.ballots import Role, ballots_for, selecting_voices
 from rlaif.judging.calibration import read_calibration
 from rlaif.judging.templates import load_template, template_names
@@ -87,8 +87,9 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     weights = 2 * (parameters or REFERENCE_PARAMETERS)  # bf16
     trained_share = _trained_share(job)
     # fp32 weights, and for what is trained a gradient, Adam's two moments and the reference or what a step needs.
-    learner = weights * (2 + 6.5 * trained_share)
-    memory = weights * (1 + 1) + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB
+    learner = weights * (2 + (5.5 + _width(job.learner.precision)) * trained_share)
+    frozen = weights * (_width(job.sampling.precision) + _width(job.judge.precision))  # sampler and judge, or measurer
+    memory = frozen + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB
     # fp32 weights and Adam's moments of what is trained; the old state goes when the next one is complete.
     states = weights * 6 * trained_share * min(job.iterations, 2)
     disk = weights * (evaluations + 1) + states
@@ -127,10 +128,20 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     }
 
 
+def _computes(precision: Precision) -> str:
+    """As `hardware.precision_here`, without torch: any GPU counts as one that multiplies bf16."""
+    return ("bf16" if cpu_has_bf16() or gpu_names() else "fp32") if precision == "auto" else precision
+
+
 def _rate(work: str, precision: Precision) -> float:
-    fast = cpu_has_bf16()
-    computes = ("bf16" if fast else "fp32") if precision == "auto" else precision
-    return RATES[work][computes] / (1 if fast or computes == "fp32" else 10)
+    computes = _computes(precision)
+    slow = computes == "bf16" and not cpu_has_bf16() and not gpu_names()
+    return RATES[work][computes] / (10 if slow else 1)
+
+
+def _width(precision: Precision) -> int:
+    """Bytes of a weight, over those of bf16."""
+    return 2 if _computes(precision) == "fp32" else 1
 
 
 def _ballots_a_pair(job: Job, text: Constitution, role: Role, base_dir: Path) -> int:

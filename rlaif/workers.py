@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
-from rlaif.errors import RlaifError, UserError, WorkerError
+from rlaif.errors import RlaifError, UserError, WorkerError, needs_extra
 
 _START = 0  # the id of the answer to construction
 _CLOSE_GRACE_S = 15.0  # a tracker may have something to upload
@@ -406,6 +406,10 @@ class _Child:
             action()
         except UserError as e:
             self._connection.send((call_id, "user_error", str(e)))
+        except ImportError as e:
+            needed = needs_extra(e)
+            traceback.print_exc()
+            self._connection.send((call_id, "user_error", needed) if needed else (call_id, "error", _one_line(e)))
         except Exception as e:  # the boundary: whatever it was, the parent hears of it
             traceback.print_exc()  # to the log
             self._connection.send((call_id, "error", _one_line(e)))

@@ -23,6 +23,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process takes all files that start a vLLM engine, one after another: each wants the device to itself."""
+    from xdist.scheduler import LoadFileScheduling
+
+    engines = {p.name for p in Path(__file__).parent.rglob("test_*.py") if "pytest.mark.vllm" in p.read_text()}
+
+    class OneEngine(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "vllm" if Path(file).name in engines else file
+
+    return OneEngine(config, log)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with a tokenizer and a chat template."""

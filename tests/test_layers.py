@@ -171,7 +171,7 @@ import sys
 class Block:  # not None in sys.modules: scipy looks there to see what is loaded
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {HEAVY!r}:
-            raise ModuleNotFoundError(f"{{name}} is blocked")
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
 sys.meta_path.insert(0, Block())
 """
 
@@ -196,6 +196,18 @@ def test_everything_but_the_workers_imports_without_heavy_libraries() -> None:
 
 def main(*arguments: str) -> str:
     return f"sys.argv = {['rlaif', *arguments]!r}\nfrom rlaif.cli import main\nmain()"
+
+
+def test_what_needs_torch_says_what_to_install(tmp_path: Path) -> None:
+    pairs = [{"id": n, "prompt": "q", "first": "a", "second": "b", "label": 1 + n % 2} for n in range(4)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    model = f"judge.model={tmp_path}"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    done = without_heavy(main("judge", "bench", str(tmp_path / "pairs.json"), "--set", model))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("rlaif: this needs torch, not in the bare package: ")
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("constitution", "list"), ("constitution", "list", "--json")])

@@ -217,6 +217,25 @@ def test_a_run_that_goes_on_says_by_which_code(
     assert run.header["revision"] == before["revision"]  # what it was begun with
 
 
+def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_what_is_done(
+    finished: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlaif import launch
+    from rlaif.config import parse_job
+
+    root = tmp_path / "elsewhere"
+    shutil.copytree(finished.path.parent.parent, root)
+    run = RunDir(root / "runs" / "tiny")
+    monkeypatch.setattr(launch, "hardware_facts", lambda: run.header["hardware"] | {"cpu": "another"})
+    progress = Quiet()
+    job = run.header["job"]
+    launch.execute(parse_job(job | {"iterations": 4}, "run.json"), run.path, root, progress, allow_change=True)
+    (note,) = [n for n in progress.notes if n.startswith("other hardware")]
+    assert "-> 'another')" in note
+    with pytest.raises(UserError, match=r"iterations: 2, but .* has done 4"):
+        launch.execute(parse_job(job | {"iterations": 2}, "run.json"), run.path, root, Quiet(), allow_change=True)
+
+
 def test_other_weights_under_the_same_name_are_refused(finished: RunDir, tmp_path: Path) -> None:
     from rlaif.config import parse_job
     from rlaif.launch import _write_header

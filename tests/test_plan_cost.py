@@ -48,6 +48,21 @@ def test_two_states_of_the_learner_lie_side_by_side_from_the_second_update_on(
     assert small["memory_gib"] < two["memory_gib"] - 1
 
 
+def test_precision_is_what_the_plan_reckons_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_cost, "gpu_names", list)
+
+    def plan(precision: str, fast: bool) -> tuple[float, float]:
+        monkeypatch.setattr(plan_cost, "cpu_has_bf16", lambda: fast)
+        changes = [f"{part}.precision={precision}" for part in ("sampling", "judge", "learner")]
+        found = estimate(load_job(ROOT / "jobs" / "quickstart.yaml", changes), ROOT)
+        return found["minutes_on_reference_machine"], found["memory_gib"]
+
+    assert plan("auto", True) == plan("bf16", True) < plan("fp32", True)
+    assert plan("auto", False) == plan("fp32", False) == plan("fp32", True)
+    assert plan("bf16", False) > plan("fp32", False)
+    assert plan("bf16", False)[1] == plan("bf16", True)[1] < plan("fp32", True)[1]
+
+
 def test_a_plan_that_doesnt_fit_or_isnt_reached_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = project_job(tmp_path, "m", iterations=2)
     (unreached,) = estimate(job, tmp_path)["warnings"]

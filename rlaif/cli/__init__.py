@@ -11,7 +11,7 @@ import sys
 import typer
 
 from rlaif.cli import audit, constitution, judge, report, review, run, view
-from rlaif.errors import RlaifError
+from rlaif.errors import RlaifError, needs_extra
 
 app = typer.Typer(
     help="Train a language model towards a written constitution, online.\n\n"
@@ -42,6 +42,11 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except ModuleNotFoundError as e:
+        if (needed := needs_extra(e)) is None:
+            raise
+        print(f"rlaif: {needed}", file=sys.stderr)
+        sys.exit(2)
     except OSError as e:
         # A disk that is full, a folder that can't be read: no line of ours is at fault, a traceback helps nobody.
         print(f"rlaif: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
