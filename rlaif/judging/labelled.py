@@ -188,8 +188,11 @@ def read_table(path: Path) -> list[_Row]:
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[_Row]:
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 128 KiB
     # Not splitlines(): it also breaks at characters that a cell may hold.
-    lines = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=None, delimiter=delimiter)
-    head = list(lines.fieldnames or ())
+    # Spaces after commas are dropped only where the first line has them: a cell may begin with one.
+    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    spaced = any(name.startswith(" ") for name in names)
+    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
+    head = [name for name in lines.fieldnames or () if name]  # pandas writes its index without a name
     if len(head) == 1 and (";" in head[0] or "\t" in head[0]):
         raise UserError(f"{path}:1: one column, `{head[0]}`; separate columns by commas, or by tabs in a .tsv file")
     twice = [name for name, n in Counter(head).items() if n > 1]
@@ -198,7 +201,11 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[_Row]:
     try:
         for number, values in enumerate(lines):
             where = f"{path}:{lines.line_num}"
-            if "" in values or None in values.values():
+            values.pop("", None)
+            extra = values.pop(None, [])
+            if not any((cell or "").strip() for cell in (*values.values(), *extra)):
+                continue  # as spreadsheets end a table
+            if extra or None in values.values():
                 raise UserError(f"{where}: the row has another number of columns than the first line")
             yield _Row(where, number, values)
     except csv.Error as e:

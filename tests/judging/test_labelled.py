@@ -252,6 +252,30 @@ def test_a_table_by_any_ending(tmp_path):
         read_labelled([tmp_path / "e.csv"])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",prompt,first,second,label\n0,q,a,b,1\n1,q,a,b,2\n",  # pandas' to_csv()
+        "\ufeff,prompt,first,second,label,\n0,q,a,b,1,\n1,q,a,b,2,\n",
+        "\ufeffprompt,first,second,label\nq,a,b,1\nq,a,b,2\n,,,\n,,,,\n",
+        'prompt, first, second, label\nq, "a", b, 1\nq, a, b, 2\n',
+    ],
+)
+def test_tables_as_pandas_and_spreadsheets_write_them(tmp_path, text):
+    (tmp_path / "p.csv").write_text(text, encoding="utf-8")
+    rows = read_labelled([tmp_path / "p.csv"]).rows
+    assert [(r.key, r.prompt, r.first, r.second, r.label) for r in rows] == [
+        ("0", "q", "a", "b", "first"), ("1", "q", "a", "b", "second")
+    ]  # fmt: skip
+    assert not rows[0].columns
+
+
+def test_a_cell_keeps_its_first_space_and_a_row_its_number(tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,first,second,label,"a, b"\nq, a,b,1,\n,,,,\nq,a,b,2,\n')
+    rows = read_labelled([tmp_path / "p.csv"]).rows
+    assert [(r.key, r.first) for r in rows] == [("0", " a"), ("2", "a")]
+
+
 def test_two_rows_of_one_id_are_both_named(tmp_path):
     with pytest.raises(UserError, match=r"b.jsonl:3: two rows have the id `r0` \(the first: .*b.jsonl:1\)"):
         read_labelled([write(tmp_path / "b.jsonl", row(0), row(1), row(0))])
