@@ -104,6 +104,11 @@ class _Votes:
             out["votes on unknown pairs"] = self.recorded.strangers
         return {why: n for why, n in out.items() if n}
 
+    @property
+    def notes(self) -> list[str]:
+        """What else to know of how the files were read."""
+        return list(self.labelled.notes)
+
     def lines(self) -> list[str]:
         """How the files were read, and what was left out."""
         from rlaif.judging.sides import cell_lines
@@ -111,6 +116,7 @@ class _Votes:
         out = cell_lines(self.labelled.labels, "labels")
         if self.recorded is not None:
             out += cell_lines(self.recorded.cells, "recorded winners")
+        out += self.notes
         if self.left_out:
             out.append("left out: " + ", ".join(f"{n} {_LEFT_OUT.get(why, why)}" for why, n in self.left_out.items()))
         return out
@@ -183,6 +189,7 @@ def bench(
                     "filters": found.job.filters.model_dump(mode="json"),
                     "labelled_digest": found.labelled.digest,
                     "left_out": found.left_out,
+                    "notes": found.notes,
                     "labels": [c.model_dump(mode="json") for c in found.labelled.labels],
                     "cells": [c.model_dump(mode="json") for c in found.recorded.cells] if found.recorded else [],
                     "slices": [s.model_dump(mode="json") for s in results],
