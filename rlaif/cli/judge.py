@@ -70,7 +70,7 @@ Votes = Annotated[
 VotesMap = Annotated[
     str | None,
     typer.Option("--votes-map", metavar="KEY=COLUMN,...", help="Columns of --votes: id, set, judge, voice, label, "
-                 "order, forward, reversed, reversed_slots (the second order, not mapped back); and "
+                 "sample, order, forward, reversed, reversed_slots (the second order, not mapped back); and "
                  "what their cells call the sides: first_is=0,second_is=1,tie_is=2."),
 ]  # fmt: skip
 Jury = Annotated[bool, typer.Option("--jury", help="The judges of --votes vote together, instead of one by one.")]
@@ -107,7 +107,7 @@ class _Votes:
     @property
     def notes(self) -> list[str]:
         """What else to know of how the files were read."""
-        return list(self.labelled.notes)
+        return [*self.labelled.notes, *(self.recorded.notes if self.recorded is not None else ())]
 
     def lines(self) -> list[str]:
         """How the files were read, and what was left out."""

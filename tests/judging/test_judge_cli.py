@@ -93,7 +93,10 @@ def test_what_was_read_otherwise_than_expected_is_said(rlaif, tmp_path: Path) ->
     assert "noted.json: labels are from `label`, not from annotator1" in " ".join(out.split())
     assert "left out: 10 unlabelled" in out
     code, out, _ = rlaif("bench", "noted.json", "--votes", "some.json", "--json")
-    assert json.loads(out)["notes"][0].startswith("noted.json: labels are from `label`")
+    assert json.loads(out)["notes"] == [
+        "noted.json: labels are from `label`, not from annotator1 (--map label=COLUMN names another column)",
+        "second order read as mapped back; --votes-map reversed_slots=winner if its cells name slots",
+    ]
 
 
 def test_bench_prints_tables_and_draws(rlaif, tmp_path: Path) -> None:
