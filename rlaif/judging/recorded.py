@@ -369,7 +369,7 @@ class _Table:
         if missed <= _MANY * len(self.rows):
             return
         free = [c for c in self.head if c not in self.of.values()]
-        ids = [c for c in free if c.lower() in ID_COLUMNS or c.lower().endswith("_id")]
+        ids = [c for c in free if c.lower() in (*ID_COLUMNS, "pair", "item", "example") or c.lower().endswith("id")]
         best = min(ids, key=unknown, default=column)
         if unknown(best) < missed:
             raise UserError(

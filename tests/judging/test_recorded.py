@@ -338,7 +338,7 @@ def test_both_files_have_an_id_and_a_pair_id(tmp_path):
     assert right(read_recorded(table(tmp_path, *running()), rows, {"id": "id"}, keys=KEYS)) == (3, 12)
 
 
-@pytest.mark.parametrize("column", ["item_id", "idx"])
+@pytest.mark.parametrize("column", ["item_id", "idx", "pair", "pairId"])
 def test_another_column_that_fits_better_is_named(tmp_path, column):
     votes = [{"id": n, column: n // 3, "judge": "JKL"[n % 3], "winner": VOTED[n // 3]} for n in range(36)]
     path = table(tmp_path, *votes)
