@@ -71,7 +71,7 @@ Votes = Annotated[
 VotesMap = Annotated[
     str | None,
     typer.Option("--votes-map", metavar="KEY=COLUMN,...", help="Columns of --votes: id, set, judge, voice, label, "
-                 "order, forward, reversed, reversed_slots (the second order, not mapped back); and "
+                 "sample, order, forward, reversed, reversed_slots (the second order, not mapped back); and "
                  "what their cells call the sides: first_is=0,second_is=1,tie_is=2."),
 ]  # fmt: skip
 Jury = Annotated[bool, typer.Option("--jury", help="The judges of --votes vote together, instead of one by one.")]
@@ -105,6 +105,11 @@ class _Votes:
             out["votes on unknown pairs"] = self.recorded.strangers
         return {why: n for why, n in out.items() if n}
 
+    @property
+    def notes(self) -> list[str]:
+        """What else to know of how the files were read."""
+        return [*self.labelled.notes, *(self.recorded.notes if self.recorded is not None else ())]
+
     def lines(self) -> list[str]:
         """How the files were read, and what was left out."""
         from rlaif.judging.sides import cell_lines
@@ -112,6 +117,7 @@ class _Votes:
         out = cell_lines(self.labelled.labels, "labels")
         if self.recorded is not None:
             out += cell_lines(self.recorded.cells, "recorded winners")
+        out += self.notes
         if self.left_out:
             out.append("left out: " + ", ".join(f"{n} {_LEFT_OUT.get(why, why)}" for why, n in self.left_out.items()))
         out += [
@@ -196,6 +202,7 @@ def bench(
                     "labelled_digest": found.labelled.digest,
                     "left_out": found.left_out,
                     "unvoted": found.unvoted,
+                    "notes": found.notes,
                     "labels": [c.model_dump(mode="json") for c in found.labelled.labels],
                     "cells": [c.model_dump(mode="json") for c in found.recorded.cells] if found.recorded else [],
                     "slices": [s.model_dump(mode="json") for s in results],

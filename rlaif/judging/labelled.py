@@ -1,8 +1,9 @@
 """Pairs whose better side is known, from other people's files as they are.
 
 In: JSON (a list of objects), JSONL or CSV files, and where the columns have unusual names a column map. Out: a
-`LabelledSet`: the pairs with a label, and how many rows have none. A row labelled a tie, or on which its annotators
-disagree, has no better side: it is left out and counted. Answers may be message lists; what both share is the prompt.
+`LabelledSet`: the pairs with a label, and how many rows have none. A row labelled a tie, without a label, or on which
+its annotators disagree, has no better side: it is left out and counted. Answers may be message lists; what both share
+is the prompt.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from rlaif.judging.sides import NAME_KEYS, Cell, Sides, count_cells
 from rlaif.records import Outcome, Pair, Record, Side
 
 Split = Literal["dev", "test"]
-Exclusion = Literal["tie", "disputed"]
+Exclusion = Literal["tie", "disputed", "unlabelled"]
 
 ROW_NUMBERS = ("row", "idx", "index")
 """Columns that may count the rows of a file without ids."""
@@ -69,6 +71,8 @@ class Labelled(Record):
     """What a table of recorded votes calls the row: its id, or its index in the file."""
     id_column: str | None = None
     """The column that `key` is from; None where it is the row's index."""
+    answer_columns: tuple[str, str] | None = None
+    """The columns that `first` and `second` are from: a vote may call the sides so."""
     file: str
     """The file's name without its ending."""
     slice: str
@@ -112,6 +116,8 @@ class LabelledSet(Record):
     """sha256 (first 16 digits) of the files' bytes."""
     labels: tuple[Cell, ...] = ()
     """How the label cells were read."""
+    notes: tuple[str, ...] = ()
+    """What else a reader should know of how the files were read, one line each."""
     keys: dict[str, frozenset[str]] = Field(default_factory=dict)
     """File → the keys of all its rows, those left out included: what a recorded vote may be about."""
 
@@ -188,8 +194,11 @@ def read_table(path: Path) -> list[_Row]:
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[_Row]:
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 128 KiB
     # Not splitlines(): it also breaks at characters that a cell may hold.
-    lines = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=None, delimiter=delimiter)
-    head = list(lines.fieldnames or ())
+    # Spaces after commas are dropped only where the first line has them: a cell may begin with one.
+    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    spaced = any(name.startswith(" ") for name in names)
+    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
+    head = [name for name in lines.fieldnames or () if name]  # pandas writes its index without a name
     if len(head) == 1 and (";" in head[0] or "\t" in head[0]):
         raise UserError(f"{path}:1: one column, `{head[0]}`; separate columns by commas, or by tabs in a .tsv file")
     twice = [name for name, n in Counter(head).items() if n > 1]
@@ -198,7 +207,11 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[_Row]:
     try:
         for number, values in enumerate(lines):
             where = f"{path}:{lines.line_num}"
-            if "" in values or None in values.values():
+            values.pop("", None)
+            extra = values.pop(None, [])
+            if not any((cell or "").strip() for cell in (*values.values(), *extra)):
+                continue  # as spreadsheets end a table
+            if extra or None in values.values():
                 raise UserError(f"{where}: the row has another number of columns than the first line")
             yield _Row(where, number, values)
     except csv.Error as e:
@@ -247,6 +260,7 @@ def read_labelled(
     excluded: Counter[Exclusion] = Counter()
     cells: list[tuple[Any, Outcome]] = []
     keys: dict[str, frozenset[str]] = {}
+    notes: list[str] = []
     where_of: dict[str, str] = {}
     for path in paths:
         table = read_table(path)
@@ -269,11 +283,12 @@ def read_labelled(
             where_of[labelled.id] = row.where
             rows.append(labelled)
         cells += reader.cells
+        notes += reader.notes
     if not rows:
-        left_out = f" ({excluded.total()} rows are ties or disputed)" if excluded else ""
+        left_out = f" ({excluded.total()} rows are ties, disputed or unlabelled)" if excluded else ""
         raise UserError(f"{paths[0]}: no labelled pairs" + (f" of split {split}" if split else "") + left_out)
     return LabelledSet(rows=tuple(rows), excluded=dict(excluded), digest=file_digest(paths), labels=count_cells(cells),
-                       keys=keys)  # fmt: skip
+                       notes=tuple(notes), keys=keys)  # fmt: skip
 
 
 class _Reader:
@@ -296,9 +311,18 @@ class _Reader:
         found = ((find_column((a,), head), find_column((b,), head)) for a, b in _ANSWERS)
         first, second = next((both for both in found if all(both)), (None, None))
         self.first, self.second = chosen.get("first") or first, chosen.get("second") or second
-        self.annotators = [] if "label" in chosen else [c for c in head if _ANNOTATOR.fullmatch(c)]
         self.chosen_is_first = "label" not in chosen and (self.first, self.second) == ("chosen", "rejected")
-        self.one_hot = "label" not in chosen and all(column in head for column, _ in _ONE_HOT[:2])
+        annotators = [c for c in head if _ANNOTATOR.fullmatch(c)]
+        hot = [c for c, _ in _ONE_HOT[:2] if c in head]
+        label = self.columns["label"]
+        self.annotators = [] if label else annotators
+        self.one_hot = not label and len(hot) == 2
+        self.notes: list[str] = []
+        if label and "label" not in chosen and not self.chosen_is_first and (annotators or len(hot) == 2):
+            others = ", ".join(annotators or hot)
+            self.notes.append(
+                f"{path.name}: labels are from `{label}`, not from {others} (--map label=COLUMN names another column)"
+            )
         self.talks = self.first is not None and isinstance(head.get(self.first), list)
         # PandaLM, Alpaca: the task is the instruction, and the text that it is about.
         self.about = "input" if self.columns["prompt"] == "instruction" and "input" in head else None
@@ -308,7 +332,7 @@ class _Reader:
                 ("prompt", self.columns["prompt"] or self.talks),
                 ("first", self.first),
                 ("second", self.second),
-                ("label", self.columns["label"] or self.annotators or self.chosen_is_first or self.one_hot),
+                ("label", label or self.annotators or self.chosen_is_first or self.one_hot),
             )
             if not found
         ]
@@ -321,13 +345,14 @@ class _Reader:
         self.cells: list[tuple[Any, Outcome]] = []
         self.sides = Sides({})
         if not self.chosen_is_first and not self.one_hot:
-            columns = self.annotators or [str(self.columns["label"])]
+            columns = self.annotators or [str(label)]
             self.sides = Sides.of(
                 (row.values.get(column) for row in table for column in columns),
                 chosen,
                 f"{path}: the labels in `{columns[0]}`",
                 "--map",
                 zero_is_tie=bool(self.annotators),  # as PandaLM's annotators write it
+                answers=(str(self.first), str(self.second)),
             )
 
     def key(self, row: _Row) -> str:
@@ -348,20 +373,23 @@ class _Reader:
     def read(self, row: _Row) -> Labelled | Exclusion:
         """The pair, or why it has no better side."""
         label = self._label(row)
-        if label in ("tie", "disputed"):
+        if label in ("tie", "disputed", "unlabelled"):
             return label
         key = self._text(row, self.columns["id"]) if self.columns["id"] else str(row.number)
         prompt, first, second = self._texts(row)
-        if self.about and self._text(row, self.about):
+        if self.about and not _is_blank(row.values.get(self.about)):
             prompt = f"{prompt}\n\n{self._text(row, self.about)}"
+        # A row without a category is of its file's slice.
+        named = None if _is_blank(row.values.get(str(self.columns["slice"]))) else self.columns["slice"]
         used = {*self.columns.values(), self.first, self.second, self.about}
         others = {c: str(v) for c, v in row.values.items() if isinstance(v, str | int | float) and c not in used}
         return Labelled(
             id=f"{self.path.stem}/{key}" if self.several else key,
             key=key,
             id_column=self.columns["id"],
+            answer_columns=(str(self.first), str(self.second)),
             file=self.path.stem,
-            slice=self._text(row, self.columns["slice"]) if self.columns["slice"] else self.path.stem,
+            slice=self._text(row, named) if named else self.path.stem,
             prompt=prompt,
             first=first,
             second=second,
@@ -370,17 +398,19 @@ class _Reader:
             split=row.values["split"] if self.has_splits else None,
             columns={
                 **others,
-                **{c: str(row.values[c]) for c in (self.columns["slice"], self.columns["id"]) if c is not None},
+                **{c: str(row.values[c]) for c in (named, self.columns["id"]) if c is not None},
             },
         )
 
-    def _label(self, row: _Row) -> Outcome | Literal["disputed"]:
+    def _label(self, row: _Row) -> Outcome | Exclusion:
         if self.chosen_is_first:
             return "first"
         if self.one_hot:
             return self._hot(row)
         names = self.annotators or [str(self.columns["label"])]
-        found = {self._side(row, name) for name in names}
+        found = {self._side(row, name) for name in names if not _is_blank(row.values.get(name))}
+        if not found:
+            return "unlabelled"
         return found.pop() if len(found) == 1 else "disputed"
 
     def _side(self, row: _Row, column: str) -> Outcome:
@@ -394,7 +424,9 @@ class _Reader:
         self.cells.append((value, named))
         return named
 
-    def _hot(self, row: _Row) -> Outcome:
+    def _hot(self, row: _Row) -> Outcome | Exclusion:
+        if all(_is_blank(row.values.get(c)) for c, _ in _ONE_HOT):
+            return "unlabelled"
         hot = [(c, side) for c, side in _ONE_HOT if str(row.values.get(c)).strip().lower() in ("1", "1.0", "true")]
         if len(hot) != 1:
             raise UserError(f"{row.where}: {len(hot)} of {', '.join(c for c, _ in _ONE_HOT)} are 1, expected one")
@@ -440,6 +472,11 @@ class _Reader:
         if not isinstance(value, str | int | float):
             raise UserError(f"{row.where}: {column}: expected text, found {type(value).__name__}")
         return str(value)
+
+
+def _is_blank(cell: Any) -> bool:
+    """Nothing is in it: null, no text, or the not-a-number that a data frame writes."""
+    return cell is None or not str(cell).strip() or (isinstance(cell, float) and math.isnan(cell))
 
 
 def _transcript(talk: Sequence[tuple[str, str]], role: str) -> str:

@@ -4,14 +4,14 @@ In: a CSV, JSON or JSONL table with one row a pair and judge (or a run's votes.j
 is about. Out: votes on those pairs, how their cells were read, and what was left out. A cell that names no side is an
 abstention (`unparsed`), never a tie; a column in which none does is refused. In a table the row says which pair it is
 about by an id or index, and a second order may be mapped back already (`winner_ba_mapped`) or still name slots
-(`winner_ba`).
+(`winner_ba`). Samples of one question are told apart by a column that numbers them.
 """
 
 from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +29,8 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "judge": ("judge", "model", "juror"),
     "voice": ("strategy", "voice", "template"),
     "label": ("label",),
-    "order": ("order",),
+    "sample": ("sample", "sample_index", "sample_id"),
+    "order": ("order", "swapped"),
     "forward": ("winner_ab", "forward", "winner", "outcome", "verdict", "result", "g1_winner"),
     "reversed": ("winner_ba_mapped", "reversed_mapped", "g2_winner"),  # FastChat maps its second game back
     "reversed_slots": ("winner_ba", "reversed"),
@@ -40,6 +41,9 @@ _ORDERS: dict[str, _Order] = {
     **dict.fromkeys(("forward", "ab", "original", "0", "false"), "forward"),
     **dict.fromkeys(("reversed", "ba", "swapped", "1", "true"), "reversed"),
 }
+_PAIR = "pair_id"
+_MANY = 0.1
+"""A larger share of votes on unknown pairs is a reason to look for a better column."""
 _MIRROR: dict[Outcome, Outcome] = {"first": "second", "second": "first", "tie": "tie", "abstain": "abstain"}
 _NO_USAGE = Usage()
 
@@ -57,6 +61,8 @@ class Recorded(NamedTuple):
     """Labelled pairs (that fit the conditions) without a vote."""
     strangers: int
     """Votes on something that is no row of the labelled files."""
+    notes: tuple[str, ...] = ()
+    """What else a reader should know of how the table was read, one line each."""
 
 
 def parse_votes_map(text: str | None) -> dict[str, str]:
@@ -108,9 +114,10 @@ def read_recorded(
 
     Raises:
         UserError: the file can't be read, its rows aren't about these pairs, its labels are others, its cells don't
-            say which side, or two votes answer one question (with the line).
+            say which side, another column fits the pairs better, or two votes answer one question (with the line).
     """
     cells: tuple[Cell, ...] = ()
+    notes: tuple[str, ...] = ()
     if _is_log(path):
         left, rest = narrow(rows, where or {}, ("judge", "voice"))
         logged = read_votes_log(path)
@@ -126,7 +133,7 @@ def read_recorded(
         left, rest = narrow(rows, where or {}, tuple(table[0].values))
         reader = _Table(path, table, left, columns or {}, rest, rows, keys)
         votes = list(reader.votes())
-        cells, strangers = count_cells(reader.cells), reader.strangers
+        cells, strangers, notes = count_cells(reader.cells), reader.strangers, reader.notes()
         there = {c: sorted({str(row.values.get(c)) for row in table}) for c in rest}
     by_id: dict[str, list[Vote]] = {r.id: [] for r in left}
     for vote in votes:
@@ -141,7 +148,7 @@ def read_recorded(
             f"{path}: no vote is on a labelled pair; a vote and its pair share an id or a row number "
             "(--votes-map id=COLUMN)"
         )
-    return Recorded(voted, [v for r in voted for v in by_id[r.id]], cells, len(left) - len(voted), strangers)
+    return Recorded(voted, [v for r in voted for v in by_id[r.id]], cells, len(left) - len(voted), strangers, notes)
 
 
 def _condition(column: str, where: Mapping[str, set[str]] | None) -> str:
@@ -217,6 +224,9 @@ class _Table:
             if key not in NAME_KEYS and column not in head:
                 raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}")
         self.of = of = {key: chosen.get(key) or find_column(names, head) for key, names in _COLUMNS.items()}
+        of["id"] = chosen.get("id") or _id_column(head, all_rows)
+        if "reversed_slots" in chosen and "reversed" not in chosen:
+            of["reversed"] = None
         if not any(of[k] for k in _WINNERS):
             results = [c for c in head if c.endswith("_result")]
             of["forward"] = results[0] if len(results) == 1 else None
@@ -236,8 +246,18 @@ class _Table:
             )
         all_keys = keys or _keys(all_rows)
         self.known = {(f if self.by_set else None, k) for f, some in all_keys.items() for k in some}
+        # Where both files have an id and a pair_id, and one joins them, the other must agree.
+        twins = find_column((_PAIR,), head), find_column((_PAIR,), rows[0].columns)
+        self.twins = (str(twins[0]), str(twins[1])) if all(twins) and "id" not in chosen else None
+        if "sample" not in chosen and not self._numbers_votes(of["sample"]):
+            of["sample"] = None
+        self.samples = _numbers(row.values.get(of["sample"]) for row in self.rows) if of["sample"] else {}
+        if "id" not in chosen:
+            self._refuse_worse_ids()
         self._refuse_other_ids(all_rows, {k for _, k in self.known}, "id" in chosen, keys is not None)
         # The columns that hold winners, in the order in which their votes are given.
+        named = {r.answer_columns for r in all_rows}
+        self.answers = named.pop() if len(named) == 1 else None
         self.winners = [of["forward"], of["reversed"] or of["reversed_slots"]]
         columns = [c for c in dict.fromkeys(self.winners) if c]
         self.sides = Sides.of(
@@ -246,10 +266,13 @@ class _Table:
             f"{path}: the winners in `{columns[0]}`",
             "--votes-map",
             zero_is_tie=columns[0].endswith("_result"),  # as PandaLM's files write it
+            answers=self.answers,
         )
         self.label_sides = self._label_sides(chosen)
         self.cells: list[tuple[Any, Outcome]] = []
         self.strangers = 0
+        self.second: tuple[str, bool] | None = None
+        """The column of votes in the reversed order, and whether its cells name slots."""
 
     def votes(self) -> Iterator[Vote]:
         """The votes that fit the conditions, row by row."""
@@ -258,11 +281,12 @@ class _Table:
         per_column: dict[str, Counter[str | None]] = {}
         for row in self.rows:
             values = row.values
-            key = str(_cell(row, of["set"])) if self.by_set else None, str(_cell(row, of["id"]))
+            key = self._file(row), str(_cell(row, of["id"]))
             pair = self.pair_of.get(key)
             if pair is None:
                 self.strangers += key not in self.known
                 continue
+            self._refuse_other_twin(row, pair)
             label = self.label_sides.outcome(values.get(str(of["label"]))) if of["label"] else None
             if label not in (pair.label, None):
                 raise UserError(
@@ -272,21 +296,26 @@ class _Table:
                 )
             judge = str(_cell(row, of["judge"])) if of["judge"] else self.path.stem
             voice = str(_cell(row, of["voice"])) if of["voice"] else "recorded"
+            sample = self.samples[_sample(_cell(row, of["sample"]))] if of["sample"] else 0
             for order, column, slots in _columns(row, of):
                 cell = _cell(row, column)
-                id = f"{pair.id}|{judge}|{voice}|{order}"
+                id = f"{pair.id}|{judge}|{voice}|{order}" + (f"|{sample}" if sample else "")
                 if id in seen:
                     others = [c for c in self.head if c not in set(of.values())] + ([of["set"]] if of["set"] else [])
                     raise UserError(
                         f"{row.where}: a second vote of {judge}/{voice} on {pair.id} ({order}; the first: {seen[id]}); "
-                        f"narrow with --where COLUMN=VALUE ({', '.join(map(str, others)) or 'no other column'})"
+                        f"narrow with --where COLUMN=VALUE ({', '.join(map(str, others)) or 'no other column'}), or "
+                        "say what tells them apart: --votes-map sample=COLUMN, voice=COLUMN or order=COLUMN"
                     )
                 seen[id] = row.where
                 outcome = self.sides.outcome(cell)
-                self.cells.append((cell, outcome or "abstain"))
+                meant = _MIRROR[outcome or "abstain"] if slots else outcome or "abstain"
+                self.cells.append((cell, meant))
+                if order == "reversed":
+                    self.second = column, slots
                 said = None if cell is None or not str(cell).strip() else str(cell).strip()
                 per_column.setdefault(column, Counter())["a side" if outcome in ("first", "second") else said] += 1
-                yield _vote(id, pair.id, judge, voice, order, cell, outcome or "abstain", slots)
+                yield _vote(id, pair.id, judge, voice, order, sample, cell, meant)
         for column, said_in in per_column.items():
             if "a side" not in said_in and (set(said_in) != {None} or len(per_column) == 1):
                 found = _listed([repr(word) for word, _ in said_in.most_common(3)])
@@ -294,6 +323,28 @@ class _Table:
                     f"{self.path}: no cell of `{column}` names a side; found {found}; say how they are called: "
                     "--votes-map first_is=NAME,second_is=NAME"
                 )
+
+    def _file(self, row: Any) -> str | None:
+        """The labelled file that the row is about, where the rows say so."""
+        return str(_cell(row, self.of["set"])) if self.by_set else None
+
+    def notes(self) -> tuple[str, ...]:
+        """How the second order was read, after the votes: whether cells name sides or slots can't be seen."""
+        column, slots = self.second or ("", False)
+        if slots:
+            return (f"second order read as naming slots, and turned round; --votes-map reversed={column} if not",)
+        if column and not column.endswith("_mapped"):
+            return (f"second order read as mapped back; --votes-map reversed_slots={column} if its cells name slots",)
+        return ()
+
+    def _numbers_votes(self, column: str | None) -> bool:
+        """The column numbers the votes of one judge on one pair: it has no more values than there are such votes."""
+        if column is None:
+            return False
+        same = [c for c in (self.of[key] for key in ("set", "id", "judge", "voice", "order")) if c]
+        asked = Counter(tuple(str(row.values.get(c)) for c in same) for row in self.rows)
+        most = max(asked.values(), default=0)
+        return 1 < most >= len({_sample(row.values.get(column)) for row in self.rows})
 
     def _label_sides(self, chosen: Mapping[str, str]) -> Sides:
         """How the labels beside the votes are read; they are only compared, so what isn't clear means nothing."""
@@ -303,9 +354,40 @@ class _Table:
         if any(self.sides.outcome(c) for c in cells) and "first_is" in chosen:
             return self.sides
         try:
-            return Sides.of(cells, {}, "", "", zero_is_tie=True)
+            return Sides.of(cells, {}, "", "", zero_is_tie=True, answers=self.answers)
         except UserError:
             return Sides({})
+
+    def _refuse_worse_ids(self) -> None:
+        """Many votes are on unknown pairs, and another column that may be an id knows more of them."""
+
+        def unknown(column: str) -> int:
+            return sum((self._file(row), str(row.values.get(column))) not in self.known for row in self.rows)
+
+        column = str(self.of["id"])
+        missed = unknown(column)
+        if missed <= _MANY * len(self.rows):
+            return
+        free = [c for c in self.head if c not in self.of.values()]
+        ids = [c for c in free if c.lower() in (*ID_COLUMNS, "pair", "item", "example") or c.lower().endswith("id")]
+        best = min(ids, key=unknown, default=column)
+        if unknown(best) < missed:
+            raise UserError(
+                f"{self.path}: {missed} of {len(self.rows)} votes are on pairs that are unknown by `{column}`, and "
+                f"`{best}` fits better; say which is the pair's: --votes-map id={best} (or id={column})"
+            )
+
+    def _refuse_other_twin(self, row: Any, pair: Labelled) -> None:
+        if self.twins is None:
+            return
+        theirs, mine = self.twins
+        found, expected = str(row.values.get(theirs)), pair.columns.get(mine)
+        if expected is not None and found != expected:
+            raise UserError(
+                f"{row.where}: `{theirs}` is {found} here, and {expected} on the labelled pair of the same "
+                f"`{self.of['id']}`; say which is the pair's: --votes-map id={theirs} --map id={mine}, or --votes-map "
+                f"id={self.of['id']}"
+            )
 
     def _refuse_other_ids(
         self, rows: Sequence[Labelled], keys: Collection[str], is_chosen: bool, all_known: bool
@@ -336,6 +418,25 @@ class _Table:
 _WINNERS = ("forward", "reversed", "reversed_slots")
 
 
+def _id_column(head: Mapping[str, Any], rows: Sequence[Labelled]) -> str | None:
+    """The column that names a vote's pair. `id`, `index` and `row` may be the vote's own number, so `pair_id` comes
+    first, where it isn't another column of the labelled pairs; then what the labelled pairs call it."""
+    own = {r.id_column.lower() for r in rows if r.id_column}
+    names = [*(own if len(own) == 1 else ()), *ID_COLUMNS]
+    return find_column(names if find_column((_PAIR,), rows[0].columns) else [_PAIR, *names], head)
+
+
+def _sample(cell: Any) -> str:
+    return str(cell).strip().removesuffix(".0")
+
+
+def _numbers(cells: Iterable[Any]) -> dict[str, int]:
+    """Sample → its number: a whole number is its own, other names count in order of appearance."""
+    names = list(dict.fromkeys(map(_sample, cells)))
+    whole = all(name.isdecimal() for name in names)
+    return {name: int(name) if whole else n for n, name in enumerate(names)}
+
+
 def _keys(rows: Sequence[Labelled]) -> dict[str, set[str]]:
     out: dict[str, set[str]] = {}
     for r in rows:
@@ -359,7 +460,7 @@ def _columns(row: Any, of: Mapping[str, str | None]) -> Iterator[tuple[_Order, s
         if order is None:
             raise UserError(
                 f"{row.where}: {of['order']}: found {said!r}, expected forward or reversed (or ab and ba, original and "
-                "swapped, 0 and 1)"
+                "swapped, 0 and 1, false and true); --votes-map order=COLUMN names another column"
             )
         if order == "reversed":
             yield order, str(second or of["forward"]), slots
@@ -373,16 +474,17 @@ def _columns(row: Any, of: Mapping[str, str | None]) -> Iterator[tuple[_Order, s
 
 
 def _vote(
-    id: str, pair_id: str, judge: str, voice: str, order: _Order, cell: Any, outcome: Outcome, slots: bool
+    id: str, pair_id: str, judge: str, voice: str, order: _Order, sample: int, cell: Any, outcome: Outcome
 ) -> Vote:
     # Built without validation: every field is made here, and a table may have a million cells.
     ballot = Ballot.model_construct(
-        id=id, pair_id=pair_id, judge=judge, voice=voice, principles=(), order=order, constitution="", template=voice
-    )
+        id=id, pair_id=pair_id, judge=judge, voice=voice, principles=(), order=order, sample_index=sample,
+        constitution="", template=voice,
+    )  # fmt: skip
     return Vote.model_construct(
         ballot=ballot,
         model=judge,
-        outcome=_MIRROR[outcome] if slots else outcome,
+        outcome=outcome,
         abstain_reason="unparsed" if outcome == "abstain" else None,
         raw_reply="" if cell is None else str(cell),
         attempts=0,

@@ -1,7 +1,8 @@
 """What the cells of a column of labels, or of recorded winners, mean: one reading of a column, settled at once. Pure.
 
-In: the column's cells, and the user's own names for the sides where there are any. Out: `Sides`, which says a cell's
-outcome. Numbers that different projects count differently (0 and 1; 0, 1 and 2; 1 and -1) are never guessed at.
+In: the column's cells, the user's own names for the sides where there are any, and the names of the answers' columns,
+which a cell may repeat. Out: `Sides`, which says a cell's outcome. Numbers that different projects count differently
+(0 and 1; 0, 1 and 2; 1 and -1) are never guessed at.
 """
 
 from __future__ import annotations
@@ -49,11 +50,18 @@ class Sides(NamedTuple):
 
     @classmethod
     def of(
-        cls, cells: Iterable[Any], named: Mapping[str, str], where: str, option: str, zero_is_tie: bool = False
+        cls,
+        cells: Iterable[Any],
+        named: Mapping[str, str],
+        where: str,
+        option: str,
+        zero_is_tie: bool = False,
+        answers: tuple[str, str] | None = None,
     ) -> Sides:
         """The reading of these cells; `named` holds the map's `first_is`, `second_is`, `tie_is`.
 
         `where` and `option` are for errors. `zero_is_tie`: the format says that beside 1 and 2 a 0 is a tie.
+        `answers` are the columns of the two answers.
 
         Raises:
             UserError: one side is named without the other, or numbers that need names have none.
@@ -73,7 +81,8 @@ class Sides(NamedTuple):
                 f"{where} are {listed}; say which is which, for example {option} first_is={first},second_is={second}"
                 + (f",tie_is={tie}" if tie else "")
             )
-        return cls({**_NAMES, **given})
+        columns: dict[str, Outcome] = {_said(answers[0]): "first", _said(answers[1]): "second"} if answers else {}
+        return cls({**_NAMES, **columns, **given})
 
 
 def count_cells(read: Iterable[tuple[Any, Outcome]]) -> tuple[Cell, ...]:

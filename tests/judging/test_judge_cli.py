@@ -82,6 +82,23 @@ def test_bench_says_how_it_read_the_files_and_what_it_left_out(rlaif, tmp_path: 
         assert "15 labelled pairs without a vote, 10 votes on unknown pairs" in " ".join(out.split())
 
 
+def test_what_was_read_otherwise_than_expected_is_said(rlaif, tmp_path: Path) -> None:
+    rows = [{"id": n, "prompt": "q", "first": "a", "second": "b", "label": (1, 2, None)[n % 3], "annotator1": 2}
+            for n in range(30)]  # fmt: skip
+    (tmp_path / "noted.json").write_text(json.dumps(rows))
+    votes = [{"id": n, "order": order, "winner": "first"} for n in range(30) for order in ("ab", "ba")]
+    (tmp_path / "some.json").write_text(json.dumps(votes))
+    code, out, _ = rlaif("bench", "noted.json", "--votes", "some.json")
+    assert code == 0
+    assert "noted.json: labels are from `label`, not from annotator1" in " ".join(out.split())
+    assert "left out: 10 unlabelled" in out
+    code, out, _ = rlaif("bench", "noted.json", "--votes", "some.json", "--json")
+    assert json.loads(out)["notes"] == [
+        "noted.json: labels are from `label`, not from annotator1 (--map label=COLUMN names another column)",
+        "second order read as mapped back; --votes-map reversed_slots=winner if its cells name slots",
+    ]
+
+
 def test_bench_prints_tables_and_draws(rlaif, tmp_path: Path) -> None:
     code, out, _ = rlaif("bench", *RECORDED, "--splits", "5", "--picture", "risk.svg")
     assert code == 0

@@ -252,6 +252,30 @@ def test_a_table_by_any_ending(tmp_path):
         read_labelled([tmp_path / "e.csv"])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",prompt,first,second,label\n0,q,a,b,1\n1,q,a,b,2\n",  # pandas' to_csv()
+        "\ufeff,prompt,first,second,label,\n0,q,a,b,1,\n1,q,a,b,2,\n",
+        "\ufeffprompt,first,second,label\nq,a,b,1\nq,a,b,2\n,,,\n,,,,\n",
+        'prompt, first, second, label\nq, "a", b, 1\nq, a, b, 2\n',
+    ],
+)
+def test_tables_as_pandas_and_spreadsheets_write_them(tmp_path, text):
+    (tmp_path / "p.csv").write_text(text, encoding="utf-8")
+    rows = read_labelled([tmp_path / "p.csv"]).rows
+    assert [(r.key, r.prompt, r.first, r.second, r.label) for r in rows] == [
+        ("0", "q", "a", "b", "first"), ("1", "q", "a", "b", "second")
+    ]  # fmt: skip
+    assert not rows[0].columns
+
+
+def test_a_cell_keeps_its_first_space_and_a_row_its_number(tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,first,second,label,"a, b"\nq, a,b,1,\n,,,,\nq,a,b,2,\n')
+    rows = read_labelled([tmp_path / "p.csv"]).rows
+    assert [(r.key, r.first) for r in rows] == [("0", " a"), ("2", "a")]
+
+
 def test_two_rows_of_one_id_are_both_named(tmp_path):
     with pytest.raises(UserError, match=r"b.jsonl:3: two rows have the id `r0` \(the first: .*b.jsonl:1\)"):
         read_labelled([write(tmp_path / "b.jsonl", row(0), row(1), row(0))])
@@ -303,3 +327,62 @@ def test_a_column_for_each_winner(tmp_path):
     assert found.excluded == {"tie": 1}
     with pytest.raises(UserError, match=r"a.jsonl:1: 2 of winner_model_a, winner_model_b, winner_tie are 1"):
         read_labelled([write(tmp_path / "a.jsonl", arena(1, 1, 0))])
+
+
+@pytest.mark.parametrize("blank", [None, "", " ", float("nan")])
+def test_blank_cells_stop_nothing(tmp_path, blank):
+    rows = [
+        row(0, principle=blank),
+        row(1, label=blank),
+        {"id": "r2", "instruction": "Do", "input": blank, "first": "a", "second": "b", "label": 1},
+    ]
+    found = read_labelled([write(tmp_path / "b.jsonl", *rows[:2])])
+    assert [(r.id, r.slice, "principle" in r.columns) for r in found.rows] == [("r0", "b", False)]
+    assert found.excluded == {"unlabelled": 1}
+    assert found.keys == {"b": {"r0", "r1"}}
+    assert read_labelled([write(tmp_path / "c.jsonl", rows[2])]).rows[0].prompt == "Do"
+    with pytest.raises(UserError, match=r"no labelled pairs \(1 rows are ties, disputed or unlabelled\)"):
+        read_labelled([write(tmp_path / "d.jsonl", rows[1])])
+
+
+def test_annotators_who_said_nothing_do_not_dispute(tmp_path):
+    rows = [{"prompt": "q", "first": "a", "second": "b", "annotator1": x, "annotator2": y}
+            for x, y in ((1, None), (None, 2), (1, 2), (None, None))]  # fmt: skip
+    found = read_labelled([write(tmp_path / "p.json", *rows)])
+    assert [r.label for r in found.rows] == ["first", "second"]
+    assert found.excluded == {"disputed": 1, "unlabelled": 1}
+    hot = {"prompt": "q", "first": "a", "second": "b", "winner_model_b": 1}
+    found = read_labelled([write(tmp_path / "a.jsonl", {"winner_model_a": 0} | hot,
+                                 hot | {"winner_model_a": None, "winner_model_b": None})])  # fmt: skip
+    assert found.excluded == {"unlabelled": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("response_a", "response_b"), None),
+        (("answer1", "answer2"), None),
+        (("left", "right"), "first=left,second=right"),
+        (("response2", "response1"), "first=response2,second=response1"),  # not by the number in the name
+    ],
+)
+def test_a_label_may_be_the_answers_column(tmp_path, names, columns):
+    rows = [{"prompt": "q", names[0]: "a", names[1]: "b", "winner": w} for w in (names[0], names[1].upper(), "tie")]
+    found = read_labelled([write(tmp_path / "p.json", *rows)], parse_map(columns))
+    assert [r.label for r in found.rows] == ["first", "second"]
+    assert found.excluded == {"tie": 1}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"annotator1": 2, "annotator2": 1}, "not from annotator1, annotator2"),
+        ({"winner_model_a": 0, "winner_model_b": 1}, "not from winner_model_a, winner_model_b"),
+    ],
+)
+def test_a_label_column_wins_over_annotators_and_says_so(tmp_path, more, said):
+    path = write(tmp_path / "p.json", {"prompt": "q", "first": "a", "second": "b", "label": 1, **more})
+    found = read_labelled([path])
+    assert [r.label for r in found.rows] == ["first"]
+    assert found.notes == (f"p.json: labels are from `label`, {said} (--map label=COLUMN names another column)",)
+    assert not read_labelled([path], parse_map("label=label")).notes

@@ -306,3 +306,111 @@ def test_a_condition_that_no_vote_fits_lists_what_there_is(tmp_path):
     path = csv_file(tmp_path, "row,judge,winner", "0,GPT-4,1", "1,ChatGPT,1")
     with pytest.raises(UserError, match=r"no row has --where judge=gpt4; there is ChatGPT, GPT-4"):
         read_recorded(path, ROWS, where=parse_where(["judge=gpt4"]))
+
+
+IDS = [labelled(n, "first" if w == 1 else "second").model_copy(update={"id_column": "id"}) for n, w in enumerate(TRUTH)]
+
+
+def running(**more):
+    """Votes on the twelve pairs, last pair first, numbered by themselves."""
+    return [{"id": n, "pair_id": 11 - n, "winner": VOTED[11 - n], **more} for n in range(12)]
+
+
+def test_a_votes_own_number_is_not_taken_for_the_pairs_id(tmp_path):
+    path = table(tmp_path, *running())
+    assert right(read_recorded(path, IDS, keys=KEYS)) == (9, 12)
+    assert right(read_recorded(path, IDS, {"id": "id"}, keys=KEYS)) == (3, 12)  # as asked for
+    # Neither is the pandas index, nor any other column than the labelled file's own.
+    rows = [{("index" if k == "id" else k): v for k, v in r.items()} for r in running()]
+    by_index = [r.model_copy(update={"id_column": "index"}) for r in MORE]
+    assert right(read_recorded(table(tmp_path, *rows), by_index, keys=KEYS)) == (9, 12)
+    rows = [{("idx" if k == "pair_id" else k): v for k, v in r.items()} for r in running()]
+    by_idx = [r.model_copy(update={"id_column": "idx"}) for r in MORE]
+    assert right(read_recorded(table(tmp_path, *rows), by_idx, keys=KEYS)) == (9, 12)
+
+
+def test_both_files_have_an_id_and_a_pair_id(tmp_path):
+    rows = [r.model_copy(update={"columns": {"pair_id": f"p{n}"}}) for n, r in enumerate(IDS)]
+    agreeing = [{"id": n, "pair_id": f"p{n}", "winner": v} for n, v in enumerate(VOTED)]
+    assert right(read_recorded(table(tmp_path, *agreeing), rows, keys=KEYS)) == (9, 12)
+    with pytest.raises(UserError, match=r"t.jsonl:1: `pair_id` is 11 here, and p0 on the .* --votes-map id=pair_id"):
+        read_recorded(table(tmp_path, *running()), rows, keys=KEYS)
+    assert right(read_recorded(table(tmp_path, *running()), rows, {"id": "id"}, keys=KEYS)) == (3, 12)
+
+
+@pytest.mark.parametrize("column", ["item_id", "idx", "pair", "pairId"])
+def test_another_column_that_fits_better_is_named(tmp_path, column):
+    votes = [{"id": n, column: n // 3, "judge": "JKL"[n % 3], "winner": VOTED[n // 3]} for n in range(36)]
+    path = table(tmp_path, *votes)
+    with pytest.raises(UserError, match=rf"24 of 36 votes .*`id`.*--votes-map id={column} \(or id=id\)") as e:
+        read_recorded(path, IDS, keys=KEYS)
+    assert "\n" not in str(e.value)
+    assert right(read_recorded(path, IDS, {"id": column}, keys=KEYS)) == (27, 36)
+    assert read_recorded(path, IDS, {"id": "id"}, keys=KEYS).strangers == 24
+    # Few strangers, or a column that fits no better, are no reason.
+    assert read_recorded(table(tmp_path, *votes[:13]), IDS, keys=KEYS).strangers == 1
+    assert read_recorded(table(tmp_path, *({**v, column: "?"} for v in votes)), IDS, keys=KEYS).strangers == 24
+
+
+def note(found):
+    return " ".join(found.notes)
+
+
+@pytest.mark.parametrize("names", [("order", "ab", "ba"), ("swapped", False, True), ("swapped", "0", "1")])
+def test_how_the_second_order_was_read_is_said(tmp_path, names):
+    order, ab, ba = names
+    rows = [{"id": n, order: o, "winner": "A"} for n in range(6) for o in (ab, ba)]
+    found = read_recorded(table(tmp_path, *rows), MORE)
+    assert [v.ballot.order for v in found.votes[:2]] == ["forward", "reversed"]
+    assert found.notes == (
+        "second order read as mapped back; --votes-map reversed_slots=winner if its cells name slots",
+    )
+    found = read_recorded(table(tmp_path, *rows), MORE, parse_votes_map("reversed_slots=winner"))
+    assert found.notes == ("second order read as naming slots, and turned round; --votes-map reversed=winner if not",)
+    assert cell_lines(found.cells, "recorded winners") == ["recorded winners as read: A→first 6, A→second 6"]
+    assert not read_recorded(table(tmp_path, *rows[::2]), MORE).notes
+
+
+def test_the_second_orders_column_says_how_it_is_read(tmp_path):
+    path = csv_file(tmp_path, "id,g1_winner,g2_winner", "0,model_1,model_1")
+    found = read_recorded(path, ROWS)
+    assert [v.outcome for v in found.votes] == ["first", "first"]
+    assert "--votes-map reversed_slots=g2_winner if" in note(found)
+    found = read_recorded(path, ROWS, parse_votes_map("reversed_slots=g2_winner"))  # as it says
+    assert [v.outcome for v in found.votes] == ["first", "second"]
+    assert not read_recorded(csv_file(tmp_path, "id,winner_ab,winner_ba_mapped", "0,1,1"), ROWS).notes
+    assert "reversed=winner_ba if not" in note(
+        read_recorded(csv_file(tmp_path, "id,winner_ab,winner_ba", "0,1,1"), ROWS)
+    )
+
+
+@pytest.mark.parametrize("column", ["sample", "sample_index", "sample_id"])
+@pytest.mark.parametrize(("cells", "numbers"), [((0, 1, 2), [0, 1, 2]), ((1, 2, 3), [1, 2, 3]), ("abc", [0, 1, 2])])
+def test_samples_of_one_question(tmp_path, column, cells, numbers):
+    rows = [{"id": n, column: c, "winner": v} for n, v in enumerate(VOTED) for c in cells]
+    found = read_recorded(table(tmp_path, *rows), MORE)
+    assert [v.ballot.sample_index for v in found.votes[:3]] == numbers
+    assert len({v.ballot.id for v in found.votes}) == len(found.votes) == 36
+    found = read_recorded(table(tmp_path, *rows), MORE, where=parse_where([f"{column}={cells[1]}"]))
+    assert {v.ballot.sample_index for v in found.votes} == {0}
+
+
+def test_a_column_of_running_numbers_is_no_sample(tmp_path):
+    rows = [{"id": n // 2, "sample_id": n, "order": "ab" if n % 2 else "ba", "winner": 1} for n in range(24)]
+    assert {v.ballot.sample_index for v in read_recorded(table(tmp_path, *rows), MORE).votes} == {0}
+    rows = [{"id": n // 2, "sample_id": n, "run": n % 2, "winner": 1} for n in range(24)]
+    with pytest.raises(UserError, match=r"t.jsonl:2: a second vote .* \(sample_id, run\), or say .*--votes-map "
+                                        r"sample=COLUMN, voice=COLUMN or order=COLUMN") as e:  # fmt: skip
+        read_recorded(table(tmp_path, *rows), MORE)
+    assert "\n" not in str(e.value)
+    found = read_recorded(table(tmp_path, *rows), MORE, parse_votes_map("sample=run"))
+    assert [v.ballot.sample_index for v in found.votes[:2]] == [0, 1]
+
+
+def test_a_vote_may_name_the_answers_column(tmp_path):
+    rows = [{"id": n, "prompt": "q", "left": "x", "right": "y", "label": w} for n, w in enumerate(TRUTH)]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    found = read_labelled([tmp_path / "p.json"], {"first": "left", "second": "right"})
+    path = table(tmp_path, *({"id": n, "label": ("left", "right")[w - 1], "winner": ("Left", "Right")[v - 1]}
+                             for n, (v, w) in enumerate(zip(VOTED, TRUTH, strict=True))))  # fmt: skip
+    assert right(read_recorded(path, found.rows, keys=found.keys)) == (9, 12)
