@@ -72,7 +72,7 @@ def model_card(run: RunDir, updates: int) -> str:
         "",
         f"- constitutions in force, in order: {', '.join(texts)}",
         f"- pairs trained on: {pairs} of {sum(m.pairs for m in trained)} judged",
-        f"- weights digest: `{run.iteration(updates - 1).meta('updates').get('policy_digest')}`",
+        f"- weights digest: `{run.iteration(updates - 1).policy_made()}`",
         f"- run: job digest `{header['job_digest']}`, code revision `{header['revision']}`",
         "",
         "## Held-out evaluation against the base policy",

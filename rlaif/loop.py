@@ -51,6 +51,7 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
+from rlaif.review.labels import labels_noted
 from rlaif.store import STAGES, RunDir, StageDir, read_record, replace_dir, write_json
 from rlaif.texts import Texts
 from rlaif.workers import WorkerLike
@@ -371,8 +372,8 @@ class Loop:
 
     def _tell_labels(self, k: int) -> None:
         """Notes which labels joined an update, how many can't yet, and what couldn't be read of them."""
-        found = self.dir.iteration(k).meta("preferences").get("labels", {})
-        before = self.dir.iteration(k - 1).meta("preferences").get("labels", {}) if k else {}
+        found = labels_noted(self.dir.iteration(k))
+        before = labels_noted(self.dir.iteration(k - 1)) if k else {}
         events: list[tuple[str, str, dict[str, Any]]] = [("alarm", p, {}) for p in found.get("problems", [])]
         if joined := found.get("joined"):
             message = f"{len(joined)} pairs join the update as people labelled them"
@@ -495,9 +496,8 @@ class Loop:
     def _policy_before(self, k: int) -> tuple[PolicyVersion, Path]:
         """The policy that iteration k samples from: version and folder."""
         for i in range(k - 1, -1, -1):
-            meta = self.dir.iteration(i).meta("updates")
-            if not meta["skipped"]:
-                version = PolicyVersion(iteration=i + 1, digest=meta["policy_digest"])
+            if (made := self.dir.iteration(i).policy_made()) is not None:
+                version = PolicyVersion(iteration=i + 1, digest=made)
                 return version, self.dir.iteration(i).path / "policy"
         return PolicyVersion(iteration=0, digest=self.base_digest), self.base_model
 
@@ -515,7 +515,7 @@ class Loop:
 
     def _load_learner(self, k: int) -> None:
         """Brings the learner to the state before iteration k, unless it is there already."""
-        updated = [i for i in range(k) if not self.dir.iteration(i).meta("updates")["skipped"]]
+        updated = [i for i in range(k) if self.dir.iteration(i).policy_made() is not None]
         behind = updated[-1] + 1 if updated else 0
         if self._learner_at == behind:
             return

@@ -21,7 +21,7 @@ from rlaif.heads import read_heads
 from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.records import EvaluationMetrics, Record
 from rlaif.review.agreement import Agreement, agreement, labelled_pairs
-from rlaif.store import RunDir, file_digest, read_record, replacing
+from rlaif.store import RunDir, file_digest, read_record, read_source, replacing
 from rlaif.summary import held_out_answers
 from rlaif.view.facts import Facts, read_facts
 from rlaif.view.pictures import percent, pictures
@@ -143,7 +143,10 @@ def _make(index: Index, run: RunDir) -> Report:
         raise UserError(f"{run.path}: no iteration is finished yet; `rlaif status {run.path}` says where it stands")
     header = run.header
     job = header["job"]
-    calibration = read_calibration(path) if (path := run.path / "calibration.json").exists() else None
+    damaged: list[str] = []
+    calibration = _calibration(run, job, damaged)
+    calibrated = calibration is not None or bool(damaged)
+    texts = tuple(_text(run, c.constitution, c.hash, c.iteration, damaged) for c in facts.overview.changes)
     pairs, problems = labelled_pairs(run)
     human = tuple(agreement(pairs)) if pairs else ()
     dropped: dict[str, int] = {}
@@ -159,10 +162,14 @@ def _make(index: Index, run: RunDir) -> Report:
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         done=done,
         planned=job["iterations"],
-        caveats=(*_caveats(facts, job, done, calibration, human), *facts.overview.problems, *problems),
+        caveats=tuple(
+            dict.fromkeys(
+                (*_caveats(facts, job, done, calibrated, human), *facts.overview.problems, *damaged, *problems)
+            )
+        ),
         overview=facts.overview,
         evaluations=tuple(facts.evaluations),
-        texts=tuple(_text(run, c.constitution, c.hash, c.iteration) for c in facts.overview.changes),
+        texts=texts,
         prompts=tuple(_prompts(run, job)),
         prompts_used=used,
         calibration=calibration,
@@ -200,9 +207,7 @@ def write_report(report: Report, to: Path) -> Path:
     return to
 
 
-def _caveats(
-    facts: Facts, job: dict[str, Any], done: int, calibration: Calibration | None, human: tuple[Agreement, ...]
-) -> list[str]:
+def _caveats(facts: Facts, job: dict[str, Any], done: int, calibrated: bool, human: tuple[Agreement, ...]) -> list[str]:
     """What to know before the numbers are relied on, one sentence each, the gravest first."""
     totals, last = facts.overview.totals, facts.last_judged
     out = []
@@ -228,7 +233,7 @@ def _caveats(
             f"In the last evaluation the judge abstained on {newest.abstained} of {newest.answers} held-out answers; "
             "the win rate leaves them out."
         )
-    if calibration is None:
+    if not calibrated:
         out.append(
             "The filter was not calibrated: the labels were never compared with labelled pairs. Agreement of the "
             "judge's voices is consistency, not correctness."
@@ -255,16 +260,30 @@ def _caveats(
     return out
 
 
-def _text(run: RunDir, name: str, digest: str, since: int) -> Text:
+def _calibration(run: RunDir, job: dict[str, Any], damaged: list[str]) -> Calibration | None:
+    """The run's calibration, if it has one; `damaged` gets a line when that can't be read."""
+    path = run.path / "calibration.json"
+    if not path.exists() and not job.get("filters", {}).get("calibration"):
+        return None
+    try:
+        return read_calibration(path)
+    except RlaifError as e:
+        damaged.append(f"{e}; the filter was calibrated, and what that promised isn't known")
+        return None
+
+
+def _text(run: RunDir, name: str, digest: str, since: int, damaged: list[str]) -> Text:
+    """A text as the run has it; `damaged` gets a line when it can't be read."""
     folder = run.path / "constitutions" / digest
-    source, parsed = folder / "source.yaml", folder / "constitution.json"
-    return Text(
-        name=name,
-        hash=digest,
-        since=since,
-        source=source.read_text(errors="replace") if source.exists() else "(the run's copy is missing)",
-        constitution=read_record(parsed, Constitution) if parsed.exists() else None,
-    )
+    try:
+        constitution = read_record(folder / "constitution.json", Constitution)
+    except FileNotFoundError:  # the index says so
+        constitution = None
+    except RlaifError as e:
+        damaged.append(str(e))
+        constitution = None
+    source = read_source(folder / "source.yaml")
+    return Text(name=name, hash=digest, since=since, source=source, constitution=constitution)
 
 
 def _prompts(run: RunDir, job: dict[str, Any]) -> list[PromptFile]:

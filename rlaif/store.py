@@ -96,6 +96,19 @@ def read_json(path: Path) -> Any:
         raise RlaifError(f"{path}:{e.lineno}: not valid JSON ({e.msg}); it was damaged after it was written") from e
 
 
+def read_source(path: Path) -> str:
+    """A text's file as its author wrote it, to be shown; what isn't UTF-8, or is gone, is said in its place."""
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return "(the run's copy is missing)"
+
+
+def meta_missing(path: Path) -> str:
+    """What is to be said of a complete stage whose meta file is gone."""
+    return f"{path}: missing, though {path.name.removesuffix('.meta.json')}.jsonl is there"
+
+
 def read_record(path: Path, record: type[R]) -> R:
     """Reads a JSON file that holds one record; another one is an error that names it."""
     try:
@@ -160,9 +173,34 @@ class StageDir:
         return self._file(stage).exists()
 
     def meta(self, stage: str) -> dict[str, Any]:
-        """The stage's meta file: rows, digest, inputs, seconds."""
-        meta: dict[str, Any] = read_json(self.path / f"{stage}.meta.json")
+        """The stage's meta file: rows, digest, inputs, seconds.
+
+        Raises:
+            RlaifError: it is gone or damaged.
+        """
+        path = self.path / f"{stage}.meta.json"
+        try:
+            meta = read_json(path)
+        except FileNotFoundError as e:
+            raise RlaifError(meta_missing(path)) from e
+        if not isinstance(meta, dict) or not {"rows", "sha256"} <= meta.keys():
+            raise RlaifError(f"{path}: not the meta file of a stage; it was damaged after it was written")
         return meta
+
+    def policy_made(self) -> str | None:
+        """Digest of the policy that the complete update made; None when it was skipped.
+
+        Raises:
+            RlaifError: the update's meta file is gone or damaged, so nobody knows.
+        """
+        meta = self.meta("updates")
+        skipped, made = meta.get("skipped"), meta.get("policy_digest")
+        if skipped is True:
+            return None
+        if skipped is False and isinstance(made, str):
+            return made
+        path = self.path / "updates.meta.json"
+        raise RlaifError(f"{path}: doesn't say which policy was made; it was damaged after it was written")
 
     def read(self, stage: str, record: type[R], only: re.Pattern[bytes] | None = None) -> list[R]:
         """The rows of a complete stage; with `only`, those whose line it is found in."""

@@ -237,3 +237,15 @@ def test_a_header_of_another_shape_is_refused_when_it_is_opened(tmp_path: Path, 
     write_json(tmp_path / "run.json", {"schema_version": 1, "job": {}} | wrong)
     with pytest.raises(UserError, match=r"run\.json: not a run's"):
         RunDir.open(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", "null", '{"rows": 1}'])
+def test_a_damaged_meta_file_is_one_line_that_names_it(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "updates.meta.json"
+    path.write_text(content)
+    for ask in (lambda: StageDir(tmp_path).meta("updates"), StageDir(tmp_path).policy_made):
+        with pytest.raises(RlaifError, match=rf"^{path}: not the meta file of a stage"):
+            ask()
+    path.unlink()
+    with pytest.raises(RlaifError, match=rf"^{path}: missing, though updates.jsonl is there$"):
+        StageDir(tmp_path).meta("updates")

@@ -14,7 +14,7 @@ from typing import Any
 from rlaif.audit.index import Index
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import HumanLabel, Preference
-from rlaif.review.labels import in_force, read_labels
+from rlaif.review.labels import in_force, labels_noted, read_labels
 from rlaif.store import RunDir, disk_errors
 
 SUFFIXES = (".parquet", ".jsonl")
@@ -84,10 +84,10 @@ def preference_rows(
 def _labels_then(run: RunDir, k: int) -> dict[str, HumanLabel]:
     """The labels in force when iteration k took them; none where its meta file doesn't say how many there were."""
     try:
-        size = run.iteration(k).meta("preferences").get("labels", {}).get("size")
+        size = labels_noted(run.iteration(k)).get("size")
     except (RlaifError, OSError):
         return {}
-    return in_force(read_labels(run, size).labels) if size is not None else {}
+    return in_force(read_labels(run, size).labels) if isinstance(size, int) else {}
 
 
 def export_preferences(index: Index, to: Path, iteration: int | None = None, constitution: str | None = None) -> int:

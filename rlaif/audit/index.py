@@ -31,12 +31,12 @@ from rlaif.audit.tables import EVALUATION_STAGES, FILL_PANELS, SMALL_TABLES, STA
 from rlaif.errors import RlaifError, UserError
 from rlaif.models import cache_root
 from rlaif.records import Plan, Record, digest
-from rlaif.store import RunDir, disk_errors, read_json, read_record
+from rlaif.store import RunDir, StageDir, disk_errors, meta_missing, read_json, read_record
 
 if TYPE_CHECKING:
     import duckdb
 
-VERSION = 2
+VERSION = 3
 """Rises when what is taken in changes; an index of another version, other tables or another DuckDB is made anew."""
 
 MEMORY_LIMIT = "1GB"
@@ -177,12 +177,13 @@ class Index:
                 if self._owed() is not None:
                     self._update()
                 with self.session():
-                    found = self.rows("SELECT * FROM problems ORDER BY file, line")
-                    self.problems = self._missing()
-                self.problems += [
+                    found = self.rows("SELECT file, line, message FROM problems ORDER BY file, line")
+                    missing = self._missing()
+                read = [
                     f"{self.run.path / r['file']}{'' if r['line'] is None else ':' + str(r['line'])}: {r['message']}"
                     for r in found
                 ]
+                self.problems = [*dict.fromkeys([*missing, *read])]
                 return
             except _duckdb().Error as e:
                 # Torn by a full disk or a killed machine: it is only a copy.
@@ -204,6 +205,18 @@ class Index:
         """The file that a row of a stage's table came from; `row` has `iteration` and `evaluation`."""
         found = self._path_of(table, row["iteration"], row["evaluation"])
         return found or self.run.path / f"{table}.jsonl"
+
+    def unknown_updates(self) -> dict[int, str]:
+        """Iteration → why it isn't known which policy its update, which is done, made."""
+        out = {}
+        for r in self.rows("SELECT iteration FROM iterations WHERE skipped IS NULL ORDER BY iteration"):
+            here = self.run.iteration(r["iteration"])
+            try:
+                if here.is_complete("updates"):
+                    here.policy_made()
+            except (RlaifError, OSError) as e:
+                out[r["iteration"]] = str(e)
+        return out
 
     # Looking at the run.
 
@@ -272,6 +285,8 @@ class Index:
                     for i in range(last)
                     if not there[i]
                 ]
+                metas = [here.path / f"{s}.meta.json" for s, complete in zip(stages, there, strict=True) if complete]
+                out += [meta_missing(meta) for meta in metas if not meta.exists()]
         return out
 
     def _small_files(self) -> list[Path]:
@@ -384,11 +399,13 @@ class Index:
         sha256 = None
         meta = source.path.with_name(f"{source.table}.meta.json")
         if not source.grows and meta.exists():
-            with suppress(RlaifError):  # `verify` speaks about meta files
-                found = read_json(meta)
-                sha256 = _of(found, "sha256", str) if isinstance(found, dict) else None
-                if isinstance(found, dict) and found.get("rows") not in (None, lines):
+            try:
+                found = StageDir(meta.parent).meta(source.table)
+                sha256 = _of(found, "sha256", str)
+                if found["rows"] != lines:
                     self._problem(connection, source, None, f"has {lines} lines, {meta.name} says {found['rows']}")
+            except (PermissionError, RlaifError) as e:
+                self._problem(connection, source, *_split(meta, e), meta)
         connection.execute(
             "DELETE FROM files WHERE source_table = ? AND iteration = ? AND evaluation = ?", list(source.key)
         )
@@ -446,9 +463,18 @@ class Index:
                 connection.execute(f"DELETE FROM panels WHERE {where}", values)
                 connection.execute(FILL_PANELS, [source.iteration, source.evaluation])
 
-    def _problem(self, connection: duckdb.DuckDBPyConnection, source: Source, line: int | None, message: str) -> None:
+    def _problem(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        source: Source,
+        line: int | None,
+        message: str,
+        path: Path | None = None,
+    ) -> None:
+        """Keeps a problem of a source; `path` is the file when it isn't the source's own."""
         connection.execute(
-            "INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", [*source.key, self._relative(source.path), line, message]
+            "INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)",
+            [*source.key, self._relative(path or source.path), line, message],
         )
 
     def _relative(self, path: Path) -> str:
@@ -468,28 +494,33 @@ class Index:
                 value = read_record(path, record).model_dump(mode="json") if record else read_json(path)
                 if isinstance(value, dict):
                     return value
-                problem = f"{path}: not a JSON object; it was damaged after it was written"
+                told(path, "not a JSON object; it was damaged after it was written")
             except FileNotFoundError:
-                return None
-            except PermissionError as e:
-                problem = f"{path}: can't be read ({e.strerror})"
-            except RlaifError as e:
-                problem = str(e)
-            line, _, message = problem.removeprefix(f"{path}:").partition(": ")
-            found = (int(line), message) if line.isdigit() else (None, problem.removeprefix(f"{path}: "))
-            connection.execute("INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", [*key, self._relative(path), *found])
+                pass
+            except (PermissionError, RlaifError) as e:
+                told(path, e)
             return None
+
+        def told(path: Path, problem: str | OSError | RlaifError) -> None:
+            found = _split(path, problem)
+            connection.execute("INSERT INTO problems VALUES (?, ?, ?, ?, ?, ?)", [*key, self._relative(path), *found])
 
         for k in self.run.iterations():
             here = self.run.iteration(k).path
             plan, metrics = read(here / "plan.json", Plan), read(here / "metrics.json")
-            meta = read(here / "updates.meta.json") if (here / "updates.jsonl").exists() else None
+            made, skipped = None, None
+            try:
+                if self.run.iteration(k).is_complete("updates"):
+                    made = self.run.iteration(k).policy_made()
+                    skipped = made is None
+            except (PermissionError, RlaifError) as e:
+                told(here / "updates.meta.json", e)
             text = _of(plan or metrics, "constitution", dict) or {}
             policy = _of(plan or metrics, "policy", dict) or {}
             connection.execute(
                 "INSERT INTO iterations VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [k, _of(text, "hash", str), _text_name(text), _of(policy, "iteration", int), _of(policy, "digest", str),
-                 _of(meta, "policy_digest", str), _of(meta, "skipped", bool), _dumped(metrics)],
+                 made, skipped, _dumped(metrics)],
             )  # fmt: skip
         for k in self.run.evaluations():
             metrics = read(self.run.evaluation(k).path / "metrics.json")
@@ -576,6 +607,14 @@ def _duckdb() -> Any:
 
 def _or_minus_one(value: int | None) -> int:
     return -1 if value is None else value
+
+
+def _split(path: Path, problem: str | OSError | RlaifError) -> tuple[int | None, str]:
+    """What is wrong with a file as line and message, without its name."""
+    if isinstance(problem, OSError):
+        return None, f"can't be read ({problem.strerror})"
+    line, _, message = str(problem).removeprefix(f"{path}:").partition(": ")
+    return (int(line), message) if line.isdigit() else (None, str(problem).removeprefix(f"{path}: "))
 
 
 def _text_name(text: dict[str, Any]) -> str | None:

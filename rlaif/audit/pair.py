@@ -27,7 +27,7 @@ from rlaif.records import (
     Vote,
     digest,
 )
-from rlaif.store import RunDir, read_record
+from rlaif.store import RunDir, read_record, read_source
 from rlaif.texts import template_sources
 
 
@@ -44,6 +44,8 @@ class Training(Record):
     """Digest of the policy after that iteration; None when the update was skipped or isn't done."""
     skipped: bool | None
     """The update was skipped, so nothing was trained on it; None until that is known."""
+    unknown: str | None = None
+    """Why that isn't known of an update that is done: its meta file is gone or damaged."""
 
 
 class PairDetail(Record):
@@ -188,7 +190,7 @@ def _constitution_of(index: Index, run: RunDir, row: dict[str, Any]) -> tuple[Co
     name, _, version = found[0]["text_name"].rpartition("@")
     reference = ConstitutionRef(name=name, version=int(version), hash=found[0]["constitution"])
     source = run.path / "constitutions" / reference.hash / "source.yaml"
-    return reference, source.read_text() if source.exists() else None
+    return reference, read_source(source) if source.exists() else None
 
 
 def _trained(index: Index, pair: Pair) -> tuple[Training, ...]:
@@ -200,6 +202,7 @@ def _trained(index: Index, pair: Pair) -> tuple[Training, ...]:
         [pair.id],
     )
     sides: dict[str, Side] = {pair.first: "first", pair.second: "second"}
+    lost = index.unknown_updates()
     return tuple(
         Training(
             iteration=r["iteration"],
@@ -208,6 +211,7 @@ def _trained(index: Index, pair: Pair) -> tuple[Training, ...]:
             steps=tuple(r["steps"] or ()),
             policy_after=r["policy_after"],
             skipped=r["skipped"],
+            unknown=lost.get(r["iteration"]),
         )
         for r in found
     )

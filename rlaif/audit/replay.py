@@ -280,6 +280,10 @@ def _unreadable(run: RunDir, k: int) -> str | None:
             return f"{here.path / stage}.jsonl: missing"
     try:
         _text(run, run.plan(k))
+        if here.is_complete("preferences"):
+            labels_of(here)
+        if here.is_complete("updates"):
+            here.policy_made()
     except OSError as e:
         return f"{e.filename}: {e.strerror}"
     except RlaifError as e:
@@ -293,7 +297,7 @@ def _text(run: RunDir, plan: Plan) -> Constitution:
 
 def _updated_in(here: StageDir, kept: int, own: Job) -> bool:
     """Whether the iteration made an update; of one that isn't that far, whether it will."""
-    return not here.meta("updates")["skipped"] if here.is_complete("updates") else _enough(here, kept, own)
+    return here.policy_made() is not None if here.is_complete("updates") else _enough(here, kept, own)
 
 
 def _enough(here: StageDir, kept: int, job: Job) -> bool:

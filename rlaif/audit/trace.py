@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlaif.audit.index import Index
-from rlaif.errors import UserError
+from rlaif.errors import RlaifError, UserError
 from rlaif.records import Record
 from rlaif.store import RunDir
 
@@ -76,6 +76,8 @@ class Trace(Record):
     steps: int
     skipped: tuple[int, ...]
     """Iterations without an update, from 0."""
+    unknown: tuple[str, ...] = ()
+    """Why it isn't known of some iterations before it whether they trained; their preferences aren't counted."""
     texts: tuple[TracedText, ...]
     iterations: tuple[TracedIteration, ...]
     rows: tuple[TracedPreference, ...]
@@ -88,20 +90,26 @@ def find_checkpoint(index: Index, run: RunDir, checkpoint: str) -> tuple[int, st
 
     Raises:
         UserError: this run has no such policy, or the digest begins several.
+        RlaifError: the file that would say which policy it is, is gone or damaged.
     """
+    unknown = index.unknown_updates()
     made = {
         r["iteration"] + 1: str(r["policy_after"])
         for r in index.rows(
             "SELECT iteration, policy_after FROM iterations WHERE policy_after IS NOT NULL ORDER BY ALL"
         )
     }
-    known = ", ".join(f"{n} ({d})" for n, d in list(made.items())[-5:]) or "none yet"
+    known = ", ".join(f"{n} ({d})" for n, d in list(made.items())[-5:]) or ("none" if unknown else "none yet")
     hint = f"the newest policies, after so many iterations (digest): {known}"
+    hint += "".join(f"; after {k + 1} not known: {why}" for k, why in unknown.items())
     path = Path(checkpoint)
     if path.is_dir() and not checkpoint.isdigit():
         folders = {run.iteration(n - 1).path.resolve() / "policy": n for n in made}
         folders |= {(run.path / "learner" / f"{n - 1:04d}").resolve(): n for n in made}
         folders |= {run.iteration(n - 1).path.resolve(): n for n in made}
+        for k, why in unknown.items():
+            if path.resolve() in (run.iteration(k).path.resolve(), run.iteration(k).path.resolve() / "policy"):
+                raise RlaifError(f"{checkpoint}: which policy that is isn't known: {why}")
         if path.resolve() not in folders:
             raise UserError(f"{checkpoint}: not a policy of {run.path}; {hint}")
         after = folders[path.resolve()]
@@ -109,6 +117,8 @@ def find_checkpoint(index: Index, run: RunDir, checkpoint: str) -> tuple[int, st
     if checkpoint.isdigit() and int(checkpoint) <= len(run.iterations()):
         # After an iteration without an update, the policy is still the one before.
         after = max((n for n in made if n <= int(checkpoint)), default=0)
+        if lost := [why for k, why in unknown.items() if after <= k < int(checkpoint)]:
+            raise RlaifError(f"{checkpoint}: which policy that is isn't known: {lost[-1]}")
         if not after:
             raise UserError(f"{checkpoint}: that is the base policy of {run.path}, nothing was trained; {hint}")
         return after, made[after]
@@ -149,6 +159,7 @@ def _trace(index: Index, run: RunDir, checkpoint: str, limit: int | None, offset
         pairs=counted["pairs"],
         steps=sum(steps.values()),
         skipped=tuple(r["iteration"] for r in skipped),
+        unknown=tuple(why for k, why in index.unknown_updates().items() if k < after),
         texts=tuple(_texts(index, run, after)),
         iterations=tuple(_iterations(index, after, steps)),
         rows=tuple(_rows(index, after, limit, offset)),

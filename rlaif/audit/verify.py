@@ -165,6 +165,7 @@ class _Checking:
                 f"no {FILE}: the run is older than heads, or no iteration is done. Whether plan.json, metrics.json, "
                 "events.jsonl, prompts and meta files are as they were written can't be told"
             )
+            self._told()
             return
         for number, head in zip(self.line_of, self.chain, strict=True):
             self.covered |= head.files.keys()
@@ -367,6 +368,11 @@ class _Checking:
             if not isinstance(meta["inputs"], dict):
                 raise ValueError("its inputs are none")
             base64.b64decode(meta.get("row_digests", ""), validate=True)
+        except FileNotFoundError:  # `folders` says so
+            return None
+        except OSError as e:
+            self.found(path, f"can't be read ({e.strerror})")
+            return None
         except (RlaifError, ValueError, TypeError) as e:
             self.found(path, f"is no meta file any more ({str(e).removeprefix(f'{path}:')})")
             return None
@@ -444,9 +450,18 @@ class _Checking:
                 )  # fmt: skip
             if not here.is_complete("updates"):
                 continue
-            meta = self._meta(here.path / "updates.meta.json") or {}
-            if not meta.get("skipped", True):
-                policy, after = meta.get("policy_digest"), k + 1
+            path = here.path / "updates.meta.json"
+            if self._meta(path) is None:
+                policy = None
+                continue
+            try:
+                made = here.policy_made()
+            except RlaifError as e:
+                self.found(path, str(e).removeprefix(f"{path}: "))
+                policy = None
+                continue
+            if made is not None:
+                policy, after = made, k + 1
                 self._weights(here.path / "policy", policy)
 
     def _plan(self, k: int) -> Plan | None:

@@ -214,9 +214,11 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
         what = f"iteration {t.iteration + 1} as {t.source}, {t.chosen} chosen"
         if t.policy_after:
             console.print(f"trained in {what}: {steps}, into policy {t.policy_after} (after {t.iteration + 1})")
+        elif t.unknown:
+            console.print(inert(f"mixed in {what}: {steps}; policy not known: {t.unknown}"), soft_wrap=True)
         else:
             console.print(f"mixed in {what}: {'update skipped' if t.skipped else 'no policy yet'}")
-    if not any(t.policy_after for t in found.preferences):
+    if not any(t.policy_after or t.unknown for t in found.preferences):
         console.print("never trained on")
     if found.vote_lines:
         console.print(inert(f"votes: {found.vote_lines[0]} to line {found.vote_lines[-1].rpartition(':')[2]}"))

@@ -189,6 +189,8 @@ def trace(
         f"[bold]policy {found.digest}[/], after iteration {found.after}: {found.preferences} preferences on "
         f"{found.pairs} pairs in {found.steps} steps{skipped}; from base policy {found.base_digest or '-'}"
     )
+    for why in found.unknown:
+        console.print(inert(f"without what isn't known: {why}"), soft_wrap=True)
     for text in found.texts:
         console.print(
             inert(f"{text.name or 'unknown text'} ({text.hash}): {text.preferences} preferences; {text.file}")

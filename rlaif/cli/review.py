@@ -50,8 +50,6 @@ def review(
         print(json.dumps({"run": str(run), **counts.model_dump(), "problems": queue.problems}))
         return
     reviewer = _Reviewer(queue, author or _user(), _Terminal() if sys.stdin.isatty() else _Pipe())
-    for problem in queue.problems:
-        print(f"rlaif: {problem}", file=sys.stderr)
     reviewer.work()
 
 
@@ -65,10 +63,12 @@ class _Reviewer:
         self._last: str | None = None
         self._skipped: set[str] = set()
         self._given: set[str] = set()
+        self._told: set[str] = set()
         self._counts = queue.counts()
 
     def work(self) -> None:
         """Asks until nobody answers, or nothing waits. Whatever ends it, the pair on the screen is given back."""
+        self._tell()
         if not self._counts.sent:
             self._say("no pair was sent to review; filters.review in the job says which are (docs/review.md)")
             return
@@ -87,13 +87,25 @@ class _Reviewer:
 
     def _ask_all(self) -> bool:
         """Pair after pair; True when none is left for this reviewer, False when they leave."""
-        while (question := self._queue.next(self._author, self._session)) is not None:
+        while (question := self._next()) is not None:
             if question.pair_id in self._skipped:
                 self._say("only pairs that you skipped are left")
                 return True
             if not self._ask(question):
                 return False
         return True
+
+    def _next(self) -> Question | None:
+        question = self._queue.next(self._author, self._session)
+        self._tell()
+        return question
+
+    def _tell(self) -> None:
+        """Says what couldn't be read, each thing once."""
+        for problem in self._queue.problems:
+            if problem not in self._told:
+                self._told.add(problem)
+                print(f"rlaif: {problem}", file=sys.stderr)
 
     def _ask(self, question: Question, correcting: bool = False) -> bool:
         """One pair, until it is answered; False when the reviewer leaves."""

@@ -11,9 +11,10 @@ import datetime
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -178,20 +179,45 @@ def joining(
     return [x for x in owed if texts[x.iteration] == text], [x for x in owed if texts[x.iteration] != text]
 
 
-def joined_sides(run: RunDir, iterations: Iterable[int]) -> dict[str, Side]:
+def joined_sides(run: RunDir, iterations: Iterable[int], told: Callable[[str], None] | None = None) -> dict[str, Side]:
     """Pair id → the side that an update of these iterations took last as chosen by a person.
 
-    An iteration whose update was skipped trained on nothing: its labels are still owed.
+    An iteration whose update was skipped trained on nothing: its labels are still owed. `told` gets a line for each
+    iteration whose meta files are damaged, which is left out.
+
+    Raises:
+        RlaifError: a meta file is gone or damaged, and nobody is `told`.
     """
     out: dict[str, Side] = {}
     for k in iterations:
         here = run.iteration(k)
-        if here.is_complete("updates") and not here.meta("updates")["skipped"]:
-            out |= labels_of(here)
+        try:
+            if here.is_complete("updates") and here.policy_made() is not None:
+                out |= labels_of(here)
+        except RlaifError as e:
+            if told is None:
+                raise
+            told(f"{e}; which labels joined iteration {k + 1} isn't known")
     return out
 
 
 def labels_of(here: StageDir) -> dict[str, Side]:
-    """Pair id → side of the labels among an iteration's preferences."""
-    found: dict[str, Side] = here.meta("preferences").get("labels", {}).get("joined", {})
+    """Pair id → side of the labels among an iteration's preferences.
+
+    Raises:
+        RlaifError: the meta file that says it is gone or damaged.
+    """
+    found: dict[str, Side] = labels_noted(here).get("joined", {})
+    return found
+
+
+def labels_noted(here: StageDir) -> dict[str, Any]:
+    """What an iteration's preferences note of the labels that were there: size, sha256, joined, stale, problems.
+
+    Raises:
+        RlaifError: the meta file that says it is gone or damaged.
+    """
+    found = here.meta("preferences").get("labels", {})
+    if not isinstance(found, dict) or not isinstance(found.get("joined", {}), dict):
+        raise RlaifError(f"{here.path / 'preferences.meta.json'}: its labels are none; it was damaged")
     return found

@@ -12,7 +12,8 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -33,7 +34,7 @@ from rlaif.records import (
     digest,
 )
 from rlaif.review import labels as log
-from rlaif.store import RunDir, StageDir, read_record, read_rows, replacing
+from rlaif.store import RunDir, StageDir, read_record, read_rows, read_source, replacing
 
 CLAIM_S = 600.0
 """How long a pair that is shown to one reviewer is kept from the others."""
@@ -96,20 +97,41 @@ class Queue:
         self._sent: dict[int, list[Decision]] = {}  # of iterations whose decisions are complete: they never change
         self._plans: dict[int, Plan] = {}
         self._reading = threading.Lock()  # a server asks from many threads
-        self.problems: tuple[str, ...] = ()
-        """One line for each damaged line of the labels, as last read, and for decisions that can't be read."""
-        self._damaged: dict[int, list[str]] = {}  # what of it is about an iteration's decisions
+        self._of_labels: tuple[str, ...] = ()
+        self._damaged: dict[int, list[str]] = {}  # decisions of an iteration that can't be read
+        self._left_out: tuple[str, ...] = ()  # pairs that couldn't be shown when somebody asked last
+        self._uncounted: tuple[str, ...] = ()  # iterations of which nobody knows what joined
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line for each damaged line or file, as last read; what it is about is left out."""
+        decisions = (problem for _, mine in sorted(self._damaged.copy().items()) for problem in mine)
+        return tuple(dict.fromkeys((*self._of_labels, *decisions, *self._uncounted, *self._left_out)))
 
     def next(self, author: str, session: str = "") -> Question | None:
         """The pair to ask this author about now, claimed for them; None when none waits that isn't another's.
 
-        An author who asks again without answering gets the same pair. `session` tells apart two terminals of one
-        author, which then get different pairs where there are enough.
+        A pair that can't be shown, because a file of the run is damaged, is left out and told in `problems`. An author
+        who asks again without answering gets the same pair. `session` tells apart two terminals of one author, which
+        then get different pairs where there are enough.
 
         Raises:
-            RlaifError: a file of the run is damaged, or the disk is full.
+            RlaifError: the disk is full.
         """
         self._all_sent()  # may read much, so not while others wait
+        left_out: dict[str, str] = {}
+        try:
+            while (pair_id := self._claim(author, session, left_out)) is not None:
+                try:
+                    return self.question(pair_id, author)
+                except (RlaifError, OSError) as e:
+                    left_out[pair_id] = f"{_said(e)}; its pair is left out"
+            return None
+        finally:
+            self._left_out = tuple(left_out.values())
+
+    def _claim(self, author: str, session: str, left_out: Collection[str]) -> str | None:
+        """The pair that is this author's now, of those that aren't `left_out`."""
         with log.review_lock(self._run):
             claims = self._claims()
             labels = self._read_labels()
@@ -118,33 +140,40 @@ class Queue:
             others = {p for p, c in claims.items() if c.author != author}
             mine = {p for p, c in claims.items() if c.author == author and c.session == session}
             elsewhere = set(claims) - others - mine
-            free = [d for d in waiting if d.pair_id not in others]
-            if not free:
+            free = [d for d in waiting if d.pair_id not in others and d.pair_id not in left_out]
+            if not free and not mine:
                 return None
-            # Stable: among equals the order of the queue stays.
-            chosen = min(free, key=lambda d: (d.pair_id in elsewhere, d.pair_id not in mine, d.pair_id in skipped))
             claims = {p: c for p, c in claims.items() if p not in mine}
-            claims[chosen.pair_id] = Claim(author=author, session=session, until=time.time() + CLAIM_S)
+            chosen = None
+            if free:
+                # Stable: among equals the order of the queue stays.
+                order = [(d.pair_id in elsewhere, d.pair_id not in mine, d.pair_id in skipped) for d in free]
+                chosen = free[order.index(min(order))].pair_id
+                claims[chosen] = Claim(author=author, session=session, until=time.time() + CLAIM_S)
             self._write_claims(claims)
-        return self.question(chosen.pair_id, author)
+        return chosen
 
     def question(self, pair_id: str, author: str) -> Question:
         """The question about one pair, whatever its state; to look at it again, and to correct a label.
 
         Raises:
             UserError: no such pair was sent to review.
+            RlaifError: a file that it is made from is damaged.
+            OSError: one is gone.
         """
         k = self._iteration_of(pair_id)
         here = self._run.iteration(k)
+        ref = self._plan(k).constitution
+        folder = self._run.path / "constitutions" / ref.hash
+        text = read_record(folder / "constitution.json", Constitution)
+        asked = self._run.path / "prompts" / "train.jsonl"
+        asked.stat()  # what is gone as a whole is noticed before much is read
         pair = _by_id(here.path / "pairs.jsonl", Pair, pair_id)[pair_id]
         if _swapped(pair_id, author):
             pair = pair.swap()
         completions = _by_id(here.path / "completions.jsonl", Completion, pair.first, pair.second)
         first, second = completions[pair.first], completions[pair.second]
-        prompt = _by_id(self._run.path / "prompts" / "train.jsonl", Prompt, pair.prompt_id)[pair.prompt_id]
-        ref = self._plan(k).constitution
-        folder = self._run.path / "constitutions" / ref.hash
-        text = read_record(folder / "constitution.json", Constitution)
+        prompt = _by_id(asked, Prompt, pair.prompt_id)[pair.prompt_id]
         return Question(
             pair_id=pair_id,
             iteration=k,
@@ -152,7 +181,7 @@ class Queue:
             shown=(first.text, second.text),
             cut_off=(first.finish_reason == "length", second.finish_reason == "length"),
             constitution=text.model_copy(update={"name": ref.name, "version": ref.version}),
-            constitution_source=(folder / "source.yaml").read_text(),
+            constitution_source=read_source(folder / "source.yaml"),
         )
 
     def answer(
@@ -184,7 +213,8 @@ class Queue:
             claims = self._claims()
             if (claim := claims.get(pair_id)) and claim.author == author:
                 del claims[pair_id]
-                self._write_claims(claims)
+                with suppress(RlaifError, OSError):  # the label is stored; the claim expires
+                    self._write_claims(claims)
         return label
 
     def release(self, author: str, session: str = "") -> None:
@@ -208,12 +238,15 @@ class Queue:
         sent = {d.pair_id for d in self._all_sent()}
         standing = [label for pair, label in log.in_force(labels).items() if pair in sent]
         waiting = sent - {label.pair_id for label in standing}
+        uncounted: list[str] = []
+        joined = log.joined_sides(self._run, self._run.iterations(), uncounted.append)
+        self._uncounted = tuple(uncounted)
         return Counts(
             sent=len(sent),
             waiting=len(waiting),
             claimed=len(waiting & set(self._claims())),
             labelled=len(standing),
-            joined=len(log.joined_sides(self._run, self._run.iterations())),
+            joined=len(joined),
             outcomes=dict(Counter(label.outcome for label in standing)),
             authors=dict(Counter(label.author for label in standing)),
         )
@@ -259,7 +292,7 @@ class Queue:
 
     def _read_labels(self) -> tuple[HumanLabel, ...]:
         found = log.read_labels(self._run)
-        self.problems = (*found.problems, *(p for _, mine in sorted(self._damaged.copy().items()) for p in mine))
+        self._of_labels = found.problems
         return found.labels
 
     @property
@@ -288,8 +321,12 @@ def readable(run: RunDir, k: int) -> tuple[list[Decision], Plan | None, list[str
     try:
         return sent, run.plan(k), problems
     except (RlaifError, OSError) as e:
-        what = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
-        return [], None, [*problems, *([f"{what}; its {len(sent)} pairs in review are left out"] if sent else [])]
+        return [], None, [*problems, *([f"{_said(e)}; its {len(sent)} pairs in review are left out"] if sent else [])]
+
+
+def _said(e: RlaifError | OSError) -> str:
+    """An error in one line that names the file."""
+    return f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
 
 
 def sent_to_review(here: StageDir, told: Callable[[str], None] = lambda problem: None) -> list[Decision]:

@@ -317,3 +317,39 @@ def test_without_the_text_the_questions_are_missing_and_the_rest_is_shown(copy: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("question can't be shown") == 8
     assert "decision: kept" in done.stdout
+
+
+def test_a_policy_that_is_not_known_is_never_none(copy: RunDir, tmp_path: Path) -> None:
+    """Iteration 3 trained; without its updates.meta.json nobody knows into which policy."""
+    meta = copy.iteration(2).path / "updates.meta.json"
+    pair = json.loads((copy.iteration(2).path / "preferences.jsonl").read_text().splitlines()[0])["pair_id"]
+    digest = json.loads(meta.read_text())["policy_digest"]
+    meta.unlink()
+    line = f"rlaif: {meta}: missing, though updates.jsonl is there"
+    shown = audit("show", pair, run=copy.path)
+    assert f"policy not known: {line.removeprefix('rlaif: ')}" in shown.stdout
+    assert "never trained on" not in shown.stdout
+    assert "no policy yet" not in shown.stdout
+    assert complaints(shown) == [line]
+    for asked in ("3", "4", str(copy.iteration(2).path / "policy"), digest):
+        traced = audit("trace", asked, run=copy.path)
+        assert traced.returncode != 0, asked
+        assert traced.stdout == ""
+        said = complaints(traced)
+        assert said[0] == line
+        assert len(said) == 2
+        assert str(meta) in said[1]
+    earlier = audit("trace", "2", run=copy.path)
+    assert earlier.returncode == 0
+    assert "after iteration 2: 7 preferences" in earlier.stdout
+    exported = audit("export", "--to", str(tmp_path / "out.jsonl"), run=copy.path)
+    assert complaints(exported)[0] == line
+
+
+def test_a_lineage_says_what_it_does_not_know(copy: RunDir) -> None:
+    meta = copy.iteration(1).path / "updates.meta.json"
+    meta.write_text("{}")
+    traced = audit("trace", "3", run=copy.path)
+    assert traced.returncode == 0
+    assert f"without what isn't known: {meta}: not the meta file of a stage" in traced.stdout
+    assert len(json.loads(audit("trace", "3", "--json", run=copy.path).stdout)["unknown"]) == 1

@@ -369,3 +369,32 @@ def _refusing(refused: Path) -> Callable[..., Any]:
         return real(file, *arguments, **named)
 
     return opened
+
+
+@pytest.mark.parametrize("stage", ["votes", "preferences", "updates"])
+def test_a_lost_meta_file_is_named_once(copy: RunDir, stage: str) -> None:
+    meta = copy.iteration(2).path / f"{stage}.meta.json"
+    with Index.open(copy) as index:
+        meta.unlink()
+        index.refresh()
+        assert index.problems == [f"{meta}: missing, though {stage}.jsonl is there"]
+        assert list(index.unknown_updates()) == ([2] if stage == "updates" else [])
+
+
+@pytest.mark.parametrize("stage", ["votes", "updates"])
+@pytest.mark.parametrize("content", ["{}", "[1]", "{", "null"])
+def test_a_damaged_meta_file_is_named_once(copy: RunDir, stage: str, content: str) -> None:
+    meta = copy.iteration(2).path / f"{stage}.meta.json"
+    meta.write_text(content)
+    with Index.open(copy) as index:
+        (problem,) = index.problems
+        assert problem.startswith(f"{meta}:")
+        assert "it was damaged after it was written" in problem
+
+
+@pytest.mark.parametrize("changed", [{"skipped": None}, {"skipped": "no"}, {"policy_digest": 3}])
+def test_a_meta_file_that_does_not_tell_the_policy_is_named(copy: RunDir, changed: dict[str, object]) -> None:
+    meta = copy.iteration(2).path / "updates.meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | changed))
+    with Index.open(copy) as index:
+        assert index.problems == [f"{meta}: doesn't say which policy was made; it was damaged after it was written"]

@@ -448,3 +448,13 @@ def test_text_is_found_in_earlier_turns(copy: RunDir) -> None:
         assert {index.rows("SELECT prompt_id FROM pairs WHERE pair_id = ?", [r.pair_id])[0]["prompt_id"]
                 for r in found.rows} == {prompt}  # fmt: skip
         assert all("Zebra" not in r.prompt for r in found.rows)
+
+
+def test_a_text_that_is_not_utf8_is_shown_as_far_as_it_can_be_read(copy: RunDir) -> None:
+    for path in (copy.path / "constitutions").glob("*/source.yaml"):
+        path.write_bytes(b"\xff" + path.read_bytes())
+    with Index.open(copy) as index:
+        pair = index.rows("SELECT pair_id FROM pairs WHERE iteration = 0 LIMIT 1")[0]["pair_id"]
+        text = show(index, copy, pair).constitution_text
+    assert text is not None
+    assert text.startswith("\ufffd")

@@ -404,3 +404,19 @@ def test_what_cannot_be_replayed_is_said(
     file.write_text(content)
     with pytest.raises(UserError, match=message):
         settings_of(likelihood, tmp_path, file, overrides)
+
+
+@pytest.mark.parametrize("stage", ["updates", "preferences"])
+@pytest.mark.parametrize("content", ["{}", "[1]", "{", None])
+def test_an_iteration_whose_meta_file_is_damaged_is_named_and_left_out(
+    tmp_path: Path, likelihood: RunDir, stage: str, content: str | None
+) -> None:
+    shutil.copytree(likelihood.path, tmp_path / "run")
+    run = RunDir.open(tmp_path / "run")
+    meta = run.iteration(1).path / f"{stage}.meta.json"
+    meta.unlink() if content is None else meta.write_text(content)
+    found = replay(run, settings_of(run, tmp_path)[0])
+    assert [i.iteration for i in found.iterations] == [k for k in run.iterations() if k != 1]
+    (problem,) = found.problems
+    assert problem.startswith(f"{meta}:")
+    assert problem.endswith("; iteration 2 is left out")

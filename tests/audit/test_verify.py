@@ -425,3 +425,35 @@ def test_labels_of_after_the_last_iteration_get_a_head(run: RunDir) -> None:
     assert verify(run, before.name).noted == "it is the head after iteration 4; 1 more follow"
     (run.path / "review/labels.jsonl").write_text("[]\n")
     assert findings(run) == ["review/labels.jsonl:1: was changed after it was written"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "a folder", "{}", "no word of the policy"])
+def test_a_damaged_meta_file_of_an_update_accuses_no_plan(run: RunDir, damage: str) -> None:
+    (run.path / "heads.jsonl").unlink()
+    edit(run.path / "events.jsonl", lambda rows: rows[:-1])
+    k = next(k for k in (1, 2, 0) if not run.iteration(k).meta("updates")["skipped"])
+    meta = run.iteration(k).path / "updates.meta.json"
+    content = json.loads(meta.read_text())
+    meta.unlink()
+    if damage == "a folder":
+        meta.mkdir()
+    elif damage != "gone":
+        write_json(meta, {k: v for k, v in content.items() if damage != "{}" and k != "policy_digest"})
+    edit(run.iteration(3).path / "votes.jsonl", lambda rows: rows[:-1])
+    expected = {
+        "gone": "updates.jsonl: has no meta file: it was added, or its meta file was removed",
+        "a folder": "updates.meta.json: can't be read (Is a directory)",
+        "{}": "updates.meta.json: is no meta file any more (it holds no digest)",
+        "no word of the policy": "updates.meta.json: doesn't say which policy was made; it was damaged after it was "
+        "written",
+    }[damage]
+    found = findings(run)
+    assert f"iterations/{k:04d}/{expected}" in found
+    assert len(found) == 2, found  # and the cut line
+
+
+def test_heads_that_events_tell_of_are_missed_when_their_file_is_gone(run: RunDir) -> None:
+    (run.path / "heads.jsonl").unlink()
+    (found,) = findings(run)
+    assert found.startswith("events.jsonl:")
+    assert "tells of head 4:" in found

@@ -279,3 +279,83 @@ def test_what_can_still_be_read_is_asked_about(run: RunDir) -> None:
     assert queue.next("ann") is not None
     assert [p.partition(": ")[0] for p in queue.problems] == [f"{path}:{at + 1}", str(plan)]
     assert all(p.endswith("left out") for p in queue.problems)
+
+
+def first_waiting(run: RunDir) -> tuple[str, int]:
+    question = Queue(run).next("zoe")
+    assert question is not None
+    Queue(run).release("zoe")
+    return question.pair_id, question.iteration
+
+
+def test_a_damaged_completion_costs_its_pair_only(run: RunDir) -> None:
+    pair_id, k = first_waiting(run)
+    (pair,) = (p for p in run.iteration(k).read("pairs", Pair) if p.id == pair_id)
+    path = run.iteration(k).path / "completions.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    at = next(n for n, row in enumerate(rows) if f'"{pair.first}"' in row)
+    rows[at] = rows[at][: len(rows[at]) // 2] + "\n"
+    path.write_text("".join(rows))
+    shared = {p.id for p in run.iteration(k).read("pairs", Pair) if pair.first in (p.first, p.second)}
+    queue = Queue(run)
+    asked = {q.pair_id for q in all_questions(queue, "ann")}
+    assert asked == {d.pair_id for d in sent(run)} - shared
+    assert queue.problems
+    assert all(p.startswith(f"{path}:{at + 1}: ") and p.endswith("; its pair is left out") for p in queue.problems)
+    assert json.loads((run.path / "review" / "claims.json").read_text()) == {}
+
+
+@pytest.mark.parametrize("damage", ["gone", "{", "{}"])
+def test_a_damaged_text_costs_its_pairs_only(run: RunDir, damage: str) -> None:
+    texts = {k: run.plan(k).constitution.hash for k in run.iterations()}
+    newest = texts[max(texts)]
+    path = run.path / "constitutions" / newest / "constitution.json"
+    path.unlink() if damage == "gone" else path.write_text(damage)
+    queue = Queue(run)
+    asked = {q.iteration for q in all_questions(queue, "ann")}
+    assert asked == {k for k, text in texts.items() if text != newest}
+    assert {p.partition(": ")[0].removesuffix(":1") for p in queue.problems} == {str(path)}
+
+
+@pytest.mark.parametrize("content", [None, b"\xffsummary: what is left\n"])
+def test_a_damaged_source_costs_nothing(run: RunDir, content: bytes | None) -> None:
+    for path in (run.path / "constitutions").glob("*/source.yaml"):
+        path.unlink() if content is None else path.write_bytes(content)
+    question = Queue(run).next("ann")
+    assert question is not None
+    expected = "(the run's copy is missing)" if content is None else "\ufffdsummary: what is left\n"
+    assert question.constitution_source == expected
+
+
+def test_without_prompts_nothing_is_asked_and_one_line_says_why(run: RunDir) -> None:
+    path = run.path / "prompts" / "train.jsonl"
+    path.rename(path.with_suffix(".away"))
+    queue = Queue(run)
+    assert queue.next("ann") is None
+    assert queue.problems == (f"{path}: No such file or directory; its pair is left out",)
+    path.with_suffix(".away").rename(path)
+    assert queue.next("ann") is not None  # as soon as it is back
+    assert queue.problems == ()
+
+
+def test_what_joined_is_counted_as_far_as_it_is_known(run: RunDir) -> None:
+    meta = run.iteration(1).path / "updates.meta.json"
+    meta.write_text("{}")
+    queue = Queue(run)
+    assert queue.counts().sent == len(sent(run))
+    (problem,) = queue.problems
+    assert problem.startswith(f"{meta}: not the meta file of a stage")
+
+
+def test_a_label_that_is_stored_is_no_failure(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(run)
+    question = queue.next("ann")
+    assert question is not None
+
+    def full(claims: object) -> None:
+        raise RlaifError("claims.json: no space left on the disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "_write_claims", full)
+        queue.answer(question.pair_id, "1", "ann")
+    assert [x.pair_id for x in read_labels(run).labels] == [question.pair_id]

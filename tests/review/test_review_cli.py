@@ -227,3 +227,21 @@ def test_ctrl_c_gives_the_pair_back(run: RunDir) -> None:
     terminal.press("\x03")
     assert terminal.exit_code() == 130
     assert Queue(run).counts().claimed == 0
+
+
+def test_what_cannot_be_shown_is_said_once_and_the_rest_is_asked(rlaif, run: RunDir) -> None:  # noqa: F811
+    question = Queue(run).next("ann")
+    assert question is not None
+    Queue(run).release("ann")
+    path = run.iteration(question.iteration).path / "completions.jsonl"
+    path.unlink()
+    (run.iteration(0).path / "updates.meta.json").write_text("{}")
+    done = piped(run, "1\n1\n", "--author", "ann")
+    assert done.returncode == 0, done.stderr
+    assert len(read_labels(run).labels) == 2
+    assert {x.iteration for x in read_labels(run).labels} == {0}
+    assert len(done.stderr.splitlines()) == 2
+    assert f"rlaif: {path}: No such file or directory; its pair is left out" in done.stderr.splitlines()
+    code, out, _ = rlaif("review", str(run.path), "--json")
+    assert code == 0
+    assert "updates.meta.json: not the meta file of a stage" in json.loads(out)["problems"][0]

@@ -16,6 +16,8 @@ from urllib.parse import urlencode
 import pytest
 
 from rlaif.judging.verdicts import aggregate
+from rlaif.review.queue import Queue
+from rlaif.store import RunDir
 from tests.judging.vote_makers import make_vote
 from tests.view.conftest import ROOT, served
 from tests.view.runs import make_run, reviewed_job
@@ -209,3 +211,18 @@ def test_money_keeps_digits_that_say_something() -> None:
     from rlaif.view.rendering import money
 
     assert [money(x) for x in (0, 0.0067, 0.00012, 0.1, 12.345)] == ["0.00", "0.0067", "0.00012", "0.10", "12.35"]
+
+
+def test_a_pair_that_cannot_be_shown_is_named_and_another_asked_about(tmp_path: Path) -> None:
+    run = make_run(tmp_path, reviewed_job())
+    queue = Queue(RunDir.open(run))
+    question = queue.next("Ada")
+    assert question is not None
+    queue.release("Ada")
+    path = run / "iterations" / f"{question.iteration:04d}" / "completions.jsonl"
+    path.unlink()
+    with served(run) as url:
+        status, _, text = get(f"{url}/review", Cookie="rlaif_author=Ada")
+    assert status == 200
+    assert f"{path}: No such file or directory; its pair is left out" in text
+    assert "Which answer is better" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -174,3 +175,19 @@ def test_a_browser_asks_for_nothing_else(chromium: Browser, stub_run: Path, tmp_
     assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
     assert page.locator("figure svg").count() >= 6
     page.close()
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_damaged_copies_are_caveats(stub_run: Path, tmp_path: Path, content: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stub_run, run)
+    text = next((run / "constitutions").glob("*/constitution.json"))
+    for path in (text, run / "calibration.json"):
+        path.write_text(content)
+    report = made(run)
+    for path in (text, run / "calibration.json"):
+        assert sum(str(path) in caveat for caveat in report.caveats) == 1
+    assert not any("was not calibrated" in caveat for caveat in report.caveats)
+    assert report.calibration is None
+    assert [t.hash for t in report.texts if t.constitution is None] == [text.parent.name]
+    assert "damaged after it was written" in written(run, tmp_path / "report.html")
