@@ -327,7 +327,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "iterations": 2,
         "constitution": "assistant@1",
         "prompts": {"per_iteration": 4},
-        "sampling": {"completions_per_prompt": 2, "max_tokens": 16, "kv_cache_gib": 0.5},
+        "sampling": {"completions_per_prompt": 2, "max_tokens": 16, "max_model_len": 512, "kv_cache_gib": 0.5},
         "filters": {"min_kept_pairs": 1, "min_agreement": 0.5, "guards": False},
         "learner": {"batch_size": 1},
         "eval": {"every": 2, "prompts": 2},
@@ -351,26 +351,28 @@ def test_whole_lines_leave_a_torn_one_out(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.model
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("stage", ["completions", "votes", "updates"])
-def test_a_kill_on_real_workers(real: tuple[Path, Path], stage: str) -> None:
+@pytest.mark.timeout(1200)
+def test_three_kills_on_real_workers(real: tuple[Path, Path]) -> None:
     root, whole = real
-    run = root / f"killed-{stage}"
+    run = root / "killed"
     command = [sys.executable, "-m", "rlaif", "run", str(root / "job.yaml"), "--runs", str(root), "--name", run.name]
-    log = (root / f"{stage}.log").open("w")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    partial = run / "iterations" / "0001" / f"{stage}.jsonl.partial"
-    deadline = time.monotonic() + 400
-    # Votes and updates are killed after their first rows; sampling is at work as soon as its file is there.
-    while not partial.exists() or (stage != "completions" and not partial.stat().st_size):
-        assert process.poll() is None, (root / f"{stage}.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    durable = [v for p in run.rglob("votes.jsonl*") for v in whole_lines(p)]
-    if stage == "votes":
-        assert whole_lines(partial), "killed before a vote was durable: nothing to lose"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    durable: set[str] = set()
+    for stage in ("completions", "votes", "updates"):
+        log = (root / f"{stage}.log").open("w")
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+        partial = run / "iterations" / "0001" / f"{stage}.jsonl.partial"
+        deadline = time.monotonic() + 400
+        # Votes and updates are killed after their first rows; sampling is at work as soon as its file is there.
+        while not partial.exists() or (stage != "completions" and not partial.stat().st_size):
+            assert process.poll() is None, (root / f"{stage}.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        durable.update(v for p in run.rglob("votes.jsonl*") for v in whole_lines(p))
+        if stage == "votes":
+            assert whole_lines(partial), "killed before a vote was durable: nothing to lose"
     done = rlaif("run", run, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for k in range(2):
@@ -379,7 +381,7 @@ def test_a_kill_on_real_workers(real: tuple[Path, Path], stage: str) -> None:
             assert killed == unkilled
     votes = [v for p in run.rglob("votes.jsonl") for v in whole_lines(p)]
     # The vote itself, with the time that it took: one that is cast again has another.
-    assert set(durable) <= set(votes)
+    assert durable <= set(votes)
     assert max(Counter(json.loads(v)["ballot"]["id"] for v in votes).values()) == 1
 
 
