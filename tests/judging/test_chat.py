@@ -203,7 +203,7 @@ def test_without_retries_every_fault_has_its_own_reason():
         assert words in said
     assert sum(v.abstain_reason == "truncated" for v in votes) == server.fates["truncated"] > 0
     assert sum(v.abstain_reason == "empty" for v in votes) == server.fates["null_content"] > 0
-    cut = [v for v in votes if v.error and ("incomplete" in v.error or "closed" in v.error or "disconnect" in v.error)]
+    cut = [v for v in votes if v.error and ("not completed" in v.error or "disconnect" in v.error)]
     assert len(cut) == server.fates["cut"] > 0
 
 
