@@ -74,7 +74,7 @@ def test_votes_of_a_real_server(server: str, tmp_path: Path) -> None:
         },
         "test",
     )  # fmt: skip
-    rows = [r for r in read_labelled([ROOT / "prompts/judge_bench.jsonl"]).rows if r.constitution == "assistant@1"][:3]
+    rows = [r for r in read_labelled([ROOT / "prompts/judge_bench.jsonl"]).rows if r.constitution == "assistant@1"][:6]
     text = load_constitution(ROOT / "constitutions", "assistant@1")
     ask = open_judge(job, [text], ROOT, lambda message: None)
     votes = cast_votes(rows, ask, lambda reference: text)
