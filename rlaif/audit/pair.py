@@ -145,8 +145,11 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
     rules: tuple[RuleLine, ...] = ()
     if decision is not None:
         settings = settings_of(run)
-        calibration = _calibration(run, pair) if settings.calibration else None
-        rules = rule_lines(decision, votes, settings, calibration, first, second, category)
+        try:
+            calibration = _calibration(run, pair) if settings.calibration else None
+            rules = rule_lines(decision, votes, settings, calibration, first, second, category)
+        except RlaifError as e:
+            problems.append(f"{e}; the rules are left out")
     reference, text = _constitution_of(index, run, base)
     labels = index.rows(
         "SELECT pair_id, iteration, outcome, author, time, reason FROM labels WHERE pair_id = ? ORDER BY line",

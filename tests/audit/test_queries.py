@@ -278,6 +278,12 @@ def test_a_pair_is_explained_by_the_threshold_of_its_prompts_slice(tmp_path: Pat
         "hard": {"nothing passes in slice hard"},
         None: {"a calibrated slice (hard, easy)"},
     }
+    (run.path / "calibration.json").write_text("{}")
+    with Index.open(run) as index:
+        found = show(index, run, next(iter(facts(run))))
+    assert found.rules == ()
+    assert found.votes
+    assert [p.startswith(f"{run.path}/calibration.json: ") for p in found.problems] == [True]
 
 
 def test_a_pair_is_found_by_the_beginning_of_its_id(stored: RunDir) -> None:
