@@ -351,7 +351,7 @@ def test_whole_lines_leave_a_torn_one_out(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.model
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_three_kills_on_real_workers(real: tuple[Path, Path]) -> None:
     root, whole = real
     run = root / "killed"

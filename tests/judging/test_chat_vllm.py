@@ -22,9 +22,9 @@ from rlaif.judging.opened import open_judge
 from rlaif.judging.verdicts import aggregate, by_pair
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 240
+START_S = 400
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.model, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.model, pytest.mark.timeout(1200)]
 
 
 def free_port() -> int:
