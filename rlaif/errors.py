@@ -58,3 +58,8 @@ def needs_extra(e: ImportError) -> str | None:
     if name not in _TRAIN_EXTRA:
         return None
     return f"this needs {name}, not in the bare package: `make setup` in a checkout, or pip install '.[train]'"
+
+
+def said(e: RlaifError | OSError) -> str:
+    """An error in one line that names the file."""
+    return f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)

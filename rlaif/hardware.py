@@ -37,7 +37,7 @@ def cpu_name() -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices itself. One that doesn't is 8 to 100 times slower in it than in
+    """Whether the processor multiplies bf16 matrices itself; one that doesn't is many times slower in it than in
     fp32."""
     return not _BF16_FLAGS.isdisjoint((_cpuinfo("flags", "Features") or "").split())
 

@@ -79,16 +79,18 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     trained = pairs * job.iterations * job.learner.epochs * 2 * (answer + PROMPT_TOKENS)
     parameters = _parameters(job.policy.model)
     scale = (parameters or REFERENCE_PARAMETERS) / REFERENCE_PARAMETERS
+    fast = cpu_has_bf16() or bool(gpu_names())  # as `hardware.precision_here`, without torch
     seconds = START_S + scale * (
-        sampled / _rate("sample", job.sampling.precision)
-        + judged / _rate("score", job.judge.precision)
-        + trained / _rate("train", job.learner.precision)
+        sampled / _rate("sample", job.sampling.precision, fast)
+        + judged / _rate("score", job.judge.precision, fast)
+        + trained / _rate("train", job.learner.precision, fast)
     )
     weights = 2 * (parameters or REFERENCE_PARAMETERS)  # bf16
     trained_share = _trained_share(job)
     # fp32 weights, and for what is trained a gradient, Adam's two moments and the reference or what a step needs.
-    learner = weights * (2 + (5.5 + _width(job.learner.precision)) * trained_share)
-    frozen = weights * (_width(job.sampling.precision) + _width(job.judge.precision))  # sampler and judge, or measurer
+    learner = weights * (2 + (5.5 + _width(job.learner.precision, fast)) * trained_share)
+    # Sampler and judge; behind a server, the measurer.
+    frozen = weights * (_width(job.sampling.precision, fast) + _width(job.judge.precision, fast))
     memory = frozen + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB
     # fp32 weights and Adam's moments of what is trained; the old state goes when the next one is complete.
     states = weights * 6 * trained_share * min(job.iterations, 2)
@@ -128,20 +130,19 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     }
 
 
-def _computes(precision: Precision) -> str:
-    """As `hardware.precision_here`, without torch: any GPU counts as one that multiplies bf16."""
-    return ("bf16" if cpu_has_bf16() or gpu_names() else "fp32") if precision == "auto" else precision
+def _computes(precision: Precision, fast: bool) -> str:
+    """What a worker computes in, where bf16 is `fast` or not."""
+    return ("bf16" if fast else "fp32") if precision == "auto" else precision
 
 
-def _rate(work: str, precision: Precision) -> float:
-    computes = _computes(precision)
-    slow = computes == "bf16" and not cpu_has_bf16() and not gpu_names()
-    return RATES[work][computes] / (10 if slow else 1)
+def _rate(work: str, precision: Precision, fast: bool) -> float:
+    computes = _computes(precision, fast)
+    return RATES[work][computes] / (10 if computes == "bf16" and not fast else 1)
 
 
-def _width(precision: Precision) -> int:
+def _width(precision: Precision, fast: bool) -> int:
     """Bytes of a weight, over those of bf16."""
-    return 2 if _computes(precision) == "fp32" else 1
+    return 2 if _computes(precision, fast) == "fp32" else 1
 
 
 def _ballots_a_pair(job: Job, text: Constitution, role: Role, base_dir: Path) -> int:

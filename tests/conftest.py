@@ -30,7 +30,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     engines = {p.name for p in Path(__file__).parent.rglob("test_*.py") if "pytest.mark.vllm" in p.read_text()}
 
-    class OneEngine(LoadFileScheduling):  # type: ignore[misc]
+    class OneEngine(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
             return "vllm" if Path(file).name in engines else file

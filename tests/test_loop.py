@@ -198,6 +198,13 @@ def test_running_it_again_says_that_it_is_done(finished: RunDir) -> None:
     assert finished.events()[-1].kind == "finished"
 
 
+def copied(finished: RunDir, tmp_path: Path) -> tuple[Path, RunDir]:
+    """A copy of the finished run's project, and the run in it."""
+    root = tmp_path / "copy"
+    shutil.copytree(finished.path.parent.parent, root)
+    return root, RunDir(root / "runs" / "tiny")
+
+
 def test_a_run_that_goes_on_says_by_which_code(
     finished: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,9 +212,7 @@ def test_a_run_that_goes_on_says_by_which_code(
     from rlaif.config import parse_job
     from rlaif.launch import execute
 
-    root = tmp_path / "again"
-    shutil.copytree(finished.path.parent.parent, root)
-    run = RunDir(root / "runs" / "tiny")
+    root, run = copied(finished, tmp_path)
     before = {k: finished.header[k] for k in ("rlaif", "packages", "python", "revision", "hardware")}
     monkeypatch.setattr(launch, "_revision", lambda: "another")
     execute(parse_job(run.header["job"] | {"iterations": 4}, "run.json"), run.path, root, Quiet(), allow_change=True)
@@ -223,9 +228,7 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_what_is_done(
     from rlaif import launch
     from rlaif.config import parse_job
 
-    root = tmp_path / "elsewhere"
-    shutil.copytree(finished.path.parent.parent, root)
-    run = RunDir(root / "runs" / "tiny")
+    root, run = copied(finished, tmp_path)
     monkeypatch.setattr(launch, "hardware_facts", lambda: run.header["hardware"] | {"cpu": "another"})
     progress = Quiet()
     job = run.header["job"]

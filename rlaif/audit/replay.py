@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from rlaif.config import Filters, Job, apply_override, changed_keys, parse_job
 from rlaif.constitution import Constitution
-from rlaif.errors import RlaifError, UserError
+from rlaif.errors import RlaifError, UserError, said
 from rlaif.judging.ballots import ballots_for
 from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
 from rlaif.judging.filters import decide_votes, to_review
@@ -284,10 +284,8 @@ def _unreadable(run: RunDir, k: int) -> str | None:
             labels_of(here)
         if here.is_complete("updates"):
             here.policy_made()
-    except OSError as e:
-        return f"{e.filename}: {e.strerror}"
-    except RlaifError as e:
-        return str(e)
+    except (OSError, RlaifError) as e:
+        return said(e)
     return None
 
 

@@ -341,9 +341,11 @@ def _uncalibrated(found: _Votes, calibration: Calibration | None) -> list[str]:
     Raises:
         UserError: it knows none of them, and would keep nothing.
     """
+    if calibration is None:
+        return []
     slices = dict.fromkeys(r.slice for r in found.rows)
-    unknown = [] if calibration is None else [s for s in slices if calibration.threshold_for(s) is None]
-    if calibration is None or not unknown:
+    unknown = [s for s in slices if calibration.threshold_for(s) is None]
+    if not unknown:
         return []
     what = f"{found.job.filters.calibration} has thresholds for {', '.join(calibration.slices)}; none for"
     if len(unknown) == len(slices):

@@ -83,13 +83,12 @@ def _print_plan(job: Job, where: Path, as_json: bool) -> None:
     from rlaif.plan_cost import estimate, table
     from rlaif.summary import status_of
 
-    begun = (where / "run.json").exists()
     copies = {name: (where / "prompts" / f"{name}.jsonl").resolve() for name in ("train", "held_out")}
     if all(path.exists() for path in copies.values()):  # it goes on from these, whatever became of the files
         prompts = job.prompts.model_copy(update={name: str(path) for name, path in copies.items()})
         job = job.model_copy(update={"prompts": prompts})
     costs = estimate(job, Path.cwd())
-    if begun:
+    if (where / "run.json").exists():
         costs["iterations_done"] = status_of(RunDir.open(where)).iterations_done
     if as_json:
         typer.echo(json.dumps({"run": str(where), **costs}, indent=1))

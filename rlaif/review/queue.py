@@ -20,7 +20,7 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from rlaif.constitution import Constitution
-from rlaif.errors import RlaifError, UserError, first_problem
+from rlaif.errors import RlaifError, UserError, first_problem, said
 from rlaif.judging.filters import certainty
 from rlaif.records import (
     Completion,
@@ -125,7 +125,7 @@ class Queue:
                 try:
                     return self.question(pair_id, author)
                 except (RlaifError, OSError) as e:
-                    left_out[pair_id] = f"{_said(e)}; its pair is left out"
+                    left_out[pair_id] = f"{said(e)}; its pair is left out"
             return None
         finally:
             self._left_out = tuple(left_out.values())
@@ -147,8 +147,8 @@ class Queue:
             chosen = None
             if free:
                 # Stable: among equals the order of the queue stays.
-                order = [(d.pair_id in elsewhere, d.pair_id not in mine, d.pair_id in skipped) for d in free]
-                chosen = free[order.index(min(order))].pair_id
+                first = min(free, key=lambda d: (d.pair_id in elsewhere, d.pair_id not in mine, d.pair_id in skipped))
+                chosen = first.pair_id
                 claims[chosen] = Claim(author=author, session=session, until=time.time() + CLAIM_S)
             self._write_claims(claims)
         return chosen
@@ -321,12 +321,7 @@ def readable(run: RunDir, k: int) -> tuple[list[Decision], Plan | None, list[str
     try:
         return sent, run.plan(k), problems
     except (RlaifError, OSError) as e:
-        return [], None, [*problems, *([f"{_said(e)}; its {len(sent)} pairs in review are left out"] if sent else [])]
-
-
-def _said(e: RlaifError | OSError) -> str:
-    """An error in one line that names the file."""
-    return f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
+        return [], None, [*problems, *([f"{said(e)}; its {len(sent)} pairs in review are left out"] if sent else [])]
 
 
 def sent_to_review(here: StageDir, told: Callable[[str], None] = lambda problem: None) -> list[Decision]:
