@@ -230,6 +230,7 @@ class _Casting:
         """Starts the tasks. More than there are request slots, so that a wait before a retry leaves none empty."""
         self.wake = asyncio.Event()
         self.room = asyncio.Condition()
+        self.turn = asyncio.Lock()
         self.servers = self.judge._servers(asyncio.Semaphore(self.judge.settings.concurrency), self._wasted)
         tasks = 2 * self.judge.settings.concurrency
         self.tasks = [asyncio.create_task(self._work()) for _ in range(tasks)]
@@ -371,6 +372,8 @@ class _Casting:
             return _Done(failed, failure=e)
         finally:
             await self._leave()
+        async with self.turn:  # one reply at a time becomes a vote: requests that wait for a slot go out in between
+            await asyncio.sleep(0)
         how = {"attempts": answer.attempts, "latency_s": round(answer.latency_s, 4)}
         vote = _vote(ballot, template, answer.reply, prompt_hash, self.judge.settings.clamp, how)
         return _Done(vote, store=(key, answer.reply) if key else None)

@@ -23,10 +23,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 from rlaif.config import Judge, Juror
 from rlaif.errors import UserError
-from rlaif.judging.parsing import Reply, ReplyToken, TopToken
+from rlaif.judging.parsing import Reply, ReplyToken
 from rlaif.records import Record, Usage
 
 if TYPE_CHECKING:
+    import httpx2
     from openai import AsyncOpenAI
 
 MAX_RETRY_AFTER_S = 60.0
@@ -37,6 +38,13 @@ _ERROR_CHARACTERS = 300
 _CHARACTERS_PER_TOKEN = 4
 # A verdict stands at the end of its reply; what comes before it needs no probabilities.
 _TOKENS_KEPT = 16
+# What openai's client tells of this machine: no server needs it, and each header is encoded anew for every request.
+_NOT_SENT = tuple(
+    f"X-Stainless-{name}"
+    for name in (
+        "Arch", "Async", "Lang", "OS", "Package-Version", "Read-Timeout", "Retry-Count", "Runtime", "Runtime-Version",
+    )
+)  # fmt: skip
 
 FailureKind = Literal["down", "broken", "rejected"]
 """`down`: no answer, or "not now". `broken`: an answer that is none. `rejected`: the server refuses the request."""
@@ -197,6 +205,7 @@ class OpenAIServer:
             max_retries=0,
             timeout=settings.timeout_s,
         )
+        self._url = f"{juror.base_url.rstrip('/')}/chat/completions"
         self._made: AsyncOpenAI | None = None
 
     async def ask(self, body: dict[str, Any]) -> Answer:
@@ -206,29 +215,22 @@ class OpenAIServer:
             CallFailed: no reply after all attempts, or the server rejects the request.
             UserError: the key, the model or the address is wrong.
         """
-        from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+        attempt = 1
+        while True:
+            try:
+                reply, latency_s = await self._attempt(body)
+                return Answer(reply=reply, attempts=attempt, latency_s=latency_s)
+            except _Transient as e:
+                if attempt > self._settings.max_retries:
+                    raise CallFailed(e.error, e.kind, attempt) from None
+                wait_s = self._wait_s(attempt, e.retry_after_s)
+            await asyncio.sleep(wait_s)
+            attempt += 1
 
-        def wait_s(state: RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            jitter = random.uniform(0, min(self._backoff_s * 2 ** (state.attempt_number - 1), MAX_BACKOFF_S))
-            if isinstance(error, _Transient) and error.retry_after_s is not None:
-                return min(error.retry_after_s, MAX_RETRY_AFTER_S) + min(jitter, self._backoff_s)
-            return jitter
-
-        attempts = 0
-        try:
-            async for attempt in AsyncRetrying(
-                stop=stop_after_attempt(self._settings.max_retries + 1),
-                wait=wait_s,
-                retry=retry_if_exception_type(_Transient),
-                reraise=True,
-            ):
-                with attempt:
-                    attempts += 1
-                    reply, latency_s = await self._attempt(body)
-        except _Transient as e:
-            raise CallFailed(e.error, e.kind, attempts) from None
-        return Answer(reply=reply, attempts=attempts, latency_s=latency_s)
+    def _wait_s(self, attempt: int, asked_s: float | None) -> float:
+        """Before the next attempt: exponential with full jitter, or what the server asked for and a little jitter."""
+        jitter = random.uniform(0, min(self._backoff_s * 2 ** (attempt - 1), MAX_BACKOFF_S))
+        return jitter if asked_s is None else min(asked_s, MAX_RETRY_AFTER_S) + min(jitter, self._backoff_s)
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -236,24 +238,14 @@ class OpenAIServer:
             await self._made.close()
 
     async def _attempt(self, body: dict[str, Any]) -> tuple[Reply, float]:
-        expected = self._expected_tokens(body)
-        async with self._slots:
-            client = self._client()  # first: making it takes longer than a short pace
-            await self._requests.wait()
-            await self._tokens.wait(expected)
-            started = time.monotonic()
-            try:
-                content = await self._post(client, body)
-            except _Transient as e:
-                if e.retry_after_s is not None:  # asked of all of us, not of this request alone
-                    self._requests.hold(min(e.retry_after_s, MAX_RETRY_AFTER_S))
-                raise
-            latency_s = time.monotonic() - started
+        answer = await self._post(body)
         try:
-            reply = read_reply(content, self._juror.model, self._scrub)
+            reply = read_reply(answer.content, self._juror.model, self._scrub)
         except _Transient:
-            self._wasted(self._juror, read_usage(content))
+            self._wasted(self._juror, read_usage(answer.content))
             raise
+        latency_s = answer.elapsed.total_seconds()
+        expected = _expected_tokens(answer.request)
         used = reply.usage.prompt_tokens + reply.usage.completion_tokens
         if not used:  # a budget must hold with servers that don't count, too
             said = math.ceil(len(reply.content or reply.refusal or "") / _CHARACTERS_PER_TOKEN)
@@ -262,13 +254,17 @@ class OpenAIServer:
         self._tokens.correct(used - expected)
         return reply, latency_s
 
-    async def _post(self, client: AsyncOpenAI, body: dict[str, Any]) -> bytes:
-        """The body of the server's answer; openai's own models would refuse, or invent, what a server leaves out."""
+    async def _post(self, body: dict[str, Any]) -> httpx2.Response:
+        """The server's answer as it came; openai's own models would refuse, or invent, what a server leaves out."""
         import openai
 
         try:
-            async with asyncio.timeout(self._settings.timeout_s):
-                answer = await client.post("/chat/completions", body=body, cast_to=openai.HttpxBinaryResponseContent)
+            answer = await self._client().post(
+                self._url,
+                body=body,
+                cast_to=openai.HttpxBinaryResponseContent,
+                options={"headers": dict.fromkeys(_NOT_SENT, openai.omit)},
+            )
         except openai.APIStatusError as e:
             raise self._status_error(e) from None
         except (openai.APITimeoutError, TimeoutError):
@@ -276,14 +272,29 @@ class OpenAIServer:
         except openai.APIConnectionError as e:
             cause = e.__cause__ or e
             raise _Transient(self._scrub(f"{type(cause).__name__}: {cause}"), "down") from None
-        return answer.content
+        return answer.response
 
     def _client(self) -> AsyncOpenAI:
         """Over aiohttp, which takes two thirds of the time of openai's default at 64 requests under way."""
         if self._made is None:
             from openai import DefaultAioHttpClient
 
-            self._made = self._connect(http_client=DefaultAioHttpClient())
+            server = self
+
+            class Client(DefaultAioHttpClient):
+                """Waits for its turn with a request that is ready to go: slots are for the server's time, not ours."""
+
+                async def send(self, request: httpx2.Request, **how: Any) -> httpx2.Response:
+                    async with server._slots:
+                        await server._requests.wait()
+                        await server._tokens.wait(_expected_tokens(request))
+                        async with asyncio.timeout(server._settings.timeout_s):
+                            answer = await super().send(request, **how)
+                        if _asks_again(answer.status_code) and (asked_s := retry_after_s(answer.headers)) is not None:
+                            server._requests.hold(min(asked_s, MAX_RETRY_AFTER_S))  # all of us, not this one alone
+                        return answer
+
+            self._made = self._connect(http_client=Client())
         return self._made
 
     def _status_error(self, error: Any) -> Exception:
@@ -303,7 +314,7 @@ class OpenAIServer:
                 f"judge.model, judge.base_url: {url} has no model `{juror.model}`, or no chat completions at this "
                 f"address (HTTP 404: {said}); check both, the address usually ends in /v1"
             )
-        if status in _RETRIED or status >= 500:
+        if _asks_again(status):
             kind: FailureKind = "down" if status in _DOWN else "broken"
             return _Transient(f"HTTP {status}: {said}", kind, retry_after_s(error.response.headers))
         if status == 402:  # nothing of the question: no credit
@@ -315,10 +326,6 @@ class OpenAIServer:
             hint = " (judge.extra_body: {response_format: null} asks without a JSON schema)"
         return CallFailed(f"HTTP {status}: {said}{hint}", "rejected")
 
-    def _expected_tokens(self, body: dict[str, Any]) -> float:
-        """A guess, corrected by the server's own count: four characters a token, and the shortest of replies."""
-        return sum(len(m["content"]) for m in body["messages"]) / _CHARACTERS_PER_TOKEN + 1
-
     def _scrub(self, text: str) -> str:
         """One line without the key, for logs and errors."""
         text = _clean(text)
@@ -327,6 +334,16 @@ class OpenAIServer:
         text = re.sub(r"\b(sk-|Bearer\s+)[^\s\"']{6,}", r"\1[key]", text)
         line = " ".join(text.split())
         return line[:_ERROR_CHARACTERS] + ("…" if len(line) > _ERROR_CHARACTERS else "")
+
+
+def _expected_tokens(request: httpx2.Request) -> float:
+    """A guess, corrected by the server's own count: four characters a token, and the shortest of replies."""
+    return len(request.content) / _CHARACTERS_PER_TOKEN + 1
+
+
+def _asks_again(status: int) -> bool:
+    """Whether another attempt may get a reply."""
+    return status in _RETRIED or status >= 500
 
 
 def retry_after_s(headers: Any) -> float | None:
@@ -389,11 +406,13 @@ def read_usage(content: bytes) -> Usage:
 def _reply_tokens(logprobs: Any) -> tuple[ReplyToken, ...]:
     try:
         return tuple(
-            ReplyToken(
-                token=_clean(at["token"]),
-                top=tuple(
-                    TopToken(token=_clean(t["token"]), logprob=t["logprob"]) for t in at.get("top_logprobs") or ()
-                ),
+            ReplyToken.model_validate(
+                {
+                    "token": _clean(at["token"]),
+                    "top": [
+                        {"token": _clean(t["token"]), "logprob": t["logprob"]} for t in at.get("top_logprobs") or ()
+                    ],
+                }
             )
             for at in logprobs["content"][-_TOKENS_KEPT:]
         )
@@ -420,7 +439,7 @@ def _text(value: Any) -> str | None:
 
 def _clean(text: str) -> str:
     """Without lone surrogates, which JSON can hold and no file can."""
-    return text.encode(errors="replace").decode()
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _message(body: Any) -> str | None:

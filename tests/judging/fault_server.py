@@ -59,6 +59,8 @@ class FaultServer:
         self.fates: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str] = set()
+        self.headers: set[str] = set()
+        """Names, in lower case."""
         self.open = self.most_open = 0
         self.times: list[float] = []
 
@@ -100,6 +102,7 @@ class FaultServer:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = int(re.search(rb"content-length: (\d+)", head, re.I)[1])
                 self.keys.update(k.decode() for k in re.findall(rb"authorization: Bearer (\S+)", head, re.I))
+                self.headers.update(line.split(":")[0].lower() for line in head.decode().splitlines()[1:])
                 content = (await reader.readexactly(length)).decode()
                 self.open += 1
                 self.most_open = max(self.most_open, self.open)

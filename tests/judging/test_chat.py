@@ -112,6 +112,8 @@ def test_votes_of_a_server_that_answers():
         assert vote.latency_s > 0
         assert KEY not in vote.model_dump_json()
     assert server.keys == {KEY}
+    assert "user-agent" in server.headers
+    assert not [name for name in server.headers if name.startswith("x-")]  # nothing about this machine
     spent = spent_on(votes, cast.judge.settings)
     assert cast.judge.spent == Spent(calls=16, tokens=16 * 102) == spent.model_copy(update={"answered": frozenset()})
     assert spent.answered == {votes[0].ballot.judge}
