@@ -11,9 +11,10 @@ import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rlaif.errors import UserError
 
@@ -112,6 +113,15 @@ class Juror(Section):
     """Ask for the log-probabilities of the label tokens, where the template's verdict is one letter."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Sent with every request as it is (`{reasoning_effort: low}`, `{chat_template_kwargs: {...}}`)."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _can_be_taken_apart(cls, url: str) -> str:
+        try:
+            _ = urlsplit(url).port  # raises at a port that is none, as urlsplit at an unfinished [IPv6]
+        except ValueError as e:
+            raise ValueError(f"no address ({e}); expected http(s)://HOST[:PORT]/v1") from e
+        return url
 
     @property
     def request(self) -> dict[str, Any]:
@@ -216,6 +226,8 @@ class Judge(Juror):
     def _complete(self) -> Judge:
         if self.kind == "chat" and self.model.startswith("embedded:"):
             raise ValueError("judge.model: a chat judge needs the name that its server knows, for example gpt-4.1-mini")
+        if self.clamp is not None and not 0 <= self.clamp[0] < self.clamp[1] <= 1:
+            raise ValueError(f"judge.clamp: {list(self.clamp)} are no bounds of a probability; for example [0.4, 0.6]")
         if self.kind != "chat" and self.jury:
             raise ValueError("judge.jury: a jury sits behind servers; set judge.kind: chat")
         for juror in self.jurors:
@@ -501,7 +513,10 @@ def _explain(error: Any) -> str:
         message = error["msg"].removeprefix("Value error, ")
         if error["type"] in ("model_type", "dict_type"):
             message = "expected a section, `key: value` lines below it"
-        return f"{where or 'job'}: {message} (found {error['input']!r})" if where else message
+        if not where:
+            return str(message)
+        # Not an address's: it may hold a password.
+        return f"{where}: {message}" + ("" if where.endswith("base_url") else f" (found {error['input']!r})")
     known = _known_keys(error["loc"][:-1])
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
     hint = f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(known)}"

@@ -84,7 +84,7 @@ def _cores() -> Check:
         name="cores",
         status="ok" if enough else "warning",
         found=f"{cores} of {cpu_name()} ({multiplies})",
-        mend=None if enough else f"the quickstart's ten minutes are for {MIN_CORES} cores",
+        mend=None if enough else f"the quickstart's few minutes are for {MIN_CORES} cores",
     )
 
 

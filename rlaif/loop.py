@@ -1,7 +1,7 @@
 """The loop: plan, sample, score, pair, judge, decide, mix, update, evaluate; each a durable stage.
 
 In: a resolved job and a run directory. Out: the run directory, further on. The loop holds no model: it
-talks to three workers (sampler, judge, learner) in records and paths. Online DPO follows OAIF
+talks to its workers (sampler, judge, learner, measurer) in records and paths. Online DPO follows OAIF
 (arXiv 2402.04792) with an update per batch of fresh pairs (arXiv 2506.21495).
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from rlaif import monitors
 from rlaif.config import Job
 from rlaif.constitution import Constitution
-from rlaif.errors import RlaifError
+from rlaif.errors import RlaifError, UserError
 from rlaif.heads import Head, write_head
 from rlaif.judging.ballots import (
     Role,
@@ -52,7 +52,7 @@ from rlaif.records import (
     Vote,
 )
 from rlaif.review.labels import labels_noted
-from rlaif.store import STAGES, RunDir, StageDir, read_record, replace_dir, write_json
+from rlaif.store import STAGES, RunDir, StageDir, numbered, read_record, replace_dir, sync, write_json
 from rlaif.texts import Texts
 from rlaif.workers import WorkerLike
 
@@ -100,6 +100,8 @@ class Loop:
         for k in range(self.job.iterations):
             if not (self.dir.iteration(k).path / "metrics.json").exists():
                 self.iterate(k)
+        self._evaluate_after(self.job.iterations - 1)  # planned already, unless a resumed run has fewer iterations
+        self._drop_older_states()
         return write_head(self.dir)  # a new one where a kill came between an iteration's metrics and its head
 
     def iterate(self, k: int) -> None:
@@ -111,11 +113,8 @@ class Loop:
         self._check_calibration(plan, text)
         if k == 0:
             self._evaluate(BASE_POLICY, plan, text)
-        elif (before := self._plan_of(k - 1)).constitution.hash != text.hash:
-            at_change = self._evaluate(k, before, self.texts.load(before.constitution))
-            # What it tells is about the iteration before this one, whose own alarms were told when it ended.
-            ended = read_record(self.dir.iteration(k - 1).path / "metrics.json", IterationMetrics)
-            self._stop_at(k - 1, self._alarms(k - 1, ended, at_change))
+        elif self._plan_of(k - 1).constitution.hash != text.hash:
+            self._evaluate_after(k - 1)
 
         prompts = {p.id: p for p in self.train}
         completions = self._sample(plan, here, [prompts[i] for i in plan.prompt_ids])
@@ -147,13 +146,13 @@ class Loop:
         path = here.path / "plan.json"
         if path.exists():
             return self.dir.plan(k)
-        text = self.texts.in_force(k)
+        text, templates = self.texts.in_force(k)
         last = k + 1 == self.job.iterations
         plan = Plan(
             iteration=k,
             seed=self.job.seed,
             constitution=text.ref,
-            templates=self.texts.templates_in_force(text),
+            templates=templates,
             policy=self._policy_before(k)[0],
             prompt_ids=tuple(p.id for p in prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)),
             evaluate=last or (k + 1) % self.job.eval.every == 0,
@@ -405,6 +404,7 @@ class Loop:
             nonlocal policy_digest
             if skip:
                 return {"skipped": True}
+            self._drop_older_states()
             state, policy = self._state(k), here.path / "policy"
             for folder in (state, policy):
                 shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
@@ -421,10 +421,6 @@ class Loop:
             message = f"{fresh} {kept} pairs, fewer than filters.min_kept_pairs={least}: no update"
             if self._event_once("skipped_update", message, k, kept=fresh):
                 self.progress.note(f"iteration {k + 1}: {message}")
-        else:
-            for old in (self.dir.path / "learner").glob("*"):
-                if old.name != f"{k:04d}":
-                    shutil.rmtree(old, ignore_errors=True)
         return steps
 
     def _evaluate(self, updates: int, plan: Plan, text: Constitution) -> EvaluationMetrics:
@@ -483,6 +479,13 @@ class Loop:
         write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
         return metrics
 
+    def _evaluate_after(self, k: int) -> None:
+        """Evaluates what iteration k made under its text, unless its plan had that done, and tells the alarms."""
+        plan = self._plan_of(k)
+        evaluation = self._evaluate(k + 1, plan, self.texts.load(plan.constitution))
+        ended = read_record(self.dir.iteration(k).path / "metrics.json", IterationMetrics)
+        self._stop_at(k, self._alarms(k, ended, evaluation))  # its own alarms were told when it ended
+
     # What the stages share.
 
     def _advancing(self, chunks: Iterator[list[Any]]) -> Iterator[list[Any]]:
@@ -520,8 +523,28 @@ class Loop:
         if self._learner_at == behind:
             return
         if behind:
-            self.learner.call("load", state_dir=str(self._state(behind - 1)))
+            try:
+                self.learner.call("load", state_dir=str(self._state(behind - 1)))
+            except UserError as e:
+                older = [i for i in numbered(self.dir.path / "learner") if i < behind - 1]
+                if not older:
+                    raise
+                raise UserError(
+                    f"{e}. Or make the update again from the state of iteration {older[-1] + 1}, which is still there: "
+                    f"in {self.dir.path}, remove learner/{behind - 1:04d}, then policy, metrics.json and updates.* of "
+                    f"iterations/{behind - 1:04d}, all later iterations, and evaluations/{behind:04d} and later"
+                ) from e
         self._learner_at = behind
+
+    def _drop_older_states(self) -> None:
+        """Removes the learner's states but for the newest, once that one has reached the disk. Not when it is written:
+        a machine that loses its power must find one of two whole, and waiting for the disk costs seconds."""
+        made = numbered(self.dir.path / "learner")
+        if made:
+            sync(self._state(made[-1]))
+            sync(self.dir.iteration(made[-1]).path / "policy")
+        for old in made[:-1]:
+            shutil.rmtree(self._state(old), ignore_errors=True)
 
     def _prune_policies(self, k: int) -> None:
         """Keeps the weights of evaluated policies and of the newest; each costs the size of the model."""

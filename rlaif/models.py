@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from rlaif.errors import RlaifError, UserError
+from rlaif.errors import RlaifError, UserError, needs_extra
 from rlaif.records import Record
 
 if TYPE_CHECKING:
@@ -169,15 +169,6 @@ def digest_of(path: Path) -> str:
     return _digest_of_files(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 
-def export_digest(folder: Path) -> str:
-    """Identity of a policy that a learner wrote: sha256 of its weight files' sha256, 16 hex digits. As in plans."""
-    sha = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as f:
-            sha.update(hashlib.file_digest(f, "sha256").digest())
-    return sha.hexdigest()[:16]
-
-
 def tokenizer_identity(path: Path) -> TokenizerIdentity:
     """Hashes of a model folder's tokenizer files and of its chat template, from the files alone."""
     sha = hashlib.sha256()
@@ -208,12 +199,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer (imports transformers).
 
     Raises:
-        UserError: it has no chat template, or transformers is not installed.
+        UserError: it has no chat template.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as e:
-        raise UserError("transformers is not installed; run `make setup` or `pip install 'rlaif[train]'`") from e
+    from transformers import AutoTokenizer
+
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     if not tokenizer.chat_template:
         raise UserError(f"{path}: its tokenizer has no chat template; use an instruction-tuned model")
@@ -361,12 +350,9 @@ def _convert_gguf(source: Path, work: Path) -> None:
         print(f"{share:.2f} {message}", flush=True)
 
     say(0.05, "loading torch and transformers")
-    try:
-        import gguf
-        import torch
-        import transformers
-    except ImportError as e:
-        raise UserError(f"{e.name} is not installed; run `make setup` or `pip install 'rlaif[train]'`") from e
+    import gguf
+    import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     say(0.3, "reading the tokenizer")
@@ -393,11 +379,9 @@ def _convert_gguf(source: Path, work: Path) -> None:
 
 
 def _resolve_hub(repo: str, revision: str | None, progress: Progress) -> Path:
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors as hub_errors
-    except ImportError as e:
-        raise UserError("a hub id needs huggingface_hub; run `make setup` or `pip install 'rlaif[train]'`") from e
+    import huggingface_hub
+    from huggingface_hub import errors as hub_errors
+
     what = f"{repo}@{revision}" if revision else repo
     progress(f"fetching {what} from the hub", 0.0)
     try:
@@ -497,6 +481,11 @@ def main(argv: list[str] | None = None) -> int:
     except RlaifError as e:
         print(e, file=sys.stderr)
         return e.exit_code
+    except ImportError as e:
+        if (needed := needs_extra(e)) is None:
+            raise
+        print(needed, file=sys.stderr)
+        return UserError.exit_code
     return 0
 
 

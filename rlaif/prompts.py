@@ -290,10 +290,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        from pyarrow import parquet
-    except ImportError as e:
-        raise UserError(f"{path}: reading Parquet needs pyarrow; `pip install 'rlaif[train]'` brings it") from e
+    from pyarrow import parquet
+
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as e:  # pyarrow's errors derive from these two
@@ -310,10 +308,8 @@ def _dataset_rows(source: str) -> Iterator[Row]:
         )
     split = (rest[-1] if rest else "") or "train"
     names = [name, *filter(None, rest[:-1])]
-    try:
-        import datasets
-    except ImportError as e:
-        raise UserError(f"{source}: needs the datasets package; `pip install 'rlaif[train]'` brings it") from e
+    import datasets
+
     try:
         if (Path(name) / "dataset_dict.json").is_file():  # a folder of `save_to_disk`
             rows = datasets.load_from_disk(name)[split]

@@ -143,6 +143,17 @@ def append_line(path: Path, line: str) -> None:
         f.write(line.encode() + b"\n")
 
 
+def read_grown(path: Path, record: type[R]) -> list[R]:
+    """The whole lines of a file that only grows; one torn by a kill is left out. None when there is no file."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            rows.append(record.model_validate_json(line))
+        except ValidationError:
+            continue
+    return rows
+
+
 def read_rows(path: Path, record: type[R], only: re.Pattern[bytes] | None = None) -> list[R]:
     """Reads a complete JSONL file; a damaged line is an error that names file and line.
 
@@ -336,11 +347,11 @@ class RunDir:
 
     def iterations(self) -> list[int]:
         """The iterations that were begun, in order."""
-        return _numbers(self.path / "iterations")
+        return numbered(self.path / "iterations")
 
     def evaluations(self) -> list[int]:
         """The evaluations that were begun, in order."""
-        return _numbers(self.path / "evaluations")
+        return numbered(self.path / "evaluations")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -369,18 +380,19 @@ class RunDir:
 
     def events(self) -> list[Event]:
         """All whole lines of events.jsonl."""
-        path = self.path / "events.jsonl"
-        events = []
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            try:
-                events.append(Event.model_validate_json(line))
-            except ValidationError:
-                continue  # torn by a kill; nothing but the note itself is lost
-        return events
+        return read_grown(self.path / "events.jsonl", Event)
 
 
-def _numbers(folder: Path) -> list[int]:
+def numbered(folder: Path) -> list[int]:
+    """The numbers that name folders in it, in order; half-made ones left out."""
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def sync(folder: Path) -> None:
+    """Returns when a folder's files have reached the disk."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
 
 
 def replace_dir(temporary: Path, final: Path) -> None:

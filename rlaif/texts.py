@@ -48,23 +48,24 @@ class Texts:
         self._templates_dir = base_dir / job.judge.templates_dir
         # A pinned text comes from the run's own copy once there is one; what is on disk no longer matters.
         texts = [self._newest(self._follows)] if self._follows else list(map(self._pinned, self._schedule.values()))
-        self._last_good = texts[0]
-        for text in texts:
-            self.templates_in_force(text)
+        checked = [(text, self._templates(text)) for text in texts]
+        self._last_good = checked[0]
 
-    def in_force(self, iteration: int) -> Constitution:
-        """The text for this iteration, copied into the run."""
+    def in_force(self, iteration: int) -> tuple[Constitution, dict[str, str]]:
+        """The text for this iteration, and name → hash of the templates that show it (none for a judge that doesn't
+        read); all copied into the run."""
         if not self._follows:
             start = max(i for i in self._schedule if i <= iteration)
-            return self._pinned(self._schedule[start])
+            text = self._pinned(self._schedule[start])
+            return text, self._templates(text)
         try:
             newest = self._newest(self._follows)
-            self.templates_in_force(newest)
-            self._last_good, self._alarmed = newest, None
+            self._last_good, self._alarmed = (newest, self._templates(newest)), None
         except UserError as e:
             if self._alarmed != str(e):
                 self._alarmed = str(e)
-                message = f"{e}; {self._last_good.ref} ({self._last_good.hash}) stays in force"
+                text, _ = self._last_good
+                message = f"{e}; {text.ref} ({text.hash}) stays in force"
                 self._run.event("alarm", message, iteration)
                 self._note(f"alarm in iteration {iteration + 1}: {message}")
         return self._last_good
@@ -76,12 +77,7 @@ class Texts:
     def _copy_of(self, digest: str) -> Constitution:
         return read_record(self._run.path / "constitutions" / digest / "constitution.json", Constitution)
 
-    def templates_in_force(self, text: Constitution) -> dict[str, str]:
-        """Name → hash of the templates that show a text, copied into the run; none for a judge that doesn't read.
-
-        Raises:
-            UserError: a template is missing or can't be used.
-        """
+    def _templates(self, text: Constitution) -> dict[str, str]:
         if self._judge.kind != "chat":
             return {}
         names = [*template_names(self._judge, text, "decide"), *template_names(self._judge, text, "evaluate")]

@@ -27,9 +27,14 @@ command -v "$PYTHON" >/dev/null || die "$PYTHON not found; install CPython 3.11 
 
 if ! "$VENV/bin/python" -c 'import pip' 2>/dev/null; then
   say "virtual environment: $VENV"
-  rm -rf "$VENV"
-  "$PYTHON" -m venv "$VENV" ||
-    die "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"
+  if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+    die "$VENV exists and is no virtual environment; give another one with VENV=..."
+  fi
+  # --clear: what a killed set-up left is of no use; an environment that only lacks pip (uv makes such) gets it.
+  if ! "$VENV/bin/python" -m ensurepip >/dev/null 2>&1; then
+    "$PYTHON" -m venv --clear "$VENV" ||
+      die "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"
+  fi
 fi
 [ -x "$VENV/bin/uv" ] || "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
 

@@ -46,6 +46,11 @@ def test_a_schedule_survives_the_run_directory(tmp_path: Path) -> None:
         ("constitution: a\njudge: {kind: chat, model: m, base_url: 'http://h/v1', jury: "
          "[{model: n}, {model: m, base_url: 'http://h/v1/', api_key_env: OTHER}]}",
          "judge.jury: two judges send `m` the same requests at temperature 0"),
+        ("constitution: a\njudge: {kind: chat, model: m, base_url: 'http://h:abc/v1'}",
+         r"judge\.base_url: no address \(Port could not be cast"),
+        ("constitution: a\njudge: {kind: chat, model: m, base_url: 'http://[::1/v1'}", r"judge\.base_url: no address .*/v1$"),
+        ("constitution: a\njudge: {kind: chat, model: m, clamp: [0.6, 0.4]}",
+         r"judge\.clamp: \[0\.6, 0\.4\] are no bounds"),
         ("constitution: a\nitterations: 1", r"unknown key `itterations`; did you mean `iterations`\?"),
         ("constitution: a\niterations: 0", r"iterations: .*greater than or equal to 1 \(found 0\)"),
         ("constitution: a\nsampling: {engine: hf}", r"sampling\.engine: .*'vllm' or 'transformers' \(found 'hf'\)"),

@@ -85,8 +85,12 @@ def test_a_job_may_change_until_something_is_sampled(tmp_path: Path, tiny_model:
     run = start(tmp_path)
     run.iteration(0).path.mkdir(parents=True)
     (run.iteration(0).path / "plan.json").write_text("{}")
+    for _ in range(2):  # another job whose start fails is no reason to refuse the next one
+        with pytest.raises(UserError, match="nope"):
+            launch.execute(load_job(tmp_path / "tiny.yaml", ["policy.model=./nope"]), run.path, tmp_path, Quiet())
     run = start(tmp_path, seed=3)
     assert run.header["job"]["seed"] == 3
+    assert [e.kind for e in run.events()] == ["started", "stopped"]
     assert not (run.iteration(0).path / "plan.json").exists()
 
     run.evaluation(0).path.mkdir(parents=True)

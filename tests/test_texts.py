@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ def texts(root: Path, **changes: object) -> Texts:
 def test_a_name_follows_the_newest_version_and_edits(tmp_path: Path) -> None:
     folder = write_texts(tmp_path, 1)
     t = texts(tmp_path, constitution="rules")
-    first = t.in_force(0)
+    first = t.in_force(0)[0]
     (folder / "v10.yaml").write_text(text(10))
-    tenth = t.in_force(1)
+    tenth = t.in_force(1)[0]
     (folder / "v10.yaml").write_text(text(11))
-    edited = t.in_force(2)
+    edited = t.in_force(2)[0]
     assert [c.version for c in (first, tenth, edited)] == [1, 10, 10]
     assert len({c.hash for c in (first, tenth, edited)}) == 3
     for c in (first, tenth, edited):
@@ -36,28 +37,28 @@ def test_a_name_follows_the_newest_version_and_edits(tmp_path: Path) -> None:
 def test_a_comment_is_no_new_text(tmp_path: Path) -> None:
     folder = write_texts(tmp_path, 1)
     t = texts(tmp_path, constitution="rules")
-    before = t.in_force(0)
+    before = t.in_force(0)[0]
     (folder / "v1.yaml").write_text("# a remark\n" + text(1))
-    assert t.in_force(1).hash == before.hash
+    assert t.in_force(1)[0].hash == before.hash
 
 
 def test_a_pin_beats_newer_files_and_later_edits(tmp_path: Path) -> None:
     folder = write_texts(tmp_path, 1, 2)
     t = texts(tmp_path, constitution="rules@1")
-    pinned = t.in_force(0)
+    pinned = t.in_force(0)[0]
     (folder / "v1.yaml").write_text(text(7))
-    assert t.in_force(1) == pinned
-    assert texts(tmp_path, constitution="rules@1").in_force(2) == pinned  # a resumed run
+    assert t.in_force(1)[0] == pinned
+    assert texts(tmp_path, constitution="rules@1").in_force(2)[0] == pinned  # a resumed run
     assert len(list((tmp_path / "run/constitutions").glob("*/source.yaml"))) == 1  # only what is used
 
 
 def test_a_schedule_needs_its_files_only_once(tmp_path: Path) -> None:
     folder = write_texts(tmp_path, 1, 2)
-    before = [texts(tmp_path).in_force(k) for k in range(4)]
+    before = [texts(tmp_path).in_force(k)[0] for k in range(4)]
     assert [c.version for c in before] == [1, 1, 2, 2]
     for path in folder.iterdir():
         path.unlink()
-    assert [texts(tmp_path).in_force(k) for k in range(4)] == before
+    assert [texts(tmp_path).in_force(k)[0] for k in range(4)] == before
 
 
 def test_a_scheduled_text_is_checked_at_the_start(tmp_path: Path) -> None:
@@ -66,19 +67,35 @@ def test_a_scheduled_text_is_checked_at_the_start(tmp_path: Path) -> None:
         texts(tmp_path)
 
 
+def test_a_broken_template_raises_an_alarm_and_the_last_good_one_stays(tmp_path: Path) -> None:
+    write_texts(tmp_path, 1)
+    shutil.copytree("prompts/judge", tmp_path / "prompts" / "judge")
+    path = tmp_path / "prompts" / "judge" / "pairwise.jinja"
+    t = texts(tmp_path, constitution="rules", judge={"kind": "chat", "model": "m", "api_key_env": None},
+              pairing={"method": "random"})  # fmt: skip
+    good = t.in_force(0)
+    assert good[1].keys() == {"pairwise"}
+    whole = path.read_text()
+    path.write_text(whole.replace("_answers.jinja", "_nowhere.jinja"))
+    assert t.in_force(1) == good
+    assert [e.iteration for e in RunDir(tmp_path / "run").events() if e.kind == "alarm"] == [1]
+    path.write_text(whole.replace("Which answer", "Say which answer"))
+    assert t.in_force(2)[1] != good[1]
+
+
 @pytest.mark.parametrize("broken", ["summary: [", "summary: 2024-13-45", "summary: x\nprinciples: []", None])
 def test_a_broken_text_raises_one_alarm_and_the_last_good_one_stays(tmp_path: Path, broken: str | None) -> None:
     folder = write_texts(tmp_path, 1)
     notes: list[str] = []
     t = Texts(stub_job(constitution="rules"), RunDir(tmp_path / "run"), tmp_path, notes.append)
-    good = t.in_force(0)
+    good = t.in_force(0)[0]
     path = folder / "v1.yaml"
     path.write_text(broken) if broken is not None else path.unlink()
-    assert t.in_force(1) == t.in_force(2) == good
+    assert t.in_force(1)[0] == t.in_force(2)[0] == good
     path.write_text(text(2))
-    assert t.in_force(3).hash != good.hash
+    assert t.in_force(3)[0].hash != good.hash
     path.write_text("summary: [")
-    t.in_force(4)
+    t.in_force(4)[0]
     alarms = [e.iteration for e in RunDir(tmp_path / "run").events() if e.kind == "alarm"]
     assert alarms == [1, 4]
     assert len(notes) == 2
@@ -91,7 +108,7 @@ def test_best_against_worst_needs_a_voice_that_selects(tmp_path: Path) -> None:
     (folder / "v1.yaml").write_text(plain)
     with pytest.raises(UserError, match=r"rules@1: no contrast has `use: select`.*pairing\.method"):
         texts(tmp_path, constitution="rules")
-    assert texts(tmp_path, constitution="rules", pairing={"method": "random"}).in_force(0).version == 1
+    assert texts(tmp_path, constitution="rules", pairing={"method": "random"}).in_force(0)[0].version == 1
 
 
 @pytest.mark.parametrize("reference", ["rules", "rules@1"])
@@ -115,18 +132,18 @@ def test_the_copy_is_what_was_parsed_even_if_an_editor_saves_meanwhile(
 def test_versions_that_say_the_same_keep_their_names(tmp_path: Path) -> None:
     folder = write_texts(tmp_path, 1)
     t = texts(tmp_path, constitution="rules")
-    assert str(t.in_force(0).ref) == "rules@1"
+    assert str(t.in_force(0)[0].ref) == "rules@1"
     (folder / "v3.yaml").write_text(text(1))
-    third = t.in_force(1)
+    third = t.in_force(1)[0]
     assert str(third.ref) == str(t.load(third.ref).ref) == "rules@3"
     for _ in range(2):  # and when the run goes on
         pinned = texts(tmp_path, schedule={0: "rules@1", 2: "rules@3", 4: "rules"})
-        assert [str(pinned.in_force(k).ref) for k in (0, 2, 4)] == ["rules@1", "rules@3", "rules@3"]
+        assert [str(pinned.in_force(k)[0].ref) for k in (0, 2, 4)] == ["rules@1", "rules@3", "rules@3"]
         (folder / "v4.yaml").write_text(text(4))  # too late for a pinned name
 
 
 def test_pins_of_older_runs_stay_readable(tmp_path: Path) -> None:
     write_texts(tmp_path, 1)
-    first = texts(tmp_path, constitution="rules@1").in_force(0)
+    first = texts(tmp_path, constitution="rules@1").in_force(0)[0]
     write_json(tmp_path / "run/constitutions/pins.json", {"rules": first.hash, "rules@1": first.hash})
-    assert texts(tmp_path, schedule={0: "rules", 2: "rules@1"}).in_force(0) == first
+    assert texts(tmp_path, schedule={0: "rules", 2: "rules@1"}).in_force(0)[0] == first

@@ -20,7 +20,7 @@ from rlaif.constitution import Constitution, parse_constitution
 from rlaif.errors import RlaifError
 from rlaif.heads import FILE, Head, complete_files, ends_torn, parse_head, read_heads
 from rlaif.judging.templates import parse_template
-from rlaif.models import export_digest
+from rlaif.models import digest_of
 from rlaif.records import ConstitutionRef, Event, Plan, Record
 from rlaif.store import ROW_DIGEST_BYTES, RunDir, StageDir, file_digest, read_json, read_record, row_digest
 from rlaif.texts import template_sources
@@ -481,7 +481,7 @@ class _Checking:
             if not self.weights or not any(folder.glob("*.safetensors")):
                 return  # pruned
             self.progress(str(folder.relative_to(self.run.path)))
-            found = export_digest(folder)
+            found = digest_of(folder)
         except OSError:
             return  # pruned just now
         self.counts["policies"] += 1

@@ -65,9 +65,7 @@ def told_what_is_kept(job: Job) -> Iterator[None]:
     except (BudgetSpent, JudgeUnavailable) as e:
         kept = "its replies are kept in judge.cache, and the same command goes on from there"
         lost = "without judge.cache its replies so far are lost"
-        # A run's next step (its votes are saved, --allow-change) isn't one here.
-        what = str(e).partition("; every vote is saved")[0].partition("; no vote is lost")[0]
-        raise type(e)(f"{what}; this command saves no votes; {kept if job.judge.cache else lost}") from e
+        raise type(e)(f"{e}; this command saves no votes; {kept if job.judge.cache else lost}") from e
 
 
 def open_asked(

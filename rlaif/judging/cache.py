@@ -7,6 +7,7 @@ better parser mends old verdicts too. A failed call is never stored.
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,27 +37,43 @@ class ReplyCache:
         """
         import diskcache
 
-        path = Path(folder).expanduser()
+        self._path = Path(folder).expanduser()
         try:
-            self._cache = diskcache.Cache(str(path), size_limit=_SIZE_LIMIT_BYTES)
+            self._cache = diskcache.Cache(str(self._path), size_limit=_SIZE_LIMIT_BYTES)
         except (OSError, sqlite3.Error) as e:
             raise UserError(
-                f"judge.cache: can't write to {path} ({e}); name another folder, or null for no cache"
+                f"judge.cache: can't write to {self._path} ({e}); name another folder, or null for no cache"
             ) from e
+        self._failed = False
 
     def get(self, key: str) -> Reply | None:
         """The stored reply; None when there is none, or it can't be read."""
-        value = self._cache.get(key, retry=True)
+        if self._failed:
+            return None
         try:
+            value = self._cache.get(key, retry=True)
             return None if value is None else Reply.model_validate_json(value)
         except ValidationError:
+            return None
+        except (OSError, sqlite3.Error) as e:
+            self._fail(e)
             return None
 
     def put(self, replies: Iterable[tuple[str, Reply]]) -> None:
         """Stores replies, all in one transaction."""
-        with self._cache.transact(retry=True):
-            for key, reply in replies:
-                self._cache.set(key, reply.model_dump_json(), retry=True)
+        if self._failed:
+            return
+        try:
+            with self._cache.transact(retry=True):
+                for key, reply in replies:
+                    self._cache.set(key, reply.model_dump_json(), retry=True)
+        except (OSError, sqlite3.Error) as e:
+            self._fail(e)
+
+    def _fail(self, e: Exception) -> None:
+        """Goes on without: a vote that was paid for is worth more than the copy of its reply."""
+        self._failed = True
+        print(f"judge.cache: {self._path} failed ({e}); going on without it", file=sys.stderr)
 
     def close(self) -> None:
         """Closes the folder."""

@@ -34,7 +34,7 @@ CALIBRATION_SCHEMA = 1
 EVERYTHING = "all"
 """The slice of a calibration without slices."""
 FITTED_FROM = 100
-"""Labelled pairs that a fitted map needs: it spends two thirds of them on the map and its report."""
+"""Labelled pairs that a fitted map needs: it spends half of them on the map and its report."""
 _ROUNDING = 1e-9
 _BINS = 10
 

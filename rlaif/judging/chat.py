@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -30,21 +30,22 @@ from rlaif.judging.ballots import juror_names, request_parameters
 from rlaif.judging.cache import ReplyCache, reply_key
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.parsing import Reply, label_mass, outcome, parse
-from rlaif.judging.spending import Spent
+from rlaif.judging.spending import Spent, Wasted
 from rlaif.judging.templates import Template, render
 from rlaif.judging.transport import CallFailed, OpenAIServer, Pace, Server, shown_url
 from rlaif.records import Ballot, Message, Pair, Usage, Vote, digest
+from rlaif.store import append_line
 
 _CHUNK_S = 0.02
 """Replies that come within this time are one chunk: one write to the cache, and one by whoever keeps the votes."""
 
-Wasted = Callable[[Juror, Usage], None]
-Connect = Callable[[Juror, Judge, asyncio.Semaphore, Pace, Pace, float, Wasted], Server]
+Connect = Callable[[Juror, Judge, asyncio.Semaphore, Pace, Pace, float, Callable[[Usage], None]], Server]
 
 
-def make(settings: Judge, spent: Spent | None = None) -> ChatJudge:
-    """Factory for a worker process. `spent` is what earlier processes of the run have used of the budget."""
-    return ChatJudge(settings, spent)
+def make(settings: Judge, spent: Spent | None = None, wasted: Path | None = None) -> ChatJudge:
+    """Factory for a worker process. `spent` is what earlier processes of the run have used of the budget, `wasted`
+    the run's file of answers that held no reply."""
+    return ChatJudge(settings, spent, wasted=wasted)
 
 
 class ChatJudge:
@@ -56,8 +57,10 @@ class ChatJudge:
         spent: Spent | None = None,
         connect: Connect = OpenAIServer,
         backoff_s: float = 0.5,
+        wasted: Path | None = None,
     ):
-        """`connect` makes a juror's server; `backoff_s` is the longest first wait before another attempt.
+        """`connect` makes a juror's server; `backoff_s` is the longest first wait before another attempt; `wasted` is
+        a file that gets a line (`Wasted`) for every answer without a reply.
 
         `spent` also says which jurors have answered: their failed ballots are votes, however few are left.
 
@@ -76,9 +79,10 @@ class ChatJudge:
         self._jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
         self._connect = connect
         self._backoff_s = backoff_s
+        self._wasted = wasted
         self._paces: dict[str, tuple[Pace, Pace]] = {}
         """By address: requests and tokens a minute, over all casts."""
-        self._servers(asyncio.Semaphore(), lambda juror, usage: None)  # a missing key is found before any call
+        self._servers(asyncio.Semaphore(), lambda name, usage: None)  # a missing key is found before any call
         _spare_the_collector()
         self._cache = ReplyCache(settings.cache) if settings.cache else None
 
@@ -124,13 +128,15 @@ class ChatJudge:
         if self._cache is not None:
             self._cache.close()
 
-    def _servers(self, slots: asyncio.Semaphore, wasted: Wasted) -> dict[str, Server]:
+    def _servers(self, slots: asyncio.Semaphore, wasted: Callable[[str, Usage], None]) -> dict[str, Server]:
         """A server for each juror; jurors at one address share its limits."""
         for juror in self._jurors.values():
             limits = Pace(self.settings.requests_per_minute), Pace(self.settings.tokens_per_minute)
             self._paces.setdefault(shown_url(juror), limits)
         return {
-            name: self._connect(juror, self.settings, slots, *self._paces[shown_url(juror)], self._backoff_s, wasted)
+            name: self._connect(
+                juror, self.settings, slots, *self._paces[shown_url(juror)], self._backoff_s, partial(wasted, name)
+            )
             for name, juror in self._jurors.items()
         }
 
@@ -399,13 +405,15 @@ class _Casting:
             self.under_way -= 1
             self.room.notify_all()
 
-    def _wasted(self, juror: Juror, usage: Usage) -> None:
+    def _wasted(self, name: str, usage: Usage) -> None:
         """Counts an answer without a reply; its ballot needs one more call.
 
         Raises:
             BudgetSpent: there is none left for it.
         """
-        self.judge.spent = self.judge.spent.plus(usage, juror, self.judge.settings)
+        self.judge.spent = self.judge.spent.plus(usage, self.judge._jurors[name], self.judge.settings)
+        if self.judge._wasted is not None:
+            append_line(self.judge._wasted, Wasted(judge=name, usage=usage).model_dump_json())
         self._check_budget(more=self.under_way - 1)
 
     def _check_budget(self, more: int = 0) -> None:

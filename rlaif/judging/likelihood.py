@@ -166,8 +166,8 @@ class LikelihoodJudge:
     ) -> Iterator[list[Vote]]:
         """Votes on the given ballots, in chunks: write each before asking for the next.
 
-        `pairs` and `candidates` are the whole iteration's, also when only some ballots are still owed: batches
-        and the guards' other prompts follow from them, so a resumed run gets the same numbers.
+        `pairs` and `candidates` are the whole iteration's, also when only some ballots are still owed: the guards'
+        other prompts follow from them, so a resumed run asks the same.
         """
         by_id = {c.completion_id: c for c in candidates}
         prompts = _prompts(candidates)

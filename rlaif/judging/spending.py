@@ -35,8 +35,16 @@ class Spent(Record):
         return f"{self.calls} calls, {self.tokens} tokens, {self.money:.4g} money{guess}"
 
 
-def spent_on(votes: Iterable[Vote], settings: Judge) -> Spent:
-    """What the given votes cost: those of an earlier process count against the budget of this one."""
+class Wasted(Record):
+    """A server's answer that held no reply, and was paid for. No vote tells of it."""
+
+    judge: str
+    """Juror, as ballots name it."""
+    usage: Usage
+
+
+def spent_on(votes: Iterable[Vote], settings: Judge, wasted: Iterable[Wasted] = ()) -> Spent:
+    """What votes and wasted answers cost: those of an earlier process count against the budget of this one."""
     jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
     spent = Spent()
     answered = set()
@@ -45,4 +53,7 @@ def spent_on(votes: Iterable[Vote], settings: Judge) -> Spent:
             answered.add(vote.ballot.judge)
             if not vote.cached:
                 spent = spent.plus(vote.usage, jurors[vote.ballot.judge], settings)
+    for answer in wasted:
+        if answer.judge in jurors:
+            spent = spent.plus(answer.usage, jurors[answer.judge], settings)
     return spent.model_copy(update={"answered": frozenset(answered)})

@@ -176,7 +176,7 @@ class OpenAIServer:
         requests: Pace,
         tokens: Pace,
         backoff_s: float,
-        wasted: Callable[[Juror, Usage], None] = lambda juror, usage: None,
+        wasted: Callable[[Usage], None] = lambda usage: None,
     ):
         """`slots` bounds the requests under way; `requests` and `tokens` are the server's limits.
 
@@ -242,7 +242,7 @@ class OpenAIServer:
         try:
             reply = read_reply(answer.content, self._juror.model, self._scrub)
         except _Transient:
-            self._wasted(self._juror, read_usage(answer.content))
+            self._wasted(read_usage(answer.content))
             raise
         latency_s = answer.elapsed.total_seconds()
         expected = _expected_tokens(answer.request)

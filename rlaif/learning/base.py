@@ -35,7 +35,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from rlaif import config
 from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
-from rlaif.models import export_digest
+from rlaif.models import digest_of
 from rlaif.records import Preference, UpdateStep
 
 _Row = dict[str, Any]
@@ -45,6 +45,7 @@ reference's log-probabilities in whatever form the learner's loss wants."""
 _SET_ELSEWHERE = {
     "learning_rate": "learner.learning_rate",
     "beta": "learner.beta",
+    "loss_type": "learner.loss_type",
     "max_grad_norm": "learner.max_grad_norm",
     "num_train_epochs": "learner.epochs",
     "bf16": "learner.precision",
@@ -304,6 +305,7 @@ class TrlLearner(ABC):
         trainer.create_scheduler(num_training_steps=horizon)
         trainer.state.compute_steps(args, horizon)
         trainer.state.init_training_references(trainer, horizon, self.settings.epochs, None)
+        trainer.state.max_steps = sys.maxsize  # the horizon is the schedule's; it ends no run
         trainer.current_gradient_accumulation_steps = 1
         trainer._tr_loss = torch.tensor(0.0)
         trainer._total_loss_scalar = 0.0
@@ -363,7 +365,7 @@ class TrlLearner(ABC):
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
             why = " ".join(str(e).split())
-            raise UserError(f"{folder}: can't read the learner's state ({why}); start the run again without it") from e
+            raise UserError(f"{folder}: can't read the learner's state ({why}); restore it, or start a new run") from e
         mine = self._trained()
         differing = sorted(set(mine) ^ set(weights)) or [n for n in mine if mine[n].shape != weights[n].shape]
         if differing:
@@ -403,7 +405,7 @@ class TrlLearner(ABC):
         exported.dtype = torch.bfloat16
         exported.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        return export_digest(folder)
+        return digest_of(folder)
 
 
 @contextmanager

@@ -38,9 +38,7 @@ class Sampler:
         self._tokenizer = models.load_tokenizer(model_path)
         self._stop_token_ids = frozenset(models.stop_token_ids(Path(model_path)))
         self._max_model_len = settings.max_model_len
-        # A model that was written in fp32 (tests) keeps it; exports are bf16.
-        computes = precision_here(settings.precision)
-        self._dtype: Any = "auto" if settings.precision == "auto" and computes == "bf16" else torch_dtype(computes)
+        self._dtype = torch_dtype(precision_here(settings.precision))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self.load(model_path)
 

@@ -20,10 +20,11 @@ from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.ballots import juror_names, make_chat_ballots
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.chat import ChatJudge
-from rlaif.judging.spending import Spent, spent_on
+from rlaif.judging.spending import Spent, Wasted, spent_on
 from rlaif.judging.templates import load_template
 from rlaif.judging.transport import Answer, OpenAIServer, Pace, read_reply, read_usage, retry_after_s
 from rlaif.records import Message, Pair, Usage
+from rlaif.store import read_grown
 from tests.judging.fault_server import FAULTS, FaultServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +65,7 @@ def settings(server, **changes):
 class Cast:
     """A judge with its ballots; `run()` collects votes until the end or an error."""
 
-    def __init__(self, judge_settings, n=4, templates=(LETTER,), skip=(), spent=None, **ballots):
+    def __init__(self, judge_settings, n=4, templates=(LETTER,), skip=(), spent=None, wasted=None, **ballots):
         self.pairs, self.candidates = questions(n)
         self.ballots = [
             b
@@ -72,7 +73,7 @@ class Cast:
             if b.id not in skip
         ]
         self.templates = templates
-        self.judge = ChatJudge(judge_settings, spent, backoff_s=0.02)
+        self.judge = ChatJudge(judge_settings, spent, backoff_s=0.02, wasted=wasted)
         self.votes = []
         self.error = None
 
@@ -613,6 +614,34 @@ def test_a_stored_reply_is_a_vote_without_a_call(tmp_path):
     plain = [v.model_dump(exclude={"cached", "attempts", "latency_s"}) for v in (*first.votes, *again.votes)]
     by_id = lambda v: v["ballot"]["id"]  # noqa: E731
     assert sorted(plain[:10], key=by_id) == sorted(plain[10:], key=by_id)
+
+
+def test_answers_without_a_reply_count_against_the_budget_of_the_next_process(tmp_path):
+    file = tmp_path / "wasted.jsonl"
+    with FaultServer(share=1.0, faults=("no_choices",), only_first_attempt=True) as server:
+        first = Cast(settings(server), 3, wasted=file)
+        votes = first.run()
+        assert first.judge.spent.calls == server.requests == 12
+        file.write_text(file.read_text() + '{"judge": "torn')
+        known = spent_on(votes, first.judge.settings, read_grown(file, Wasted))
+        assert known.model_copy(update={"answered": frozenset()}) == first.judge.spent
+        more = Cast(settings(server, budget={"calls": 12}), 4, skip=first.ids, spent=known, wasted=file)
+        more.run()
+        assert isinstance(more.error, BudgetSpent)
+        assert server.requests == 12
+
+
+def test_a_cache_that_fails_costs_no_vote(tmp_path, capsys):
+    with FaultServer() as server:
+        cast = Cast(settings(server, cache=str(tmp_path / "c")), 3)
+        cast.judge._cache._cache.close()
+        for file in (tmp_path / "c").glob("cache.db*"):
+            file.unlink()
+        (tmp_path / "c" / "cache.db").mkdir()
+        assert {v.outcome for v in cast.run()} == {"second"}
+    assert (cast.error, len(cast.votes)) == (None, 6)
+    assert "judge.cache: " in (said := capsys.readouterr().err)
+    assert said.count("going on without it") == 1
 
 
 def test_failures_are_never_stored(tmp_path):

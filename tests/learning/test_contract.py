@@ -240,6 +240,14 @@ def test_two_iterations_of_one_step_are_trls_own_training(
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
+def test_the_end_of_a_schedule_ends_no_training(model_path: str, settings: config.Learner) -> None:
+    args = {"lr_scheduler_type": "linear", "max_steps": 2}
+    made = learner("dpo", model_path, settings, args=args, batch_size=2)
+    steps = [step for k in range(2) for step in made.update(make_preferences(4), k)]
+    assert [step.step for step in steps] == [1, 2, 3, 4]
+    assert [step.learning_rate for step in steps] == [1e-2, 1e-2 / 2, 0, 0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [None, config.Lora(r=4, alpha=8)], ids=["full", "lora"])
 def test_save_and_load_go_on_as_if_nothing_happened(
@@ -453,6 +461,7 @@ def test_what_a_tracker_writes_outlives_the_learner(
     [
         ({"args": {"weigth_decay": 0.1}}, "learner.args.weigth_decay.*did you mean `weight_decay`"),
         ({"args": {"learning_rate": 0.1}}, "set in learner.learning_rate"),
+        ({"args": {"loss_type": "ipo"}}, "set in learner.loss_type"),
         ({"args": {"lr_scheduler_type": "cosine"}}, "max_steps"),
         ({"args": {"sync_ref_model": True}}, "TRL refuses"),
         ({"args": {"optim": "nonsense"}}, "TRL refuses.*nonsense"),
