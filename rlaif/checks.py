@@ -42,7 +42,7 @@ class Check(Record):
         if pattern is not None:
             try:
                 re.compile(pattern)
-            except re.error as e:
+            except (re.error, OverflowError, RecursionError) as e:
                 raise ValueError(f"not a regular expression: {e}") from e
         return pattern
 

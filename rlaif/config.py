@@ -305,8 +305,8 @@ class Learner(Section):
     """TRL's `DPOTrainer`, or a thin adapter on its experimental `OnlineDPOTrainer`."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference policy."""
-    loss_type: str = "sigmoid"
-    """As in TRL."""
+    loss_type: str | list[str] = "sigmoid"
+    """As in TRL: one, or with `kind: dpo` several (`args.loss_weights`)."""
     learning_rate: float = Field(5e-5, gt=0)
     """Adam's learning rate, constant by default (`args.lr_scheduler_type`)."""
     batch_size: int = Field(4, ge=1)
@@ -517,10 +517,23 @@ def _explain(error: Any) -> str:
             return str(message)
         # Not an address's: it may hold a password.
         return f"{where}: {message}" + ("" if where.endswith("base_url") else f" (found {error['input']!r})")
-    known = _known_keys(error["loc"][:-1])
-    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-    hint = f"; did you mean `{near[0]}`?" if near else f"; known keys: {', '.join(known)}"
-    return f"unknown key `{where}`{hint}"
+    key, known = str(error["loc"][-1]), _known_keys(error["loc"][:-1])
+    elsewhere = [path for path in _paths(Job) if path.rpartition(".")[2] == key]  # right, but in another section
+    near = elsewhere or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else f"known keys: {', '.join(known)}"
+    if not near and where.startswith("learner."):
+        hint += "; other settings of TRL's go into learner.args"
+    return f"unknown key `{where}`; {hint}"
+
+
+def _paths(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of a section, but for those of lists and free mappings."""
+    out = []
+    for name, field in section.model_fields.items():
+        out.append(f"{prefix}{name}")
+        if inner := _section_in(field.annotation):
+            out += _paths(inner, f"{prefix}{name}.")
+    return out
 
 
 def _known_keys(loc: tuple[Any, ...]) -> list[str]:

@@ -50,8 +50,8 @@ def first_problem(e: ValidationError) -> str:
 
 
 _TRAIN_EXTRA = (
-    "accelerate", "datasets", "gguf", "huggingface_hub", "peft", "pyarrow", "safetensors", "torch", "transformers",
-    "trl",
+    "accelerate", "crowdkit", "datasets", "gguf", "huggingface_hub", "pandas", "peft", "pyarrow", "safetensors",
+    "torch", "transformers", "trl",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from rlaif.judging.spending import Spent, Wasted, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
 from rlaif.pairing import check_can_update
-from rlaif.prompts import check_enough, exclude_held_out, load_prompts, with_system
+from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
 from rlaif.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
 from rlaif.texts import Texts
@@ -39,6 +39,9 @@ HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "samp
             "sampling.gpu_memory_utilization", "sampling.tensor_parallel_size",
             "learner.args.per_device_train_batch_size", "learner.args.gradient_checkpointing")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
+
+_STARTING = ".starting"
+"""Marks a folder in which a start writes and that has no run.json yet."""
 
 _COPIES = ("prompts", "constitutions", "calibration.json", "events.jsonl")
 """What a start writes into the run before anything is sampled."""
@@ -61,9 +64,10 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         stack.enter_context(run.lock())
         stack.enter_context(_sigterm_like_ctrl_c())
         _clear_failed_start(run, job)
-        changed = _check_resume(run, job, allow_change)
+        changed = check_resume(run, job, allow_change)
         if not _begun(run):
             check_can_update(job)
+            (run.path / _STARTING).touch()
         # Everything that can be refused is looked at before run.json says that there is a run.
         texts = Texts(job, run, base_dir, progress.note)
         train, held_out = _prompts(run, job, base_dir, progress.note)
@@ -204,7 +208,9 @@ def _clear_failed_start(run: RunDir, job: Job) -> None:
     """
     header = run.path / "run.json"
     if not _begun(run):
-        left = (".lock", "logs", *_COPIES, header.name)
+        left = [".lock", "logs", header.name]
+        if (run.path / _STARTING).exists():  # without it, folders of these names are somebody's own
+            left += [_STARTING, *_COPIES]
         if others := sorted(p.name for p in run.path.iterdir() if p.name.removesuffix(".partial") not in left):
             raise UserError(
                 f"{run.path}: holds `{others[0]}` but no run.json, so it is no run to go on with and no place for a "
@@ -225,14 +231,14 @@ def _sampled(run: RunDir) -> bool:
     return any(p.stat().st_size for p in run.path.glob("*/*/completions.jsonl*"))
 
 
-def _check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
+def check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
     """What differs from the job that a run was started with, in words; None when nothing does.
 
     Raises:
         UserError: something differs that may not, or not without `--allow-change`.
     """
     path = run.path / "run.json"
-    if not path.exists():
+    if not path.exists() or not _sampled(run):
         return None
     # Settings that this rlaif has and the run's did not count as their defaults.
     before = parse_job(RunDir.open(run.path).header["job"], str(path))
@@ -262,12 +268,11 @@ def _prompts(
     if not all(f.exists() for f in files):
         held_out = with_system(load_prompts(job.prompts.held_out, base_dir, note), job.policy.system_prompt)
         train = exclude_held_out(
-            with_system(load_prompts(job.prompts.train, base_dir, note), job.policy.system_prompt), held_out
+            with_system(load_prompts(job.prompts.train, base_dir, note), job.policy.system_prompt), held_out, note
         )
-        if not train or not held_out:
-            empty = job.prompts.train if not train else job.prompts.held_out
-            raise UserError(f"{empty}: no prompts left to use; it needs at least one row that is not held out")
         check_enough(train, job.prompts)
+        if note and (hint := shipped_held_out(job.prompts)):
+            note(hint)
         folder.mkdir(parents=True, exist_ok=True)
         for path, prompts in zip(files, (train, held_out), strict=True):
             with replacing(path) as temporary:
@@ -289,7 +294,7 @@ def _code() -> dict[str, Any]:
 def _write_header(
     run: RunDir, job: Job, model_digests: dict[str, str], code: dict[str, Any], changed: str | None = None
 ) -> None:
-    """Writes run.json, unless it says the same already; `changed` is what `_check_resume` found."""
+    """Writes run.json, unless it says the same already; `changed` is what `check_resume` found."""
     path = run.path / "run.json"
     resolved = job.model_dump(mode="json")
     header: dict[str, Any] = {
@@ -308,6 +313,7 @@ def _write_header(
     if changed:  # before run.json says it: were the run killed in between, the change would never be told
         run.event("job_changed", changed)
     write_json(path, header)
+    (run.path / _STARTING).unlink(missing_ok=True)
 
 
 def _check_models(run: RunDir, found: dict[str, Any]) -> None:

@@ -69,15 +69,20 @@ def make_pairs(
     return pairs
 
 
+def pairs_at_most(job: Job) -> int:
+    """Pairs of an iteration in which no two answers are the same."""
+    answers, pairing = job.sampling.completions_per_prompt, job.pairing
+    possible = answers // 2 if pairing.method == "best_worst" else answers * (answers - 1) // 2
+    return job.prompts.per_iteration * min(pairing.max_pairs_per_prompt, possible)
+
+
 def check_can_update(job: Job) -> None:
     """Whether an iteration can have enough pairs for an update.
 
     Raises:
         UserError: not even if every pair were kept.
     """
-    answers, pairing = job.sampling.completions_per_prompt, job.pairing
-    possible = answers // 2 if pairing.method == "best_worst" else answers * (answers - 1) // 2
-    pairs = job.prompts.per_iteration * min(pairing.max_pairs_per_prompt, possible)
+    pairs = pairs_at_most(job)
     # People's labels of earlier iterations may join an update beside these.
     if pairs < job.filters.min_kept_pairs and job.filters.review is None:
         raise UserError(

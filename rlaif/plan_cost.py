@@ -16,11 +16,11 @@ from rlaif.console import inert, stdout_console
 from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
 from rlaif.hardware import cpu_has_bf16, gpu_names
-from rlaif.judging.ballots import Role, ballots_for, selecting_voices
+from rlaif.judging.ballots import Role, ballots_for, check_selects, selecting_voices
 from rlaif.judging.calibration import read_calibration
 from rlaif.judging.templates import load_template, template_names
-from rlaif.pairing import check_can_update
-from rlaif.prompts import check_enough, exclude_held_out, load_prompts
+from rlaif.pairing import check_can_update, pairs_at_most
+from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out
 from rlaif.records import Pair
 
 PROMPT_TOKENS = 40
@@ -55,8 +55,11 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         read_calibration(base_dir / job.filters.calibration)
     schedule = job.schedule or {0: job.constitution or ""}
     texts = {ref: load_constitution(base_dir / job.constitutions_dir, ref) for ref in schedule.values()}
+    if job.pairing.method == "best_worst":
+        for text in texts.values():
+            check_selects(text)
     samples = job.prompts.per_iteration * job.sampling.completions_per_prompt
-    pairs = job.prompts.per_iteration * job.pairing.max_pairs_per_prompt
+    pairs = pairs_at_most(job)
     held = min(job.eval.prompts, len(held_out)) * job.eval.samples
     ballots = scores = eval_ballots = 0
     evaluations = 1  # of the base policy
@@ -78,19 +81,22 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         judged += (scores * 2 + (ballots + eval_ballots) * 4) * (answer + 15)
     trained = pairs * job.iterations * job.learner.epochs * 2 * (answer + PROMPT_TOKENS)
     parameters = _parameters(job.policy.model)
-    scale = (parameters or REFERENCE_PARAMETERS) / REFERENCE_PARAMETERS
+    judge_parameters = _parameters(job.judge.model) if job.judge.kind == "likelihood" else parameters
+    scale, judge_scale = ((n or REFERENCE_PARAMETERS) / REFERENCE_PARAMETERS for n in (parameters, judge_parameters))
     fast = cpu_has_bf16() or bool(gpu_names())  # as `hardware.precision_here`, without torch
-    seconds = START_S + scale * (
-        sampled / _rate("sample", job.sampling.precision, fast)
-        + judged / _rate("score", job.judge.precision, fast)
-        + trained / _rate("train", job.learner.precision, fast)
+    seconds = (
+        START_S
+        + scale * sampled / _rate("sample", job.sampling.precision, fast)
+        + judge_scale * judged / _rate("score", job.judge.precision, fast)
+        + scale * trained / _rate("train", job.learner.precision, fast)
     )
     weights = 2 * (parameters or REFERENCE_PARAMETERS)  # bf16
     trained_share = _trained_share(job)
     # fp32 weights, and for what is trained a gradient, Adam's two moments and the reference or what a step needs.
     learner = weights * (2 + (5.5 + _width(job.learner.precision, fast)) * trained_share)
     # Sampler and judge; behind a server, the measurer.
-    frozen = weights * (_width(job.sampling.precision, fast) + _width(job.judge.precision, fast))
+    frozen = weights * _width(job.sampling.precision, fast)
+    frozen += 2 * judge_scale * REFERENCE_PARAMETERS * _width(job.judge.precision, fast)
     memory = frozen + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB
     # fp32 weights and Adam's moments of what is trained; the old state goes when the next one is complete.
     states = weights * 6 * trained_share * min(job.iterations, 2)
@@ -106,6 +112,14 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         for k, reference in schedule.items()
         if k >= job.iterations
     ]
+    named = [job.policy.model, *([job.judge.model] if job.judge.kind == "likelihood" else [])]
+    if unknown := sorted({n for n in named if not n.startswith("embedded:") and _parameters(n) is None}):
+        warnings.append(
+            f"{', '.join(unknown)}: of unknown size until it is fetched (rlaif models NAME); time, memory and disk are "
+            "those of 135M parameters"
+        )
+    if hint := shipped_held_out(job.prompts):
+        warnings.append(hint)
     return {
         "iterations": job.iterations,
         "constitutions": {str(k): str(texts[ref].ref) for k, ref in schedule.items()},

@@ -16,6 +16,7 @@ import csv
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,16 +82,24 @@ def with_system(prompts: Iterable[Prompt], system_prompt: str | None) -> list[Pr
     ]
 
 
-def exclude_held_out(train: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
-    """The training prompts without those that the held-out set has too, by id or by conversation.
+def exclude_held_out(
+    train: Iterable[Prompt], held_out: Iterable[Prompt], note: Callable[[str], None] | None = None
+) -> list[Prompt]:
+    """The training prompts without those that the held-out set has too; `note` is told how many those are.
 
     Conversations are compared without system messages, letter case and white space, so that a stray space or a
-    system prompt doesn't let a held-out question into training.
+    system prompt doesn't let a held-out question into training. An id says nothing across two files that both count
+    from 1: a training prompt whose id is another held-out one's is known by its digest instead.
     """
-    held = list(held_out)
-    ids = {p.id for p in held}
-    texts = {_conversation(p) for p in held}
-    return [p for p in train if p.id not in ids and _conversation(p) not in texts]
+    held, given = list(held_out), list(train)
+    ids, texts = {p.id for p in held}, {_conversation(p) for p in held}
+    left = [p for p in given if _conversation(p) not in texts]
+    renamed = sum(p.id in ids for p in left)
+    if note and len(left) < len(given):
+        note(f"{len(given) - len(left)} training prompts are held out, too, and left out; {len(left)} are left")
+    if note and renamed:
+        note(f"{renamed} training prompts have the id of another held-out one, and are known by their digest instead")
+    return [p.model_copy(update={"id": _digest(p.messages)}) if p.id in ids else p for p in left]
 
 
 def check_enough(train: list[Prompt], settings: Prompts) -> None:
@@ -99,11 +108,23 @@ def check_enough(train: list[Prompt], settings: Prompts) -> None:
     Raises:
         UserError: it holds fewer prompts than one takes.
     """
+    _refuse_empty(train)
     if settings.per_iteration > len(train):
         raise UserError(
             f"prompts.per_iteration={settings.per_iteration}: {settings.train} has {len(train)} prompts to train on "
             f"(without the held-out ones); set prompts.per_iteration={len(train)} or less, or add prompts"
         )
+
+
+def shipped_held_out(settings: Prompts) -> str | None:
+    """What to say of a job that trains on its own prompts and is evaluated on ours; None of any other."""
+    fields = Prompts.model_fields
+    if settings.train == fields["train"].default or settings.held_out != fields["held_out"].default:
+        return None
+    return (
+        f"prompts.held_out: evaluated on the shipped questions ({settings.held_out}); name a set like {settings.train} "
+        "(of one data set: `datasets:NAME:train[:90%]` and `train[90%:]`)"
+    )
 
 
 def prompts_for(prompts: Sequence[Prompt], seed: int, iteration: int, per_iteration: int) -> list[Prompt]:
@@ -168,6 +189,10 @@ def _conversation(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     return tuple((m.role, " ".join(m.content.casefold().split())) for m in said)
 
 
+def _digest(messages: Iterable[Message]) -> str:
+    return digest([m.model_dump() for m in messages])
+
+
 def _has_id(row: Any) -> bool:
     return isinstance(row, dict) and row.get("id") not in (None, "")
 
@@ -199,7 +224,7 @@ def _prompt(row: Any, where: str, foreign: bool) -> Prompt:
             half = ascii(said[e.start])
             raise UserError(f"{where}: holds {half}, half of a character; no file can store it, correct it") from e
     return Prompt(
-        id=str(fields["id"]) if "id" in fields else digest([m.model_dump() for m in messages]),
+        id=str(fields["id"]) if "id" in fields else _digest(messages),
         messages=messages,
         category=None if category is None else str(category),
     )
@@ -214,7 +239,9 @@ def _messages(chat: Any, column: str, where: str) -> tuple[Message, ...]:
     if not isinstance(chat, list) or not chat:
         raise UserError(f"{where}: `{column}` must be a list of {{role, content}} that isn't empty")
     try:
-        messages = [Message.model_validate(m) for m in chat]
+        # Arrow fills every field of a message that any row has.
+        given = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in chat]
+        messages = [Message.model_validate(m) for m in given]
     except ValidationError as e:
         raise UserError(f"{where}: `{column}`: {first_problem(e)} (a message is {{role, content}})") from e
     while len(messages) > 1 and messages[-1].role == "assistant":
@@ -300,7 +327,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _dataset_rows(source: str) -> Iterator[Row]:
-    name, *rest = source.removeprefix(DATASETS_PREFIX).split(":")
+    name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix(DATASETS_PREFIX))  # not in `train[:80%]`
     if not name or len(rest) > 2:
         raise UserError(
             f"{source}: expected `{DATASETS_PREFIX}NAME`, `{DATASETS_PREFIX}NAME:SPLIT` or "

@@ -16,7 +16,7 @@ from pathlib import Path
 from rlaif.config import Job
 from rlaif.constitution import Constitution, load_with_source
 from rlaif.errors import UserError
-from rlaif.judging.ballots import selecting_voices
+from rlaif.judging.ballots import check_selects
 from rlaif.judging.templates import Template, load_template, parse_template, template_names
 from rlaif.records import ConstitutionRef
 from rlaif.store import RunDir, disk_errors, read_json, read_record, replace_dir, write_json
@@ -119,11 +119,8 @@ class Texts:
 
     def _newest(self, reference: str) -> Constitution:
         text, source = load_with_source(self._directory, reference)
-        if self._selects and not selecting_voices(text):
-            raise UserError(
-                f"constitution {text.ref}: no contrast has `use: select`, and pairing.method=best_worst needs one; "
-                "add such a paraphrase, or set pairing.method to random or all"
-            )
+        if self._selects:
+            check_selects(text)
         folder = self._run.path / "constitutions" / text.hash
         if not (folder / "constitution.json").exists():
             content = json.dumps(text.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"

@@ -64,7 +64,9 @@ def test_results_name_each_stated_condition():
     assert Check(min_words=5, min_list_items=1).results("- a b") == {"min_words": False, "min_list_items": True}
 
 
-@pytest.mark.parametrize("check", [{}, {"matches": "("}, {"max_words": -1}, {"max_word": 4}])
+@pytest.mark.parametrize(
+    "check", [{}, {"matches": "("}, {"matches": "a{99999999999}"}, {"max_words": -1}, {"max_word": 4}]
+)
 def test_a_check_that_cannot_be_meant_is_refused(check):
     with pytest.raises(ValidationError):
         Check.model_validate(check)

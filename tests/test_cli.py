@@ -199,6 +199,10 @@ def test_constitution_check_says_what_it_did_not_read(tmp_path: Path, rlaif) -> 
     code, out, err = rlaif("constitution", "check", cwd=tmp_path)
     assert (code, out.split()[-1]) == (2, "ok")
     assert "constitutions/rules/v2.yml: nothing reads it" in err
+    for version in (3, 4):
+        (folder / f"v{version}.yaml").write_text("summary: [")
+    code, out, err = rlaif("constitution", "check", cwd=tmp_path)
+    assert (code, out.split()[-1], len(err.splitlines())) == (2, "ok", 3)  # every one of them is named
 
 
 def test_constitution_check_knows_the_templates(tmp_path: Path, rlaif) -> None:

@@ -102,7 +102,7 @@ def test_a_job_may_change_until_something_is_sampled(tmp_path: Path, tiny_model:
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, tiny_model: Path) -> None:
     job = project_job(tmp_path, tiny_model)
     before = sorted(p for p in tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"holds `held_out\.jsonl` but no run\.json"):
+    with pytest.raises(UserError, match=r"holds `constitutions` but no run\.json"):
         launch.execute(job, tmp_path, tmp_path, Quiet())
     assert sorted(p for p in tmp_path.rglob("*") if p.name != ".lock") == before
 

@@ -65,7 +65,8 @@ def test_precision_is_what_the_plan_reckons_with(monkeypatch: pytest.MonkeyPatch
 
 def test_a_plan_that_doesnt_fit_or_isnt_reached_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = project_job(tmp_path, "m", iterations=2)
-    (unreached,) = estimate(job, tmp_path)["warnings"]
+    unreached, unknown = estimate(job, tmp_path)["warnings"]
+    assert unknown.startswith("m: of unknown size")
     assert unreached == "schedule: rules@2 after 2 iterations is never reached, the run ends at 2"
     monkeypatch.setattr(plan_cost, "_parameters", lambda model: 70e9)
     memory, disk, _ = estimate(job, tmp_path)["warnings"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rlaif.config import Prompts
-from rlaif.errors import UserError
+from rlaif.errors import UserError, needs_extra
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, prompts_for, with_system
 from rlaif.records import Message, Prompt
 
@@ -229,13 +229,14 @@ def test_a_missing_package_names_the_extra(
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
         if name.split(".")[0] == module:
-            raise ImportError(name)
+            raise ModuleNotFoundError(name, name=name)
         return real(name, *args, **kwargs)
 
     (tmp_path / "set.parquet").write_bytes(b"x")
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=rf"{module}.*rlaif\[train\]"):
+    with pytest.raises(ModuleNotFoundError) as e:
         load_prompts(source, tmp_path)
+    assert f"this needs {module}, " in str(needs_extra(e.value))
 
 
 def test_with_system_respects_a_row_s_own() -> None:
@@ -247,10 +248,33 @@ def test_with_system_respects_a_row_s_own() -> None:
     assert with_system([own], None) == [own]
 
 
-def test_exclude_held_out_by_id_and_by_text() -> None:
+def test_exclude_held_out_by_text_and_two_files_that_count_from_one() -> None:
     train = [user("a", id="1"), user("b", id="2"), user(" How  do I fly? ", id="3"), user("d", id="4")]
     held = [user("other", id="2"), *with_system([user("how do I fly?", id="h")], "system")]
-    assert [p.id for p in exclude_held_out(train, held)] == ["1", "4"]
+    notes: list[str] = []
+    left = exclude_held_out(train, held, notes.append)
+    assert [p.messages[-1].content for p in left] == ["a", "b", "d"]
+    assert [left[0].id, left[2].id] == ["1", "4"]
+    assert left[1].id not in {"1", "2", "3", "4", "h"}
+    assert [note.split()[0] for note in notes] == ["1", "1"]
+
+
+def test_a_message_with_fields_that_arrow_filled(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "Why?", "tool_calls": None, "name": None}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    (prompt,) = load_prompts("p.jsonl", tmp_path)
+    assert prompt.messages == (Message(role="user", content="Why?"),)
+
+
+def test_a_slice_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or [{"prompt": "Why?"}]
+    )
+    for source in ("datasets:a/b:train[:80%]", "datasets:a/b:main:train[80%:]", "datasets:a/b"):
+        load_prompts(source, tmp_path)
+    assert asked == [("a/b", "train[:80%]"), ("a/b", "main", "train[80%:]"), ("a/b", "train")]
 
 
 @pytest.mark.parametrize("total", [5, 6, 7, 12])

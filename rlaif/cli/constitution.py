@@ -59,25 +59,45 @@ def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = Fal
             console.print(f"  prefer: {inert(p.prefer)}\n  avoid:  {inert(p.avoid or '')}")
         if p.check:
             console.print(f"  check:  {inert(str(p.check.model_dump(exclude_none=True)))}")
+        for asked in p.paraphrases:
+            console.print(
+                f"  paraphrase ({asked.use})\n    prefer: {inert(asked.prefer)}\n    avoid:  {inert(asked.avoid)}"
+            )
+        for use in dict.fromkeys(example.use for example in p.examples):
+            mine = [example for example in p.examples if example.use == use]
+            console.print(f"  {len(mine)} examples ({use}), such as {inert(repr(mine[0].prompt))}")
+            console.print(f"    better: {inert(_line(mine[0].better))}\n    worse:  {inert(_line(mine[0].worse))}")
 
 
 @app.command()
 def check(directory: Directory = DEFAULT) -> None:
-    """Parse all constitutions of a folder; exit code 2 names the first that is broken, and files that nothing reads."""
+    """Parse all constitutions of a folder; exit code 2 when one is broken, or a file is there that nothing reads."""
+    files = constitution_files(directory)
+    if not files:
+        raise UserError(f"{directory}: no constitution in it; each is a file {directory}/<name>/v<N>.yaml")
+    wrong = [f"{path}: nothing reads it; a version is a file <name>/v<N>.yaml" for path in misnamed_files(directory)]
+    for name, versions in files.items():
+        for version, path in versions.items():
+            try:
+                text = load_constitution(directory, f"{name}@{version}")
+                _check_template(text, path)
+                typer.echo(f"{text.ref} {text.hash} ok")
+            except UserError as e:
+                wrong.append(str(e))
+    for problem in wrong[:-1]:
+        print(f"rlaif: {problem}", file=sys.stderr)
+    if wrong:
+        raise UserError(wrong[-1])
+
+
+def _check_template(text: Constitution, path: Path) -> None:
     from rlaif.judging.templates import load_template
 
-    found = list_constitutions(directory)
-    if not found:
-        raise UserError(f"{directory}: no constitution in it; each is a file {directory}/<name>/v<N>.yaml")
-    for c in found:
-        if _TEMPLATES.is_dir():
-            try:
-                load_template(_TEMPLATES, c.template)
-            except UserError as e:
-                raise UserError(f"{constitution_files(directory)[c.name][c.version]}: {e}") from e
-        typer.echo(f"{c.ref} {c.hash} ok")
-    if unread := misnamed_files(directory):
-        raise UserError(f"{', '.join(map(str, unread))}: nothing reads it; a version is a file <name>/v<N>.yaml")
+    if _TEMPLATES.is_dir():
+        try:
+            load_template(_TEMPLATES, text.template)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from e
 
 
 @app.command()

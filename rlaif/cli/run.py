@@ -52,7 +52,7 @@ def run(
 
     settings, where = _job_and_run(job, set_ or [], name, runs)
     if dry_run:
-        _print_plan(settings, where, json_)
+        _print_plan(settings, where, json_, allow_change)
         return
     with make_progress(settings.iterations) as progress:
         finished = execute(settings, where, Path.cwd(), progress, allow_change)
@@ -79,10 +79,12 @@ def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) 
     return settings, runs / chosen
 
 
-def _print_plan(job: Job, where: Path, as_json: bool) -> None:
+def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> None:
+    from rlaif.launch import check_resume
     from rlaif.plan_cost import estimate, table
     from rlaif.summary import status_of
 
+    check_resume(RunDir(where), job, allow_change)
     copies = {name: (where / "prompts" / f"{name}.jsonl").resolve() for name in ("train", "held_out")}
     if all(path.exists() for path in copies.values()):  # it goes on from these, whatever became of the files
         prompts = job.prompts.model_copy(update={name: str(path) for name, path in copies.items()})

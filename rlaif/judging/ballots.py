@@ -38,6 +38,19 @@ def selecting_voices(constitution: Constitution) -> list[str]:
     return _electing(constitution, "select")
 
 
+def check_selects(constitution: Constitution) -> None:
+    """Whether pairs can be chosen under a text.
+
+    Raises:
+        UserError: it has no selecting voice.
+    """
+    if not selecting_voices(constitution):
+        raise UserError(
+            f"constitution {constitution.ref}: no contrast has `use: select`, and pairing.method=best_worst needs one; "
+            "add such a paraphrase, or set pairing.method to random or all"
+        )
+
+
 def evaluating_voices(constitution: Constitution) -> list[str]:
     """Ids of the held-out voices that only measure."""
     return _electing(constitution, "evaluate")

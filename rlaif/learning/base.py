@@ -62,6 +62,7 @@ _SET_ELSEWHERE = {
     "precompute_ref_log_probs": "nothing: they always are, once an update",
     "eval_strategy": "eval.every",
     "save_strategy": "nothing: every iteration is saved",
+    "neftune_noise_alpha": "nothing: noise would stand in the log-probabilities that are compared",
 }
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
@@ -92,13 +93,12 @@ class TrlLearner(ABC):
         policy, self.tokenizer = _load(model_path)
         _no_dropout(policy)
         self._exported_config = copy.deepcopy(policy.config)  # before TRL writes its own choices into it
-        try:
+        with _settings_errors():
             self.trainer = self._make_trainer(policy, args, _peft_config(settings.lora))
-        except (ValueError, NotImplementedError, TypeError) as e:
-            raise UserError(f"learner: TRL refuses these settings: {' '.join(str(e).split())}") from e
         self._adapt(self._unwrapped())
         self._base = self._load_base(model_path)
-        self._prepare(args)
+        with _settings_errors():
+            self._prepare(args)
         if state_dir is not None:
             self.load(state_dir)
 
@@ -175,7 +175,8 @@ class TrlLearner(ABC):
         trainer.control = handler.on_pre_optimizer_step(args, state, trainer.control)
         trainer.optimizer.step()
         trainer.control = handler.on_optimizer_step(args, state, trainer.control)
-        trainer.lr_scheduler.step()
+        if state.global_step < self._horizon:  # its last value stays: a cosine would rise again
+            trainer.lr_scheduler.step()
         trainer.model.zero_grad()
         state.global_step += 1
         trainer.control = handler.on_step_end(args, state, trainer.control)
@@ -281,28 +282,47 @@ class TrlLearner(ABC):
             # On by default in TRL: a second forward pass in exchange for memory. A job may ask for it.
             "gradient_checkpointing": False,
             **self._defaults(),
-            **settings.args,
+            **self._numbers(settings.args),
         }
-        try:
+        with _settings_errors():
             args = self.config_class(**values)
-        except (ValueError, TypeError, ImportError) as e:
-            raise UserError(f"learner: TRL refuses these settings: {' '.join(str(e).split())}") from e
-        if args.lr_scheduler_type not in _ENDLESS_SCHEDULES and args.max_steps <= 0:
-            raise UserError(
-                f"learner.args.lr_scheduler_type: `{_text(args.lr_scheduler_type)}` needs to know where it ends; set "
-                "learner.args.max_steps to the optimizer steps of the whole run"
-            )
+        for name, needs in (
+            ("lr_scheduler_type", args.lr_scheduler_type not in _ENDLESS_SCHEDULES),
+            ("warmup_steps", 0 < args.warmup_steps < 1),
+        ):
+            if needs and args.max_steps <= 0:
+                raise UserError(
+                    f"learner.args.{name}: `{_text(getattr(args, name))}` needs to know where training ends; set "
+                    "learner.args.max_steps to about the optimizer steps of the whole run"
+                )
         return args
+
+    def _numbers(self, args: dict[str, Any]) -> dict[str, Any]:
+        """YAML reads `1e-8` as text: what TRL's config wants as a number becomes one."""
+        wanted = {f.name for f in dataclasses.fields(self.config_class) if f.type in (float, float | None, "float")}
+        out = dict(args)
+        for name in wanted & args.keys():
+            if isinstance(args[name], str):
+                try:
+                    out[name] = float(args[name])
+                except ValueError as e:
+                    raise UserError(f"learner.args.{name}: expected a number, found {args[name]!r}") from e
+        return out
 
     def _prepare(self, args: _BaseConfig) -> None:
         """What `Trainer.train()` does before its first step, once."""
         trainer = self.trainer
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
+        if args.gradient_checkpointing:  # DPOTrainer leaves it to `train()`
+            trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+            if self.settings.lora is not None:
+                trainer.model.enable_input_require_grads()
         trainer.create_optimizer()
         trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         horizon = args.max_steps if args.max_steps > 0 else sys.maxsize
         trainer.create_scheduler(num_training_steps=horizon)
+        self._horizon = horizon
         trainer.state.compute_steps(args, horizon)
         trainer.state.init_training_references(trainer, horizon, self.settings.epochs, None)
         trainer.state.max_steps = sys.maxsize  # the horizon is the schedule's; it ends no run
@@ -422,6 +442,21 @@ def _write_errors(folder: Path) -> Iterator[None]:
         if any(sign in str(e).lower() for sign in signs):
             raise UserError(f"{folder}: no space left on the disk; free some and run the same command again") from e
         raise RlaifError(f"{folder}: can't write the learner's files ({' '.join(str(e).split())[:200]})") from e
+
+
+@contextmanager
+def _settings_errors() -> Iterator[None]:
+    """What TRL and transformers raise at settings that they refuse, or whose package isn't there.
+
+    Raises:
+        UserError: with what they say.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, NotImplementedError, TypeError, ImportError, RuntimeError) as e:
+        raise UserError(f"learner: TRL refuses these settings: {' '.join(str(e).split())}") from e
 
 
 def epoch_order(pairs: int, seed: int, iteration: int, epoch: int) -> list[int]:

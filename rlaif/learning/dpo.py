@@ -44,9 +44,10 @@ class DpoLearner(TrlLearner):
     config_class = DPOConfig
 
     def _defaults(self) -> dict[str, Any]:
-        if self.settings.loss_type not in _LOSSES:
-            known = ", ".join(_LOSSES)
-            raise UserError(f"learner.loss_type: TRL has no `{self.settings.loss_type}`; known: {known}")
+        named = self.settings.loss_type
+        for loss in [named] if isinstance(named, str) else named:
+            if loss not in _LOSSES:
+                raise UserError(f"learner.loss_type: TRL has no `{loss}`; known: {', '.join(_LOSSES)}")
         # A sequence is as long as it was sampled: truncation is the sampler's.
         return {"max_length": None, "precompute_ref_log_probs": True}
 

@@ -241,11 +241,27 @@ def test_two_iterations_of_one_step_are_trls_own_training(
 
 
 def test_the_end_of_a_schedule_ends_no_training(model_path: str, settings: config.Learner) -> None:
-    args = {"lr_scheduler_type": "linear", "max_steps": 2}
-    made = learner("dpo", model_path, settings, args=args, batch_size=2)
-    steps = [step for k in range(2) for step in made.update(make_preferences(4), k)]
-    assert [step.step for step in steps] == [1, 2, 3, 4]
-    assert [step.learning_rate for step in steps] == [1e-2, 1e-2 / 2, 0, 0]
+    for schedule in ("linear", "cosine"):
+        args = {"lr_scheduler_type": schedule, "max_steps": 2}
+        made = learner("dpo", model_path, settings, args=args, batch_size=2)
+        steps = [step for k in range(2) for step in made.update(make_preferences(4), k)]
+        assert [step.step for step in steps] == [1, 2, 3, 4]
+        assert [step.learning_rate for step in steps] == pytest.approx([1e-2, 1e-2 / 2, 0, 0])
+
+
+def test_gradient_checkpointing_changes_no_number(model_path: str, settings: config.Learner) -> None:
+    plain = learner("dpo", model_path, settings)
+    spared = learner("dpo", model_path, settings, args={"gradient_checkpointing": True})
+    assert spared.trainer.model.is_gradient_checkpointing
+    a, b = (list(made.update(make_preferences(4), 0)) for made in (plain, spared))
+    assert [step.loss for step in a] == pytest.approx([step.loss for step in b])
+    close(weights(plain), weights(spared))
+
+
+def test_numbers_as_yaml_reads_them(model_path: str, settings: config.Learner) -> None:
+    made = learner("dpo", model_path, settings, args={"adam_epsilon": "1e-7", "weight_decay": "1e-2"})
+    group = made.trainer.optimizer.param_groups[0]
+    assert (group["eps"], made.trainer.args.weight_decay) == (1e-7, 1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -463,6 +479,11 @@ def test_what_a_tracker_writes_outlives_the_learner(
         ({"args": {"learning_rate": 0.1}}, "set in learner.learning_rate"),
         ({"args": {"loss_type": "ipo"}}, "set in learner.loss_type"),
         ({"args": {"lr_scheduler_type": "cosine"}}, "max_steps"),
+        ({"args": {"warmup_steps": 0.1}}, "max_steps"),
+        ({"args": {"adam_epsilon": "small"}}, "learner.args.adam_epsilon: expected a number, found 'small'"),
+        ({"args": {"neftune_noise_alpha": 5}}, "remove it"),
+        ({"args": {"report_to": "nonsense"}}, "TRL refuses.*nonsense"),
+        ({"loss_type": ["sigmoid", "nonsense"]}, "nonsense"),
         ({"args": {"sync_ref_model": True}}, "TRL refuses"),
         ({"args": {"optim": "nonsense"}}, "TRL refuses.*nonsense"),
         ({"loss_type": "nonsense"}, "nonsense"),
