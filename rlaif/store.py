@@ -22,7 +22,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from rlaif.config import Job, parse_job
@@ -360,6 +359,8 @@ class RunDir:
         Raises:
             UserError: another process is writing it.
         """
+        from filelock import FileLock, Timeout  # brings asyncio: not for who only reads
+
         make_folder(self.path)
         lock = FileLock(self.path / ".lock")
         try:
