@@ -515,13 +515,14 @@ def _explain(error: Any) -> str:
             message = "expected a section, `key: value` lines below it"
         if not where:
             return str(message)
-        # Not an address's: it may hold a password.
-        return f"{where}: {message}" + ("" if where.endswith("base_url") else f" (found {error['input']!r})")
+        # Not an address's, nor a section's that may hold one: passwords stand in some.
+        silent = where.endswith("base_url") or isinstance(error["input"], dict)
+        return f"{where}: {message}" + ("" if silent else f" (found {error['input']!r})")
     key, known = str(error["loc"][-1]), _known_keys(error["loc"][:-1])
     elsewhere = [path for path in _paths(Job) if path.rpartition(".")[2] == key]  # right, but in another section
     near = elsewhere or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else f"known keys: {', '.join(known)}"
-    if not near and where.startswith("learner."):
+    if not elsewhere and where.startswith("learner."):
         hint += "; other settings of TRL's go into learner.args"
     return f"unknown key `{where}`; {hint}"
 

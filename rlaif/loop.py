@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from rlaif import monitors
 from rlaif.config import Job
 from rlaif.constitution import Constitution
-from rlaif.errors import RlaifError, UserError
+from rlaif.errors import RlaifError
 from rlaif.heads import Head, write_head
 from rlaif.judging.ballots import (
     Role,
@@ -52,7 +52,7 @@ from rlaif.records import (
     Vote,
 )
 from rlaif.review.labels import labels_noted
-from rlaif.store import STAGES, RunDir, StageDir, numbered, read_record, replace_dir, sync, write_json
+from rlaif.store import STAGES, RunDir, StageDir, read_record, replace_dir, write_json
 from rlaif.texts import Texts
 from rlaif.workers import WorkerLike
 
@@ -101,7 +101,6 @@ class Loop:
             if not (self.dir.iteration(k).path / "metrics.json").exists():
                 self.iterate(k)
         self._evaluate_after(self.job.iterations - 1)  # planned already, unless a resumed run has fewer iterations
-        self._drop_older_states()
         return write_head(self.dir)  # a new one where a kill came between an iteration's metrics and its head
 
     def iterate(self, k: int) -> None:
@@ -404,7 +403,6 @@ class Loop:
             nonlocal policy_digest
             if skip:
                 return {"skipped": True}
-            self._drop_older_states()
             state, policy = self._state(k), here.path / "policy"
             for folder in (state, policy):
                 shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
@@ -421,6 +419,10 @@ class Loop:
             message = f"{fresh} {kept} pairs, fewer than filters.min_kept_pairs={least}: no update"
             if self._event_once("skipped_update", message, k, kept=fresh):
                 self.progress.note(f"iteration {k + 1}: {message}")
+        else:
+            for old in (self.dir.path / "learner").glob("*"):
+                if old.name != f"{k:04d}":
+                    shutil.rmtree(old, ignore_errors=True)
         return steps
 
     def _evaluate(self, updates: int, plan: Plan, text: Constitution) -> EvaluationMetrics:
@@ -523,28 +525,8 @@ class Loop:
         if self._learner_at == behind:
             return
         if behind:
-            try:
-                self.learner.call("load", state_dir=str(self._state(behind - 1)))
-            except UserError as e:
-                older = [i for i in numbered(self.dir.path / "learner") if i < behind - 1]
-                if not older:
-                    raise
-                raise UserError(
-                    f"{e}. Or make the update again from the state of iteration {older[-1] + 1}, which is still there: "
-                    f"in {self.dir.path}, remove learner/{behind - 1:04d}, then policy, metrics.json and updates.* of "
-                    f"iterations/{behind - 1:04d}, all later iterations, and evaluations/{behind:04d} and later"
-                ) from e
+            self.learner.call("load", state_dir=str(self._state(behind - 1)))
         self._learner_at = behind
-
-    def _drop_older_states(self) -> None:
-        """Removes the learner's states but for the newest, once that one has reached the disk. Not when it is written:
-        a machine that loses its power must find one of two whole, and waiting for the disk costs seconds."""
-        made = numbered(self.dir.path / "learner")
-        if made:
-            sync(self._state(made[-1]))
-            sync(self.dir.iteration(made[-1]).path / "policy")
-        for old in made[:-1]:
-            shutil.rmtree(self._state(old), ignore_errors=True)
 
     def _prune_policies(self, k: int) -> None:
         """Keeps the weights of evaluated policies and of the newest; each costs the size of the model."""

@@ -76,9 +76,10 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     sampled = (samples * job.iterations + held * evaluations) * answer
     # Sanity is measured here, whoever judges. Each side of a contrast is one pass over question and answer; a ballot
     # looks at two answers. A judge behind a server takes its own time.
-    judged = held * evaluations * 2 * (answer + 40)
+    measured = held * evaluations * 2 * (answer + 40)
+    judged = 0.0
     if job.judge.kind == "likelihood":
-        judged += (scores * 2 + (ballots + eval_ballots) * 4) * (answer + 15)
+        judged = (scores * 2 + (ballots + eval_ballots) * 4) * (answer + 15)
     trained = pairs * job.iterations * job.learner.epochs * 2 * (answer + PROMPT_TOKENS)
     parameters = _parameters(job.policy.model)
     judge_parameters = _parameters(job.judge.model) if job.judge.kind == "likelihood" else parameters
@@ -87,16 +88,17 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     seconds = (
         START_S
         + scale * sampled / _rate("sample", job.sampling.precision, fast)
-        + judge_scale * judged / _rate("score", job.judge.precision, fast)
+        + (scale * measured + judge_scale * judged) / _rate("score", job.judge.precision, fast)
         + scale * trained / _rate("train", job.learner.precision, fast)
     )
     weights = 2 * (parameters or REFERENCE_PARAMETERS)  # bf16
     trained_share = _trained_share(job)
     # fp32 weights, and for what is trained a gradient, Adam's two moments and the reference or what a step needs.
     learner = weights * (2 + (5.5 + _width(job.learner.precision, fast)) * trained_share)
-    # Sampler and judge; behind a server, the measurer.
-    frozen = weights * _width(job.sampling.precision, fast)
-    frozen += 2 * judge_scale * REFERENCE_PARAMETERS * _width(job.judge.precision, fast)
+    # The sampler, the measurer on the base policy, and a judge of its own where that isn't the same model.
+    frozen = weights * (_width(job.sampling.precision, fast) + _width(job.judge.precision, fast))
+    if job.judge.kind == "likelihood" and job.judge.model != job.policy.model:
+        frozen += 2 * judge_scale * REFERENCE_PARAMETERS * _width(job.judge.precision, fast)
     memory = frozen + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB
     # fp32 weights and Adam's moments of what is trained; the old state goes when the next one is complete.
     states = weights * 6 * trained_share * min(job.iterations, 2)
@@ -133,7 +135,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "evaluations": evaluations,
         "held_out_answers": held * evaluations,
         "evaluation_ballots_at_most": eval_ballots,
-        "tokens": {"sampled": round(sampled), "judged": round(judged), "trained": round(trained)},
+        "tokens": {"sampled": round(sampled), "judged": round(judged + measured), "trained": round(trained)},
         "minutes_on_reference_machine": round(seconds / 60, 1),
         "memory_gib": round(memory / GIB, 1),
         "memory_here_gib": round(psutil.virtual_memory().total / GIB, 1),

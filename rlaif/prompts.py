@@ -99,7 +99,7 @@ def exclude_held_out(
         note(f"{len(given) - len(left)} training prompts are held out, too, and left out; {len(left)} are left")
     if note and renamed:
         note(f"{renamed} training prompts have the id of another held-out one, and are known by their digest instead")
-    return [p.model_copy(update={"id": _digest(p.messages)}) if p.id in ids else p for p in left]
+    return [p.model_copy(update={"id": digest(p.model_dump(mode="json"))}) if p.id in ids else p for p in left]
 
 
 def check_enough(train: list[Prompt], settings: Prompts) -> None:

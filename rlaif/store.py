@@ -143,7 +143,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_grown(path: Path, record: type[R]) -> list[R]:
-    """The whole lines of a file that only grows; one torn by a kill is left out. None when there is no file."""
+    """The whole lines of a file that only grows; one torn by a kill is left out. Empty when there is no file."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -346,11 +346,11 @@ class RunDir:
 
     def iterations(self) -> list[int]:
         """The iterations that were begun, in order."""
-        return numbered(self.path / "iterations")
+        return _numbers(self.path / "iterations")
 
     def evaluations(self) -> list[int]:
         """The evaluations that were begun, in order."""
-        return numbered(self.path / "evaluations")
+        return _numbers(self.path / "evaluations")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -384,16 +384,8 @@ class RunDir:
         return read_grown(self.path / "events.jsonl", Event)
 
 
-def numbered(folder: Path) -> list[int]:
-    """The numbers that name folders in it, in order; half-made ones left out."""
+def _numbers(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-
-
-def sync(folder: Path) -> None:
-    """Returns when a folder's files have reached the disk."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        with path.open("rb") as f:
-            os.fsync(f.fileno())
 
 
 def replace_dir(temporary: Path, final: Path) -> None:

@@ -378,33 +378,6 @@ def test_the_evaluation_at_a_change_of_text_raises_the_kl_alarm(tmp_path: Path) 
         stub_loop(tmp_path / "other", stopping).run()
 
 
-def test_a_state_that_a_power_cut_damaged_costs_one_update(tmp_path: Path) -> None:
-    """As the error says: the state before it is there, and the update is made again."""
-    job = stub_job(filters={"min_kept_pairs": 1})
-    stub_loop(tmp_path / "unharmed", job).run()
-    run = RunDir(tmp_path / "run")
-    loop = stub_loop(tmp_path, job)
-    for k in (0, 1):
-        loop.iterate(k)
-    assert sorted(p.name for p in (run.path / "learner").iterdir()) == ["0000", "0001"]
-    (run.path / "learner" / "0001" / "state.json").write_bytes(b"")
-    with pytest.raises(UserError, match=r"from the state of iteration 1, .*remove learner/0001, .* evaluations/0002"):
-        stub_loop(tmp_path, job).run()
-    assert run.iteration(2).is_complete("votes")
-    shutil.rmtree(run.path / "learner" / "0001")
-    here = run.iteration(1).path
-    shutil.rmtree(here / "policy")
-    for path in (here / "metrics.json", *here.glob("updates.*")):
-        path.unlink()
-    shutil.rmtree(run.iteration(2).path)
-    for folder in (run.path / "evaluations").iterdir():
-        if int(folder.name) >= 2:
-            shutil.rmtree(folder)
-    stub_loop(tmp_path, job).run()
-    made = [RunDir(p).iteration(3).policy_made() for p in (run.path, tmp_path / "unharmed" / "run")]
-    assert made[0] == made[1]
-
-
 def test_a_run_that_ends_earlier_than_planned_is_evaluated_at_its_end(tmp_path: Path) -> None:
     job = stub_job(filters={"min_kept_pairs": 1}, eval={"every": 4, "prompts": 3})
     loop = stub_loop(tmp_path, job)

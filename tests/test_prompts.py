@@ -257,6 +257,8 @@ def test_exclude_held_out_by_text_and_two_files_that_count_from_one() -> None:
     assert [left[0].id, left[2].id] == ["1", "4"]
     assert left[1].id not in {"1", "2", "3", "4", "h"}
     assert [note.split()[0] for note in notes] == ["1", "1"]
+    twice = exclude_held_out([user("same", id="1"), user("same", id="2")], [user("x", id="1"), user("y", id="2")])
+    assert len({p.id for p in twice}) == 2
 
 
 def test_a_message_with_fields_that_arrow_filled(tmp_path: Path) -> None:

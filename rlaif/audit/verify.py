@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlaif.constitution import Constitution, parse_constitution
-from rlaif.errors import RlaifError
+from rlaif.errors import RlaifError, UserError
 from rlaif.heads import FILE, Head, complete_files, ends_torn, parse_head, read_heads
 from rlaif.judging.templates import parse_template
 from rlaif.models import digest_of
@@ -482,7 +482,7 @@ class _Checking:
                 return  # pruned
             self.progress(str(folder.relative_to(self.run.path)))
             found = digest_of(folder)
-        except OSError:
+        except (OSError, UserError):
             return  # pruned just now
         self.counts["policies"] += 1
         if found != expected:

@@ -367,19 +367,23 @@ class _Casting:
         await self._enter()
         if self.asked is not None:
             self.asked.write(f"{ballot.id}\n")
+        failure = None
         try:
             answer = await self.servers[ballot.judge].ask(body)
             self.judge.spent = self.judge.spent.plus(answer.reply.usage, juror, self.judge.settings)
         except CallFailed as e:
-            failed = Vote(
-                ballot=ballot, model=juror.model, outcome="abstain", abstain_reason="infra_error", raw_reply="",
-                prompt_hash=prompt_hash, error=e.error, attempts=e.attempts,
-            )  # fmt: skip
-            return _Done(failed, failure=e)
+            failure = e
         finally:
             await self._leave()
-        async with self.turn:  # one reply at a time becomes a vote: requests that wait for a slot go out in between
+        # One at a time, in the order of their answers: requests that wait for a slot go out in between.
+        async with self.turn:
             await asyncio.sleep(0)
+        if failure is not None:
+            failed = Vote(
+                ballot=ballot, model=juror.model, outcome="abstain", abstain_reason="infra_error", raw_reply="",
+                prompt_hash=prompt_hash, error=failure.error, attempts=failure.attempts,
+            )  # fmt: skip
+            return _Done(failed, failure=failure)
         how = {"attempts": answer.attempts, "latency_s": round(answer.latency_s, 4)}
         vote = _vote(ballot, template, answer.reply, prompt_hash, self.judge.settings.clamp, how)
         return _Done(vote, store=(key, answer.reply) if key else None)

@@ -245,7 +245,9 @@ class OpenAIServer:
             self._wasted(read_usage(answer.content))
             raise
         latency_s = answer.elapsed.total_seconds()
-        expected = _expected_tokens(answer.request)
+        expected = _expected_tokens(
+            (answer.history or [answer])[0].request
+        )  # a redirected one holds its content no more
         used = reply.usage.prompt_tokens + reply.usage.completion_tokens
         if not used:  # a budget must hold with servers that don't count, too
             said = math.ceil(len(reply.content or reply.refusal or "") / _CHARACTERS_PER_TOKEN)
@@ -337,7 +339,7 @@ class OpenAIServer:
 
 
 def _expected_tokens(request: httpx2.Request) -> float:
-    """A guess, corrected by the server's own count: four characters a token, and the shortest of replies."""
+    """A guess, corrected by the server's own count: four bytes of the request a token, and the shortest of replies."""
     return len(request.content) / _CHARACTERS_PER_TOKEN + 1
 
 

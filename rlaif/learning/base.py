@@ -385,7 +385,10 @@ class TrlLearner(ABC):
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
             why = " ".join(str(e).split())
-            raise UserError(f"{folder}: can't read the learner's state ({why}); restore it, or start a new run") from e
+            raise UserError(
+                f"{folder}: can't read the learner's state ({why}); restore it, or start a new run from a policy of "
+                "this one (policy.model: RUN/iterations/.../policy)"
+            ) from e
         mine = self._trained()
         differing = sorted(set(mine) ^ set(weights)) or [n for n in mine if mine[n].shape != weights[n].shape]
         if differing:

@@ -61,6 +61,8 @@ class FaultServer:
         self.keys: set[str] = set()
         self.headers: set[str] = set()
         """Names, in lower case."""
+        self.redirect: str | None = None
+        """Another server's base_url, to which everything is sent on."""
         self.open = self.most_open = 0
         self.times: list[float] = []
 
@@ -133,6 +135,9 @@ class FaultServer:
         self.fates[fate] += 1
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
+        if self.redirect:
+            await _send(writer, 307, "", headers=f"Location: {self.redirect}/chat/completions\r\n")
+            return True
         status = self.status(body) if callable(self.status) else self.status
         if status is not None:
             await _send(writer, status, json.dumps({"error": {"message": self.message}}))

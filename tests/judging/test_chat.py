@@ -458,6 +458,25 @@ def test_questions_that_are_always_rejected_stop_no_run_for_ever():
     assert {v.ballot.pair_id for v in more.votes if v.abstain_reason} == {"p3", "p4", "p5", "p6"}
 
 
+def test_many_rejections_between_answers_pause_no_run():
+    """What fails must not overtake what was answered before it: the answers in between end each streak."""
+    rejects = lambda body: 400 if sum(map(ord, body["messages"][-1]["content"])) % 3 == 0 else None  # noqa: E731
+    with FaultServer(status=rejects, latency_s=0.05) as server:
+        cast = Cast(settings(server, concurrency=64, breaker_failures=8), 150)
+        votes = cast.run()
+    assert cast.error is None
+    assert len(votes) == 300
+    assert 60 < sum(v.abstain_reason == "infra_error" for v in votes) < 140
+
+
+def test_a_redirected_request_is_answered():
+    with FaultServer() as server, FaultServer() as old:
+        old.redirect = server.url
+        cast = Cast(settings(old), 2)
+        assert {v.outcome for v in cast.run()} == {"second"}
+    assert (cast.error, server.requests) == (None, 4)
+
+
 def test_small_casts_that_are_rejected_add_up():
     with FaultServer() as server:
         cast = Cast(settings(server, breaker_failures=5), 8)
