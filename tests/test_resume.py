@@ -230,12 +230,12 @@ def test_a_changed_job_is_refused_by_naming_the_keys(begun: Path) -> None:
                                  "learner.args.gradient_checkpointing=true"])  # fmt: skip
 def test_a_harmless_change_needs_a_word(begun: Path, key: str) -> None:
     from rlaif.config import load_job
-    from rlaif.launch import _check_resume
+    from rlaif.launch import check_resume
 
     job = load_job(begun.parent.parent / "tiny.yaml", [key])
     with pytest.raises(UserError, match=rf"{key.partition('=')[0]}.*harmless: add --allow-change"):
-        _check_resume(RunDir(begun), job, allow_change=False)
-    changed = _check_resume(RunDir(begun), job, allow_change=True)
+        check_resume(RunDir(begun), job, allow_change=False)
+    changed = check_resume(RunDir(begun), job, allow_change=True)
     assert changed is not None
     assert key.partition("=")[0] in changed
 
@@ -262,31 +262,31 @@ def test_a_change_is_logged_once_it_takes_place(begun: Path) -> None:
 @pytest.mark.parametrize("key", ["eval.prompts=2", "seed=1", "sampling.max_tokens=9", "schedule.1=rules@2"])
 def test_what_would_make_a_run_incomparable_is_refused(begun: Path, key: str) -> None:
     from rlaif.config import load_job
-    from rlaif.launch import _check_resume
+    from rlaif.launch import check_resume
 
     with pytest.raises(UserError, match="A run keeps its job"):
-        _check_resume(RunDir(begun), load_job(begun.parent.parent / "tiny.yaml", [key]), allow_change=True)
+        check_resume(RunDir(begun), load_job(begun.parent.parent / "tiny.yaml", [key]), allow_change=True)
 
 
 def test_an_unchanged_job_with_a_schedule_is_not_a_change(begun: Path) -> None:
     from rlaif.config import load_job
-    from rlaif.launch import _check_resume
+    from rlaif.launch import check_resume
 
-    _check_resume(RunDir(begun), load_job(begun.parent.parent / "tiny.yaml"), allow_change=False)
+    check_resume(RunDir(begun), load_job(begun.parent.parent / "tiny.yaml"), allow_change=False)
     assert RunDir(begun).events() == []
 
 
 def test_a_setting_that_the_run_did_not_know_counts_as_its_default(begun: Path) -> None:
     from rlaif.config import load_job
-    from rlaif.launch import _check_resume
+    from rlaif.launch import check_resume
 
     header = json.loads((begun / "run.json").read_text())
     del header["job"]["judge"]["early_stop"], header["job"]["filters"]["aggregate"]
     (begun / "run.json").write_text(json.dumps(header))
     job = begun.parent.parent / "tiny.yaml"
-    _check_resume(RunDir(begun), load_job(job), allow_change=False)
+    check_resume(RunDir(begun), load_job(job), allow_change=False)
     with pytest.raises(UserError, match=r"filters\.aggregate"):
-        _check_resume(RunDir(begun), load_job(job, ["filters.aggregate=majority"]), allow_change=True)
+        check_resume(RunDir(begun), load_job(job, ["filters.aggregate=majority"]), allow_change=True)
 
 
 def test_prompts_that_vanish_matter_only_before_the_start(tmp_path: Path) -> None:
