@@ -189,10 +189,6 @@ def _conversation(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     return tuple((m.role, " ".join(m.content.casefold().split())) for m in said)
 
 
-def _digest(messages: Iterable[Message]) -> str:
-    return digest([m.model_dump() for m in messages])
-
-
 def _has_id(row: Any) -> bool:
     return isinstance(row, dict) and row.get("id") not in (None, "")
 
@@ -224,7 +220,7 @@ def _prompt(row: Any, where: str, foreign: bool) -> Prompt:
             half = ascii(said[e.start])
             raise UserError(f"{where}: holds {half}, half of a character; no file can store it, correct it") from e
     return Prompt(
-        id=str(fields["id"]) if "id" in fields else _digest(messages),
+        id=str(fields["id"]) if "id" in fields else digest([m.model_dump() for m in messages]),
         messages=messages,
         category=None if category is None else str(category),
     )

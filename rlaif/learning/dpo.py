@@ -45,7 +45,7 @@ class DpoLearner(TrlLearner):
 
     def _defaults(self) -> dict[str, Any]:
         named = self.settings.loss_type
-        for loss in [named] if isinstance(named, str) else named:
+        for loss in [named] if isinstance(named, str) else named or [""]:
             if loss not in _LOSSES:
                 raise UserError(f"learner.loss_type: TRL has no `{loss}`; known: {', '.join(_LOSSES)}")
         # A sequence is as long as it was sampled: truncation is the sampler's.

@@ -484,6 +484,7 @@ def test_what_a_tracker_writes_outlives_the_learner(
         ({"args": {"neftune_noise_alpha": 5}}, "remove it"),
         ({"args": {"report_to": "nonsense"}}, "TRL refuses.*nonsense"),
         ({"loss_type": ["sigmoid", "nonsense"]}, "nonsense"),
+        ({"loss_type": []}, "learner.loss_type"),
         ({"args": {"sync_ref_model": True}}, "TRL refuses"),
         ({"args": {"optim": "nonsense"}}, "TRL refuses.*nonsense"),
         ({"loss_type": "nonsense"}, "nonsense"),
