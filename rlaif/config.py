@@ -266,11 +266,13 @@ class Filters(Section):
 
     aggregate: Literal["mean", "majority", "dawid_skene"] = "mean"
     """How votes become a verdict: `mean` of p(first), `majority` of outcomes, `dawid_skene` for a jury (jurors are
-    weighted by how they agree, fitted once an iteration)."""
+    weighted by how they agree, fitted once an iteration; with fewer than 20 pairs all weigh the same). A calibration
+    learns the weights from its labels instead."""
     calibration: str | None = None
     """File of `rlaif judge calibrate`: pairs under its threshold are dropped (`uncalibrated`)."""
     uncalibrated: Literal["drop", "stop"] = "stop"
-    """When judge, template or constitution are not those that were calibrated: drop every pair, or stop the run."""
+    """When judge, template, constitution or how they are asked (system prompt, cut-off answers) are not what was
+    calibrated: drop every such pair, or stop the run."""
     min_votes: int = Field(1, ge=1)
     """Valid votes a pair needs (`too_few_votes`)."""
     max_abstention_share: float = Field(0.5, ge=0, le=1)
@@ -362,6 +364,16 @@ class Monitors(Section):
     max_abstained_share: float = Field(0.2, ge=0, le=1)
     """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
     replies)."""
+    max_kept_shift: float = Field(0.25, ge=0, le=1)
+    """With a calibration: alarm when the share of kept pairs differs from the calibration's by more than this, and by
+    more than chance (its 95 % interval excludes it)."""
+    max_agreement_shift: float = Field(0.15, ge=0, le=1)
+    """The same for the votes' mean agreement; chance is two standard errors."""
+    max_cut_off_shift: float = Field(0.25, ge=0, le=1)
+    """The same for the share of answers that the length limit cut off."""
+    max_length_ratio: float = Field(2.0, ge=1)
+    """With a calibration: alarm when the judged answers are so many times longer, or shorter, than the labelled ones
+    (mean words)."""
     stop_on_alarm: bool = False
     """Stop the run at an alarm (it can be resumed) instead of noting it and going on."""
 

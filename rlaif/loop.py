@@ -27,7 +27,7 @@ from rlaif.judging.ballots import (
     selecting_voices,
     settled,
 )
-from rlaif.judging.calibration import EVERYTHING, Calibration
+from rlaif.judging.calibration import CUT_OFF, EVERYTHING, Asked, Calibration, judged_stats
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import check_calibrated, decide_votes, to_review
 from rlaif.judging.templates import Template, template_names
@@ -129,6 +129,9 @@ class Loop:
             plan, completions, pairs, votes, decisions, preferences, steps,
             ballots=here.meta("votes").get("ballots", len(votes)),
             seconds={stage: here.meta(stage)["seconds"] for stage in STAGES},
+            jurors=self._tell_jurors(k, here, votes, decisions),
+            judged=judged_stats(list(zip(pairs, decisions, strict=True)), {c.id: c.text for c in completions},
+                                {c.id: c.finish_reason for c in completions}),
         )  # fmt: skip
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(k, metrics, evaluation)
@@ -292,7 +295,14 @@ class Loop:
         """Before anything is sampled: what any pair would be asked must be what was calibrated."""
         if self.calibration:
             any_pair = Pair(id="any", prompt_id="any", first="first", second="second", method="check")
-            check_calibrated(self._ballots(plan, "decide", [any_pair], text), self.calibration, self.job.filters)
+            ballots, asked = self._ballots(plan, "decide", [any_pair], text), Asked.by(self.job)
+            check_calibrated(ballots, self.calibration, self.job.filters, asked=asked)
+            if why := self.calibration.cut_off_mismatch(asked.cut_off_counts):
+                # Whether an answer is cut off is known once it is sampled; an hour later is too late to say so.
+                if self.job.filters.uncalibrated == "stop":
+                    check_calibrated(ballots, self.calibration, self.job.filters, asked=asked._replace(ends=CUT_OFF))
+                elif self._event_once("cut_off_uncalibrated", f"such pairs are dropped (uncalibrated): {why}", 0):
+                    self.progress.note(f"such pairs are dropped (uncalibrated): {why}")
 
     def _settled(self, votes: list[Vote], in_rounds: list[list[Ballot]], number: int, text: Constitution) -> set[str]:
         """Pairs that round `number` can leave out, by the votes of the rounds before it."""
@@ -314,9 +324,11 @@ class Loop:
         text: Constitution,
     ) -> list[Decision]:
         texts = {c.id: c.text for c in completions}
+        ends = {c.id: c.finish_reason for c in completions}
         filters, of_pair = self.job.filters, by_pair(votes)
         # A calibration is a promise about pairs that train; held-out pairs only measure.
         calibration = self.calibration if role == "decide" else None
+        how = Asked.by(self.job) if calibration else None
 
         def produce(_: list[Decision]) -> Iterator[list[Decision]]:
             jurors = self._jurors(here, votes)
@@ -324,7 +336,8 @@ class Loop:
             for pair in pairs:
                 slice = prompts[pair.prompt_id].category or EVERYTHING
                 mine = of_pair[pair.id]
-                made.append(decide_votes(pair, mine, filters, texts, text.weights, jurors, calibration, slice))
+                asked = how and how._replace(ends=(ends[pair.first], ends[pair.second]))
+                made.append(decide_votes(pair, mine, filters, texts, text.weights, jurors, calibration, slice, asked))
             # Held-out pairs are never labelled: they only measure.
             yield to_review(made, filters) if role == "decide" else made
 
@@ -336,6 +349,26 @@ class Loop:
         fit = jurors_for(self.job.filters.aggregate, votes, calibrated)
         if fit is not None:
             write_json(here.path / "jurors.json", fit.model_dump(mode="json"))
+        return fit
+
+    def _tell_jurors(self, k: int, here: StageDir, votes: list[Vote], decisions: list[Decision]) -> JurorFit | None:
+        """Notes what a jury's weights are and how its jurors agree; the weights, where it has such."""
+        path = here.path / "jurors.json"
+        fit = read_record(path, JurorFit) if path.exists() else None
+        agreement = monitors.juror_agreement(votes, decisions)
+        if fit is None and not agreement:
+            return None
+        said = []
+        for juror in sorted({*agreement, *(fit.weights if fit else ())}):
+            weight = f"weight {fit.weights.get(juror, 1.0):.2f}, " if fit else ""
+            share = agreement.get(juror)
+            said.append(f"{juror} ({weight}agrees on {'no pair' if share is None else f'{share:.0%}'})")
+        message = "jurors and how often they name the verdict's side: " + ", ".join(said)
+        if fit is not None and not fit.fitted:
+            message += f"; no weights were fitted on {fit.pairs} pairs"
+        data = {"weights": fit.weights if fit else {}, "fitted": bool(fit and fit.fitted), "agreement": agreement}
+        if self._event_once("jurors", message, k, **data):
+            self.progress.note(f"iteration {k + 1}: {message}")
         return fit
 
     def _mix(
@@ -539,7 +572,9 @@ class Loop:
 
     def _alarms(self, k: int, metrics: IterationMetrics, evaluation: EvaluationMetrics | None) -> list[str]:
         """Tells the alarms of an iteration, and returns those that weren't told before."""
-        alarms = monitors.alarms(self.job.monitors, metrics, evaluation)
+        calibrated = self.calibration.judged if self.calibration else None
+        learned = bool(self.calibration and self.calibration.jurors and self.calibration.jurors.source == "labels")
+        alarms = monitors.alarms(self.job.monitors, metrics, evaluation, calibrated, learned)
         new = [alarm for alarm in alarms if self._event_once("alarm", alarm, k)]
         for alarm in new:
             self.progress.note(f"alarm in iteration {k + 1}: {alarm}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from statistics import fmean
 
@@ -9,12 +10,14 @@ from rlaif.checks import count_list_items, count_words
 from rlaif.config import Monitors
 from rlaif.constitution import Constitution
 from rlaif.intervals import wilson
+from rlaif.judging.verdicts import JurorFit, juror_verdicts
 from rlaif.records import (
     AnswerStats,
     Completion,
     Decision,
     EvaluationMetrics,
     IterationMetrics,
+    JudgedStats,
     Outcome,
     Pair,
     Plan,
@@ -52,6 +55,8 @@ def iteration_metrics(
     steps: list[UpdateStep],
     ballots: int,
     seconds: dict[str, float],
+    jurors: JurorFit | None = None,
+    judged: JudgedStats | None = None,
 ) -> IterationMetrics:
     """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage."""
     kept = sum(d.status == "kept" for d in decisions)
@@ -83,12 +88,29 @@ def iteration_metrics(
         position_bias=_share(
             sum(d.verdict.slot_first for d in decisions), sum(d.verdict.slot_votes for d in decisions)
         ),
+        juror_weights=jurors.weights if jurors else {},
+        juror_agreement=juror_agreement(votes, decisions),
+        judged=judged,
         judge_calls=sum(v.attempts for v in votes),
         judge_cached=sum(v.cached for v in votes),
         judge_tokens=tokens,
         judge_tokens_per_kept_pair=_share(tokens, kept),
         seconds=seconds,
     )
+
+
+def juror_agreement(votes: list[Vote], decisions: list[Decision]) -> dict[str, float | None]:
+    """Juror → share of the pairs on which its own votes name the verdict's side, of those on which both name one; empty
+    for a single judge."""
+    verdicts = {d.pair_id: d.verdict.outcome for d in decisions if d.verdict.outcome in ("first", "second")}
+    of_juror = juror_verdicts(votes)
+    if len(of_juror) < 2:
+        return {}
+    out = {}
+    for juror, outcomes in of_juror.items():
+        both = [o == verdicts[pair] for pair, o in outcomes.items() if o in ("first", "second") and pair in verdicts]
+        out[juror] = _share(sum(both), len(both))
+    return out
 
 
 def evaluation_metrics(
@@ -146,8 +168,61 @@ def _won_by_prompt(completions: list[Completion], outcomes: list[Outcome]) -> li
     return [fmean(of_prompt) for of_prompt in won.values()]
 
 
-def alarms(limits: Monitors, metrics: IterationMetrics, evaluation: EvaluationMetrics | None) -> list[str]:
-    """What somebody should look at, one sentence each."""
+def shifted(limits: Monitors, now: JudgedStats, calibrated: JudgedStats) -> list[str]:
+    """In what the judged pairs are not like those that were calibrated, one sentence each: its promise is about pairs
+    like those. Only what is more than chance in so few pairs is told."""
+    out = []
+    counts = (
+        ("pairs kept", limits.max_kept_shift, (now.kept, now.pairs), (calibrated.kept, calibrated.pairs)),
+        (
+            "answers cut off",
+            limits.max_cut_off_shift,
+            (now.cut_off, now.answers),
+            (calibrated.cut_off, calibrated.answers),
+        ),
+    )
+    for what, limit, (some, of), (before, of_before) in counts:
+        if of and of_before:
+            share, was = some / of, before / of_before
+            low, high = wilson(some, of)
+            if abs(share - was) > limit and not low <= was <= high:
+                out.append(f"{what}: {share:.0%}, {was:.0%} when calibrated")
+    if now.mean_agreement is not None and calibrated.mean_agreement is not None:
+        by = now.mean_agreement - calibrated.mean_agreement
+        error = max(now.agreement_sd or 0.0, calibrated.agreement_sd or 0.0) / math.sqrt(now.pairs)
+        if abs(by) > limits.max_agreement_shift and abs(by) > 2 * error:
+            out.append(
+                f"the votes' mean agreement: {now.mean_agreement:.2f}, {calibrated.mean_agreement:.2f} when calibrated"
+            )
+    longest, shortest = sorted((now.mean_words, calibrated.mean_words), reverse=True)
+    if longest > limits.max_length_ratio * shortest:
+        out.append(f"words an answer: {now.mean_words:.0f}, {calibrated.mean_words:.0f} when calibrated")
+    return [f"judged pairs are unlike the calibrated ones, so its promise may not hold: {said}" for said in out]
+
+
+def doubtful_jurors(metrics: IterationMetrics) -> list[str]:
+    """Jurors whose votes weigh nothing although no label says so, one sentence each."""
+    out = []
+    for juror, weight in metrics.juror_weights.items():
+        agreement = metrics.juror_agreement.get(juror)
+        if weight == 0:
+            often = "on no pair" if agreement is None else f"on {agreement:.0%} of the pairs"
+            out.append(
+                f"juror {juror} weighs nothing and agrees with the verdict {often}; either it or the others are wrong "
+                "(`rlaif judge calibrate` learns weights from labels)"
+            )
+    return out
+
+
+def alarms(
+    limits: Monitors,
+    metrics: IterationMetrics,
+    evaluation: EvaluationMetrics | None,
+    calibrated: JudgedStats | None = None,
+    learned: bool = False,
+) -> list[str]:
+    """What somebody should look at, one sentence each. `calibrated` are the labelled pairs of the calibration that is
+    in force; the juror weights are `learned` from labels, or fitted without any."""
     out = []
     sampled = metrics.sampled
     if sampled.mean_words < limits.min_mean_words:
@@ -161,4 +236,8 @@ def alarms(limits: Monitors, metrics: IterationMetrics, evaluation: EvaluationMe
     if evaluation and evaluation.abstained > limits.max_abstained_share * evaluation.answers:
         some = f"{evaluation.abstained} of {evaluation.answers}"
         out.append(f"the judge abstained on {some} held-out answers, over {limits.max_abstained_share:.0%}")
+    if calibrated is not None and metrics.judged is not None:
+        out += shifted(limits, metrics.judged, calibrated)
+    if not learned:
+        out += doubtful_jurors(metrics)
     return out

@@ -327,6 +327,25 @@ class AnswerStats(Record):
     """Different answers to a prompt, among all."""
 
 
+class JudgedStats(Record):
+    """What judged pairs look like without their labels: those of a calibration beside those of an iteration."""
+
+    pairs: int
+    kept: int
+    mean_agreement: float | None
+    """Over the pairs with a valid vote; None without one."""
+    agreement_sd: float | None
+    """Standard deviation over the same pairs."""
+    mean_words: float
+    """Of an answer."""
+    answers: int
+    """Those of which it is known how they ended; of the others nothing says that they were cut off."""
+    cut_off: int
+    """Of these, the ones that the length limit ended."""
+    one_cut_off: int
+    """Pairs with one answer that was cut off and one that ended: there a missing end can decide."""
+
+
 class IterationMetrics(Record):
     """metrics.json of an iteration. What has a default was not counted yet when the first runs were written."""
 
@@ -364,6 +383,13 @@ class IterationMetrics(Record):
     """Pairs on which a voice gave another answer when the order changed."""
     position_bias: float | None = None
     """Share of votes for the slot shown first; None for a judge without slots."""
+    juror_weights: dict[str, float] = Field(default_factory=dict)
+    """What each juror's votes weighed (`filters.aggregate: dawid_skene`); empty without such a jury."""
+    juror_agreement: dict[str, float | None] = Field(default_factory=dict)
+    """Juror → share of the pairs on which it names the verdict's side, of those on which both name one; empty without
+    a jury."""
+    judged: JudgedStats | None = None
+    """What the judged pairs look like, for `monitors` to hold against the calibration's."""
     judge_calls: int = 0
     """Requests to the judge's server."""
     judge_cached: int = 0

@@ -20,7 +20,7 @@ from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.verdicts import by_pair
 from rlaif.launch import _calibration, execute
 from rlaif.loop import Loop
-from rlaif.records import Decision, Pair, Plan, Vote
+from rlaif.records import Decision, JudgedStats, Pair, Plan, Vote
 from rlaif.store import RunDir, read_json
 from rlaif.workers import InlineWorker
 from tests.judging.fault_server import FaultServer
@@ -173,6 +173,57 @@ def test_a_slice_of_a_calibration_is_the_prompts_category(tmp_path: Path) -> Non
     }
 
 
+def calibrated(root: Path, server: FaultServer, stats: JudgedStats | None = None, **changes: Any) -> tuple[Loop, Loop]:
+    """A run, and one with a calibration of that run's questions and another job."""
+    plain = chat_loop(root / "plain", chat_job(server))
+    plain.run()
+    votes = [v for k in plain.dir.iterations() for v in plain.dir.iteration(k).read("votes", Vote)]
+    filters = {"calibration": "c.json", **changes.pop("filters", {})}
+    again = chat_loop(root / "again", chat_job(server, filters=filters, **changes))
+    again.calibration = calibration({"all": ACCEPTED}).model_copy(
+        update={"panels": panels_of(by_pair(votes)), "models": tuple({v.model for v in votes}), "judged": stats}
+    )
+    return plain, again
+
+
+def test_a_run_that_asks_otherwise_than_was_calibrated_stops_before_it_samples(tmp_path: Path) -> None:
+    policy = {"system_prompt": "Be kind."}
+    with FaultServer(say=greater_number) as server:
+        _, loop = calibrated(tmp_path / "stop", server, policy=policy)
+        with pytest.raises(UserError, match=r"c.json: policy.system_prompt is Be kind., calibrated was at its default"):
+            loop.run()
+        assert not (loop.dir.iteration(0).path / "completions.jsonl").exists()
+        _, loop = calibrated(tmp_path / "drop", server, policy=policy, filters={"uncalibrated": "drop"})
+        loop.run()
+    assert {d.reasons for d in loop.dir.iteration(0).read("decisions", Decision)} == {("uncalibrated",)}
+
+
+def test_a_run_whose_pairs_are_unlike_the_calibrated_ones_raises_an_alarm(tmp_path: Path) -> None:
+    stats = JudgedStats(pairs=200, kept=190, mean_agreement=1.0, agreement_sd=0.0, mean_words=90, answers=0, cut_off=0,
+                        one_cut_off=0)  # fmt: skip
+    with FaultServer(say=greater_number) as server:
+        _, loop = calibrated(tmp_path, server, stats)
+        loop.run()
+    assert any("words an answer: " in e.message for e in loop.dir.events() if e.kind == "alarm")
+    judged = read_json(loop.dir.iteration(0).path / "metrics.json")["judged"]
+    assert judged["kept"] == judged["pairs"] > 0
+
+
+def test_a_juries_agreement_is_told(tmp_path: Path) -> None:
+    jury = [{"model": n, "base_url": "http://127.0.0.1:1/v1", "api_key_env": None} for n in ("n", "o")]
+    with FaultServer(say=greater_number) as server:
+        jury = [j | {"base_url": server.url} for j in jury]
+        loop = chat_loop(tmp_path, chat_job(server, {"jury": jury}, filters={"aggregate": "dawid_skene"}))
+        loop.run()
+    metrics = read_json(loop.dir.iteration(0).path / "metrics.json")
+    assert set(metrics["juror_weights"].values()) == {1.0}  # a handful of pairs
+    assert set(metrics["juror_agreement"].values()) == {1.0}
+    told = [e for e in loop.dir.events() if e.kind == "jurors"]
+    assert len(told) == 3
+    assert "weight 1.00, agrees on 100%" in told[0].message
+    assert "no weights were fitted on" in told[0].message
+
+
 def test_judging_that_was_interrupted_is_told(tmp_path: Path) -> None:
     with FaultServer(say=greater_number) as server:
         with pytest.raises(BudgetSpent):
@@ -285,7 +336,8 @@ def test_jurors_that_are_believed_are_written_down(tmp_path: Path) -> None:
 
     with FaultServer(say=jury) as server:
         others = [{"model": m, "base_url": server.url, "api_key_env": None} for m in ("n", "contrary", "first")]
-        job = chat_job(server, {"jury": others}, filters={"aggregate": "dawid_skene", "min_agreement": 0.6})
+        filters = {"aggregate": "dawid_skene", "min_agreement": 0.6}
+        job = chat_job(server, {"jury": others}, filters=filters, prompts={"per_iteration": 20})
         loop = chat_loop(tmp_path, job)
         loop.run()
     weights = json.loads((loop.dir.iteration(0).path / "jurors.json").read_text())["weights"]

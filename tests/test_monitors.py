@@ -12,12 +12,13 @@ from rlaif.config import Monitors
 from rlaif.constitution import parse_constitution
 from rlaif.errors import RlaifError
 from rlaif.intervals import wilson
-from rlaif.monitors import alarms, answer_stats, evaluation_metrics, iteration_metrics
+from rlaif.monitors import alarms, answer_stats, evaluation_metrics, iteration_metrics, juror_agreement, shifted
 from rlaif.records import (
     Completion,
     Decision,
     EvaluationMetrics,
     IterationMetrics,
+    JudgedStats,
     Outcome,
     Pair,
     Plan,
@@ -26,6 +27,7 @@ from rlaif.records import (
     Verdict,
 )
 from rlaif.store import read_record
+from tests.judging.vote_makers import make_vote
 from tests.stubs import text
 
 
@@ -177,3 +179,62 @@ def test_alarms(sampled: dict[str, float], kl: float | None, limits: dict[str, A
     assert len(said) == len(found)
     assert all(part in sentence for part, sentence in zip(found, said, strict=True))
     assert alarms(Monitors(**limits), metrics, None) == said[: len(sampled)]
+
+
+CALIBRATED = JudgedStats(
+    pairs=200, kept=160, mean_agreement=0.95, agreement_sd=0.1, mean_words=40, answers=400, cut_off=20, one_cut_off=16
+)
+
+
+@pytest.mark.parametrize(
+    ("now", "found"),
+    [
+        ({}, []),
+        ({"kept": 16}, []),  # 67 % of 24, within chance and the limit
+        ({"kept": 8}, ["pairs kept: 33%, 80% when calibrated"]),
+        ({"pairs": 2, "kept": 1}, []),  # of two pairs, chance
+        ({"mean_agreement": 0.7}, ["mean agreement: 0.70, 0.95 when calibrated"]),
+        ({"mean_agreement": 0.7, "agreement_sd": 0.9}, []),
+        ({"cut_off": 30}, ["answers cut off: 62%, 5% when calibrated"]),
+        ({"mean_words": 85}, ["words an answer: 85, 40 when calibrated"]),
+        ({"mean_words": 19}, ["words an answer: 19, 40 when calibrated"]),
+        ({"kept": 2, "mean_words": 9}, ["pairs kept", "words an answer"]),
+    ],
+)
+def test_pairs_unlike_the_calibrated_ones_raise_an_alarm(now: dict[str, Any], found: list[str]) -> None:
+    stats = CALIBRATED.model_copy(update={"pairs": 24, "kept": 19, "answers": 48, "cut_off": 3, **now})
+    said = shifted(Monitors(), stats, CALIBRATED)
+    assert len(said) == len(found)
+    assert all(part in sentence for part, sentence in zip(found, said, strict=True))
+    quiet = Monitors(max_kept_shift=1, max_agreement_shift=1, max_cut_off_shift=1, max_length_ratio=10)
+    assert shifted(quiet, stats, CALIBRATED) == []
+    metrics = measured(sampled=measured().sampled.model_copy(update={"mean_words": 20.0}), judged=stats)
+    assert alarms(Monitors(), metrics, None, CALIBRATED) == said
+    assert alarms(Monitors(), metrics, None) == []  # without a calibration nothing was promised
+
+
+def test_a_juror_that_weighs_nothing_without_a_label_raises_an_alarm() -> None:
+    metrics = measured(juror_weights={"a": 0.8, "b": 0.0}, juror_agreement={"a": 0.9, "b": 0.2})
+    said = [a for a in alarms(Monitors(min_mean_words=0), metrics, None) if "juror" in a]
+    assert said == [
+        "juror b weighs nothing and agrees with the verdict on 20% of the pairs; either it or the others are wrong "
+        "(`rlaif judge calibrate` learns weights from labels)"
+    ]
+    assert alarms(Monitors(min_mean_words=0), metrics, None, learned=True) == []
+
+
+def test_how_often_a_juror_names_the_verdicts_side() -> None:
+    votes = [
+        make_vote(o, n, voice="v").model_copy(
+            update={"ballot": make_vote(o, n, voice="v").ballot.model_copy(update={"pair_id": f"x{n % 3}", "judge": j})}
+        )
+        for n, (j, o) in enumerate(
+            [
+                *zip("aaa", ("first", "second", "tie"), strict=True),
+                *zip("bbb", ("first", "first", "first"), strict=True),
+            ]
+        )
+    ]
+    decisions = [decision(0, "first"), decision(1, "second"), decision(2, "tie")]
+    assert juror_agreement(votes, decisions) == {"a": 1.0, "b": 0.5}
+    assert juror_agreement(votes[:3], decisions) == {}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlaif.config import Filters
+from rlaif.config import Filters, Job
 from rlaif.judging import filters as rules
-from rlaif.judging.calibration import EVERYTHING, Calibration, score_of
+from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, score_of
 from rlaif.records import (
     Completion,
     Decision,
@@ -35,10 +35,11 @@ def rule_lines(
     first: Completion | None = None,
     second: Completion | None = None,
     category: str | None = None,
+    job: Job | None = None,
 ) -> tuple[RuleLine, ...]:
     """Rule by rule: what was found, what was asked for, and whether the decision names it as a reason.
 
-    `category` is the prompt's: the slice of a calibration.
+    `category` is the prompt's: the slice of a calibration. `job` is the run's: how its judge was asked.
     """
     verdict = decision.verdict
     lines = [_line("identical", _same(first, second), "two different texts", decision)]
@@ -49,7 +50,9 @@ def rule_lines(
         value, threshold = _rule(name, verdict, settings)
         lines.append(_line(name, value, threshold, decision))
     if calibration or "uncalibrated" in decision.reasons:
-        value, threshold = _calibrated(calibration, verdict, votes, settings, category or EVERYTHING)
+        ends = (first.finish_reason if first else None, second.finish_reason if second else None)
+        asked = Asked.by(job, ends) if job else None
+        value, threshold = _calibrated(calibration, verdict, votes, settings, category or EVERYTHING, asked)
         lines.append(_line("uncalibrated", value, threshold, decision))
     return tuple(lines)
 
@@ -100,11 +103,16 @@ def _rule(name: str, verdict: Verdict, settings: Filters) -> tuple[str, str]:
 
 
 def _calibrated(
-    calibration: Calibration | None, verdict: Verdict, votes: Sequence[Vote], settings: Filters, slice: str
+    calibration: Calibration | None,
+    verdict: Verdict,
+    votes: Sequence[Vote],
+    settings: Filters,
+    slice: str,
+    asked: Asked | None,
 ) -> tuple[str, str]:
     if calibration is None:
         return "the run's calibration is not in the log", "a calibrated judge"
-    if votes and (difference := calibration.mismatch(votes, settings)):
+    if votes and (difference := calibration.mismatch(votes, settings, asked=asked)):
         return difference, "the votes that were calibrated"
     threshold = calibration.threshold_for(slice)
     if threshold is None:

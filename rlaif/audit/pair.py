@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from rlaif.audit.explain import RuleLine, rule_lines
 from rlaif.audit.index import Index
 from rlaif.audit.pairs import COLUMNS, PairRow, as_rows
-from rlaif.config import Filters
+from rlaif.config import Filters, Job
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.ballots import GUARD_MEASURES
@@ -147,7 +147,7 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
         settings = settings_of(run)
         try:
             calibration = _calibration(run, pair) if settings.calibration else None
-            rules = rule_lines(decision, votes, settings, calibration, first, second, category)
+            rules = rule_lines(decision, votes, settings, calibration, first, second, category, _job(run))
         except RlaifError as e:
             problems.append(f"{e}; the rules are left out")
     reference, text = _constitution_of(index, run, base)
@@ -231,6 +231,14 @@ def settings_of(run: RunDir) -> Filters:
         return Filters.model_validate(found)
     except ValidationError as e:
         raise RlaifError(f"{run.path}/run.json: job.filters: {e.errors()[0]['msg']}") from e
+
+
+def _job(run: RunDir) -> Job | None:
+    """The run's job, to say how its judge was asked; None where this version can't read it."""
+    try:
+        return run.job()
+    except RlaifError:
+        return None
 
 
 def _calibration(run: RunDir, pair: Pair) -> Calibration | None:

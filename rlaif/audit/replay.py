@@ -24,13 +24,13 @@ from rlaif.config import Filters, Job, apply_override, changed_keys, parse_job
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError, said
 from rlaif.judging.ballots import ballots_for
-from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
+from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calibration
 from rlaif.judging.filters import decide_votes, to_review
 from rlaif.judging.numbers import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
 from rlaif.judging.verdicts import JurorFit, jurors_for
-from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote
+from rlaif.records import Ballot, Completion, Decision, FinishReason, Pair, Plan, Prompt, Record, VoiceKey, Vote
 from rlaif.review.labels import labels_of
 from rlaif.store import RunDir, StageDir, read_record, read_rows
 from rlaif.texts import template_sources
@@ -322,6 +322,8 @@ class Iteration:
         self.problems: list[str] = []
         self.votes = self.reparsed = 0
         self._places = self._index()
+        self._ends: dict[str, FinishReason] = {}
+        """Completion → how it ended; filled with the texts."""
 
     def decisions(self) -> Iterator[tuple[Decision, Decision]]:
         """(as it was made, as it would be made) of each pair, in the order of the pairs."""
@@ -341,6 +343,7 @@ class Iteration:
         weights = self.text.weights
         sliced = calibration is not None and EVERYTHING not in calibration.slices
         categories = self._categories() if sliced else {}
+        asked = Asked.by(self.settings.job) if calibration else None
         self.votes = self.reparsed = 0
         before = self._sound("decisions", Decision)
         for pair, mine in self._pairs():
@@ -355,7 +358,20 @@ class Iteration:
             if mine is None or not {pair.first, pair.second} <= texts.keys():
                 continue
             slice = categories.get(pair.prompt_id) or EVERYTHING
-            yield was, decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice)
+            yield (
+                was,
+                decide_votes(
+                    pair,
+                    mine,
+                    filters,
+                    texts,
+                    weights,
+                    jurors,
+                    calibration,
+                    slice,
+                    asked and asked._replace(ends=(self._ends.get(pair.first), self._ends.get(pair.second))),
+                ),
+            )
 
     def _categories(self) -> dict[str, str | None]:
         """Prompt → its category: the slice of a calibration."""
@@ -440,11 +456,12 @@ class Iteration:
 
     def _texts(self) -> dict[str, str]:
         """Completion → a digest of its text without the space around it: all that `identical` needs of it."""
-        return {
-            c.id: hashlib.blake2b(c.text.strip().encode(), digest_size=12).hexdigest()
-            for c in self._sound("completions", Completion)
-            if c is not None
-        }
+        sound = (c for c in self._sound("completions", Completion) if c is not None)
+        texts = {}
+        for c in sound:
+            texts[c.id] = hashlib.blake2b(c.text.strip().encode(), digest_size=12).hexdigest()
+            self._ends[c.id] = c.finish_reason
+        return texts
 
     def _read(self, vote: Vote) -> Vote:
         """The vote, with `parser` as its reply is read today."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -30,7 +31,7 @@ from rlaif.store import replacing
 
 if TYPE_CHECKING:
     from rlaif.config import Job
-    from rlaif.judging.bench import Judged
+    from rlaif.judging.bench import Judged, Promise, Redecide
     from rlaif.judging.calibration import Calibration
     from rlaif.judging.labelled import Labelled, LabelledSet
     from rlaif.judging.recorded import Recorded
@@ -135,17 +136,39 @@ class _Votes:
     def judged(self, votes: list[Vote], calibration: Calibration | None = None) -> tuple[list[Judged], JurorFit | None]:
         """One judge's decisions, and its juror weights."""
         from rlaif.judging import bench
+        from rlaif.judging.calibration import Asked
 
+        weights = self._weights()
+        jurors = bench.jurors_of(votes, self.job.filters, calibration)
+        asked = Asked.by(self.job)
+        return bench.decide_rows(self.rows, votes, self.job.filters, weights, calibration, jurors, asked), jurors
+
+    @property
+    def redecide(self) -> Redecide | None:
+        """Decides pairs again with other juror weights, where the job's filter has such weights."""
+        from rlaif.judging import bench
+
+        if self.job.filters.aggregate != "dawid_skene":
+            return None
+        weights, filters = self._weights(), self.job.filters
+
+        def again(judged: Sequence[Judged], jurors: JurorFit) -> list[Judged]:
+            votes = [v for j in judged for v in j.votes]
+            return bench.decide_rows([j.row for j in judged], votes, filters, weights, None, jurors)
+
+        return again
+
+    def _weights(self) -> Callable[[Labelled], dict[str, float]]:
+        """A row's principle weights; recorded votes that name no principle have none."""
         load = loader(self.directory)
         default = self.job.constitution
-        recorded = all(not v.ballot.principles for v in votes)
+        recorded = all(not v.ballot.principles for votes in self.by_judge.values() for v in votes)
 
         def weights(row: Labelled) -> dict[str, float]:
             reference = row.constitution or default
             return {} if recorded or reference is None else load(reference).weights
 
-        jurors = bench.jurors_of(votes, self.job.filters, calibration)
-        return bench.decide_rows(self.rows, votes, self.job.filters, weights, calibration, jurors), jurors
+        return weights
 
 
 @app.command()
@@ -184,13 +207,19 @@ def bench(
     found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory, filtered=True)
     calibration = calibration_of(found.job)
     uncalibrated = _uncalibrated(found, calibration)
-    results, trials, pairs, jurors = [], [], [], {}
+    results, trials, pairs, jurors, checks, promised = [], [], [], {}, [], []
     for judge, mine in found.by_judge.items():
         judged, jurors[judge] = found.judged(mine, calibration)
         results += judge_bench.slices(judge, judged, found.job.judge)
         pairs += [(judge, j) for j in judged]
+        if calibration is not None:
+            promised += judge_bench.promises(judge, judged, calibration, lambda j: j.kept)
+        if (fit := jurors[judge]) is not None:
+            checks += judge_bench.check_jurors(judge, judged, fit)
         if splits:
-            trials += judge_bench.split_trials(judge, judged, splits, alpha, delta, kind, seed)
+            trials += judge_bench.split_trials(
+                judge, judged, splits, alpha, delta, kind, seed, by is not None, found.redecide
+            )
     if picture is not None:
         report.draw_risk_coverage(results, picture, alpha)
     if json_:
@@ -208,6 +237,8 @@ def bench(
                     "slices": [s.model_dump(mode="json") for s in results],
                     "splits": [t.model_dump(mode="json") for t in trials],
                     "jurors": {judge: fit.model_dump(mode="json") for judge, fit in jurors.items() if fit},
+                    "juror_checks": [c.model_dump(mode="json") | {"contradicted": c.contradicted} for c in checks],
+                    "promises": [p.model_dump(mode="json") | {"broken": p.broken} for p in promised],
                     "pairs": [
                         {"judge": judge, "id": j.row.id, "slice": j.row.slice, "label": j.row.label,
                          "correct": j.correct, **j.decision.model_dump(mode="json")}
@@ -222,11 +253,13 @@ def bench(
     title = f"{votes or found.job.judge.model} on {', '.join(dict.fromkeys(r.file for r in found.rows))}"
     for table in report.tables(results, title):
         console.print(table)
-    for line in [*found.lines(), *uncalibrated]:
+    for line in [*found.lines(), *uncalibrated, *report.promise_lines(promised)]:
         console.print(line, markup=False, highlight=False)
     for judge, fit in jurors.items():
         if fit:
-            console.print(f"juror weights ({judge}): " + ", ".join(f"{j} {w:.2f}" for j, w in fit.weights.items()))
+            its = [c for c in checks if c.judge == judge]
+            for line in report.juror_lines(judge, fit, its):
+                console.print(line, markup=False, highlight=False)
     if trials:
         console.print(report.trial_table(trials, alpha, delta))
 
@@ -257,6 +290,7 @@ def calibrate(
     """
     from rlaif.judging import bench as judge_bench
     from rlaif.judging import report
+    from rlaif.judging.calibration import asked_as
 
     kind = _score_kind(score)
     _check_risk(alpha, delta)
@@ -275,7 +309,7 @@ def calibrate(
         names = ", ".join(found.by_judge)
         raise UserError(f"{votes}: votes of several judges ({names}); choose one (--where judge=NAME), or add --jury")
     ((_, mine),) = found.by_judge.items()
-    judged, jurors = found.judged(mine)
+    judged, _ = found.judged(mine)
     calibration = judge_bench.calibrate(
         judged,
         found.job.filters,
@@ -287,15 +321,21 @@ def calibrate(
         labelled=[path.name for path in _files(labelled)],
         labelled_digest=found.labelled.digest,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
-        jurors=jurors,
         seed=seed,
+        redecide=found.redecide,
+        facts=asked_as(found.job),
     )
+    again = found.redecide(judged, calibration.jurors) if found.redecide and calibration.jurors else judged
+    said = report.mix_lines(judge_bench.promises("", again, calibration, lambda j: judge_bench.keeps(j, calibration)))
+    if calibration.jurors:
+        said += report.juror_lines("jury", calibration.jurors, judge_bench.check_jurors("", again, calibration.jurors))
+    said += report.promise_lines(_of_earlier(found, mine))
     with replacing(to) as temporary:
         temporary.write_text(calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
     if json_:
         typer.echo(calibration.model_dump_json(indent=1))
         return
-    for line in [*report.calibration_lines(calibration), *found.lines()]:
+    for line in [*report.calibration_lines(calibration), *said, *found.lines()]:
         typer.echo(line)
     print(f"wrote {to}" + ("" if calibration.accepted else ": a filter with it keeps nothing"), file=sys.stderr)
 
@@ -331,8 +371,24 @@ def _votes(
     rows, _ = narrow(found.rows, conditions)
     ask, progress = open_asked(settings, rows, directory, calibration_of(settings) if filtered else None)
     with told_what_is_kept(settings):
-        cast_now = judge_bench.cast_votes(rows, ask, loader(directory), settings.constitution, progress)
+        cast_now = judge_bench.cast_votes(
+            rows, ask, loader(directory), settings.constitution, progress, settings.policy.system_prompt
+        )
     return _Votes(settings, found, rows, {settings.judge.model: cast_now}, settings.judge.kind, directory)
+
+
+def _of_earlier(found: _Votes, votes: list[Vote]) -> list[Promise]:
+    """What the calibration that the job has already promised, on these labels; nothing where it has none."""
+    from rlaif.judging import bench as judge_bench
+
+    name = found.job.filters.calibration
+    if name is None or not Path(name).is_file():
+        return []  # the job names the file that is being made
+    earlier = calibration_of(found.job)
+    filters = found.job.filters.model_copy(update={"uncalibrated": "drop"})
+    dropping = replace(found, job=found.job.model_copy(update={"filters": filters}))
+    judged, _ = dropping.judged(votes, earlier)
+    return judge_bench.promises(name, judged, earlier, lambda j: j.kept) if earlier else []
 
 
 def _uncalibrated(found: _Votes, calibration: Calibration | None) -> list[str]:

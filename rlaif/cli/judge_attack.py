@@ -33,6 +33,7 @@ def attack(
 ) -> None:
     """How often each attack on the losing answer flips a verdict that was stable, with Wilson 95 % intervals."""
     from rlaif.judging import attacks
+    from rlaif.judging.calibration import Asked
     from rlaif.judging.labelled import read_labelled
 
     settings = job_of(job, set_)
@@ -49,6 +50,8 @@ def attack(
             settings.constitution,
             progress=progress,
             calibration=calibration,
+            system_prompt=settings.policy.system_prompt,
+            asked=Asked.by(settings),
         )
     if json_:
         head = {"model": settings.judge.model, "labelled": str(labelled)}

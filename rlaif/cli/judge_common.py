@@ -76,6 +76,7 @@ def open_asked(
     Raises:
         UserError: `calibration` is of other questions than these; nothing has been asked yet.
     """
+    from rlaif.judging.calibration import Asked
     from rlaif.judging.filters import check_calibrated
     from rlaif.judging.opened import open_with_ballots
 
@@ -86,7 +87,9 @@ def open_asked(
     if calibration is not None:
         for (name, slice), row in some.items():
             if name is not None:
-                check_calibrated(opened.ballots([row.pair], texts[name]), calibration, job.filters, slice)
+                check_calibrated(
+                    opened.ballots([row.pair], texts[name]), calibration, job.filters, slice, Asked.by(job)
+                )
     count = 0
 
     def progress(new: int) -> None:

@@ -15,7 +15,7 @@ from rlaif.config import Filters
 from rlaif.constitution import Constitution
 from rlaif.intervals import wilson
 from rlaif.judging.bench import Judged, cast_votes, decide_rows, jurors_of
-from rlaif.judging.calibration import Calibration
+from rlaif.judging.calibration import Asked, Calibration
 from rlaif.judging.labelled import Labelled
 from rlaif.judging.opened import Ask
 from rlaif.judging.verdicts import JurorFit
@@ -136,26 +136,29 @@ def attack_judge(
     attacks: Sequence[Attack] = ATTACKS,
     progress: Callable[[int], None] | None = None,
     calibration: Calibration | None = None,
+    system_prompt: str | None = None,
+    asked: Asked | None = None,
 ) -> AttackReport:
     """Judges every row clean, then every stable one under each attack.
 
     `load` reads a constitution by reference, `default` is for rows that name none, `progress` gets numbers of new
     votes. Votes are added up and filtered as in a run: with the job's aggregation, its `calibration`, and for a jury
-    the weights that are calibrated, or fitted on the clean votes.
+    the weights that are calibrated, or fitted on the clean votes; and they are `asked` as there, with the policy's
+    `system_prompt`.
     """
     results: dict[str, list[str]] = {a.name: [] for a in attacks}
     jurors: JurorFit | None = None
 
     def judged(some: Sequence[Labelled]) -> list[Judged]:
         nonlocal jurors
-        votes = cast_votes(some, ask, load, default, progress)
+        votes = cast_votes(some, ask, load, default, progress, system_prompt)
         jurors = jurors or jurors_of(votes, filters, calibration)
 
         def weights(row: Labelled) -> Mapping[str, float]:
             reference = row.constitution or default
             return load(reference).weights if reference is not None else {}
 
-        return decide_rows(some, votes, filters, weights, calibration, jurors)
+        return decide_rows(some, votes, filters, weights, calibration, jurors, asked)
 
     stable = [(j.row, j.decision.winner) for j in judged(rows) if j.decision.winner is not None]
     attacked = [(attack, winner, _attacked(row, attack, winner)) for attack in attacks for row, winner in stable]
@@ -200,4 +203,5 @@ def _attacked(row: Labelled, attack: Attack, winner: Side) -> Labelled:
     """The row with an attacked loser, under an id of its own."""
     loser: Side = "second" if winner == "first" else "first"
     answer = attack.apply(row.first if loser == "first" else row.second)
-    return row.model_copy(update={"id": f"{row.id}+{attack.name}", loser: answer})
+    # How the attacked answer would have ended, nobody knows.
+    return row.model_copy(update={"id": f"{row.id}+{attack.name}", loser: answer, f"{loser}_finish": None})

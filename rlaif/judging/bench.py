@@ -2,15 +2,16 @@
 
 In: labelled pairs, the votes on them (cast now, or recorded) and the job's filters. Out: one `Slice` for each judge
 and slice, and one for all slices. A pair is judged exactly as in a run: votes are aggregated, the filter decides. A
-verdict, or a vote, that names no side counts as wrong. Intervals are Wilson's, 95 %, and take pairs (or votes) as
-independent.
+verdict, or a vote, that names no side counts as wrong. Intervals are at 95 %: of pairs Wilson's, of votes a bootstrap
+over pairs, since the votes on a pair are no independent draws.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -22,11 +23,13 @@ from rlaif.intervals import wilson
 from rlaif.judging.ballots import juror_names
 from rlaif.judging.calibration import (
     EVERYTHING,
+    Asked,
     Calibration,
     Panel,
     ScoreKind,
     Threshold,
     calibrate_scores,
+    judged_stats,
     panels_of,
     passes,
     score_of,
@@ -36,12 +39,17 @@ from rlaif.judging.filters import CONSISTENCY, RULES, decide_votes
 from rlaif.judging.labelled import Labelled
 from rlaif.judging.opened import Ask
 from rlaif.judging.spending import spent_on
-from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
+from rlaif.judging.verdicts import (
+    JurorFit,
+    by_pair,
+    juror_verdicts,
+    jurors_for,
+    learn_jurors,
+)
 from rlaif.records import (
     AbstainReason,
     Decision,
     DropReason,
-    FinishReason,
     Message,
     Outcome,
     Record,
@@ -53,11 +61,16 @@ from rlaif.records import (
 
 JURY = "jury"
 _RESAMPLES = 1000
+_FEW_CLUSTERS = 10
+"""Fewer than this many pairs are too few to draw from."""
+_FOLDS = 5
+"""Parts of the labelled pairs, each decided with the juror weights that the others teach."""
+_NO_WEIGHT = 0.05
 _SENTENCE_ENDS = tuple(".!?\"')”")
 
 
 class Share(Record):
-    """A share with its Wilson 95 % interval; None and (0, 1) when nothing was counted."""
+    """A share with its 95 % interval, Wilson's unless said otherwise; None and (0, 1) when nothing was counted."""
 
     hits: int
     of: int
@@ -70,6 +83,24 @@ class Share(Record):
         """`hits` of `of`."""
         low, high = wilson(hits, of)
         return cls(hits=hits, of=of, share=hits / of if of else None, low=low, high=high)
+
+    @classmethod
+    def clustered(cls, counted: Iterable[tuple[str, bool]], seed: int = 0) -> Share:
+        """(pair, hit) for each vote; the interval is a bootstrap over pairs, seeded: what is said twice about one pair
+        is not known twice as well. Of few pairs, or where all or none hit, Wilson's with each pair as one draw."""
+        of_pair: dict[str, list[bool]] = {}
+        for pair, hit in counted:
+            of_pair.setdefault(pair, []).append(hit)
+        hits = np.array([sum(mine) for mine in of_pair.values()], dtype=float)  # [pairs]
+        of = np.array([len(mine) for mine in of_pair.values()], dtype=float)
+        plain = cls.count(int(hits.sum()), int(of.sum()))
+        if len(of) < _FEW_CLUSTERS or plain.share in (0.0, 1.0):
+            low, high = wilson((plain.share or 0.0) * len(of), len(of))
+        else:
+            rng = np.random.default_rng(seed)
+            drawn = rng.multinomial(len(of), np.full(len(of), 1 / len(of)), _RESAMPLES)  # [resamples, pairs]
+            low, high = (float(q) for q in np.quantile(drawn @ hits / (drawn @ of), [0.025, 0.975]))
+        return plain.model_copy(update={"low": low, "high": high})
 
 
 class Judged(Record):
@@ -109,12 +140,14 @@ class Lengths(Record):
     """The length column: does the label, or the judge, follow the longer answer (in characters)?"""
 
     longer_is_better: Share
-    """Accuracy of "longer wins"; equal lengths count as wrong."""
+    """Accuracy of "longer wins", lengths differing."""
     judge_names_longer: Share
     """Of votes that name a side, lengths differing, before the filter: a judge that goes by length in one order and
     by the slot in the other has a tie for a verdict."""
     judge_names_longer_kept: Share
     """Of kept pairs, lengths differing: the verdict does."""
+    equal: int = 0
+    """Pairs whose answers are equally long: in none of these shares."""
 
 
 class Cost(Record):
@@ -184,17 +217,61 @@ class SplitTrial(Record):
     coverage_when_accepted: float | None
     error: float | None
     """Wrong ones among all pairs kept in the other halves."""
+    broken: Share
+    """Of the splits, those whose rule has a larger error than alpha among all pairs that it keeps, of both halves: what
+    delta bounds, these pairs taken for the population that a half is drawn from."""
+    broken_other_half: Share
+    """The same on the other half alone, whose own chance comes on top: a rule at alpha exceeds it there half of the
+    time."""
 
 
-def candidate(row: Labelled, side: Side) -> Candidate:
-    """One of a row's answers. The file has no finish reason: an answer that ends as a sentence ended by itself; of
-    another one nobody knows, and the label, which is about the principle, need not care."""
+class Promise(Record):
+    """What a calibration promised, held against labelled pairs."""
+
+    judge: str
+    name: str
+    alpha: float
+    kept: int
+    error: Share
+    """Of the kept pairs, labelled otherwise."""
+
+    @property
+    def broken(self) -> bool:
+        """The interval of the error excludes what was promised."""
+        return self.error.low > self.alpha
+
+
+class JurorCheck(Record):
+    """One juror's weight, held against the labels."""
+
+    judge: str
+    juror: str
+    weight: float
+    right: Share
+    """Of the pairs on which its own votes name a side, those on which it is the labelled one."""
+    agreement: Share
+    """... those on which the verdict of all, where that names a side, names the same."""
+
+    @property
+    def contradicted(self) -> bool:
+        """It has no weight and is right more often than not, or has one and is wrong more often than not."""
+        return self.right.low > 0.5 if self.weight < _NO_WEIGHT else self.right.high < 0.5
+
+
+def candidate(row: Labelled, side: Side, system_prompt: str | None = None) -> Candidate:
+    """One of a row's answers, under the prompt that a run would show. Where the file doesn't say how it ended: one that
+    ends as a sentence ended by itself; of another one nobody knows, and no missing end is held against it."""
     text = row.first if side == "first" else row.second
-    finish: FinishReason | None = "stop" if text.rstrip().endswith(_SENTENCE_ENDS) else None
+    finish = row.end(side)
+    if finish is None and text.rstrip().endswith(_SENTENCE_ENDS):
+        finish = "stop"
+    messages = row.messages or (Message(role="user", content=row.prompt),)
+    if system_prompt is not None and messages[0].role != "system":
+        messages = (Message(role="system", content=system_prompt), *messages)
     return Candidate(
         completion_id=f"{row.id}-{side}",
         prompt_id=row.id,
-        messages=(Message(role="user", content=row.prompt),),
+        messages=messages,
         finish_reason=finish,
         text=text,
     )
@@ -206,10 +283,12 @@ def cast_votes(
     load: Callable[[str], Constitution],
     default: str | None = None,
     progress: Callable[[int], None] | None = None,
+    system_prompt: str | None = None,
 ) -> list[Vote]:
     """A judge's votes on every row, under its constitution or the default one.
 
-    `load` reads a constitution, `progress` gets numbers of new votes.
+    `load` reads a constitution, `progress` gets numbers of new votes; `system_prompt` is the policy's, shown where a
+    row has none of its own, as in a run.
 
     Raises:
         UserError: a row names no constitution, and there is no default.
@@ -221,7 +300,7 @@ def cast_votes(
         constitution = load(reference)
         mine = [r for r in rows if (r.constitution or default) == reference]
         pairs = [r.pair for r in mine]
-        candidates = [candidate(r, side) for r in mine for side in ("first", "second")]
+        candidates = [candidate(r, side, system_prompt) for r in mine for side in ("first", "second")]
         for chunk in ask(pairs, candidates, constitution):
             out += chunk
             if progress:
@@ -241,14 +320,17 @@ def decide_rows(
     weights: Callable[[Labelled], Mapping[str, float]] = lambda row: {},
     calibration: Calibration | None = None,
     jurors: JurorFit | None = None,
+    asked: Asked | None = None,
 ) -> list[Judged]:
-    """The rows that have votes, with the filter's decisions; `weights` gives a row's principle weights."""
+    """The rows that have votes, with the filter's decisions; `weights` gives a row's principle weights, `asked` says
+    how they were asked about, but for how a row's answers ended."""
     of_pair = by_pair(votes)
     out = []
     for row in rows:
         if not (mine := of_pair.get(row.id)):
             continue
-        decision = decide_votes(row.pair, mine, filters, row.texts, weights(row), jurors, calibration, row.slice)
+        how = asked and asked._replace(ends=(row.end("first"), row.end("second")))
+        decision = decide_votes(row.pair, mine, filters, row.texts, weights(row), jurors, calibration, row.slice, how)
         out.append(Judged(row=row, votes=tuple(mine), decision=decision))
     return out
 
@@ -273,19 +355,20 @@ def summarise(judge: str, name: str, judged: Sequence[Judged], settings: Judge |
     kept = [j for j in judged if j.kept]
     votes = [(v, j.row.label) for j in judged for v in j.votes if not v.ballot.guard]
     verdicts = [j.decision.verdict for j in judged]
-    asked, consistent = _both_orders([v for v, _ in votes])
+    slots = [(j.row.id, hit) for j, v in zip(judged, verdicts, strict=True)
+             for hit in [True] * v.slot_first + [False] * (v.slot_votes - v.slot_first)]  # fmt: skip
     return Slice(
         judge=judge,
         name=name,
         pairs=len(judged),
-        vote_accuracy=Share.count(sum(v.outcome == label for v, label in votes), len(votes)),
+        vote_accuracy=Share.clustered((v.ballot.pair_id, v.outcome == label) for v, label in votes),
         verdict_accuracy=Share.count(sum(j.correct for j in judged), len(judged)),
         coverage=Share.count(len(kept), len(judged)),
         kept_accuracy=Share.count(sum(j.correct for j in kept), len(kept)),
         rules=tuple(_after_rules(judged)),
         reasons=dict(Counter(reason for j in judged for reason in j.decision.reasons)),
-        order_consistency=Share.count(consistent, asked),
-        position_bias=Share.count(sum(v.slot_first for v in verdicts), sum(v.slot_votes for v in verdicts)),
+        order_consistency=Share.clustered(_both_orders([v for v, _ in votes])),
+        position_bias=Share.clustered(slots),
         abstentions=dict(sum((Counter(v.abstentions) for v in verdicts), Counter())),
         alpha=krippendorff_alpha([v for v, _ in votes]),
         alpha_interval=alpha_interval([v for v, _ in votes]),
@@ -295,47 +378,123 @@ def summarise(judge: str, name: str, judged: Sequence[Judged], settings: Judge |
     )
 
 
-def split_trial(
+Redecide = Callable[[Sequence[Judged], JurorFit], list[Judged]]
+"""The same pairs, decided with other juror weights."""
+
+
+def split_trials(
     judge: str,
-    name: str,
     judged: Sequence[Judged],
     splits: int,
     alpha: float,
     delta: float,
     kind: ScoreKind = "agreement",
     seed: int = 0,
-) -> SplitTrial:
-    """Calibrates on a random half (seeded), measures on the other, `splits` times."""
+    sliced: bool = False,
+    redecide: Redecide | None = None,
+) -> list[SplitTrial]:
+    """Calibrates on a random half (seeded), measures on the other, `splits` times: the rule that `calibrate` would fit
+    to that half, with a threshold for each slice iff `sliced`, and for a jury (`redecide`) weights of its own."""
     rng = np.random.default_rng(seed)
     half = len(judged) // 2
-    shares, wrong, kept_pairs = [], 0, 0
-    accepted = 0
+    tried: dict[str, list[_Tried]] = {name: [] for name in (_by_slice(judged) if sliced else (EVERYTHING,))}
     for n in range(splits):
-        order = [judged[i] for i in rng.permutation(len(judged))]
-        found = _threshold(order[:half], alpha, delta, kind, seed + n)
-        kept = [j for j in order[half:] if j.eligible and passes(j.decision.verdict, found, kind)]
-        accepted += found.accepted
-        shares.append(len(kept) / max(len(judged) - half, 1))
-        kept_pairs += len(kept)
-        wrong += sum(not j.correct for j in kept)
-    return SplitTrial(
-        judge=judge,
-        name=name,
-        splits=splits,
-        accepted=Share.count(accepted, splits),
-        coverage=float(np.mean(shares)),
-        coverage_when_accepted=sum(shares) / accepted if accepted else None,
-        error=wrong / kept_pairs if kept_pairs else None,
+        order = rng.permutation(len(judged))
+        rule = _fit([judged[i] for i in order[:half]], alpha, delta, kind, seed + n, sliced, redecide)
+        others = [judged[i] for i in order[half:]]
+        if redecide is not None and rule.jurors is not None:
+            others = redecide(others, rule.jurors)
+        for name, mine in tried.items():
+            mine.append(_try(rule, name if sliced else None, others, kind))
+    return [_trial(judge, name, mine, alpha) for name, mine in tried.items()]
+
+
+class _Rule(NamedTuple):
+    """What is fitted to labelled pairs."""
+
+    thresholds: dict[str, Threshold]
+    jurors: JurorFit | None
+    judged: list[Judged]
+    """All of the pairs, decided with those weights."""
+
+
+class _Tried(NamedTuple):
+    accepted: bool
+    other: int
+    """Pairs of the other half ..."""
+    kept: int
+    wrong: int
+    """... kept of them, and of these wrong ones."""
+    kept_of_all: int
+    wrong_of_all: int
+
+
+def _fit(
+    judged: Sequence[Judged],
+    alpha: float,
+    delta: float,
+    kind: ScoreKind,
+    seed: int,
+    sliced: bool,
+    redecide: Redecide | None,
+) -> _Rule:
+    """The rule of a calibration. A jury's weights are learned from the labels. What taught them would look better than
+    what comes after, so the thresholds are tested with weights of other pairs: five parts (seeded), each decided with
+    what the four others teach."""
+    tests, jurors, mine = list(judged), None, list(judged)
+    if redecide is not None:
+        jurors = _learn(judged)
+        mine = redecide(judged, jurors)
+        order = np.random.default_rng(seed).permutation(len(judged))
+        tests = []
+        for fold in range(_FOLDS):
+            part = [judged[i] for i in order[fold::_FOLDS]]
+            others = [judged[i] for n, i in enumerate(order) if n % _FOLDS != fold]
+            tests += redecide(part, _learn(others)) if part else []
+    groups = _by_slice(tests) if sliced else {EVERYTHING: tests}
+    thresholds = {name: _threshold(some, alpha, delta, kind, seed) for name, some in groups.items()}
+    return _Rule(thresholds, jurors, mine)
+
+
+def _learn(judged: Sequence[Judged]) -> JurorFit:
+    return learn_jurors([v for j in judged for v in j.votes], {j.row.id: j.row.label for j in judged})
+
+
+def _try(rule: _Rule, slice: str | None, others: Sequence[Judged], kind: ScoreKind) -> _Tried:
+    """A rule on the pairs of one slice, or of all: those that it was fitted to, and others."""
+    threshold = rule.thresholds.get(slice or EVERYTHING)
+
+    def counted(judged: Sequence[Judged]) -> tuple[int, int, int]:
+        mine = [j for j in judged if slice in (None, j.row.slice)]
+        kept = [j for j in mine if threshold and j.eligible and passes(j.decision.verdict, threshold, kind)]
+        return len(mine), len(kept), sum(not j.correct for j in kept)
+
+    other, kept, wrong = counted(others)
+    _, kept_before, wrong_before = counted(rule.judged)
+    return _Tried(
+        accepted=threshold is not None and threshold.accepted,
+        other=other,
+        kept=kept,
+        wrong=wrong,
+        kept_of_all=kept + kept_before,
+        wrong_of_all=wrong + wrong_before,
     )
 
 
-def split_trials(
-    judge: str, judged: Sequence[Judged], splits: int, alpha: float, delta: float, kind: ScoreKind, seed: int
-) -> list[SplitTrial]:
-    """A trial for each slice."""
-    return [
-        split_trial(judge, name, mine, splits, alpha, delta, kind, seed) for name, mine in _by_slice(judged).items()
-    ]
+def _trial(judge: str, name: str, tried: Sequence[_Tried], alpha: float) -> SplitTrial:
+    accepted, kept = sum(t.accepted for t in tried), sum(t.kept for t in tried)
+    shares = [t.kept / max(t.other, 1) for t in tried]
+    return SplitTrial(
+        judge=judge,
+        name=name,
+        splits=len(tried),
+        accepted=Share.count(accepted, len(tried)),
+        coverage=float(np.mean(shares)),
+        coverage_when_accepted=sum(shares) / accepted if accepted else None,
+        error=sum(t.wrong for t in tried) / kept if kept else None,
+        broken=Share.count(sum(t.wrong_of_all > alpha * t.kept_of_all for t in tried), len(tried)),
+        broken_other_half=Share.count(sum(t.wrong > alpha * t.kept for t in tried), len(tried)),
+    )
 
 
 def calibrate(
@@ -349,10 +508,12 @@ def calibrate(
     labelled: Sequence[str],
     labelled_digest: str,
     made: str,
-    jurors: JurorFit | None = None,
     seed: int = 0,
+    redecide: Redecide | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Calibration:
-    """The calibration of a judge on its labelled pairs; `sliced` gives each slice a threshold of its own.
+    """The calibration of a judge on its labelled pairs; `sliced` gives each slice a threshold of its own, `redecide` is
+    for a jury with weights, `facts` are `asked_as` of the job.
 
     Raises:
         UserError: a slice's pairs were judged under several constitutions: a promise about their mix is about none.
@@ -365,15 +526,16 @@ def calibrate(
                 f"slice {name}: its pairs are judged under several constitutions ({', '.join(under)}); a threshold is "
                 "about one: calibrate each by itself (--where constitution=NAME)"
             )
-    panels: tuple[Panel, ...] = panels_of({j.row.id: j.votes for j in judged})
-    return Calibration(
+    rule = _fit(judged, alpha, delta, kind, seed, sliced, redecide)
+    panels: tuple[Panel, ...] = panels_of({j.row.id: j.votes for j in judged}, facts)
+    found = Calibration(
         made=made,
         alpha=alpha,
         delta=delta,
         score=kind,
         slices={
-            name: _threshold(mine, alpha, delta, kind, seed).model_copy(
-                update={"panels": tuple(p.hash for p in panels_of({j.row.id: j.votes for j in mine}))}
+            name: rule.thresholds[name].model_copy(
+                update={"panels": tuple(p.hash for p in panels_of({j.row.id: j.votes for j in mine}, facts))}
             )
             for name, mine in groups.items()
         },
@@ -381,13 +543,61 @@ def calibrate(
         models=tuple(sorted({v.model for j in judged for v in j.votes if v.outcome != "abstain"})),
         panels=panels,
         aggregate=filters.aggregate,
-        jurors=jurors,
+        jurors=rule.jurors,
         min_votes=filters.min_votes,
         max_abstention_share=filters.max_abstention_share,
         guards=filters.guards,
         labelled=tuple(labelled),
         labelled_digest=labelled_digest,
     )
+    stats = judged_stats(
+        [(j.row.pair, j.decision) for j in rule.judged],
+        {id: text for j in judged for id, text in j.row.texts.items()},
+        {id: end for j in judged for id, end in j.row.ends.items()},
+        kept=sum(keeps(j, found) for j in rule.judged),
+    )
+    return found.model_copy(update={"judged": stats})
+
+
+def keeps(judged: Judged, calibration: Calibration) -> bool:
+    """A filter with this calibration keeps the pair, if its votes are those that were calibrated."""
+    return judged.eligible and calibration.keeps(judged.decision.verdict, judged.row.slice)
+
+
+def promises(
+    judge: str, judged: Sequence[Judged], calibration: Calibration, kept: Callable[[Judged], bool]
+) -> list[Promise]:
+    """The calibration's promise held against labelled pairs, on all of them and on each slice that keeps some: a
+    promise about a mix needn't hold on its parts."""
+    groups = _by_slice(judged)
+    if set(calibration.slices) == {EVERYTHING}:
+        groups = {EVERYTHING: list(judged), **(groups if len(groups) > 1 else {})}
+    out = []
+    for name, mine in groups.items():
+        left = [j for j in mine if kept(j)]
+        if left:
+            error = Share.count(sum(not j.correct for j in left), len(left))
+            out.append(Promise(judge=judge, name=name, alpha=calibration.alpha, kept=len(left), error=error))
+    return out
+
+
+def check_jurors(judge: str, judged: Sequence[Judged], jurors: JurorFit) -> list[JurorCheck]:
+    """The weights of a jury held against the labels of the pairs that it voted on."""
+    rows = {j.row.id: j for j in judged}
+    out = []
+    for juror, outcomes in juror_verdicts([v for j in judged for v in j.votes]).items():
+        named = [(rows[pair], outcome) for pair, outcome in outcomes.items() if outcome in ("first", "second")]
+        both = [(j, o) for j, o in named if j.decision.verdict.outcome in ("first", "second")]
+        out.append(
+            JurorCheck(
+                judge=judge,
+                juror=juror,
+                weight=jurors.weights.get(juror, 1.0),
+                right=Share.count(sum(o == j.row.label for j, o in named), len(named)),
+                agreement=Share.count(sum(o == j.decision.verdict.outcome for j, o in both), len(both)),
+            )
+        )
+    return out
 
 
 def krippendorff_alpha(votes: Sequence[Vote]) -> float | None:
@@ -468,29 +678,29 @@ def _after_rules(judged: Sequence[Judged]) -> Iterator[AfterRule]:
         )
 
 
-def _both_orders(votes: Sequence[Vote]) -> tuple[int, int]:
-    """Voices on pairs that answered in both orders, and how many of them named one side in both."""
+def _both_orders(votes: Sequence[Vote]) -> list[tuple[str, bool]]:
+    """(pair, named one side in both) for each voice on a pair that answered in both orders."""
     named: dict[tuple[str, VoiceKey], dict[str, set[str]]] = {}
     for v in votes:
         b = v.ballot
         if b.order != "none" and v.outcome != "abstain":
             key = b.pair_id, b.voice_key
             named.setdefault(key, {}).setdefault(b.order, set()).add(v.outcome)
-    both = [set().union(*orders.values()) for orders in named.values() if len(orders) == 2]
-    return len(both), sum(outcomes in ({"first"}, {"second"}) for outcomes in both)
+    both = [(pair, set().union(*orders.values())) for (pair, _), orders in named.items() if len(orders) == 2]
+    return [(pair, outcomes in ({"first"}, {"second"})) for pair, outcomes in both]
 
 
 def _lengths(judged: Sequence[Judged], kept: Sequence[Judged]) -> Lengths:
-    def names_longer(outcomes: Sequence[tuple[Outcome, Side | None]]) -> Share:
-        named = [(outcome, longer) for outcome, longer in outcomes if longer and outcome in ("first", "second")]
-        return Share.count(sum(outcome == longer for outcome, longer in named), len(named))
+    def names_longer(outcomes: Sequence[tuple[Outcome, Labelled]]) -> Share:
+        named = [(r.id, outcome == r.longer) for outcome, r in outcomes if r.longer and outcome in ("first", "second")]
+        return Share.clustered(named)
 
+    unequal = [j.row for j in judged if j.row.longer is not None]
     return Lengths(
-        longer_is_better=Share.count(sum(j.row.longer == j.row.label for j in judged), len(judged)),
-        judge_names_longer=names_longer(
-            [(v.outcome, j.row.longer) for j in judged for v in j.votes if not v.ballot.guard]
-        ),
-        judge_names_longer_kept=names_longer([(j.decision.verdict.outcome, j.row.longer) for j in kept]),
+        longer_is_better=Share.count(sum(row.longer == row.label for row in unequal), len(unequal)),
+        judge_names_longer=names_longer([(v.outcome, j.row) for j in judged for v in j.votes if not v.ballot.guard]),
+        judge_names_longer_kept=names_longer([(j.decision.verdict.outcome, j.row) for j in kept]),
+        equal=len(judged) - len(unequal),
     )
 
 

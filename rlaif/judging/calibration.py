@@ -1,13 +1,15 @@
 """How sure must the votes be before a label may train? A threshold with a promise, from labelled pairs. Pure.
 
 In: verdicts on labelled pairs, and whether each names the labelled side. Out: a `Calibration`, whose threshold on a
-score of label consistency keeps pairs such that P(accepted and population error > alpha) <= delta over the draw of
-the labelled pairs. It is Learn then Test (arXiv 2110.01052) with fixed-sequence testing: thresholds are tried from
-the strictest that keeps enough pairs to be able to pass, ceil(ln delta / ln(1 - alpha)), to looser ones. At each the
+score of label consistency keeps pairs such that P(accepted and population error > alpha) <= delta over the draw of the
+labelled pairs. It is Learn then Test (arXiv 2110.01052) with fixed-sequence testing: thresholds are tried from the
+strictest that keeps enough pairs to be able to pass, ceil(ln delta / ln(1 - alpha)), to looser ones. At each the
 hypothesis "the error among kept pairs exceeds alpha" is rejected iff P(Bin(kept, alpha) <= errors) <= delta, which is
-the exact (Clopper-Pearson) bound. The first that is not rejected ends the sequence, and the loosest rejected one
-before it is the threshold; none is a correct answer. A threshold keeps all pairs that score as much: ties are one
-step. Pairs without a winner, or that another rule drops, are never kept.
+the exact (Clopper-Pearson) bound. The sequence starts at three tenths of the pairs that can be kept where these are
+more: a start that doesn't look at the labels is as valid, and a handful of pairs fails by one unlucky label. The first
+that is not rejected ends the sequence, and the loosest rejected one before it is the threshold; none is a correct
+answer. A threshold keeps all pairs that score as much: ties are one step. Pairs without a winner, or that another rule
+drops, are never kept.
 
 With slices, each has a threshold and a promise of its own, about the questions that its own pairs were asked: delta is
 the risk of one slice, not of all together. A slice is judged under one constitution.
@@ -19,26 +21,74 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean, pstdev
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from rlaif.config import Filters
+from rlaif.checks import count_words
+from rlaif.config import Filters, Job, Judge
 from rlaif.errors import UserError, first_problem
 from rlaif.judging.numbers import sigmoid
 from rlaif.judging.verdicts import JurorFit
-from rlaif.records import Ballot, Record, Verdict, Vote, digest
+from rlaif.records import Ballot, Decision, FinishReason, JudgedStats, Pair, Record, Verdict, Vote, digest
 
 CALIBRATION_SCHEMA = 1
 EVERYTHING = "all"
 """The slice of a calibration without slices."""
 FITTED_FROM = 100
 """Labelled pairs that a fitted map needs: it spends half of them on the map and its report."""
+START_SHARE = 0.3
+"""Of the pairs that can be kept, the share at which the sequence of thresholds starts."""
 _ROUNDING = 1e-9
 _BINS = 10
+_CLIPPED = 60
 
 ScoreKind = Literal["agreement", "margin", "fitted"]
+
+
+_OF_POLICY = ("system_prompt", "chat_template_args", "thinking")
+"""Settings of `policy` that change what a judge is shown, or what it judges."""
+_OF_JUDGE = {"likelihood": ("missing_eos_penalty",)}
+"""Settings by kind of judge that a mismatch should name; the ballots' `parameters` hold them as a digest."""
+
+
+def asked_as(job: Job) -> dict[str, Any]:
+    """How a job asks beyond what its ballots say, by dotted key; what is at its default is left out."""
+    sections = (("policy", job.policy, _OF_POLICY), ("judge", job.judge, _OF_JUDGE.get(job.judge.kind, ())))
+    out = {}
+    for prefix, section, names in sections:
+        for name in names:
+            field = type(section).model_fields.get(name)
+            if field is not None and (value := getattr(section, name)) != field.get_default(call_default_factory=True):
+                out[f"{prefix}.{name}"] = value
+    return out
+
+
+def cut_off_counts(judge: Judge) -> bool:
+    """Whether it matters to this judge that an answer was cut off, and not only how it reads."""
+    return judge.kind == "likelihood" and judge.missing_eos_penalty > 0
+
+
+CUT_OFF: tuple[FinishReason, FinishReason] = ("stop", "length")
+"""Ends of a pair whose second answer alone was cut off."""
+
+
+class Asked(NamedTuple):
+    """How one pair is asked about, beyond its ballots."""
+
+    facts: Mapping[str, Any] = {}
+    """`asked_as` of the job."""
+    ends: tuple[FinishReason | None, FinishReason | None] = (None, None)
+    """How the pair's answers ended; None where nobody knows."""
+    cut_off_counts: bool = False
+    """As the function of that name says of the judge."""
+
+    @classmethod
+    def by(cls, job: Job, ends: tuple[FinishReason | None, FinishReason | None] = (None, None)) -> Asked:
+        """As a job's judge asks."""
+        return cls(asked_as(job), ends, cut_off_counts(job.judge))
 
 
 class Panel(Record):
@@ -51,12 +101,16 @@ class Panel(Record):
     parameters: tuple[str, ...]
     votes: int
     """Votes a pair, abstentions included."""
+    asked_as: dict[str, Any] = Field(default_factory=dict)
+    """How else they were asked: setting → value, those at their defaults left out (system prompt, ...)."""
 
     @classmethod
-    def of(cls, ballots: Sequence[Ballot]) -> Panel:
-        """The panel of one pair's ballots. Seeds and the pair itself don't count."""
+    def of(cls, ballots: Sequence[Ballot], facts: Mapping[str, Any] | None = None) -> Panel:
+        """The panel of one pair's ballots, asked as `asked_as` says. Seeds and the pair itself don't count."""
+        questions = sorted(_question(b) for b in ballots)
         return cls(
-            hash=digest(sorted(_question(b) for b in ballots)),
+            hash=digest([questions, facts] if facts else questions),
+            asked_as=dict(facts or {}),
             judges=tuple(sorted({b.judge for b in ballots})),
             templates=tuple(sorted({b.template for b in ballots})),
             constitutions=tuple(sorted({b.constitution for b in ballots})),
@@ -127,6 +181,8 @@ class Calibration(Record):
     labelled: tuple[str, ...]
     """Names of the labelled files."""
     labelled_digest: str
+    judged: JudgedStats | None = None
+    """What its labelled pairs look like, for a run's alarms; None in older files."""
 
     @property
     def accepted(self) -> bool:
@@ -146,22 +202,43 @@ class Calibration(Record):
         """Of some categories those of which nothing can be kept: not calibrated, or without a threshold."""
         return {c for c in categories if (found := self.threshold_for(c)) is None or not found.accepted}
 
-    def mismatch(self, votes: Sequence[Vote], settings: Filters, slice: str | None = None) -> str | None:
-        """What about a pair's votes, or the filter, is not what was calibrated for its slice; None when all of it is.
-        Without a slice: for any of them."""
-        difference = self.panel_mismatch([v.ballot for v in votes], settings, slice)
+    def mismatch(
+        self, votes: Sequence[Vote], settings: Filters, slice: str | None = None, asked: Asked | None = None
+    ) -> str | None:
+        """What about a pair's votes, how they were asked, or the filter is not what was calibrated for its slice; None
+        when all of it is. Without a slice: for any of them; without `asked`: nobody knows how."""
+        difference = self.panel_mismatch([v.ballot for v in votes], settings, slice, asked)
         unknown = {v.model for v in votes if v.outcome != "abstain"} - set(self.models)
         if difference is None and unknown:
             return f"the judge's model is {_listed(tuple(sorted(unknown)))}, calibrated was {_listed(self.models)}"
         return difference
 
-    def panel_mismatch(self, ballots: Sequence[Ballot], settings: Filters, slice: str | None = None) -> str | None:
+    def cut_off_mismatch(self, cut_off_counts: bool) -> str | None:
+        """Whether cut-off answers count for the judge, and none did beside an ended one among the labelled pairs."""
+        if self.judged is None or self.judged.one_cut_off or not cut_off_counts:
+            return None
+        return (
+            "an answer that the length limit cut off pays judge.missing_eos_penalty, and no labelled pair had one "
+            f"beside one that ended (of {self.judged.answers} answers is known how they ended); say how the labelled "
+            "ones ended (--map first_finish=COLUMN,second_finish=COLUMN), or set judge.missing_eos_penalty: 0"
+        )
+
+    def panel_mismatch(
+        self, ballots: Sequence[Ballot], settings: Filters, slice: str | None = None, asked: Asked | None = None
+    ) -> str | None:
         """The same of the questions alone, before anybody was asked."""
         for name in ("aggregate", "min_votes", "max_abstention_share", "guards"):
             calibrated, found = getattr(self, name), getattr(settings, name)
             if calibrated != found:
                 return f"filters.{name} is {found}, calibrated was {calibrated}"
-        panel = Panel.of(ballots)
+        facts = self.panels[0].asked_as if self.panels else {}
+        if asked is not None:
+            for key in sorted({*facts, *asked.facts}):
+                if facts.get(key) != asked.facts.get(key):
+                    return f"{key} is {_clipped(asked.facts, key)}, calibrated was {_clipped(facts, key)}"
+            if set(asked.ends) == {"stop", "length"} and (why := self.cut_off_mismatch(asked.cut_off_counts)):
+                return why
+        panel = Panel.of(ballots, facts)
         if panel.hash not in {p.hash for p in self.panels}:
             nearest = self.panels[0]
             for field, name in _PARTS:
@@ -188,6 +265,11 @@ _PARTS = (
 def least_pairs(alpha: float, delta: float) -> int:
     """Kept pairs without which no threshold can pass: 22 at alpha = delta = 0.1."""
     return math.ceil(math.log(delta) / math.log1p(-alpha) - _ROUNDING)
+
+
+def first_pairs(eligible: int, alpha: float, delta: float) -> int:
+    """Kept pairs of the strictest threshold that is tried, of so many that can be kept at all."""
+    return max(least_pairs(alpha, delta), math.ceil(START_SHARE * eligible - _ROUNDING))
 
 
 def score_of(verdict: Verdict, kind: ScoreKind, fitted: FittedMap | None = None) -> float:
@@ -233,7 +315,7 @@ def learn_threshold(scores: Any, errors: Any, alpha: float, delta: float) -> Thr
     score, wrong_so_far = score[by_score], np.cumsum(wrong[by_score])
     # Ends of runs of equal scores: the pairs that a threshold keeps, for every threshold that exists.
     ends = np.flatnonzero(np.append(score[1:] != score[:-1], True)) if len(score) else np.array([], dtype=int)
-    ends = ends[ends + 1 >= least_pairs(alpha, delta)]
+    ends = ends[ends + 1 >= first_pairs(len(score), alpha, delta)]
     rejected = bdtr(wrong_so_far[ends], ends + 1, alpha) <= delta  # P(Bin(kept, alpha) <= errors)
     passed = len(ends) if rejected.all() else int(np.argmin(rejected))
     at = ends[max(passed - 1, 0)] if len(ends) else None
@@ -366,9 +448,34 @@ def parse_calibration(text: str, source: str) -> Calibration:
         raise UserError(f"{source}: {first_problem(e)}; make the file again with `rlaif judge calibrate`") from e
 
 
-def panels_of(votes_by_pair: Mapping[str, Sequence[Vote]]) -> tuple[Panel, ...]:
-    """The different panels of some pairs, the most frequent first."""
-    panels = [Panel.of([v.ballot for v in votes]) for votes in votes_by_pair.values()]
+def judged_stats(
+    decided: Sequence[tuple[Pair, Decision]],
+    texts: Mapping[str, str],
+    ends: Mapping[str, FinishReason | None],
+    kept: int | None = None,
+) -> JudgedStats | None:
+    """What judged pairs look like; None without one. `texts` and `ends` go by completion id; `kept` None counts the
+    decisions that keep."""
+    if not decided:
+        return None
+    agreements = [d.verdict.agreement for _, d in decided if d.verdict.agreement is not None]
+    sides = [id for pair, _ in decided for id in (pair.first, pair.second)]
+    known = [end for id in sides if (end := ends.get(id)) is not None]
+    return JudgedStats(
+        pairs=len(decided),
+        kept=sum(d.status == "kept" for _, d in decided) if kept is None else kept,
+        mean_agreement=fmean(agreements) if agreements else None,
+        agreement_sd=pstdev(agreements) if agreements else None,
+        mean_words=fmean(count_words(texts[id]) for id in sides),
+        answers=len(known),
+        cut_off=known.count("length"),
+        one_cut_off=sum({ends.get(p.first), ends.get(p.second)} == {"stop", "length"} for p, _ in decided),
+    )
+
+
+def panels_of(votes_by_pair: Mapping[str, Sequence[Vote]], facts: Mapping[str, Any] | None = None) -> tuple[Panel, ...]:
+    """The different panels of some pairs, asked as `asked_as` says, the most frequent first."""
+    panels = [Panel.of([v.ballot for v in votes], facts) for votes in votes_by_pair.values()]
     by_hash = {p.hash: p for p in panels}
     count = {h: sum(p.hash == h for p in panels) for h in by_hash}
     return tuple(sorted(by_hash.values(), key=lambda p: -count[p.hash]))
@@ -377,6 +484,14 @@ def panels_of(votes_by_pair: Mapping[str, Sequence[Vote]]) -> tuple[Panel, ...]:
 def _question(b: Ballot) -> list[str | int | bool]:
     return [b.judge, b.voice, b.template, b.order, b.sample_index, b.guard, b.constitution, b.parameters,
             *b.principles]  # fmt: skip
+
+
+def _clipped(facts: Mapping[str, Any], key: str) -> str:
+    """A setting's value on one line."""
+    if key not in facts:
+        return "at its default"
+    said = " ".join(str(facts[key]).split())
+    return said if len(said) <= _CLIPPED else f"{said[:_CLIPPED]}…"
 
 
 def _listed(values: Any) -> str:

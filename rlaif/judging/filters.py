@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rlaif.config import Filters
 from rlaif.errors import UserError
-from rlaif.judging.calibration import EVERYTHING, Calibration
+from rlaif.judging.calibration import EVERYTHING, Asked, Calibration
 from rlaif.judging.verdicts import JurorFit, aggregate
 from rlaif.records import Ballot, Decision, DropReason, Pair, ReviewRule, Verdict, Vote
 
@@ -59,16 +59,18 @@ def decide_votes(
     jurors: JurorFit | None = None,
     calibration: Calibration | None = None,
     slice: str = EVERYTHING,
+    asked: Asked | None = None,
 ) -> Decision:
     """A pair's decision from the votes on it: added up, held against the calibration where there is one, filtered.
 
-    `weights` are the constitution's, `jurors` what `jurors_for` says of all votes, `slice` the pair's.
+    `weights` are the constitution's, `jurors` what `jurors_for` says of all votes, `slice` the pair's, `asked` how it
+    was asked about (None: nobody knows).
 
     Raises:
         UserError: the votes aren't those that were calibrated, and `filters.uncalibrated` says stop.
     """
     verdict = aggregate(votes, weights, settings.aggregate, jurors.weights if jurors else None)
-    promised = trusted(verdict, votes, calibration, settings, slice) if calibration else None
+    promised = trusted(verdict, votes, calibration, settings, slice, asked) if calibration else None
     return decide(verdict, pair, settings, texts, promised)
 
 
@@ -152,27 +154,36 @@ def low_margin(verdict: Verdict, settings: Filters) -> bool:
 
 
 def trusted(
-    verdict: Verdict, votes: Sequence[Vote], calibration: Calibration, settings: Filters, slice: str = EVERYTHING
+    verdict: Verdict,
+    votes: Sequence[Vote],
+    calibration: Calibration,
+    settings: Filters,
+    slice: str = EVERYTHING,
+    asked: Asked | None = None,
 ) -> bool:
     """The calibration is about these votes, and the verdict reaches its threshold (`uncalibrated` when not).
 
     Raises:
         UserError: the votes aren't those that were calibrated, and `filters.uncalibrated` says stop.
     """
-    difference = calibration.mismatch(votes, settings, slice)
+    difference = calibration.mismatch(votes, settings, slice, asked)
     _refuse(difference, settings)
     return difference is None and calibration.keeps(verdict, slice)
 
 
 def check_calibrated(
-    ballots: Sequence[Ballot], calibration: Calibration, settings: Filters, slice: str | None = None
+    ballots: Sequence[Ballot],
+    calibration: Calibration,
+    settings: Filters,
+    slice: str | None = None,
+    asked: Asked | None = None,
 ) -> None:
     """Refuses a pair's questions before anybody is asked them.
 
     Raises:
         UserError: they aren't those that were calibrated, and `filters.uncalibrated` says stop.
     """
-    _refuse(calibration.panel_mismatch(ballots, settings, slice), settings)
+    _refuse(calibration.panel_mismatch(ballots, settings, slice, asked), settings)
 
 
 def _refuse(difference: str | None, settings: Filters) -> None:

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from rlaif.errors import UserError
 from rlaif.judging.sides import NAME_KEYS, Cell, Sides, count_cells
-from rlaif.records import Outcome, Pair, Record, Side
+from rlaif.records import FinishReason, Message, Outcome, Pair, Record, Side
 
 Split = Literal["dev", "test"]
 Exclusion = Literal["tie", "disputed", "unlabelled"]
@@ -84,6 +84,13 @@ class Labelled(Record):
     """`name@version` of the text that the pair is judged under, where the file says so."""
     split: Split | None = None
     """`test` is for the number that is reported, never for tuning."""
+    number: int | None = None
+    """Its row in the file, from 0."""
+    messages: tuple[Message, ...] = ()
+    """The prompt as a chat, where the file has one; its last message is the user's."""
+    first_finish: FinishReason | None = None
+    """How the answer ended, where the file says so: `length` is cut off."""
+    second_finish: FinishReason | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     """The row's other short columns, for `--where` and `--by`."""
 
@@ -98,6 +105,15 @@ class Labelled(Record):
     def texts(self) -> dict[str, str]:
         """Completion id → text."""
         return {self.pair.first: self.first, self.pair.second: self.second}
+
+    def end(self, side: Side) -> FinishReason | None:
+        """How one of the answers ended; None where nobody knows."""
+        return self.first_finish if side == "first" else self.second_finish
+
+    @property
+    def ends(self) -> dict[str, FinishReason | None]:
+        """Completion id → how it ended."""
+        return {self.pair.first: self.first_finish, self.pair.second: self.second_finish}
 
     @property
     def longer(self) -> Side | None:

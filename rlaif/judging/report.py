@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlaif.errors import UserError
-from rlaif.judging.bench import Cost, Share, Slice, SplitTrial
+from rlaif.judging.bench import Cost, JurorCheck, Promise, Share, Slice, SplitTrial
 from rlaif.judging.calibration import Calibration, least_pairs
+from rlaif.judging.verdicts import LEAST_FIT, JurorFit
 
 _PICTURES = (".png", ".svg")
 _NUMBER_COLUMNS_FROM = 2
@@ -51,11 +52,12 @@ def tables(results: Sequence[Slice], title: str) -> list[Any]:
         ),
         _table(
             "length and cost",
-            ("judge", "slice", "longer is better", "judge names longer", "when kept", "calls", "tokens", "money",
-             "seconds", "tokens a kept pair", "seconds a kept pair"),
+            ("judge", "slice", "longer is better", "equal", "judge names longer", "when kept", "calls", "tokens",
+             "money", "seconds", "tokens a kept pair", "seconds a kept pair"),
             [
-                (s.judge, s.name, _share(s.lengths.longer_is_better), _share(s.lengths.judge_names_longer),
-                 _share(s.lengths.judge_names_longer_kept), _number(s.cost.calls, 0),
+                (s.judge, s.name, _share(s.lengths.longer_is_better), str(s.lengths.equal),
+                 _share(s.lengths.judge_names_longer), _share(s.lengths.judge_names_longer_kept),
+                 _number(s.cost.calls, 0),
                  _number(_tokens(s.cost), 0), _number(s.cost.money, 4), _number(s.cost.seconds, 1),
                  _number(s.cost.tokens_per_kept_pair, 0),
                  _number(s.cost.seconds_per_kept_pair, 2))
@@ -71,10 +73,11 @@ def trial_table(trials: Sequence[SplitTrial], alpha: float, delta: float) -> Any
     splits = trials[0].splits if trials else 0
     return _table(
         f"calibrated on a random half (alpha {alpha:g}, delta {delta:g}), measured on the other, {splits} splits",
-        ("judge", "slice", "accepted", "95%", "kept, all splits", "kept when accepted", "error when kept"),
+        ("judge", "slice", "accepted", "95%", "kept, all splits", "kept when accepted", "error when kept",
+         f"error over {alpha:g}", "95% ", "on the other half"),
         [
             (t.judge, t.name, *_both(t.accepted), _number(t.coverage), _number(t.coverage_when_accepted),
-             _number(t.error))
+             _number(t.error), *_both(t.broken), _share(t.broken_other_half))
             for t in trials
         ],
     )  # fmt: skip
@@ -101,6 +104,58 @@ def calibration_lines(calibration: Calibration) -> list[str]:
                 f"{t.map.ece:.3f}, Brier {t.map.brier:.3f}"
             )
     return out
+
+
+def promise_lines(promises: Sequence[Promise]) -> list[str]:
+    """One line for each set of pairs on which a calibration's promise can't be true."""
+    return [
+        f"{p.judge}, {p.name}: the calibration promised an error of at most {p.alpha:g} among kept pairs; it "
+        f"{_found(p)}, which excludes it. These pairs are not like those that it was made from: calibrate on labels of "
+        "pairs like these"
+        for p in promises
+        if p.broken
+    ]
+
+
+def mix_lines(promises: Sequence[Promise]) -> list[str]:
+    """The same of the labelled pairs that made the calibration: a promise about a mix doesn't hold on each part."""
+    return [
+        f"slice {p.name}: the error among kept pairs {_found(p)}, over alpha={p.alpha:g}; the promise is about all "
+        "slices together (--by gives each its own)"
+        for p in promises
+        if p.broken
+    ]
+
+
+def _found(p: Promise) -> str:
+    return f"is {_share(p.error)} of {p.kept} here (95 % {p.error.low:.3f}-{p.error.high:.3f})"
+
+
+def juror_lines(judge: str, fit: JurorFit, checks: Sequence[JurorCheck]) -> list[str]:
+    """A jury's weights, what stands behind them, and where the labels contradict them."""
+    of = "labels of" if fit.source == "labels" else "votes on"
+    how = f"from the {of} {fit.pairs} pairs" if fit.fitted else f"all the same, not fitted ({_why_not(fit)})"
+    out = [f"juror weights ({judge}): " + ", ".join(f"{j} {w:.2f}" for j, w in fit.weights.items()) + f"; {how}"]
+    if checks:
+        out.append("alone they are right on: " + ", ".join(f"{c.juror} {_share(c.right)}" for c in checks))
+        out.append("with the verdict agree: " + ", ".join(f"{c.juror} {_share(c.agreement)}" for c in checks))
+    for c in checks:
+        if c.contradicted:
+            out.append(
+                f"the labels contradict the weight {c.weight:.2f} of {c.juror}, which alone is right on "
+                f"{_share(c.right)} of {c.right.of} pairs (95 % {c.right.low:.2f}-{c.right.high:.2f}): without labels "
+                "the fit can believe the wrong camp; `rlaif judge calibrate` learns the weights from labels, "
+                "filters.aggregate: mean has none"
+            )
+    return out
+
+
+def _why_not(fit: JurorFit) -> str:
+    if fit.pairs < LEAST_FIT:
+        return f"{fit.pairs} pairs, fewer than {LEAST_FIT}"
+    if fit.source == "labels":
+        return "no juror is right more often than not"
+    return "no more jurors are believed than contrary" if fit.confusions else "fewer than three jurors"
 
 
 def _tokens(cost: Cost) -> int | None:

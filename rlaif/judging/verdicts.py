@@ -18,13 +18,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Literal
 
-from rlaif.records import Outcome, Record, Verdict, VoiceKey, Vote
+from rlaif.records import Outcome, Record, Side, Verdict, VoiceKey, Vote
 
 Method = Literal["mean", "majority", "dawid_skene"]
 
 _HARD = {"first": 1.0, "second": 0.0, "tie": 0.5}
 _EPSILON = 1e-9
 _LEAST_JURORS = 3
+LEAST_FIT = 20
+"""Pairs without which no weight of a juror is fitted: on a handful any two jurors may agree by chance."""
 _CLEAR = 0.05
 """Of Youden's J: nearer to 0 a juror is neither believed nor contrary."""
 
@@ -46,11 +48,13 @@ class Confusion(Record):
 
 
 class JurorFit(Record):
-    """Juror weights fitted by Dawid-Skene over all pairs of an iteration."""
+    """Juror weights: fitted by Dawid-Skene over all pairs of an iteration, or learned from labels."""
 
     fitted: bool
-    """False when there are too few jurors to tell who is right, or no more that are believed than contrary ones; all
-    weights are then 1."""
+    """False when there are too few pairs, too few jurors to tell who is right, or no more that are believed than
+    contrary ones; all weights are then 1."""
+    source: Literal["votes", "labels"] = "votes"
+    """What the weights were fitted to: the votes of the whole jury, or labelled pairs."""
     pairs: int
     weights: dict[str, float]
     """Juror → weight, 0 to 1."""
@@ -128,28 +132,61 @@ def flips(votes: Iterable[Vote]) -> bool:
 def fit_jurors(votes: Sequence[Vote]) -> JurorFit:
     """Weights of the jurors by Dawid-Skene (1979), fitted without labels over the votes on all pairs.
 
-    A juror is fitted in each order by itself, so that naming a slot shows as what it is: the same answer whatever is
-    true. Its weight is the mean of Youden's J over its orders, at least 0. So a juror that always names the slot
+    A juror is fitted in each order by itself, so that naming a slot shows as what it is: the same answer whatever
+    is true. Its weight is the mean of Youden's J over its orders, at least 0. So a juror that always names the slot
     shown first, or votes at random, loses its weight; one that is always contrary loses it too and is not turned
     round: a winner must have been named by a juror that is believed. With fewer than three jurors nothing tells who
-    is right, and all keep weight 1. The same when no more are clearly believed than are clearly contrary: the fit then
-    rests on one of two camps, and either could be the contrary one.
+    is right, and all keep weight 1, and so they do on fewer than LEAST_FIT pairs. The same when no more are clearly
+    believed than are clearly contrary: the fit then rests on one of two camps, and either could be the contrary
+    one.
     """
     jurors = sorted({v.ballot.judge for v in votes if not v.ballot.guard})
     named = [v for v in votes if not v.ballot.guard and v.outcome in ("first", "second")]
     pairs = len({v.ballot.pair_id for v in named})
-    if len({v.ballot.judge for v in named}) < _LEAST_JURORS:
+    if len({v.ballot.judge for v in named}) < _LEAST_JURORS or pairs < LEAST_FIT:
         return JurorFit(fitted=False, pairs=pairs, weights=dict.fromkeys(jurors, 1.0))
     confusions = _dawid_skene(named)
-    informedness: dict[str, list[float]] = defaultdict(list)
-    for c in confusions:
-        informedness[c.juror].append(c.informedness)
-    mean = {juror: sum(values) / len(values) for juror, values in informedness.items()}
+    mean = _informedness(confusions)
     believed, contrary = (sum(sign * j > _CLEAR for j in mean.values()) for sign in (1, -1))
     if believed <= contrary:
         return JurorFit(fitted=False, pairs=pairs, weights=dict.fromkeys(jurors, 1.0), confusions=tuple(confusions))
     weights = {juror: round(max(mean.get(juror, 0.0), 0.0), 6) for juror in jurors}
     return JurorFit(fitted=True, pairs=pairs, weights=weights, confusions=tuple(confusions))
+
+
+def learn_jurors(votes: Sequence[Vote], labels: Mapping[str, Side]) -> JurorFit:
+    """Weights of the jurors from labelled pairs: Youden's J as in `fit_jurors`, against the labels (pair id → side)
+    instead of what the jury makes likely. So who is right is not a question of who is more; two jurors are enough. None
+    is negative: what a contrary juror says turned round doesn't carry over to other pairs."""
+    jurors = sorted({v.ballot.judge for v in votes if not v.ballot.guard})
+    named = [v for v in votes if not v.ballot.guard and v.outcome in ("first", "second") and v.ballot.pair_id in labels]
+    pairs = len({v.ballot.pair_id for v in named})
+    equal = JurorFit(fitted=False, source="labels", pairs=pairs, weights=dict.fromkeys(jurors, 1.0))
+    if pairs < LEAST_FIT:
+        return equal
+    said: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
+    for v in named:
+        truth = (1.0, 0.0) if labels[v.ballot.pair_id] == "first" else (0.0, 1.0)
+        said[v.ballot.judge, v.ballot.order].append((*truth, float(v.outcome == "first")))
+    confusions = tuple(_confusion(juror, order, mine) for (juror, order), mine in sorted(said.items()))
+    mean = _informedness(confusions)
+    # A coin's luck would order the pairs that the others agree on.
+    weights = {juror: round(j, 6) if (j := mean.get(juror, 0.0)) > _CLEAR else 0.0 for juror in jurors}
+    if not any(weights.values()):  # nobody is right more often than not: the threshold has to say so
+        return equal.model_copy(update={"confusions": confusions})
+    return JurorFit(fitted=True, source="labels", pairs=pairs, weights=weights, confusions=confusions)
+
+
+def juror_verdicts(votes: Sequence[Vote]) -> dict[str, dict[str, Outcome]]:
+    """Juror → pair → the outcome of its own votes alone."""
+    of_juror: dict[str, list[Vote]] = defaultdict(list)
+    for vote in votes:
+        if not vote.ballot.guard:
+            of_juror[vote.ballot.judge].append(vote)
+    return {
+        juror: {pair: aggregate(cast).outcome for pair, cast in by_pair(mine).items()}
+        for juror, mine in of_juror.items()
+    }
 
 
 def jurors_for(method: Method, votes: Sequence[Vote], calibrated: JurorFit | None = None) -> JurorFit | None:
@@ -173,21 +210,37 @@ def _dawid_skene(named: Sequence[Vote]) -> list[Confusion]:
     for worker, rows in table.groupby("worker", sort=True).indices.items():
         says_first = (table["label"].to_numpy()[rows] == "first").astype(float)
         first, second = truth[rows, 0], truth[rows, 1]
-        # One imagined vote for each side under either truth: a few lucky votes don't make an oracle, and a
-        # juror never seen under one truth is not believed about it.
         order, _, juror = str(worker).partition(" ")
-        out.append(
-            Confusion.model_validate(
-                {
-                    "juror": juror,
-                    "order": order,
-                    "votes": len(rows),
-                    "first_given_first": (first @ says_first + 1) / (first.sum() + 2),
-                    "second_given_second": (second @ (1 - says_first) + 1) / (second.sum() + 2),
-                }
-            )
-        )
+        out.append(_confusion(juror, order, list(zip(first, second, says_first, strict=True))))
     return out
+
+
+def _confusion(juror: str, order: str, said: Sequence[tuple[float, float, float]]) -> Confusion:
+    """From (P(first is better), P(second is), 1 if it said first) for each vote.
+
+    One imagined vote for each side under either truth: a few lucky votes don't make an oracle, and a juror never seen
+    under one truth is not believed about it.
+    """
+    firsts, seconds = sum(first for first, _, _ in said), sum(second for _, second, _ in said)
+    right_first = sum(first * says for first, _, says in said)
+    right_second = sum(second * (1 - says) for _, second, says in said)
+    return Confusion.model_validate(
+        {
+            "juror": juror,
+            "order": order,
+            "votes": len(said),
+            "first_given_first": (right_first + 1) / (firsts + 2),
+            "second_given_second": (right_second + 1) / (seconds + 2),
+        }
+    )
+
+
+def _informedness(confusions: Sequence[Confusion]) -> dict[str, float]:
+    """Juror → mean of Youden's J over its orders."""
+    of: dict[str, list[float]] = defaultdict(list)
+    for c in confusions:
+        of[c.juror].append(c.informedness)
+    return {juror: sum(values) / len(values) for juror, values in of.items()}
 
 
 _Orders = dict[str, list[Vote]]

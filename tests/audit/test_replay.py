@@ -63,7 +63,7 @@ def jury(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     with FaultServer(say=mixed) as server:
         others = [{"model": m, "base_url": server.url, "api_key_env": None} for m in ("odd", "first", "vague")]
         filters = {"aggregate": "dawid_skene", "min_agreement": 0.7, "max_abstention_share": 0.4}
-        job = chat_job(server, {"jury": others, "concurrency": 4}, filters=filters)
+        job = chat_job(server, {"jury": others, "concurrency": 4}, filters=filters, prompts={"per_iteration": 20})
         run = with_header(root, job)
         chat_loop(root, job).run()
     return run

@@ -20,6 +20,7 @@ from rlaif.judging.calibration import (
     Threshold,
     calibrate_scores,
     expected_calibration_error,
+    first_pairs,
     learn_threshold,
     least_pairs,
     panels_of,
@@ -103,12 +104,13 @@ def test_a_judge_that_is_good_enough_is_accepted(n, at_least):
         assert np.mean([f.kept / n for f in found if f.accepted]) > 0.8
 
 
-def by_hand(scores, wrong, alpha, delta):
+def by_hand(scores, wrong, alpha, delta, start=0.3):
     """The definition, one threshold after another."""
     threshold = None
+    eligible = sum(s > -math.inf for s in scores)
     for t in sorted({s for s in scores if s > -math.inf}, reverse=True):
         kept = [w for s, w in zip(scores, wrong, strict=True) if s >= t]
-        if len(kept) < math.ceil(math.log(delta) / math.log(1 - alpha)):
+        if len(kept) < max(math.ceil(math.log(delta) / math.log(1 - alpha)), math.ceil(round(eligible * start, 9))):
             continue
         if binom.cdf(sum(kept), len(kept), alpha) > delta:
             break
@@ -146,9 +148,30 @@ def test_equal_scores_are_one_step():
 
 
 def test_the_first_failure_ends_the_sequence():
-    scores = [1.0] * 30 + [0.9] * 500
-    found = learn_threshold(scores, [True] * 10 + [False] * 520, 0.1, 0.1)
+    scores = [1.0] * 30 + [0.9] * 70
+    found = learn_threshold(scores, [True] * 10 + [False] * 90, 0.1, 0.1)
     assert (found.accepted, found.kept, found.errors) == (False, 30, 10)
+
+
+def test_a_few_unlucky_pairs_at_the_top_end_nothing():
+    """The sequence starts at three tenths of the pairs that can be kept, whatever their labels."""
+    assert [first_pairs(n, 0.1, 0.1) for n in (0, 73, 74, 300)] == [22, 22, 23, 90]
+    scores, wrong = list(np.arange(300)[::-1]), [n in (3, 8, 15) for n in range(300)]
+    found = learn_threshold(scores, wrong, 0.1, 0.1)
+    assert (found.accepted, found.kept) == (True, 300)
+    assert not learn_threshold(scores[:30], wrong[:30], 0.1, 0.1).accepted
+
+
+def test_a_later_start_keeps_more_of_a_score_with_many_levels():
+    rng = np.random.default_rng(0)
+    curve = (list(np.linspace(0.0, 0.16, 60)), [1 / 60] * 60)
+    drawn = [draw(curve, 200, rng) for _ in range(300)]
+    later = np.mean([f.kept * f.accepted for f in (learn_threshold(*d, 0.1, 0.1) for d in drawn)])
+    earlier = []
+    for scores, wrong in drawn:
+        t = by_hand(scores, wrong, 0.1, 0.1, start=0.0)
+        earlier.append(0 if t is None else (scores >= t).sum())
+    assert later > 1.1 * np.mean(earlier)
 
 
 def test_nonsense_is_refused():
