@@ -57,6 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.judging.labelled",
         "rlaif.judging.recorded",
         "rlaif.judging.report",
+        "rlaif.judging.tables",
         "rlaif.learning",
         "rlaif.learning.*",
         "rlaif.review.labels",

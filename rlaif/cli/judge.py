@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 _LEFT_OUT = {
     "tie": "labelled a tie",
-    "disputed": "on which annotators disagree (only unanimous pairs have a better side)",
+    "disputed": "on which annotators disagree (only unanimous pairs have a better side; --annotators majority takes "
+    "what more than half say)",
+    "disputed by half": "on which no more than half of the annotators say the same",
     "without a vote": "labelled pairs without a vote",
 }
 
@@ -52,9 +54,14 @@ Files = Annotated[
 ]
 Map = Annotated[
     str | None,
-    typer.Option("--map", metavar="KEY=COLUMN,...", help="Columns: id, prompt, first, second, label, slice; and what "
-                 "the label column calls the sides: first_is=0,second_is=1,tie_is=2."),
+    typer.Option("--map", metavar="KEY=COLUMN,...", help="Columns: id, prompt, first, second, label (several: a|b|c), "
+                 "slice, first_finish and second_finish (how the answers ended); a field inside a column has a path: "
+                 "label=results.0.winner. And what the label column calls the sides: first_is=0,second_is=1,tie_is=2, "
+                 "none_is=3 for no label."),
 ]  # fmt: skip
+AnnotatorsOption = Annotated[
+    str, typer.Option("--annotators", help="Where several people labelled a pair: `unanimous`, or `majority`.")
+]
 By = Annotated[
     str | None, typer.Option("--by", metavar="COLUMN", help="The column that names slices; `file`: each file is one.")
 ]
@@ -66,14 +73,21 @@ Where = Annotated[
     typer.Option("--where", metavar="COLUMN=VALUE", help="Only these rows; a column given twice allows both values."),
 ]
 Votes = Annotated[
+    list[Path] | None,
+    typer.Option("--votes", help="Recorded votes (CSV, JSON, JSONL, or a run's votes.jsonl) instead of a judge; may be "
+                 "given several times. Without an id they are read in row order."),
+]  # fmt: skip
+VotesReversed = Annotated[
     Path | None,
-    typer.Option("--votes", help="Recorded votes (CSV, JSON, JSONL, or a run's votes.jsonl) instead of a judge."),
-]
+    typer.Option("--votes-reversed", help="The same judge's votes with the answers shown the other way round, where "
+                 "they are a file of their own. Its cells name slots, unless --votes-map says reversed=COLUMN."),
+]  # fmt: skip
 VotesMap = Annotated[
     str | None,
     typer.Option("--votes-map", metavar="KEY=COLUMN,...", help="Columns of --votes: id, set, judge, voice, label, "
                  "sample, order, forward, reversed, reversed_slots (the second order, not mapped back); and "
-                 "what their cells call the sides: first_is=0,second_is=1,tie_is=2."),
+                 "what their cells call the sides: first_is=0,second_is=1,tie_is=2, none_is=3 for neither. A field "
+                 "inside a column has a path: forward=results.0.winner."),
 ]  # fmt: skip
 Jury = Annotated[bool, typer.Option("--jury", help="The judges of --votes vote together, instead of one by one.")]
 Alpha = Annotated[float, typer.Option(help="Largest error among kept pairs.")]
@@ -96,11 +110,14 @@ class _Votes:
     kind: str
     directory: Path
     recorded: Recorded | None = None
+    annotators: str = "unanimous"
 
     @property
     def left_out(self) -> dict[str, int]:
         """What of the files is not in the report."""
         out: dict[str, int] = {str(why): n for why, n in self.labelled.excluded.items()}
+        if self.annotators == "majority" and "disputed" in out:
+            out["disputed by half"] = out.pop("disputed")
         if self.recorded is not None:
             out["without a vote"] = self.recorded.unvoted
             out["votes on unknown pairs"] = self.recorded.strangers
@@ -177,8 +194,10 @@ def bench(
     split: SplitOption = None,
     map_: Map = None,
     by: By = None,
+    annotators: AnnotatorsOption = "unanimous",
     where: Where = None,
     votes: Votes = None,
+    votes_reversed: VotesReversed = None,
     votes_map: VotesMap = None,
     jury: Jury = False,
     job: JobOption = None,
@@ -204,7 +223,8 @@ def bench(
     _check_risk(alpha, delta)
     if picture is not None:
         report.check_picture(picture)
-    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory, filtered=True)
+    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory, True,
+                   votes_reversed, annotators)  # fmt: skip
     calibration = calibration_of(found.job)
     uncalibrated = _uncalibrated(found, calibration)
     results, trials, pairs, jurors, checks, promised = [], [], [], {}, [], []
@@ -226,7 +246,7 @@ def bench(
         typer.echo(
             json.dumps(
                 {
-                    "judge": found.job.judge.model_dump(mode="json") if votes is None else {"votes": str(votes)},
+                    "judge": found.job.judge.model_dump(mode="json") if not votes else {"votes": _named(votes)},
                     "filters": found.job.filters.model_dump(mode="json"),
                     "labelled_digest": found.labelled.digest,
                     "left_out": found.left_out,
@@ -250,7 +270,9 @@ def bench(
         )  # fmt: skip
         return
     console = stdout_console()
-    title = f"{votes or found.job.judge.model} on {', '.join(dict.fromkeys(r.file for r in found.rows))}"
+    title = (
+        f"{_named(votes) if votes else found.job.judge.model} on {', '.join(dict.fromkeys(r.file for r in found.rows))}"
+    )
     for table in report.tables(results, title):
         console.print(table)
     for line in [*found.lines(), *uncalibrated, *report.promise_lines(promised)]:
@@ -271,8 +293,10 @@ def calibrate(
     split: SplitOption = None,
     map_: Map = None,
     by: By = None,
+    annotators: AnnotatorsOption = "unanimous",
     where: Where = None,
     votes: Votes = None,
+    votes_reversed: VotesReversed = None,
     votes_map: VotesMap = None,
     jury: Jury = False,
     job: JobOption = None,
@@ -304,10 +328,13 @@ def calibrate(
         temporary.unlink()
     except OSError as e:
         raise UserError(f"--to {to}: can't write to the folder {to.parent} ({e.strerror}); name another place") from e
-    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory, filtered=False)
+    found = _votes(labelled, split, map_, by, where, votes, votes_map, jury, job, set_, directory, False,
+                   votes_reversed, annotators)  # fmt: skip
     if len(found.by_judge) > 1:
         names = ", ".join(found.by_judge)
-        raise UserError(f"{votes}: votes of several judges ({names}); choose one (--where judge=NAME), or add --jury")
+        raise UserError(
+            f"{_named(votes or [])}: votes of several judges ({names}); choose one (--where judge=NAME), or add --jury"
+        )
     ((_, mine),) = found.by_judge.items()
     judged, _ = found.judged(mine)
     calibration = judge_bench.calibrate(
@@ -346,35 +373,56 @@ def _votes(
     map_: str | None,
     by: str | None,
     where: list[str] | None,
-    votes: Path | None,
+    votes: list[Path] | None,
     votes_map: str | None,
     jury: bool,
     job: Path | None,
     set_: list[str] | None,
     directory: Path,
     filtered: bool,
+    votes_reversed: Path | None,
+    annotators: str,
 ) -> _Votes:
     """`filtered`: the job's calibration is to be used, not made."""
     from rlaif.judging import bench as judge_bench
     from rlaif.judging.labelled import parse_map, read_labelled
-    from rlaif.judging.recorded import narrow, parse_votes_map, parse_where, read_recorded
+    from rlaif.judging.recorded import join_recorded, narrow, parse_votes_map, parse_where, read_recorded
 
     if split not in (None, "dev", "test", "all"):
         raise UserError(f"--split {split}: expected dev, test or all")
+    if annotators not in ("unanimous", "majority"):
+        raise UserError(f"--annotators {annotators}: expected unanimous or majority")
+    if votes_reversed is not None and len(votes or ()) != 1:
+        raise UserError("--votes-reversed: give the first order's votes as --votes, one file")
     settings = job_of(job, set_)
-    found = read_labelled(_files(labelled), parse_map(map_), cast("Literal['dev', 'test', 'all'] | None", split), by)
     conditions = parse_where(where or [])
-    if votes is not None:
-        recorded = read_recorded(votes, found.rows, parse_votes_map(votes_map), conditions, found.keys)
+    found = read_labelled(
+        _files(labelled),
+        parse_map(map_),
+        cast("Literal['dev', 'test', 'all'] | None", split),
+        by,
+        cast("Literal['unanimous', 'majority']", annotators),
+        conditions,
+    )
+    if votes:
+        columns = parse_votes_map(votes_map)
+        recorded = join_recorded(
+            [
+                read_recorded(path, found.rows, columns, conditions, found.keys, found.counts, votes_reversed)
+                for path in votes
+            ],
+            found.rows,
+        )
         by_judge = judge_bench.by_judge(recorded.votes, jury)
-        return _Votes(settings, found, recorded.rows, by_judge, "recorded", directory, recorded)
+        return _Votes(settings, found, recorded.rows, by_judge, "recorded", directory, recorded, annotators)
     rows, _ = narrow(found.rows, conditions)
     ask, progress = open_asked(settings, rows, directory, calibration_of(settings) if filtered else None)
     with told_what_is_kept(settings):
         cast_now = judge_bench.cast_votes(
             rows, ask, loader(directory), settings.constitution, progress, settings.policy.system_prompt
         )
-    return _Votes(settings, found, rows, {settings.judge.model: cast_now}, settings.judge.kind, directory)
+    return _Votes(settings, found, rows, {settings.judge.model: cast_now}, settings.judge.kind, directory,
+                  annotators=annotators)  # fmt: skip
 
 
 def _of_earlier(found: _Votes, votes: list[Vote]) -> list[Promise]:
@@ -407,6 +455,10 @@ def _uncalibrated(found: _Votes, calibration: Calibration | None) -> list[str]:
     if len(unknown) == len(slices):
         raise UserError(f"filters.calibration: {what} {', '.join(unknown)}; name the slices' column with --by")
     return [f"all pairs of {', '.join(unknown)} are dropped (uncalibrated): {what} them"]
+
+
+def _named(votes: list[Path]) -> str:
+    return ", ".join(map(str, votes))
 
 
 def _files(labelled: list[Path] | None) -> list[Path]:

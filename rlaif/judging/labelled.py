@@ -1,28 +1,26 @@
 """Pairs whose better side is known, from other people's files as they are.
 
-In: JSON (a list of objects), JSONL or CSV files, and where the columns have unusual names a column map. Out: a
+In: JSON, JSONL or CSV files (`tables`), and where the columns have unusual names a column map. Out: a
 `LabelledSet`: the pairs with a label, and how many rows have none. A row labelled a tie, without a label, or on which
-its annotators disagree, has no better side: it is left out and counted. Answers may be message lists; what both share
-is the prompt.
+its annotators disagree, has no better side: it is left out and counted. Answers may be message lists, or transcripts
+in one string; what both share is the prompt.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import Field
 
 from rlaif.errors import UserError
 from rlaif.judging.sides import NAME_KEYS, Cell, Sides, count_cells
+from rlaif.judging.tables import Row, columns_of, file_names, read_table, with_paths
 from rlaif.records import FinishReason, Message, Outcome, Pair, Record, Side
 
 Split = Literal["dev", "test"]
@@ -58,8 +56,30 @@ _ONE_HOT: tuple[tuple[str, Outcome], ...] = (
 """Chatbot Arena: a column for each outcome, 1 in one of them."""
 FILE = "file"
 """As a column of slices: each file is one, whatever its columns."""
-_ANNOTATOR = re.compile(r"annotator_?\d+")
-_MAP_KEYS = (*_COLUMNS, "first", "second", *NAME_KEYS)
+_ANNOTATOR = re.compile(r"(annotator|rater|annotation|label|preference|winner)[_ ]?\d+", re.IGNORECASE)
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|User|Assistant|AI|System): ?")
+"""How hh-rlhf writes a chat in one string: `\\n\\nHuman: …\\n\\nAssistant: …`."""
+_ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "ai", "gpt", "bot", "model"), "assistant"),
+    "system": "system",
+}
+_ENDS: dict[str, FinishReason] = {
+    **dict.fromkeys(
+        ("stop", "ended", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "complete", "finished"),
+        "stop",
+    ),
+    **dict.fromkeys(
+        ("length", "cut_off", "max_tokens", "max_new_tokens", "max_length", "model_length", "truncated", "incomplete"),
+        "length",
+    ),
+}
+_FINISH = ("first_finish", "second_finish")
+_MAP_KEYS = (*_COLUMNS, "first", "second", *_FINISH, *NAME_KEYS)
+
+
+_OTHER_ENDS = ", ".join(name for name in _ENDS if name not in ("stop", "length"))
+Annotators = Literal["unanimous", "majority"]
 
 
 class Labelled(Record):
@@ -74,7 +94,7 @@ class Labelled(Record):
     answer_columns: tuple[str, str] | None = None
     """The columns that `first` and `second` are from: a vote may call the sides so."""
     file: str
-    """The file's name without its ending."""
+    """The file's name without its ending; with folders where another one is called the same."""
     slice: str
     prompt: str
     first: str
@@ -136,14 +156,8 @@ class LabelledSet(Record):
     """What else a reader should know of how the files were read, one line each."""
     keys: dict[str, frozenset[str]] = Field(default_factory=dict)
     """File → the keys of all its rows, those left out included: what a recorded vote may be about."""
-
-
-class _Row(NamedTuple):
-    where: str
-    """File and line, for errors."""
-    number: int
-    """From 0."""
-    values: Mapping[str, Any]
+    counts: dict[str, int] = Field(default_factory=dict)
+    """File → its rows, those left out included: what votes without an id must be as many as."""
 
 
 def parse_columns(text: str, option: str, allowed: Sequence[str]) -> dict[str, str]:
@@ -175,96 +189,21 @@ def file_digest(paths: Sequence[Path]) -> str:
     return h.hexdigest()[:16]
 
 
-def read_table(path: Path) -> list[_Row]:
-    """The rows of a JSON, JSONL, CSV or TSV file. Half a surrogate pair, which no other file can hold, is replaced.
-
-    Raises:
-        UserError: the file can't be read, or a row isn't one (with its line).
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: can't read the file ({e}); save it as UTF-8") from e
-    except OSError as e:
-        raise UserError(f"{path}: can't read the file ({e})") from e
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        return list(_csv_rows(path, text, "\t" if suffix == ".tsv" else ","))
-    if suffix == ".json":
-        try:
-            tree = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path}:{e.lineno}: not valid JSON ({e.msg})") from e
-        if not isinstance(tree, list):
-            raise UserError(f"{path}: expected a list of rows, found {type(tree).__name__}")
-        found = [(f"{path}: row {n}", value) for n, value in enumerate(tree)]
-    else:
-        found = list(_json_lines(path, text))
-    for where, value in found:
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: expected an object with named columns, found {type(value).__name__}")
-    escaped = "\\ud" in text.lower()
-    return [_Row(where, n, _whole(value) if escaped else value) for n, (where, value) in enumerate(found)]
-
-
-def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[_Row]:
-    csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 128 KiB
-    # Not splitlines(): it also breaks at characters that a cell may hold.
-    # Spaces after commas are dropped only where the first line has them: a cell may begin with one.
-    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
-    spaced = any(name.startswith(" ") for name in names)
-    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
-    head = [name for name in lines.fieldnames or () if name]  # pandas writes its index without a name
-    if len(head) == 1 and (";" in head[0] or "\t" in head[0]):
-        raise UserError(f"{path}:1: one column, `{head[0]}`; separate columns by commas, or by tabs in a .tsv file")
-    twice = [name for name, n in Counter(head).items() if n > 1]
-    if twice:
-        raise UserError(f"{path}:1: two columns are called `{twice[0]}`; rename one")
-    try:
-        for number, values in enumerate(lines):
-            where = f"{path}:{lines.line_num}"
-            values.pop("", None)
-            extra = values.pop(None, [])
-            if not any((cell or "").strip() for cell in (*values.values(), *extra)):
-                continue  # as spreadsheets end a table
-            if extra or None in values.values():
-                raise UserError(f"{where}: the row has another number of columns than the first line")
-            yield _Row(where, number, values)
-    except csv.Error as e:
-        raise UserError(f"{path}:{lines.line_num}: not valid CSV ({e})") from e
-
-
-def _whole(value: Any) -> Any:
-    """The value with U+FFFD for half surrogate pairs, in all its strings."""
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [_whole(v) for v in value]
-    if isinstance(value, dict):
-        return {_whole(k): _whole(v) for k, v in value.items()}
-    return value
-
-
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as e:
-                raise UserError(f"{path}:{number}: not valid JSON ({e.msg})") from e
-
-
 def read_labelled(
     paths: Sequence[Path],
     columns: Mapping[str, str] | None = None,
     split: Split | Literal["all"] | None = None,
     by: str | None = None,
+    annotators: Annotators = "unanimous",
+    also: Iterable[str] = (),
 ) -> LabelledSet:
     """The labelled pairs of some files, or those of one split.
 
-    `columns` maps id, prompt, first, second, label and slice to the files' own names; what it leaves out is found by
-    the usual names. `by` names the column of slices (`file`: each file is one). Without one, a file is a slice.
-    `split` None is `dev` for a file that has splits.
+    `columns` maps id, prompt, first, second, label, slice and how the answers ended to the files' own names, or paths
+    (`results.0.winner`); what it leaves out is found by the usual names. `by` names the column of slices (`file`: each
+    file is one). Without one, a file is a slice. `split` None is `dev` for a file that has splits. Where several people
+    labelled a pair, `annotators` says whether all who said something must say the same, or more than half. `also` are
+    paths that a condition is on.
 
     Raises:
         UserError: a file can't be read, a row doesn't fit (with its line), or nothing is left.
@@ -278,12 +217,16 @@ def read_labelled(
     keys: dict[str, frozenset[str]] = {}
     notes: list[str] = []
     where_of: dict[str, str] = {}
-    for path in paths:
+    counts: dict[str, int] = {}
+    for path, name in zip(paths, file_names(paths), strict=True):
         table = read_table(path)
         if not table:
             raise UserError(f"{path}: no labelled pairs")
-        reader = _Reader(path, table, chosen, several=len(paths) > 1)
-        keys[path.stem] = frozenset(map(reader.key, table))
+        labels = chosen.get("label", "").split("|")
+        named = [column for key, column in chosen.items() if key not in NAME_KEYS and key != "label"]
+        table = with_paths(table, [*named, *labels, *also])
+        reader = _Reader(path, name, table, chosen, annotators, also, several=len(paths) > 1)
+        keys[name], counts[name] = frozenset(map(reader.key, table)), len(table)
         for row in table:
             if not reader.split(row, split):
                 continue
@@ -304,19 +247,33 @@ def read_labelled(
         left_out = f" ({excluded.total()} rows are ties, disputed or unlabelled)" if excluded else ""
         raise UserError(f"{paths[0]}: no labelled pairs" + (f" of split {split}" if split else "") + left_out)
     return LabelledSet(rows=tuple(rows), excluded=dict(excluded), digest=file_digest(paths), labels=count_cells(cells),
-                       notes=tuple(notes), keys=keys)  # fmt: skip
+                       notes=tuple(notes), keys=keys, counts=counts)  # fmt: skip
 
 
 class _Reader:
     """How one file's columns are read: settled once, from its first row."""
 
-    def __init__(self, path: Path, table: Sequence[_Row], chosen: Mapping[str, str], several: bool):
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        table: Sequence[Row],
+        chosen: Mapping[str, str],
+        annotators: Annotators,
+        also: Iterable[str],
+        several: bool,
+    ):
+        self.path, self.name = path, name
         self.several = several
-        head = table[0].values
-        for key, column in chosen.items():
+        self.majority = annotators == "majority"
+        self.also = tuple(also)
+        head = columns_of(table)
+        labels = chosen.get("label", "").split("|") if chosen.get("label") not in head else [chosen["label"]]
+        for key, column in [*((k, c) for k, c in chosen.items() if k != "label"), *(("label", c) for c in labels if c)]:
             if key not in NAME_KEYS and column not in head and (key, column) != ("slice", FILE):
-                raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}")
+                inner = "; a field inside one has a path, for example label=results.0.winner"
+                nested = inner if any(isinstance(v, list | dict) for v in head.values()) else ""
+                raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}{nested}")
         self.columns = {key: chosen.get(key) or find_column(names, head) for key, names in _COLUMNS.items()}
         if "id" not in chosen and self.columns["id"] and self.columns["id"].lower() == _QUESTION:
             # A question that several rows are about is no pair's name.
@@ -328,18 +285,22 @@ class _Reader:
         first, second = next((both for both in found if all(both)), (None, None))
         self.first, self.second = chosen.get("first") or first, chosen.get("second") or second
         self.chosen_is_first = "label" not in chosen and (self.first, self.second) == ("chosen", "rejected")
-        annotators = [c for c in head if _ANNOTATOR.fullmatch(c)]
+        voters = labels if len(labels) > 1 else [c for c in head if _ANNOTATOR.fullmatch(c)]
         hot = [c for c, _ in _ONE_HOT[:2] if c in head]
         label = self.columns["label"]
-        self.annotators = [] if label else annotators
+        if len(labels) > 1:
+            label = self.columns["label"] = None
+        self.annotators = [] if label else voters
         self.one_hot = not label and len(hot) == 2
         self.notes: list[str] = []
-        if label and "label" not in chosen and not self.chosen_is_first and (annotators or len(hot) == 2):
-            others = ", ".join(annotators or hot)
+        if label and "label" not in chosen and not self.chosen_is_first and (voters or len(hot) == 2):
+            others = ", ".join(voters or hot)
             self.notes.append(
                 f"{path.name}: labels are from `{label}`, not from {others} (--map label=COLUMN names another column)"
             )
-        self.talks = self.first is not None and isinstance(head.get(self.first), list)
+        self.finish = self._finish_columns(chosen, head)
+        answers = [head.get(str(self.first)), head.get(str(self.second))]
+        self.talks = isinstance(answers[0], list) or all(_is_transcript(a) for a in answers)
         # PandaLM, Alpaca: the task is the instruction, and the text that it is about.
         self.about = "input" if self.columns["prompt"] == "instruction" and "input" in head else None
         missing = [
@@ -363,7 +324,7 @@ class _Reader:
         if not self.chosen_is_first and not self.one_hot:
             columns = self.annotators or [str(label)]
             self.sides = Sides.of(
-                (row.values.get(column) for row in table for column in columns),
+                (cell for row in table for column in columns for cell in _cells(row.values.get(column))),
                 chosen,
                 f"{path}: the labels in `{columns[0]}`",
                 "--map",
@@ -371,11 +332,11 @@ class _Reader:
                 answers=(str(self.first), str(self.second)),
             )
 
-    def key(self, row: _Row) -> str:
+    def key(self, row: Row) -> str:
         """What a table of votes calls the row."""
         return str(row.values.get(self.columns["id"])) if self.columns["id"] else str(row.number)
 
-    def split(self, row: _Row, wanted: Split | Literal["all"] | None) -> bool:
+    def split(self, row: Row, wanted: Split | Literal["all"] | None) -> bool:
         """The row is of the wanted split."""
         if not self.has_splits:
             if wanted in ("dev", "test"):
@@ -386,61 +347,67 @@ class _Reader:
             raise UserError(f"{row.where}: split: found {found!r}, expected dev or test")
         return wanted == "all" or found == (wanted or "dev")
 
-    def read(self, row: _Row) -> Labelled | Exclusion:
+    def read(self, row: Row) -> Labelled | Exclusion:
         """The pair, or why it has no better side."""
         label = self._label(row)
         if label in ("tie", "disputed", "unlabelled"):
             return label
         key = self._text(row, self.columns["id"]) if self.columns["id"] else str(row.number)
-        prompt, first, second = self._texts(row)
+        prompt, first, second, messages = self._texts(row)
         if self.about and not _is_blank(row.values.get(self.about)):
-            prompt = f"{prompt}\n\n{self._text(row, self.about)}"
+            prompt, messages = f"{prompt}\n\n{self._text(row, self.about)}", ()
         # A row without a category is of its file's slice.
         named = None if _is_blank(row.values.get(str(self.columns["slice"]))) else self.columns["slice"]
         used = {*self.columns.values(), self.first, self.second, self.about}
         others = {c: str(v) for c, v in row.values.items() if isinstance(v, str | int | float) and c not in used}
+        others |= {c: str(row.values[c]) for c in self.also if isinstance(row.values.get(c), str | int | float)}
         return Labelled(
-            id=f"{self.path.stem}/{key}" if self.several else key,
+            id=f"{self.name}/{key}" if self.several else key,
             key=key,
             id_column=self.columns["id"],
             answer_columns=(str(self.first), str(self.second)),
-            file=self.path.stem,
-            slice=self._text(row, named) if named else self.path.stem,
+            file=self.name,
+            slice=self._text(row, named) if named else self.name,
             prompt=prompt,
             first=first,
             second=second,
             label=label,
             constitution=others.get("constitution"),
             split=row.values["split"] if self.has_splits else None,
+            number=row.number,
+            messages=messages,
+            first_finish=self._end(row, self.finish[0]),
+            second_finish=self._end(row, self.finish[1]),
             columns={
                 **others,
                 **{c: str(row.values[c]) for c in (named, self.columns["id"]) if c is not None},
             },
         )
 
-    def _label(self, row: _Row) -> Outcome | Exclusion:
+    def _label(self, row: Row) -> Outcome | Exclusion:
         if self.chosen_is_first:
             return "first"
         if self.one_hot:
             return self._hot(row)
         names = self.annotators or [str(self.columns["label"])]
-        found = {self._side(row, name) for name in names if not _is_blank(row.values.get(name))}
-        if not found:
+        cells = [(name, cell) for name in names for cell in _cells(row.values.get(name)) if not _is_blank(cell)]
+        said = [side for name, cell in cells if (side := self._side(row, name, cell)) != "abstain"]
+        if not said:
             return "unlabelled"
-        return found.pop() if len(found) == 1 else "disputed"
+        side, most = Counter(said).most_common(1)[0]
+        return side if most == len(said) or (self.majority and 2 * most > len(said)) else "disputed"
 
-    def _side(self, row: _Row, column: str) -> Outcome:
-        value = row.values.get(column)
+    def _side(self, row: Row, column: str, value: Any) -> Outcome:
         named = self.sides.outcome(value)
         if named is None:
             raise UserError(
                 f"{row.where}: {column}: found {value!r}, expected 1, 2 or 0 (a tie), or first, second or tie; "
-                "other names: --map first_is=NAME,second_is=NAME,tie_is=NAME"
+                "other names: --map first_is=NAME,second_is=NAME,tie_is=NAME, and none_is=NAME for no label"
             )
         self.cells.append((value, named))
         return named
 
-    def _hot(self, row: _Row) -> Outcome | Exclusion:
+    def _hot(self, row: Row) -> Outcome | Exclusion:
         if all(_is_blank(row.values.get(c)) for c, _ in _ONE_HOT):
             return "unlabelled"
         hot = [(c, side) for c, side in _ONE_HOT if str(row.values.get(c)).strip().lower() in ("1", "1.0", "true")]
@@ -449,11 +416,11 @@ class _Reader:
         self.cells.append(hot[0])
         return hot[0][1]
 
-    def _texts(self, row: _Row) -> tuple[str, str, str]:
-        """Prompt, first and second."""
+    def _texts(self, row: Row) -> tuple[str, str, str, tuple[Message, ...]]:
+        """Prompt, first and second, and where the prompt is a chat its messages."""
         given = self.columns["prompt"]
         if not self.talks:
-            return self._prompt(row), self._text(row, self.first), self._text(row, self.second)
+            return self._prompt(row), self._text(row, self.first), self._text(row, self.second), self._chat(row)
         first, second = self._talk(row, self.first), self._talk(row, self.second)
         n = 0
         while n < min(len(first), len(second)) - 1 and first[n] == second[n]:
@@ -461,21 +428,61 @@ class _Reader:
         if not n and not given:
             raise UserError(f"{row.where}: {self.first} and {self.second} share no first message to be the prompt")
         prompt = _transcript(first[:n], "user") if n else self._prompt(row)
-        return prompt, _transcript(first[n:], "assistant"), _transcript(second[n:], "assistant")
+        messages = _messages(first[:n]) if n else self._chat(row)
+        return prompt, _transcript(first[n:], "assistant"), _transcript(second[n:], "assistant"), messages
 
-    def _prompt(self, row: _Row) -> str:
+    def _chat(self, row: Row) -> tuple[Message, ...]:
+        column = self.columns["prompt"]
+        return _messages(self._talk(row, column)) if isinstance(row.values.get(str(column)), list) else ()
+
+    def _prompt(self, row: Row) -> str:
         column = self.columns["prompt"]
         if isinstance(row.values.get(str(column)), list):
             return _transcript(self._talk(row, column), "user")
         return self._text(row, column)
 
-    def _talk(self, row: _Row, column: str | None) -> list[tuple[str, str]]:
+    def _talk(self, row: Row, column: str | None) -> list[tuple[str, str]]:
         """(role, content) of a message list."""
         value = row.values.get(str(column))
+        if isinstance(value, str) and _is_transcript(value):
+            parts = _TURN.split(value)[1:]
+            return [
+                (_ROLES[role.lower()], content.strip()) for role, content in zip(parts[::2], parts[1::2], strict=True)
+            ]
         try:
-            return [(str(m["role"]), self._content(m["content"])) for m in value]  # type: ignore[union-attr]
+            return [
+                (_role(m["from"]), self._content(m["value"]))  # as ShareGPT has it
+                if "from" in m
+                else (_role(m["role"]), self._content(m["content"]))
+                for m in value  # type: ignore[union-attr]
+            ]
         except (TypeError, KeyError) as e:
             raise UserError(f"{row.where}: {column}: expected messages with role and content") from e
+
+    def _finish_columns(self, chosen: Mapping[str, str], head: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        """The columns that say how the answers ended: those named, or those that go by the answers' names."""
+        if given := [key for key in _FINISH if key in chosen]:
+            if len(given) < len(_FINISH):
+                raise UserError(f"--map {given[0]}={chosen[given[0]]}: say it of both answers ({', '.join(_FINISH)})")
+            return chosen[_FINISH[0]], chosen[_FINISH[1]]
+        names = (str(self.first), str(self.second))
+        tails = [re.split(r"[_ ]|(?<=[a-z])(?=\d)", name)[-1] for name in names]
+        for form in ("{0}_finish_reason", "{0}_finish", "finish_reason_{0}", "finish_{0}", "finish_reason_{1}",
+                     "finish_reason{1}", "finish_{1}"):  # fmt: skip
+            both = [find_column((form.format(n, t).lower(),), head) for n, t in zip(names, tails, strict=True)]
+            if all(both):
+                return both[0], both[1]
+        return None, None
+
+    def _end(self, row: Row, column: str | None) -> FinishReason | None:
+        """How an answer ended, as its column says."""
+        value = None if column is None else row.values.get(column)
+        if _is_blank(value):
+            return None
+        end = _ENDS.get(str(value).strip().lower().replace("-", "_"))
+        if end is None:
+            raise UserError(f"{row.where}: {column}: found {value!r}, expected stop or length (or {_OTHER_ENDS})")
+        return end
 
     @staticmethod
     def _content(content: Any) -> str:
@@ -483,11 +490,37 @@ class _Reader:
             raise TypeError(type(content))
         return content
 
-    def _text(self, row: _Row, column: str | None) -> str:
+    def _text(self, row: Row, column: str | None) -> str:
         value = row.values.get(str(column))
         if not isinstance(value, str | int | float):
             raise UserError(f"{row.where}: {column}: expected text, found {type(value).__name__}")
         return str(value)
+
+
+def _cells(value: Any) -> list[Any]:
+    """The labels in a cell: one, or a list of them."""
+    return value if isinstance(value, list) else [value]
+
+
+def _is_transcript(value: Any) -> bool:
+    """A chat in one string: a question, and after it an answer."""
+    if not isinstance(value, str):
+        return False
+    roles = [_ROLES[role.lower()] for role in _TURN.split(value)[1::2]]
+    return roles[:1] in (["user"], ["system"]) and "assistant" in roles and _TURN.match(value) is not None
+
+
+def _role(said: Any) -> str:
+    """A role by its usual name, or as it is called."""
+    return _ROLES.get(str(said).lower(), str(said))
+
+
+def _messages(talk: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
+    """A prompt as messages, as a run shows them; none where it doesn't end with the user's, or has other roles."""
+    roles = [_ROLES.get(role) for role, _ in talk]
+    if not talk or None in roles or roles[-1] != "user":
+        return ()
+    return tuple(Message(role=r, content=content) for r, (_, content) in zip(roles, talk, strict=True) if r is not None)
 
 
 def _is_blank(cell: Any) -> bool:

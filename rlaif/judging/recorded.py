@@ -4,23 +4,26 @@ In: a CSV, JSON or JSONL table with one row a pair and judge (or a run's votes.j
 is about. Out: votes on those pairs, how their cells were read, and what was left out. A cell that names no side is an
 abstention (`unparsed`), never a tie; a column in which none does is refused. In a table the row says which pair it is
 about by an id or index, and a second order may be mapped back already (`winner_ba_mapped`) or still name slots
-(`winner_ba`). Samples of one question are told apart by a column that numbers them.
+(`winner_ba`). Samples of one question are told apart by a column that numbers them. Votes without an id are read in row
+order, where they are as many as the labelled rows; the second order may be a file of its own.
 """
 
 from __future__ import annotations
 
 import gc
+import io
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
 from rlaif.errors import UserError
-from rlaif.judging.labelled import ID_COLUMNS, ROW_NUMBERS, Labelled, find_column, parse_columns, read_table
+from rlaif.judging.labelled import ID_COLUMNS, ROW_NUMBERS, Labelled, find_column, parse_columns
 from rlaif.judging.sides import NAME_KEYS, Cell, Sides, count_cells
+from rlaif.judging.tables import Row, columns_of, read_table, read_text, with_paths
 from rlaif.records import Ballot, Outcome, Usage, Vote
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
@@ -42,6 +45,9 @@ _ORDERS: dict[str, _Order] = {
     **dict.fromkeys(("reversed", "ba", "swapped", "1", "true"), "reversed"),
 }
 _PAIR = "pair_id"
+_ROW = " row"
+"""The column of row numbers that votes without an id are given; no file's own."""
+_BARE = "winner"
 _MANY = 0.1
 """A larger share of votes on unknown pairs is a reason to look for a better column."""
 _MIRROR: dict[Outcome, Outcome] = {"first": "second", "second": "first", "tie": "tie", "abstain": "abstain"}
@@ -107,10 +113,13 @@ def read_recorded(
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, set[str]] | None = None,
     keys: Mapping[str, Collection[str]] | None = None,
+    counts: Mapping[str, int] | None = None,
+    second: Path | None = None,
 ) -> Recorded:
     """The labelled rows that the file has votes on (and that fit `where`), and those votes.
 
-    `keys` are those of all the labelled files' rows (`LabelledSet.keys`), by default those of `rows`.
+    `keys` are those of all the labelled files' rows (`LabelledSet.keys`), by default those of `rows`; `counts` how many
+    these are, for votes without an id. `second` is a table of the same judges' votes in the other order.
 
     Raises:
         UserError: the file can't be read, its rows aren't about these pairs, its labels are others, its cells don't
@@ -119,6 +128,8 @@ def read_recorded(
     cells: tuple[Cell, ...] = ()
     notes: tuple[str, ...] = ()
     if _is_log(path):
+        if second is not None:
+            raise UserError(f"--votes-reversed {second}: {path} is a run's log, which has both orders; leave it out")
         left, rest = narrow(rows, where or {}, ("judge", "voice"))
         logged = read_votes_log(path)
         votes = [v for v in logged if all(getattr(v.ballot, c) in values for c, values in rest.items())]
@@ -127,14 +138,20 @@ def read_recorded(
         strangers = sum(v.ballot.pair_id not in known for v in votes)
         there = {c: sorted({str(getattr(v.ballot, c)) for v in logged}) for c in rest}
     else:
-        table = read_table(path)
-        if not table:
-            raise UserError(f"{path}: no recorded votes")
-        left, rest = narrow(rows, where or {}, tuple(table[0].values))
-        reader = _Table(path, table, left, columns or {}, rest, rows, keys)
-        votes = list(reader.votes())
-        cells, strangers, notes = count_cells(reader.cells), reader.strangers, reader.notes()
-        there = {c: sorted({str(row.values.get(c)) for row in table}) for c in rest}
+        votes, read, strangers, there, left = [], [], 0, {}, list(rows)
+        for file in (path, second):
+            if file is None:
+                continue
+            table = _read(file, columns or {}, where or {})
+            left, rest = narrow(rows, where or {}, tuple(columns_of(table)))
+            order: _Order | None = None if second is None else "forward" if file is path else "reversed"
+            reader = _Table(file, table, left, columns or {}, rest, rows, keys, counts or {}, order, path)
+            votes += list(reader.votes())
+            read += reader.cells
+            strangers += reader.strangers
+            notes += reader.notes()
+            there |= {c: sorted({str(row.values.get(c)) for row in table}) for c in rest}
+        cells = count_cells(read)
     by_id: dict[str, list[Vote]] = {r.id: [] for r in left}
     for vote in votes:
         if vote.ballot.pair_id in by_id:
@@ -149,6 +166,47 @@ def read_recorded(
             "(--votes-map id=COLUMN)"
         )
     return Recorded(voted, [v for r in voted for v in by_id[r.id]], cells, len(left) - len(voted), strangers, notes)
+
+
+def join_recorded(found: Sequence[Recorded], labelled: Sequence[Labelled]) -> Recorded:
+    """The votes of several files as those of one.
+
+    Raises:
+        UserError: two files have a vote of one judge on one question.
+    """
+    if len(found) == 1:
+        return found[0]
+    votes = [v for one in found for v in one.votes]
+    if twice := [id for id, n in Counter(v.ballot.id for v in votes).items() if n > 1]:
+        raise UserError(
+            f"--votes: two files have a vote on one question ({twice[0]}); leave one out, or give that of the other "
+            "order as --votes-reversed"
+        )
+    voted = {r.id for one in found for r in one.rows}
+    rows = [r for r in labelled if r.id in voted]
+    of_pair: dict[str, list[Vote]] = {r.id: [] for r in rows}
+    for vote in votes:
+        of_pair[vote.ballot.pair_id].append(vote)
+    cells: Counter[tuple[str, Outcome]] = Counter()
+    for cell in (c for one in found for c in one.cells):
+        cells[cell.value, cell.outcome] += cell.count
+    most = max(one.unvoted + len(one.rows) for one in found)
+    return Recorded(
+        rows,
+        [v for r in rows for v in of_pair[r.id]],
+        tuple(Cell(value=v, outcome=o, count=n) for (v, o), n in cells.most_common()),
+        max(most - len(rows), 0),
+        sum(one.strangers for one in found),
+        tuple(dict.fromkeys(note for one in found for note in one.notes)),
+    )
+
+
+def _read(path: Path, columns: Mapping[str, str], where: Mapping[str, set[str]]) -> list[Row]:
+    """The rows of a table of votes, with a column for each path that is asked for."""
+    table = read_table(path, bare=_BARE)
+    if not table:
+        raise UserError(f"{path}: no recorded votes")
+    return with_paths(table, [*(c for key, c in columns.items() if key not in NAME_KEYS), *where])
 
 
 def _condition(column: str, where: Mapping[str, set[str]] | None) -> str:
@@ -168,7 +226,7 @@ def read_votes_log(path: Path) -> list[Vote]:
     out = []
     number = 0
     try:
-        with path.open(encoding="utf-8") as lines, _without_collector():
+        with _lines(path) as lines, _without_collector():
             for line in lines:
                 number += 1
                 if line.strip():
@@ -184,13 +242,18 @@ def read_votes_log(path: Path) -> list[Vote]:
 
 def _is_log(path: Path) -> bool:
     """The file is JSONL whose rows hold a ballot."""
-    if path.suffix.lower() != ".jsonl":
+    if not path.name.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz")):
         return False
     try:
-        with path.open(encoding="utf-8") as lines:
+        with _lines(path) as lines:
             return '"ballot"' in next((line for line in lines if line.strip()), "")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: can't read the votes ({e})") from e
+
+
+def _lines(path: Path) -> IO[str]:
+    """The lines of a log, which may be long: only a packed one is held at once."""
+    return path.open(encoding="utf-8") if path.suffix.lower() == ".jsonl" else io.StringIO(read_text(path))
 
 
 @contextmanager
@@ -217,12 +280,29 @@ class _Table:
         where: Mapping[str, set[str]],
         all_rows: Sequence[Labelled],
         keys: Mapping[str, Collection[str]] | None,
+        counts: Mapping[str, int],
+        order: _Order | None = None,
+        called: Path | None = None,
     ):
-        self.path = path
-        self.head = head = table[0].values
+        """`order` is that of all of the table's votes, where it has a file of its own; a judge without a name is called
+        by the file `called`."""
+        self.path, self.called, self.order = path, called or path, order
+        self.head = head = columns_of(table)
+        if order is not None:
+            if "order" in chosen:
+                raise UserError("--votes-reversed: each file is of one order then; leave order out of --votes-map")
+            other = "reversed" in chosen or "reversed_slots" in chosen
+            if order == "forward":
+                chosen = {k: c for k, c in chosen.items() if k not in ("reversed", "reversed_slots")}
+            elif other:
+                chosen = {k: c for k, c in chosen.items() if k != "forward"}
         for key, column in chosen.items():
             if key not in NAME_KEYS and column not in head:
-                raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}")
+                inner = any(isinstance(v, list | dict) for v in head.values())
+                raise UserError(
+                    f"{path}: no column `{column}`; it has {', '.join(head)}"
+                    + (f"; a field inside one has a path, for example {key}=results.0.winner" if inner else "")
+                )
         self.of = of = {key: chosen.get(key) or find_column(names, head) for key, names in _COLUMNS.items()}
         of["id"] = chosen.get("id") or _id_column(head, all_rows)
         if "reversed_slots" in chosen and "reversed" not in chosen:
@@ -230,31 +310,40 @@ class _Table:
         if not any(of[k] for k in _WINNERS):
             results = [c for c in head if c.endswith("_result")]
             of["forward"] = results[0] if len(results) == 1 else None
-        if of["id"] is None or not any(of[k] for k in _WINNERS):
-            what = "id" if of["id"] is None else "forward"
+        if not any(of[k] for k in _WINNERS):
             raise UserError(
-                f"{path}: which column is the {what}? It has {', '.join(head)}; say --votes-map {what}=COLUMN"
+                f"{path}: which column is the forward? It has {', '.join(head)}; say --votes-map forward=COLUMN"
             )
+        if order is not None:
+            self._of_one_order(chosen)
         self.rows = [r for r in table if all(str(r.values.get(c)) in allowed for c, allowed in where.items())]
         files = {r.file for r in rows}
         self.by_set = of["set"] is not None and any(str(row.values.get(of["set"])) in files for row in table)
-        self.pair_of = {(r.file if self.by_set else None, r.key): r for r in rows}
+        self.in_row_order = of["id"] is None
+        if self.in_row_order:
+            self._number_rows(all_rows, counts)
+        self.pair_of = {
+            (r.file if self.by_set else None, str(r.number) if self.in_row_order else r.key): r for r in rows
+        }
         if len(self.pair_of) < len(rows):
             raise UserError(
                 f"{path}: several labelled files have a row `{rows[0].key}`; the votes need a column that names the "
                 "file (--votes-map set=COLUMN)"
             )
-        all_keys = keys or _keys(all_rows)
+        all_keys = {f: set(map(str, range(n))) for f, n in counts.items()} if self.in_row_order else keys
+        all_keys = all_keys or _keys(all_rows)
         self.known = {(f if self.by_set else None, k) for f, some in all_keys.items() for k in some}
         # Where both files have an id and a pair_id, and one joins them, the other must agree.
         twins = find_column((_PAIR,), head), find_column((_PAIR,), rows[0].columns)
-        self.twins = (str(twins[0]), str(twins[1])) if all(twins) and "id" not in chosen else None
+        joined = "id" in chosen or self.in_row_order
+        self.twins = (str(twins[0]), str(twins[1])) if all(twins) and not joined else None
         if "sample" not in chosen and not self._numbers_votes(of["sample"]):
             of["sample"] = None
         self.samples = _numbers(row.values.get(of["sample"]) for row in self.rows) if of["sample"] else {}
-        if "id" not in chosen:
-            self._refuse_worse_ids()
-        self._refuse_other_ids(all_rows, {k for _, k in self.known}, "id" in chosen, keys is not None)
+        if not self.in_row_order:
+            if "id" not in chosen:
+                self._refuse_worse_ids()
+            self._refuse_other_ids(all_rows, {k for _, k in self.known}, "id" in chosen, keys is not None)
         # The columns that hold winners, in the order in which their votes are given.
         named = {r.answer_columns for r in all_rows}
         self.answers = named.pop() if len(named) == 1 else None
@@ -279,6 +368,7 @@ class _Table:
         of = self.of
         seen: dict[str, str] = {}
         per_column: dict[str, Counter[str | None]] = {}
+        strays: dict[str, tuple[str, Any]] = {}
         for row in self.rows:
             values = row.values
             key = self._file(row), str(_cell(row, of["id"]))
@@ -287,6 +377,7 @@ class _Table:
                 self.strangers += key not in self.known
                 continue
             self._refuse_other_twin(row, pair)
+            self._refuse_other_answers(row, pair)
             label = self.label_sides.outcome(values.get(str(of["label"]))) if of["label"] else None
             if label not in (pair.label, None):
                 raise UserError(
@@ -294,7 +385,7 @@ class _Table:
                     "among the labelled pairs: they are about different pairs; narrow with --where, or give the file "
                     "that fits"
                 )
-            judge = str(_cell(row, of["judge"])) if of["judge"] else self.path.stem
+            judge = str(_cell(row, of["judge"])) if of["judge"] else self.called.stem
             voice = str(_cell(row, of["voice"])) if of["voice"] else "recorded"
             sample = self.samples[_sample(_cell(row, of["sample"]))] if of["sample"] else 0
             for order, column, slots in _columns(row, of):
@@ -313,10 +404,18 @@ class _Table:
                 self.cells.append((cell, meant))
                 if order == "reversed":
                     self.second = column, slots
+                if self.sides.is_stray(cell):
+                    strays.setdefault(column, (row.where, cell))
                 said = None if cell is None or not str(cell).strip() else str(cell).strip()
                 per_column.setdefault(column, Counter())["a side" if outcome in ("first", "second") else said] += 1
                 yield _vote(id, pair.id, judge, voice, order, sample, cell, meant)
         for column, said_in in per_column.items():
+            if "a side" in said_in and column in strays:
+                where, cell = strays[column]
+                raise UserError(
+                    f"{where}: {column}: found {cell!r}, which is neither side ({self._names()}); say what it is: "
+                    f"--votes-map tie_is={cell}, or none_is={cell} where it names no side"
+                )
             if "a side" not in said_in and (set(said_in) != {None} or len(per_column) == 1):
                 found = _listed([repr(word) for word, _ in said_in.most_common(3)])
                 raise UserError(
@@ -328,8 +427,76 @@ class _Table:
         """The labelled file that the row is about, where the rows say so."""
         return str(_cell(row, self.of["set"])) if self.by_set else None
 
+    def _names(self) -> str:
+        """What the table's cells call the sides."""
+        read = {str(cell).strip(): meant for cell, meant in self.cells if meant in ("first", "second")}
+        return _listed(sorted(read))
+
+    def _of_one_order(self, chosen: Mapping[str, str]) -> None:
+        """All votes are of one order: those of the second name slots, unless the column says otherwise."""
+        of = self.of
+        of["order"] = None
+        if self.order == "forward":
+            of["forward"] = of["forward"] or of["reversed_slots"] or of["reversed"]
+            of["reversed"] = of["reversed_slots"] = None
+            return
+        if "reversed" not in chosen and "reversed_slots" not in chosen:
+            column = str(of["reversed_slots"] or of["reversed"] or of["forward"])
+            mapped = column.endswith("_mapped")
+            of["reversed"], of["reversed_slots"] = (column, None) if mapped else (None, column)
+        of["forward"] = None
+
+    def _number_rows(self, labelled: Sequence[Labelled], counts: Mapping[str, int]) -> None:
+        """Gives votes without an id the number of their row, where there is one for each labelled row."""
+        same = [c for c in (self.of[key] for key in ("set", "judge", "voice", "order", "sample")) if c]
+        numbered: Counter[tuple[str, ...]] = Counter()
+        rows = []
+        for row in self.rows:
+            asked = tuple(str(row.values.get(c)) for c in same)
+            rows.append(row._replace(values={**row.values, _ROW: numbered[asked]}))
+            numbered[asked] += 1
+
+        def expected(asked: tuple[str, ...]) -> int | None:
+            if self.by_set:
+                return counts.get(asked[0])
+            return next(iter(counts.values())) if len(counts) == 1 else None
+
+        fits = all(n == expected(asked) for asked, n in numbered.items() if not self.by_set or asked[0] in counts)
+        if not fits or any(r.number is None for r in labelled):
+            found = ", ".join(map(str, sorted(set(numbered.values())))) or "none"
+            there = ", ".join(f"{f} {n}" for f, n in counts.items()) or "unknown"
+            raise UserError(
+                f"{self.path}: which column is the id? It has {', '.join(self.head)}; say --votes-map id=COLUMN. "
+                "Without one, votes are read in row order, and must be as many as the labelled rows: "
+                f"{found} here, {there} there"
+            )
+        self.rows, self.of["id"] = rows, _ROW
+
+    def _refuse_other_answers(self, row: Row, pair: Labelled) -> None:
+        """Votes without an id that repeat the answers must be on these, the same way round."""
+        if not self.in_row_order or pair.answer_columns is None:
+            return
+        a, b = (row.values.get(c) for c in pair.answer_columns)
+        if not isinstance(a, str) or not isinstance(b, str) or (a, b) == (pair.first, pair.second):
+            return
+        if (b, a) == (pair.first, pair.second):
+            if self.order == "reversed":
+                return
+            raise UserError(
+                f"{row.where}: the answers are the other way round than on the labelled pair; give the votes of the "
+                "other order as --votes-reversed FILE"
+            )
+        raise UserError(
+            f"{row.where}: the answers are others than those of labelled row {pair.number}: the votes have no id, and "
+            "are not in the labelled file's order; give both files an id (--votes-map id=COLUMN)"
+        )
+
     def notes(self) -> tuple[str, ...]:
-        """How the second order was read, after the votes: whether cells name sides or slots can't be seen."""
+        """How the votes were read, after them: whether cells of the second order name sides or slots can't be seen."""
+        in_order = (f"{self.path.name}: votes without an id, read in row order",) if self.in_row_order else ()
+        return (*in_order, *self._order_notes())
+
+    def _order_notes(self) -> tuple[str, ...]:
         column, slots = self.second or ("", False)
         if slots:
             return (f"second order read as naming slots, and turned round; --votes-map reversed={column} if not",)

@@ -7,6 +7,7 @@ which a cell may repeat. Out: `Sides`, which says a cell's outcome. Numbers that
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 from rlaif.errors import UserError
 from rlaif.records import Outcome, Record
 
-NAME_KEYS: dict[str, Outcome] = {"first_is": "first", "second_is": "second", "tie_is": "tie"}
-"""Keys of a column map that say what a column calls the sides."""
+NAME_KEYS: dict[str, Outcome] = {"first_is": "first", "second_is": "second", "tie_is": "tie", "none_is": "abstain"}
+"""Keys of a column map that say what a column calls the sides, a tie, and naming no side; several words by `|`."""
 _FIRST = ("1", "first", "a", "[[a]]", "a>b", "a>>b", "model_a", "model_1", "output_1", "response1", "response_1",
           "output_a", "output (a)")  # fmt: skip
 _SECOND = ("2", "second", "b", "[[b]]", "b>a", "b>>a", "model_b", "model_2", "output_2", "response2", "response_2",
@@ -28,6 +29,11 @@ _NAMES: dict[str, Outcome] = {
     **dict.fromkeys(_TIE, "tie"),
 }
 _LISTED = 5
+_CODE = re.compile(
+    r"-?\d+(\.\d+)?|\[{0,2}[a-z]\]{0,2}|[a-z][<>=]{1,2}[a-z]|"
+    r"(model|output|response|answer|candidate|option|assistant)[ _-]?\(?[a-z0-9]\)?"
+)
+"""A cell of the form in which columns name sides."""
 
 
 class Cell(Record):
@@ -48,6 +54,11 @@ class Sides(NamedTuple):
         """None for a cell that means nothing."""
         return None if cell is None else self.names.get(_said(cell))
 
+    def is_stray(self, cell: Any) -> bool:
+        """The cell has the form of a name, of no side that is known: reading it as nothing would be a guess."""
+        said = "" if cell is None else _said(cell)
+        return said not in self.names and _CODE.fullmatch(said) is not None
+
     @classmethod
     def of(
         cls,
@@ -66,8 +77,10 @@ class Sides(NamedTuple):
         Raises:
             UserError: one side is named without the other, or numbers that need names have none.
         """
-        given = {_said(named[key]): outcome for key, outcome in NAME_KEYS.items() if key in named}
-        if ("first_is" in named) != ("second_is" in named) or len(given) < sum(key in named for key in NAME_KEYS):
+        words = [(_said(word), outcome) for key, outcome in NAME_KEYS.items() if key in named
+                 for word in named[key].split("|")]  # fmt: skip
+        given = dict(words)
+        if ("first_is" in named) != ("second_is" in named) or len(given) < len(words):
             raise UserError(f"{option}: name both sides, each by its own word: first_is=NAME,second_is=NAME")
         if "first_is" in named:
             return cls({**dict.fromkeys(_TIE, "tie"), **given})
@@ -76,11 +89,7 @@ class Sides(NamedTuple):
         known = known or (zero_is_tie and "2" in numbers and "-1" not in numbers)
         if not known:
             listed = " and ".join(sorted(numbers, key=int))
-            first, second, tie = _suggested(numbers)
-            raise UserError(
-                f"{where} are {listed}; say which is which, for example {option} first_is={first},second_is={second}"
-                + (f",tie_is={tie}" if tie else "")
-            )
+            raise UserError(f"{where} are {listed}; say which is which, for example {option} {_suggested(numbers)}")
         columns: dict[str, Outcome] = {_said(answers[0]): "first", _said(answers[1]): "second"} if answers else {}
         return cls({**_NAMES, **columns, **given})
 
@@ -109,7 +118,9 @@ def _said(cell: Any) -> str:
     return str(cell).strip().lower().removesuffix(".0")
 
 
-def _suggested(numbers: set[str]) -> tuple[str, str, str | None]:
+def _suggested(numbers: set[str]) -> str:
+    if {"-1", "1", "2"} <= numbers:
+        return "first_is=1,second_is=2,none_is=-1" + (",tie_is=0" if "0" in numbers else "")
     if "-1" in numbers:
-        return "1", "-1", "0" if "0" in numbers else None
-    return "0", "1", "2" if "2" in numbers else None
+        return "first_is=1,second_is=-1" + (",tie_is=0" if "0" in numbers else "")
+    return "first_is=0,second_is=1" + (",tie_is=2" if "2" in numbers else "")

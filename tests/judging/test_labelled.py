@@ -125,7 +125,7 @@ def test_bad_rows_are_named(tmp_path, second, message):
     [
         ("no.jsonl", None, "can't read the file"),
         ("e.jsonl", "", "no labelled pairs"),
-        ("e.json", "{}", "expected a list of rows, found dict"),
+        ("e.json", "{}", "expected a list of rows, .* found an object with nothing in it"),
         ("e.json", "[\n{", "e.json:2: not valid JSON"),
         ("e.csv", "prompt,first,second,label\na,b,c\n", "e.csv:2: the row has another number of columns"),
         ("e.csv", "prompt,first,second\na,b,c\n", "which column is the label.*say --map label=COLUMN"),
@@ -386,3 +386,117 @@ def test_a_label_column_wins_over_annotators_and_says_so(tmp_path, more, said):
     assert [r.label for r in found.rows] == ["first"]
     assert found.notes == (f"p.json: labels are from `label`, {said} (--map label=COLUMN names another column)",)
     assert not read_labelled([path], parse_map("label=label")).notes
+
+
+def labelled_by(tmp_path, *rows, **more):
+    rows = [{"prompt": "q", "first": "a", "second": "b", **r} for r in rows]
+    return read_labelled([write(tmp_path / "p.json", *rows)], **more)
+
+
+def by_three(*cells):
+    return [{f"annotator{n}": c for n, c in enumerate(row, 1)} for row in cells]
+
+
+SAID = by_three((1, 1, 1), (1, 1, 2), (2, 2, 0), (1, 2, 0), (0, 0, 1), (2, None, None), (1, 2, None))
+
+
+def test_the_majority_of_annotators(tmp_path):
+    found = labelled_by(tmp_path, *SAID, annotators="majority")
+    assert [(r.key, r.label) for r in found.rows] == [("0", "first"), ("1", "first"), ("2", "second"), ("5", "second")]
+    assert found.excluded == {"disputed": 2, "tie": 1}
+    found = labelled_by(tmp_path, *SAID)
+    assert [r.key for r in found.rows] == ["0", "5"]
+    assert found.excluded == {"disputed": 5}
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ([{"votes": [1, 1, 2]}, {"votes": [2, 2, 2]}], "label=votes"),
+        ([{"a1": 1, "b1": 1, "c1": 2}, {"a1": 2, "b1": 2, "c1": 2}], "label=a1|b1|c1"),
+        ([{"notes": [{"by": x, "label": v} for x, v in zip("abc", vs, strict=True)]} for vs in ((1, 1, 2), (2, 2, 2))],
+         "label=notes.*.label"),
+        ([{"rater_1": "A", "rater_2": "A", "rater_3": "B"}, {"rater_1": "B", "rater_2": "B", "rater_3": "B"}], ""),
+    ],
+)  # fmt: skip
+def test_several_labels_in_other_forms(tmp_path, rows, columns):
+    found = labelled_by(tmp_path, *rows, columns=parse_map(columns or None), annotators="majority")
+    assert [r.label for r in found.rows] == ["first", "second"]
+    found = labelled_by(tmp_path, *rows, columns=parse_map(columns or None))
+    assert [r.label for r in found.rows] == ["second"]
+
+
+def test_what_names_no_label_is_said_once(tmp_path):
+    rows = [{"label": v} for v in (1, 2, 3, 1)]
+    with pytest.raises(UserError, match=r"p.json: row 2: label: found 3, .*none_is=NAME for no label"):
+        labelled_by(tmp_path, *rows)
+    assert labelled_by(tmp_path, *rows, columns={"none_is": "3"}).excluded == {"unlabelled": 1}
+    assert labelled_by(tmp_path, *rows, columns={"tie_is": "3"}).excluded == {"tie": 1}
+    assert labelled_by(tmp_path, *rows, columns={"none_is": "3|4"}).excluded == {"unlabelled": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("first_finish_reason", "second_finish_reason"), ""),
+        (("first_finish", "second_finish"), ""),
+        (("finish_reason_first", "finish_reason_second"), ""),
+        (("how.a", "how.b"), "first_finish=how.a,second_finish=how.b"),
+    ],
+)
+def test_how_the_answers_ended(tmp_path, names, columns):
+    ends = [("stop", "length"), ("STOP", "MAX_TOKENS"), ("end_turn", "max_tokens"), (None, "")]
+    rows = [{"label": 1, **dict(zip(names, pair, strict=True))} for pair in ends]
+    found = labelled_by(tmp_path, *rows, columns=parse_map(columns or None))
+    assert [(r.first_finish, r.second_finish) for r in found.rows] == [("stop", "length")] * 3 + [(None, None)]
+    assert found.rows[0].ends == {"0-first": "stop", "0-second": "length"}
+    with pytest.raises(UserError, match=r"row 0: .*: found 'perhaps', expected stop or length"):
+        labelled_by(tmp_path, {"label": 1, **dict.fromkeys(names, "perhaps")}, columns=parse_map(columns or None))
+    with pytest.raises(UserError, match="say it of both answers"):
+        labelled_by(tmp_path, {"label": 1, "x": "stop"}, columns={"first_finish": "x"})
+
+
+@pytest.mark.parametrize("a", ["output", "response", "answer"])
+@pytest.mark.parametrize(("one", "two"), [("_1", "_2"), ("_a", "_b")])
+def test_ends_go_by_the_answers_names(tmp_path, a, one, two):
+    row = {"prompt": "q", "label": 1, f"{a}{one}": "x", f"{a}{two}": "y",
+           f"finish_reason{one}": "stop", f"finish_reason{two}": "length"}  # fmt: skip
+    (found,) = read_labelled([write(tmp_path / "p.json", row)]).rows
+    assert (found.first_finish, found.second_finish) == ("stop", "length")
+
+
+HH = "\n\nHuman: What is bread?\n\nAssistant: Food.\n\nHuman: Of what?\n\nAssistant:"
+
+
+def test_a_transcript_in_one_string(tmp_path):
+    rows = [{"chosen": f"{HH} Flour.\n\nAnd water.", "rejected": f"{HH} Stones."},
+            {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant:"}]  # fmt: skip
+    first, second = read_labelled([write(tmp_path / "hh.jsonl", *rows)]).rows
+    assert (first.first, first.second, first.label) == ("Flour.\n\nAnd water.", "Stones.", "first")
+    assert first.prompt == "User: What is bread?\n\nAssistant: Food.\n\nUser: Of what?"
+    assert [(m.role, m.content) for m in first.messages] == [
+        ("user", "What is bread?"), ("assistant", "Food."), ("user", "Of what?")
+    ]  # fmt: skip
+    assert (second.prompt, second.first, second.second) == ("Hi", "Hello.", "")
+    # What begins like one and isn't, is text.
+    plain = {"prompt": "q", "chosen": "Human: a word", "rejected": "b"}
+    assert read_labelled([write(tmp_path / "p.json", plain)]).rows[0].first == "Human: a word"
+
+
+def test_a_prompt_that_is_a_chat_stays_one(tmp_path):
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    (found,) = labelled_by(tmp_path, {"prompt": chat, "label": 1}).rows
+    assert [m.role for m in found.messages] == ["system", "user"]
+    talk = [{"from": "human", "value": "Hi"}]
+    rows = {"chosen": [*talk, {"from": "gpt", "value": "Yes"}], "rejected": [*talk, {"from": "gpt", "value": "No"}]}
+    (found,) = read_labelled([write(tmp_path / "s.json", rows)]).rows
+    assert (found.prompt, found.first, [m.role for m in found.messages]) == ("Hi", "Yes", ["user"])
+    (found,) = labelled_by(tmp_path, {"label": 1}).rows
+    assert found.messages == ()
+
+
+@needs_data
+def test_the_majority_of_pandalms_annotators():
+    """999 rows: 794 unanimous pairs with a better side, and those on which two of three agree."""
+    found = read_labelled([DATA / "pandalm" / "data__testset-v1.json"], annotators="majority")
+    assert (len(found.rows), found.excluded) == (894, {"tie": 105})

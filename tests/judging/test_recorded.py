@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from rlaif.errors import UserError
 from rlaif.judging.labelled import Labelled, read_labelled
-from rlaif.judging.recorded import parse_votes_map, parse_where, read_recorded, read_votes_log
+from rlaif.judging.recorded import join_recorded, parse_votes_map, parse_where, read_recorded, read_votes_log
 from rlaif.judging.sides import cell_lines
 from tests.judging.vote_makers import make_vote
 
@@ -132,7 +133,8 @@ def test_where_narrows_votes_and_pairs(tmp_path):
         (["row,winner_ab", "7,1"], [], "no vote is on a labelled pair"),
         (["row,winner_ab", "0,1"], ["judge=J"], "--where judge=...: no such column; there is row, winner_ab"),
         (["row,winner_ab", "0,1"], ["judge"], "--where judge: expected COLUMN=VALUE"),
-        (["a,b", "0,1"], [], "which column is the id.*--votes-map id=COLUMN"),
+        (["a,b", "0,1"], [], "which column is the forward.*--votes-map forward=COLUMN"),
+        (["a,winner", "0,1"], [], "which column is the id.*--votes-map id=COLUMN"),
         (["id,b", "0,1"], [], "which column is the forward"),
         (["row,order,winner", "0,up,1"], [], "order: found 'up', expected forward or reversed"),
         (["row,winner"], [], "no recorded votes"),
@@ -414,3 +416,167 @@ def test_a_vote_may_name_the_answers_column(tmp_path):
     path = table(tmp_path, *({"id": n, "label": ("left", "right")[w - 1], "winner": ("Left", "Right")[v - 1]}
                              for n, (v, w) in enumerate(zip(VOTED, TRUTH, strict=True))))  # fmt: skip
     assert right(read_recorded(path, found.rows, keys=found.keys)) == (9, 12)
+
+
+@pytest.mark.parametrize(
+    ("stray", "known"),
+    [(3, "1, 2"), ("-1.5", "1, 2"), ("D", "1, 2"), ("[[D]]", "1, 2"), ("model_c", "1, 2"), ("Output (d)", "1, 2")],
+)
+def test_a_code_that_is_neither_side_is_no_abstention(tmp_path, stray, known):
+    words = [*VOTED[:5], stray, *VOTED[6:]]
+    path = table(tmp_path, *({"id": n, "winner": w} for n, w in enumerate(words)))
+    with pytest.raises(UserError, match=r"t.jsonl:6: winner: found .*, which is neither side \(1, 2\); .*tie_is=") as e:
+        read_recorded(path, MORE)
+    assert "\n" not in str(e.value)
+    for key, outcome in (("tie_is", "tie"), ("none_is", "abstain")):  # as it says
+        found = read_recorded(path, MORE, parse_votes_map(f"{key}={stray}"))
+        assert [v.outcome for v in found.votes][5] == outcome
+        assert sum(c.count for c in found.cells if c.outcome == outcome) == 1
+
+
+def test_a_failure_written_as_a_number_is_named(tmp_path):
+    path = table(tmp_path, *({"id": n, "winner": w} for n, w in enumerate([*VOTED[:11], -1])))
+    with pytest.raises(UserError, match=r"are -1 and 1 and 2; .*--votes-map first_is=1,second_is=2,none_is=-1"):
+        read_recorded(path, MORE)
+    found = read_recorded(path, MORE, parse_votes_map("first_is=1,second_is=2,none_is=-1"))
+    assert [v.outcome for v in found.votes][11] == "abstain"
+    many = table(tmp_path, *({"id": n, "winner": w} for n, w in enumerate([*VOTED[:9], 3, 4, "5"])))
+    assert right(read_recorded(many, MORE, parse_votes_map("none_is=3|4|5")))[1] == 12
+
+
+def as_labelled(tmp_path, **more):
+    rows = [{"prompt": f"q{n}", "first": f"x{n}", "second": f"y{n}", "label": w, **more} for n, w in enumerate(TRUTH)]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    return read_labelled([tmp_path / "p.json"])
+
+
+def read(path, found, columns="", **more):
+    return read_recorded(
+        path, found.rows, parse_votes_map(columns or None), keys=found.keys, counts=found.counts, **more
+    )
+
+
+def test_votes_without_an_id_are_read_in_row_order(tmp_path):
+    labelled_ = as_labelled(tmp_path)
+    found = read(table(tmp_path, *({"winner": v} for v in VOTED)), labelled_)
+    assert right(found) == (9, 12)
+    assert found.notes == ("t.jsonl: votes without an id, read in row order",)
+    (tmp_path / "bare.json").write_text(json.dumps([["A", "B"][v - 1] for v in VOTED]))
+    assert right(read(tmp_path / "bare.json", labelled_)) == (9, 12)
+    (tmp_path / "bare.jsonl").write_text("".join(f"{v}\n" for v in VOTED))
+    assert right(read(tmp_path / "bare.jsonl", labelled_)) == (9, 12)
+    two = [{"judge": j, "winner": v if j == "K" else t} for j in "JK" for v, t in zip(VOTED, TRUTH, strict=True)]
+    assert right(read(table(tmp_path, *two), labelled_)) == (21, 24)
+    orders = [{"order": o, "winner": v} for v in VOTED for o in ("ab", "ba")]
+    assert right(read(table(tmp_path, *orders), labelled_)) == (18, 24)
+    with pytest.raises(UserError, match=r"which column is the id.* must be as many as the labelled .*: 11 here, p 12 "):
+        read(table(tmp_path, *({"winner": v} for v in VOTED[:11])), labelled_)
+
+
+def test_row_order_counts_rows_that_were_left_out(tmp_path):
+    rows = [{"prompt": "q", "first": "x", "second": "y", "label": w} for w in (1, "tie", 2)]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    found = read(table(tmp_path, *({"winner": v} for v in (1, 1, 2))), read_labelled([tmp_path / "p.json"]))
+    assert right(found) == (2, 2)
+    assert found.strangers == 0
+
+
+def test_votes_in_row_order_that_repeat_the_answers_must_be_on_these(tmp_path):
+    labelled_ = as_labelled(tmp_path)
+
+    def votes(*answers):
+        return table(
+            tmp_path, *({"first": a, "second": b, "winner": v} for (a, b), v in zip(answers, VOTED, strict=True))
+        )
+
+    same = [(f"x{n}", f"y{n}") for n in range(12)]
+    assert right(read(votes(*same), labelled_)) == (9, 12)
+    with pytest.raises(UserError, match=r"t.jsonl:1: the answers are others than those of labelled row 0"):
+        read(votes(*same[1:], same[0]), labelled_)
+    turned = votes(*((b, a) for a, b in same))
+    with pytest.raises(UserError, match=r"the other way round .*--votes-reversed FILE"):
+        read(turned, labelled_)
+    (tmp_path / "forward.json").write_text(json.dumps([{"winner": v} for v in VOTED]))
+    found = read(tmp_path / "forward.json", labelled_, second=turned)  # as it says
+    assert len(found.votes) == 24
+
+
+@pytest.mark.parametrize("with_id", [True, False])
+@pytest.mark.parametrize(
+    ("name", "slots", "columns"),
+    [
+        ("winner", True, ""),
+        ("winner", False, "reversed=winner"),
+        ("winner", True, "reversed_slots=winner"),
+        ("winner_ba", True, ""),
+        ("winner_ba_mapped", False, ""),
+        ("says", True, "forward=says"),
+        ("says", False, "forward=winner,reversed=says"),
+    ],
+)
+def test_each_order_in_a_file_of_its_own(tmp_path, with_id, name, slots, columns):
+    labelled_ = as_labelled(tmp_path)
+    ahead = "says" if columns == "forward=says" else "winner"
+
+    def rows(column, cells):
+        return [{column: c} | ({"row": n} if with_id else {}) for n, c in enumerate(cells)]
+
+    (tmp_path / "one.json").write_text(json.dumps(rows(ahead, VOTED)))
+    (tmp_path / "two.json").write_text(json.dumps(rows(name, [3 - t if slots else t for t in TRUTH])))
+    found = read(tmp_path / "one.json", labelled_, columns, second=tmp_path / "two.json")
+    assert right(found) == (21, 24)
+    assert {(v.ballot.judge, v.ballot.order) for v in found.votes} == {("one", "forward"), ("one", "reversed")}
+    if slots:
+        assert any("naming slots, and turned round; --votes-map reversed=" in n for n in found.notes)
+
+
+def test_a_file_of_one_order_has_no_column_of_orders(tmp_path):
+    labelled_ = as_labelled(tmp_path)
+    path = table(tmp_path, *({"row": n, "order": "ab", "winner": v} for n, v in enumerate(VOTED)))
+    with pytest.raises(UserError, match="leave order out"):
+        read(path, labelled_, "order=order", second=path)
+
+
+def test_votes_of_several_files_are_those_of_several_judges(tmp_path):
+    labelled_ = as_labelled(tmp_path)
+    found = []
+    for name, cells in (("a", VOTED), ("b", TRUTH[:6])):
+        path = tmp_path / f"{name}.csv"
+        path.write_text("\n".join(["row,winner", *(f"{n},{c}" for n, c in enumerate(cells))]))
+        found.append(read(path, labelled_))
+    joined = join_recorded(found, labelled_.rows)
+    assert right(joined) == (15, 18)
+    assert {v.ballot.judge for v in joined.votes} == {"a", "b"}
+    assert joined.unvoted == 0
+    assert sum(c.count for c in joined.cells) == 18
+    with pytest.raises(UserError, match=r"two files have a vote on one question .*--votes-reversed"):
+        join_recorded([found[0], found[0]], labelled_.rows)
+
+
+def test_packed_votes_and_logs(tmp_path):
+    labelled_ = as_labelled(tmp_path)
+    text = "row,winner\n" + "".join(f"{n},{v}\n" for n, v in enumerate(VOTED))
+    (tmp_path / "v.csv.gz").write_bytes(gzip.compress(text.encode()))
+    assert right(read(tmp_path / "v.csv.gz", labelled_)) == (9, 12)
+    votes = [make_vote(o, n, 0.75, voice="v") for n, o in enumerate(("first", "second"))]
+    log = "".join(v.model_dump_json() + "\n" for v in votes)
+    (tmp_path / "votes.jsonl.gz").write_bytes(gzip.compress(log.encode()))
+    assert read_votes_log(tmp_path / "votes.jsonl.gz") == votes
+    assert read_recorded(tmp_path / "votes.jsonl.gz", [ROWS[0].model_copy(update={"id": "p"})]).votes == votes
+
+
+@needs_data
+@pytest.mark.parametrize(("set_", "raw", "judge"), [("natural", "Natural", "GPT-4"), ("natural", "Natural", "LLaMA2"),
+                                                    ("adv_neighbor", "Neighbor", "Falcon")])  # fmt: skip
+def test_raw_replies_with_nested_winners_and_no_id(set_, raw, judge):
+    """LLMBar's own files give the votes of the table that was made of them."""
+    labelled_ = read_labelled([DATA / "llmbar" / f"{set_}.json"])
+    columns = "forward=results.0.swap = False.winner,reversed=results.0.swap = True.winner"
+    found = read(DATA / "llmbar" / f"raw_{raw}_{judge}_CoT.json", labelled_, columns)
+    path = DATA / "llmbar" / "recorded_verdicts.csv"
+    tabulated = read(path, labelled_, where=parse_where([f"judge={judge}", "strategy=CoT"]))
+
+    def outcomes(votes):
+        return [(v.ballot.pair_id, v.ballot.order, v.outcome) for v in votes]
+
+    assert outcomes(found.votes) == outcomes(tabulated.votes)
