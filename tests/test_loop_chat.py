@@ -351,3 +351,29 @@ def test_best_worst_needs_a_judge_that_scores() -> None:
     with pytest.raises(UserError, match="best_worst"):
         stub_job(judge={"kind": "chat", "model": "m"}, pairing={"method": "best_worst"})
     assert stub_job(judge={"kind": "chat", "model": "m"}).pairing.method == "random"
+
+
+@pytest.mark.parametrize("uncalibrated", ["stop", "drop"])
+def test_answers_that_may_be_cut_off_must_have_been_calibrated(tmp_path: Path, uncalibrated: str) -> None:
+    """A likelihood judge takes a penalty from an answer that the length limit cut off; the loop can't wait for one."""
+    plain = stub_loop(tmp_path / "plain", stub_job())
+    plain.run()
+    votes = [v for k in plain.dir.iterations() for v in plain.dir.iteration(k).read("votes", Vote)]
+    stats = JudgedStats(pairs=9, kept=9, mean_agreement=1.0, agreement_sd=0.0, mean_words=3, answers=0, cut_off=0,
+                        one_cut_off=0)  # fmt: skip
+    filters = {"min_kept_pairs": 3, "calibration": "c.json", "uncalibrated": uncalibrated}
+    loop = stub_loop(tmp_path / "again", stub_job(filters=filters))
+    found = {"panels": panels_of(by_pair(votes)), "models": ("stub",), "judged": stats}
+    loop.calibration = calibration({"all": ACCEPTED}).model_copy(update=found)
+    if uncalibrated == "stop":
+        with pytest.raises(UserError, match=r"c.json: an answer that the length limit cut off .*missing_eos_penalty"):
+            loop.run()
+        assert not (loop.dir.iteration(0).path / "completions.jsonl").exists()
+        mixed = stats.model_copy(update={"answers": 18, "cut_off": 4, "one_cut_off": 4})
+        loop = stub_loop(tmp_path / "mixed", stub_job(filters=filters))
+        loop.calibration = calibration({"all": ACCEPTED}).model_copy(update=found | {"judged": mixed})
+        loop.run()
+    else:
+        loop.run()
+        (event,) = [e for e in loop.dir.events() if e.kind == "cut_off_uncalibrated"]
+        assert event.message.startswith("such pairs are dropped (uncalibrated): an answer that the length limit")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -69,7 +69,7 @@ def told_what_is_kept(job: Job) -> Iterator[None]:
 
 
 def open_asked(
-    job: Job, rows: Iterable[Labelled], directory: Path, calibration: Calibration | None = None
+    job: Job, rows: Sequence[Labelled], directory: Path, calibration: Calibration | None = None
 ) -> tuple[Ask, Callable[[int], None]]:
     """The job's judge, for these rows' constitutions, and a counter of its votes on the terminal.
 
@@ -87,9 +87,9 @@ def open_asked(
     if calibration is not None:
         for (name, slice), row in some.items():
             if name is not None:
-                check_calibrated(
-                    opened.ballots([row.pair], texts[name]), calibration, job.filters, slice, Asked.by(job)
-                )
+                ballots = opened.ballots([row.pair], texts[name])
+                for ends in {(r.first_finish, r.second_finish) for r in rows}:
+                    check_calibrated(ballots, calibration, job.filters, slice, Asked.by(job, ends))
     count = 0
 
     def progress(new: int) -> None:
