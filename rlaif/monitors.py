@@ -103,11 +103,10 @@ def juror_agreement(votes: list[Vote], decisions: list[Decision]) -> dict[str, f
     """Juror → share of the pairs on which its own votes name the verdict's side, of those on which both name one; empty
     for a single judge."""
     verdicts = {d.pair_id: d.verdict.outcome for d in decisions if d.verdict.outcome in ("first", "second")}
-    of_juror = juror_verdicts(votes)
-    if len(of_juror) < 2:
+    if len({v.ballot.judge for v in votes if not v.ballot.guard}) < 2:
         return {}
     out = {}
-    for juror, outcomes in of_juror.items():
+    for juror, outcomes in juror_verdicts(votes).items():
         both = [o == verdicts[pair] for pair, o in outcomes.items() if o in ("first", "second") and pair in verdicts]
         out[juror] = _share(sum(both), len(both))
     return out

@@ -314,7 +314,7 @@ def calibrate(
     """
     from rlaif.judging import bench as judge_bench
     from rlaif.judging import report
-    from rlaif.judging.calibration import asked_as
+    from rlaif.judging.calibration import asked_as, cut_off_counts
 
     kind = _score_kind(score)
     _check_risk(alpha, delta)
@@ -353,7 +353,9 @@ def calibrate(
         facts=asked_as(found.job),
     )
     again = found.redecide(judged, calibration.jurors) if found.redecide and calibration.jurors else judged
-    said = report.mix_lines(judge_bench.promises("", again, calibration, lambda j: judge_bench.keeps(j, calibration)))
+    counts = cut_off_counts(found.job.judge) and not votes
+    said = report.ends_lines(calibration, counts)
+    said += report.mix_lines(judge_bench.promises("", again, calibration, lambda j: judge_bench.keeps(j, calibration)))
     if calibration.jurors:
         said += report.juror_lines("jury", calibration.jurors, judge_bench.check_jurors("", again, calibration.jurors))
     said += report.promise_lines(_of_earlier(found, mine))
@@ -408,7 +410,9 @@ def _votes(
         columns = parse_votes_map(votes_map)
         recorded = join_recorded(
             [
-                read_recorded(path, found.rows, columns, conditions, found.keys, found.counts, votes_reversed)
+                read_recorded(
+                    path, found.rows, columns, conditions, found.keys, found.counts, votes_reversed, len(votes) > 1
+                )
                 for path in votes
             ],
             found.rows,

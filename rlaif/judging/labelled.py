@@ -36,6 +36,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "input"),
     "label": ("label", "winner", "preference"),
     "slice": ("slice", "subset", "principle", "category"),
+    "system": ("system_prompt", "system_message"),
 }
 _ANSWERS = (
     ("first", "second"),
@@ -237,7 +238,7 @@ def read_labelled(
             if labelled.id in where_of:
                 raise UserError(
                     f"{row.where}: two rows have the id `{labelled.id}` (the first: {where_of[labelled.id]}); each "
-                    "needs its own (--map id=COLUMN)"
+                    "needs its own (--map id=COLUMN, or id= for row numbers)"
                 )
             where_of[labelled.id] = row.where
             rows.append(labelled)
@@ -267,18 +268,23 @@ class _Reader:
         self.several = several
         self.majority = annotators == "majority"
         self.also = tuple(also)
+        self.notes: list[str] = []
         head = columns_of(table)
         labels = chosen.get("label", "").split("|") if chosen.get("label") not in head else [chosen["label"]]
-        for key, column in [*((k, c) for k, c in chosen.items() if k != "label"), *(("label", c) for c in labels if c)]:
-            if key not in NAME_KEYS and column not in head and (key, column) != ("slice", FILE):
+        for key, column in [*((k, c) for k, c in chosen.items() if k != "label"), *(("label", c) for c in labels)]:
+            if column and key not in NAME_KEYS and column not in head and (key, column) != ("slice", FILE):
                 inner = "; a field inside one has a path, for example label=results.0.winner"
                 nested = inner if any(isinstance(v, list | dict) for v in head.values()) else ""
                 raise UserError(f"{path}: no column `{column}`; it has {', '.join(head)}{nested}")
-        self.columns = {key: chosen.get(key) or find_column(names, head) for key, names in _COLUMNS.items()}
+        self.columns = {
+            key: (chosen[key] or None) if key in chosen else find_column(names, head) for key, names in _COLUMNS.items()
+        }
         if "id" not in chosen and self.columns["id"] and self.columns["id"].lower() == _QUESTION:
             # A question that several rows are about is no pair's name.
             asked = [str(row.values.get(self.columns["id"])) for row in table]
             self.columns["id"] = self.columns["id"] if len(set(asked)) == len(asked) else None
+        if self.columns["system"] is None and "system" not in chosen and "system" in head:
+            self.notes.append(f"{path.name}: `system` is not shown to a judge (--map system=system shows it)")
         if self.columns["slice"] == FILE:
             self.columns["slice"] = None
         found = ((find_column((a,), head), find_column((b,), head)) for a, b in _ANSWERS)
@@ -292,7 +298,6 @@ class _Reader:
             label = self.columns["label"] = None
         self.annotators = [] if label else voters
         self.one_hot = not label and len(hot) == 2
-        self.notes: list[str] = []
         if label and "label" not in chosen and not self.chosen_is_first and (voters or len(hot) == 2):
             others = ", ".join(voters or hot)
             self.notes.append(
@@ -356,6 +361,10 @@ class _Reader:
         prompt, first, second, messages = self._texts(row)
         if self.about and not _is_blank(row.values.get(self.about)):
             prompt, messages = f"{prompt}\n\n{self._text(row, self.about)}", ()
+        system = self.columns["system"]
+        if system and not _is_blank(row.values.get(system)) and not (messages and messages[0].role == "system"):
+            own = Message(role="system", content=self._text(row, system))
+            messages = (own, *(messages or (Message(role="user", content=prompt),)))
         # A row without a category is of its file's slice.
         named = None if _is_blank(row.values.get(str(self.columns["slice"]))) else self.columns["slice"]
         used = {*self.columns.values(), self.first, self.second, self.about}
@@ -426,7 +435,10 @@ class _Reader:
         while n < min(len(first), len(second)) - 1 and first[n] == second[n]:
             n += 1
         if not n and not given:
-            raise UserError(f"{row.where}: {self.first} and {self.second} share no first message to be the prompt")
+            raise UserError(
+                f"{row.where}: {self.first} and {self.second} share no first message to be the prompt; --map "
+                "prompt=COLUMN names it"
+            )
         prompt = _transcript(first[:n], "user") if n else self._prompt(row)
         messages = _messages(first[:n]) if n else self._chat(row)
         return prompt, _transcript(first[n:], "assistant"), _transcript(second[n:], "assistant"), messages

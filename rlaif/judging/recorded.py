@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from rlaif.errors import UserError
 from rlaif.judging.labelled import ID_COLUMNS, ROW_NUMBERS, Labelled, find_column, parse_columns
 from rlaif.judging.sides import NAME_KEYS, Cell, Sides, count_cells
-from rlaif.judging.tables import Row, columns_of, read_table, read_text, with_paths
+from rlaif.judging.tables import Row, columns_of, file_names, read_table, read_text, with_paths
 from rlaif.records import Ballot, Outcome, Usage, Vote
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
@@ -45,6 +45,8 @@ _ORDERS: dict[str, _Order] = {
     **dict.fromkeys(("reversed", "ba", "swapped", "1", "true"), "reversed"),
 }
 _PAIR = "pair_id"
+_BALLOT = ("judge", "voice")
+"""What a condition may be on although no column is called so: what the report calls them."""
 _ROW = " row"
 """The column of row numbers that votes without an id are given; no file's own."""
 _BARE = "winner"
@@ -115,11 +117,13 @@ def read_recorded(
     keys: Mapping[str, Collection[str]] | None = None,
     counts: Mapping[str, int] | None = None,
     second: Path | None = None,
+    lenient: bool = False,
 ) -> Recorded:
     """The labelled rows that the file has votes on (and that fit `where`), and those votes.
 
     `keys` are those of all the labelled files' rows (`LabelledSet.keys`), by default those of `rows`; `counts` how many
     these are, for votes without an id. `second` is a table of the same judges' votes in the other order.
+    `lenient`: a condition that no vote fits leaves none, as it may be about another file.
 
     Raises:
         UserError: the file can't be read, its rows aren't about these pairs, its labels are others, its cells don't
@@ -143,14 +147,14 @@ def read_recorded(
             if file is None:
                 continue
             table = _read(file, columns or {}, where or {})
-            left, rest = narrow(rows, where or {}, tuple(columns_of(table)))
+            left, rest = narrow(rows, where or {}, (*columns_of(table), *_BALLOT))
             order: _Order | None = None if second is None else "forward" if file is path else "reversed"
             reader = _Table(file, table, left, columns or {}, rest, rows, keys, counts or {}, order, path)
             votes += list(reader.votes())
             read += reader.cells
             strangers += reader.strangers
             notes += reader.notes()
-            there |= {c: sorted({str(row.values.get(c)) for row in table}) for c in rest}
+            there |= {c: sorted(reader.there.get(c) or {str(row.values.get(c)) for row in table}) for c in rest}
         cells = count_cells(read)
     by_id: dict[str, list[Vote]] = {r.id: [] for r in left}
     for vote in votes:
@@ -160,6 +164,8 @@ def read_recorded(
     if not voted:
         for column, values in there.items():
             if not (where or {})[column] & set(values):
+                if lenient:
+                    return Recorded([], [], (), len(left), 0)
                 raise UserError(f"{path}: no row has --where {_condition(column, where)}; there is {_listed(values)}")
         raise UserError(
             f"{path}: no vote is on a labelled pair; a vote and its pair share an id or a row number "
@@ -177,6 +183,8 @@ def join_recorded(found: Sequence[Recorded], labelled: Sequence[Labelled]) -> Re
     if len(found) == 1:
         return found[0]
     votes = [v for one in found for v in one.votes]
+    if not votes:
+        raise UserError("--where: no row of any --votes file fits; leave a condition out")
     if twice := [id for id, n in Counter(v.ballot.id for v in votes).items() if n > 1]:
         raise UserError(
             f"--votes: two files have a vote on one question ({twice[0]}); leave one out, or give that of the other "
@@ -297,14 +305,17 @@ class _Table:
             elif other:
                 chosen = {k: c for k, c in chosen.items() if k != "forward"}
         for key, column in chosen.items():
-            if key not in NAME_KEYS and column not in head:
+            if column and key not in NAME_KEYS and column not in head:
                 inner = any(isinstance(v, list | dict) for v in head.values())
                 raise UserError(
                     f"{path}: no column `{column}`; it has {', '.join(head)}"
                     + (f"; a field inside one has a path, for example {key}=results.0.winner" if inner else "")
                 )
-        self.of = of = {key: chosen.get(key) or find_column(names, head) for key, names in _COLUMNS.items()}
-        of["id"] = chosen.get("id") or _id_column(head, all_rows)
+        self.of = of = {
+            key: (chosen[key] or None) if key in chosen else find_column(names, head) for key, names in _COLUMNS.items()
+        }
+        if "id" not in chosen:
+            of["id"] = _id_column(head, all_rows)
         if "reversed_slots" in chosen and "reversed" not in chosen:
             of["reversed"] = None
         if not any(of[k] for k in _WINNERS):
@@ -316,9 +327,18 @@ class _Table:
             )
         if order is not None:
             self._of_one_order(chosen)
-        self.rows = [r for r in table if all(str(r.values.get(c)) in allowed for c, allowed in where.items())]
+        self.allowed = {c: values for c, values in where.items() if c in _BALLOT and c not in head}
+        mine = {c: values for c, values in where.items() if c not in self.allowed}
+        self.there: dict[str, set[str]] = {c: set() for c in self.allowed}
+        self.rows = [r for r in table if all(str(r.values.get(c)) in allowed for c, allowed in mine.items())]
         files = {r.file for r in rows}
-        self.by_set = of["set"] is not None and any(str(row.values.get(of["set"])) in files for row in table)
+        self.set_names = _set_names((row.values.get(of["set"]) for row in table), files) if of["set"] else {}
+        self.by_set = any(name in files for name in self.set_names.values())
+        if chosen.get("set") and not self.by_set:
+            raise UserError(
+                f"{path}: no cell of `{of['set']}` is a labelled file's name ({_listed(sorted(files))}); found "
+                f"{_listed(sorted(self.set_names))}"
+            )
         self.in_row_order = of["id"] is None
         if self.in_row_order:
             self._number_rows(all_rows, counts)
@@ -385,8 +405,13 @@ class _Table:
                     "among the labelled pairs: they are about different pairs; narrow with --where, or give the file "
                     "that fits"
                 )
-            judge = str(_cell(row, of["judge"])) if of["judge"] else self.called.stem
+            judge = str(_cell(row, of["judge"])) if of["judge"] else file_names([self.called])[0]
             voice = str(_cell(row, of["voice"])) if of["voice"] else "recorded"
+            who = {"judge": judge, "voice": voice}
+            for c in self.there:
+                self.there[c].add(who[c])
+            if any(who[c] not in values for c, values in self.allowed.items()):
+                continue
             sample = self.samples[_sample(_cell(row, of["sample"]))] if of["sample"] else 0
             for order, column, slots in _columns(row, of):
                 cell = _cell(row, column)
@@ -425,7 +450,7 @@ class _Table:
 
     def _file(self, row: Any) -> str | None:
         """The labelled file that the row is about, where the rows say so."""
-        return str(_cell(row, self.of["set"])) if self.by_set else None
+        return self.set_names[str(_cell(row, self.of["set"]))] if self.by_set else None
 
     def _names(self) -> str:
         """What the table's cells call the sides."""
@@ -458,10 +483,14 @@ class _Table:
 
         def expected(asked: tuple[str, ...]) -> int | None:
             if self.by_set:
-                return counts.get(asked[0])
+                return counts.get(self.set_names[asked[0]])
             return next(iter(counts.values())) if len(counts) == 1 else None
 
-        fits = all(n == expected(asked) for asked, n in numbered.items() if not self.by_set or asked[0] in counts)
+        fits = all(
+            n == expected(asked)
+            for asked, n in numbered.items()
+            if not self.by_set or self.set_names[asked[0]] in counts
+        )
         if not fits or any(r.number is None for r in labelled):
             found = ", ".join(map(str, sorted(set(numbered.values())))) or "none"
             there = ", ".join(f"{f} {n}" for f, n in counts.items()) or "unknown"
@@ -568,7 +597,7 @@ class _Table:
         files = {r.file for r in rows}
         for row in self.rows:
             id = str(_cell(row, column))
-            if (self.by_set and str(_cell(row, self.of["set"])) not in files) or id in keys:
+            if (self.by_set and self._file(row) not in files) or id in keys:
                 continue
             if numbers:
                 raise UserError(
@@ -591,6 +620,15 @@ def _id_column(head: Mapping[str, Any], rows: Sequence[Labelled]) -> str | None:
     own = {r.id_column.lower() for r in rows if r.id_column}
     names = [*(own if len(own) == 1 else ()), *ID_COLUMNS]
     return find_column(names if find_column((_PAIR,), rows[0].columns) else [_PAIR, *names], head)
+
+
+def _set_names(cells: Iterable[Any], files: Collection[str]) -> dict[str, str]:
+    """What names a labelled file → that file's name: a cell may have its ending."""
+    out = {}
+    for said in {str(cell) for cell in cells}:
+        short = file_names([Path(said)])[0] if said else said
+        out[said] = said if said in files or short not in files else short
+    return out
 
 
 def _sample(cell: Any) -> str:
@@ -627,7 +665,7 @@ def _columns(row: Any, of: Mapping[str, str | None]) -> Iterator[tuple[_Order, s
         if order is None:
             raise UserError(
                 f"{row.where}: {of['order']}: found {said!r}, expected forward or reversed (or ab and ba, original and "
-                "swapped, 0 and 1, false and true); --votes-map order=COLUMN names another column"
+                "swapped, 0 and 1, false and true); --votes-map order=COLUMN names another column, order= none"
             )
         if order == "reversed":
             yield order, str(second or of["forward"]), slots

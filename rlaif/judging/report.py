@@ -127,6 +127,18 @@ def mix_lines(promises: Sequence[Promise]) -> list[str]:
     ]
 
 
+def ends_lines(calibration: Calibration, cut_off_counts: bool) -> list[str]:
+    """How the labelled answers ended, where it is known, and what that means for a run."""
+    seen = calibration.judged
+    if seen is None or (not seen.answers and not cut_off_counts):
+        return []
+    known = f"{seen.answers} of {2 * seen.pairs} labelled answers say how they ended"
+    if not seen.answers:
+        return [f"{known}; a run's pairs with one cut-off answer are not calibrated (--map first_finish=COLUMN,"
+                "second_finish=COLUMN)"]  # fmt: skip
+    return [f"{known}: {seen.cut_off} were cut off, {seen.one_cut_off} of them beside one that ended"]
+
+
 def _found(p: Promise) -> str:
     return f"is {_share(p.error)} of {p.kept} here (95 % {p.error.low:.3f}-{p.error.high:.3f})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import sys
@@ -257,3 +258,119 @@ def test_the_likelihood_judge_is_calibrated_under_the_name_that_a_run_gives_it(
     assert report["slices"][0]["pairs"] == 30
     assert report["slices"][0]["cost"]["prompt_tokens"] > 0
     assert report["slices"][0]["cost"]["calls"] == 0
+
+
+def test_a_broken_promise_is_said_and_in_json(rlaif, tmp_path: Path) -> None:
+    assert rlaif("calibrate", *RECORDED, "--where", "judge=good", "--to", "c.json")[0] == 0
+    lines = ["row,judge,strategy,winner_ab,winner_ba_mapped"]
+    for n in range(80):
+        side = 1 + n % 2 if n % 3 == 0 else 2 - n % 2
+        lines.append(f"{n},good,plain,{side},{side}")
+    (tmp_path / "shifted.csv").write_text("\n".join(lines))
+    shifted = ("pairs.json", "--votes", "shifted.csv", "--set", "filters.calibration=c.json")
+    code, out, _ = rlaif("bench", *shifted)
+    said = " ".join(out.split())
+    assert code == 0
+    assert (
+        "good, all: the calibration promised an error of at most 0.1 among kept pairs; it is 0.662 of 80 here" in said
+    )
+    (promise,) = json.loads(rlaif("bench", *shifted, "--json")[1])["promises"]
+    assert (promise["kept"], promise["error"]["hits"], promise["broken"]) == (80, 53, True)
+    # Calibrating anew says it of the calibration that the job has.
+    code, out, _ = rlaif("calibrate", *shifted, "--to", "d.json")
+    assert "c.json, all: the calibration promised an error of at most 0.1" in out
+    assert "promised" not in rlaif("bench", *RECORDED, "--where", "judge=good", "--set",
+                                   "filters.calibration=c.json")[1]  # fmt: skip
+
+
+def test_splits_print_how_often_the_promise_is_broken(rlaif) -> None:
+    _, out, _ = rlaif("bench", *RECORDED, "--splits", "20", "--json")
+    trials = json.loads(out)["splits"]
+    assert [(t["judge"], t["name"]) for t in trials] == [("good", "all"), ("coin", "all")]
+    assert all(t["broken"]["of"] == t["broken_other_half"]["of"] == 20 for t in trials)
+
+
+def test_how_the_answers_ended_is_said(rlaif, tmp_path: Path) -> None:
+    rows = json.loads((tmp_path / "pairs.json").read_text())
+    for n, row in enumerate(rows):
+        row |= {"finish_reason_1": "length" if n % 4 == 0 else "stop", "finish_reason_2": "stop"}
+    (tmp_path / "ended.json").write_text(json.dumps(rows))
+    code, out, _ = rlaif("calibrate", "ended.json", *RECORDED[1:], "--where", "judge=good", "--to", "c.json")
+    assert code == 0
+    assert "160 of 160 labelled answers say how they ended: 20 were cut off, 20 of them beside one that ended" in out
+    judged = json.loads((tmp_path / "c.json").read_text())["judged"]
+    assert (judged["answers"], judged["cut_off"], judged["one_cut_off"]) == (160, 20, 20)
+
+
+def test_a_calibration_holds_how_the_job_asks(rlaif, tmp_path: Path) -> None:
+    kind = ("--set", "policy.system_prompt=Be kind.")
+    assert rlaif("calibrate", *RECORDED, "--where", "judge=good", *kind, "--to", "c.json")[0] == 0
+    panels = json.loads((tmp_path / "c.json").read_text())["panels"]
+    assert [p["asked_as"] for p in panels] == [{"policy.system_prompt": "Be kind."}]
+    use = ("bench", *RECORDED, "--where", "judge=good", "--set", "filters.calibration=c.json")
+    assert rlaif(*use, *kind)[0] == 0
+    code, _, err = rlaif(*use)
+    assert code == 2
+    assert "policy.system_prompt is at its default, calibrated was Be kind.; calibrate again" in err
+
+
+def test_a_jury_is_held_against_the_labels(rlaif, tmp_path: Path) -> None:
+    lines = ["row,judge,winner"]
+    for n in range(80):
+        right, wrong = 1 + n % 2, 2 - n % 2
+        lines += [f"{n},alone,{right if n % 7 else wrong}"]
+        lines += [f"{n},{name},{wrong if (n + 3 * k) % 9 else right}" for k, name in enumerate("xyz")]
+    (tmp_path / "jury.csv").write_text("\n".join(lines))
+    jury = ("pairs.json", "--votes", "jury.csv", "--jury", "--set", "filters.aggregate=dawid_skene")
+    code, out, _ = rlaif("bench", *jury)
+    said = " ".join(out.split())
+    assert code == 0
+    assert "from the votes on 80 pairs" in said
+    assert "the labels contradict the weight 0.00 of alone, which alone is right on 0.850 of 80 pairs" in said
+    checks = json.loads(rlaif("bench", *jury, "--json")[1])["juror_checks"]
+    assert {c["juror"]: c["contradicted"] for c in checks} == dict.fromkeys(["alone", *"xyz"], True)
+    code, out, _ = rlaif("calibrate", *jury, "--alpha", "0.25", "--to", "c.json")
+    assert code == 0
+    assert "x 0.00, y 0.00, z 0.00; from the labels of 80 pairs" in out
+    assert "contradict" not in out
+    use = (*jury, "--set", "filters.calibration=c.json")
+    found = json.loads(rlaif("bench", *use, "--json")[1])["slices"][0]
+    assert found["verdict_accuracy"]["share"] == pytest.approx(0.85)
+
+
+def test_files_as_people_have_them(rlaif, tmp_path: Path) -> None:
+    rows = [{"task": {"text": f"q{n}"}, "a": "x", "b": "y", "said": [1 + n % 2, 1 + n % 2, 1],
+             "meta": {"t": "uv"[n % 2]}} for n in range(40)]  # fmt: skip
+    (tmp_path / "p.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    for name, slots in (("one", (1, 2)), ("two", (2, 1))):
+        votes = [{"results": [{"winner": slots[n % 2]}]} for n in range(40)]
+        (tmp_path / f"{name}.json.gz").write_bytes(gzip.compress(json.dumps(votes).encode()))
+    files = ("p.json.gz", "--map", "prompt=task.text,first=a,second=b,label=said", "--by", "meta.t",
+             "--votes", "one.json.gz", "--votes-map", "forward=results.0.winner")  # fmt: skip
+    code, out, err = rlaif("bench", *files)
+    assert code == 0, err
+    assert "left out: 20 on which annotators disagree" in " ".join(out.split())
+    assert "--annotators majority" in " ".join(out.split())
+    both = (*files, "--annotators", "majority", "--votes-reversed", "two.json.gz", "--where", "meta.t=v")
+    report = json.loads(rlaif("bench", *both, "--json")[1])
+    (found,) = report["slices"]
+    assert (found["name"], found["pairs"], found["verdict_accuracy"]["share"]) == ("v", 20, 1.0)
+    assert found["order_consistency"]["hits"] == 20
+    assert any("read in row order" in n for n in report["notes"])
+    assert rlaif("bench", *files, "--annotators", "some")[0] == 2
+    code, _, err = rlaif("bench", "p.json.gz", "--votes-reversed", "two.json.gz")
+    assert (code, "give the first order's votes as --votes" in err) == (2, True)
+
+
+def test_judges_of_several_files_are_told_apart_by_name(rlaif, tmp_path: Path) -> None:
+    for name in ("m1", "m2"):
+        (tmp_path / f"{name}.csv").write_text("row,winner\n" + "".join(f"{n},{1 + n % 2}\n" for n in range(80)))
+    two = ("pairs.json", "--votes", "m1.csv", "--votes", "m2.csv")
+    code, out, _ = rlaif("bench", *two, "--json")
+    assert [s["judge"] for s in json.loads(out)["slices"]] == ["m1", "m2"]
+    code, _, err = rlaif("calibrate", *two, "--to", "c.json")
+    assert (code, "choose one (--where judge=NAME), or add --jury" in err) == (2, True)
+    assert rlaif("calibrate", *two, "--jury", "--to", "c.json")[0] == 0
+    assert rlaif("calibrate", *two, "--where", "judge=m1", "--to", "c.json")[0] == 0  # as it says
+    code, _, err = rlaif("bench", *two, "--where", "judge=m3")
+    assert (code, "no row of any --votes file fits" in err) == (2, True)

@@ -500,3 +500,30 @@ def test_the_majority_of_pandalms_annotators():
     """999 rows: 794 unanimous pairs with a better side, and those on which two of three agree."""
     found = read_labelled([DATA / "pandalm" / "data__testset-v1.json"], annotators="majority")
     assert (len(found.rows), found.excluded) == (894, {"tie": 105})
+
+
+def test_ids_that_are_not_unique_can_be_left_out(tmp_path):
+    rows = [{"id": "same", "label": 1}, {"id": "same", "label": 2}]
+    with pytest.raises(UserError, match=r"two rows have the id `same` .*id= for row numbers"):
+        labelled_by(tmp_path, *rows)
+    assert [r.key for r in labelled_by(tmp_path, *rows, columns=parse_map("id=")).rows] == ["0", "1"]  # as it says
+
+
+def test_a_system_prompt_of_its_own(tmp_path):
+    (found,) = labelled_by(tmp_path, {"label": 1, "system_prompt": "Be kind."}).rows
+    assert [(m.role, m.content) for m in found.messages] == [("system", "Be kind."), ("user", "q")]
+    other = labelled_by(tmp_path, {"label": 1, "system": "model-7b"})
+    assert other.rows[0].messages == ()
+    assert other.notes == ("p.json: `system` is not shown to a judge (--map system=system shows it)",)
+    (found,) = labelled_by(tmp_path, {"label": 1, "system": "Be kind."}, columns=parse_map("system=system")).rows
+    assert found.messages[0].content == "Be kind."
+
+
+def test_answers_that_share_no_message_need_a_prompt(tmp_path):
+    rows = {"chosen": [{"role": "assistant", "content": "Yes"}], "rejected": [{"role": "assistant", "content": "No"}],
+            "ask": "Well?"}  # fmt: skip
+    path = write(tmp_path / "p.json", rows)
+    with pytest.raises(UserError, match=r"share no first message to be the prompt; --map prompt=COLUMN names it"):
+        read_labelled([path])
+    (found,) = read_labelled([path], parse_map("prompt=ask")).rows
+    assert (found.prompt, found.first) == ("Well?", "Yes")

@@ -131,7 +131,12 @@ def test_where_narrows_votes_and_pairs(tmp_path):
         (["row,judge,winner_ab,run", "0,J,1,a", "0,J,1,b"], [], r"narrow with --where COLUMN=VALUE \(run\)"),
         (["row,label,winner_ab", "0,2,1"], [], "votes.csv:2: the label of easy/0 is 2 here and first"),
         (["row,winner_ab", "7,1"], [], "no vote is on a labelled pair"),
-        (["row,winner_ab", "0,1"], ["judge=J"], "--where judge=...: no such column; there is row, winner_ab"),
+        (["row,winner_ab", "0,1"], ["judge=J"], "no row has --where judge=J; there is votes"),
+        (
+            ["row,winner_ab", "0,1"],
+            ["topic=a"],
+            "--where topic=...: no such column; there is judge, row, voice, winner_ab",
+        ),
         (["row,winner_ab", "0,1"], ["judge"], "--where judge: expected COLUMN=VALUE"),
         (["a,b", "0,1"], [], "which column is the forward.*--votes-map forward=COLUMN"),
         (["a,winner", "0,1"], [], "which column is the id.*--votes-map id=COLUMN"),
@@ -580,3 +585,32 @@ def test_raw_replies_with_nested_winners_and_no_id(set_, raw, judge):
         return [(v.ballot.pair_id, v.ballot.order, v.outcome) for v in votes]
 
     assert outcomes(found.votes) == outcomes(tabulated.votes)
+
+
+def test_a_condition_may_be_on_what_the_report_calls_a_judge(tmp_path):
+    """A judge without a column of its own is called by its file, or by another column."""
+    path = csv_file(tmp_path, "row,winner", "0,1", "1,2")
+    assert len(read_recorded(path, ROWS, where=parse_where(["judge=votes", "voice=recorded"])).votes) == 2
+    path = csv_file(tmp_path, "row,model,winner", "0,J,1", "1,J,2", "0,K,1")
+    assert len(read_recorded(path, ROWS, where=parse_where(["judge=J"])).votes) == 2
+    with pytest.raises(UserError, match="no row has --where judge=L; there is J, K"):
+        read_recorded(path, ROWS, where=parse_where(["judge=L"]))
+
+
+@pytest.mark.parametrize("cell", ["easy", "easy.json", "data/easy.jsonl", "easy.csv.gz"])
+def test_a_vote_names_the_labelled_file_with_or_without_its_ending(tmp_path, cell):
+    rows = [labelled(0), labelled(0, file="hard")]
+    path = csv_file(tmp_path, "part,row,winner", f"{cell},0,1", "hard,0,2")
+    with pytest.raises(UserError, match=r"several labelled files .*--votes-map set=COLUMN"):
+        read_recorded(path, rows)
+    found = read_recorded(path, rows, parse_votes_map("set=part"))  # as it says
+    assert [v.outcome for v in found.votes] == ["first", "second"]
+    with pytest.raises(UserError, match=r"no cell of `row` is a labelled file's name \(easy, hard\); found 0"):
+        read_recorded(path, rows, parse_votes_map("set=row"))
+
+
+def test_a_column_that_is_taken_for_another_can_be_left_out(tmp_path):
+    path = csv_file(tmp_path, "row,order,winner", "0,17,1", "1,18,2")
+    with pytest.raises(UserError, match=r"order: found '17', .*order= none"):
+        read_recorded(path, ROWS)
+    assert len(read_recorded(path, ROWS, parse_votes_map("order=")).votes) == 2  # as it says
