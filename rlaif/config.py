@@ -370,7 +370,8 @@ class Monitors(Section):
     max_agreement_shift: float = Field(0.15, ge=0, le=1)
     """The same for the votes' mean agreement; chance is two standard errors."""
     max_cut_off_shift: float = Field(0.25, ge=0, le=1)
-    """The same for the share of answers that the length limit cut off."""
+    """The same for the share of answers that the length limit cut off; labelled ones of which nothing says how they
+    ended count as ended."""
     max_length_ratio: float = Field(2.0, ge=1)
     """With a calibration: alarm when the judged answers are so many times longer, or shorter, than the labelled ones
     (mean words)."""

@@ -173,11 +173,12 @@ def shifted(limits: Monitors, now: JudgedStats, calibrated: JudgedStats) -> list
     out = []
     counts = (
         ("pairs kept", limits.max_kept_shift, (now.kept, now.pairs), (calibrated.kept, calibrated.pairs)),
+        # A labelled answer of which nothing says how it ended was judged as one that ended by itself.
         (
             "answers cut off",
             limits.max_cut_off_shift,
             (now.cut_off, now.answers),
-            (calibrated.cut_off, calibrated.answers),
+            (calibrated.cut_off, 2 * calibrated.pairs),
         ),
     )
     for what, limit, (some, of), (before, of_before) in counts:

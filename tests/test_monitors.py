@@ -213,6 +213,14 @@ def test_pairs_unlike_the_calibrated_ones_raise_an_alarm(now: dict[str, Any], fo
     assert alarms(Monitors(), metrics, None) == []  # without a calibration nothing was promised
 
 
+def test_labelled_answers_of_unknown_end_count_as_ended() -> None:
+    unknown = CALIBRATED.model_copy(update={"answers": 0, "cut_off": 0, "one_cut_off": 0})
+    now = CALIBRATED.model_copy(update={"pairs": 24, "kept": 19, "answers": 48, "cut_off": 30})
+    assert [s.rpartition(": answers")[2] for s in shifted(Monitors(), now, unknown)] == [
+        " cut off: 62%, 0% when calibrated"
+    ]
+
+
 def test_a_juror_that_weighs_nothing_without_a_label_raises_an_alarm() -> None:
     metrics = measured(juror_weights={"a": 0.8, "b": 0.0}, juror_agreement={"a": 0.9, "b": 0.2})
     said = [a for a in alarms(Monitors(min_mean_words=0), metrics, None) if "juror" in a]
