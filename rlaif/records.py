@@ -88,6 +88,33 @@ class Completion(Record):
     """Sum of the sampled tokens' log p under the policy (nats, untempered), where the engine reports it."""
 
 
+class TokenSequence(Record):
+    """A prompt and a completion of it, as token ids: what is scored."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """The prompt's tokens, then the completion's."""
+        return (*self.prompt_token_ids, *self.token_ids)
+
+
+class WeightsGap(Record):
+    """How far apart the weights that sample and those that are trained are: fixed texts, scored by both."""
+
+    tokens: int
+    """Tokens compared."""
+    mean: float
+    """Mean of |log p(sampler) - log p(learner)| over them, in nats."""
+    worst: float
+    """The largest of them, in nats."""
+    sampler: str
+    """Engine and precision that the sampler computes in."""
+    exported: str
+    """Precision of the weights that the sampler was given."""
+
+
 class Score(Record):
     """A judge's score of a single completion by one voice; used to choose pairs, never to decide them."""
 
