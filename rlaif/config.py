@@ -65,8 +65,8 @@ class Sampling(Section):
     max_model_len: int = Field(1024, ge=32)
     """Longest prompt plus completion, in tokens."""
     precision: Precision = "auto"
-    """What the policy samples in. `auto`: bf16 on hardware that multiplies it, else fp32. The weights are bf16 in
-    both."""
+    """What the policy samples in. `auto`: bf16 on hardware that multiplies it, else fp32. An update's weights are
+    exported in it, bf16 by stochastic rounding."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Memory for vLLM's KV cache on the CPU, GiB."""
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
@@ -359,11 +359,34 @@ class Monitors(Section):
     """Alarm when sampled answers are shorter than this on average."""
     min_distinct_share: float = Field(0.5, ge=0, le=1)
     """Alarm when fewer than this share of an iteration's sampled answers are distinct."""
+    max_weights_gap: float = Field(0.02, gt=0)
+    """Alarm when the policy that samples is not the one that is trained: fixed texts, scored by both, differ by more
+    than this on average (nats a token), or by ten times this in absolute value. Over 0.5 the run stops."""
     max_abstained_share: float = Field(0.2, ge=0, le=1)
     """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
     replies)."""
     stop_on_alarm: bool = False
     """Stop the run at an alarm (it can be resumed) instead of noting it and going on."""
+
+
+class Devices(Section):
+    """Which GPUs each role uses, counted from 0 among those that the process sees. Absent: all roles share one GPU;
+    of several, the sampler takes the first, the learner the next, the judge the one after (untried here)."""
+
+    sampler: list[int] | None = None
+    """As many as `sampling.tensor_parallel_size`."""
+    learner: list[int] | None = Field(None, min_length=1, max_length=1)
+    """One."""
+    judge: list[int] | None = Field(None, min_length=1, max_length=1)
+    """One, for a likelihood judge; who measures relevance and base log p uses it too."""
+
+    @model_validator(mode="after")
+    def _counted_from_0(self) -> Devices:
+        for role in Devices.model_fields:
+            numbers = getattr(self, role) or []
+            if min(numbers, default=0) < 0 or len(set(numbers)) != len(numbers):
+                raise ValueError(f"devices.{role}: {numbers} are no GPUs; for example [0]")
+        return self
 
 
 class Job(Section):
@@ -391,6 +414,7 @@ class Job(Section):
     replay: Replay = Replay()
     eval: Eval = Eval()
     monitors: Monitors = Monitors()
+    devices: Devices = Devices()
     workers: Literal["process", "inline"] = "process"
     """Sampler, judge and learner each in a process of its own, or (tests) in the loop's."""
 

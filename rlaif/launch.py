@@ -24,6 +24,7 @@ from rlaif.judging.spending import Spent, Wasted, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
 from rlaif.pairing import check_can_update
+from rlaif.placement import place, usable_gpus
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
 from rlaif.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
@@ -36,7 +37,7 @@ HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "samp
             "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env",
             # What a device asks for: of the numbers, only the rounding changes.
             "sampling.precision", "judge.precision", "learner.precision",
-            "sampling.gpu_memory_utilization", "sampling.tensor_parallel_size",
+            "sampling.gpu_memory_utilization", "sampling.tensor_parallel_size", "devices.",
             "learner.args.per_device_train_batch_size", "learner.args.gradient_checkpointing")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 
@@ -96,6 +97,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
                     "settings": job.learner,
                     "seed": job.seed,
                     "output_dir": str(run.path / "logs" / "learner"),
+                    "export_precision": job.sampling.precision,
                 },
             ),
         }
@@ -110,8 +112,10 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         if digests.get("judge") != digests["policy"]:
             factories["measurer"] = _likelihood(base, Judge(precision=job.judge.precision))
         workers: dict[str, Worker | InlineWorker] = {}
+        devices = place(job, usable_gpus(len(gpu_names())))
         for name, (factory, kwargs) in factories.items():
-            worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log")
+            env = {"CUDA_VISIBLE_DEVICES": devices[name]} if name in devices else None
+            worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log", env)
             workers[name] = stack.enter_context(closing(worker))
             if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
                 worker.ready()  # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile

@@ -48,12 +48,15 @@ from rlaif.records import (
     Prompt,
     Quality,
     Score,
+    TokenSequence,
     UpdateStep,
     Vote,
+    WeightsGap,
 )
 from rlaif.review.labels import labels_noted
 from rlaif.store import STAGES, RunDir, StageDir, read_record, replace_dir, write_json
 from rlaif.texts import Texts
+from rlaif.weights import WRONG, weights_gap
 from rlaif.workers import WorkerLike
 
 BASE_POLICY = 0
@@ -92,6 +95,10 @@ class Loop:
     calibration: Calibration | None = None
     """In force for the whole run (`filters.calibration`)."""
     _sampler_has: str | None = field(default=None, init=False)
+    _fixed: list[TokenSequence] = field(default_factory=list, init=False)
+    """Texts that weights are compared by; made once."""
+    _gap: tuple[str, WeightsGap] | None = field(default=None, init=False)
+    """Of the policy with that digest, measured when the sampler took it."""
     _learner_at: int | None = field(default=None, init=False)
     """Iterations that the learner process has behind it; None until its state is known."""
 
@@ -129,6 +136,7 @@ class Loop:
             plan, completions, pairs, votes, decisions, preferences, steps,
             ballots=here.meta("votes").get("ballots", len(votes)),
             seconds={stage: here.meta(stage)["seconds"] for stage in STAGES},
+            gap=self._gap_of(here),
         )  # fmt: skip
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(k, metrics, evaluation)
@@ -194,7 +202,8 @@ class Loop:
                 )
             )
 
-        return _in_order(here.rows("completions", Completion, produce, resumable=False), [p.id for p in prompts])
+        rows = here.rows("completions", Completion, produce, resumable=False, before_commit=self._gap_noted)
+        return _in_order(rows, [p.id for p in prompts])
 
     def _score(
         self, plan: Plan, here: StageDir, prompts: dict[str, Prompt], completions: list[Completion], text: Constitution
@@ -454,7 +463,8 @@ class Loop:
                 )
             )
 
-        completions = _in_order(here.rows("completions", Completion, sample, resumable=False), list(by_id))
+        sampled = here.rows("completions", Completion, sample, resumable=False, before_commit=self._gap_noted)
+        completions = _in_order(sampled, list(by_id))
 
         def measure(_: list[Quality]) -> Iterator[list[Quality]]:
             self.progress.stage(shown, "sanity", len(completions), "answers", str(text.ref))
@@ -477,7 +487,9 @@ class Loop:
             made = self._decide(here, "evaluate", pairs, votes, completions + base, by_id, text)
             decisions = made if judged else None
         seconds = round(time.monotonic() - started, 1)
-        metrics = monitors.evaluation_metrics(updates, text, completions, quality, pairs, decisions, seconds)
+        metrics = monitors.evaluation_metrics(
+            updates, text, completions, quality, pairs, decisions, seconds, gap=self._gap_of(here)
+        )
         write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
         return metrics
 
@@ -514,6 +526,41 @@ class Loop:
                 raise RlaifError(f"{path}: the policy's weights are gone; restore them, or start a new run")
             self.sampler.call("load", policy_path=str(path))
         self._sampler_has = version.digest
+        self._compare_weights(k, version)
+
+    def _compare_weights(self, k: int, version: PolicyVersion) -> None:
+        """After every load, and before the first sample: do sampler and learner hold the same policy?
+
+        Raises:
+            RlaifError: they plainly don't; whatever was sampled would be another model's.
+        """
+        if self._gap is not None and self._gap[0] == version.digest:
+            return
+        self._load_learner(k)
+        if not self._fixed:
+            self._fixed = self.sampler.call("sequences_of", prompts=self.held_out)
+        if not self._fixed:  # a tokenizer that knows no word of the prompts
+            return
+        ours = self.sampler.call("logprobs", sequences=self._fixed)
+        theirs = self.learner.call("logprobs", sequences=self._fixed)
+        exported = self.learner.call("exports_in") if version.iteration else "as given"
+        gap = weights_gap(ours, theirs, self.sampler.call("computes_in"), exported)
+        if gap.typical > WRONG:
+            raise RlaifError(
+                f"the sampler ({gap.sampler}) doesn't hold the policy that is trained: log-probabilities of fixed "
+                f"texts differ by {gap.typical:.2f} nats a token. `rlaif doctor --deep {self.job.policy.model}` says "
+                "where it happens; sampling.engine: transformers may be safe"
+            )
+        self._gap = (version.digest, gap)
+
+    def _gap_noted(self) -> dict[str, Any]:
+        """For the meta file of what was just sampled."""
+        return {"weights_gap": self._gap[1].model_dump(mode="json")} if self._gap else {}
+
+    @staticmethod
+    def _gap_of(here: StageDir) -> WeightsGap | None:
+        found = here.meta("completions").get("weights_gap")
+        return WeightsGap.model_validate(found) if found else None
 
     def _state(self, k: int) -> Path:
         return self.dir.path / "learner" / f"{k:04d}"

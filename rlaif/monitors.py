@@ -22,6 +22,7 @@ from rlaif.records import (
     Quality,
     UpdateStep,
     Vote,
+    WeightsGap,
 )
 
 
@@ -52,6 +53,7 @@ def iteration_metrics(
     steps: list[UpdateStep],
     ballots: int,
     seconds: dict[str, float],
+    gap: WeightsGap | None = None,
 ) -> IterationMetrics:
     """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage."""
     kept = sum(d.status == "kept" for d in decisions)
@@ -88,6 +90,7 @@ def iteration_metrics(
         judge_tokens=tokens,
         judge_tokens_per_kept_pair=_share(tokens, kept),
         seconds=seconds,
+        weights_gap=gap,
     )
 
 
@@ -99,6 +102,7 @@ def evaluation_metrics(
     pairs: list[Pair],
     decisions: list[Decision] | None,
     seconds: float,
+    gap: WeightsGap | None = None,
 ) -> EvaluationMetrics:
     """An evaluation in numbers; `decisions` are None when nobody was asked: about the base policy itself, or under a
     text without a held-out contrast. `pairs` show the policy's answer first, the base policy's second; an answer equal
@@ -130,6 +134,7 @@ def evaluation_metrics(
         base_logprob_per_token=fmean(q.logprob_per_token for q in quality),
         checks={p.id: sum(p.check.passes(c.text) for c in completions) / n for p in text.principles if p.check},
         seconds=seconds,
+        weights_gap=gap,
     )
 
 
@@ -155,6 +160,13 @@ def alarms(limits: Monitors, metrics: IterationMetrics, evaluation: EvaluationMe
         out.append(f"sampled answers have {sampled.mean_words:.1f} words on average, under {least:g}")
     if sampled.distinct_share < limits.min_distinct_share:
         out.append(f"only {sampled.distinct_share:.0%} of the sampled answers are distinct")
+    for gap, of in ((metrics.weights_gap, "sampled"), (evaluation.weights_gap if evaluation else None, "evaluated")):
+        if gap is not None and not gap.within(limits.max_weights_gap):
+            out.append(
+                f"the policy that was {of} is {gap.mean:.3f} nats a token from the one that is trained "
+                f"({gap.sampler}; typically {gap.typical:.3f}, at worst {gap.worst:.2f}), over "
+                f"monitors.max_weights_gap={limits.max_weights_gap:g}"
+            )
     kl = evaluation.kl_per_token if evaluation else None
     if kl is not None and limits.max_kl is not None and kl > limits.max_kl:
         out.append(f"KL from the base policy is {kl:.2f} nats a token, over {limits.max_kl:g}")

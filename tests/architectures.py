@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-VOCABULARY, END = 128, 2
+VOCABULARY, END = 320, 2
 _HIDDEN, _HEADS, _KV_HEADS = 64, 2, 1  # a head of 32: the smallest that vLLM's attention on the CPU takes
 
 _COMMON: dict[str, Any] = {
@@ -26,35 +26,54 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": END,
 }
 
+_TIED, _UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+_OWN_HEADS: dict[str, Any] = {"num_key_value_heads": None}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, **_UNTIED}
+
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {"tie_word_embeddings": False}),
-    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
-    "qwen2": ("Qwen2Config", {"tie_word_embeddings": False}),
-    "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": False}),
-    "qwen3-tied": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
+    "llama": ("LlamaConfig", _UNTIED),
+    "llama-tied": ("LlamaConfig", _TIED),
+    "qwen2": ("Qwen2Config", _UNTIED),
+    "qwen2-tied": ("Qwen2Config", _TIED),
+    "qwen3": ("Qwen3Config", {"head_dim": 32, **_UNTIED}),
+    "qwen3-tied": ("Qwen3Config", {"head_dim": 32, **_TIED}),
     "gemma3": (
         "Gemma3TextConfig",
-        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True},
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+            **_TIED,
+        },
     ),
-    "mistral": ("MistralConfig", {"tie_word_embeddings": False}),
-    "phi3": ("Phi3Config", {"tie_word_embeddings": False}),
-    "olmo2": ("Olmo2Config", {"tie_word_embeddings": False}),
-    "gpt2": ("GPT2Config", {"num_key_value_heads": None}),
-    "gpt-neox": ("GPTNeoXConfig", {"num_key_value_heads": None, "tie_word_embeddings": False}),
+    "mistral": ("MistralConfig", _UNTIED),
+    "phi3": ("Phi3Config", _UNTIED),
+    "olmo2": ("Olmo2Config", _UNTIED),
+    "gpt2": ("GPT2Config", _OWN_HEADS),
+    "gpt-neox": ("GPTNeoXConfig", {**_OWN_HEADS, **_UNTIED}),
     "granite": (
         "GraniteConfig",
-        {"tie_word_embeddings": True, "logits_scaling": 2.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2},
+        {
+            "logits_scaling": 2.0,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.2,
+            **_TIED,
+        },
     ),
-    "opt": ("OPTConfig", {"num_key_value_heads": None, "ffn_dim": 96, "word_embed_proj_dim": _HIDDEN, "dropout": 0.1, "init_std": 0.2}),
-    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
+    "opt": (
+        "OPTConfig",
+        {**_OWN_HEADS, "ffn_dim": 96, "word_embed_proj_dim": _HIDDEN, "dropout": 0.1, "init_std": 0.2},
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, **_EXPERTS}),
     "qwen3-moe": (
         "Qwen3MoeConfig",
-        {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1, "tie_word_embeddings": False},
+        {"head_dim": 32, "num_experts": 4, "moe_intermediate_size": 64, "decoder_sparse_step": 1, **_EXPERTS},
     ),
-    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
-}  # fmt: skip
-"""Name → transformers' config class and what it takes beside the common sizes; None takes a common one away."""
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, **_EXPERTS}),
+}
+"""Name → transformers' config class, and what it takes beside the common sizes; None takes a common one away."""
 
 MIXTURES = ("mixtral", "qwen3-moe", "olmoe")
 
@@ -78,12 +97,20 @@ def make_model(name: str, folder: Path, seed: int = 0) -> Path:
 
 
 def make_tokenizer() -> Any:
-    """Words `w0` to `w127`; `w2` ends an answer, `w1` begins one."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Bytes as tokens, which every architecture's own tokenizer class reads; `</s>` ends an answer."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    plain = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="w2", pad_token="w2")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w1{% endif %}"
+    special = ["<unk>", "<s>", "</s>"]
+    vocabulary = {t: i for i, t in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    plain = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    plain.add_special_tokens([AddedToken(t, special=True) for t in special])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+    )
     return tokenizer

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from rlaif import models
 from rlaif.config import Sampling
-from rlaif.records import Completion, PolicyVersion, Prompt
+from rlaif.hardware import precision_here
+from rlaif.records import Completion, PolicyVersion, Prompt, TokenSequence
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.requests import render_prompt, seed_for
 
@@ -40,6 +41,13 @@ class Engine(Protocol):
     def load(self, policy_path: str) -> None:
         """New weights, by folder."""
 
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under them, in nats."""
+
+
+GAP_PROMPTS, GAP_TOKENS = 8, 48
+"""Texts that are scored to compare weights, and their tokens at most: a second's work, and half a thousand tokens."""
+
 
 class SamplerRole:
     """Samples completions of prompts from the newest weights it was given."""
@@ -52,6 +60,28 @@ class SamplerRole:
     def load(self, policy_path: str) -> None:
         """New weights, by folder."""
         self._engine.load(policy_path)
+
+    def computes_in(self) -> str:
+        """Engine and precision, as `vllm fp32`."""
+        return f"{self._settings.engine} {precision_here(self._settings.precision)}"
+
+    def sequences_of(self, prompts: list[Prompt]) -> list[TokenSequence]:
+        """Fixed texts to compare weights by: each of the first prompts, continued by the words of the next.
+
+        Nothing needs to be sampled for them, so they are there before anything is, and the same in every iteration.
+        """
+        some = prompts[:GAP_PROMPTS]
+        out = []
+        for prompt, following in zip(some, [*some[1:], *some[:1]], strict=True):
+            ids = self._tokenizer.encode(following.text, add_special_tokens=False)
+            start = render_prompt(self._tokenizer, prompt)
+            room = self._settings.max_model_len - len(start) - 1
+            out.append(TokenSequence(prompt_token_ids=start, token_ids=tuple(ids[: min(GAP_TOKENS, max(room, 0))])))
+        return [s for s in out if s.prompt_token_ids and s.token_ids]
+
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under the weights that sample now, in nats."""
+        return self._engine.logprobs(sequences)
 
     def sample(
         self,

@@ -311,7 +311,8 @@ def test_another_learning_rate_counts_from_where_it_is_given(
 def test_the_exported_policy_is_the_trained_one(
     lora: config.Lora | None, model_path: str, settings: config.Learner, tmp_path: Path
 ) -> None:
-    made = learner("dpo", model_path, settings, lora=lora)
+    changed = settings.model_copy(update={"lora": lora})
+    made: Any = make_learner("dpo", model_path, changed, seed=7, export_precision="bf16")
     list(made.update(make_preferences(8), 0))
     before = weights(made)
     digest = made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
