@@ -71,6 +71,8 @@ class Sampling(Section):
     """Memory for vLLM's KV cache on the CPU, GiB."""
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
     """Share of a GPU that vLLM may use (untried here)."""
+    enforce_eager: bool = False
+    """vLLM on a GPU without compiled graphs: starts in seconds, samples slower (untried here; always on a CPU)."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that one sampler spans (untried here)."""
 

@@ -37,7 +37,7 @@ HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "samp
             "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env",
             # What a device asks for: of the numbers, only the rounding changes.
             "sampling.precision", "judge.precision", "learner.precision",
-            "sampling.gpu_memory_utilization", "sampling.tensor_parallel_size", "devices.",
+            "sampling.gpu_memory_utilization", "sampling.enforce_eager", "sampling.tensor_parallel_size", "devices.",
             "learner.args.per_device_train_batch_size", "learner.args.gradient_checkpointing")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 

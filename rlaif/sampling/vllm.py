@@ -71,7 +71,10 @@ class Sampler:
                 "logits_processors": [_nucleus_processor()],
             }
             if self._on_cpu
-            else {"gpu_memory_utilization": settings.gpu_memory_utilization}
+            else {
+                "gpu_memory_utilization": settings.gpu_memory_utilization,
+                "enforce_eager": settings.enforce_eager,
+            }
         )
         self._llm = vllm.LLM(
             model=model_path,
