@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 
 from rlaif.errors import RlaifError, UserError, needs_extra
 from rlaif.records import Record
+from rlaif.rendering import Renderer, TurnEnd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,7 +184,8 @@ def tokenizer_identity(path: Path) -> TokenizerIdentity:
 
 
 def stop_token_ids(path: Path) -> tuple[int, ...]:
-    """The tokens that end an answer: `eos_token_id` of generation_config.json, else of config.json.
+    """The end tokens that the model's own files name (`turn_end` knows the others, too): `eos_token_id` of
+    generation_config.json, else of config.json.
 
     Raises:
         UserError: the model names none; sampling could never stop by itself.
@@ -193,6 +195,16 @@ def stop_token_ids(path: Path) -> tuple[int, ...]:
         if eos is not None:
             return tuple(sorted(eos)) if isinstance(eos, list) else (int(eos),)
     raise UserError(f"{path}: neither generation_config.json nor config.json names an eos_token_id")
+
+
+def turn_end(path: Path, tokenizer: Any) -> TurnEnd:
+    """How a turn of the model in a folder ends: its own list of end tokens, the tokenizer's, and the one that the chat
+    template writes. What every sampler stops at, and what a judge scores an answer's end with.
+
+    Raises:
+        UserError: as `stop_token_ids`.
+    """
+    return Renderer(tokenizer).turn_end(stop_token_ids(path))
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -34,7 +34,12 @@ Row = tuple[str, Any]
 """Where a row was found, as errors name it (`file:line`), and its value."""
 
 
-def load_prompts(source: str, base_dir: Path, note: Callable[[str], None] | None = None) -> list[Prompt]:
+def load_prompts(
+    source: str,
+    base_dir: Path,
+    note: Callable[[str], None] | None = None,
+    places: dict[str, str] | None = None,
+) -> list[Prompt]:
     """Reads a prompt set.
 
     Args:
@@ -42,6 +47,7 @@ def load_prompts(source: str, base_dir: Path, note: Callable[[str], None] | None
             the split is `train` if absent, and NAME may be a folder.
         base_dir: folder that relative files are looked up in.
         note: told how many repeated prompts of a data set were skipped.
+        places: gets where each prompt was found (`file:line`), by its id.
 
     Returns:
         The prompts in the source's order. A prompt without `id` gets one from the hash of its messages.
@@ -66,6 +72,8 @@ def load_prompts(source: str, base_dir: Path, note: Callable[[str], None] | None
         prompts.append(prompt)
     if not prompts:
         raise UserError(f"{source}: no prompts in it; a row looks like {_EXAMPLE}")
+    if places is not None:
+        places |= seen
     if skipped and note:
         note(f"{source}: {skipped} repeated prompts skipped, {len(prompts)} are left")
     return prompts
@@ -168,6 +176,7 @@ def _following(current: list[Prompt], shuffled: list[Prompt], begun: int, per_it
     return first + [p for p in shuffled if p.id not in chosen]
 
 
+_WANTED = {"prompt": "text that isn't blank", "messages": "a list of {role, content} that isn't empty"}
 _EXAMPLE = '{"id": "bread", "prompt": "How do I keep bread fresh?"}'
 
 
@@ -201,6 +210,8 @@ def _prompt(row: Any, where: str, foreign: bool) -> Prompt:
     text, chat = fields.get("prompt"), fields.get("messages")
     if foreign and text is not None:
         chat = None
+    if text is None and chat is None and (blank := [c for c in ("prompt", "messages") if c in row]):
+        raise UserError(f"{where}: `{blank[0]}` must be {_WANTED[blank[0]]}, found {row[blank[0]]!r}")
     if (text is None) == (chat is None):
         found = "both" if text is not None else f"`{'`, `'.join(map(str, row)) or 'nothing'}`"
         raise UserError(f"{where}: a row needs either `prompt` (text) or `messages` (chat), found {found}")
@@ -208,7 +219,7 @@ def _prompt(row: Any, where: str, foreign: bool) -> Prompt:
         messages = _messages(text, "prompt", where)
     elif text is not None:
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: `prompt` must be text that isn't blank, found {text!r}")
+            raise UserError(f"{where}: `prompt` must be {_WANTED['prompt']}, found {text!r}")
         messages = (Message(role="user", content=text),)
     else:
         messages = _messages(chat, "messages", where)

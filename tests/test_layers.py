@@ -47,6 +47,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.models",
         "rlaif.workers",
         "rlaif.prompts",
+        "rlaif.rendering",
+        "rlaif.thoughts",
         "rlaif.sampling",
         "rlaif.sampling.*",
         "rlaif.judging.likelihood",
