@@ -207,6 +207,20 @@ def turn_end(path: Path, tokenizer: Any) -> TurnEnd:
     return Renderer(tokenizer).turn_end(stop_token_ids(path))
 
 
+def name_turn_ends(path: Path, tokenizer: Any) -> None:
+    """Lets an exported policy's generation config name every token that ends a turn: other tools know that list alone,
+    and should stop where the sampler here does.
+
+    Raises:
+        UserError: as `stop_token_ids`.
+    """
+    declared, stops = stop_token_ids(path), turn_end(path, tokenizer).stops
+    if more := [i for i in stops if i not in declared]:
+        file = path / "generation_config.json"
+        settings = _read_json(file) if file.is_file() else {}
+        file.write_text(json.dumps(settings | {"eos_token_id": [*declared, *more]}, indent=2) + "\n")
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer (imports transformers).
 

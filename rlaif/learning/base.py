@@ -36,7 +36,7 @@ from rlaif import config
 from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
 from rlaif.learning.export import check_mergeable, in_precision, merged, plain_names
-from rlaif.models import digest_of
+from rlaif.models import digest_of, name_turn_ends
 from rlaif.records import Preference, TokenSequence, UpdateStep
 
 _Row = dict[str, Any]
@@ -476,6 +476,7 @@ class TrlLearner(ABC):
         exported.dtype = torch.bfloat16 if self._export_precision == "bf16" else torch.float32
         exported.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        name_turn_ends(folder, self.tokenizer)
         return digest_of(folder)
 
 

@@ -125,6 +125,13 @@ def test_the_case_of_a_list_that_lacks_the_templates_end(tmp_path: Path) -> None
     endings = Endings(str(path), models.load_tokenizer(path), config.Sampling())
     assert endings.token_ids == {0, 2}
     assert models.turn_end(path, tokenizer) == (2, (0, 2))
+    # An exported policy says so to other tools, which know its generation config alone.
+    (path / "generation_config.json").write_text('{"eos_token_id": 0, "top_k": 7}')
+    models.name_turn_ends(path, tokenizer)
+    said = json.loads((path / "generation_config.json").read_text())
+    assert said == {"eos_token_id": [0, 2], "top_k": 7}
+    models.name_turn_ends(path, tokenizer)
+    assert json.loads((path / "generation_config.json").read_text()) == said
 
 
 # Thoughts, in the sampler as the loop sees it.
