@@ -348,13 +348,16 @@ class Eval(Section):
     that don't: set here what the policy will be used with."""
     top_p: float | None = Field(None, gt=0, le=1)
     """Of held-out answers; `sampling.top_p` when absent."""
+    kl_prompts: int = Field(16, ge=0)
+    """The first so many of these prompts get one more answer, at temperature 1 and top-p 1, on which KL from the base
+    policy is computed; 0: KL isn't measured."""
 
 
 class Monitors(Section):
     """When a run raises an alarm."""
 
     max_kl: float | None = None
-    """Alarm when KL per token from the base policy (nats, on held-out answers) exceeds this."""
+    """Alarm when KL per token from the base policy (nats; `eval.kl_prompts`) exceeds this."""
     min_mean_words: float = 6.0
     """Alarm when sampled answers are shorter than this on average."""
     min_distinct_share: float = Field(0.5, ge=0, le=1)

@@ -39,6 +39,7 @@ from rlaif.records import (
     Ballot,
     Completion,
     Decision,
+    Divergence,
     EvaluationMetrics,
     IterationMetrics,
     Pair,
@@ -462,6 +463,7 @@ class Loop:
             yield from self._advancing(self.measurer.stream("quality", candidates=candidates, seed=self.job.seed))
 
         quality = here.rows("quality", Quality, measure, inputs=["completions"], resumable=False)
+        drift = self._drift(here, updates, policy, prompts[: self.job.eval.kl_prompts], text)
         pairs: list[Pair] = []
         decisions: list[Decision] | None = None
         if updates != BASE_POLICY:
@@ -477,9 +479,47 @@ class Loop:
             made = self._decide(here, "evaluate", pairs, votes, completions + base, by_id, text)
             decisions = made if judged else None
         seconds = round(time.monotonic() - started, 1)
-        metrics = monitors.evaluation_metrics(updates, text, completions, quality, pairs, decisions, seconds)
+        metrics = monitors.evaluation_metrics(updates, text, completions, quality, pairs, decisions, seconds, drift)
         write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
         return metrics
+
+    def _drift(
+        self, here: StageDir, updates: int, policy: PolicyVersion, prompts: list[Prompt], text: Constitution
+    ) -> list[Divergence] | None:
+        """KL from the base policy, on answers as the policy itself gives them: at temperature 1 and top-p 1. None when
+        the job doesn't want it; empty for the base policy itself, which needs no measuring."""
+        if not prompts:
+            return None
+        if policy.digest == self.base_digest:
+            return []
+        shown = max(updates - 1, 0)
+
+        def sample(_: list[Completion]) -> Iterator[list[Completion]]:
+            self._load_sampler(updates)
+            self.progress.stage(shown, "untempered", len(prompts), "answers", str(text.ref))
+            yield from self._advancing(
+                self.sampler.stream(
+                    "sample",
+                    prompts=prompts,
+                    completions_per_prompt=1,
+                    policy=policy,
+                    seed=self.job.seed,
+                    iteration=EVAL_SEED_ITERATION,
+                    prefix=f"kl{updates:04d}",
+                    temperature=1.0,
+                    top_p=1.0,
+                )
+            )
+
+        sampled = here.rows("kl_completions", Completion, sample, resumable=False)
+
+        def measure(_: list[Divergence]) -> Iterator[list[Divergence]]:
+            self._load_learner(updates)
+            self.progress.stage(shown, "KL", len(sampled), "answers", str(text.ref))
+            completions = _in_order(sampled, [p.id for p in prompts])
+            yield from self._advancing(self.learner.stream("divergences", completions=completions))
+
+        return here.rows("divergences", Divergence, measure, inputs=["kl_completions"], resumable=False)
 
     def _evaluate_after(self, k: int) -> None:
         """Evaluates what iteration k made under its text, unless its plan had that done, and tells the alarms."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from statistics import fmean
+from typing import Any
 
 from rlaif.checks import count_list_items, count_words
 from rlaif.config import Monitors
 from rlaif.constitution import Constitution
-from rlaif.intervals import wilson
+from rlaif.intervals import ratio_interval, wilson
 from rlaif.records import (
     AnswerStats,
     Completion,
     Decision,
+    Divergence,
     EvaluationMetrics,
     IterationMetrics,
     Outcome,
@@ -99,10 +101,12 @@ def evaluation_metrics(
     pairs: list[Pair],
     decisions: list[Decision] | None,
     seconds: float,
+    drift: list[Divergence] | None = None,
 ) -> EvaluationMetrics:
     """An evaluation in numbers; `decisions` are None when nobody was asked: about the base policy itself, or under a
     text without a held-out contrast. `pairs` show the policy's answer first, the base policy's second; an answer equal
-    to the base policy's has no pair and counts as tied."""
+    to the base policy's has no pair and counts as tied. `drift` is empty about the base policy, None where nobody
+    measured it."""
     outcomes: list[Outcome] = []
     by_prompt: list[float] = []
     if decisions is not None:
@@ -112,9 +116,6 @@ def evaluation_metrics(
         if not asked or any(o != "abstain" for o in asked.values()):
             by_prompt = _won_by_prompt(completions, outcomes)
     n = len(completions)
-    tokens = sum(q.tokens for q in quality)
-    logprobs = [c.logprob for c in completions if c.logprob is not None]
-    base_logprob = sum(q.logprob_per_token * q.tokens for q in quality)
     return EvaluationMetrics(
         **dict(answer_stats(completions)),
         updates=updates,
@@ -125,12 +126,41 @@ def evaluation_metrics(
         losses=outcomes.count("second"),
         undecided=outcomes.count("tie"),
         abstained=outcomes.count("abstain"),
-        kl_per_token=(sum(logprobs) - base_logprob) / tokens if len(logprobs) == n and tokens else None,
+        **_drift(drift),
         relevance=fmean(q.relevance for q in quality),
         base_logprob_per_token=fmean(q.logprob_per_token for q in quality),
         checks={p.id: sum(p.check.passes(c.text) for c in completions) / n for p in text.principles if p.check},
         seconds=seconds,
     )
+
+
+def _drift(divergences: list[Divergence] | None) -> dict[str, Any]:
+    """The KL fields of an evaluation."""
+    if divergences is None:
+        return {"kl_per_token": None, "kl_answers": 0}
+    if not divergences:  # of the base policy from itself
+        none = {"kl_interval": (0.0, 0.0), "kl_per_completion": 0.0, "kl_per_completion_interval": (0.0, 0.0)}
+        return {"kl_per_token": 0.0, "kl_answers": 0, **none}
+    by_prompt: dict[str, list[Divergence]] = {}
+    for d in divergences:
+        by_prompt.setdefault(d.prompt_id, []).append(d)
+    nats = [sum(d.kl for d in of_prompt) for of_prompt in by_prompt.values()]
+
+    def over(wholes: list[float]) -> tuple[float, tuple[float, float] | None]:
+        if len(nats) < 2:
+            return sum(nats) / sum(wholes), None
+        low, high = ratio_interval(nats, wholes)
+        return sum(nats) / sum(wholes), (max(low, 0.0), high)  # KL is never negative
+
+    per_token, interval = over([sum(d.tokens for d in of_prompt) for of_prompt in by_prompt.values()])
+    per_completion, completion_interval = over([len(of_prompt) for of_prompt in by_prompt.values()])
+    return {
+        "kl_per_token": per_token,
+        "kl_interval": interval,
+        "kl_per_completion": per_completion,
+        "kl_per_completion_interval": completion_interval,
+        "kl_answers": len(divergences),
+    }
 
 
 _WON = {"first": 1.0, "tie": 0.5, "second": 0.0}

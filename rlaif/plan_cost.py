@@ -73,10 +73,11 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
             evaluations += 1
             eval_ballots += held * _ballots_a_pair(job, text, "evaluate", base_dir)
     answer = job.sampling.max_tokens * 0.8
-    sampled = (samples * job.iterations + held * evaluations) * answer
+    untempered = min(job.eval.kl_prompts, job.eval.prompts, len(held_out)) * (evaluations - 1)
+    sampled = (samples * job.iterations + held * evaluations + untempered) * answer
     # Sanity is measured here, whoever judges. Each side of a contrast is one pass over question and answer; a ballot
     # looks at two answers. A judge behind a server takes its own time.
-    measured = held * evaluations * 2 * (answer + 40)
+    measured = (held * evaluations + untempered) * 2 * (answer + 40)
     judged = 0.0
     if job.judge.kind == "likelihood":
         judged = (scores * 2 + (ballots + eval_ballots) * 4) * (answer + 15)

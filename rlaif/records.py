@@ -108,6 +108,16 @@ class Quality(Record):
     """Mean over tokens of log p(y | its prompt) - log p(y | another prompt), nats."""
 
 
+class Divergence(Record):
+    """How far the policy is from the base policy over one completion that was sampled at temperature 1 and top-p 1."""
+
+    completion_id: str
+    prompt_id: str
+    tokens: int
+    kl: float
+    """Sum over its tokens' places of KL(policy, base) over the whole vocabulary, nats."""
+
+
 class Pair(Record):
     """Two different completions of one prompt from the same policy version."""
 
@@ -393,14 +403,28 @@ class EvaluationMetrics(AnswerStats):
     abstained: int = 0
     """Answers without a valid vote (failed calls, unreadable replies); the first versions counted them as undecided."""
     kl_per_token: float | None
-    """Mean of log p(policy) - log p(base) over the sampled answers' tokens, nats: an estimate, biased by temperature
-    and top-p. None when the engine reports no log-probabilities."""
+    """KL(policy, base), nats: the sum of `kl` over the sum of `tokens` (Divergence); 0 for the base policy itself, None
+    when not measured (`eval.kl_prompts: 0`). Where `kl_answers` is null it is what older versions wrote: the mean of
+    log p(policy) - log p(base) over the held-out answers' tokens, off by temperature and top-p, even in its sign."""
+    kl_interval: tuple[float, float] | None = None
+    """95 %, over the prompts; None with fewer than two."""
+    kl_per_completion: float | None = None
+    """Mean of `kl` over the answers: of a whole answer, up to the length limit."""
+    kl_per_completion_interval: tuple[float, float] | None = None
+    """As `kl_interval`."""
+    kl_answers: int | None = None
+    """Answers that KL was measured on; none are needed for the base policy. Null in runs that began before it was."""
     relevance: float
     """Mean over the answers, as the next (Quality)."""
     base_logprob_per_token: float
     checks: dict[str, float]
     """Principle → share of the answers that pass its check."""
     seconds: float
+
+    @property
+    def kl_by_older_version(self) -> bool:
+        """`kl_per_token` is the biased estimate of older versions."""
+        return self.kl_answers is None and self.kl_per_token is not None
 
 
 class Event(Record):
