@@ -282,7 +282,7 @@ class Loop:
         journal.unlink(missing_ok=True)
 
     def _templates(self, plan: Plan, role: Role, text: Constitution) -> list[Template]:
-        names = template_names(self.job.judge, text, role)
+        names = template_names(self.job.judge, text, role, plan.templates)
         return [self.texts.load_template(name, plan.templates[name]) for name in names]
 
     def _ballots(self, plan: Plan, role: Role, pairs: list[Pair], text: Constitution) -> list[Ballot]:
@@ -315,6 +315,7 @@ class Loop:
         text: Constitution,
     ) -> list[Decision]:
         texts = {c.id: c.text for c in completions}
+        cut = {c.id for c in completions if c.cut_off}
         filters, of_pair = self.job.filters, by_pair(votes)
         # A calibration is a promise about pairs that train; held-out pairs only measure.
         calibration = self.calibration if role == "decide" else None
@@ -325,7 +326,7 @@ class Loop:
             for pair in pairs:
                 slice = prompts[pair.prompt_id].category or EVERYTHING
                 mine = of_pair[pair.id]
-                made.append(decide_votes(pair, mine, filters, texts, text.weights, jurors, calibration, slice))
+                made.append(decide_votes(pair, mine, filters, texts, text.weights, jurors, calibration, slice, cut))
             # Held-out pairs are never labelled: they only measure.
             yield to_review(made, filters) if role == "decide" else made
 

@@ -10,6 +10,7 @@ from rlaif.checks import count_list_items, count_words
 from rlaif.config import Monitors
 from rlaif.constitution import Constitution
 from rlaif.intervals import ratio_interval, wilson
+from rlaif.judging.filters import cut_off_won
 from rlaif.records import (
     AnswerStats,
     Completion,
@@ -59,6 +60,9 @@ def iteration_metrics(
     kept = sum(d.status == "kept" for d in decisions)
     agreements = [d.verdict.agreement for d in decisions if d.verdict.agreement is not None]
     tokens = sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes if not v.cached)
+    sides = {p.id: p for p in pairs}
+    cut = {c.id for c in completions if c.cut_off}
+    won = [w for d in decisions if (w := cut_off_won(d.verdict, sides[d.pair_id], cut)) is not None]
     trained = preferences if steps else []  # a skipped update leaves its preferences where they are
     return IterationMetrics(
         iteration=plan.iteration,
@@ -85,6 +89,8 @@ def iteration_metrics(
         position_bias=_share(
             sum(d.verdict.slot_first for d in decisions), sum(d.verdict.slot_votes for d in decisions)
         ),
+        one_cut_off=len(won),
+        cut_off_won=sum(won),
         judge_calls=sum(v.attempts for v in votes),
         judge_cached=sum(v.cached for v in votes),
         judge_tokens=tokens,
@@ -185,6 +191,12 @@ def alarms(limits: Monitors, metrics: IterationMetrics, evaluation: EvaluationMe
         out.append(f"sampled answers have {sampled.mean_words:.1f} words on average, under {least:g}")
     if sampled.distinct_share < limits.min_distinct_share:
         out.append(f"only {sampled.distinct_share:.0%} of the sampled answers are distinct")
+    if 1 - sampled.ended_share > limits.max_cut_off_share:
+        share = f"{1 - sampled.ended_share:.0%} of the sampled answers, over {limits.max_cut_off_share:.0%}"
+        out.append(f"the length limit cut off {share}: raise sampling.max_tokens, or ask for shorter answers")
+    if metrics.one_cut_off and wilson(metrics.cut_off_won, metrics.one_cut_off)[0] > limits.max_cut_off_won:
+        some = f"{metrics.cut_off_won} of {metrics.one_cut_off} pairs with one such answer"
+        out.append(f"the judge prefers answers that were cut off, in {some}; with filters.cut_off: keep they train")
     kl = evaluation.kl_per_token if evaluation else None
     if kl is not None and limits.max_kl is not None and kl > limits.max_kl:
         out.append(f"KL from the base policy is {kl:.2f} nats a token, over {limits.max_kl:g}")

@@ -18,7 +18,7 @@ from rlaif.errors import UserError
 from rlaif.hardware import cpu_has_bf16, gpu_names
 from rlaif.judging.ballots import Role, ballots_for, check_selects, selecting_voices
 from rlaif.judging.calibration import read_calibration
-from rlaif.judging.templates import load_template, template_names
+from rlaif.judging.templates import load_template, template_names, templates_in
 from rlaif.pairing import check_can_update, pairs_at_most
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out
 from rlaif.records import Pair
@@ -166,8 +166,9 @@ def _ballots_a_pair(job: Job, text: Constitution, role: Role, base_dir: Path) ->
     """Questions to the judge about one pair; for a judge behind a server each is a request."""
     judge = job.judge
     pair = Pair(id="any", prompt_id="any", first="first", second="second", method="plan")
-    names = template_names(judge, text, role) if judge.kind == "chat" else []
-    templates = [load_template(base_dir / judge.templates_dir, name) for name in names]
+    folder = base_dir / judge.templates_dir
+    names = template_names(judge, text, role, templates_in(folder)) if judge.kind == "chat" else []
+    templates = [load_template(folder, name) for name in names]
     return len(ballots_for(judge, [pair], text, role, templates=templates))
 
 

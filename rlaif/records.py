@@ -28,6 +28,7 @@ DropReason = Literal[
     "low_agreement",
     "low_margin",
     "uncalibrated",
+    "cut_off",
 ]
 
 ReviewRule = Literal["below_agreement", "top_uncertain"]
@@ -86,6 +87,11 @@ class Completion(Record):
     finish_reason: FinishReason
     logprob: float | None = None
     """Sum of the sampled tokens' log p under the policy (nats, untempered), where the engine reports it."""
+
+    @property
+    def cut_off(self) -> bool:
+        """The length limit ended it."""
+        return self.finish_reason == "length"
 
 
 class Score(Record):
@@ -374,6 +380,10 @@ class IterationMetrics(Record):
     """Pairs on which a voice gave another answer when the order changed."""
     position_bias: float | None = None
     """Share of votes for the slot shown first; None for a judge without slots."""
+    one_cut_off: int = 0
+    """Pairs with a winner of whose two answers the length limit cut off one ..."""
+    cut_off_won: int = 0
+    """... and those of them whose winner is that one, kept or not."""
     judge_calls: int = 0
     """Requests to the judge's server."""
     judge_cached: int = 0

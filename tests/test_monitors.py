@@ -192,6 +192,50 @@ def test_kl_of_an_older_version_is_known_as_such() -> None:
     assert any(m.kl_by_older_version for m in read)
 
 
+def with_cut_off(outcomes: str) -> IterationMetrics:
+    """Each letter is a pair: `c` the cut-off side won, `e` the one that ended, `2` both were cut off, `0` none, `t` a
+    tie with one cut-off side."""
+    answers, pairs, decisions = [], [], []
+    for n, kind in enumerate(outcomes):
+        first, second = completion(2 * n, "a b"), completion(2 * n + 1, "c d")
+        if kind in "ce2t":
+            first = first.model_copy(update={"finish_reason": "length"})
+        if kind == "2":
+            second = second.model_copy(update={"finish_reason": "length"})
+        answers += [first, second]
+        pairs.append(Pair(id=f"x{n}", prompt_id="p", first=first.id, second=second.id, method="random"))
+        decisions.append(decision(n, {"e": "second", "t": "tie"}.get(kind, "first")))  # type: ignore[arg-type]
+    policy = PolicyVersion(iteration=1, digest="d")
+    plan = Plan(iteration=0, seed=0, constitution=RULES.ref, policy=policy, prompt_ids=("p",), evaluate=False)
+    return iteration_metrics(plan, answers, pairs, [], decisions, [], [], 0, {})
+
+
+def test_winners_that_were_cut_off_are_counted_among_pairs_with_one_such_side() -> None:
+    m = with_cut_off("cceee20t")
+    assert (m.one_cut_off, m.cut_off_won) == (5, 2)
+    none = with_cut_off("0")
+    assert (none.one_cut_off, none.cut_off_won) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "limits", "found"),
+    [
+        ("cccccccc00000000", {}, ["the judge prefers answers that were cut off, in 8 of 8 pairs"]),
+        ("ccc0000", {}, []),  # three could be chance
+        ("cccccc00000000", {"max_cut_off_won": 0.7}, []),
+        ("eeeeee0000000000", {}, []),
+        ("22200", {}, ["cut off 60% of the sampled answers, over 50%"]),
+        ("22200", {"max_cut_off_share": 0.6}, []),
+        ("2200", {}, []),
+        ("ee222222222", {}, ["cut off 91%"]),
+    ],
+)
+def test_alarms_about_answers_that_were_cut_off(outcomes: str, limits: dict[str, Any], found: list[str]) -> None:
+    said = alarms(Monitors(min_mean_words=0, **limits), with_cut_off(outcomes), None)
+    assert len(said) == len(found)
+    assert all(part in sentence for part, sentence in zip(found, said, strict=True))
+
+
 @pytest.mark.parametrize(
     ("sampled", "kl", "limits", "found"),
     [
