@@ -368,7 +368,7 @@ class Monitors(Section):
     max_abstained_share: float = Field(0.2, ge=0, le=1)
     """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
     replies)."""
-    max_cut_off_share: float = Field(0.5, ge=0, le=1)
+    max_cut_off_share: float = Field(0.8, ge=0, le=1)
     """Alarm when the length limit cut off more than this share of an iteration's sampled answers."""
     max_cut_off_won: float = Field(0.5, ge=0, le=1)
     """Alarm when, of two answers one of which was cut off, the judge prefers that one in more than this share of an

@@ -224,9 +224,9 @@ def test_winners_that_were_cut_off_are_counted_among_pairs_with_one_such_side() 
         ("ccc0000", {}, []),  # three could be chance
         ("cccccc00000000", {"max_cut_off_won": 0.7}, []),
         ("eeeeee0000000000", {}, []),
-        ("22200", {}, ["cut off 60% of the sampled answers, over 50%"]),
-        ("22200", {"max_cut_off_share": 0.6}, []),
-        ("2200", {}, []),
+        ("222220", {}, ["cut off 83% of the sampled answers, over 80%"]),
+        ("222220", {"max_cut_off_share": 0.9}, []),
+        ("22220", {}, []),
         ("ee222222222", {}, ["cut off 91%"]),
     ],
 )
