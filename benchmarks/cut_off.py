@@ -46,8 +46,8 @@ def main() -> None:
     job = load_job(options.job)
     prompts = with_system(load_prompts(job.prompts.train, Path()), job.policy.system_prompt)[: options.prompts]
     sampler = role.make(str(models.resolve(job.policy.model)), job.sampling)
-    print(f"{'limit':>5}  {'cut off':>7}  {'pairs':>5}  {'one cut':>7}  {'judge likes':<11}  {'told':<12}  {'cut_off':<7}"
-          f"  {'kept':>4}  {'winner cut off':>14}")  # fmt: skip
+    columns = ("limit", "cut off", "pairs", "one cut", "judge likes", "told", "cut_off", "kept", "winner cut off")
+    print("  ".join(f"{c:<12}" for c in columns))
     for limit in options.limits:
         sampler._settings = job.sampling.model_copy(update={"max_tokens": limit})
         version = PolicyVersion(iteration=0, digest="")
@@ -69,8 +69,9 @@ def main() -> None:
                     kept = [(p, d) for p, d in made if d.status == "kept"]
                     won = sum(cut_off_won(d.verdict, p, cut) is True for p, d in kept)
                     told = "and heeds" if heeds else "or not told"
-                    print(f"{limit:>5}  {len(cut) / len(sampled):>7.0%}  {len(pairs):>5}  {len(mixed):>7}  {likes:<11}  "
-                          f"{told:<12}  {rule:<7}  {len(kept):>4}  {won:>14}", flush=True)  # fmt: skip
+                    share = f"{len(cut) / len(sampled):.0%}"
+                    row = (limit, share, len(pairs), len(mixed), likes, told, rule, len(kept), won)
+                    print("  ".join(f"{value!s:<12}" for value in row), flush=True)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def pictures(facts: Facts) -> list[Picture]:
         ),
         line(
             "kl",
-            "KL from base, nats a token",
+            "KL from base, a token",
             {
                 "answers at temperature 1": held_out(lambda e: None if e.kl_by_older_version else e.kl_per_token),
                 "estimate of an older version": held_out(lambda e: e.kl_per_token if e.kl_by_older_version else None),
@@ -247,8 +247,8 @@ def _about_kl(evaluations: Sequence[EvaluationMetrics]) -> str:
         return "older estimates are off by temperature and top-p, even in their sign"
     last = evaluations[-1] if evaluations else None
     if last is None or last.kl_per_completion is None or not last.kl_answers:
-        return "95 % interval"
-    return f"95 % interval; {last.kl_per_completion:.1f} nats an answer in the last evaluation"
+        return "nats; 95 % interval"
+    return f"nats; 95 % interval; {last.kl_per_completion:.1f} an answer in the last evaluation"
 
 
 @dataclass(frozen=True)
