@@ -17,7 +17,7 @@ from rlaif.constitution import parse_constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.learning import make_learner
 from rlaif.learning.base import _merged, _row, epoch_order
-from rlaif.learning.divergence import kl
+from rlaif.learning.divergence import _batches, kl
 from rlaif.mixing import preferences_of
 from rlaif.records import Completion, Decision, Message, Pair, PolicyVersion, Preference, Prompt, Verdict
 from tests.learning.conftest import make_preferences
@@ -148,6 +148,19 @@ def test_an_untrained_policy_has_not_diverged(model_path: str, settings: config.
     next(iter(made._trained().values())).fill_(float("nan"))
     with pytest.raises(RlaifError, match="not finite"):
         list(made.divergences([sampled]))
+
+
+def test_divergences_hold_no_more_logits_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [
+        Completion(
+            id=str(n), prompt_id="p", policy=PolicyVersion(iteration=0, digest=""), index=0, seed=0,
+            prompt_token_ids=(1,), token_ids=(5,) * n, text="", finish_reason="length",
+        )
+        for n in (1, 2, 3, 9, 4, 5)
+    ]  # fmt: skip
+    monkeypatch.setattr("rlaif.learning.divergence._PLACES", 8)
+    assert [[c.id for c in batch] for batch in _batches(asked, 2)] == [["1", "2"], ["3", "4"], ["5"], ["9"]]
+    assert [[c.id for c in batch] for batch in _batches(asked, 9)] == [["1", "2", "3"], ["4"], ["5"], ["9"]]
 
 
 def test_kl_of_a_token_that_nobody_says() -> None:
