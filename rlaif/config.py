@@ -178,8 +178,8 @@ class Judge(Juror):
     templates: list[str] = Field(default_factory=list)
     """chat: judge templates (`prompts/judge/<name>.jinja`), each a voice; the constitution's own when empty."""
     evaluate_templates: list[str] = Field(default_factory=list)
-    """chat: templates for held-out evaluation, so that a policy isn't measured with the question that trained it;
-    `templates` when empty."""
+    """chat: templates for held-out evaluation, so that a policy isn't measured with the question that trained it.
+    When empty, for each template NAME that decides NAME_evaluate; NAME itself where there is no such file."""
     templates_dir: str = "prompts/judge"
     """chat: folder of the templates."""
     votes_per_principle: bool = False
@@ -281,6 +281,9 @@ class Filters(Section):
     """Weighted share of valid votes that name the winner, at least (`low_agreement`)."""
     min_margin: float = Field(0.0, ge=0, le=0.5)
     """|p(first) - 0.5|, at least (`low_margin`)."""
+    cut_off: Literal["keep", "drop"] = "keep"
+    """A pair whose winner the length limit cut off, while the loser ended by itself (`cut_off`). In a job `drop` by
+    default with a judge behind a server; a likelihood judge has `judge.missing_eos_penalty`."""
     guards: bool = True
     """A guard's vote against the winner drops the pair (`guard`)."""
     min_kept_pairs: int = Field(4, ge=1)
@@ -350,13 +353,16 @@ class Eval(Section):
     that don't: set here what the policy will be used with."""
     top_p: float | None = Field(None, gt=0, le=1)
     """Of held-out answers; `sampling.top_p` when absent."""
+    kl_prompts: int = Field(16, ge=0)
+    """The first so many of these prompts get one more answer, at temperature 1 and top-p 1, on which KL from the base
+    policy is computed; 0: KL isn't measured."""
 
 
 class Monitors(Section):
     """When a run raises an alarm."""
 
     max_kl: float | None = None
-    """Alarm when KL per token from the base policy (nats, on held-out answers) exceeds this."""
+    """Alarm when KL per token from the base policy (nats; `eval.kl_prompts`) exceeds this."""
     min_mean_words: float = 6.0
     """Alarm when sampled answers are shorter than this on average."""
     min_distinct_share: float = Field(0.5, ge=0, le=1)
@@ -367,6 +373,11 @@ class Monitors(Section):
     max_abstained_share: float = Field(0.2, ge=0, le=1)
     """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
     replies)."""
+    max_cut_off_share: float = Field(0.8, ge=0, le=1)
+    """Alarm when the length limit cut off more than this share of an iteration's sampled answers."""
+    max_cut_off_won: float = Field(0.5, ge=0, le=1)
+    """Alarm when, of two answers one of which was cut off, the judge prefers that one in more than this share of an
+    iteration's pairs (the lower end of the 95 % interval)."""
     stop_on_alarm: bool = False
     """Stop the run at an alarm (it can be resumed) instead of noting it and going on."""
 
@@ -430,6 +441,15 @@ class Job(Section):
                 return tree | {"pairing": {"method": "random"}}
             if not scores and isinstance(pairing, dict) and "method" not in pairing:
                 return tree | {"pairing": pairing | {"method": "random"}}
+        return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cut_off_winners_of_a_judge_that_reads(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(judge := tree.get("judge"), dict) and judge.get("kind") == "chat":
+            filters = tree.get("filters", {})
+            if isinstance(filters, dict) and "cut_off" not in filters:
+                return tree | {"filters": filters | {"cut_off": "drop"}}
         return tree
 
     @model_validator(mode="after")

@@ -51,6 +51,11 @@ class EvaluationRow(Record):
     win_interval: tuple[float, float] | None
     mean_words: float | None
     kl_per_token: float | None
+    """From the base policy, nats."""
+    kl_interval: tuple[float, float] | None
+    kl_per_completion: float | None
+    kl_by_older_version: bool
+    """`kl_per_token` is the estimate of an older version, off by temperature and top-p, even in its sign."""
     relevance: float | None
     checks: dict[str, float]
 
@@ -216,6 +221,9 @@ def _evaluation_rows(index: Index) -> list[EvaluationRow]:
                 win_interval=m.get("win_interval") if r["evaluation"] else None,
                 mean_words=m.get("mean_words"),
                 kl_per_token=m.get("kl_per_token"),
+                kl_interval=m.get("kl_interval"),
+                kl_per_completion=m.get("kl_per_completion"),
+                kl_by_older_version=m.get("kl_answers") is None and m.get("kl_per_token") is not None,
                 relevance=m.get("relevance"),
                 checks=m.get("checks") or {},
             )

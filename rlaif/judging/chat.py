@@ -179,7 +179,15 @@ class _Questions(NamedTuple):
         first, second = self.candidates[shown.first], self.candidates[shown.second]
         _, _, asked = ballot.voice.partition("/")
         principle = self.constitution.principle(asked) if asked else None
-        return render(template, self.constitution, principle, first.messages, first.text, second.text)
+        return render(
+            template,
+            self.constitution,
+            principle,
+            first.messages,
+            first.text,
+            second.text,
+            (first.cut_off, second.cut_off),
+        )
 
 
 class _Done(NamedTuple):
