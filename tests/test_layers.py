@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.intervals",
         "rlaif.pairing",
         "rlaif.judging",
+        "rlaif.judging.answers",
         "rlaif.judging.ballots",
         "rlaif.judging.candidates",
         "rlaif.judging.numbers",
