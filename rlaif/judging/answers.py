@@ -255,6 +255,9 @@ def _reply_tokens(logprobs: Any) -> tuple[ReplyToken, ...]:
         return ()
 
 
+_PLAIN_USAGE = {"prompt_tokens", "completion_tokens", "total_tokens"}
+
+
 def _usage(tree: Any) -> Usage:
     """What an answer cost, in the words of several servers. Thoughts count as completion, cached tokens as prompt."""
     if not isinstance(tree, dict):
@@ -266,6 +269,8 @@ def _usage(tree: Any) -> Usage:
     except (TypeError, KeyError, ValueError, OverflowError):
         return Usage()
     total = _detail(tree, "total_tokens")
+    if tree.keys() <= _PLAIN_USAGE and total in (0, prompt + completion):  # the plain form, without the rest's time
+        return Usage(prompt_tokens=prompt, completion_tokens=completion)
     thought = _detail(tree, "reasoning_tokens", "thoughts_token_count", details=("completion", "output"))
     cached = _detail(
         tree, "cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens", details=("prompt", "input")
@@ -294,11 +299,12 @@ def _detail(tree: dict[str, Any], *names: str, details: tuple[str, ...] = ()) ->
         if not isinstance(place, dict):
             continue
         for name in names:
-            try:
-                if found := _count(place.get(name) or 0):
-                    return found
-            except (TypeError, ValueError, OverflowError):
-                continue
+            if value := place.get(name):
+                try:
+                    if found := _count(value):
+                        return found
+                except (TypeError, ValueError, OverflowError):
+                    continue
     return 0
 
 

@@ -334,6 +334,7 @@ class OpenAIServer:
             default_headers=self._headers,
             default_query=juror.query,
         )
+        self._left_out = self._not_sent()
         self._merges = False
         """The server takes no system message."""
         self._densest = 0.0
@@ -383,7 +384,7 @@ class OpenAIServer:
             answer = await self._client().get(
                 f"{self._juror.base_url.rstrip('/')}/models",
                 cast_to=openai.HttpxBinaryResponseContent,
-                options={"headers": self._not_sent(), "timeout": _IDENTITY_S},
+                options={"headers": self._left_out, "timeout": _IDENTITY_S},
             )
             tree = json.loads(answer.response.content)
             rows = tree.get("data") or tree.get("models")
@@ -447,12 +448,8 @@ class OpenAIServer:
         """Headers of openai's client that no server needs; nor is a key that there is none of."""
         import openai
 
-        names = (
-            _NOT_SENT
-            if self._key or "authorization" in map(str.lower, self._headers)
-            else (*_NOT_SENT, "Authorization")
-        )
-        return dict.fromkeys(names, openai.omit)
+        own = "authorization" in map(str.lower, self._headers)
+        return dict.fromkeys(_NOT_SENT if self._key or own else (*_NOT_SENT, "Authorization"), openai.omit)
 
     async def _post(self, body: dict[str, Any]) -> httpx2.Response:
         """The server's answer as it came; openai's own models would refuse, or invent, what a server leaves out."""
@@ -463,7 +460,7 @@ class OpenAIServer:
                 self._url,
                 body=body,
                 cast_to=openai.HttpxBinaryResponseContent,
-                options={"headers": self._not_sent()},
+                options={"headers": self._left_out},
             )
         except openai.APIStatusError as e:
             failed = self._status_error(e)
