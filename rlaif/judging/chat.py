@@ -424,7 +424,8 @@ class _Casting:
         """Answers ballots until none is left or there is a reason to stop."""
         try:
             while True:
-                await self.going.wait()
+                if not self.going.is_set():
+                    await self.going.wait()
                 if self.error is not None or (ballot := next(self.ballots, None)) is None:
                     break
                 done = await self._answer(ballot)
@@ -454,7 +455,7 @@ class _Casting:
                 how: dict[str, Any] = {"cached": True, "attempts": 0, "fingerprint": self._named(ballot, stored)}
                 return _Done(_vote(ballot, template, stored, prompt_hash, settings.clamp, how))
         vote, reply, failure = None, None, None
-        attempts, usage = 0, Usage()
+        attempts, usage = 0, None
         for asked in range(1 + settings.reask):
             if asked and "seed" in body and "seed" not in juror.extra_body:  # or it would say the same
                 body = {**body, "seed": (ballot.seed + asked * 1_000_003) % 2**31}
@@ -539,8 +540,10 @@ class _Casting:
 
     def _named(self, ballot: Ballot, reply: Reply) -> str | None:
         """What the server says of the model that gave a reply."""
-        known = (reply.system_fingerprint, self.judge._identities.get(ballot.judge))
-        return " ".join(k for k in known if k) or None
+        identity = self.judge._identities.get(ballot.judge)
+        if reply.system_fingerprint and identity:
+            return f"{reply.system_fingerprint} {identity}"
+        return reply.system_fingerprint or identity
 
     async def _enter(self) -> None:
         """Returns when the budget allows one more call, those under way counted.
@@ -586,9 +589,9 @@ class _Casting:
                 )
 
 
-def _sum(a: Usage, b: Usage) -> Usage:
+def _sum(a: Usage | None, b: Usage) -> Usage:
     """Both together."""
-    if a == Usage():
+    if a is None:
         return b
     counts = {n: getattr(a, n) + getattr(b, n) for n in Usage.model_fields if n != "estimated"}
     return Usage(**counts, estimated=a.estimated or b.estimated)

@@ -159,6 +159,9 @@ class LabelMass(Record):
     """1 - p(A) - p(B)."""
 
 
+_PLAIN = {label: Parsed(shown=_WORDS[label.lower()]) for label in _LABELS}
+
+
 @lru_cache(maxsize=256)
 def ending(finish_reason: str | None) -> Ending:
     """What a finish reason means; an unknown one is a failure."""
@@ -181,6 +184,8 @@ def parse(reply: Reply, kind: VerdictKind, pattern: str | None = None) -> Parsed
     if how == "failed":  # no reply: it was stored, or logged, before that was known
         return Parsed(abstain_reason="infra_error")
     whole = how == "finished"
+    if whole and kind == "letter" and reply.content in _LABELS:  # the plain form, without the rest's time
+        return _PLAIN[reply.content]
     text, thinking = _without_thoughts(_seen(reply.content or ""), kind)
     # A letter or a whole JSON object is complete; a last line that was cut off may have gone on ("Verdict: B|oth").
     if thinking or (not whole and kind == "last_line" and text):
