@@ -463,6 +463,8 @@ class _Casting:
                 answer = await self._ask(ballot, body, journal=not asked)
             except CallFailed as e:
                 failure = e
+                if vote is not None:  # the reply before it is one, if an unreadable one
+                    vote = vote.model_copy(update={"attempts": attempts + e.attempts})
                 break
             except BudgetSpent:
                 if vote is None:
@@ -479,7 +481,7 @@ class _Casting:
         # One at a time, in the order of their answers: requests that wait for a slot go out in between.
         async with self.turn:
             await asyncio.sleep(0)
-        if failure is not None and (vote is None or reply is None):  # an unreadable reply before it would be a vote
+        if failure is not None and (vote is None or reply is None):
             failed = Vote(
                 ballot=ballot, model=juror.model, outcome="abstain", abstain_reason="infra_error", raw_reply="",
                 prompt_hash=prompt_hash, error=failure.error, attempts=failure.attempts,

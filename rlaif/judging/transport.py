@@ -74,7 +74,11 @@ _TOKENS_MISSED = 500
 
 # What a server says that doesn't take a system message: "System role not supported", "Conversation roles must
 # alternate", "Developer instruction is not enabled", "Input should be 'user' or 'assistant'".
-_SYSTEM_REFUSED = re.compile(r"\b(?:system|developer|assistant)\b|\broles?\b", re.I)
+_SYSTEM_REFUSED = re.compile(
+    r"system.{0,40}\b(?:role|message|prompt|instruction)|(?:role|message|instruction)s?\b.{0,80}\b(?:system|assistant)\b"
+    r"|support.{0,40}\bsystem\b|roles? must|developer (?:role|message|instruction)|'user' or 'assistant'|first message",
+    re.I | re.S,
+)
 _HINTS = tuple(
     (re.compile(said, re.I), hint)
     for said, hint in (
@@ -84,6 +88,7 @@ _HINTS = tuple(
             "judge.extra_body: {max_completion_tokens: 4096} is sent instead of max_tokens; a model that thinks needs "
             "as many",
         ),
+        ("could not finish the message|higher max_tokens", "a larger judge.max_tokens: a thought needs room"),
         ("top_logprobs", "judge.extra_body: {top_logprobs: 5}, or judge.logprobs: false"),
         ("log_?prob", "judge.logprobs: false"),
         ("temperature", "judge.extra_body: {temperature: null} leaves it out"),
@@ -388,7 +393,8 @@ class OpenAIServer:
             )
             tree = json.loads(answer.response.content)
             rows = tree.get("data") or tree.get("models")
-            mine = next(r for r in rows if self._juror.model in (r.get("id"), r.get("name"), r.get("model")))
+            names = (self._juror.model, f"models/{self._juror.model}")
+            mine = next(r for r in rows if {r.get("id"), r.get("name"), r.get("model")} & set(names))
             known = {name: mine[name] for name in _IDENTITY if mine.get(name) is not None}
         except Exception:  # an answer that many servers don't give: no reason to stop
             return None

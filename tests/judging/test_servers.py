@@ -9,12 +9,14 @@ import shutil
 import ssl
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from rlaif.config import Judge, Price
 from rlaif.errors import JudgeUnavailable, UserError
 from rlaif.judging.answers import read_usage, retry_after_s
+from rlaif.judging.ballots import request_parameters
 from rlaif.judging.spending import cost, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.records import Usage
@@ -222,8 +224,9 @@ def test_another_ask_of_a_sampled_reply_has_another_seed():
 def test_an_unreadable_reply_stays_one_when_the_next_ask_fails():
     down = choice("", "error")
     with server_of(choice("Both"), down) as server:
-        cast = cast_of(server, max_retries=0)
+        cast = cast_of(server, max_retries=1)
     assert outcomes(cast) == {"unparsed"}
+    assert {(v.attempts, v.reasked) for v in cast.votes} == {(3, 0)}
 
 
 # Cut off, refused
@@ -611,7 +614,9 @@ def test_what_the_environment_sets_for_openai_goes_nowhere_else(monkeypatch):
         (400, "Conversation roles must alternate user/assistant/user/assistant/..."),
         (400, "Developer instruction is not enabled for models/gemma-3-4b-it"),
         (400, "Unsupported value: 'messages[0].role' does not support 'system' with this model."),
-        (422, "Input should be 'user' or 'assistant'"), (500, "Jinja Exception: System role not supported"),
+        (422, "Input should be 'user' or 'assistant'"), (400, "messages: first message must use the \"user\" role"),
+        (400, "Unexpected role system"), (400, "System messages are not supported by this model"),
+        (500, "Jinja Exception: System role not supported"),
     ],
 )  # fmt: skip
 def test_a_system_message_that_is_refused_is_merged(status, message):
@@ -651,6 +656,7 @@ def test_a_system_message_can_be_merged_by_setting():
         ("Argument not supported on this model: logprobs", "judge.logprobs: false"),
         ("The api-version query parameter is missing", "judge.query: {api-version"),
         ("Unknown parameter: 'seed'", "judge.extra_body: {seed: null}"),
+        ("Could not finish the message because max_tokens or model output limit was reached.", "judge.max_tokens"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("status", [400, 403])
@@ -731,3 +737,23 @@ def test_a_judge_of_older_jobs_reads_as_before():
     old = {"kind": "chat", "model": "m", "prices": {"m": {"prompt": 1, "completion": 2}}}
     judge = Judge.model_validate(old)
     assert (judge.reask, judge.system_role, judge.headers, judge.ca_file) == (1, "auto", {}, None)
+
+
+def test_the_settings_in_the_docs_can_be_used():
+    """Each row of the table is a judge whose request a server answers."""
+    import yaml
+
+    page = (Path(__file__).resolve().parents[2] / "docs/judges.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (.*) \|$", page.split("## Settings for servers")[1].split("\n\n- ")[0], re.M)
+    rows = [(name, row) for name, row in rows if "`" in row and not name.startswith(("server", "-"))]
+    assert len(rows) == 11
+    inherited = {}
+    for name, row in rows:
+        found = [yaml.safe_load(text) for text in re.findall(r"`([a-z_]+: [^`]+)`", row)]
+        tree = {key: value for f in found for key, value in f.items()}
+        tree = inherited | tree if "the same" in row else tree
+        inherited = tree
+        given = Judge.model_validate({"kind": "chat", "model": "m", **tree})
+        body = request_parameters(given.jurors[0], JSON)
+        assert ("logprobs" in request_parameters(given.jurors[0], LETTER)) == tree.get("logprobs", True), name
+        assert ("max_tokens" in body) != ("max_completion_tokens" in body), name
