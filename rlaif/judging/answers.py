@@ -15,7 +15,7 @@ import time
 from datetime import datetime
 from typing import Any, Literal
 
-from rlaif.judging.parsing import Reply, ReplyToken
+from rlaif.judging.parsing import Reply, ReplyToken, ending
 from rlaif.records import Usage
 
 _RETRIED = (408, 409, 425, 429, 498)
@@ -62,6 +62,7 @@ def retry_after_s(headers: Any, body: Any = None) -> float | None:
     """
     waits = (
         _seconds(headers.get("retry-after-ms"), 1e-3),
+        _seconds(headers.get("x-ms-retry-after-ms"), 1e-3),
         _seconds(headers.get("retry-after")),
         _body_wait_s(body),
         *_resets(headers),
@@ -171,7 +172,7 @@ def read_reply(content: bytes, model: str, scrub: Any = str) -> Reply:
     reply = Reply(
         content=said,
         refusal=_text(message.get("refusal")) or refusal,
-        finish_reason=_text(choice.get("finish_reason")),
+        finish_reason=_finish_reason(choice),
         tokens=_reply_tokens(choice.get("logprobs")),
         usage=_usage(tree.get("usage")),
         model=_text(tree.get("model")) or model,
@@ -181,6 +182,14 @@ def read_reply(content: bytes, model: str, scrub: Any = str) -> Reply:
         why = f"finish_reason `{reply.finish_reason}`" if reply.finish_reason else "no content, no finish_reason"
         raise NoReply(scrub(f"a reply that the server didn't finish ({why})"), "unfinished")
     return reply
+
+
+def _finish_reason(choice: dict[str, Any]) -> str | None:
+    """How a reply ended, as the server says it, or the server behind it where that one says that it is cut off."""
+    said, native = (_text(choice.get(name)) for name in ("finish_reason", "native_finish_reason"))
+    if native is not None and ending(said) == "finished" and ending(native) in ("cut_off", "refused"):
+        return native
+    return said or native
 
 
 def _first(choices: list[Any]) -> Any:
@@ -264,8 +273,10 @@ def _usage(tree: Any) -> Usage:
         return Usage()
     try:
         native = "prompt_tokens" not in tree and "input_tokens" in tree
-        prompt = _count(tree["input_tokens" if native else "prompt_tokens"])
         completion = _count(tree.get("completion_tokens") or tree.get("output_tokens") or 0)
+        if not native and "prompt_tokens" not in tree:  # all that is known is the sum
+            return Usage(prompt_tokens=max(_count(tree["total_tokens"]) - completion, 0), completion_tokens=completion)
+        prompt = _count(tree["input_tokens" if native else "prompt_tokens"])
     except (TypeError, KeyError, ValueError, OverflowError):
         return Usage()
     total = _detail(tree, "total_tokens")

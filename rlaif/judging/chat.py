@@ -446,13 +446,14 @@ class _Casting:
         settings = self.judge.settings
         body = self._body(ballot, template, self.questions.messages(ballot, template))
         prompt_hash = digest(body["messages"])
-        key = ""
+        key, stored = "", None
+        how: dict[str, Any] = {"cached": True, "attempts": 0}
         if self.judge._cache is not None:
             of = juror.query, self.judge._identities.get(ballot.judge)
             key = reply_key(juror.base_url, body, ballot.seed, ballot.sample_index, *of)
             stored = self.judge._cache.get(key)
             if stored is not None and await self._of_this_model(ballot.judge, stored):
-                how: dict[str, Any] = {"cached": True, "attempts": 0, "fingerprint": self._named(ballot, stored)}
+                how["fingerprint"] = self._named(ballot, stored)
                 return _Done(_vote(ballot, template, stored, prompt_hash, settings.clamp, how))
         vote, reply, failure = None, None, None
         attempts, usage = 0, None
@@ -481,6 +482,9 @@ class _Casting:
         # One at a time, in the order of their answers: requests that wait for a slot go out in between.
         async with self.turn:
             await asyncio.sleep(0)
+        if failure is not None and vote is None and stored is not None and not self.judge._fingerprints[ballot.judge]:
+            how["fingerprint"] = self._named(ballot, stored)  # nobody says that it is another model's
+            return _Done(_vote(ballot, template, stored, prompt_hash, settings.clamp, how))
         if failure is not None and (vote is None or reply is None):
             failed = Vote(
                 ballot=ballot, model=juror.model, outcome="abstain", abstain_reason="infra_error", raw_reply="",
@@ -511,7 +515,11 @@ class _Casting:
         Raises:
             BudgetSpent, CallFailed, UserError: there is none.
         """
-        await self._enter()
+        try:
+            await self._enter()
+        except BudgetSpent:
+            self._tell(ballot.judge)
+            raise
         if journal and self.asked is not None:
             self.asked.write(f"{ballot.id}\n")
         try:
@@ -521,9 +529,13 @@ class _Casting:
             self.judge.spent = self.judge.spent.plus(answer.reply.usage, juror, self.judge.settings)
             return answer
         finally:
-            if (told := self.told.get(ballot.judge)) is not None:
-                told.set()
+            self._tell(ballot.judge)
             await self._leave()
+
+    def _tell(self, name: str) -> None:
+        """Lets those go on that wait for a juror's first reply."""
+        if (told := self.told.get(name)) is not None:
+            told.set()
 
     async def _of_this_model(self, name: str, stored: Reply) -> bool:
         """Whether a stored reply is of the model that answers now, as far as the server tells them apart.
@@ -538,7 +550,7 @@ class _Casting:
                 self.told[name] = asyncio.Event()
                 return False
             await self.told[name].wait()
-        return stored.system_fingerprint in seen
+        return stored.system_fingerprint in seen or not seen  # no reply, so nobody says that it is another model
 
     def _named(self, ballot: Ballot, reply: Reply) -> str | None:
         """What the server says of the model that gave a reply."""

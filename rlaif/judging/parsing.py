@@ -38,14 +38,16 @@ _REFUSED = re.compile(
 
 # A thought's mark: its name between the brackets that models use.
 _THOUGHT = (
-    r"(?:[a-z]+:|ant)?(?P<{0}>think(?:ing)?|thoughts?|reason(?:ing)?|reflect(?:ion)?|analysis|scratch_?pad"
+    r"(?:(?!end[_-])[a-z]+[:_-]|ant)?(?P<{0}>think(?:ing)?|thoughts?|reason(?:ing)?|reflect(?:ion)?|analysis|scratch_?pad"
     r"|cot|chain[_ -]of[_ -]thought|(?:inner|internal)[_ -]monologue|deliberation)(?:[_-]\w+)?"
 )
 _OPENED = re.compile(
-    rf"(?P<mark>[<\[◁])[|｜]?(?:(?:start|begin)[_▁](?:of[_▁])?)?{_THOUGHT.format('name')}(?:\s[^<>\[\]\n]*)?[|｜]?[>\]▷]",
+    rf"(?P<mark>[<\[◁])[|｜]?\s?(?:(?:start|begin)[_▁](?:of[_▁])?)?{_THOUGHT.format('name')}(?:\s[^<>\[\]\n]*)?[|｜]?[>\]▷]",
     re.I,
 )
-_CLOSED = re.compile(rf"(?P<mark>[<\[◁])[|｜]?(?:/|end[_▁](?:of[_▁])?){_THOUGHT.format('name')}[|｜]?[>\]▷]", re.I)
+_CLOSED = re.compile(
+    rf"(?P<mark>[<\[◁])[|｜]?\s?(?:/\s?|end[_▁](?:of[_▁])?){_THOUGHT.format('name')}\s?[|｜]?[>\]▷]", re.I
+)
 # Marks of other shapes: how a thought begins, where it ends, and how a verdict's part begins after it.
 _OTHER_THOUGHTS = tuple(
     (re.compile(opened, re.I), re.compile(closed, re.I | re.DOTALL))
@@ -65,6 +67,7 @@ _OTHER_THOUGHTS = tuple(
 # Not seen by a reader: zero-width characters, a BOM, a soft hyphen.
 _UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 _COLONS = str.maketrans(dict.fromkeys("：﹕∶꞉", ":"))
+_STRAIGHT = _COLONS | str.maketrans(dict.fromkeys("“”„", '"') | {"，": ","})
 # What a template ends a turn with, when a server leaves it in the text; the end of a thought is none.
 _STOP_TOKENS = re.compile(
     r"(?:\s*(?:<[|｜](?![^<>]*(?:thin|thought|reason|reflect|analysis|channel))[^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|eot|end_of_turn|turn\||pad)>|\[(?:EOS|/INST|/?s)\]))+\s*$",
@@ -81,15 +84,16 @@ _LEADING = re.compile(r"(?:[#>•\-–—]+\s+|[#>]+|\d{1,2}[.)]\s+)+")
 _BARE_LINE = re.compile(r"[\s*_`~=#\-–—]*")
 
 _ANSWER = r"(?:(?:answer|option|response)\s+)?"
-_IS = r"\s*(?:is\s*:|is\b|:|=|-|–|—)\s*"
+_IS = r"\s*(?:is\s*:|is\b|:|=>|->|→|=|-|–|—)\s*"
+_END = "[.!。]?"
 _LETTER = re.compile(
     rf"(?:(?:(?:the|my)\s+)?(?:final\s+|better\s+)?(?:verdict|answer|choice|response){_IS}|(?:verdict|answer)\s+)?"
-    rf"{_ANSWER}(?P<verdict>[abc]|tie)[.!]?",
+    rf"{_ANSWER}(?P<verdict>[abc]|tie){_END}",
     re.IGNORECASE,
 )
 _VERDICT_LINE = re.compile(
     rf"(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?(?:final\s+|overall\s+)?verdict{_IS}{_ANSWER}"
-    r"(?P<verdict>\w+)[.!]?",
+    rf"(?P<verdict>\w+){_END}",
     re.IGNORECASE,
 )
 _BOXED = re.compile(r"\$*\\(?:boxed|fbox)\s*\{.*\}\$*\.?|\[\[\w+\]\]\.?")
@@ -316,6 +320,8 @@ def _json_verdict(text: str, whole: bool) -> Shown | None:
     body = fenced["body"] if fenced else text
     found = list(_objects(body))
     verdicts = [v for _, _, mine in found for v in mine]
+    if not verdicts and (straight := body.translate(_STRAIGHT)) != body:
+        return _json_verdict(straight, whole)
     if not verdicts and (old := _python_object(body)) is not None:
         return old
     if len(verdicts) != 1 or not isinstance(verdicts[0], str):

@@ -420,8 +420,10 @@ class OpenAIServer:
         try:
             reply = read_reply(answer.content, self._juror.model, self._scrub)
             self._check_whole(reply.usage.prompt_tokens, (expected - 1) * _CHARACTERS_PER_TOKEN)
-        except NoReply:
+        except NoReply as e:
             self._wasted(read_usage(answer.content))
+            if e.retry_after_s is None:
+                e.retry_after_s = retry_after_s(answer.headers)
             raise
         latency_s = answer.elapsed.total_seconds()
         used = reply.usage.prompt_tokens + reply.usage.completion_tokens

@@ -244,6 +244,13 @@ def test_a_cut_off_last_line_is_no_verdict(finish, tmp_path):
         assert not any(v.cached for v in cast_of(server, "last_line", cache=str(tmp_path)).votes)
 
 
+def test_a_reply_that_the_server_behind_it_cut_off():
+    with server_of(choice("Because.\nVerdict: {W}") | {"native_finish_reason": "MAX_TOKENS"}) as server:
+        assert outcomes(cast_of(server, "last_line")) == {"truncated"}
+    with server_of(choice("Because.\nVerdict: {R}") | {"native_finish_reason": "a word of theirs"}) as server:
+        assert outcomes(cast_of(server, "last_line")) == {"second"}
+
+
 @pytest.mark.parametrize("finish", ["stop", "STOP", "end_turn", "eos", "eos_token", "stop_sequence", "COMPLETE",
                                     "FINISH_REASON_STOP", "end_of_sequence"])  # fmt: skip
 def test_a_finished_reply_in_other_words(finish):
@@ -266,7 +273,9 @@ MARKS = [
     ("<reasoning>", "</reasoning>"), ("<reflection>", "</reflection>"), ("◁think▷", "◁/think▷"),
     ("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<scratchpad>", "</scratchpad>"),
-    ("<analysis>", "</analysis>"), ("[REASONING]", "[/REASONING]"),
+    ("<analysis>", "</analysis>"), ("[REASONING]", "[/REASONING]"), ("<inner_thoughts>", "</inner_thoughts>"),
+    ("<think >", "</ think>"), ("<｜begin▁of▁thinking｜>", "<｜end▁of▁thinking｜>"),
+    ("<antThinking>", "</antThinking>"),
 ]  # fmt: skip
 """That may stand after other text."""
 FIRST_MARKS = [
@@ -330,7 +339,8 @@ JSON_FORMS = [
         ('{"reason": "x", "verdict": "{R}",}', "second"), ('[{"reason": "a, }", "verdict": "{R}"},]', "second"),
         ('\ufeff{"verdict": "{R}"}', "second"), ('{"verdict": "{R}"}<|im_end|>', "second"),
         ('{"result": {"verdict": "{R}"}}', "second"), ("{'reason': 'it is', 'verdict': '{R}'}", "second"),
-        ('{"Verdict": "**{R}**"}', "second"), ('{"verdict": "Answer {R}"}', "second"),
+        ("{“reason”: “x”， “verdict”: “{R}”}", "second"),
+    ('{"Verdict": "**{R}**"}', "second"), ('{"verdict": "Answer {R}"}', "second"),
         ('In the set {x, y}: {"verdict": "{R}"}', "second"),
         ('{"reason":"x","verdict":"{W}"}\n{"reason":"x","verdict":"{R}"}', "unparsed"),
         ('{"verdict":"{R}"}\n{"verdict":"{R}"}', "unparsed"), ('{"verdict":"{W}","verdict":"{R}"}', "unparsed"),
@@ -354,7 +364,8 @@ LINES = [
             "\ufeffVerdict: {R}",
             "Final verdict = {R}!", "The verdict is {R}.", "Verdict is: {R}", "Therefore, my verdict: Answer {R}",
             "Verdict — {R}", "`Verdict: {R}`", "```\nVerdict: {R}\n```", "Verdict: {R}\n\n---", "Verdict: <b>{R}</b>",
-            "<verdict>Verdict: {R}</verdict>", "Verdict: {R}<end_of_turn>", "Verdict: {R}<｜end▁of▁sentence｜>",
+            "<verdict>Verdict: {R}</verdict>", "Verdict: {R}<end_of_turn>", "Verdict -> {R}", "Verdict：{R}。",
+        "Verdict: {R}<｜end▁of▁sentence｜>",
         )),
         *((line, "unparsed") for line in (
             "Verdict: {R} or {W}", "Verdict: {R}/{W}", "Verdict: not {R}", "Verdict: {R}, but {W} is close", "{R}",
@@ -416,6 +427,7 @@ def test_forms_of_a_letter():
         ({"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": "odd", "prompt_tokens_details": None,
           "completion_tokens_details": []}, (5, 2, 0, 0)),
         ({"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 3}, (5, 2, 0, 0)),
+        ({"total_tokens": 622, "completion_tokens": 22}, (600, 22, 0, 0)),
     ],
 )  # fmt: skip
 def test_usage_of_thoughts_and_cached_tokens(usage, expected):
@@ -757,3 +769,20 @@ def test_the_settings_in_the_docs_can_be_used():
         body = request_parameters(given.jurors[0], JSON)
         assert ("logprobs" in request_parameters(given.jurors[0], LETTER)) == tree.get("logprobs", True), name
         assert ("max_tokens" in body) != ("max_completion_tokens" in body), name
+
+
+def test_stored_replies_serve_while_the_server_is_down(tmp_path):
+    with FaultServer(answer=fingerprinted("fp_1")) as server:
+        cast_of(server, n=4, cache=str(tmp_path))
+        server.answer, server.status = None, 503
+        again = cast_of(server, n=4, cache=str(tmp_path), max_retries=0)
+        assert outcomes(again) == {"second"}
+        assert all(v.cached for v in again.votes)
+
+
+def test_a_spent_budget_keeps_nobody_waiting_for_a_fingerprint(tmp_path):
+    with FaultServer(answer=fingerprinted("fp_1")) as server:
+        first = cast_of(server, n=4, cache=str(tmp_path))
+        again = Cast(settings(server, cache=str(tmp_path), budget={"calls": 8}), 4, spent=first.judge.spent)
+        again.run()
+        assert "judge.budget.calls=8 is spent" in str(again.error)
