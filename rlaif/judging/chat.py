@@ -325,7 +325,7 @@ class _Casting:
     def _too_many(self, streak: _Streak) -> bool:
         """Whether a juror's failures since its last reply are a reason to stop."""
         standing = streak.standing
-        failed = len(streak.held) - streak.excused
+        failed = max(len(streak.held) - streak.excused, standing.failures)
         if standing.answers:
             failed = standing.failures + len(standing.rejected)
         return failed >= self.judge.settings.breaker_failures

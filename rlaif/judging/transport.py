@@ -16,6 +16,7 @@ import re
 import socket
 import ssl
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
@@ -66,11 +67,12 @@ _IDENTITY = (
     "meta",
     "digest",
 )
-# A server that lets a prompt's beginning go, and says so in its count alone. No text has as many bytes a token, nor is
-# one text a quarter as dense as another.
+# A server that lets a prompt's beginning go says so in its count alone. Hardly a text has ten bytes a token; six are many
+# and tell of a cut when a prompt of half the length had as many tokens.
 _BYTES_PER_TOKEN_AT_MOST = 10
-_DENSITY_RANGE = 4
+_BYTES_PER_TOKEN_RARELY = 6
 _TOKENS_MISSED = 500
+_TOKENS_TO_COMPARE = 256
 
 # What a server says that doesn't take a system message: "System role not supported", "Conversation roles must
 # alternate", "Developer instruction is not enabled", "Input should be 'user' or 'assistant'".
@@ -342,8 +344,8 @@ class OpenAIServer:
         self._left_out = self._not_sent()
         self._merges = False
         """The server takes no system message."""
-        self._densest = 0.0
-        """Most tokens a byte that the server has counted in a prompt."""
+        self._counted: dict[int, int] = defaultdict(int)
+        """Most tokens that the server has counted in prompts of about a length (bytes, by steps of a tenth)."""
         self._url = f"{juror.base_url.rstrip('/')}/chat/completions"
         self._made: AsyncOpenAI | None = None
 
@@ -442,15 +444,20 @@ class OpenAIServer:
         """
         if not counted or sent < 1:
             return
-        density = counted / sent
-        least = max(sent / _BYTES_PER_TOKEN_AT_MOST, sent * self._densest / _DENSITY_RANGE)
-        if least - counted > _TOKENS_MISSED:
+        cut = sent / _BYTES_PER_TOKEN_AT_MOST - counted > _TOKENS_MISSED
+        if counted >= _TOKENS_TO_COMPARE:
+            step = math.log(sent, 1.1)
+            if sent > _BYTES_PER_TOKEN_RARELY * counted:
+                half = math.log(sent / 2, 1.1) - 1
+                cut = cut or any(n <= half and most >= counted for n, most in self._counted.items())
+            if not cut:
+                self._counted[int(step)] = max(self._counted[int(step)], counted)
+        if cut:
             raise NoReply(
                 f"the server read {counted} tokens of a prompt of {sent:.0f} bytes: it cuts long prompts off without a "
                 "word; give it a longer context (Ollama: num_ctx)",
                 "rejected",
             )
-        self._densest = max(self._densest, density)
 
     def _not_sent(self) -> dict[str, Any]:
         """Headers of openai's client that no server needs; nor is a key that there is none of."""
@@ -504,8 +511,15 @@ class OpenAIServer:
                         return answer
 
             trusted = _trusted(self._juror)
+            try:
+                http_client = Client() if trusted is None else Client(verify=trusted)
+            except (ValueError, ImportError) as e:
+                raise UserError(
+                    f"the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY can't be used ({self._scrub(str(e))}); name an "
+                    "http:// proxy, or unset it"
+                ) from None
             with _without_openai_settings(self._juror):
-                self._made = self._connect(http_client=Client() if trusted is None else Client(verify=trusted))
+                self._made = self._connect(http_client=http_client)
         return self._made
 
     def _status_error(self, error: Any) -> Exception:

@@ -15,13 +15,13 @@ import pytest
 
 from rlaif.config import Judge, Price
 from rlaif.errors import JudgeUnavailable, UserError
-from rlaif.judging.answers import read_usage, retry_after_s
+from rlaif.judging.answers import NoReply, read_usage, retry_after_s
 from rlaif.judging.ballots import request_parameters
 from rlaif.judging.spending import cost, spent_on
-from rlaif.judging.transport import check_address
+from rlaif.judging.transport import OpenAIServer, check_address
 from rlaif.records import Usage
 from tests.judging.fault_server import FaultServer, longer
-from tests.judging.test_chat import JSON, LETTER, REASONED, Cast, settings
+from tests.judging.test_chat import JSON, LETTER, REASONED, TEXT, Cast, settings
 
 TEMPLATES = {"letter": LETTER, "last_line": REASONED, "json": JSON}
 SAYS = {"letter": "{R}", "last_line": "Well.\nVerdict: {R}", "json": '{"reason": "x", "verdict": "{R}"}'}
@@ -682,29 +682,63 @@ def test_a_parameter_that_is_refused_says_how_to_do_without(status, message, hin
 # Prompts that a server cuts
 
 
-def test_a_server_that_cuts_prompts_without_a_word_gives_no_votes(tmp_path):
-    """It counts a token for four characters, and never more than 300."""
+@pytest.mark.parametrize(("sentences", "limit"), [(900, 1000), (1000, 2048), (9000, 8192)])
+def test_a_server_that_cuts_prompts_without_a_word_gives_no_votes(sentences, limit, tmp_path):
+    """It counts a token for four characters, and never more than its limit."""
 
     def answer(body, times):
         sent = sum(len(m["content"]) for m in body["messages"])
-        usage = {"prompt_tokens": min(sent // 4, 1000), "completion_tokens": 1}
+        usage = {"prompt_tokens": min(sent // 4, limit), "completion_tokens": 1}
         return 200, {}, {"choices": [filled(choice("{R}"), body)], "usage": usage}
 
-    with FaultServer(answer=answer) as server:
-        cast = Cast(settings(server, cache=str(tmp_path)), 6, (LETTER,))
+    def cast(server):
+        made = Cast(settings(server, cache=str(tmp_path)), 6, (LETTER,))
         long = {f"{side}{n}" for n in (2, 4) for side in "ab"}
-        cast.candidates = [
-            c.model_copy(update={"text": f"{c.text} and so on" * 900}) if c.completion_id in long else c
-            for c in cast.candidates
+        made.candidates = [
+            c.model_copy(update={"text": f"{c.text} and so on" * sentences}) if c.completion_id in long else c
+            for c in made.candidates
         ]
-        votes = cast.run()
-        assert cast.error is None
-        of_pair = {v.ballot.pair_id: v for v in votes}
-        assert {p for p, v in of_pair.items() if v.abstain_reason == "infra_error"} == {"p2", "p4"}
-        assert "the server read 1000 tokens of a prompt of" in of_pair["p2"].error
-        again = Cast(settings(server, cache=str(tmp_path)), 6, (LETTER,))
-        again.candidates = cast.candidates
-        assert sum(v.cached for v in again.run()) == 8
+        made.run()
+        return made
+
+    with FaultServer(answer=answer) as server:
+        first = cast(server)
+        assert first.error is None
+        lost = [v for v in first.votes if v.abstain_reason == "infra_error"]
+        assert sorted(v.ballot.pair_id for v in lost) == ["p2", "p2", "p4", "p4"]
+        assert all(f"the server read {limit} tokens of a prompt of" in v.error for v in lost)
+        assert sum(v.cached for v in cast(server).votes) == 8
+
+
+def test_a_cut_shows_beside_a_prompt_of_half_the_length():
+    server = OpenAIServer(settings("http://127.0.0.1:9/v1").jurors[0], settings("http://127.0.0.1:9/v1"), *[None] * 4)
+    for sent, counted in ((4000, 1000), (8200, 2048), (9000, 2048), (12_000, 2048), (9000, 3000), (12_500, 2100)):
+        server._check_whole(counted, sent)
+    with pytest.raises(NoReply, match="cuts long prompts off"):
+        server._check_whole(2048, 18_000)
+    server._check_whole(4500, 18_000)
+    server._check_whole(0, 18_000)  # it doesn't count
+
+
+@pytest.mark.parametrize("proxy", ["nonsense://x", "socks5://127.0.0.1:9"])
+def test_a_proxy_that_is_none_is_named(monkeypatch, proxy):
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    cast = Cast(settings("http://judge.example/v1", max_retries=0), 1)
+    cast.run()
+    assert "HTTP_PROXY" in str(cast.error) or "proxies" in str(cast.error)
+
+
+def test_silence_in_many_small_casts_adds_up():
+    with server_of(choice("")) as server:
+        cast = Cast(settings(server, breaker_failures=6), 8, (LETTER,))
+        errors = []
+        for n in range(8):
+            mine = [b for b in cast.ballots if b.pair_id == f"p{n}"]
+            try:
+                list(cast.judge.cast(mine, cast.pairs, cast.candidates, TEXT, cast.templates))
+            except JudgeUnavailable as e:
+                errors.append((n, str(e)))
+    assert errors[0][0] == 2
 
 
 # Which model it was
