@@ -67,8 +67,8 @@ _IDENTITY = (
     "meta",
     "digest",
 )
-# A server that lets a prompt's beginning go says so in its count alone. Hardly a text has ten bytes a token; six are many
-# and tell of a cut when a prompt of half the length had as many tokens.
+# A server that lets a prompt's beginning go says so in its count alone. Hardly a text has ten bytes a token; six are
+# many, and tell of a cut when a prompt of half the length had as many tokens.
 _BYTES_PER_TOKEN_AT_MOST = 10
 _BYTES_PER_TOKEN_RARELY = 6
 _TOKENS_MISSED = 500
@@ -587,11 +587,12 @@ def connection_fault(error: BaseException, url: str) -> str | None:
     if proxy := has(aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError):
         name = "HTTPS_PROXY" if parts.scheme == "https" else "HTTP_PROXY"
         return f"the proxy can't be used ({proxy}); mend or unset {name}, or name {parts.hostname} in NO_PROXY"
-    if bad := has(ssl.SSLCertVerificationError):
-        reason = getattr(bad, "verify_message", "") or bad
+    if has(ssl.SSLCertVerificationError):
+        reason = next((m for e in chain if (m := getattr(e, "verify_message", ""))), last)
         return f"the certificate of {place} isn't trusted ({reason}); name a CA of your own in judge.ca_file"
-    if tls := has(ssl.SSLError, aiohttp.ClientConnectorSSLError):
-        return f"{place} speaks no TLS that we do ({tls}); is judge.base_url an http:// address?"
+    if has(ssl.SSLError, aiohttp.ClientConnectorSSLError):
+        reason = next((str(e.reason) for e in chain if isinstance(e, ssl.SSLError) and e.reason), last)
+        return f"{place} speaks no TLS that we do ({reason}); is judge.base_url an http:// address?"
     if has(socket.gaierror):
         return f"no host `{parts.hostname}` is known ({has(socket.gaierror)}); check judge.base_url, or the network"
     if has(ConnectionRefusedError) or re.search(r"errno (?:111|61)\b|refused", last, re.I):
