@@ -387,23 +387,35 @@ class OpenAIServer:
         """What the server's list of models says of this one, in one line; None when it says nothing."""
         import openai
 
-        try:
-            answer = await self._client().get(
-                f"{self._juror.base_url.rstrip('/')}/models",
-                cast_to=openai.HttpxBinaryResponseContent,
-                options={"headers": self._left_out, "timeout": _IDENTITY_S},
-            )
-            tree = json.loads(answer.response.content)
-            rows = tree.get("data") or tree.get("models")
-            names = (self._juror.model, f"models/{self._juror.model}")
-            mine = next(r for r in rows if {r.get("id"), r.get("name"), r.get("model")} & set(names))
-            known = {name: mine[name] for name in _IDENTITY if mine.get(name) is not None}
-        except Exception:  # an answer that many servers don't give: no reason to stop
-            return None
-        # Some give the time of the answer.
-        if isinstance(at := known.get("created"), int | float) and abs(time.time() - at) < 86_400:
-            del known["created"]
-        return self._scrub(json.dumps({"id": self._juror.model, **known}, sort_keys=True)) if known else None
+        for wait_s in (0.2, 1.0, None):
+            try:
+                answer = await self._client().get(
+                    f"{self._juror.base_url.rstrip('/')}/models",
+                    cast_to=openai.HttpxBinaryResponseContent,
+                    options={"headers": self._left_out, "timeout": _IDENTITY_S},
+                )
+                return self._listed(tree_of(answer.response.content))
+            except openai.APIStatusError as e:
+                if not asks_again(e.status_code):
+                    return None
+            except Exception:  # an answer that many servers don't give: no reason to stop
+                return None
+            if wait_s is not None:
+                await asyncio.sleep(wait_s)
+        return None
+
+    def _listed(self, tree: Any) -> str | None:
+        """What a list of models says of this juror's."""
+        rows = (tree.get("data") or tree.get("models")) if isinstance(tree, dict) else tree
+        names = {self._juror.model, f"models/{self._juror.model}"}
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict) and names & {str(row.get(key)) for key in ("id", "name", "model")}:
+                known = {name: row[name] for name in _IDENTITY if row.get(name) is not None}
+                # Some give the time of the answer.
+                if isinstance(at := known.get("created"), int | float) and abs(time.time() - at) < 86_400:
+                    del known["created"]
+                return self._scrub(json.dumps({"id": self._juror.model, **known}, sort_keys=True)) if known else None
+        return None
 
     def _wait_s(self, attempt: int, asked_s: float | None) -> float:
         """Before the next attempt: exponential with full jitter, or what the server asked for and a little jitter."""
