@@ -115,6 +115,16 @@ class Juror(Section):
     """Ask for the log-probabilities of the label tokens, where the template's verdict is one letter."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Sent with every request as it is (`{reasoning_effort: low}`, `{chat_template_kwargs: {...}}`)."""
+    system_role: Literal["auto", "merged"] = "auto"
+    """Where the system message goes: `auto` sends it as one, and puts it before the user's for a server that refuses
+    it; `merged` always does."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """More headers: name, and the environment variable that holds the value (`{api-key: AZURE_OPENAI_API_KEY}`).
+    Values are never written or logged."""
+    query: dict[str, str] = Field(default_factory=dict)
+    """Query parameters of every request (`{api-version: "2024-10-21"}`); no secrets."""
+    ca_file: str | None = None
+    """PEM file of certificates to trust beside the system's, for a server with one of your own."""
 
     @field_validator("base_url")
     @classmethod
@@ -128,7 +138,8 @@ class Juror(Section):
     @property
     def request(self) -> dict[str, Any]:
         """What is asked of whom: everything but the key, and how often."""
-        asked = {name: getattr(self, name) for name in Juror.model_fields if name not in ("api_key_env", "samples")}
+        how = ("api_key_env", "samples", "ca_file")
+        asked = {name: getattr(self, name) for name in Juror.model_fields if name not in how}
         return asked | {"base_url": self.base_url.rstrip("/")}
 
 
@@ -150,6 +161,10 @@ class Price(Section):
     """A million prompt tokens."""
     completion: float = Field(ge=0)
     """A million completion tokens."""
+    reasoning: float | None = Field(None, ge=0)
+    """A million tokens of thought; `completion` when absent."""
+    cached: float | None = Field(None, ge=0)
+    """A million prompt tokens that the server had cached; `prompt` when absent."""
 
 
 class Judge(Juror):
@@ -194,18 +209,23 @@ class Judge(Juror):
     """chat: longest wait for one reply."""
     max_retries: int = Field(5, ge=0)
     """chat: further attempts after a 429, a 5xx, a timeout or a cut connection, with jittered exponential waits."""
+    reask: int = Field(1, ge=0)
+    """chat: how often a question is asked again whose reply is empty or unreadable; each costs a call."""
     requests_per_minute: int | None = Field(None, ge=1)
     """chat: limit of the server."""
     tokens_per_minute: int | None = Field(None, ge=1)
     """chat: limit of the server, prompt and completion together."""
     breaker_failures: int = Field(20, ge=1)
-    """chat: this many ballots in a row that failed after all retries, or pairs that were rejected: the judge is down,
-    and the run pauses."""
+    """chat: this many ballots in a row that failed after all retries or were left without a word, or pairs that were
+    rejected as a short question is too: the judge is down, and the run pauses."""
     budget: Budget = Budget()
     prices: dict[str, Price] = Field(default_factory=dict)
     """chat: price per model name, for `budget.money`."""
     cache: str | None = "~/.cache/rlaif/replies"
     """chat: folder of stored replies, shared between runs; null for none."""
+    fingerprint: bool = True
+    """chat: stored replies count only for the model that gave them: what the server's list of models says of it (asked
+    at the start), and its `system_fingerprint` where it gives one."""
     early_stop: bool = False
     """chat: cast ballots in rounds, and leave out a pair whose decision can't change any more. Never with a
     calibrated filter."""

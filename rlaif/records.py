@@ -214,6 +214,11 @@ class Usage(Record):
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    """All that was written, thoughts included, whether the server counts them in or beside."""
+    cached_tokens: int = 0
+    """Of the prompt's, those that the server had cached."""
+    reasoning_tokens: int = 0
+    """Of the completion's, those of thought."""
     estimated: bool = False
     """The server doesn't say: four characters a token."""
 
@@ -240,6 +245,11 @@ class Vote(Record):
     """What went wrong, for `infra_error`: one line, no secrets."""
     attempts: int = 1
     """Requests that were made for it; 0 when it came from the cache, or no server was asked."""
+    reasked: int = 0
+    """How often it was asked again, since a reply was empty or unreadable (`judge.reask`); `attempts` and `usage` hold
+    those replies too."""
+    fingerprint: str | None = None
+    """What the server says of the model that answered: its `system_fingerprint` and what its list of models holds."""
     usage: Usage = Usage()
     latency_s: float = 0.0
     cached: bool = False

@@ -172,6 +172,22 @@ def test_a_judge_that_is_down_leaves_nothing_behind(tmp_path: Path) -> None:
     assert all(v.outcome != "abstain" for v in all_votes(loop))
 
 
+@pytest.mark.parametrize("content", ["", "A", None])
+def test_an_outage_under_200_ends_no_run(tmp_path: Path, content: str | None) -> None:
+    """It pauses, with nothing of it in the log or the cache, and goes on when the server is back."""
+    down = {"finish_reason": "error", "error": {"code": 502, "message": "upstream idle timeout"},
+            "message": {"role": "assistant", "content": content}}  # fmt: skip
+    judge = {"cache": str(tmp_path / "replies")}
+    with FaultServer(answer=lambda body, times: (200, {}, {"choices": [down]})) as server:
+        loop = chat_loop(tmp_path, chat_job(server, judge))
+        with pytest.raises(JudgeUnavailable, match="upstream idle timeout"):
+            loop.run()
+        assert all_votes(loop) == []
+        server.answer, server.say = None, greater_number
+        chat_loop(tmp_path, chat_job(server, judge)).run()
+    assert all(v.outcome != "abstain" and not v.cached for v in all_votes(loop))
+
+
 def test_early_stop_saves_ballots_and_changes_no_decision(tmp_path: Path) -> None:
     def undecided(body: dict[str, Any]) -> str:
         # One template always names the slot shown first: the pair's order flips, and nothing can save it.

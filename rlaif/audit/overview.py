@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 from rlaif.audit.index import Index
-from rlaif.records import Record
+from rlaif.config import Price
+from rlaif.judging.spending import cost
+from rlaif.records import Record, Usage
 from rlaif.store import RunDir
 
 
@@ -157,7 +159,9 @@ sum(slot_votes) AS slot_votes"""
 # Tokens as the budget and metrics.json count them: a reply from the cache costs nothing.
 _VOTED = """count(*) AS votes, count(*) FILTER (outcome = 'abstain') AS abstentions, count(*) FILTER (cached) AS cached,
 sum(attempts) AS calls, coalesce(sum(prompt_tokens) FILTER (NOT cached), 0) AS prompt_tokens,
-coalesce(sum(completion_tokens) FILTER (NOT cached), 0) AS completion_tokens"""
+coalesce(sum(completion_tokens) FILTER (NOT cached), 0) AS completion_tokens,
+coalesce(sum(cached_tokens) FILTER (NOT cached), 0) AS cached_tokens,
+coalesce(sum(reasoning_tokens) FILTER (NOT cached), 0) AS reasoning_tokens"""
 
 
 def _by(rows: list[dict[str, Any]], key: str) -> dict[Any, dict[str, Any]]:
@@ -276,7 +280,7 @@ def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
         price = prices.get(str(r["judge"]).removeprefix("chat:").rpartition("@")[0])
         money = None
         if price:
-            money = float(r["prompt_tokens"] * price["prompt"] + r["completion_tokens"] * price["completion"]) / 1e6
+            money = cost(Usage(**{n: int(r[n]) for n in Usage.model_fields if n != "estimated"}), Price(**price))
         out.append(
             JudgeCost(
                 judge=r["judge"],
