@@ -25,8 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlaif.config import Judge, Learner, Lora, parse_job
-from rlaif.hand_over import check_hand_over
+from rlaif.config import Judge, Learner
 from rlaif.hardware import facts, gpu_names
 from rlaif.judging.candidates import Candidate
 from rlaif.records import Message, Preference, TokenSequence
@@ -34,11 +33,13 @@ from rlaif.records import Message, Preference, TokenSequence
 ROOT = Path(__file__).resolve().parents[1]
 ON_VLLM = ("llama-tied", "qwen3-tied", "gemma3", "gpt2", "mixtral", "qwen3-moe")
 """Starting an engine on a GPU takes seconds: those that differ most in how they hold weights."""
-LIMITS = {"numbers": 2e-3, "fp32": 2e-3, "bf16": 0.1}
+KINDS = ("fp32", "bf16", "LoRA")
+ON_GPU = {"gpu_memory_utilization": 0.1, "enforce_eager": True}
+LIMITS = {"numbers": 2e-3, "fp32": 2e-3, "bf16": 0.1, "LoRA": 2e-3}
 """Nats a token (losses: nats): CPU against GPU in fp32, a sampler in fp32, a sampler in bf16."""
 
 
-def numbers(name: str, folder: Path) -> dict[str, list[float]]:
+def numbers(folder: Path) -> dict[str, list[float]]:
     """What a learner and a judge make of a model, in fp32, wherever this process computes."""
     from rlaif.judging.likelihood import LikelihoodJudge
     from rlaif.learning import make_learner
@@ -78,25 +79,25 @@ def numbers(name: str, folder: Path) -> dict[str, list[float]]:
     return out
 
 
-def hand_overs(name: str, folder: Path, engine: str) -> dict[str, dict[str, float]]:
-    """`typical` of each load, by precision; mixtures with adapters as well."""
-    found: dict[str, dict[str, float]] = {}
-    for precision, lora in (("fp32", None), ("bf16", None), ("fp32", Lora(r=4, alpha=8))):
-        sampling = {
-            "engine": engine, "precision": precision, "max_tokens": 8, "max_model_len": 128, "kv_cache_gib": 0.05,
-            "gpu_memory_utilization": 0.1, "enforce_eager": True,
-        }  # fmt: skip
-        job = parse_job({"constitution": "none", "sampling": sampling, "learner": {"precision": "fp32"}}, "gpu-check")
-        job = job.model_copy(update={"learner": job.learner.model_copy(update={"lora": lora})})
+def hand_overs(engine: str, trained: Path) -> dict[str, float]:
+    """The largest `typical` gap of three loads, by what was trained (`tests/hand_over_makers.py`)."""
+    from rlaif.hand_over import Trained, compare
+    from tests.hand_over_makers import sampler
+
+    found: dict[str, float] = {}
+    for kind in KINDS:
+        made = Trained.model_validate_json((trained / kind / "trained.json").read_text())
+        model = trained / kind / "model"
         try:
-            rows = list(check_hand_over(folder, job, mode="inline"))
-            found[f"{precision}{' lora' if lora else ''}"] = {row.weights: row.gap.typical for row in rows}
-        except Exception as e:  # one engine that fails is a row, not the end of the table
-            found[f"{precision}{' lora' if lora else ''}"] = {f"{type(e).__name__}: {str(e)[:120]}": float("inf")}
+            with sampler(engine, model, "bf16" if kind == "bf16" else "fp32", **ON_GPU) as worker:
+                found[kind] = max(row.gap.typical for row in compare(worker, model, made, limit=0.02))
+        except Exception as e:  # one that fails is a row, not the end of the table
+            print(f"{engine} {trained.name} {kind}: {type(e).__name__}: {' '.join(str(e).split())[:300]}", flush=True)
+            found[kind] = float("inf")
     return found
 
 
-def child(part: str, names: list[str], out: Path) -> None:
+def child(part: str, names: list[str], out: Path, trained: Path) -> None:
     """Computes one part for each architecture; writes after each, so that a limit costs only what is missing."""
     from tests.architectures import make_model
 
@@ -104,26 +105,36 @@ def child(part: str, names: list[str], out: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in names:
             started = time.monotonic()
-            folder = make_model(name, Path(scratch) / name)
             try:
-                done[name] = numbers(name, folder) if part == "numbers" else hand_overs(name, folder, part)
+                if part == "numbers":
+                    done[name] = numbers(make_model(name, Path(scratch) / name))
+                else:
+                    done[name] = hand_overs(part, trained / name)
             except Exception as e:
                 done[name] = {"error": f"{type(e).__name__}: {e}"}
             out.write_text(json.dumps(done))
             print(f"{part} {name}: {time.monotonic() - started:.1f} s", flush=True)
 
 
-def run_child(part: str, names: list[str], limit_s: float, gpu: bool) -> dict[str, Any]:
-    """A part in a process of its own; what it had when the limit came."""
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "out.json"
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
-        command = [sys.executable, "-m", "benchmarks.gpu_check", "--child", part, "--out", str(out), *names]
-        try:  # what the libraries have to say goes to stderr, and is theirs
-            subprocess.run(command, cwd=ROOT, env=environment, timeout=limit_s, check=False, stderr=subprocess.DEVNULL)
-        except subprocess.TimeoutExpired:
-            print(f"{part}: stopped after {limit_s:.0f} s", file=sys.stderr)
-        return dict(json.loads(out.read_text())) if out.exists() else {}
+def run_child(module: str, arguments: list[str], limit_s: float, gpu: bool = True) -> None:
+    """A part in a process of its own, for at most so long; what the libraries say on stderr is theirs."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    command = [sys.executable, "-m", module, *arguments]
+    started = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=limit_s, stderr=subprocess.PIPE, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"{' '.join(arguments[:2])}: stopped after {limit_s:.0f} s (--limit)", flush=True)
+    else:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        if done.returncode:
+            print(f"{' '.join(arguments[:2])}: exit code {done.returncode}, {said[-1] if said else ''}", flush=True)
+        print(f"{' '.join(arguments[:2])}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a part had written when it ended or was stopped."""
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def worst(a: dict[str, list[float]], b: dict[str, list[float]]) -> dict[str, float]:
@@ -140,22 +151,33 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="architectures; all when absent")
-    parser.add_argument("--limit", type=float, default=100.0, help="seconds for each of the four parts")
+    parser.add_argument("--limit", type=float, default=100.0, help="seconds for each part")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--trained", type=Path, default=Path(), help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = args.names or list(ARCHITECTURES)
     if args.child:
-        child(args.child, names, args.out)
+        child(args.child, names, args.out, args.trained)
         return 0
-    gpu = bool(gpu_names())
     print(json.dumps(facts()), flush=True)
-    if not gpu:
+    if not gpu_names():
         print("no GPU here: both sides compute on the CPU, which shows that the check works and nothing about GPUs")
-    cpu_numbers = run_child("numbers", names, args.limit, gpu=False)
-    gpu_numbers = run_child("numbers", names, args.limit, gpu=True)
     engines = ["transformers"] + (["vllm"] if importlib.util.find_spec("vllm") else [])
-    over = {e: run_child(e, [n for n in names if e != "vllm" or n in ON_VLLM], args.limit, gpu=True) for e in engines}
+    with tempfile.TemporaryDirectory(prefix="rlaif-gpu-check-") as scratch:
+        here, this = Path(scratch), "benchmarks.gpu_check"
+        for side, gpu in (("cpu", False), ("gpu", True)):
+            print(f"numbers on the {side}", flush=True)
+            run_child(this, ["--child", "numbers", "--out", f"{scratch}/{side}.json", *names], args.limit, gpu)
+        print("training for the hand-overs", flush=True)
+        run_child("tests.hand_over_makers", [scratch, *names], args.limit)
+        for engine in engines:
+            some = [n for n in names if engine != "vllm" or n in ON_VLLM]
+            print(f"hand-overs to {engine}", flush=True)
+            arguments = ["--child", engine, "--out", f"{scratch}/{engine}.json", "--trained", scratch, *some]
+            run_child(this, arguments, args.limit)
+        cpu_numbers, gpu_numbers = read(here / "cpu.json"), read(here / "gpu.json")
+        over = {engine: read(here / f"{engine}.json") for engine in engines}
     bad = 0
     table = Table("architecture", "CPU against GPU", "worst of", *(f"{e}: fp32, bf16, LoRA" for e in engines), "")
     for name in names:
@@ -172,14 +194,9 @@ def main() -> int:
             if engine == "vllm" and name not in ON_VLLM:
                 cells.append("")
                 continue
-            found = over[engine].get(name, {})
-            gaps = {kind: max(loads.values()) for kind, loads in found.items() if isinstance(loads, dict)}
-            fine &= bool(gaps) and all(gap <= LIMITS[kind.split()[0]] for kind, gap in gaps.items())
-            cells.append("  ".join(f"{gap:.5f}" for gap in gaps.values()) or "not reached")
-            for kind, loads in found.items():
-                for why in loads if isinstance(loads, dict) else ():
-                    if loads[why] == float("inf"):
-                        print(f"{engine} {name} {kind}: {why}")
+            gaps = over[engine].get(name, {})
+            fine &= set(gaps) == set(KINDS) and all(gap <= LIMITS[kind] for kind, gap in gaps.items())
+            cells.append("  ".join(f"{gaps[kind]:.5f}" for kind in KINDS if kind in gaps) or "not reached")
         bad += not fine
         table.add_row(name, *cells, "ok" if fine else "OFF")
     Console(width=140).print(table)

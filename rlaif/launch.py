@@ -35,7 +35,9 @@ from rlaif.workers import InlineWorker, Worker, WorkerLike, start_worker
 HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
             "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
             "judge.timeout_s", "judge.max_retries", "judge.requests_per_minute", "judge.tokens_per_minute",
-            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env",
+            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env", "eval.kl_prompts",
+            "judge.reask",
+            "judge.headers.", "judge.query.", "judge.ca_file", "judge.fingerprint",
             # What a device asks for: of the numbers, only the rounding changes.
             "sampling.precision", "judge.precision", "learner.precision",
             "sampling.gpu_memory_utilization", "sampling.enforce_eager", "sampling.tensor_parallel_size", "devices.",

@@ -39,6 +39,7 @@ from rlaif.records import (
     Ballot,
     Completion,
     Decision,
+    Divergence,
     EvaluationMetrics,
     IterationMetrics,
     Pair,
@@ -290,7 +291,7 @@ class Loop:
         journal.unlink(missing_ok=True)
 
     def _templates(self, plan: Plan, role: Role, text: Constitution) -> list[Template]:
-        names = template_names(self.job.judge, text, role)
+        names = template_names(self.job.judge, text, role, plan.templates)
         return [self.texts.load_template(name, plan.templates[name]) for name in names]
 
     def _ballots(self, plan: Plan, role: Role, pairs: list[Pair], text: Constitution) -> list[Ballot]:
@@ -323,6 +324,7 @@ class Loop:
         text: Constitution,
     ) -> list[Decision]:
         texts = {c.id: c.text for c in completions}
+        cut = {c.id for c in completions if c.cut_off}
         filters, of_pair = self.job.filters, by_pair(votes)
         # A calibration is a promise about pairs that train; held-out pairs only measure.
         calibration = self.calibration if role == "decide" else None
@@ -333,7 +335,7 @@ class Loop:
             for pair in pairs:
                 slice = prompts[pair.prompt_id].category or EVERYTHING
                 mine = of_pair[pair.id]
-                made.append(decide_votes(pair, mine, filters, texts, text.weights, jurors, calibration, slice))
+                made.append(decide_votes(pair, mine, filters, texts, text.weights, jurors, calibration, slice, cut))
             # Held-out pairs are never labelled: they only measure.
             yield to_review(made, filters) if role == "decide" else made
 
@@ -472,6 +474,7 @@ class Loop:
             yield from self._advancing(self.measurer.stream("quality", candidates=candidates, seed=self.job.seed))
 
         quality = here.rows("quality", Quality, measure, inputs=["completions"], resumable=False)
+        drift = self._drift(here, updates, policy, prompts[: self.job.eval.kl_prompts], text)
         pairs: list[Pair] = []
         decisions: list[Decision] | None = None
         if updates != BASE_POLICY:
@@ -488,10 +491,48 @@ class Loop:
             decisions = made if judged else None
         seconds = round(time.monotonic() - started, 1)
         metrics = monitors.evaluation_metrics(
-            updates, text, completions, quality, pairs, decisions, seconds, gap=self._gap_of(here)
+            updates, text, completions, quality, pairs, decisions, seconds, drift, gap=self._gap_of(here)
         )
         write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
         return metrics
+
+    def _drift(
+        self, here: StageDir, updates: int, policy: PolicyVersion, prompts: list[Prompt], text: Constitution
+    ) -> list[Divergence] | None:
+        """KL from the base policy, on answers as the policy itself gives them: at temperature 1 and top-p 1. None when
+        the job doesn't want it; empty for the base policy itself, which needs no measuring."""
+        if not prompts:
+            return None
+        if policy.digest == self.base_digest:
+            return []
+        shown = max(updates - 1, 0)
+
+        def sample(_: list[Completion]) -> Iterator[list[Completion]]:
+            self._load_sampler(updates)
+            self.progress.stage(shown, "untempered", len(prompts), "answers", str(text.ref))
+            yield from self._advancing(
+                self.sampler.stream(
+                    "sample",
+                    prompts=prompts,
+                    completions_per_prompt=1,
+                    policy=policy,
+                    seed=self.job.seed,
+                    iteration=EVAL_SEED_ITERATION,
+                    prefix=f"kl{updates:04d}",
+                    temperature=1.0,
+                    top_p=1.0,
+                )
+            )
+
+        sampled = here.rows("kl_completions", Completion, sample, resumable=False)
+
+        def measure(_: list[Divergence]) -> Iterator[list[Divergence]]:
+            self._load_learner(updates)
+            self.progress.stage(shown, "KL", len(sampled), "answers", str(text.ref))
+            completions = _in_order(sampled, [p.id for p in prompts])
+            yield from self._advancing(self.learner.stream("divergences", completions=completions))
+
+        return here.rows("divergences", Divergence, measure, inputs=["kl_completions"], resumable=False)
 
     def _evaluate_after(self, k: int) -> None:
         """Evaluates what iteration k made under its text, unless its plan had that done, and tells the alarms."""

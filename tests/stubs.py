@@ -18,6 +18,7 @@ from rlaif.loop import Loop
 from rlaif.records import (
     Ballot,
     Completion,
+    Divergence,
     IterationMetrics,
     Message,
     Pair,
@@ -199,6 +200,13 @@ class StubLearner:
                 learning_rate=1e-5,
                 seconds=0.0,
             )
+
+    def divergences(self, completions: list[Completion]) -> Iterator[list[Divergence]]:
+        if any(c.policy.digest != self._weights for c in completions):
+            raise RuntimeError(f"asked about another policy than {self._weights}, which the learner holds")
+        for c in reversed(completions):
+            kl = fraction("kl", c.text)
+            yield [Divergence(completion_id=c.id, prompt_id=c.prompt_id, tokens=len(c.token_ids), kl=kl)]
 
     def save(self, state_dir: str, policy_dir: str) -> str:
         Path(state_dir).mkdir(parents=True)

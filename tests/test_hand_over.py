@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlaif.config import parse_job
-from rlaif.hand_over import check_hand_over
+from rlaif.hand_over import check_hand_over, compare
 from rlaif.weights import weights_gap
+from rlaif.workers import Worker
 from tests.architectures import ARCHITECTURES, MIXTURES, make_model
+from tests.hand_over_makers import sampler
 
 
 def rows_of(model: Path, engine: str, lora: bool = False, mode: Any = "inline", precision: str = "fp32") -> list[Any]:
     learner: dict[str, Any] = {"precision": "fp32"}
     if lora:
         learner["lora"] = {"r": 4, "alpha": 8}
-    sampling = {"engine": engine, "precision": precision, "max_tokens": 8, "max_model_len": 128, "kv_cache_gib": 0.05}
+    sampling = {"engine": engine, "precision": precision, "max_tokens": 8, "max_model_len": 256, "kv_cache_gib": 0.05}
     job = parse_job({"constitution": "none", "sampling": sampling, "learner": learner}, "test")
     return list(check_hand_over(model, job, mode=mode))
 
@@ -46,16 +49,24 @@ def test_a_bf16_sampler_gets_close(tmp_path: Path) -> None:
     check(rows_of(make_model("llama-tied", tmp_path / "model"), "transformers", precision="bf16"), limit=0.1)
 
 
+@pytest.fixture(scope="module")
+def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    log = tmp_path_factory.mktemp("logs") / "maker.log"
+    with Worker("maker", "tests.hand_over_makers:Maker", {}, log) as made:
+        yield made
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_vllm(name: str, tmp_path: Path) -> None:
-    """In one process: an engine starts in a second once vLLM is imported."""
-    lora = name in MIXTURES
-    check(rows_of(make_model(name, tmp_path / "model"), "vllm"))
-    if lora:
-        check(rows_of(make_model(name, tmp_path / "other"), "vllm", lora=True))
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *(f"{name} with adapters" for name in MIXTURES)])
+def test_vllm(name: str, maker: Worker, tmp_path: Path) -> None:
+    """Engines in one process: each starts in a second once vLLM is imported."""
+    architecture, _, lora = name.partition(" ")
+    trained = maker.call("make", name=architecture, folder=str(tmp_path), lora=bool(lora))
+    model = tmp_path / "model"
+    with sampler("vllm", model) as engine:
+        check(list(compare(engine, model, trained, limit=0.02)))
 
 
 def test_a_gap_is_the_mean_over_tokens_and_the_worst_of_them() -> None:

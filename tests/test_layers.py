@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.placement",
         "rlaif.weights",
         "rlaif.judging",
+        "rlaif.judging.answers",
         "rlaif.judging.ballots",
         "rlaif.judging.candidates",
         "rlaif.judging.numbers",

@@ -16,6 +16,7 @@ from rlaif.monitors import alarms
 from rlaif.records import (
     Completion,
     Decision,
+    Divergence,
     EvaluationMetrics,
     IterationMetrics,
     Pair,
@@ -115,7 +116,7 @@ def test_the_digests_in_the_meta_files_hold(finished: RunDir) -> None:
         for name, sha256 in meta["inputs"].items():
             assert sha256 == hashlib.sha256((path.parent / f"{name}.jsonl").read_bytes()).hexdigest()
     inputs = {k for p in metas for k in json.loads(p.read_text())["inputs"]}
-    assert {"completions", "scores", "pairs", "votes", "decisions", "preferences"} == inputs
+    assert {"completions", "scores", "pairs", "votes", "decisions", "preferences", "kl_completions"} == inputs
 
 
 def test_each_row_follows_from_the_rows_before_it(finished: RunDir) -> None:
@@ -203,7 +204,30 @@ def test_evaluations_say_what_they_measured(finished: RunDir) -> None:
             assert {v.ballot.voice for v in here.read("votes", Vote)} == {"wish/paraphrase3"}
             assert metrics["wins"] + metrics["losses"] + metrics["undecided"] == 3
     base = json.loads((finished.evaluation(0).path / "metrics.json").read_text())
-    assert abs(base["kl_per_token"]) < 0.05  # the base policy against itself, in another precision
+    assert (base["kl_per_token"], base["kl_interval"]) == (0.0, [0.0, 0.0])
+
+
+def test_kl_is_measured_on_answers_at_temperature_1(finished: RunDir) -> None:
+    assert not finished.evaluation(0).is_complete("divergences")
+    for updates in (2, 3):
+        here = finished.evaluation(updates)
+        sampled, held_out = here.read("kl_completions", Completion), here.read("completions", Completion)
+        assert {c.prompt_id for c in sampled} == {c.prompt_id for c in held_out}
+        assert {c.policy for c in sampled} == {c.policy for c in held_out}
+        rows = {d.completion_id: d for d in here.read("divergences", Divergence)}
+        assert {c.id: len(c.token_ids) for c in sampled} == {i: d.tokens for i, d in rows.items()}
+        metrics = json.loads((here.path / "metrics.json").read_text())
+        assert metrics["kl_answers"] == 3
+        assert 0 < metrics["kl_per_token"] == sum(d.kl for d in rows.values()) / sum(d.tokens for d in rows.values())
+        assert metrics["kl_interval"][0] < metrics["kl_per_token"] < metrics["kl_interval"][1]
+
+
+def test_kl_is_not_measured_where_nobody_wants_it(tmp_path: Path) -> None:
+    stub_loop(tmp_path, stub_job(iterations=2, eval={"every": 1, "prompts": 3, "kl_prompts": 0})).run()
+    run = RunDir(tmp_path / "run")
+    for updates in run.evaluations():
+        assert not run.evaluation(updates).is_complete("kl_completions")
+        assert json.loads((run.evaluation(updates).path / "metrics.json").read_text())["kl_per_token"] is None
 
 
 def test_held_out_answers_have_a_temperature_of_their_own(tmp_path: Path, tiny_model: Path) -> None:
@@ -212,9 +236,10 @@ def test_held_out_answers_have_a_temperature_of_their_own(tmp_path: Path, tiny_m
     def answers(seed: int, **decoding: float) -> list[list[str]]:
         where = tmp_path / f"{seed}{decoding}"
         where.mkdir()
-        # fp32: in bf16 two logits of so small a model are often equal, and either may be called the largest.
-        changes = {"eval": decoding, "sampling": {"precision": "fp32"}}
-        job = project_job(where, tiny_model, seed=seed, iterations=1, constitution="rules@1", **changes)
+        fp32 = {"precision": "fp32"}  # in bf16 two tokens can be the likeliest
+        job = project_job(
+            where, tiny_model, seed=seed, iterations=1, constitution="rules@1", eval=decoding, sampling=fp32
+        )
         run = execute(job, where / "run", where, Quiet())
         stages = run.evaluation(0), run.iteration(0)
         return [[c.text for c in here.read("completions", Completion)] for here in stages]

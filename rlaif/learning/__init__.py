@@ -11,7 +11,7 @@ from typing import Protocol
 
 from rlaif import config
 from rlaif.errors import UserError
-from rlaif.records import Preference, TokenSequence, UpdateStep
+from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
 
 class Learner(Protocol):
@@ -27,6 +27,15 @@ class Learner(Protocol):
 
         Raises:
             RlaifError: the loss or a gradient is not finite; the weights are still those of the last good step.
+        """
+        ...
+
+    def divergences(self, completions: list[Completion]) -> Iterator[list[Divergence]]:
+        """How far the policy, as it is now, is from the untrained one over completions that it sampled itself at
+        temperature 1 and top-p 1; in chunks, in an order of its own.
+
+        Raises:
+            RlaifError: the models' probabilities are not finite.
         """
         ...
 

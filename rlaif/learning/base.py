@@ -35,9 +35,10 @@ from trl.trainer.base_trainer import _BaseTrainer
 from rlaif import config
 from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
+from rlaif.learning.divergence import Asked, divergences
 from rlaif.learning.export import check_mergeable, in_precision, merged, plain_names
 from rlaif.models import digest_of, name_turn_ends
-from rlaif.records import Preference, TokenSequence, UpdateStep
+from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
 _Row = dict[str, Any]
 """A preference as the trainer takes it: `pair_id`, `prompt`, `prompt_ids`, `chosen_ids`, `rejected_ids`, and the
@@ -89,6 +90,7 @@ class TrlLearner(ABC):
         self._precision = precision_here(settings.precision)
         self._export_precision = precision_here(export_precision)
         disable_progress_bar()  # of transformers: progress is the loop's to show
+        self._model_path = model_path
         # The trainer wants a folder of its own, even when it writes nothing there.
         self._scratch = tempfile.TemporaryDirectory(prefix="rlaif-learner-")
         self._output_dir = output_dir or self._scratch.name
@@ -213,6 +215,30 @@ class TrlLearner(ABC):
             "was not taken. Lower the rate: add --set learner.learning_rate=VALUE --allow-change to the command"
         )
 
+    # ---- how far the policy went
+
+    def divergences(self, completions: list[Completion]) -> Iterator[list[Divergence]]:
+        """How far the master weights are from the untrained policy; see `Learner`."""
+        policy = self.trainer.model_wrapped
+        was_training = policy.training
+        policy.eval()
+        try:
+            # As many rows at once as an update takes: chosen and rejected.
+            batch = 2 * self.trainer.args.per_device_train_batch_size
+            device = self.trainer.args.device
+            yield from divergences(Asked(policy, self._unwrapped()), self._untrained(), completions, batch, device)
+        finally:
+            policy.train(was_training)
+
+    def _untrained(self) -> Asked:
+        """The base policy, whatever `reference` is."""
+        if self.settings.lora is not None:
+            return Asked(self.trainer.model_wrapped, self._unwrapped(), self.trainer.model.disable_adapter)
+        base = self._base
+        if base is None:  # `reference: previous` keeps no copy of it: read once an evaluation
+            base = self._frozen_base(self._model_path)
+        return Asked(base, self.trainer.accelerator.unwrap_model(base))
+
     # ---- the reference policy
 
     def _score_references(self, rows: list[_Row]) -> None:
@@ -242,6 +268,10 @@ class TrlLearner(ABC):
         """A frozen copy of the untrained policy, where no cheaper reference exists."""
         if self.settings.reference != "base" or self.settings.lora is not None:
             return None
+        return self._frozen_base(model_path)
+
+    def _frozen_base(self, model_path: str) -> nn.Module:
+        """The untrained policy, without gradient, in what the trainer computes in."""
         base, _ = _load(model_path)
         base.requires_grad_(False).eval()
         if self._precision == "bf16":

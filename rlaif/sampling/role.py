@@ -53,6 +53,22 @@ GAP_PROMPTS, GAP_TOKENS = 8, 64
 rounding of a sampler in bf16 averages out (0.07 / sqrt(512) = 0.003 nats)."""
 
 
+def fixed_texts(renderer: Renderer, prompts: list[Prompt], max_model_len: int) -> list[TokenSequence]:
+    """Texts to compare weights by: each of the first prompts, continued by the words of those after it.
+
+    Nothing needs to be sampled for them, so they are there before anything is, and the same in every iteration.
+    """
+    some = prompts[:GAP_PROMPTS]
+    out = []
+    for i, prompt in enumerate(some):
+        ids = renderer.plain_ids(" ".join(p.text for p in [*some[i + 1 :], *some[: i + 1]]))
+        start = render_prompt(renderer, prompt)
+        room = min(GAP_TOKENS, max_model_len - len(start) - 1)
+        if start and ids[: max(room, 0)]:
+            out.append(TokenSequence(prompt_token_ids=start, token_ids=ids[:room]))
+    return out
+
+
 class SamplerRole:
     """Samples completions of prompts from the newest weights it was given."""
 
@@ -87,18 +103,8 @@ class SamplerRole:
         return f"{self._settings.engine} {precision_here(self._settings.precision)}"
 
     def sequences_of(self, prompts: list[Prompt]) -> list[TokenSequence]:
-        """Fixed texts to compare weights by: each of the first prompts, continued by the words of those after it.
-
-        Nothing needs to be sampled for them, so they are there before anything is, and the same in every iteration.
-        """
-        some = prompts[:GAP_PROMPTS]
-        out = []
-        for i, prompt in enumerate(some):
-            ids = self._renderer.plain_ids(" ".join(p.text for p in [*some[i + 1 :], *some[: i + 1]]))
-            start = render_prompt(self._renderer, prompt)
-            room = self._settings.max_model_len - len(start) - 1
-            out.append(TokenSequence(prompt_token_ids=start, token_ids=ids[: min(GAP_TOKENS, max(room, 0))]))
-        return [s for s in out if s.prompt_token_ids and s.token_ids]
+        """`fixed_texts` as this policy's template renders them."""
+        return fixed_texts(self._renderer, prompts, self._settings.max_model_len)
 
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         """log p of each completion token under the weights that sample now, in nats."""

@@ -378,3 +378,18 @@ def test_arguments_of_the_judges_template_are_in_force():
     assert rendered.endswith("<think>\n\n</think>\n\n")
     with pytest.raises(UserError, match=r"chat_template_args\.thinking: judge\.model qwen: its chat template doesn't"):
         of_tokenizer("qwen", Judge(chat_template_args={"thinking": False}))
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_prompt_is_read_once_however_many_ask_about_it(model, constitution, monkeypatch, guard):
+    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(), "tiny")
+    alike = CANDIDATES[:4]  # two prompts without a system message: each is the other's x'
+    read = []
+    forward = judge._forward
+    monkeypatch.setattr(judge, "_forward", lambda batch, *rest: (read.extend(batch), forward(batch, *rest))[1])
+    if guard:
+        ballots = [b for b in make_ballots(PAIRS[:2], constitution, "tiny") if b.voice == "answers/relevance"]
+        assert flat(judge.cast(ballots, PAIRS[:2], alike, constitution))
+    else:
+        list(judge.quality(alike))
+    assert len(read) == len(set(read)) == 2
