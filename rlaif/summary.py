@@ -5,8 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from rich.table import Table
-
 from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, ConstitutionRef, EvaluationMetrics, Event, IterationMetrics, Plan, Prompt, Record
@@ -128,6 +126,8 @@ def write_summary(run: RunDir) -> Summary:
 
 def final_tables(run: RunDir, summary: Summary) -> None:
     """Prints the run: iterations, held-out evaluations, answers."""
+    from rich.table import Table
+
     console = stdout_console()
     table = Table(title="iterations", title_justify="left")
     for column in ("iteration", "text", "pairs", "kept", "dropped", "loss", "words", "ended", "seconds by stage"):

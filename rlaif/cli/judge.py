@@ -26,7 +26,6 @@ from rlaif.cli.judge_common import (
 )
 from rlaif.console import stdout_console
 from rlaif.errors import UserError
-from rlaif.store import replacing
 
 if TYPE_CHECKING:
     from rlaif.config import Job
@@ -257,6 +256,7 @@ def calibrate(
     """
     from rlaif.judging import bench as judge_bench
     from rlaif.judging import report
+    from rlaif.store import replacing
 
     kind = _score_kind(score)
     _check_risk(alpha, delta)
