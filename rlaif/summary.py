@@ -111,7 +111,8 @@ def held_out_answers(run: RunDir) -> tuple[HeldOut, ...]:
     answers = {
         k: {c.prompt_id: c.text for c in reversed(run.evaluation(k).read("completions", Completion))} for k in updates
     }
-    return tuple(HeldOut(prompt=p.text, answers={k: answers[k].get(p.id) for k in updates}) for p in prompts)
+    shown = [p for p in prompts if any(p.id in answers[k] for k in updates)]  # eval.prompts may be fewer
+    return tuple(HeldOut(prompt=p.text, answers={k: answers[k].get(p.id) for k in updates}) for p in shown)
 
 
 def write_summary(run: RunDir) -> Summary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,29 @@ import yaml
 from rlaif.config import Job, load_job
 from tests.stubs import write_texts
 
+ROOT = Path(__file__).resolve().parent.parent
 # A run's steps are too small to share between threads, and the tests run on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A process that a test starts imports this very checkout, whichever folder it works in.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_clone(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fixtures that outlive a test don't work in the clone either."""
+    os.chdir(tmp_path_factory.mktemp("session"))
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works in a folder of its own: what lies in the clone, such as `runs/quickstart`, changes nothing."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh clone, as far as commands see it: what is shipped to be read or edited, and no `runs/`."""
+    return make_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +58,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "vllm" if Path(file).name in engines else file
 
     return OneEngine(config, log)
+
+
+def make_checkout(folder: Path) -> Path:
+    """Copies what is shipped into a folder."""
+    for name in ("constitutions", "jobs", "prompts"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -38,10 +38,10 @@ COMMANDS = [
 
 
 @pytest.fixture
-def rlaif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
+def rlaif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkout: Path):
+    """Runs the command in this process, in a fresh clone or in `cwd`: (exit code, stdout, stderr)."""
 
-    def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
+    def run(*arguments: str, cwd: Path = checkout) -> tuple[int, str, str]:
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["rlaif", *arguments])
         with pytest.raises(SystemExit) as e:
@@ -71,7 +71,7 @@ def imported_by(*arguments: str) -> tuple[int, set[str]]:
         "try: main()\nexcept SystemExit as e: code = e.code or 0\n"
         "print(repr((code, sorted(sys.modules))), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     status, modules = ast.literal_eval(done.stderr.splitlines()[-1])
     return status, set(modules)
 
@@ -99,13 +99,16 @@ TO_READ = {"rich", "rlaif.config", "rlaif.records", "rlaif.store", "yaml"}
         (("constitution", "diff", "--help"), 0, AT_WORK | TO_READ),
         (("judge", "bench", "--alpha", "much"), 2, AT_WORK | TO_READ),
         (("status", "no/run"), 2, AT_WORK),
-        (("status", "tests/data/run_schema1"), 0, AT_WORK),
+        (("status", str(ROOT / "tests/data/run_schema1")), 0, AT_WORK),
         (("run", "jobs/none.yaml"), 2, AT_WORK),
         (("run", "jobs/quickstart.yaml", "--set", "learner.bta=1"), 2, AT_WORK),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_nothing_is_imported_before_it_is_needed(arguments: tuple[str, ...], expected: int, needless: set[str]) -> None:
+def test_nothing_is_imported_before_it_is_needed(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], expected: int, needless: set[str]
+) -> None:
+    monkeypatch.chdir(checkout)
     code, modules = imported_by(*arguments)
     assert code == expected
     assert "typer" in modules
@@ -281,7 +284,7 @@ def test_ctrl_c_while_the_command_is_imported_is_no_traceback() -> None:
         "    return real(name, *rest)\n"
         "builtins.__import__ = interrupted\nmain()"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "rlaif: interrupted\n")
 
 
