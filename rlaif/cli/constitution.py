@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlaif.cli.beat import VoteCount
 from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
 
@@ -175,15 +176,9 @@ def _effect(
         apply_override(tree, override)
     job = parse_job(tree, str(file or "--set"))
     judge = open_with_ballots(job, [before, after], Path.cwd(), lambda message: print(message, file=sys.stderr))
-    count = 0
-
-    def progress(new: int, text: str) -> None:
-        nonlocal count
-        count += new
-        if sys.stderr.isatty():
-            print(f"{count} votes", end="\r", file=sys.stderr, flush=True)
-
-    return effect_of(run, before, after, job, own, judge, sample, seed, take_apart, progress)
+    count = VoteCount()
+    with count.told():
+        return effect_of(run, before, after, job, own, judge, sample, seed, take_apart, lambda new, text: count(new))
 
 
 def _show_effect(effect: Effect) -> None:
