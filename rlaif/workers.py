@@ -41,9 +41,6 @@ class WorkerLike(Protocol):
 
     name: str
 
-    def poll(self, timeout_s: float) -> bool:
-        """Whether `ready` has an answer, good or bad, after at most so many seconds."""
-
     def ready(self) -> None:
         """Waits until the object is built. Raises what building it raised."""
 
@@ -72,7 +69,7 @@ def start_worker(
 
 
 def wait_until_ready(
-    workers: Iterable[WorkerLike], told: Callable[[str, float, list[str]], None], poll_s: float = 0.1
+    workers: Iterable[Worker | InlineWorker], told: Callable[[str, float, list[str]], None], poll_s: float = 0.1
 ) -> None:
     """Waits until all are built; the first that fails raises what it failed with.
 
@@ -150,7 +147,7 @@ class Worker:
         return self._process.poll() is None
 
     def poll(self, timeout_s: float) -> bool:
-        """As `WorkerLike.poll`."""
+        """Whether `ready` has an answer, good or bad, after at most so many seconds."""
         return self._ready or self._connection.poll(timeout_s) or not self.alive
 
     def ready(self) -> None:
@@ -281,7 +278,7 @@ class InlineWorker:
         self._closed = False
 
     def poll(self, timeout_s: float) -> bool:
-        """As `WorkerLike.poll`: building happens in `ready`."""
+        """As `Worker.poll`: building happens in `ready`."""
         return True
 
     def ready(self) -> None:
