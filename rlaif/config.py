@@ -203,7 +203,8 @@ class Judge(Juror):
     prices: dict[str, Price] = Field(default_factory=dict)
     """chat: price per model name, for `budget.money`."""
     cache: str | None = "~/.cache/rlaif/replies"
-    """chat: folder of stored replies, shared between runs; null for none."""
+    """Folder of stored replies (chat), shared between runs, and of likelihoods (`rlaif judge`, `rlaif constitution
+    diff --run`); null for none."""
     early_stop: bool = False
     """chat: cast ballots in rounds, and leave out a pair whose decision can't change any more. Never with a
     calibrated filter."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def _no_clone(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test works in a folder of its own: what lies in the clone, such as `runs/quickstart`, changes nothing."""
     monkeypatch.chdir(tmp_path)
+    if commands := sys.modules.get("rlaif.cli.judge_common"):
+        commands.loader.cache_clear()  # texts by their relative path
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def make_project(root: Path, model: Path | str, **changes: Any) -> Path:
         "policy": {"model": str(model)},
         "prompts": {"train": "train.jsonl", "held_out": "held_out.jsonl", "per_iteration": 6},
         "sampling": {"engine": "transformers", "completions_per_prompt": 4, "max_tokens": 12, "max_model_len": 64},
-        "judge": {"model": str(model)},
+        "judge": {"model": str(model), "cache": None},  # not the one in your home
         "filters": {"min_kept_pairs": 1, "min_agreement": 0.5, "guards": False},
         "learner": {"precision": "fp32", "learning_rate": 1e-3, "batch_size": 2},
         "replay": {"share": 0.3},
