@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,10 +65,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return OneEngine(config, log)
 
 
+@functools.cache
+def shipped() -> tuple[Path, ...]:
+    """Files to be read or edited that the repository ships, from its root; what you added beside them is none."""
+    folders = ("constitutions", "jobs", "prompts")
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--", *folders]
+    try:
+        known = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\0")
+    except OSError:  # no git on this machine
+        known = []
+    files = [Path(name) for name in known if name and (ROOT / name).is_file()]
+    if not files:  # unpacked from an archive
+        files = [p.relative_to(ROOT) for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()]
+    return tuple(sorted(files))
+
+
 def make_checkout(folder: Path) -> Path:
     """Copies what is shipped into a folder."""
-    for name in ("constitutions", "jobs", "prompts"):
-        shutil.copytree(ROOT / name, folder / name)
+    for file in shipped():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, folder / file)
     return folder
 
 
