@@ -222,7 +222,8 @@ class Judge(Juror):
     prices: dict[str, Price] = Field(default_factory=dict)
     """chat: price per model name, for `budget.money`."""
     cache: str | None = "~/.cache/rlaif/replies"
-    """chat: folder of stored replies, shared between runs; null for none."""
+    """Folder of stored replies (chat), shared between runs, and of likelihoods (`rlaif judge`, `rlaif constitution
+    diff --run`); null for none."""
     fingerprint: bool = True
     """chat: stored replies count only for the model that gave them: what the server's list of models says of it (asked
     at the start), and its `system_fingerprint` where it gives one."""

@@ -29,7 +29,7 @@ from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
 from rlaif.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
 from rlaif.texts import Texts
-from rlaif.workers import InlineWorker, Worker, start_worker
+from rlaif.workers import InlineWorker, Worker, start_worker, wait_until_ready
 
 HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
             "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
@@ -113,14 +113,30 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         # Sanity is measured under the frozen base policy, whoever judges.
         if digests.get("judge") != digests["policy"]:
             factories["measurer"] = _likelihood(base, Judge(precision=job.judge.precision))
+        holds = {
+            "sampler": f"{job.policy.model} in {job.sampling.engine}",
+            "learner": f"{job.policy.model} and its {job.learner.kind} trainer",
+            "judge": f"{job.judge.model} ({job.judge.kind})",
+            "measurer": f"{job.policy.model}, frozen",
+        }
+        progress.note(f"loading {', '.join(factories)}; a line when each is ready")
+
+        def loaded(name: str, seconds: float, waiting: list[str]) -> None:
+            others = f"; waiting for {', '.join(waiting)}" if waiting else ""
+            progress.note(f"{name} ready after {seconds:.1f} s: {holds[name]}{others}")
+
         workers: dict[str, Worker | InlineWorker] = {}
         devices = place(job, usable_gpus(len(gpu_names())))
+        unready: list[Worker | InlineWorker] = []
         for name, (factory, kwargs) in factories.items():
             env = {"CUDA_VISIBLE_DEVICES": devices[name]} if name in devices else None
             worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log", env)
             workers[name] = stack.enter_context(closing(worker))
             if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
-                worker.ready()  # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile
+                # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile.
+                wait_until_ready([worker], loaded)
+            else:
+                unready.append(worker)
         workers.setdefault("measurer", workers["judge"])
         loop = Loop(
             job,
@@ -136,8 +152,8 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             **workers,
         )
         try:
-            for worker in workers.values():  # a setting that one of them refuses must not cost minutes, or a header
-                worker.ready()
+            # A setting that one of them refuses must not cost minutes, or a header.
+            wait_until_ready(unready, loaded)
             _write_header(run, job, found, code, changed)
             resumed = any(e.kind == "started" for e in run.events())
             # run.json has the code that a run was begun with; which code went on with it, these events tell.
