@@ -266,9 +266,15 @@ def _prompts(
     folder = run.path / "prompts"
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     if not all(f.exists() for f in files):
-        held_out = with_system(load_prompts(job.prompts.held_out, base_dir, note), job.policy.system_prompt)
+        columns = job.prompts.columns
+        held_out = with_system(
+            load_prompts(job.prompts.held_out, base_dir, note, columns=columns, columns_required=False),
+            job.policy.system_prompt,
+        )
         train = exclude_held_out(
-            with_system(load_prompts(job.prompts.train, base_dir, note), job.policy.system_prompt), held_out, note
+            with_system(load_prompts(job.prompts.train, base_dir, note, columns=columns), job.policy.system_prompt),
+            held_out,
+            note,
         )
         check_enough(train, job.prompts)
         if note and (hint := shipped_held_out(job.prompts)):

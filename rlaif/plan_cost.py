@@ -48,8 +48,9 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     if job.judge.kind == "likelihood":
         models.check_name(job.judge.model)
     check_can_update(job)
-    held_out = load_prompts(job.prompts.held_out, base_dir)
-    train = exclude_held_out(load_prompts(job.prompts.train, base_dir), held_out)
+    columns = job.prompts.columns
+    held_out = load_prompts(job.prompts.held_out, base_dir, columns=columns, columns_required=False)
+    train = exclude_held_out(load_prompts(job.prompts.train, base_dir, columns=columns), held_out)
     check_enough(train, job.prompts)
     if job.filters.calibration:
         read_calibration(base_dir / job.filters.calibration)

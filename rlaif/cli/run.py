@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rlaif.config import Job, apply_override, load_job, parse_job
+from rlaif.config import Columns, Job, apply_override, load_job, parse_job
 from rlaif.errors import UserError
 from rlaif.store import RunDir
 
@@ -87,7 +87,9 @@ def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> Non
     check_resume(RunDir(where), job, allow_change)
     copies = {name: (where / "prompts" / f"{name}.jsonl").resolve() for name in ("train", "held_out")}
     if all(path.exists() for path in copies.values()):  # it goes on from these, whatever became of the files
-        prompts = job.prompts.model_copy(update={name: str(path) for name, path in copies.items()})
+        prompts = job.prompts.model_copy(
+            update={**{name: str(path) for name, path in copies.items()}, "columns": Columns()}
+        )
         job = job.model_copy(update={"prompts": prompts})
     costs = estimate(job, Path.cwd())
     if (where / "run.json").exists():
