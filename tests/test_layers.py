@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.heads",
         "rlaif.hardware",
         "rlaif.models",
+        "rlaif.model_checks",
         "rlaif.workers",
         "rlaif.prompts",
         "rlaif.sampling",
