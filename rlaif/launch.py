@@ -74,7 +74,9 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         train, held_out = _prompts(run, job, base_dir, progress.note)
         calibration = _calibration(run, job, base_dir, [p.category or EVERYTHING for p in train], progress.note)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
-        base = models.resolve(job.policy.model, progress=lambda message, share: progress.note(message))
+        base = models.resolve_policy(
+            job.policy.model, job.policy.adapter, progress=lambda message, share: progress.note(message)
+        )
         check_policy(base, job)
         digests = {"policy": models.digest_of(base)}
         if job.judge.kind == "likelihood":

@@ -46,6 +46,8 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         UserError: a model, a prompt file or a text is missing or broken: a dry run finds it too.
     """
     models.check_name(job.policy.model)
+    if job.policy.adapter is not None:
+        models.check_adapter_name(job.policy.adapter)
     if (policy := _folder(job.policy.model)).is_dir():
         check_policy(policy, job)
     if job.judge.kind == "likelihood":

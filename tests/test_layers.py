@@ -99,7 +99,7 @@ ANYWHERE = {
     "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm rlaif.judging.likelihood rlaif.models rlaif.hardware",
     "transformers": f"{AT_TOP['transformers']} rlaif.judging.likelihood rlaif.models",
     "vllm": "rlaif.sampling.vllm",
-    "peft": "rlaif.learning.base",
+    "peft": "rlaif.learning.base rlaif.models",
     "datasets": "rlaif.learning.* rlaif.prompts rlaif.audit.export",
 }
 

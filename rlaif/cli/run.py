@@ -117,11 +117,12 @@ def export(
     iteration: Annotated[
         int | None, typer.Option(help="Policy after so many iterations; the newest by default.")
     ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA alone, as peft loads it.")] = False,
 ) -> None:
     """Write a policy as plain transformers files, with a model card."""
-    from rlaif.export import export_policy
+    from rlaif.export import export_adapter, export_policy
 
-    typer.echo(str(export_policy(RunDir.open(run), to, iteration)))
+    typer.echo(str((export_adapter if adapter else export_policy)(RunDir.open(run), to, iteration)))
 
 
 def chat(
