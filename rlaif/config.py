@@ -91,12 +91,14 @@ class Sampling(Section):
     max_model_len: int = Field(1024, ge=32)
     """Longest prompt plus completion, in tokens."""
     precision: Precision = "auto"
-    """What the policy samples in. `auto`: bf16 on hardware that multiplies it, else fp32. The weights are bf16 in
-    both."""
+    """What the policy samples in. `auto`: bf16 on hardware that multiplies it, else fp32. An update's weights are
+    exported in it, bf16 by stochastic rounding."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Memory for vLLM's KV cache on the CPU, GiB."""
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
     """Share of a GPU that vLLM may use (untried here)."""
+    enforce_eager: bool = False
+    """vLLM on a GPU without compiled graphs: starts in seconds, samples slower (untried here; always on a CPU)."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that one sampler spans (untried here)."""
 
@@ -139,6 +141,16 @@ class Juror(Section):
     """Ask for the log-probabilities of the label tokens, where the template's verdict is one letter."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Sent with every request as it is (`{reasoning_effort: low}`, `{chat_template_kwargs: {...}}`)."""
+    system_role: Literal["auto", "merged"] = "auto"
+    """Where the system message goes: `auto` sends it as one, and puts it before the user's for a server that refuses
+    it; `merged` always does."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """More headers: name, and the environment variable that holds the value (`{api-key: AZURE_OPENAI_API_KEY}`).
+    Values are never written or logged."""
+    query: dict[str, str] = Field(default_factory=dict)
+    """Query parameters of every request (`{api-version: "2024-10-21"}`); no secrets."""
+    ca_file: str | None = None
+    """PEM file of certificates to trust beside the system's, for a server with one of your own."""
 
     @field_validator("base_url")
     @classmethod
@@ -152,7 +164,8 @@ class Juror(Section):
     @property
     def request(self) -> dict[str, Any]:
         """What is asked of whom: everything but the key, and how often."""
-        asked = {name: getattr(self, name) for name in Juror.model_fields if name not in ("api_key_env", "samples")}
+        how = ("api_key_env", "samples", "ca_file")
+        asked = {name: getattr(self, name) for name in Juror.model_fields if name not in how}
         return asked | {"base_url": self.base_url.rstrip("/")}
 
 
@@ -174,6 +187,10 @@ class Price(Section):
     """A million prompt tokens."""
     completion: float = Field(ge=0)
     """A million completion tokens."""
+    reasoning: float | None = Field(None, ge=0)
+    """A million tokens of thought; `completion` when absent."""
+    cached: float | None = Field(None, ge=0)
+    """A million prompt tokens that the server had cached; `prompt` when absent."""
 
 
 class Judge(Juror):
@@ -202,8 +219,8 @@ class Judge(Juror):
     templates: list[str] = Field(default_factory=list)
     """chat: judge templates (`prompts/judge/<name>.jinja`), each a voice; the constitution's own when empty."""
     evaluate_templates: list[str] = Field(default_factory=list)
-    """chat: templates for held-out evaluation, so that a policy isn't measured with the question that trained it;
-    `templates` when empty."""
+    """chat: templates for held-out evaluation, so that a policy isn't measured with the question that trained it.
+    When empty, for each template NAME that decides NAME_evaluate; NAME itself where there is no such file."""
     templates_dir: str = "prompts/judge"
     """chat: folder of the templates."""
     votes_per_principle: bool = False
@@ -218,18 +235,23 @@ class Judge(Juror):
     """chat: longest wait for one reply."""
     max_retries: int = Field(5, ge=0)
     """chat: further attempts after a 429, a 5xx, a timeout or a cut connection, with jittered exponential waits."""
+    reask: int = Field(1, ge=0)
+    """chat: how often a question is asked again whose reply is empty or unreadable; each costs a call."""
     requests_per_minute: int | None = Field(None, ge=1)
     """chat: limit of the server."""
     tokens_per_minute: int | None = Field(None, ge=1)
     """chat: limit of the server, prompt and completion together."""
     breaker_failures: int = Field(20, ge=1)
-    """chat: this many ballots in a row that failed after all retries, or pairs that were rejected: the judge is down,
-    and the run pauses."""
+    """chat: this many ballots in a row that failed after all retries or were left without a word, or pairs that were
+    rejected as a short question is too: the judge is down, and the run pauses."""
     budget: Budget = Budget()
     prices: dict[str, Price] = Field(default_factory=dict)
     """chat: price per model name, for `budget.money`."""
     cache: str | None = "~/.cache/rlaif/replies"
     """chat: folder of stored replies, shared between runs; null for none."""
+    fingerprint: bool = True
+    """chat: stored replies count only for the model that gave them: what the server's list of models says of it (asked
+    at the start), and its `system_fingerprint` where it gives one."""
     early_stop: bool = False
     """chat: cast ballots in rounds, and leave out a pair whose decision can't change any more. Never with a
     calibrated filter."""
@@ -305,6 +327,9 @@ class Filters(Section):
     """Weighted share of valid votes that name the winner, at least (`low_agreement`)."""
     min_margin: float = Field(0.0, ge=0, le=0.5)
     """|p(first) - 0.5|, at least (`low_margin`)."""
+    cut_off: Literal["keep", "drop"] = "keep"
+    """A pair whose winner the length limit cut off, while the loser ended by itself (`cut_off`). In a job `drop` by
+    default with a judge behind a server; a likelihood judge has `judge.missing_eos_penalty`."""
     guards: bool = True
     """A guard's vote against the winner drops the pair (`guard`)."""
     min_kept_pairs: int = Field(4, ge=1)
@@ -374,22 +399,53 @@ class Eval(Section):
     that don't: set here what the policy will be used with."""
     top_p: float | None = Field(None, gt=0, le=1)
     """Of held-out answers; `sampling.top_p` when absent."""
+    kl_prompts: int = Field(16, ge=0)
+    """The first so many of these prompts get one more answer, at temperature 1 and top-p 1, on which KL from the base
+    policy is computed; 0: KL isn't measured."""
 
 
 class Monitors(Section):
     """When a run raises an alarm."""
 
     max_kl: float | None = None
-    """Alarm when KL per token from the base policy (nats, on held-out answers) exceeds this."""
+    """Alarm when KL per token from the base policy (nats; `eval.kl_prompts`) exceeds this."""
     min_mean_words: float = 6.0
     """Alarm when sampled answers are shorter than this on average."""
     min_distinct_share: float = Field(0.5, ge=0, le=1)
     """Alarm when fewer than this share of an iteration's sampled answers are distinct."""
+    max_weights_gap: float = Field(0.02, gt=0)
+    """Alarm when the policy that samples is not the one that is trained: fixed texts, scored by both, differ by more
+    than this on average (nats a token), or by ten times this in absolute value. Over 0.5 the run stops."""
     max_abstained_share: float = Field(0.2, ge=0, le=1)
     """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
     replies)."""
+    max_cut_off_share: float = Field(0.8, ge=0, le=1)
+    """Alarm when the length limit cut off more than this share of an iteration's sampled answers."""
+    max_cut_off_won: float = Field(0.5, ge=0, le=1)
+    """Alarm when, of two answers one of which was cut off, the judge prefers that one in more than this share of an
+    iteration's pairs (the lower end of the 95 % interval)."""
     stop_on_alarm: bool = False
     """Stop the run at an alarm (it can be resumed) instead of noting it and going on."""
+
+
+class Devices(Section):
+    """Which GPUs each role uses, counted from 0 among those that the process sees. Absent: all roles share one GPU;
+    of several, the sampler takes the first, the learner the next, the judge the one after (untried here)."""
+
+    sampler: list[int] | None = None
+    """As many as `sampling.tensor_parallel_size`."""
+    learner: list[int] | None = Field(None, min_length=1, max_length=1)
+    """One."""
+    judge: list[int] | None = Field(None, min_length=1, max_length=1)
+    """One, for a likelihood judge; who measures relevance and base log p uses it too."""
+
+    @model_validator(mode="after")
+    def _counted_from_0(self) -> Devices:
+        for role in Devices.model_fields:
+            numbers = getattr(self, role) or []
+            if min(numbers, default=0) < 0 or len(set(numbers)) != len(numbers):
+                raise ValueError(f"devices.{role}: {numbers} are no GPUs; for example [0]")
+        return self
 
 
 class Job(Section):
@@ -417,6 +473,7 @@ class Job(Section):
     replay: Replay = Replay()
     eval: Eval = Eval()
     monitors: Monitors = Monitors()
+    devices: Devices = Devices()
     workers: Literal["process", "inline"] = "process"
     """Sampler, judge and learner each in a process of its own, or (tests) in the loop's."""
 
@@ -430,6 +487,15 @@ class Job(Section):
                 return tree | {"pairing": {"method": "random"}}
             if not scores and isinstance(pairing, dict) and "method" not in pairing:
                 return tree | {"pairing": pairing | {"method": "random"}}
+        return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cut_off_winners_of_a_judge_that_reads(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(judge := tree.get("judge"), dict) and judge.get("kind") == "chat":
+            filters = tree.get("filters", {})
+            if isinstance(filters, dict) and "cut_off" not in filters:
+                return tree | {"filters": filters | {"cut_off": "drop"}}
         return tree
 
     @model_validator(mode="after")

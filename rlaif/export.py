@@ -146,7 +146,7 @@ def model_card(run: RunDir, updates: int) -> str:
         "",
         "## Held-out evaluation against the base policy",
         "",
-        "| after | text | win rate (95 %) | words | ends by itself | KL per token |",
+        "| after | text | win rate (95 %) | words | ends by itself | KL per token (95 %) |",
         "|---|---|---|---|---|---|",
     ]
     for e in summary.evaluations:
@@ -154,7 +154,9 @@ def model_card(run: RunDir, updates: int) -> str:
         win = "" if e.win_rate is None else f"{e.win_rate:.2f} ({low:.2f}-{high:.2f})"
         if e.abstained:
             win = f"{win or '-'}, {e.abstained} of {e.answers} abstained"
-        kl = "" if e.kl_per_token is None else f"{e.kl_per_token:.3f}"
+        kl = "" if e.kl_per_token is None or e.kl_by_older_version else f"{e.kl_per_token:.3f}"
+        if kl and e.kl_answers and e.kl_interval:
+            kl += f" ({e.kl_interval[0]:.3f}-{e.kl_interval[1]:.3f})"
         text = e.constitution if e.updates else "base"
         lines.append(f"| {e.updates} | {text} | {win} | {e.mean_words:.1f} | {e.ended_share:.0%} | {kl} |")
     lines += [

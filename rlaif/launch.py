@@ -25,6 +25,7 @@ from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
 from rlaif.model_checks import check_likelihood_judge, check_policy
 from rlaif.pairing import check_can_update
+from rlaif.placement import place, usable_gpus
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
 from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
 from rlaif.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
@@ -34,10 +35,12 @@ from rlaif.workers import InlineWorker, Worker, start_worker
 HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
             "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
             "judge.timeout_s", "judge.max_retries", "judge.requests_per_minute", "judge.tokens_per_minute",
-            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env",
+            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env", "eval.kl_prompts",
+            "judge.reask",
+            "judge.headers.", "judge.query.", "judge.ca_file", "judge.fingerprint",
             # What a device asks for: of the numbers, only the rounding changes.
             "sampling.precision", "judge.precision", "learner.precision",
-            "sampling.gpu_memory_utilization", "sampling.tensor_parallel_size",
+            "sampling.gpu_memory_utilization", "sampling.enforce_eager", "sampling.tensor_parallel_size", "devices.",
             "learner.args.per_device_train_batch_size", "learner.args.gradient_checkpointing")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 
@@ -101,6 +104,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
                     "settings": job.learner,
                     "seed": job.seed,
                     "output_dir": str(run.path / "logs" / "learner"),
+                    "export_precision": job.sampling.precision,
                 },
             ),
         }
@@ -115,8 +119,10 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         if digests.get("judge") != digests["policy"]:
             factories["measurer"] = _likelihood(base, Judge(precision=job.judge.precision))
         workers: dict[str, Worker | InlineWorker] = {}
+        devices = place(job, usable_gpus(len(gpu_names())))
         for name, (factory, kwargs) in factories.items():
-            worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log")
+            env = {"CUDA_VISIBLE_DEVICES": devices[name]} if name in devices else None
+            worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log", env)
             workers[name] = stack.enter_context(closing(worker))
             if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
                 worker.ready()  # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile

@@ -190,6 +190,8 @@ def final_tables(run: RunDir, summary: Summary) -> None:
         )
     console.print(table)
     for e in summary.evaluations:
+        if e.updates and (line := kl_line(e)):
+            console.print(f"after {e.updates}: {line}")
         if e.abstained:
             some = f"{e.abstained} of {e.answers} answers"
             console.print(f"after {e.updates}: the judge abstained on {some}; the win rate leaves them out")
@@ -199,6 +201,23 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             label = "base" if updates == 0 else f"after {updates}"
             console.print(f"  [dim]{label}:[/] {inert(' '.join((answer or '').split()))}")
     console.print(f"\npicture: {run.path / 'summary.png'}   the same for programs: {run.path / 'summary.json'}")
+
+
+def kl_line(e: EvaluationMetrics) -> str | None:
+    """An evaluation's KL with its intervals, in words; None where there is nothing to add to the number."""
+    if e.kl_by_older_version:
+        return "KL/token is the estimate of an older version, off by temperature and top-p, even in its sign"
+    if e.kl_per_token is None or not e.kl_answers:
+        return None
+
+    def of(value: float | None, interval: tuple[float, float] | None, digits: int) -> str:
+        within = f" ({interval[0]:.{digits}f}-{interval[1]:.{digits}f})" if interval else ""
+        return f"{value:.{digits}f}{within}"
+
+    return (
+        f"KL from the base policy {of(e.kl_per_token, e.kl_interval, 3)} nats a token, "
+        f"{of(e.kl_per_completion, e.kl_per_completion_interval, 2)} an answer (95%, {e.kl_answers} answers)"
+    )
 
 
 def _sent(metrics: IterationMetrics) -> list[tuple[str, int]]:
@@ -248,8 +267,15 @@ def draw(summary: Summary, path: Path) -> None:
         kept.bar(x_iter, [m.review for m in iterations], bottom=bottom, label="to review", hatch="//", alpha=0.6)
     kept.set(title="pairs: kept, and dropped by reason", xlabel="iteration")
     sane.plot(x_eval, [e.relevance for e in evaluations], "o-", label="relevance (nat a token)")
-    kl = [(e.updates, e.kl_per_token) for e in evaluations if e.kl_per_token is not None]
-    sane.plot([x for x, _ in kl], [y for _, y in kl], "s-", label="KL (nat a token)")
+    kl = [
+        (e.updates, e.kl_per_token, e.kl_interval or (e.kl_per_token, e.kl_per_token))
+        for e in evaluations
+        if e.kl_per_token is not None and not e.kl_by_older_version
+    ]
+    errors = [[y - low for _, y, (low, _) in kl], [high - y for _, y, (_, high) in kl]]
+    sane.errorbar(
+        [x for x, _, _ in kl], [y for _, y, _ in kl], yerr=errors, fmt="s-", capsize=3, label="KL (nat a token, 95 %)"
+    )
     surprise = [-e.base_logprob_per_token for e in evaluations]
     sane.plot(x_eval, surprise, "^-", label="-log p under base (nat a token)")
     sane.set(title="sanity on held-out answers", xlabel="iteration", ylim=(0, None))

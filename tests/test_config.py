@@ -173,3 +173,19 @@ def test_a_setting_that_is_gone_is_read_in_older_runs_where_it_said_nothing() ->
     tree["judge"]["votes"] = "runs/old"
     with pytest.raises(UserError, match=r"unknown key `judge\.votes`"):
         parse_job(tree, "run.json")
+
+
+@pytest.mark.parametrize(
+    ("job", "cut_off"),
+    [
+        ("constitution: a", "keep"),
+        ("constitution: a\njudge: {kind: chat, model: m}", "drop"),
+        ("constitution: a\njudge: {kind: chat, model: m}\nfilters: {min_votes: 2}", "drop"),
+        ("constitution: a\njudge: {kind: chat, model: m}\nfilters: {cut_off: keep}", "keep"),
+        ("constitution: a\nfilters: {cut_off: drop}", "drop"),
+    ],
+)
+def test_winners_that_were_cut_off_are_dropped_for_a_judge_that_reads(tmp_path: Path, job: str, cut_off: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(job)
+    assert load_job(path).filters.cut_off == cut_off

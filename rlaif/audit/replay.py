@@ -337,7 +337,7 @@ class Iteration:
     def _decided(self) -> Iterator[tuple[Decision, Decision]]:
         filters, calibration = self.settings.job.filters, self.settings.calibration
         jurors = self._jurors()
-        texts = self._texts()
+        texts, cut = self._completions()
         weights = self.text.weights
         sliced = calibration is not None and EVERYTHING not in calibration.slices
         categories = self._categories() if sliced else {}
@@ -355,7 +355,7 @@ class Iteration:
             if mine is None or not {pair.first, pair.second} <= texts.keys():
                 continue
             slice = categories.get(pair.prompt_id) or EVERYTHING
-            yield was, decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice)
+            yield was, decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice, cut)
 
     def _categories(self) -> dict[str, str | None]:
         """Prompt → its category: the slice of a calibration."""
@@ -438,13 +438,17 @@ class Iteration:
         ballots = ballots_for(settings, [any_pair], self.text, name=judge, templates=templates)
         return {_asked_as(b): n for n, b in enumerate(ballots)}
 
-    def _texts(self) -> dict[str, str]:
-        """Completion → a digest of its text without the space around it: all that `identical` needs of it."""
-        return {
-            c.id: hashlib.blake2b(c.text.strip().encode(), digest_size=12).hexdigest()
-            for c in self._sound("completions", Completion)
-            if c is not None
-        }
+    def _completions(self) -> tuple[dict[str, str], set[str]]:
+        """Completion → a digest of its text without the space around it: all that `identical` needs of it; and those
+        that the length limit cut off."""
+        texts: dict[str, str] = {}
+        cut: set[str] = set()
+        for c in self._sound("completions", Completion):
+            if c is not None:
+                texts[c.id] = hashlib.blake2b(c.text.strip().encode(), digest_size=12).hexdigest()
+                if c.cut_off:
+                    cut.add(c.id)
+        return texts, cut
 
     def _read(self, vote: Vote) -> Vote:
         """The vote, with `parser` as its reply is read today."""

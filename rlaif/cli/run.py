@@ -140,8 +140,27 @@ def chat(
     conversation(RunDir.open(run), prompt, max_tokens, temperature, seed)
 
 
-def doctor(json_: Json = False) -> None:
-    """Print what this machine has, what is missing, and the command that mends it."""
+def doctor(
+    deep: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Check that what is trained of this model reaches what samples (minutes)."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --deep, a setting of the job.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Print what this machine has, what is missing, and the command that mends it.
+
+    With --deep MODEL: load the model, train two steps, export, load that, load the model again; after each load
+    sampler and learner score the same texts, and have to agree. Try it before a run on a model that nobody tried:
+    rlaif doctor --deep ./my-model --set sampling.engine=transformers
+    """
+    if deep is not None:
+        from rlaif.cli.doctor_deep import check
+
+        check(deep, set_ or [], json_)
+        return
     from rich.table import Table
 
     from rlaif.console import stdout_console

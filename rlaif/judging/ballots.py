@@ -138,8 +138,12 @@ def request_parameters(juror: Juror, template: Template) -> dict[str, Any]:
 def _chat_parameters(juror: Juror, template: Template, clamp: tuple[float, float] | None) -> str:
     """Digest of the request's parameters, and of how its reply is read."""
     parameters = request_parameters(juror, template)
-    clamped = clamp is not None and template.verdict != "letter"
-    return digest([parameters, {"clamp": clamp}] if clamped else parameters)
+    more: dict[str, Any] = {}
+    if clamp is not None and template.verdict != "letter":
+        more["clamp"] = clamp
+    if juror.system_role != "auto":
+        more["system_role"] = juror.system_role
+    return digest([parameters, more] if more else parameters)
 
 
 def make_chat_ballots(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -132,6 +133,16 @@ class Cost(Record):
     seconds_per_kept_pair: float | None
 
 
+class Abstained(Record):
+    """A vote that named nothing, to be looked at."""
+
+    pair_id: str
+    order: Literal["forward", "reversed", "none"]
+    reply: str
+    """As the judge gave it; what went wrong, where there was none."""
+    finish_reason: str | None
+
+
 class RiskPoint(Record):
     """Pairs that score at least this: how many, and how often wrong."""
 
@@ -162,6 +173,8 @@ class Slice(Record):
     position_bias: Share
     """Votes for the slot shown first, of votes for either; .5 is none."""
     abstentions: dict[AbstainReason, int] = Field(default_factory=dict)
+    examples: dict[AbstainReason, Abstained] = Field(default_factory=dict)
+    """The first vote of each reason to abstain."""
     alpha: float | None
     """Krippendorff's alpha between voices (each order a voice), nominal; None for a single voice."""
     alpha_interval: tuple[float, float] | None
@@ -287,6 +300,7 @@ def summarise(judge: str, name: str, judged: Sequence[Judged], settings: Judge |
         order_consistency=Share.count(consistent, asked),
         position_bias=Share.count(sum(v.slot_first for v in verdicts), sum(v.slot_votes for v in verdicts)),
         abstentions=dict(sum((Counter(v.abstentions) for v in verdicts), Counter())),
+        examples=_examples([v for v, _ in votes]),
         alpha=krippendorff_alpha([v for v, _ in votes]),
         alpha_interval=alpha_interval([v for v, _ in votes]),
         lengths=_lengths(judged, kept),
@@ -478,6 +492,20 @@ def _both_orders(votes: Sequence[Vote]) -> tuple[int, int]:
             named.setdefault(key, {}).setdefault(b.order, set()).add(v.outcome)
     both = [set().union(*orders.values()) for orders in named.values() if len(orders) == 2]
     return len(both), sum(outcomes in ({"first"}, {"second"}) for outcomes in both)
+
+
+def _examples(votes: Sequence[Vote]) -> dict[AbstainReason, Abstained]:
+    """The first vote of each reason to abstain, those that the server said something in before others."""
+    out: dict[AbstainReason, Abstained] = {}
+    for v in sorted(votes, key=lambda v: not (v.raw_reply or v.error)):
+        if v.abstain_reason is not None and v.abstain_reason not in out:
+            out[v.abstain_reason] = Abstained(
+                pair_id=v.ballot.pair_id,
+                order=v.ballot.order,
+                reply=v.raw_reply or v.error or "",
+                finish_reason=v.finish_reason,
+            )
+    return out
 
 
 def _lengths(judged: Sequence[Judged], kept: Sequence[Judged]) -> Lengths:

@@ -1,7 +1,7 @@
 """Stored replies of judges behind servers, shared between runs and processes.
 
 In: the digest of everything that determines a reply. Out: the raw reply, which is parsed again on every use, so that a
-better parser mends old verdicts too. A failed call is never stored.
+better parser mends old verdicts too. A failed call is never stored, nor is a reply that isn't finished.
 """
 
 from __future__ import annotations
@@ -21,9 +21,19 @@ from rlaif.records import digest
 _SIZE_LIMIT_BYTES = 8 * 2**30
 
 
-def reply_key(base_url: str, body: dict[str, Any], seed: int, sample_index: int) -> str:
-    """Digest of what determines a reply; `body` is the request: model, all parameters, the rendered messages."""
-    return digest({"base_url": base_url.rstrip("/"), "body": body, "seed": seed, "sample_index": sample_index})
+def reply_key(
+    base_url: str,
+    body: dict[str, Any],
+    seed: int,
+    sample_index: int,
+    query: dict[str, str] | None = None,
+    model: str | None = None,
+) -> str:
+    """Digest of what determines a reply; `body` is the request: model, all parameters, the rendered messages. `model`
+    is what the server says of the model behind that name."""
+    content = {"base_url": base_url.rstrip("/"), "body": body, "seed": seed, "sample_index": sample_index}
+    more = {"query": query, "server_model": model}
+    return digest(content | {name: value for name, value in more.items() if value})
 
 
 class ReplyCache:
@@ -47,12 +57,14 @@ class ReplyCache:
         self._failed = False
 
     def get(self, key: str) -> Reply | None:
-        """The stored reply; None when there is none, or it can't be read."""
+        """The stored reply; None when there is none, or it can't be read, or holds no reply."""
         if self._failed:
             return None
         try:
             value = self._cache.get(key, retry=True)
-            return None if value is None else Reply.model_validate_json(value)
+            reply = None if value is None else Reply.model_validate_json(value)
+            # An older version stored outages too.
+            return None if reply is None or reply.ending == "failed" or not (reply.content or reply.refusal) else reply
         except ValidationError:
             return None
         except (OSError, sqlite3.Error) as e:

@@ -19,6 +19,11 @@ class Candidate(Record):
     """None: nobody knows. Then no end token is scored, and no missing one is held against it."""
     text: str
 
+    @property
+    def cut_off(self) -> bool:
+        """The length limit is known to have ended it."""
+        return self.finish_reason == "length"
+
     @classmethod
     def of(cls, completion: Completion, prompt: Prompt) -> Candidate:
         """A sampled completion with the prompt that it answers."""

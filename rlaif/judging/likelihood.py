@@ -221,8 +221,12 @@ class LikelihoodJudge:
 
     def _plain(self, chunk: Sequence[Candidate], prompts: dict[str, tuple[Message, ...]], seed: int) -> list[Plain]:
         others = [_other_prompt(c.prompt_id, c.messages, prompts, seed) for c in chunk]
-        own = self._logps([_Request(c.messages, self._answer(c)) for c in chunk])
-        other = self._logps([_Request(m, self._answer(c)) for c, (_, m) in zip(chunk, others, strict=True)])
+        # Asked together: one completion's other prompt is another one's own, and is read once for both.
+        logps = self._logps(
+            [_Request(c.messages, self._answer(c)) for c in chunk]
+            + [_Request(m, self._answer(c)) for c, (_, m) in zip(chunk, others, strict=True)]
+        )
+        own, other = logps[: len(chunk)], logps[len(chunk) :]
         return [
             Plain(completion_id=c.completion_id, other_prompt_id=o, tokens=len(self._answer(c)), logp=a, logp_other=b)
             for c, (o, _), a, b in zip(chunk, others, own, other, strict=True)
@@ -266,15 +270,19 @@ class LikelihoodJudge:
         Both sides are measured over as many tokens as the shorter one has: a question leaves its mark on an
         answer's first words, so a mean over all of them would speak against every longer answer.
         """
-        values = self._token_logps([_Request(c.messages, self._answer(c)) for c in sides])
+        asked = [_Request(c.messages, self._answer(c)) for c in sides]
         others: list[str | None] = [None] * len(sides)
         tolerance = self.settings.fluency_tolerance
         if measure == "relevance":
             tolerance = self.settings.relevance_tolerance
             drawn = [_other_prompt(c.prompt_id, c.messages, prompts, seed) for c in sides]
             others = [prompt_id for prompt_id, _ in drawn]
-            unasked = self._token_logps([_Request(m, self._answer(c)) for c, (_, m) in zip(sides, drawn, strict=True)])
-            values = [tuple(x - y for x, y in zip(v, u, strict=True)) for v, u in zip(values, unasked, strict=True)]
+            asked += [_Request(m, self._answer(c)) for c, (_, m) in zip(sides, drawn, strict=True)]
+        # All in one call: one side's other prompt is another one's own, and is read once for both.
+        values = self._token_logps(asked)
+        if measure == "relevance":
+            own, unasked = values[: len(sides)], values[len(sides) :]
+            values = [tuple(x - y for x, y in zip(v, u, strict=True)) for v, u in zip(own, unasked, strict=True)]
         out: list[dict[str, Any]] = []
         for i in range(0, len(sides), 2):
             tokens = min(len(values[i]), len(values[i + 1]))

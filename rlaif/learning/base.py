@@ -42,8 +42,10 @@ from trl.trainer.base_trainer import _BaseTrainer
 from rlaif import config
 from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
+from rlaif.learning.divergence import Asked, divergences
+from rlaif.learning.export import check_mergeable, in_precision, merged, plain_names
 from rlaif.models import carry_over, digest_of
-from rlaif.records import Preference, UpdateStep
+from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
 _Row = dict[str, Any]
 """A preference as the trainer takes it: `pair_id`, `prompt`, `prompt_ids`, `chosen_ids`, `rejected_ids`, and the
@@ -87,24 +89,28 @@ class TrlLearner(ABC):
         seed: int,
         state_dir: str | None = None,
         output_dir: str | None = None,
+        export_precision: config.Precision = "auto",
     ) -> None:
         """Loads the policy (fp32) and builds the trainer; see `rlaif.learning.make_learner`."""
         self.settings = settings
         self.seed = seed
         self._precision = precision_here(settings.precision)
+        self._export_precision = precision_here(export_precision)
         disable_progress_bar()  # of transformers: progress is the loop's to show
+        self._model_path = model_path
         # The trainer wants a folder of its own, even when it writes nothing there.
         self._scratch = tempfile.TemporaryDirectory(prefix="rlaif-learner-")
         self._output_dir = output_dir or self._scratch.name
         args = self._trainer_args()
         policy, self.tokenizer = _load(model_path)
-        self._base_path = Path(model_path)
         self._exported_config = copy.deepcopy(policy.config)  # before we and TRL write our own choices into it
         # Nothing here generates. transformers refuses to save some that it loads: the base's own file is carried over.
         self._generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
         _no_dropout(policy)
+        names = set(policy.state_dict())
         with _settings_errors():
             self.trainer = self._make_trainer(policy, args, _peft_config(settings.lora))
+        self._check_export(names)
         self._adapt(self._unwrapped())
         self._base = self._load_base(model_path)
         with _settings_errors():
@@ -218,6 +224,30 @@ class TrlLearner(ABC):
             "was not taken. Lower the rate: add --set learner.learning_rate=VALUE --allow-change to the command"
         )
 
+    # ---- how far the policy went
+
+    def divergences(self, completions: list[Completion]) -> Iterator[list[Divergence]]:
+        """How far the master weights are from the untrained policy; see `Learner`."""
+        policy = self.trainer.model_wrapped
+        was_training = policy.training
+        policy.eval()
+        try:
+            # As many rows at once as an update takes: chosen and rejected.
+            batch = 2 * self.trainer.args.per_device_train_batch_size
+            device = self.trainer.args.device
+            yield from divergences(Asked(policy, self._unwrapped()), self._untrained(), completions, batch, device)
+        finally:
+            policy.train(was_training)
+
+    def _untrained(self) -> Asked:
+        """The base policy, whatever `reference` is."""
+        if self.settings.lora is not None:
+            return Asked(self.trainer.model_wrapped, self._unwrapped(), self.trainer.model.disable_adapter)
+        base = self._base
+        if base is None:  # `reference: previous` keeps no copy of it: read once an evaluation
+            base = self._frozen_base(self._model_path)
+        return Asked(base, self.trainer.accelerator.unwrap_model(base))
+
     # ---- the reference policy
 
     def _score_references(self, rows: list[_Row]) -> None:
@@ -247,6 +277,10 @@ class TrlLearner(ABC):
         """A frozen copy of the untrained policy, where no cheaper reference exists."""
         if self.settings.reference != "base" or self.settings.lora is not None:
             return None
+        return self._frozen_base(model_path)
+
+    def _frozen_base(self, model_path: str) -> nn.Module:
+        """The untrained policy, without gradient, in what the trainer computes in."""
         base, _ = _load(model_path)
         base.requires_grad_(False).eval()
         if self._precision == "bf16":
@@ -296,6 +330,8 @@ class TrlLearner(ABC):
         }
         with _settings_errors():
             args = self.config_class(**values)
+            if args.n_gpu > 1:  # in a process that sees several, TRL would spread a model over them, and refuses to
+                args._n_gpu = 1
         for name, needs in (
             ("lr_scheduler_type", args.lr_scheduler_type not in _ENDLESS_SCHEDULES),
             ("warmup_steps", 0 < args.warmup_steps < 1),
@@ -355,10 +391,36 @@ class TrlLearner(ABC):
                 wandb.finish()
         self._scratch.cleanup()
 
+    # ---- the policy as it is
+
+    def exports_in(self) -> str:
+        """What `save` writes the policy in: `fp32`, or `bf16`, rounded at random."""
+        return self._export_precision
+
+    @torch.no_grad()
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under the fp32 masters, in nats: what the sampler's must equal.
+
+        Neither autocast nor padding nor our own scoring is in the way: the model's plain forward, row by row.
+        """
+        plain = self._unwrapped()
+        was_training = plain.training
+        plain.eval()
+        out = []
+        for sequence in sequences:
+            ids = torch.tensor([sequence.all_ids], device=self.trainer.args.device)
+            logits = type(plain).forward(plain, input_ids=ids, use_cache=False).logits[0, :-1]  # [tokens, vocabulary]
+            completion = logits[len(sequence.prompt_token_ids) - 1 :].float().log_softmax(-1)
+            targets = ids[0, len(sequence.prompt_token_ids) :, None]
+            out.append(tuple(completion.gather(-1, targets)[:, 0].tolist()))
+        plain.train(was_training)
+        return out
+
     # ---- state
 
     def save(self, state_dir: str, policy_dir: str) -> str:
-        """Writes the learner's state (fp32 weights, optimizer, schedule, RNG, step) and the policy (bf16).
+        """Writes the learner's state (fp32 weights, optimizer, schedule, RNG, step), and the policy in the precision
+        that it samples in.
 
         Both folders are made if missing; whoever calls decides when they become the run's (one rename).
 
@@ -430,16 +492,31 @@ class TrlLearner(ABC):
         model = self.trainer.model
         return model if self.settings.lora is None else model.get_base_model()
 
+    def _check_export(self, names: set[str]) -> None:
+        """Whether what `save` will write is what a reader of the untrained model expects, before anything is sampled.
+
+        Raises:
+            UserError: the adapters can't be merged back into weights of the model's own names.
+        """
+        plain = self._unwrapped()
+        check_mergeable(plain)
+        if differing := sorted(plain_names(plain) ^ names):
+            raise UserError(
+                f"learner.lora: the merged policy would differ from the model in `{differing[0]}`, and nobody could "
+                "load it; name other layers in learner.lora.target_modules, or train full weights"
+            )
+
     def _export(self, folder: Path) -> str:
         plain = self._unwrapped()
-        plain.save_pretrained(folder, state_dict=_bf16(_merged(plain)))
+        state = in_precision(merged(plain), self._export_precision, self.seed)
+        plain.save_pretrained(folder, state_dict=state)
         # save_pretrained writes the master weights' dtype and TRL's settings into config.json
         exported = copy.deepcopy(self._exported_config)
-        exported.dtype = torch.bfloat16
+        exported.dtype = torch.bfloat16 if self._export_precision == "bf16" else torch.float32
         exported.save_pretrained(folder)
         if self._generation_config is not None:  # what a base without such a file has in its config.json
             self._generation_config.to_json_file(folder / "generation_config.json")
-        carry_over(self._base_path, folder)
+        carry_over(Path(self._model_path), folder)
         return digest_of(folder)
 
 
@@ -576,34 +653,6 @@ def _peft_config(lora: config.Lora | None) -> Any:
 
     # Handed to the trainer, not applied here: TRL takes an already wrapped model's adapter for its reference.
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
-
-
-def _merged(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state of a model with LoRA layers as that of a plain one. The masters are not touched: merging them and
-    taking the adapter out again would leave rounding behind."""
-    deltas = {
-        name: module.get_delta_weight("default")
-        for name, module in model.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
-    state = {}
-    for key, value in model.state_dict().items():
-        layer, _, leaf = key.rpartition(".base_layer.")
-        if ".lora_" in key:
-            continue
-        if leaf == "weight" and layer in deltas:
-            value = value + deltas[layer]
-        state[f"{layer}.{leaf}" if layer else key] = value
-    return state
-
-
-def _bf16(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A bf16 copy in which tied tensors stay one tensor."""
-    copies: dict[int, torch.Tensor] = {}
-    for value in state.values():
-        if value.data_ptr() not in copies:
-            copies[value.data_ptr()] = value.to(torch.bfloat16) if value.is_floating_point() else value
-    return {name: copies[value.data_ptr()] for name, value in state.items()}
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from typing import Protocol
 
 from rlaif import models
 from rlaif.config import Sampling
-from rlaif.records import Completion, PolicyVersion, Prompt
+from rlaif.hardware import precision_here
+from rlaif.records import Completion, PolicyVersion, Prompt, TokenSequence
 from rlaif.sampling import Sample, SampleRequest
-from rlaif.sampling.requests import render_prompt, seed_for
+from rlaif.sampling.requests import ChatTokenizer, render_prompt, seed_for
 
 
 def make(model_path: str, settings: Sampling) -> SamplerRole:
@@ -40,6 +41,31 @@ class Engine(Protocol):
     def load(self, policy_path: str) -> None:
         """New weights, by folder."""
 
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under them, in nats."""
+
+
+GAP_PROMPTS, GAP_TOKENS = 8, 64
+"""Texts that are scored to compare weights, and their tokens at most: a second's work, and enough tokens that the
+rounding of a sampler in bf16 averages out (0.07 / sqrt(512) = 0.003 nats)."""
+
+
+def fixed_texts(tokenizer: ChatTokenizer, prompts: list[Prompt], max_model_len: int) -> list[TokenSequence]:
+    """Texts to compare weights by: each of the first prompts, continued by the words of those after it.
+
+    Nothing needs to be sampled for them, so they are there before anything is, and the same in every iteration.
+    """
+    some = prompts[:GAP_PROMPTS]
+    out = []
+    for i, prompt in enumerate(some):
+        words = " ".join(p.text for p in [*some[i + 1 :], *some[: i + 1]])
+        ids = tokenizer.encode(words, add_special_tokens=False)
+        start = render_prompt(tokenizer, prompt)
+        room = min(GAP_TOKENS, max_model_len - len(start) - 1)
+        if start and ids[: max(room, 0)]:
+            out.append(TokenSequence(prompt_token_ids=start, token_ids=tuple(ids[:room])))
+    return out
+
 
 class SamplerRole:
     """Samples completions of prompts from the newest weights it was given."""
@@ -52,6 +78,18 @@ class SamplerRole:
     def load(self, policy_path: str) -> None:
         """New weights, by folder."""
         self._engine.load(policy_path)
+
+    def computes_in(self) -> str:
+        """Engine and precision, as `vllm fp32`."""
+        return f"{self._settings.engine} {precision_here(self._settings.precision)}"
+
+    def sequences_of(self, prompts: list[Prompt]) -> list[TokenSequence]:
+        """`fixed_texts` of this policy's tokenizer."""
+        return fixed_texts(self._tokenizer, prompts, self._settings.max_model_len)
+
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under the weights that sample now, in nats."""
+        return self._engine.logprobs(sequences)
 
     def sample(
         self,

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from rlaif import config, models
 from rlaif.errors import UserError
 from rlaif.hardware import precision_here, torch_dtype
+from rlaif.records import TokenSequence
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.nucleus import keep_nucleus
 from rlaif.sampling.requests import check_length
@@ -55,6 +56,17 @@ class Sampler:
         except (OSError, ValueError, ImportError, SafetensorError) as e:
             raise UserError(f"{policy_path}: can't load these weights ({' '.join(str(e).split())})") from e
         self._model.to(self._device).eval()
+
+    @torch.inference_mode()
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under the weights that sample now, in nats."""
+        out = []
+        for sequence in sequences:
+            start = len(sequence.prompt_token_ids)
+            ids = torch.tensor([sequence.all_ids], device=self._device)
+            logits = self._model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
+            out.append(tuple(logits.log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0].tolist()))
+        return out
 
     def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
         """Samples a batch at a time, in the order of the requests' lengths; yields each batch.

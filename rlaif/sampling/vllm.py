@@ -14,8 +14,10 @@ from typing import Any
 from rlaif import config, models
 from rlaif.errors import UserError
 from rlaif.hardware import torch_dtype
+from rlaif.records import TokenSequence
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.requests import check_length
+from rlaif.sampling.vllm_reload import check_reloads, reload_weights
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker is the engine's process
@@ -69,7 +71,10 @@ class Sampler:
                 "logits_processors": [_nucleus_processor()],
             }
             if self._on_cpu
-            else {"gpu_memory_utilization": settings.gpu_memory_utilization}
+            else {
+                "gpu_memory_utilization": settings.gpu_memory_utilization,
+                "enforce_eager": settings.enforce_eager,
+            }
         )
         self._llm = vllm.LLM(
             model=model_path,
@@ -81,6 +86,7 @@ class Sampler:
             disable_log_stats=True,
             **device,
         )
+        check_reloads(self._llm, self._on_cpu)
         self._batches = 0
 
     def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
@@ -124,8 +130,25 @@ class Sampler:
 
     def load(self, policy_path: str) -> None:
         """Takes the weights of another folder of the same architecture; drops what was cached under the old ones."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": policy_path})
-        self._llm.reset_prefix_cache()
+        reload_weights(self._llm, policy_path, self._on_cpu)
+
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under the weights that sample now, in nats."""
+        params = self._params_class(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        self._batches += 1
+        names = {f"{self._batches}/{i}": i for i in range(len(sequences))}
+        engine = self._llm.llm_engine
+        for name, i in names.items():
+            engine.add_request(name, {"prompt_token_ids": list(sequences[i].all_ids)}, params)
+        found: dict[int, tuple[float, ...]] = {}
+        while engine.has_unfinished_requests():
+            for out in engine.step():
+                if out.finished:
+                    i = names[out.request_id]
+                    own = list(zip(sequences[i].all_ids, out.prompt_logprobs, strict=True))
+                    start = len(sequences[i].prompt_token_ids)
+                    found[i] = tuple(float(by_token[token].logprob) for token, by_token in own[start:])
+        return [found[i] for i in range(len(sequences))]
 
     def _sample(self, request_id: str, output: Any) -> Sample:
         completion = output.outputs[0]

@@ -313,7 +313,7 @@ def test_what_a_calibration_says():
 
 def test_tables_and_picture(tmp_path):
     results = slices("fake", judged())
-    assert [t.row_count for t in tables(results, "t")] == [3, 4, 3, 3]
+    assert [t.row_count for t in tables(results, "t")] == [3, 4, 3, 2, 3]
     assert trial_table(split_trials("j", steady(60, 9), 5, 0.1, 0.1, "agreement", 0), 0.1, 0.1).row_count == 1
     for ending in ("png", "svg"):
         draw_risk_coverage(results, tmp_path / f"r.{ending}", 0.1)

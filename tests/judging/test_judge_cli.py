@@ -257,3 +257,30 @@ def test_the_likelihood_judge_is_calibrated_under_the_name_that_a_run_gives_it(
     assert report["slices"][0]["pairs"] == 30
     assert report["slices"][0]["cost"]["prompt_tokens"] > 0
     assert report["slices"][0]["cost"]["calls"] == 0
+
+
+def test_a_bench_shows_a_reply_for_each_reason_to_abstain(
+    rlaif, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TEST_KEY", "sk-x")
+    monkeypatch.setenv("COLUMNS", "250")
+    said = iter(["[[A]] and\n[[B]]", "I'm sorry, but I can't compare these."] * 20)
+    rows = [{"prompt": f"q{n}", "first": "short", "second": "longer", "label": "second"} for n in range(3)]
+    (tmp_path / "three.json").write_text(json.dumps(rows))
+    with FaultServer(say=lambda body: next(said)) as server:
+        sets = {"kind": "chat", "model": "m", "api_key_env": "TEST_KEY", "base_url": server.url, "cache": "null",
+                "concurrency": 1, "reask": 0}  # fmt: skip
+        arguments = [f"--set=judge.{k}={v}" for k, v in sets.items()]
+        arguments += [f"--dir={ROOT / 'constitutions'}", "--set=constitution=assistant@1",
+                      f"--set=judge.templates_dir={ROOT / 'prompts/judge'}"]  # fmt: skip
+        code, out, err = rlaif("bench", "three.json", *arguments, "--json")
+        assert code == 0, err
+        found = json.loads(out)["slices"][0]
+        assert found["abstentions"] == {"refused": 3, "unparsed": 3}
+        assert found["examples"]["unparsed"]["reply"] == "[[A]] and\n[[B]]"
+        assert found["examples"]["refused"]["reply"].startswith("I'm sorry")
+        assert found["examples"]["unparsed"]["finish_reason"] == "stop"
+        code, out, _ = rlaif("bench", "three.json", *arguments)
+    assert code == 0
+    assert "[[A]] and\\n[[B]]" in out
+    assert "abstentions: the first of each reason" in out

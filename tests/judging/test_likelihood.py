@@ -290,3 +290,18 @@ def test_each_request_is_computed_once(judge, constitution, monkeypatch):
     list(judge.cast(ballots, PAIRS, CANDIDATES, constitution))
     monkeypatch.setattr(judge, "_compute", lambda *a: pytest.fail("computed again"))
     list(judge.cast(ballots, PAIRS, CANDIDATES, constitution))
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_prompt_is_read_once_however_many_ask_about_it(model, constitution, monkeypatch, guard):
+    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(), "tiny")
+    alike = CANDIDATES[:4]  # two prompts without a system message: each is the other's x'
+    read = []
+    forward = judge._forward
+    monkeypatch.setattr(judge, "_forward", lambda batch, *rest: (read.extend(batch), forward(batch, *rest))[1])
+    if guard:
+        ballots = [b for b in make_ballots(PAIRS[:2], constitution, "tiny") if b.voice == "answers/relevance"]
+        assert flat(judge.cast(ballots, PAIRS[:2], alike, constitution))
+    else:
+        list(judge.quality(alike))
+    assert len(read) == len(set(read)) == 2
