@@ -33,18 +33,44 @@ class Policy(Section):
 
     model: str = "embedded:smollm2-135m-instruct"
     """A hub id, a local folder, or `embedded:smollm2-135m-instruct`."""
+    adapter: str | None = None
+    """A LoRA of peft's, by folder or hub id: the untrained policy is `model` with it merged in. With `learner.lora` a
+    new adapter trains on top."""
     system_prompt: str | None = None
     """Put before every prompt that has no system message of its own."""
+
+
+class Columns(Section):
+    """What a prompt set's own columns are called. One inside another is named by its path (`question.text`,
+    `turns.0`)."""
+
+    prompt: str | None = None
+    """The column with the prompt: text, or a chat."""
+    system: str | None = None
+    """The column with the system prompt; an empty cell: none."""
+    id: str | None = None
+    """The column with the id."""
+    category: str | None = None
+    """The column with the category."""
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns that a job names."""
+        return {name: column for name, column in self if column is not None}
 
 
 class Prompts(Section):
     """Where prompts come from."""
 
     train: str = "prompts/everyday.jsonl"
-    """JSONL, JSON, CSV or Parquet file, `datasets:NAME[:SPLIT]` or `datasets:NAME:CONFIG:SPLIT`. A row has `prompt`
-    (text or chat) or `messages` (chat); answers at a chat's end are left out."""
+    """JSONL, JSON, CSV or Parquet file (or one with `.gz`), `datasets:NAME[:SPLIT]` or `datasets:NAME:CONFIG:SPLIT`. A
+    row has `prompt` (text or chat), `messages` or `conversations` (chat), or `chosen` and `rejected`; answers at a
+    chat's end are left out."""
     held_out: str = "prompts/everyday_held_out.jsonl"
     """The same, for evaluation; a prompt found in both never trains."""
+    columns: Columns = Columns()
+    """Names of the columns, where they are others (`{prompt: question, id: question_id}`); in `held_out` where its rows
+    have the prompt's."""
     per_iteration: int = Field(24, ge=1)
     """Prompts an iteration takes, in a seeded order that starts again when it runs out."""
 

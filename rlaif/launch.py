@@ -23,6 +23,7 @@ from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
 from rlaif.judging.spending import Spent, Wasted, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
+from rlaif.model_checks import check_likelihood_judge, check_policy
 from rlaif.pairing import check_can_update
 from rlaif.placement import place, usable_gpus
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
@@ -76,11 +77,15 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         train, held_out = _prompts(run, job, base_dir, progress.note)
         calibration = _calibration(run, job, base_dir, [p.category or EVERYTHING for p in train], progress.note)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
-        base = models.resolve(job.policy.model, progress=lambda message, share: progress.note(message))
+        base = models.resolve_policy(
+            job.policy.model, job.policy.adapter, progress=lambda message, share: progress.note(message)
+        )
+        check_policy(base, job)
         digests = {"policy": models.digest_of(base)}
         if job.judge.kind == "likelihood":
             judge_model = models.resolve(job.judge.model, progress=lambda message, share: progress.note(message))
             digests["judge"] = models.digest_of(judge_model)
+            check_likelihood_judge(judge_model, job, [texts.in_force(k)[0] for k in job.schedule or (0,)])
         found = digests | models.tokenizer_identity(base).model_dump()
         code = _code()
         _check_models(run, found)
@@ -288,9 +293,15 @@ def _prompts(
     folder = run.path / "prompts"
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     if not all(f.exists() for f in files):
-        held_out = with_system(load_prompts(job.prompts.held_out, base_dir, note), job.policy.system_prompt)
+        columns = job.prompts.columns
+        held_out = with_system(
+            load_prompts(job.prompts.held_out, base_dir, note, columns=columns, columns_required=False),
+            job.policy.system_prompt,
+        )
         train = exclude_held_out(
-            with_system(load_prompts(job.prompts.train, base_dir, note), job.policy.system_prompt), held_out, note
+            with_system(load_prompts(job.prompts.train, base_dir, note, columns=columns), job.policy.system_prompt),
+            held_out,
+            note,
         )
         check_enough(train, job.prompts)
         if note and (hint := shipped_held_out(job.prompts)):

@@ -47,6 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.heads",
         "rlaif.hardware",
         "rlaif.models",
+        "rlaif.model_checks",
         "rlaif.workers",
         "rlaif.prompts",
         "rlaif.sampling",
@@ -103,7 +104,7 @@ ANYWHERE = {
     "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm rlaif.judging.likelihood rlaif.models rlaif.hardware",
     "transformers": f"{AT_TOP['transformers']} rlaif.judging.likelihood rlaif.models",
     "vllm": "rlaif.sampling.vllm rlaif.sampling.vllm_reload",
-    "peft": "rlaif.learning.base",
+    "peft": "rlaif.learning.base rlaif.models",
     "datasets": "rlaif.learning.* rlaif.prompts rlaif.audit.export",
 }
 

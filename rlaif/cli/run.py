@@ -85,6 +85,7 @@ def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) 
 
 
 def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> None:
+    from rlaif.config import Columns
     from rlaif.launch import check_resume
     from rlaif.plan_cost import estimate, table
     from rlaif.store import RunDir
@@ -93,7 +94,9 @@ def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> Non
     check_resume(RunDir(where), job, allow_change)
     copies = {name: (where / "prompts" / f"{name}.jsonl").resolve() for name in ("train", "held_out")}
     if all(path.exists() for path in copies.values()):  # it goes on from these, whatever became of the files
-        prompts = job.prompts.model_copy(update={name: str(path) for name, path in copies.items()})
+        prompts = job.prompts.model_copy(
+            update={**{name: str(path) for name, path in copies.items()}, "columns": Columns()}
+        )
         job = job.model_copy(update={"prompts": prompts})
     costs = estimate(job, Path.cwd())
     if (where / "run.json").exists():
@@ -122,12 +125,14 @@ def export(
     iteration: Annotated[
         int | None, typer.Option(help="Policy after so many iterations; the newest by default.")
     ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA alone, as peft loads it.")] = False,
 ) -> None:
     """Write a policy as plain transformers files, with a model card."""
-    from rlaif.export import export_policy
+
+    from rlaif.export import export_adapter, export_policy
     from rlaif.store import RunDir
 
-    typer.echo(str(export_policy(RunDir.open(run), to, iteration)))
+    typer.echo(str((export_adapter if adapter else export_policy)(RunDir.open(run), to, iteration)))
 
 
 def chat(

@@ -113,7 +113,7 @@ class LikelihoodJudge:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(settings.precision))
             tokenizer = AutoTokenizer.from_pretrained(model_path)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, ImportError, AssertionError) as e:
             raise UserError(f"judge.model {model_path}: can't load the model ({str(e).splitlines()[0]})") from e
         self._setup(model.to(device), tokenizer, settings, name or Path(model_path).name)
 
