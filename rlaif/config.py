@@ -50,6 +50,9 @@ class Policy(Section):
 
     model: str = "embedded:smollm2-135m-instruct"
     """A hub id, a local folder, or `embedded:smollm2-135m-instruct`."""
+    adapter: str | None = None
+    """A LoRA of peft's, by folder or hub id: the untrained policy is `model` with it merged in. With `learner.lora` a
+    new adapter trains on top."""
     system_prompt: str | None = None
     """Put before every prompt that has no system message of its own."""
     chat_template_args: dict[str, Any] = Field(default_factory=dict)
@@ -62,14 +65,37 @@ class Policy(Section):
     _template_args = field_validator("chat_template_args")(_no_reserved_template_args)
 
 
+class Columns(Section):
+    """What a prompt set's own columns are called. One inside another is named by its path (`question.text`,
+    `turns.0`)."""
+
+    prompt: str | None = None
+    """The column with the prompt: text, or a chat."""
+    system: str | None = None
+    """The column with the system prompt; an empty cell: none."""
+    id: str | None = None
+    """The column with the id."""
+    category: str | None = None
+    """The column with the category."""
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns that a job names."""
+        return {name: column for name, column in self if column is not None}
+
+
 class Prompts(Section):
     """Where prompts come from."""
 
     train: str = "prompts/everyday.jsonl"
-    """JSONL, JSON, CSV or Parquet file, `datasets:NAME[:SPLIT]` or `datasets:NAME:CONFIG:SPLIT`. A row has `prompt`
-    (text or chat) or `messages` (chat); answers at a chat's end are left out."""
+    """JSONL, JSON, CSV or Parquet file (or one with `.gz`), `datasets:NAME[:SPLIT]` or `datasets:NAME:CONFIG:SPLIT`. A
+    row has `prompt` (text or chat), `messages` or `conversations` (chat), or `chosen` and `rejected`; answers at a
+    chat's end are left out."""
     held_out: str = "prompts/everyday_held_out.jsonl"
     """The same, for evaluation; a prompt found in both never trains."""
+    columns: Columns = Columns()
+    """Names of the columns, where they are others (`{prompt: question, id: question_id}`); in `held_out` where its rows
+    have the prompt's."""
     per_iteration: int = Field(24, ge=1)
     """Prompts an iteration takes, in a seeded order that starts again when it runs out."""
     too_long: Literal["refuse", "drop"] = "refuse"
@@ -263,7 +289,8 @@ class Judge(Juror):
     prices: dict[str, Price] = Field(default_factory=dict)
     """chat: price per model name, for `budget.money`."""
     cache: str | None = "~/.cache/rlaif/replies"
-    """chat: folder of stored replies, shared between runs; null for none."""
+    """Folder of stored replies (chat), shared between runs, and of likelihoods (`rlaif judge`, `rlaif constitution
+    diff --run`); null for none."""
     fingerprint: bool = True
     """chat: stored replies count only for the model that gave them: what the server's list of models says of it (asked
     at the start), and its `system_fingerprint` where it gives one."""

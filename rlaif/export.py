@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlaif.errors import UserError
@@ -36,19 +38,84 @@ def export_policy(run: RunDir, to: Path, iteration: int | None = None) -> Path:
     Raises:
         UserError: `to` exists already, or there is no such policy.
     """
-    if to.exists():
-        raise UserError(f"{to}: exists already; name a new folder")
+    _refuse_existing(to)
     updates, source = policy_path(run, iteration)
     card = model_card(run, updates)
+    with _made_whole(to) as temporary:
+        for file in sorted(source.rglob("*")):  # copytree reports a full disk as a list of files
+            if file.is_file():
+                copy = temporary / file.relative_to(source)
+                make_folder(copy.parent)
+                shutil.copy2(file, copy)
+        (temporary / "README.md").write_text(card)
+    return to
+
+
+def export_adapter(run: RunDir, to: Path, iteration: int | None = None) -> Path:
+    """Writes the newest policy's LoRA alone, as peft does (fp32), with a model card. Returns the folder.
+
+    Raises:
+        UserError: `to` exists already, the run trained no LoRA, or that policy's adapter isn't kept.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    _refuse_existing(to)
+    job = run.job()
+    lora = job.learner.lora
+    if lora is None:
+        raise UserError(f"{run.path}: trained full weights, there is no adapter; leave out --adapter")
+    if job.policy.adapter is not None:
+        raise UserError(
+            f"{run.path}: its LoRA belongs on {job.policy.model} with {job.policy.adapter} merged in, and would be "
+            "wrong on the model alone; leave out --adapter"
+        )
+    updates, _ = policy_path(run, iteration)
+    state = run.path / "learner" / f"{updates - 1:04d}" / "weights.safetensors"
+    if not state.is_file():
+        raise UserError(
+            f"{run.path}: the adapter after {updates} iterations isn't kept, only the newest one is; leave out "
+            "--iteration, or --adapter"
+        )
+    weights = {name.replace(".default.", "."): value for name, value in load_file(state).items()}
+    modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in weights}
+    if unlike := sorted(m for m in modules if not m or m.endswith("experts") or ".base_layer" in m):
+        raise UserError(f"{run.path}: the adapter of `{unlike[0]}` can't be exported alone; leave out --adapter")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": job.policy.model,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+        "inference_mode": True,
+    }
+    card = model_card(run, updates).replace("library_name: transformers", "library_name: peft", 1)
+    with _made_whole(to) as temporary:
+        make_folder(temporary)
+        save_file(weights, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / "README.md").write_text(card)
+    return to
+
+
+def _refuse_existing(to: Path) -> None:
+    if to.exists():
+        raise UserError(f"{to}: exists already; name a new folder")
+
+
+@contextmanager
+def _made_whole(to: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `to` when all of it is written; nothing is left of it otherwise."""
     temporary = to.with_name(to.name + ".partial")
     with disk_errors(to):
         shutil.rmtree(temporary, ignore_errors=True)
-        make_folder(temporary)  # copytree reports a full disk as a list of files
-        for file in source.iterdir():
-            shutil.copy2(file, temporary)
-        (temporary / "README.md").write_text(card)
-        replace_dir(temporary, to)
-    return to
+        try:
+            yield temporary
+            replace_dir(temporary, to)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def model_card(run: RunDir, updates: int) -> str:
@@ -59,6 +126,7 @@ def model_card(run: RunDir, updates: int) -> str:
     # The first versions counted the pairs of a skipped update, too.
     pairs = sum(m.trained_pairs for m in trained if m.steps)
     texts = list(dict.fromkeys(f"{m.constitution} ({m.constitution.hash})" for m in trained))
+    adapter = f" with `{job['policy']['adapter']}` merged in" if job["policy"].get("adapter") else ""
     lines = [
         "---",
         "library_name: transformers",
@@ -67,9 +135,9 @@ def model_card(run: RunDir, updates: int) -> str:
         "---",
         f"# {run.path.name}, after {updates} iterations",
         "",
-        f"Trained with rlaif {header['rlaif']} from `{job['policy']['model']}` by online preference learning: its own "
-        f"answers were compared by the `{job['judge']['kind']}` judge `{job['judge']['model']}` under a written "
-        "constitution, and pairs whose label was not consistent were dropped.",
+        f"Trained with rlaif {header['rlaif']} from `{job['policy']['model']}`{adapter} by online preference learning: "
+        f"its own answers were compared by the `{job['judge']['kind']}` judge `{job['judge']['model']}` under a "
+        "written constitution, and pairs whose label was not consistent were dropped.",
         "",
         f"- constitutions in force, in order: {', '.join(texts)}",
         *(

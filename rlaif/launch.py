@@ -23,6 +23,7 @@ from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
 from rlaif.judging.spending import Spent, Wasted, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
+from rlaif.model_checks import check_likelihood_judge, check_policy
 from rlaif.pairing import check_can_update
 from rlaif.placement import place, usable_gpus
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
@@ -30,7 +31,7 @@ from rlaif.records import SCHEMA_VERSION, Message, Prompt, Vote, digest
 from rlaif.sampling import PromptProblem
 from rlaif.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
 from rlaif.texts import Texts
-from rlaif.workers import InlineWorker, Worker, WorkerLike, start_worker
+from rlaif.workers import InlineWorker, Worker, WorkerLike, start_worker, wait_until_ready
 
 HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
             "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
@@ -78,11 +79,15 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         train, held_out = _prompts(run, job, base_dir, progress.note, places)
         calibration = _calibration(run, job, base_dir, [p.category or EVERYTHING for p in train], progress.note)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
-        base = models.resolve(job.policy.model, progress=lambda message, share: progress.note(message))
+        base = models.resolve_policy(
+            job.policy.model, job.policy.adapter, progress=lambda message, share: progress.note(message)
+        )
+        check_policy(base, job)
         digests = {"policy": models.digest_of(base)}
         if job.judge.kind == "likelihood":
             judge_model = models.resolve(job.judge.model, progress=lambda message, share: progress.note(message))
             digests["judge"] = models.digest_of(judge_model)
+            check_likelihood_judge(judge_model, job, [texts.in_force(k)[0] for k in job.schedule or (0,)])
         found = digests | models.tokenizer_identity(base).model_dump()
         code = _code()
         _check_models(run, found)
@@ -120,14 +125,40 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         asked_alike = job.judge.chat_template_args == job.policy.chat_template_args
         if digests.get("judge") != digests["policy"] or not asked_alike:
             factories["measurer"] = _likelihood(base, as_policy)
+        holds = {
+            "sampler": f"{job.policy.model} in {job.sampling.engine}",
+            "learner": f"{job.policy.model} and its {job.learner.kind} trainer",
+            "judge": f"{job.judge.model} ({job.judge.kind})",
+            "measurer": f"{job.policy.model}, frozen",
+        }
+        progress.note(f"loading {', '.join(factories)}; a line when each is ready")
+
+        def loaded(name: str, seconds: float, waiting: list[str]) -> None:
+            others = f"; waiting for {', '.join(waiting)}" if waiting else ""
+            progress.note(f"{name} ready after {seconds:.1f} s: {holds[name]}{others}")
+            if name == "sampler" and workers.keys() >= factories.keys():
+                check_prompts()  # while the others load: it names file and row, and they can't
+
+        asked: list[list[Prompt]] = []
+
+        def check_prompts() -> None:
+            asked.extend((train, held_out))
+            if not _begun(run):
+                asked[:] = _askable(run, job, workers["sampler"], train, held_out, places, progress.note)
+            loop.train, loop.held_out = asked
+
         workers: dict[str, Worker | InlineWorker] = {}
         devices = place(job, usable_gpus(len(gpu_names())))
+        unready: list[Worker | InlineWorker] = []
         for name, (factory, kwargs) in factories.items():
             env = {"CUDA_VISIBLE_DEVICES": devices[name]} if name in devices else None
             worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log", env)
             workers[name] = stack.enter_context(closing(worker))
             if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
-                worker.ready()  # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile
+                # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile.
+                wait_until_ready([worker], loaded)
+            else:
+                unready.append(worker)
         workers.setdefault("measurer", workers["judge"])
         loop = Loop(
             job,
@@ -143,12 +174,10 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             **workers,
         )
         try:
-            if not _begun(run):
-                loop.train, loop.held_out = _askable(
-                    run, job, workers["sampler"], train, held_out, places, progress.note
-                )
-            for worker in workers.values():  # a setting that one of them refuses must not cost minutes, or a header
-                worker.ready()
+            # A setting that one of them refuses must not cost minutes, or a header.
+            wait_until_ready(unready, loaded)
+            if not asked:  # it was ready before the others began to load
+                check_prompts()
             _write_header(run, job, found, code, changed)
             resumed = any(e.kind == "started" for e in run.events())
             # run.json has the code that a run was begun with; which code went on with it, these events tell.
@@ -290,13 +319,14 @@ def _prompts(
     if not all(f.exists() for f in files):
         found: dict[tuple[Message, ...], str] = {}
 
-        def load(source: str) -> list[Prompt]:
+        def load(source: str, **how: Any) -> list[Prompt]:
             at: dict[str, str] = {}
-            prompts = with_system(load_prompts(source, base_dir, note, at), job.policy.system_prompt)
+            prompts = load_prompts(source, base_dir, note, columns=job.prompts.columns, places=at, **how)
+            prompts = with_system(prompts, job.policy.system_prompt)
             found.update((p.messages, at[p.id]) for p in prompts)
             return prompts
 
-        held_out = load(job.prompts.held_out)
+        held_out = load(job.prompts.held_out, columns_required=False)
         train = exclude_held_out(load(job.prompts.train), held_out, note)
         check_enough(train, job.prompts)
         if note and (hint := shipped_held_out(job.prompts)):

@@ -19,6 +19,7 @@ from rlaif.hardware import cpu_has_bf16, gpu_names
 from rlaif.judging.ballots import Role, ballots_for, check_selects, selecting_voices
 from rlaif.judging.calibration import read_calibration
 from rlaif.judging.templates import load_template, template_names, templates_in
+from rlaif.model_checks import check_likelihood_judge, check_policy
 from rlaif.pairing import check_can_update, pairs_at_most
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out
 from rlaif.records import Pair
@@ -45,16 +46,23 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         UserError: a model, a prompt file or a text is missing or broken: a dry run finds it too.
     """
     models.check_name(job.policy.model)
+    if job.policy.adapter is not None:
+        models.check_adapter_name(job.policy.adapter)
+    if (policy := _folder(job.policy.model)).is_dir():
+        check_policy(policy, job)
     if job.judge.kind == "likelihood":
         models.check_name(job.judge.model)
     check_can_update(job)
-    held_out = load_prompts(job.prompts.held_out, base_dir)
-    train = exclude_held_out(load_prompts(job.prompts.train, base_dir), held_out)
+    columns = job.prompts.columns
+    held_out = load_prompts(job.prompts.held_out, base_dir, columns=columns, columns_required=False)
+    train = exclude_held_out(load_prompts(job.prompts.train, base_dir, columns=columns), held_out)
     check_enough(train, job.prompts)
     if job.filters.calibration:
         read_calibration(base_dir / job.filters.calibration)
     schedule = job.schedule or {0: job.constitution or ""}
     texts = {ref: load_constitution(base_dir / job.constitutions_dir, ref) for ref in schedule.values()}
+    if job.judge.kind == "likelihood" and (judge := _folder(job.judge.model)).is_dir():
+        check_likelihood_judge(judge, job, texts.values())
     if job.pairing.method == "best_worst":
         for text in texts.values():
             check_selects(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from rlaif import launch
 from rlaif.config import load_job
-from rlaif.errors import UserError, WorkerError
+from rlaif.errors import RunInterrupted, UserError, WorkerError
 from rlaif.records import Completion, Prompt
 from rlaif.store import RunDir, read_rows
 from tests.conftest import make_project, project_job
@@ -37,6 +38,9 @@ def only_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __init__(self, mode: str, name: str, *_: Any) -> None:
             self.name = name
             calls.append(f"start {name}")
+
+        def poll(self, timeout_s: float) -> bool:
+            return True
 
         def ready(self) -> None:
             calls.append(f"ready {self.name}")
@@ -110,6 +114,20 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, tiny_model: Path)
     with pytest.raises(UserError, match=r"holds `constitutions` but no run\.json"):
         launch.execute(job, tmp_path, tmp_path, Quiet())
     assert sorted(p for p in tmp_path.rglob("*") if p.name != ".lock") == before
+
+
+def test_a_start_says_which_workers_load_and_when_each_is_ready(tmp_path: Path, only_start, tiny_model: Path) -> None:
+    make_project(tmp_path, tiny_model)
+    progress = Quiet()
+    with pytest.raises(RunInterrupted):
+        launch.execute(load_job(tmp_path / "tiny.yaml"), tmp_path / "run", tmp_path, progress)
+    said = [re.sub(r"\d\.\d", "N", note) for note in progress.notes if "load" in note or "ready" in note]
+    assert said == [
+        "loading sampler, learner, judge; a line when each is ready",
+        f"sampler ready after N s: {tiny_model} in transformers; waiting for learner, judge",
+        f"learner ready after N s: {tiny_model} and its dpo trainer; waiting for judge",
+        f"judge ready after N s: {tiny_model} (likelihood)",
+    ]
 
 
 def test_workers_load_together_and_are_ready_before_there_is_a_run(

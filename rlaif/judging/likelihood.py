@@ -31,6 +31,7 @@ from rlaif.constitution import Constitution, Voice
 from rlaif.errors import UserError
 from rlaif.hardware import torch_dtype
 from rlaif.judging.ballots import GUARD_MEASURES
+from rlaif.judging.cache import LikelihoodCache, likelihood_key
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.numbers import side_of, sigmoid
 from rlaif.records import (
@@ -42,6 +43,7 @@ from rlaif.records import (
     Score,
     Usage,
     Vote,
+    digest,
 )
 from rlaif.rendering import Renderer
 
@@ -106,12 +108,14 @@ class LikelihoodJudge:
         """
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # who asks this judge has lines of their own for what takes time
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(settings.precision))
             tokenizer = AutoTokenizer.from_pretrained(model_path)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, ImportError, AssertionError) as e:
             raise UserError(f"judge.model {model_path}: can't load the model ({str(e).splitlines()[0]})") from e
         self._setup(model.to(device), tokenizer, settings, name or Path(model_path).name)
 
@@ -133,11 +137,36 @@ class LikelihoodJudge:
         self._renderer = Renderer(tokenizer, settings.chat_template_args, f"judge.model {name}: its chat template")
         self._turn_end = self._renderer.turn_end(_end_tokens(model, self._vocabulary))
         self._known: dict[_Request, tuple[float, ...]] = {}
+        self._store: LikelihoodCache | None = None
+        self._computed_by = ""
+        self._stored: set[_Request] = set()  # of `_known`, what was computed by an earlier process
+        self._asked_anew = False
         self._rendered: dict[tuple[Message, ...], tuple[int, ...]] = {}
         self._answers: dict[Any, tuple[int, ...]] = {}
         # A window counts cache slots: with prompts of several lengths, padding would take room in it.
         self._one_length = getattr(model.config.get_text_config(), "sliding_window", None) is not None
         self._check_forward()
+
+    def remember(self, store: LikelihoodCache, weights: str) -> None:
+        """From now on takes what was computed before from a store, and puts there what is new.
+
+        Args:
+            weights: Identity of the model's files; what else its arithmetic depends on is found here.
+        """
+        import torch
+        import transformers
+
+        self._store = store
+        how = {
+            "weights": weights,
+            "class": type(self.model).__name__,
+            "dtype": str(self.model.dtype),
+            "device": self.model.device.type,
+            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        self._computed_by = digest(how, digits=64)
 
     def score(
         self, candidates: Sequence[Candidate], constitution: Constitution, voices: Sequence[str]
@@ -172,7 +201,8 @@ class LikelihoodJudge:
         """Votes on the given ballots, in chunks: write each before asking for the next.
 
         `pairs` and `candidates` are the whole iteration's, also when only some ballots are still owed: the guards'
-        other prompts follow from them, so a resumed run asks the same.
+        other prompts follow from them, so a resumed run asks the same. A vote is `cached` when nothing of its chunk had
+        to be computed (`remember`).
         """
         by_id = {c.completion_id: c for c in candidates}
         prompts = _prompts(candidates)
@@ -184,15 +214,17 @@ class LikelihoodJudge:
                 if not any(pair.id in of_pair for pair in chunk):
                     continue
                 started = time.monotonic()
+                self._asked_anew = False
                 sides = [by_id[i] for pair in chunk for i in (pair.first, pair.second)]
                 if voice.rpartition("/")[2] in GUARD_MEASURES:
                     seed = next(b.seed for pair in chunk for b in of_pair.get(pair.id, ()))
                     answers = self._guard_answers(voice.rpartition("/")[2], sides, prompts, seed)
                 else:
                     answers = self._contrast_answers(constitution.voice(voice), sides)
-                seconds = (time.monotonic() - started) / len(chunk)
+                seconds = round((time.monotonic() - started) / len(chunk), 4)
+                stored = self._store is not None and not self._asked_anew
                 yield [
-                    Vote(ballot=b, model=self.name, attempts=0, latency_s=round(seconds, 4), **answer)
+                    Vote(ballot=b, model=self.name, attempts=0, latency_s=seconds, cached=stored, **answer)
                     for pair, answer in zip(chunk, answers, strict=True)
                     for b in of_pair.get(pair.id, ())
                 ]
@@ -407,13 +439,34 @@ class LikelihoodJudge:
         missing = [r for r in dict.fromkeys(requests) if r not in self._known]
         if len(self._known) + len(missing) > _CACHE_ENTRIES:
             self._known.clear()
+            self._stored.clear()
             missing = list(dict.fromkeys(requests))
+        if self._store is not None:
+            missing = self._without_stored(missing, self._store)
         by_head: dict[tuple[Message, ...], list[_Request]] = {}
         for r in missing:
             by_head.setdefault(r.messages[:-1], []).append(r)
         for head, group in by_head.items():
             self._compute(head, group)
+        if self._store is not None:
+            self._store.put([(self._key(r), self._known[r]) for r in missing])
+            self._asked_anew = self._asked_anew or not self._stored.issuperset(requests)
         return [self._known[r] for r in requests]
+
+    def _key(self, request: _Request) -> str:
+        return likelihood_key(self._computed_by, self._render(request.messages), request.token_ids)
+
+    def _without_stored(self, requests: Sequence[_Request], store: LikelihoodCache) -> list[_Request]:
+        """Takes what the store holds into `_known`; returns the rest."""
+        rest = []
+        for r in requests:
+            logps = store.get(self._key(r), len(r.token_ids)) if r.token_ids else ()
+            if logps is None:
+                rest.append(r)
+            else:
+                self._known[r] = logps
+                self._stored.add(r)
+        return rest
 
     def _compute(self, head: tuple[Message, ...], requests: Sequence[_Request]) -> None:
         """Fills `_known` for requests that share all messages but the last."""

@@ -26,7 +26,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 from trl.trainer.base_config import _BaseConfig
@@ -37,7 +44,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
 from rlaif.learning.divergence import Asked, divergences
 from rlaif.learning.export import check_mergeable, in_precision, merged, plain_names
-from rlaif.models import digest_of, name_turn_ends
+from rlaif.models import carry_over, digest_of, name_turn_ends
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
 _Row = dict[str, Any]
@@ -96,8 +103,10 @@ class TrlLearner(ABC):
         self._output_dir = output_dir or self._scratch.name
         args = self._trainer_args()
         policy, self.tokenizer = _load(model_path)
+        self._exported_config = copy.deepcopy(policy.config)  # before we and TRL write our own choices into it
+        # Nothing here generates. transformers refuses to save some that it loads: the base's own file is carried over.
+        self._generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
         _no_dropout(policy)
-        self._exported_config = copy.deepcopy(policy.config)  # before TRL writes its own choices into it
         names = set(policy.state_dict())
         with _settings_errors():
             self.trainer = self._make_trainer(policy, args, _peft_config(settings.lora))
@@ -505,7 +514,9 @@ class TrlLearner(ABC):
         exported = copy.deepcopy(self._exported_config)
         exported.dtype = torch.bfloat16 if self._export_precision == "bf16" else torch.float32
         exported.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        if self._generation_config is not None:  # what a base without such a file has in its config.json
+            self._generation_config.to_json_file(folder / "generation_config.json")
+        carry_over(Path(self._model_path), folder)
         name_turn_ends(folder, self.tokenizer)
         return digest_of(folder)
 
@@ -580,17 +591,60 @@ def _text(value: Any) -> str:
 def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, SafetensorError) as e:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError, AssertionError, SafetensorError) as e:
         raise UserError(f"policy.model: can't load {path} ({' '.join(str(e).split())})") from e
+    _choose_pad(tokenizer, model.get_input_embeddings().weight.size(0))
+    return model, tokenizer
 
 
-def _no_dropout(model: nn.Module) -> None:
+def _choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Padding is masked, so any row of the embedding will do: one is taken where a tokenizer names none, or one that
+    the embedding doesn't have. The tokenizer's own files are exported as they are."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None or pad >= rows:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end if end is not None and end < rows else 0)
+
+
+def _no_dropout(model: PreTrainedModel) -> None:
     """The log-probabilities that are compared must be those of the policy that samples. TRL turns `nn.Dropout` off;
-    attention modules keep theirs as a number."""
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    others keep theirs as a number, of a module (OPT's `dropout`, `layerdrop`) or of the configuration that a forward
+    pass reads (Falcon), and routers of experts shake their input.
+
+    Raises:
+        UserError: the model still computes something else in training; every loss would be compared with noise.
+    """
+    in_use = _probe_logits(model, training=False)
+    named = (getattr(m, "config", None) for m in model.modules())
+    configs = {id(c): c for c in named if isinstance(c, PreTrainedConfig)}
+    owed = list(configs.values())
+    while owed:
+        inner = [c for c in vars(owed.pop()).values() if isinstance(c, PreTrainedConfig) and id(c) not in configs]
+        configs |= {id(c): c for c in inner}
+        owed += inner
+    for holder in (*model.modules(), *configs.values()):
+        all_of_it = "dropout" in type(holder).__name__.lower()
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and (all_of_it or "drop" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
+    # Twice: what is random, and what only differs.
+    off = max(float((_probe_logits(model, training=True) - in_use).abs().max()) for _ in range(2))
+    if not off <= 1e-4 * (1 + float(in_use.abs().max())):
+        raise UserError(
+            f"policy.model: {type(model).__name__} computes something else in training than in use (logits differ by "
+            f"{off:.2g}): dropout or noise that has no number to set to 0; take another model"
+        )
+
+
+@torch.no_grad()
+def _probe_logits(model: PreTrainedModel, training: bool) -> torch.Tensor:
+    """Logits of some tokens, [2, 32, vocabulary], in fp32."""
+    ids = torch.arange(64, device=model.device).remainder(model.get_input_embeddings().weight.size(0)).view(2, 32)
+    was_training = model.training
+    with torch.random.fork_rng(devices=[]):
+        logits: torch.Tensor = model.train(training)(input_ids=ids, use_cache=False).logits.float()
+    model.train(was_training)
+    return logits
 
 
 def _peft_config(lora: config.Lora | None) -> Any:

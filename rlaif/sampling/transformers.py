@@ -53,7 +53,7 @@ class Sampler:
             self._model: Any = AutoModelForCausalLM.from_pretrained(
                 policy_path, dtype=self._dtype, local_files_only=True
             )
-        except (OSError, SafetensorError) as e:
+        except (OSError, ValueError, ImportError, SafetensorError) as e:
             raise UserError(f"{policy_path}: can't load these weights ({' '.join(str(e).split())})") from e
         self._model.to(self._device).eval()
 

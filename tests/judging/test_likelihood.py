@@ -11,6 +11,7 @@ from rlaif.config import Judge
 from rlaif.constitution import parse_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import make_ballots, selecting_voices
+from rlaif.judging.cache import LikelihoodCache, likelihood_key
 from rlaif.records import Message, Pair
 
 torch = pytest.importorskip("torch")
@@ -393,3 +394,104 @@ def test_a_prompt_is_read_once_however_many_ask_about_it(model, constitution, mo
     else:
         list(judge.quality(alike))
     assert len(read) == len(set(read)) == 2
+
+
+def remembering(model, folder, weights="w", **settings):
+    """A judge with a cache, and the requests that it computes."""
+    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64, **settings), name="tiny")
+    judge.remember(LikelihoodCache(folder), weights)
+    computed = []
+    compute = judge._compute
+    judge._compute = lambda head, requests: (computed.extend(requests), compute(head, requests))
+    return judge, computed
+
+
+def said(judge, constitution, candidates=CANDIDATES):
+    ballots = make_ballots(PAIRS, constitution, "tiny")
+    votes = flat(judge.cast(ballots, PAIRS, candidates, constitution))
+    return [v.model_copy(update={"latency_s": 0.0, "cached": False}) for v in votes], {v.cached for v in votes}
+
+
+def test_what_a_frozen_judge_computed_is_kept_to_the_last_bit(model, constitution, judge, tmp_path):
+    plain = said(judge, constitution)
+    first, computed = remembering(model, tmp_path)
+    assert said(first, constitution) == plain
+    assert computed
+    again, computed = remembering(model, tmp_path)
+    votes, cached = said(again, constitution)
+    assert (votes, cached, computed) == (plain[0], {True}, [])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("missing_eos_penalty", 3.0), ("score_temperature", 7.0), ("relevance_tolerance", 0.001),
+     ("fluency_tolerance", 0.001)],
+)  # fmt: skip
+def test_a_setting_of_votes_makes_other_votes_of_the_same_likelihoods(model, constitution, tmp_path, setting, value):
+    first, _ = remembering(model, tmp_path)
+    before, _ = said(first, constitution)
+    fresh = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64, **{setting: value}), name="tiny")
+    again, computed = remembering(model, tmp_path, **{setting: value})
+    votes, _ = said(again, constitution)
+    assert votes == said(fresh, constitution)[0] != before
+    assert computed == []
+
+
+def other_candidates(**change):
+    return [c.model_copy(update=change) if c.completion_id == "c3" else c for c in CANDIDATES]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"finish_reason": "length"}, {"text": "Nobody knows."},
+     {"messages": (Message(role="user", content="Why sleep, and for how long each day?"),)}],
+    ids=["cut off", "text", "prompt"],
+)  # fmt: skip
+def test_another_answer_or_prompt_is_computed(model, constitution, tmp_path, change):
+    first, _ = remembering(model, tmp_path)
+    said(first, constitution)
+    changed = other_candidates(**change)
+    again, computed = remembering(model, tmp_path)
+    fresh = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64), name="tiny")
+    votes, cached = said(again, constitution, changed)
+    for vote, wanted in zip(votes, said(fresh, constitution, changed)[0], strict=True):
+        assert vote.score_first == pytest.approx(wanted.score_first, abs=2e-4)  # batched otherwise
+        assert vote.score_second == pytest.approx(wanted.score_second, abs=2e-4)
+    assert computed
+    assert False in cached
+
+
+def test_other_wording_weights_or_precision_are_computed(model, constitution, tmp_path):
+    first, everything = remembering(model, tmp_path)
+    said(first, constitution)
+    reworded = parse_constitution(TEXT.replace("prefer: Be brief.", "prefer: Be short."), "test", 1, "test.yaml")
+    again, computed = remembering(model, tmp_path)
+    said(again, reworded)
+    assert {r.messages[0].content for r in computed} >= {"Be short."}
+    assert len(computed) < len(everything)
+    weights, computed = remembering(model, tmp_path, weights="v")
+    said(weights, constitution)
+    assert len(computed) == len(everything)
+    import copy
+
+    half, computed = remembering(copy.deepcopy(model).bfloat16(), tmp_path)
+    said(half, constitution)
+    assert len(computed) == len(everything)
+    assert first._computed_by != half._computed_by
+
+
+def test_a_damaged_likelihood_is_computed_again(model, constitution, tmp_path, capsys):
+    first, everything = remembering(model, tmp_path)
+    before = said(first, constitution)
+    store = LikelihoodCache(tmp_path)
+    keys = [first._key(r) for r in everything]
+    store._write([(keys[0], b"abc"), (keys[1], "text"), (keys[2], b"")])
+    again, computed = remembering(model, tmp_path)
+    assert said(again, constitution)[0] == before[0]
+    assert {again._key(r) for r in computed} == set(keys[:3])
+
+
+def test_a_key_tells_context_and_answer_apart():
+    keys = {likelihood_key("m", c, a) for c, a in (((1, 2), (3,)), ((1,), (2, 3)), ((1, 2, 3), ()), ((), (1, 2, 3)))}
+    assert len(keys) == 4
+    assert likelihood_key("n", (1,), (2,)) != likelihood_key("m", (1,), (2,))
