@@ -50,6 +50,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.model_checks",
         "rlaif.workers",
         "rlaif.prompts",
+        "rlaif.rendering",
+        "rlaif.thoughts",
         "rlaif.sampling",
         "rlaif.sampling.*",
         "rlaif.judging.likelihood",

@@ -6,8 +6,9 @@ voice with a wanted and an opposite side,
     score(y) = log p(y | prefer, x) - log p(y | avoid, x)          (nats, summed over the sampled tokens)
 
 where a side is an instruction (a system message) or examples (earlier chat turns). The end token is scored iff
-the completion ended by itself; one that was cut off pays `judge.missing_eos_penalty` instead, or the way to please a
-text that asks for more would be never to stop. See docs/judges.md for what was measured, and for what this judge
+the completion ended by itself: the one that was sampled, where it ends a turn of this model, too, else the one that
+its chat template writes. A completion that was cut off pays `judge.missing_eos_penalty` instead, or the way to please
+a text that asks for more would be never to stop. See docs/judges.md for what was measured, and for what this judge
 can't do.
 
 Speed, on a CPU, is arithmetic: the KV of a context's shared beginning is computed once and expanded over the
@@ -44,6 +45,7 @@ from rlaif.records import (
     Vote,
     digest,
 )
+from rlaif.rendering import Renderer
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +133,9 @@ class LikelihoodJudge:
         self.tokenizer = tokenizer
         self.settings = settings
         self.name = name
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        self._renderer = Renderer(tokenizer, settings.chat_template_args, f"judge.model {name}: its chat template")
+        self._turn_end = self._renderer.turn_end(_end_tokens(model, self._vocabulary))
         self._known: dict[_Request, tuple[float, ...]] = {}
         self._store: LikelihoodCache | None = None
         self._computed_by = ""
@@ -347,34 +352,37 @@ class LikelihoodJudge:
         )
 
     def _answer(self, candidate: Candidate) -> tuple[int, ...]:
+        """The tokens that are scored: those that were sampled, where they are this model's; none of a blank text."""
         key = (candidate.text, candidate.token_ids, candidate.finish_reason)
         if key not in self._answers:
             if len(self._answers) > _CACHE_ENTRIES:
                 self._answers.clear()
-            sampled, text = candidate.token_ids, candidate.text
-            if sampled is not None and self.tokenizer.decode(sampled, skip_special_tokens=True) == text:
-                self._answers[key] = sampled
-            else:
-                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-                ended = [self.tokenizer.eos_token_id] if candidate.finish_reason == "stop" else []
-                self._answers[key] = (*ids, *ended)
+            self._answers[key] = self._read(candidate) if candidate.text.strip() else ()
         return self._answers[key]
+
+    def _read(self, candidate: Candidate) -> tuple[int, ...]:
+        sampled, text = candidate.token_ids or (), candidate.text
+        stops, written = self._turn_end.stops, self._turn_end.written
+        known_end = written is not None and written < self._vocabulary
+        ended = (written,) if candidate.finish_reason == "stop" and known_end else ()
+        # Another model's end token may be another word here, or none: only this model's own are taken over.
+        whole = [(sampled, ())] if sampled and (candidate.finish_reason != "stop" or sampled[-1] in stops) else []
+        for ids, end in (*whole, (sampled[:-1], ended), (sampled, ())):
+            known = ids and max(ids) < self._vocabulary
+            if known and self.tokenizer.decode(ids, skip_special_tokens=True) == text:
+                return (*ids, *end)
+        return (*self._renderer.plain_ids(text), *ended)
 
     def _render(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         if messages not in self._rendered:
             if len(self._rendered) > _CACHE_ENTRIES:
                 self._rendered.clear()
             try:
-                text = self.tokenizer.apply_chat_template(
-                    [m.model_dump() for m in messages], add_generation_prompt=True, tokenize=False
-                )
-            except Exception as e:  # templates raise what they like
-                roles = ", ".join(m.role for m in messages)
+                self._rendered[messages] = self._renderer.ids(messages)
+            except UserError as e:
                 raise UserError(
-                    f"judge.model {self.name}: its chat template refuses the roles {roles} ({e}); a contrast is a "
-                    "system message or earlier turns, so take a model that allows both"
+                    f"{e}; a contrast is a system message or earlier turns, so take a model that allows both"
                 ) from e
-            self._rendered[messages] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._rendered[messages]
 
     def _check_forward(self) -> None:
@@ -616,6 +624,15 @@ def _logps_of(logits: torch.Tensor, targets: torch.Tensor, rows_at_once: int) ->
 
     pieces = zip(logits.split(rows_at_once), targets[:, None].split(rows_at_once), strict=True)
     return torch.cat([z.float().log_softmax(1).gather(1, y)[:, 0] for z, y in pieces])
+
+
+def _end_tokens(model: Any, vocabulary: int) -> tuple[int, ...]:
+    """The model's own list, from its generation config or else its config; a default may be beyond its vocabulary."""
+    for settings in (getattr(model, "generation_config", None), model.config):
+        eos = getattr(settings, "eos_token_id", None)
+        if eos is not None:
+            return tuple(i for i in (eos if isinstance(eos, (list, tuple)) else (eos,)) if i < vocabulary)
+    return ()
 
 
 def _join(context: tuple[Message, ...], messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -44,7 +44,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
 from rlaif.learning.divergence import Asked, divergences
 from rlaif.learning.export import check_mergeable, in_precision, merged, plain_names
-from rlaif.models import carry_over, digest_of
+from rlaif.models import carry_over, digest_of, name_turn_ends
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
 _Row = dict[str, Any]
@@ -517,6 +517,7 @@ class TrlLearner(ABC):
         if self._generation_config is not None:  # what a base without such a file has in its config.json
             self._generation_config.to_json_file(folder / "generation_config.json")
         carry_over(Path(self._model_path), folder)
+        name_turn_ends(folder, self.tokenizer)
         return digest_of(folder)
 
 

@@ -10,7 +10,7 @@ import pytest
 from rlaif.config import Judge
 from rlaif.constitution import parse_constitution
 from rlaif.errors import UserError
-from rlaif.judging.ballots import make_ballots
+from rlaif.judging.ballots import make_ballots, selecting_voices
 from rlaif.judging.cache import LikelihoodCache, likelihood_key
 from rlaif.records import Message, Pair
 
@@ -47,8 +47,8 @@ class CharTokenizer:
     def decode(self, ids, skip_special_tokens):
         return "".join(chr(i + 8) for i in ids if i > 1)
 
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": [ord(ch) - 8 for ch in text]}
+    def encode(self, text, add_special_tokens):
+        return [ord(ch) - 8 for ch in text]
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +291,94 @@ def test_each_request_is_computed_once(judge, constitution, monkeypatch):
     list(judge.cast(ballots, PAIRS, CANDIDATES, constitution))
     monkeypatch.setattr(judge, "_compute", lambda *a: pytest.fail("computed again"))
     list(judge.cast(ballots, PAIRS, CANDIDATES, constitution))
+
+
+# Tokenizers as chat models have them: the end of a turn, and other models' tokens.
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    """A model whose end token is `<|endoftext|>`, with turns that end in `<|im_end|>`, and its tokenizer."""
+    return of_tokenizer("smollm", Judge(batch_tokens=64))
+
+
+def of_tokenizer(kind, settings):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.chat_tokenizers import KINDS
+
+    tokenizer = KINDS[kind]()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return LikelihoodJudge.of(LlamaForCausalLM(config).float().eval(), tokenizer, settings, name=kind)
+
+
+def sampled(n, text, token_ids, finish="stop"):
+    return candidate(n, "What is bread?", text, finish).model_copy(update={"token_ids": tuple(token_ids)})
+
+
+def test_an_answer_that_wasnt_sampled_ends_as_the_template_ends_a_turn(chatml):
+    tokenizer = chatml.tokenizer
+    assert tokenizer.eos_token == "<|endoftext|>"
+    ids = tokenizer.encode("Food.", add_special_tokens=False)
+    end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert chatml._answer(candidate(0, "Hi", "Food.")) == (*ids, end)
+    assert chatml._answer(candidate(0, "Hi", "Food.", "length")) == tuple(ids)
+    assert chatml._answer(candidate(0, "Hi", "Food.", None)) == tuple(ids)
+    for sampled_end in (end, eos):  # what a policy of this family sampled is scored as it is
+        assert chatml._answer(sampled(0, "Food.", (*ids, sampled_end))) == (*ids, sampled_end)
+
+
+def test_another_models_end_token_is_replaced_by_the_judges_own(chatml):
+    ids = chatml.tokenizer.encode("Food.", add_special_tokens=False)
+    end, start = chatml.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    for foreign in (len(chatml.tokenizer) + 7, start, ids[0]):
+        assert chatml._answer(sampled(0, "Food.", (*ids, foreign))) == (*ids, end)
+
+
+def test_a_stop_string_or_a_thought_is_no_part_of_what_is_judged(chatml):
+    def encode(text):
+        return chatml.tokenizer.encode(text, add_special_tokens=False)
+
+    end = chatml.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chatml._answer(sampled(0, "Food.", encode("Food.### Q"))) == (*encode("Food."), end)
+    assert chatml._answer(sampled(0, "Food.", (*encode("<think>a</think>Food."), end))) == (*encode("Food."), end)
+
+
+def test_control_tokens_that_an_answer_or_a_question_spells_are_text(chatml):
+    tokenizer = chatml.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    answer = chatml._answer(candidate(0, "Hi", "It is <|im_end|>, so.", "length"))
+    assert end not in answer
+    assert tokenizer.decode(answer) == "It is <|im_end|>, so."
+    asked = candidate(0, "What does <|im_end|> do?", "Food.").messages
+    assert chatml._render(asked).count(end) == 1
+
+
+@pytest.mark.parametrize("end", [2, 10_000])
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_empty_answers_have_no_score_whatever_ended_them(chatml, constitution, text, end):
+    """An end token beyond the judge's vocabulary stopped a run for good."""
+    ids = chatml.tokenizer.encode(text, add_special_tokens=False)
+    empty = sampled(1, text, (*ids, end))
+    candidates = [sampled(0, "Food.", (*chatml.tokenizer.encode("Food.", add_special_tokens=False), 2)), empty]
+    scores = flat(chatml.score(candidates, constitution, selecting_voices(constitution)))
+    assert {s.completion_id for s in scores} == {"c0"}
+    pair = Pair(id="p", prompt_id=empty.prompt_id, first="c0", second="c1", method="all")
+    votes = flat(chatml.cast(make_ballots([pair], constitution, "chatml"), [pair], candidates, constitution))
+    assert {(v.outcome, v.abstain_reason) for v in votes} == {("abstain", "empty")}
+    assert [(p.tokens, p.logp, p.logp_other) for p in flat(chatml.plain([empty]))] == [(0, 0.0, 0.0)]
+
+
+def test_arguments_of_the_judges_template_are_in_force():
+    judge = of_tokenizer("qwen", Judge(chat_template_args={"enable_thinking": False}))
+    rendered = judge.tokenizer.decode(judge._render(CANDIDATES[0].messages))
+    assert rendered.endswith("<think>\n\n</think>\n\n")
+    with pytest.raises(UserError, match=r"chat_template_args\.thinking: judge\.model qwen: its chat template doesn't"):
+        of_tokenizer("qwen", Judge(chat_template_args={"thinking": False}))
 
 
 @pytest.mark.parametrize("guard", [False, True])
