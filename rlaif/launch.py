@@ -164,12 +164,12 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             **workers,
         )
         try:
+            # A setting that one of them refuses must not cost minutes, or a header.
+            wait_until_ready(unready, loaded)
             if not _begun(run):
                 loop.train, loop.held_out = _askable(
                     run, job, workers["sampler"], train, held_out, places, progress.note
                 )
-            # A setting that one of them refuses must not cost minutes, or a header.
-            wait_until_ready(unready, loaded)
             _write_header(run, job, found, code, changed)
             resumed = any(e.kind == "started" for e in run.events())
             # run.json has the code that a run was begun with; which code went on with it, these events tell.
