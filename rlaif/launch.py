@@ -319,15 +319,15 @@ def _prompts(
     if not all(f.exists() for f in files):
         found: dict[tuple[Message, ...], str] = {}
 
-        def load(source: str, **how: Any) -> list[Prompt]:
+        def load(source: str, columns_required: bool) -> list[Prompt]:
             at: dict[str, str] = {}
-            prompts = load_prompts(source, base_dir, note, columns=job.prompts.columns, places=at, **how)
-            prompts = with_system(prompts, job.policy.system_prompt)
-            found.update((p.messages, at[p.id]) for p in prompts)
-            return prompts
+            prompts = load_prompts(source, base_dir, note, job.prompts.columns, columns_required, at)
+            asked = with_system(prompts, job.policy.system_prompt)
+            found.update((p.messages, at[p.id]) for p in asked)
+            return asked
 
         held_out = load(job.prompts.held_out, columns_required=False)
-        train = exclude_held_out(load(job.prompts.train), held_out, note)
+        train = exclude_held_out(load(job.prompts.train, columns_required=True), held_out, note)
         check_enough(train, job.prompts)
         if note and (hint := shipped_held_out(job.prompts)):
             note(hint)

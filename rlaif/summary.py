@@ -131,7 +131,18 @@ def final_tables(run: RunDir, summary: Summary) -> None:
 
     console = stdout_console()
     table = Table(title="iterations", title_justify="left")
-    for column in ("iteration", "text", "pairs", "kept", "dropped", "loss", "words", "ended", "seconds by stage"):
+    for column in (
+        "iteration",
+        "text",
+        "pairs",
+        "kept",
+        "dropped",
+        "loss",
+        "words",
+        "ended",
+        "gap",
+        "seconds by stage",
+    ):
         table.add_column(column, justify="left" if column in ("text", "dropped", "seconds by stage") else "right")
     for m in summary.iterations:
         seconds = {s: m.seconds[s] for s in ("completions", "scores", "votes", "updates")}
@@ -144,6 +155,7 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             "-" if m.loss is None else f"{m.loss:.3f}",
             f"{m.sampled.mean_words:.1f}",
             f"{m.sampled.ended_share:.0%}",
+            "-" if m.weights_gap is None else f"{m.weights_gap.mean:.4f}",
             "  ".join(
                 f"{name} {seconds[stage]:.0f}"
                 for name, stage in (

@@ -416,6 +416,11 @@ class TrlLearner(ABC):
         plain.train(was_training)
         return out
 
+    def track(self, values: dict[str, float]) -> None:
+        """Gives trackers numbers beside TRL's own, at the step that the policy is at."""
+        trainer = self.trainer
+        trainer.control = trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, dict(values))
+
     # ---- state
 
     def save(self, state_dir: str, policy_dir: str) -> str:

@@ -524,7 +524,7 @@ def test_what_a_tracker_writes_outlives_the_learner(
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             self.folder = Path(args.output_dir) / "runs"
-            self.kept.append(str(state.global_step))
+            self.kept.append(f"{state.global_step}{'' if 'loss' in logs else sorted(logs)}")
 
         def finish(self) -> None:
             self.folder.mkdir()
@@ -534,8 +534,9 @@ def test_what_a_tracker_writes_outlives_the_learner(
     changed = settings.model_copy(update={"args": {"report_to": ["tensorboard"]}})
     made = make_learner("dpo", model_path, changed, seed=7, output_dir=str(tmp_path / "out"))
     list(made.update(make_preferences(8), 0))
+    made.track({"weights_gap/mean": 0.1})
     made.close()
-    assert (tmp_path / "out" / "runs" / "log").read_text() == "1 2"
+    assert (tmp_path / "out" / "runs" / "log").read_text() == "1 2 2['weights_gap/mean']"
 
 
 @pytest.mark.parametrize(
