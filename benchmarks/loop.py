@@ -410,7 +410,7 @@ def job_for(prompts: int) -> Job:
             "sampling": {"completions_per_prompt": 2, "max_tokens": MAX_TOKENS},
             "pairing": {"method": "random"},
             "filters": {"min_kept_pairs": 1},
-            "learner": {"batch_size": BATCH, "learning_rate": LEARNING_RATE},
+            "learner": {"batch_size": BATCH, "learning_rate": LEARNING_RATE, "warmup_steps": 0},
             "eval": {"every": 1000, "prompts": 1},
         },
         "benchmarks/loop.py",

@@ -407,8 +407,13 @@ class Learner(Section):
     """Strength of the pull to the reference policy."""
     loss_type: str | list[str] = "sigmoid"
     """As in TRL: one, or with `kind: dpo` several (`args.loss_weights`)."""
-    learning_rate: float = Field(5e-5, gt=0)
-    """Adam's learning rate, constant by default (`args.lr_scheduler_type`)."""
+    learning_rate: float = Field(1e-5, gt=0)
+    """Adam's learning rate after the warm-up, constant by default (`args.lr_scheduler_type`). Found on 135M parameters
+    (docs/experiments.md). Untried: a third of it for 1B, a tenth for 7B, ten times it for LoRA. Watch
+    `monitors.max_kl`."""
+    warmup_steps: int = Field(4, ge=0)
+    """Optimizer steps over which the rate rises from 0, once a run: Adam's first steps are as large as its later ones,
+    and know less."""
     batch_size: int = Field(4, ge=1)
     """Pairs in one optimizer step."""
     epochs: int = Field(1, ge=1)
@@ -456,7 +461,7 @@ class Eval(Section):
 class Monitors(Section):
     """When a run raises an alarm."""
 
-    max_kl: float | None = None
+    max_kl: float | None = Field(0.5, gt=0)
     """Alarm when KL per token from the base policy (nats; `eval.kl_prompts`) exceeds this."""
     min_mean_words: float = 6.0
     """Alarm when sampled answers are shorter than this on average."""

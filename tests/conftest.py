@@ -110,7 +110,7 @@ def make_project(root: Path, model: Path | str, **changes: Any) -> Path:
         "sampling": {"engine": "transformers", "completions_per_prompt": 4, "max_tokens": 12, "max_model_len": 64},
         "judge": {"model": str(model), "cache": None},  # not the one in your home
         "filters": {"min_kept_pairs": 1, "min_agreement": 0.5, "guards": False},
-        "learner": {"precision": "fp32", "learning_rate": 1e-3, "batch_size": 2},
+        "learner": {"precision": "fp32", "learning_rate": 1e-3, "warmup_steps": 0, "batch_size": 2},
         "replay": {"share": 0.3},
         "eval": {"every": 2, "prompts": 3},
         "monitors": {"max_cut_off_share": 1},  # random weights rarely end an answer

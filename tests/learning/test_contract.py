@@ -16,8 +16,9 @@ from rlaif import config
 from rlaif.constitution import parse_constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.learning import make_learner
-from rlaif.learning.base import _merged, _row, epoch_order
+from rlaif.learning.base import _row, epoch_order
 from rlaif.learning.divergence import _batches, kl
+from rlaif.learning.export import merged
 from rlaif.mixing import preferences_of
 from rlaif.records import Completion, Decision, Message, Pair, PolicyVersion, Preference, Prompt, Verdict
 from tests.learning.conftest import make_preferences
@@ -125,7 +126,7 @@ def test_divergences_are_kl_over_the_vocabulary(
     found = {d.completion_id: d for chunk in made.divergences(asked) for d in chunk}
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    policy.load_state_dict(_merged(made._unwrapped()))
+    policy.load_state_dict(merged(made._unwrapped()))
     with torch.no_grad():
         for c in asked:
             ids = torch.tensor([c.prompt_token_ids + c.token_ids])
