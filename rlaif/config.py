@@ -461,7 +461,7 @@ class Eval(Section):
 class Monitors(Section):
     """When a run raises an alarm."""
 
-    max_kl: float | None = Field(0.5, gt=0)
+    max_kl: float | None = 0.5
     """Alarm when KL per token from the base policy (nats; `eval.kl_prompts`) exceeds this."""
     min_mean_words: float = 6.0
     """Alarm when sampled answers are shorter than this on average."""
