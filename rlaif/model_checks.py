@@ -25,6 +25,9 @@ from rlaif.errors import UserError
 _WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length",
             "seq_length", "n_ctx", "max_target_positions")  # fmt: skip
 """What architectures call the number of positions that they know, or were trained on. Some have none (Mamba)."""
+_DEFAULT_POSITIONS = {"gpt2": 1024, "gpt-sw3": 1024, "gpt_bigcode": 1024, "opt": 2048, "gpt_neo": 2048, "gptj": 2048,
+                      "codegen": 2048, "biogpt": 1024, "openai-gpt": 512, "ctrl": 256}  # fmt: skip
+"""Of architectures with a table of positions, where a config leaves the number out."""
 _STRETCHES = ("linear", "dynamic", "ntk", "yarn")
 """Kinds of RoPE scaling whose factor isn't in `max_position_embeddings` yet, unless the config says what it was."""
 _BOTH_WAYS = (
@@ -48,7 +51,7 @@ def check_policy(folder: Path, job: Job) -> None:
     config = _json(folder / "config.json")
     said = f"policy.model {job.policy.model}"
     _check_kind(config, said)
-    if quantised := _quantised(config):
+    if quantised := _quantised(folder, config):
         raise UserError(
             f"{said}: its weights are quantised ({quantised}), and such weights can't be trained here; give the model "
             "that it was made from, in full precision"
@@ -115,8 +118,12 @@ def _check_kind(config: dict[str, Any], said: str) -> None:
         )
 
 
-def _quantised(config: dict[str, Any]) -> str | None:
+def _quantised(folder: Path, config: dict[str, Any]) -> str | None:
     """How the weights are quantised, in words; None when they aren't."""
+    beside = {"hf_quant_config.json": "ModelOpt", "quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
+    for name, what in beside.items():  # of tools that leave config.json alone
+        if (folder / name).is_file():
+            return f"{what}, {name}"
     for tree in (config, _text(config)):
         for key in ("quantization_config", "compression_config", "quantization"):
             if isinstance(found := tree.get(key), dict):
@@ -136,7 +143,7 @@ def _check_window(config: dict[str, Any], job: Job, said: str) -> None:
     key, window = found
     room = f" (and max_tokens below that; it is {job.sampling.max_tokens})" if job.sampling.max_tokens >= window else ""
     raise UserError(
-        f"{said}: knows {window} positions ({key} in config.json), sampling.max_model_len is "
+        f"{said}: knows {window} positions ({key}, config.json), sampling.max_model_len is "
         f"{job.sampling.max_model_len}; set sampling.max_model_len={window} or less{room}"
     )
 
@@ -146,6 +153,8 @@ def _window(config: dict[str, Any]) -> tuple[str, int] | None:
     or not said."""
     text = _text(config)
     found = next(((k, v) for k in _WINDOWS if isinstance(v := text.get(k), int) and v > 0), None)
+    if found is None and (kept := _DEFAULT_POSITIONS.get(str(text.get("model_type")))) is not None:
+        found = "by default", kept
     if found is None:
         return None
     key, window = found

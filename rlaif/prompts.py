@@ -336,8 +336,8 @@ def _before_the_answers(fields: dict[str, Any], where: str) -> list[Message]:
         if isinstance(value, str) and not _CHAT_AS_TEXT.match(value):
             if not (side := _transcript(value)):
                 raise UserError(
-                    f"{where}: `{name}` is an answer without its prompt; give the prompt in a column `prompt`, or "
-                    "whole chats as `chosen` and `rejected`"
+                    f"{where}: `{name}` is an answer without its prompt; say which column has that "
+                    "(prompts.columns: {prompt: NAME}), or give whole chats as `chosen` and `rejected`"
                 )
         else:
             side = _messages(value, name, where)

@@ -58,6 +58,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
         ({"model_type": "opt", "architectures": ["OPTForCausalLM"], "max_position_embeddings": 2048}, 2048),
         ({"model_type": "mpt", "architectures": ["MptForCausalLM"], "max_seq_len": 512}, 512),
         ({"model_type": "bloom", "architectures": ["BloomForCausalLM"], "seq_length": 300}, 300),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, 1024),
         ({"max_position_embeddings": 256}, 256),
         ({"max_position_embeddings": 256, "rope_scaling": None}, 256),
         ({"max_position_embeddings": 256, "rope_scaling": {"type": "linear", "factor": 4.0}}, 1024),
@@ -110,6 +111,14 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path, quantised: dict[s
     message = refusal(folder(tmp_path, quantization_config=quantised), job())
     assert message.startswith(f"policy.model M: its weights are quantised ({says})")
     check_likelihood_judge(tmp_path, job(), [])  # a judge doesn't train
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_quantised_weights_that_a_file_beside_tells_of(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    assert f"its weights are quantised ({'ModelOpt' if name.startswith('hf') else ''}" in refusal(
+        folder(tmp_path), job()
+    )
 
 
 @pytest.mark.parametrize(
