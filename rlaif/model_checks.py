@@ -182,7 +182,20 @@ def _rope_scalings(text: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _check_tokens(folder: Path, config: dict[str, Any], said: str) -> None:
-    """Whether the embedding has a row for every token that config or chat template write."""
+    """Whether transformers has the tokenizer, and the embedding a row for every token that config or chat template
+    write."""
+    tokenizer = _json(folder / "tokenizer_config.json")
+    code, kind = tokenizer.get("auto_map"), tokenizer.get("tokenizer_class")
+    source = _auto_source("tokenization_auto.py")
+    own_code = code.get("AutoTokenizer") if isinstance(code, dict) else code
+    if own_code and isinstance(kind, str) and source is not None:
+        names = {kind, kind.removesuffix("Fast"), f"{kind}Fast"}
+        plain = kind.startswith(("PreTrainedTokenizer", "TokenizersBackend"))
+        if not plain and not any(f'"{name}"' in source for name in names):
+            raise UserError(
+                f"{said}: its tokenizer needs code of its own ({kind}), which isn't run here; take a model whose "
+                "tokenizer transformers has"
+            )
     text = _text(config)
     rows = text.get("vocab_size")
     if not isinstance(rows, int):
@@ -301,21 +314,26 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
 def _causal_types() -> frozenset[str] | None:
     """The model types that transformers' `AutoModelForCausalLM` takes, read from its source: importing it would bring
     torch into a process that has no use for it. None where transformers isn't installed, or has changed."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
+    source = _auto_source("modeling_auto.py")
+    if source is None:
         return None
     try:
-        tree = ast.parse(
-            (Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py").read_text(encoding="utf-8")
-        )
+        tree = ast.parse(source)
         names = next(
             node.value
             for node in tree.body
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
         )
         return frozenset(name for name, _ in ast.literal_eval(names.args[0]))  # type: ignore[attr-defined]
-    except (OSError, SyntaxError, StopIteration, ValueError, AttributeError, IndexError):
+    except (SyntaxError, StopIteration, ValueError, AttributeError, IndexError):
         return None
+
+
+def _auto_source(name: str) -> str | None:
+    """The source of a module of transformers' that maps names to classes; None where it isn't installed."""
+    spec = importlib.util.find_spec("transformers")
+    file = Path(spec.origin).parent / "models" / "auto" / name if spec is not None and spec.origin else None
+    return file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
 
 
 def _json(path: Path) -> dict[str, Any]:

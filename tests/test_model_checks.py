@@ -157,6 +157,16 @@ def test_what_transformers_has_itself_goes_through(tmp_path: Path, config: dict[
     check_policy(folder(tmp_path, **config), job())
 
 
+def test_a_tokenizer_with_code_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    code = {"auto_map": {"AutoTokenizer": ["tokenization_my.MyTokenizer", None]}}
+    for kind in ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", None):
+        check_policy(folder(tmp_path, {**code, "tokenizer_class": kind}), job())
+    check_policy(folder(tmp_path, {"tokenizer_class": "MyTokenizer"}), job())
+    message = refusal(folder(tmp_path, {**code, "tokenizer_class": "MyTokenizer"}), job())
+    assert "its tokenizer needs code of its own (MyTokenizer)" in message
+
+
 @pytest.mark.parametrize("place", ["config", "text_config"])
 @pytest.mark.parametrize("pad", [100, 49152])
 def test_a_pad_beyond_the_embedding(tmp_path: Path, place: str, pad: int) -> None:
