@@ -33,7 +33,7 @@ format: $(STAMP) ## puts the code into shape
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP) ## speed of the loop beside TRL's stock trainer and two limits
+bench: $(STAMP) ## speed of the loop beside TRL's trainer and two limits
 	@$(BIN)/python -m benchmarks.loop $(ARGS)
 
 bench-judge: $(STAMP) ## speed of a judge behind a server, of parsing and verdicts, and its memory

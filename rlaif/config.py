@@ -14,7 +14,16 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rlaif.errors import UserError
 
@@ -28,6 +37,14 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _no_reserved_template_args(args: dict[str, Any]) -> dict[str, Any]:
+    ours = ("conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "truncation",
+            "max_length", "padding", "return_tensors", "return_dict")  # fmt: skip
+    if set_here := [name for name in ours if name in args]:
+        raise ValueError(f"`{set_here[0]}` is no argument of a chat template that a job may set; remove it")
+    return args
+
+
 class Policy(Section):
     """The model in training."""
 
@@ -38,6 +55,14 @@ class Policy(Section):
     new adapter trains on top."""
     system_prompt: str | None = None
     """Put before every prompt that has no system message of its own."""
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    """Given to the chat template as they are (`{enable_thinking: false}`, `{reasoning_effort: low}`)."""
+    thinking: Literal["strip", "judge"] = "strip"
+    """What a judge sees of an answer that begins with a thought (`<think>...</think>` and its like): `strip` the answer
+    alone, `judge` all of it. Stripped, a thought that wasn't finished is an empty answer. What trains are the sampled
+    tokens, thought included."""
+
+    _template_args = field_validator("chat_template_args")(_no_reserved_template_args)
 
 
 class Columns(Section):
@@ -73,6 +98,9 @@ class Prompts(Section):
     have the prompt's."""
     per_iteration: int = Field(24, ge=1)
     """Prompts an iteration takes, in a seeded order that starts again when it runs out."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """When a prompt, as the policy's chat template renders it, leaves no room for an answer (`sampling.max_tokens`)
+    within `sampling.max_model_len`: stop before anything is sampled and name it, or leave it out and say so."""
 
 
 class Sampling(Section):
@@ -88,6 +116,9 @@ class Sampling(Section):
     """Sampling temperature."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Nucleus: the smallest set of tokens with this much probability."""
+    stop: list[StrictStr | StrictInt] = Field(default_factory=list)
+    """What else ends an answer, beside the tokens that end the model's turn: strings, or token ids. The answer's text
+    stops before it; the tokens that were sampled, up to the one that completes it, train."""
     max_model_len: int = Field(1024, ge=32)
     """Longest prompt plus completion, in tokens."""
     precision: Precision = "auto"
@@ -101,6 +132,13 @@ class Sampling(Section):
     """vLLM on a GPU without compiled graphs: starts in seconds, samples slower (untried here; always on a CPU)."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that one sampler spans (untried here)."""
+
+    @field_validator("stop")
+    @classmethod
+    def _can_stop(cls, stop: list[str | int]) -> list[str | int]:
+        if any(s == "" or (isinstance(s, int) and s < 0) for s in stop):
+            raise ValueError('a stop is a string that isn\'t empty or a token id from 0, for example ["\\n\\n", 13]')
+        return stop
 
     @model_validator(mode="after")
     def _room_for_a_prompt(self) -> Sampling:
@@ -203,6 +241,9 @@ class Judge(Juror):
     """likelihood: the frozen model that judges. chat: the name that the server knows."""
     precision: Precision = "auto"
     """likelihood: what the frozen model computes in; `auto` as in `sampling.precision`."""
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    """likelihood: given to its chat template; the policy's when absent and both are one model. A server gets them by
+    `extra_body` (`{chat_template_kwargs: {...}}`)."""
     batch_tokens: int = Field(1024, ge=64)
     """likelihood: tokens of one forward pass."""
     score_temperature: float = Field(4.0, gt=0)
@@ -248,7 +289,8 @@ class Judge(Juror):
     prices: dict[str, Price] = Field(default_factory=dict)
     """chat: price per model name, for `budget.money`."""
     cache: str | None = "~/.cache/rlaif/replies"
-    """chat: folder of stored replies, shared between runs; null for none."""
+    """Folder of stored replies (chat), shared between runs, and of likelihoods (`rlaif judge`, `rlaif constitution
+    diff --run`); null for none."""
     fingerprint: bool = True
     """chat: stored replies count only for the model that gave them: what the server's list of models says of it (asked
     at the start), and its `system_fingerprint` where it gives one."""
@@ -270,8 +312,15 @@ class Judge(Juror):
             return {key: value for key, value in tree.items() if key != "votes"}
         return tree
 
+    _template_args = field_validator("chat_template_args")(_no_reserved_template_args)
+
     @model_validator(mode="after")
     def _complete(self) -> Judge:
+        if self.kind == "chat" and self.chat_template_args:
+            raise ValueError(
+                "judge.chat_template_args: a server renders its own template; set judge.extra_body: "
+                "{chat_template_kwargs: {...}}, if it takes that"
+            )
         if self.kind == "chat" and self.model.startswith("embedded:"):
             raise ValueError("judge.model: a chat judge needs the name that its server knows, for example gpt-4.1-mini")
         if self.clamp is not None and not 0 <= self.clamp[0] < self.clamp[1] <= 1:
@@ -358,8 +407,13 @@ class Learner(Section):
     """Strength of the pull to the reference policy."""
     loss_type: str | list[str] = "sigmoid"
     """As in TRL: one, or with `kind: dpo` several (`args.loss_weights`)."""
-    learning_rate: float = Field(5e-5, gt=0)
-    """Adam's learning rate, constant by default (`args.lr_scheduler_type`)."""
+    learning_rate: float = Field(1e-5, gt=0)
+    """Adam's learning rate after the warm-up, constant by default (`args.lr_scheduler_type`). Found on 135M parameters
+    (docs/experiments.md). Untried: a third of it for 1B, a tenth for 7B, ten times it for LoRA. Watch
+    `monitors.max_kl`."""
+    warmup_steps: int = Field(4, ge=0)
+    """Optimizer steps over which the rate rises from 0, once a run: Adam's first steps are as large as its later ones,
+    and know less."""
     batch_size: int = Field(4, ge=1)
     """Pairs in one optimizer step."""
     epochs: int = Field(1, ge=1)
@@ -407,7 +461,7 @@ class Eval(Section):
 class Monitors(Section):
     """When a run raises an alarm."""
 
-    max_kl: float | None = None
+    max_kl: float | None = Field(0.5, gt=0)
     """Alarm when KL per token from the base policy (nats; `eval.kl_prompts`) exceeds this."""
     min_mean_words: float = 6.0
     """Alarm when sampled answers are shorter than this on average."""
@@ -488,6 +542,21 @@ class Job(Section):
             if not scores and isinstance(pairing, dict) and "method" not in pairing:
                 return tree | {"pairing": pairing | {"method": "random"}}
         return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_model_one_template(cls, tree: Any) -> Any:
+        """A judge that is the policy's own model reads answers as the policy was asked for them."""
+        if not isinstance(tree, dict) or not isinstance(policy := tree.get("policy"), dict):
+            return tree
+        judge = tree.get("judge") or {}
+        if not isinstance(judge, dict) or not policy.get("chat_template_args") or "chat_template_args" in judge:
+            return tree
+        asked = policy.get("model", Policy.model_fields["model"].default)
+        judging = judge.get("model", Judge.model_fields["model"].default)
+        if judge.get("kind", "likelihood") != "likelihood" or asked != judging:
+            return tree
+        return tree | {"judge": judge | {"chat_template_args": policy["chat_template_args"]}}
 
     @model_validator(mode="before")
     @classmethod

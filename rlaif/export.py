@@ -226,6 +226,11 @@ def model_card(run: RunDir, updates: int) -> str:
         "written constitution, and pairs whose label was not consistent were dropped.",
         "",
         f"- constitutions in force, in order: {', '.join(texts)}",
+        *(
+            [f"- rendered with the chat template's arguments `{json.dumps(args)}`: give it the same"]
+            if (args := job["policy"].get("chat_template_args"))
+            else []
+        ),
         f"- pairs trained on: {pairs} of {sum(m.pairs for m in trained)} judged",
         f"- weights digest: `{run.iteration(updates - 1).policy_made()}`",
         f"- run: job digest `{header['job_digest']}`, code revision `{header['revision']}`",

@@ -64,7 +64,8 @@ class HandOver(Record):
 def settings_for(learner: Learner) -> Learner:
     """A job's learner, with two large steps instead of its own: a weight that stays behind must show."""
     rate = 1e-3 if learner.lora is None else 1e-2
-    changes = {"learning_rate": rate, "reference": "previous", "batch_size": 3, "epochs": 1, "args": {}}
+    changes = {"learning_rate": rate, "reference": "previous", "warmup_steps": 0, "batch_size": 3}
+    changes |= {"epochs": 1, "args": {}}
     return learner.model_copy(update=changes)
 
 

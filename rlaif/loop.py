@@ -593,6 +593,8 @@ class Loop:
                 "where it happens; sampling.engine: transformers may be safe"
             )
         self._gap = (version.digest, gap)
+        values = {"weights_gap/mean": gap.mean, "weights_gap/typical": gap.typical, "weights_gap/worst": gap.worst}
+        self.learner.call("track", values=values)
 
     def _gap_noted(self) -> dict[str, Any]:
         """For the meta file of what was just sampled."""

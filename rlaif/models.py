@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 
 from rlaif.errors import RlaifError, UserError, needs_extra
 from rlaif.records import Record
+from rlaif.rendering import Renderer, TurnEnd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -286,7 +287,8 @@ def carry_over(base: Path, to: Path) -> None:
 
 
 def stop_token_ids(path: Path) -> tuple[int, ...]:
-    """The tokens that end an answer: `eos_token_id` of generation_config.json, else of config.json.
+    """The end tokens that the model's own files name (`turn_end` knows the others, too): `eos_token_id` of
+    generation_config.json, else of config.json.
 
     Raises:
         UserError: the model names none; sampling could never stop by itself.
@@ -296,6 +298,30 @@ def stop_token_ids(path: Path) -> tuple[int, ...]:
         if eos is not None:
             return tuple(sorted(eos)) if isinstance(eos, list) else (int(eos),)
     raise UserError(f"{path}: neither generation_config.json nor config.json names an eos_token_id")
+
+
+def turn_end(path: Path, tokenizer: Any) -> TurnEnd:
+    """How a turn of the model in a folder ends: its own list of end tokens, the tokenizer's, and the one that the chat
+    template writes. What every sampler stops at, and what a judge scores an answer's end with.
+
+    Raises:
+        UserError: as `stop_token_ids`.
+    """
+    return Renderer(tokenizer).turn_end(stop_token_ids(path))
+
+
+def name_turn_ends(path: Path, tokenizer: Any) -> None:
+    """Lets an exported policy's generation config name every token that ends a turn: other tools know that list alone,
+    and should stop where the sampler here does.
+
+    Raises:
+        UserError: as `stop_token_ids`.
+    """
+    declared, stops = stop_token_ids(path), turn_end(path, tokenizer).stops
+    if more := [i for i in stops if i not in declared]:
+        file = path / "generation_config.json"
+        settings = _read_json(file) if file.is_file() else {}
+        file.write_text(json.dumps(settings | {"eos_token_id": [*declared, *more]}, indent=2) + "\n")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

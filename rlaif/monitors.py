@@ -137,8 +137,8 @@ def evaluation_metrics(
         undecided=outcomes.count("tie"),
         abstained=outcomes.count("abstain"),
         **_drift(drift),
-        relevance=fmean(q.relevance for q in quality),
-        base_logprob_per_token=fmean(q.logprob_per_token for q in quality),
+        relevance=fmean([q.relevance for q in quality if q.tokens] or [0.0]),  # an empty answer has neither
+        base_logprob_per_token=fmean([q.logprob_per_token for q in quality if q.tokens] or [0.0]),
         checks={p.id: sum(p.check.passes(c.text) for c in completions) / n for p in text.principles if p.check},
         seconds=seconds,
         weights_gap=gap,

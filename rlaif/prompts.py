@@ -45,6 +45,7 @@ def load_prompts(
     note: Callable[[str], None] | None = None,
     columns: Columns | None = None,
     columns_required: bool = True,
+    places: dict[str, str] | None = None,
 ) -> list[Prompt]:
     """Reads a prompt set.
 
@@ -56,6 +57,7 @@ def load_prompts(
         columns: what the columns are called, where they have other names.
         columns_required: without it, rows that have none of these are read by the usual names (the held-out set may be
             another file).
+        places: gets where each prompt was found (`file:line`), by its id.
 
     Returns:
         The prompts in the source's order. A prompt without `id` gets one from the hash of its messages.
@@ -83,6 +85,8 @@ def load_prompts(
     if not prompts:
         raise UserError(f"{source}: no prompts in it; a row looks like {_EXAMPLE}")
     named.check(source)
+    if places is not None:
+        places |= seen
     if skipped and note:
         note(f"{source}: {skipped} repeated prompts skipped, {len(prompts)} are left")
     return prompts

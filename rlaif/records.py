@@ -74,7 +74,9 @@ class PolicyVersion(Record):
 
 
 class Completion(Record):
-    """One sampled answer, as token ids and as text. `token_ids` hold the end token iff `finish_reason` is stop."""
+    """One sampled answer, as token ids and as text. `token_ids` are as sampled, what ended them included iff
+    `finish_reason` is stop (an end token, or what `sampling.stop` names); `text` is what counts as the answer: without
+    that, and without thoughts where `policy.thinking` strips them."""
 
     id: str
     prompt_id: str

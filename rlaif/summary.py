@@ -5,8 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from rich.table import Table
-
 from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, ConstitutionRef, EvaluationMetrics, Event, IterationMetrics, Plan, Prompt, Record
@@ -113,7 +111,8 @@ def held_out_answers(run: RunDir) -> tuple[HeldOut, ...]:
     answers = {
         k: {c.prompt_id: c.text for c in reversed(run.evaluation(k).read("completions", Completion))} for k in updates
     }
-    return tuple(HeldOut(prompt=p.text, answers={k: answers[k].get(p.id) for k in updates}) for p in prompts)
+    shown = [p for p in prompts if any(p.id in answers[k] for k in updates)]  # eval.prompts may be fewer
+    return tuple(HeldOut(prompt=p.text, answers={k: answers[k].get(p.id) for k in updates}) for p in shown)
 
 
 def write_summary(run: RunDir) -> Summary:
@@ -128,9 +127,22 @@ def write_summary(run: RunDir) -> Summary:
 
 def final_tables(run: RunDir, summary: Summary) -> None:
     """Prints the run: iterations, held-out evaluations, answers."""
+    from rich.table import Table
+
     console = stdout_console()
     table = Table(title="iterations", title_justify="left")
-    for column in ("iteration", "text", "pairs", "kept", "dropped", "loss", "words", "ended", "seconds by stage"):
+    for column in (
+        "iteration",
+        "text",
+        "pairs",
+        "kept",
+        "dropped",
+        "loss",
+        "words",
+        "ended",
+        "gap",
+        "seconds by stage",
+    ):
         table.add_column(column, justify="left" if column in ("text", "dropped", "seconds by stage") else "right")
     for m in summary.iterations:
         seconds = {s: m.seconds[s] for s in ("completions", "scores", "votes", "updates")}
@@ -143,6 +155,7 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             "-" if m.loss is None else f"{m.loss:.3f}",
             f"{m.sampled.mean_words:.1f}",
             f"{m.sampled.ended_share:.0%}",
+            "-" if m.weights_gap is None else f"{m.weights_gap.mean:.4f}",
             "  ".join(
                 f"{name} {seconds[stage]:.0f}"
                 for name, stage in (

@@ -20,13 +20,14 @@ class Maker:
     def make(self, name: str, folder: str, lora: bool = False, precision: Precision = "fp32") -> Trained:
         """A model in `folder/model`, its trained policy in `folder/policy`."""
         from rlaif.models import load_tokenizer
+        from rlaif.rendering import Renderer
         from rlaif.sampling.role import fixed_texts
 
         model = make_model(name, Path(folder) / "model")
         settings = settings_for(Learner(precision="fp32", lora=Lora(r=4, alpha=8) if lora else None))
         kwargs = {"model_path": str(model), "settings": settings, "seed": 0, "export_precision": precision}
         learner = InlineWorker("learner", "rlaif.learning:make", kwargs)
-        texts = fixed_texts(load_tokenizer(model), list(QUESTIONS), SAMPLING["max_model_len"])
+        texts = fixed_texts(Renderer(load_tokenizer(model)), list(QUESTIONS), SAMPLING["max_model_len"])
         return train(learner, texts, Path(folder))
 
 

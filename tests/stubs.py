@@ -218,6 +218,9 @@ class StubLearner:
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         return stub_logprobs(self._weights, sequences)
 
+    def track(self, values: dict[str, float]) -> None:
+        self.tracked = values
+
     def exports_in(self) -> str:
         return "fp32"
 

@@ -162,7 +162,7 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDi
         tiny_model,
         iterations=2,
         schedule={0: "rules@1"},
-        learner={"lora": {"r": 4, "alpha": 8}, "learning_rate": 5e-2},
+        learner={"lora": {"r": 4, "alpha": 8}, "learning_rate": 5e-2, "warmup_steps": 0},
         eval={"every": 1, "prompts": 2},
     )
     return execute(job, root / "runs" / "lora", root, Quiet())

@@ -12,6 +12,7 @@ from rlaif import constitution
 from rlaif.errors import UserError
 from rlaif.store import RunDir, write_json
 from rlaif.texts import Texts
+from tests.conftest import ROOT
 from tests.stubs import stub_job, text, write_texts
 
 
@@ -69,7 +70,7 @@ def test_a_scheduled_text_is_checked_at_the_start(tmp_path: Path) -> None:
 
 def test_a_broken_template_raises_an_alarm_and_the_last_good_one_stays(tmp_path: Path) -> None:
     write_texts(tmp_path, 1)
-    shutil.copytree("prompts/judge", tmp_path / "prompts" / "judge")
+    shutil.copytree(ROOT / "prompts" / "judge", tmp_path / "prompts" / "judge")
     path = tmp_path / "prompts" / "judge" / "pairwise.jinja"
     t = texts(tmp_path, constitution="rules", judge={"kind": "chat", "model": "m", "api_key_env": None},
               pairing={"method": "random"})  # fmt: skip

@@ -40,6 +40,8 @@ class IterationRow(Record):
     trained_pairs: int
     """0 when the update was skipped, or isn't done."""
     skipped: bool | None
+    weights_gap: float | None = None
+    """Sampler against learner, nats a token; None where it wasn't measured."""
 
 
 class EvaluationRow(Record):
@@ -208,6 +210,7 @@ def _iteration_rows(index: Index) -> list[IterationRow]:
                 mean_words=(metrics.get("sampled") or {}).get("mean_words"),
                 trained_pairs=trained.get(k, {}).get("n", 0),
                 skipped=r["skipped"],
+                weights_gap=(metrics.get("weights_gap") or {}).get("mean"),
             )
         )
     return out

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from rlaif.cli.audit_common import (
     Json,
@@ -20,7 +22,6 @@ from rlaif.cli.audit_common import (
     short,
 )
 from rlaif.errors import UserError
-from rlaif.store import RunDir
 
 if TYPE_CHECKING:
     from rlaif.audit.compare import Compared
@@ -238,6 +239,7 @@ def compare(
 ) -> None:
     """Two runs side by side: settings, texts, kept share, agreement, evaluations, pairs decided differently."""
     from rlaif.audit.compare import compare as ask
+    from rlaif.store import RunDir
 
     with opened(ctx) as first, opened(ctx, RunDir.open(other)) as second:
         found = ask(first, second, limit)
@@ -306,13 +308,16 @@ def _print_compared(found: Compared) -> None:
         table.print(console)
 
 
-def tables_help() -> str:
-    """The tables, for `rlaif audit RUN sql --help`."""
-    from rlaif.audit.tables import describe
+class WithTables(TyperCommand):
+    """A command whose help describes the tables; they are only read for it."""
 
-    # \b: these lines are not to be wrapped
-    tables = "\n\n".join(f"\b\n{table}" for table in describe().split("\n\n"))
-    return f"Ask the tables themselves, read-only, in DuckDB's SQL.\n\n{tables}"
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from rlaif.audit.tables import describe
+
+        # \b: these lines are not to be wrapped
+        tables = "\n\n".join(f"\b\n{table}" for table in describe().split("\n\n"))
+        self.help = f"{inspect.cleandoc(self.callback.__doc__ or '')}\n\n{tables}" if self.callback else tables
+        super().format_help(ctx, formatter)
 
 
 def sql(
@@ -321,7 +326,7 @@ def sql(
     limit: Annotated[int, typer.Option(min=1, help="Most rows to print.")] = 1000,
     json_: Json = False,
 ) -> None:
-    """See `tables_help`."""
+    """Ask the tables themselves, read-only, in DuckDB's SQL."""
     import json
 
     from rlaif.console import Listing, stdout_console

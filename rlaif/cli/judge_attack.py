@@ -39,15 +39,16 @@ def attack(
     rows = read_labelled([labelled]).rows
     rows = attacks.evenly(rows, limit)
     calibration = calibration_of(settings)
-    ask, progress = open_asked(settings, rows, directory)
-    with told_what_is_kept(settings):
+    ask, count = open_asked(settings, rows, directory)
+    count.total = None  # how many pairs there are to attack, the first votes tell
+    with told_what_is_kept(settings), count.told():
         report = attacks.attack_judge(
             rows,
             ask,
             loader(directory),
             settings.filters,
             settings.constitution,
-            progress=progress,
+            progress=count,
             calibration=calibration,
         )
     if json_:

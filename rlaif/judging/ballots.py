@@ -103,7 +103,9 @@ def make_ballots(
 def likelihood_parameters(settings: Judge) -> str:
     """Digest of what turns a likelihood judge's numbers into votes."""
     names = ("missing_eos_penalty", "score_temperature", "relevance_tolerance", "fluency_tolerance")
-    return digest({name: getattr(settings, name) for name in names})
+    numbers = {name: getattr(settings, name) for name in names}
+    # What older runs didn't have is in the digest only where it is set: theirs stays the same.
+    return digest(numbers | {k: v for k in ("chat_template_args",) if (v := getattr(settings, k))})
 
 
 def juror_names(jurors: Sequence[Juror]) -> list[str]:

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import ValidationError
 
 from rlaif.config import Filters
@@ -220,6 +219,7 @@ def learn_threshold(scores: Any, errors: Any, alpha: float, delta: float) -> Thr
     Raises:
         ValueError: alpha or delta isn't inside (0, 1), or a score is NaN.
     """
+    import numpy as np  # here, not above: `rlaif status` reads calibrations too, and numpy takes a while
     from scipy.special import bdtr, betaincinv
 
     if not (0 < alpha < 1 and 0 < delta < 1):
@@ -272,6 +272,8 @@ def calibrate_scores(
             f"--score fitted needs {FITTED_FROM} labelled pairs in each slice, here are {len(verdicts)}; label more, "
             "or take --score agreement"
         )
+    import numpy as np
+
     order = np.random.default_rng(seed).permutation(len(verdicts))
     quarter = len(verdicts) // 4
     part = {"fit": order[:quarter], "report": order[quarter : 2 * quarter], "test": order[2 * quarter :]}
@@ -284,6 +286,7 @@ def calibrate_scores(
 def _fit(
     verdicts: Sequence[Verdict], eligible: Sequence[bool], errors: Sequence[bool], fit: Any, report: Any
 ) -> FittedMap:
+    import numpy as np
     from sklearn.linear_model import LogisticRegression
 
     def rows(part: Any) -> tuple[Any, Any]:
@@ -315,6 +318,8 @@ def _fit(
 
 def expected_calibration_error(p: Any, right: Any) -> float:
     """Mean gap between probability [n] and share right [n], over ten bins of equal width, by their counts."""
+    import numpy as np
+
     if len(p) == 0:
         return 0.0
     bins = np.minimum((np.asarray(p) * _BINS).astype(int), _BINS - 1)

@@ -161,15 +161,16 @@ def draw_risk_coverage(results: Sequence[Slice], path: Path, alpha: float | None
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     out = Table(title=title, title_justify="left")
     for n, heading in enumerate(headings):
         text = n < _NUMBER_COLUMNS_FROM or heading in _TEXT_COLUMNS
         out.add_column(heading, justify="left" if text else "right")
     for row in rows:
-        out.add_row(*map(escape, row))  # a reply may hold [[A]]
+        # A reply may hold what would be markup: [[A]].
+        out.add_row(*(Text(cell) if name == "reply" else cell for name, cell in zip(headings, row, strict=True)))
     return out
 
 

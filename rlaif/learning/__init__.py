@@ -51,6 +51,10 @@ class Learner(Protocol):
         """log p of each completion token under the master weights, in nats; the sampler's own must equal it."""
         ...
 
+    def track(self, values: dict[str, float]) -> None:
+        """Gives the job's trackers (`learner.args.report_to`) numbers beside the learner's own."""
+        ...
+
     def exports_in(self) -> str:
         """The precision that `save` writes the policy in."""
         ...

@@ -44,7 +44,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
 from rlaif.learning.divergence import Asked, divergences
 from rlaif.learning.export import check_mergeable, in_precision, merged, plain_names
-from rlaif.models import carry_over, digest_of
+from rlaif.models import carry_over, digest_of, name_turn_ends
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
 _Row = dict[str, Any]
@@ -318,7 +318,8 @@ class TrlLearner(ABC):
             "bf16": self._precision == "bf16",
             "use_cpu": not torch.cuda.is_available(),
             "seed": self.seed,
-            "lr_scheduler_type": "constant",
+            "lr_scheduler_type": "constant_with_warmup" if settings.warmup_steps else "constant",
+            "warmup_steps": settings.warmup_steps,
             "logging_steps": 1,
             "report_to": "none",
             "disable_tqdm": True,
@@ -415,6 +416,11 @@ class TrlLearner(ABC):
             out.append(tuple(completion.gather(-1, targets)[:, 0].tolist()))
         plain.train(was_training)
         return out
+
+    def track(self, values: dict[str, float]) -> None:
+        """Gives trackers numbers beside TRL's own, at the step that the policy is at."""
+        trainer = self.trainer
+        trainer.control = trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, dict(values))
 
     # ---- state
 
@@ -517,6 +523,7 @@ class TrlLearner(ABC):
         if self._generation_config is not None:  # what a base without such a file has in its config.json
             self._generation_config.to_json_file(folder / "generation_config.json")
         carry_over(Path(self._model_path), folder)
+        name_turn_ends(folder, self.tokenizer)
         return digest_of(folder)
 
 

@@ -710,7 +710,7 @@ print(len(votes), sum(v.cached for v in votes))
 def test_processes_share_the_cache(tmp_path):
     with FaultServer(latency_s=0.01) as server:
         command = [sys.executable, "-c", PROCESS, server.url, str(tmp_path)]
-        running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         done = [p.communicate(timeout=60)[0].split() for p in running]
         assert [d[0] for d in done] == ["60", "60"]
         asked = server.requests

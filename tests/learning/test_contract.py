@@ -16,8 +16,9 @@ from rlaif import config
 from rlaif.constitution import parse_constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.learning import make_learner
-from rlaif.learning.base import _merged, _row, epoch_order
+from rlaif.learning.base import _row, epoch_order
 from rlaif.learning.divergence import _batches, kl
+from rlaif.learning.export import merged
 from rlaif.mixing import preferences_of
 from rlaif.records import Completion, Decision, Message, Pair, PolicyVersion, Preference, Prompt, Verdict
 from tests.learning.conftest import make_preferences
@@ -125,7 +126,7 @@ def test_divergences_are_kl_over_the_vocabulary(
     found = {d.completion_id: d for chunk in made.divergences(asked) for d in chunk}
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    policy.load_state_dict(_merged(made._unwrapped()))
+    policy.load_state_dict(merged(made._unwrapped()))
     with torch.no_grad():
         for c in asked:
             ids = torch.tensor([c.prompt_token_ids + c.token_ids])
@@ -524,7 +525,7 @@ def test_what_a_tracker_writes_outlives_the_learner(
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             self.folder = Path(args.output_dir) / "runs"
-            self.kept.append(str(state.global_step))
+            self.kept.append(f"{state.global_step}{'' if 'loss' in logs else sorted(logs)}")
 
         def finish(self) -> None:
             self.folder.mkdir()
@@ -534,8 +535,9 @@ def test_what_a_tracker_writes_outlives_the_learner(
     changed = settings.model_copy(update={"args": {"report_to": ["tensorboard"]}})
     made = make_learner("dpo", model_path, changed, seed=7, output_dir=str(tmp_path / "out"))
     list(made.update(make_preferences(8), 0))
+    made.track({"weights_gap/mean": 0.1})
     made.close()
-    assert (tmp_path / "out" / "runs" / "log").read_text() == "1 2"
+    assert (tmp_path / "out" / "runs" / "log").read_text() == "1 2 2['weights_gap/mean']"
 
 
 @pytest.mark.parametrize(

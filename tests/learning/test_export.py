@@ -55,7 +55,7 @@ def flat(values: list[tuple[float, ...]]) -> torch.Tensor:
 
 
 def trained(path: Path, lora: config.Lora | None = None, **changes: Any) -> Any:
-    settings = config.Learner(precision="fp32", batch_size=2, learning_rate=1e-2, lora=lora)
+    settings = config.Learner(precision="fp32", batch_size=2, learning_rate=1e-2, warmup_steps=0, lora=lora)
     made = make_learner("dpo", str(path), settings.model_copy(update=changes), seed=7, export_precision="fp32")
     list(made.update(make_preferences(4), 0))
     return made
@@ -120,7 +120,7 @@ def test_rounding_follows_the_weight_not_the_step(tmp_path: Path) -> None:
 def test_the_move_arrives_at_realistic_rates(rate: float, tmp_path: Path) -> None:
     """The share of the master's move in all logits that arrives, and what is left beside its direction."""
     path = models.resolve("embedded:smollm2-135m-instruct")
-    settings = config.Learner(precision="fp32", batch_size=2, learning_rate=rate)
+    settings = config.Learner(precision="fp32", batch_size=2, learning_rate=rate, warmup_steps=0)
     made: Any = make_learner("dpo", str(path), settings, seed=7, export_precision="bf16")
     list(made.update(make_preferences(12, vocabulary=40_000), 0))
     made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
