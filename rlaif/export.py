@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from rlaif import models
 from rlaif.errors import UserError
 from rlaif.models import hub_id
 from rlaif.store import RunDir, disk_errors, make_folder, replace_dir
 from rlaif.summary import summarise
+
+_Scaled = dict[str, tuple[Any, float]]
+"""An adapter's tensors by name, each with the scale of its product."""
 
 
 def policy_path(run: RunDir, iteration: int | None = None) -> tuple[int, Path]:
@@ -54,6 +60,8 @@ def export_policy(run: RunDir, to: Path, iteration: int | None = None) -> Path:
 def export_adapter(run: RunDir, to: Path, iteration: int | None = None) -> Path:
     """Writes the newest policy's LoRA alone, as peft does (fp32), with a model card. Returns the folder.
 
+    It belongs on `policy.model`: where the run started from an adapter, both are in it, side by side.
+
     Raises:
         UserError: `to` exists already, the run trained no LoRA, or that policy's adapter isn't kept.
     """
@@ -64,11 +72,6 @@ def export_adapter(run: RunDir, to: Path, iteration: int | None = None) -> Path:
     lora = job.learner.lora
     if lora is None:
         raise UserError(f"{run.path}: trained full weights, there is no adapter; leave out --adapter")
-    if job.policy.adapter is not None:
-        raise UserError(
-            f"{run.path}: its LoRA belongs on {job.policy.model} with {job.policy.adapter} merged in, and would be "
-            "wrong on the model alone; leave out --adapter"
-        )
     updates, _ = policy_path(run, iteration)
     state = run.path / "learner" / f"{updates - 1:04d}" / "weights.safetensors"
     if not state.is_file():
@@ -77,15 +80,21 @@ def export_adapter(run: RunDir, to: Path, iteration: int | None = None) -> Path:
             "--iteration, or --adapter"
         )
     weights = {name.replace(".default.", "."): value for name, value in load_file(state).items()}
-    modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in weights}
+    modules = {_module(name) for name in weights}
     if unlike := sorted(m for m in modules if not m or m.endswith("experts") or ".base_layer" in m):
         raise UserError(f"{run.path}: the adapter of `{unlike[0]}` can't be exported alone; leave out --adapter")
+    rank, alpha = lora.r, lora.alpha
+    if job.policy.adapter is not None:
+        first = _first_adapter(run, job.policy.model, job.policy.adapter)
+        weights = _side_by_side(first, {name: (v, lora.alpha / lora.r) for name, v in weights.items()})
+        rank = alpha = next(v.shape[0] for name, v in weights.items() if ".lora_A." in name)
+        modules = {_module(name) for name in weights}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": job.policy.model,
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(modules),
@@ -98,6 +107,83 @@ def export_adapter(run: RunDir, to: Path, iteration: int | None = None) -> Path:
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (temporary / "README.md").write_text(card)
     return to
+
+
+def _module(name: str) -> str:
+    """The layer that a tensor of an adapter belongs to."""
+    return name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+
+
+def _first_adapter(run: RunDir, model: str, adapter: str) -> _Scaled:
+    """The tensors of the LoRA that a run started from, each with its scale.
+
+    Raises:
+        UserError: it is more than products of two matrices, or no longer what the run started from.
+    """
+    if models.digest_of(models.resolve_policy(model, adapter)) != run.header["models"]["policy"]:
+        raise UserError(f"{run.path}: {model} or {adapter} changed since the run was started; restore them")
+    folder = models.resolve_adapter(adapter)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    more = [
+        k
+        for k in ("use_dora", "modules_to_save", "lora_bias", "target_parameters", "layer_replication")
+        if config.get(k)
+    ]
+    more += ["bias"] if config.get("bias", "none") != "none" else []
+    more += (
+        ["init_lora_weights"] if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva") else []
+    )
+    tensors = _tensors(folder / "adapter_model.safetensors") if not more else {}
+    more += [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if more or str(config.get("peft_type")).upper() != "LORA":
+        what = more[0] if more else config.get("peft_type")
+        raise UserError(
+            f"{run.path}: started from {adapter}, which is no plain LoRA ({what}), so that no adapter alone can hold "
+            "what came of it; leave out --adapter"
+        )
+    scaled = {}
+    for name, value in tensors.items():
+        rank = tensors[name.replace(".lora_B.", ".lora_A.")].shape[0]
+        patterns = config.get("alpha_pattern") or {}
+        own = (a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", _module(name)))
+        alpha = next(own, config.get("lora_alpha", 8))
+        scaled[name] = value, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return scaled
+
+
+def _side_by_side(*adapters: _Scaled) -> dict[str, Any]:
+    """Several LoRAs as one of scale 1: B₁A₁s₁ + B₂A₂s₂ = [B₁s₁ B₂s₂] [A₁; A₂], filled up with zeros to one rank."""
+    import numpy as np
+
+    modules = sorted({name.rpartition(".lora_")[0] for adapter in adapters for name in adapter})
+    out = {}
+    for module in modules:
+        a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        mine = [adapter for adapter in adapters if a in adapter]
+        out[a] = np.concatenate([adapter[a][0] for adapter in mine], axis=0)
+        out[b] = np.concatenate([adapter[b][0] * adapter[b][1] for adapter in mine], axis=1)
+    rank = max(value.shape[0] for name, value in out.items() if ".lora_A." in name)
+    for name, value in out.items():
+        by_rank = (rank - value.shape[0], 0) if ".lora_A." in name else (0, rank - value.shape[1])
+        out[name] = np.pad(value, ((0, by_rank[0]), (0, by_rank[1]))).astype(np.float32)
+    return out
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file as fp32 arrays; numpy itself has no bf16."""
+    import numpy as np
+    from safetensors import deserialize
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; save the adapter as safetensors, or leave out --adapter")
+    out = {}
+    for name, tensor in deserialize(path.read_bytes()):
+        kinds = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+        value = np.frombuffer(tensor["data"], kinds[tensor["dtype"]]).reshape(tensor["shape"])
+        if tensor["dtype"] == "BF16":
+            value = (value.astype("<u4") << 16).view("<f4")
+        out[name] = value.astype(np.float32)
+    return out
 
 
 def _refuse_existing(to: Path) -> None:

@@ -25,6 +25,9 @@ from rlaif.errors import UserError
 _WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length",
             "seq_length", "n_ctx", "max_target_positions")  # fmt: skip
 """What architectures call the number of positions that they know, or were trained on. Some have none (Mamba)."""
+_DEFAULT_POSITIONS = {"gpt2": 1024, "gpt-sw3": 1024, "gpt_bigcode": 1024, "opt": 2048, "gpt_neo": 2048, "gptj": 2048,
+                      "codegen": 2048, "biogpt": 1024, "openai-gpt": 512, "ctrl": 256}  # fmt: skip
+"""Of architectures with a table of positions, where a config leaves the number out."""
 _STRETCHES = ("linear", "dynamic", "ntk", "yarn")
 """Kinds of RoPE scaling whose factor isn't in `max_position_embeddings` yet, unless the config says what it was."""
 _BOTH_WAYS = (
@@ -48,7 +51,7 @@ def check_policy(folder: Path, job: Job) -> None:
     config = _json(folder / "config.json")
     said = f"policy.model {job.policy.model}"
     _check_kind(config, said)
-    if quantised := _quantised(config):
+    if quantised := _quantised(folder, config):
         raise UserError(
             f"{said}: its weights are quantised ({quantised}), and such weights can't be trained here; give the model "
             "that it was made from, in full precision"
@@ -115,8 +118,12 @@ def _check_kind(config: dict[str, Any], said: str) -> None:
         )
 
 
-def _quantised(config: dict[str, Any]) -> str | None:
+def _quantised(folder: Path, config: dict[str, Any]) -> str | None:
     """How the weights are quantised, in words; None when they aren't."""
+    beside = {"hf_quant_config.json": "ModelOpt", "quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
+    for name, what in beside.items():  # of tools that leave config.json alone
+        if (folder / name).is_file():
+            return f"{what}, {name}"
     for tree in (config, _text(config)):
         for key in ("quantization_config", "compression_config", "quantization"):
             if isinstance(found := tree.get(key), dict):
@@ -136,7 +143,7 @@ def _check_window(config: dict[str, Any], job: Job, said: str) -> None:
     key, window = found
     room = f" (and max_tokens below that; it is {job.sampling.max_tokens})" if job.sampling.max_tokens >= window else ""
     raise UserError(
-        f"{said}: knows {window} positions ({key} in config.json), sampling.max_model_len is "
+        f"{said}: knows {window} positions ({key}, config.json), sampling.max_model_len is "
         f"{job.sampling.max_model_len}; set sampling.max_model_len={window} or less{room}"
     )
 
@@ -146,6 +153,8 @@ def _window(config: dict[str, Any]) -> tuple[str, int] | None:
     or not said."""
     text = _text(config)
     found = next(((k, v) for k in _WINDOWS if isinstance(v := text.get(k), int) and v > 0), None)
+    if found is None and (kept := _DEFAULT_POSITIONS.get(str(text.get("model_type")))) is not None:
+        found = "by default", kept
     if found is None:
         return None
     key, window = found
@@ -173,7 +182,20 @@ def _rope_scalings(text: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _check_tokens(folder: Path, config: dict[str, Any], said: str) -> None:
-    """Whether the embedding has a row for every token that config or chat template write."""
+    """Whether transformers has the tokenizer, and the embedding a row for every token that config or chat template
+    write."""
+    tokenizer = _json(folder / "tokenizer_config.json")
+    code, kind = tokenizer.get("auto_map"), tokenizer.get("tokenizer_class")
+    source = _auto_source("tokenization_auto.py")
+    own_code = code.get("AutoTokenizer") if isinstance(code, dict) else code
+    if own_code and isinstance(kind, str) and source is not None:
+        names = {kind, kind.removesuffix("Fast"), f"{kind}Fast"}
+        plain = kind.startswith(("PreTrainedTokenizer", "TokenizersBackend"))
+        if not plain and not any(f'"{name}"' in source for name in names):
+            raise UserError(
+                f"{said}: its tokenizer needs code of its own ({kind}), which isn't run here; take a model whose "
+                "tokenizer transformers has"
+            )
     text = _text(config)
     rows = text.get("vocab_size")
     if not isinstance(rows, int):
@@ -292,21 +314,26 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
 def _causal_types() -> frozenset[str] | None:
     """The model types that transformers' `AutoModelForCausalLM` takes, read from its source: importing it would bring
     torch into a process that has no use for it. None where transformers isn't installed, or has changed."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
+    source = _auto_source("modeling_auto.py")
+    if source is None:
         return None
     try:
-        tree = ast.parse(
-            (Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py").read_text(encoding="utf-8")
-        )
+        tree = ast.parse(source)
         names = next(
             node.value
             for node in tree.body
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
         )
         return frozenset(name for name, _ in ast.literal_eval(names.args[0]))  # type: ignore[attr-defined]
-    except (OSError, SyntaxError, StopIteration, ValueError, AttributeError, IndexError):
+    except (SyntaxError, StopIteration, ValueError, AttributeError, IndexError):
         return None
+
+
+def _auto_source(name: str) -> str | None:
+    """The source of a module of transformers' that maps names to classes; None where it isn't installed."""
+    spec = importlib.util.find_spec("transformers")
+    file = Path(spec.origin).parent / "models" / "auto" / name if spec is not None and spec.origin else None
+    return file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def resolve_policy(model: str, adapter: str | None, progress: Progress | None = 
     if adapter is None:
         return base
     progress = progress or _silent
-    source = _resolve_adapter(adapter, progress)
+    source = resolve_adapter(adapter, progress)
     _check_adapter(source, f"policy.adapter {adapter}")
     sha = hashlib.sha256(f"{digest_of(base)} {tokenizer_identity(base).model_dump_json()}".encode())
     for file in sorted(f for f in source.iterdir() if f.is_file() and not f.name.lower().startswith((".", "readme"))):
@@ -192,13 +192,18 @@ def check_adapter_name(name: str) -> None:
         raise UserError(f"policy.adapter {name}: no such folder; give a folder of peft's, or a hub id")
 
 
-def _resolve_adapter(name: str, progress: Progress) -> Path:
+def resolve_adapter(name: str, progress: Progress | None = None) -> Path:
+    """The local folder of an adapter.
+
+    Raises:
+        UserError: as `check_adapter_name`; no network for a hub id.
+    """
     check_adapter_name(name)
     if (folder := Path(name).expanduser()).is_dir():
         return folder.resolve()
     match = _HUB_ID.fullmatch(name)
     assert match is not None  # as checked
-    return _fetch_hub(match["repo"], match["revision"], progress)
+    return _fetch_hub(match["repo"], match["revision"], progress or _silent)
 
 
 _MERGED = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "FOURIERFT", "RANDLORA")

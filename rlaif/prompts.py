@@ -71,8 +71,9 @@ def load_prompts(
     foreign, skipped = source.startswith(DATASETS_PREFIX), 0
     conversations: dict[str, tuple[Message, ...]] = {}
     named = _Named(columns or Columns(), columns_required)
-    for where, row in _rows(source, base_dir):
-        prompt = _prompt(named.usual(row, where), where, foreign)
+    for where, given in _rows(source, base_dir):
+        row = named.usual(given, where)
+        prompt = _prompt(row, where, foreign)
         if foreign and conversations.setdefault(prompt.id, prompt.messages) == prompt.messages and prompt.id in seen:
             skipped += 1
             continue
@@ -221,7 +222,6 @@ class _Named:
         self._columns = columns.named
         self._required = required
         self._unseen = dict(self._columns)
-        self._used = False
 
     def usual(self, row: Any, where: str) -> Any:
         """The row under the usual names.
@@ -232,9 +232,9 @@ class _Named:
         if not self._columns or not isinstance(row, dict):
             return row
         found = {name: _at(row, column) for name, column in self._columns.items()}
-        if not self._required and found.get("prompt", found) is _ABSENT:
+        lacking = found.get("prompt") is _ABSENT or all(value is _ABSENT for value in found.values())
+        if lacking and not self._required:
             return row
-        self._used = True
         if found.get("prompt") is _ABSENT:
             raise UserError(
                 f"{where}: no column `{self._columns['prompt']}` (prompts.columns.prompt), found {_listed(row)}"
@@ -254,7 +254,7 @@ class _Named:
         Raises:
             UserError: one was in no row.
         """
-        if self._used and self._unseen:
+        if self._required and self._unseen:
             name, column = next(iter(self._unseen.items()))
             raise UserError(f"{source}: no row has a column `{column}` (prompts.columns.{name}); correct its name")
 
@@ -340,8 +340,8 @@ def _before_the_answers(fields: dict[str, Any], where: str) -> list[Message]:
         if isinstance(value, str) and not _CHAT_AS_TEXT.match(value):
             if not (side := _transcript(value)):
                 raise UserError(
-                    f"{where}: `{name}` is an answer without its prompt; give the prompt in a column `prompt`, or "
-                    "whole chats as `chosen` and `rejected`"
+                    f"{where}: `{name}` is an answer without its prompt; say which column has that "
+                    "(prompts.columns: {prompt: NAME}), or give whole chats as `chosen` and `rejected`"
                 )
         else:
             side = _messages(value, name, where)
@@ -399,11 +399,12 @@ def _messages(chat: Any, column: str, where: str) -> list[Message]:
 def _parsed(cell: str, column: str, where: str) -> Any:
     try:
         return json.loads(cell)
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:
         try:  # as Python prints a list: how pandas writes a CSV
             return ast.literal_eval(cell.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise UserError(f"{where}: `{column}` is text but not JSON ({e.msg})") from e
+            why = getattr(e, "msg", "nested too deeply")
+            raise UserError(f"{where}: `{column}` is text but not JSON ({why})") from e
 
 
 def _message(given: Any, column: str, where: str) -> Any:

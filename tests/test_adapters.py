@@ -174,8 +174,7 @@ def test_an_adapter_is_exported_alone(trained: RunDir, tiny_model: Path, tmp_pat
     assert "library_name: peft" in (adapter / "README.md").read_text()
     found, merged, base = with_adapter(tiny_model, adapter), plain(policy), plain(tiny_model)
     assert (found - merged).abs().mean() < 0.2 * (found - base).abs().mean(), "as near as the policy's precision"
-    again = models._check_adapter(adapter, "this")
-    assert again is None
+    models._check_adapter(adapter, "this")
 
 
 def test_only_the_newest_adapter_is_kept(trained: RunDir, tmp_path: Path) -> None:
@@ -187,10 +186,6 @@ def test_only_the_newest_adapter_is_kept(trained: RunDir, tmp_path: Path) -> Non
 def test_a_run_of_full_weights_has_no_adapter(trained: RunDir, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained.path, tmp_path / "run"))
     header = json.loads((run / "run.json").read_text())
-    header["job"]["policy"]["adapter"] = "org/first"
-    (run / "run.json").write_text(json.dumps(header))
-    with pytest.raises(UserError, match="with org/first merged in"):
-        export_adapter(RunDir(run), tmp_path / "adapter")
     header["job"]["learner"]["lora"] = None
     (run / "run.json").write_text(json.dumps(header))
     with pytest.raises(UserError, match="full weights"):
@@ -216,3 +211,54 @@ def test_a_run_starts_from_an_adapter(tiny_model: Path, tmp_path: Path, in_this_
     assert (policy - plain(merged)).abs().mean() < 0.5 * (policy - plain(tiny_model)).abs().mean()
     assert f"`{tiny_model}` with `{adapter}` merged in" in (tmp_path / "out" / "README.md").read_text()
     assert len(in_this_process) == 1
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"r": 4, "lora_alpha": 4},
+        {"r": 3, "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}},
+        {"r": 8, "target_modules": ["q_proj", "down_proj"]},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_came_of_an_adapter_is_one_adapter(
+    first: dict[str, Any], dtype: str, tiny_model: Path, tmp_path: Path, in_this_process: list[list[str]]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from rlaif.launch import execute
+
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", **first)
+    file = adapter / "adapter_model.safetensors"
+    save_file({k: v.to(getattr(torch, dtype)) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    job = project_job(
+        tmp_path,
+        tiny_model,
+        iterations=1,
+        schedule={0: "rules@1"},
+        policy={"adapter": str(adapter)},
+        learner={"lora": {"r": 4, "alpha": 8}, "learning_rate": 5e-2},
+        sampling={"precision": "fp32"},
+        eval={"every": 1, "prompts": 2},
+    )
+    run = execute(job, tmp_path / "runs" / "a", tmp_path, Quiet())
+    found = with_adapter(tiny_model, export_adapter(run, tmp_path / "both"))
+    policy = plain(export_policy(run, tmp_path / "out"))
+    assert (policy - with_adapter(tiny_model, adapter)).abs().max() > 0.05, "it trained"
+    torch.testing.assert_close(found, policy, atol=1e-3, rtol=1e-3)
+
+
+def test_what_came_of_another_kind_of_adapter_is_none(
+    tiny_model: Path, tmp_path: Path, in_this_process: list[list[str]]
+) -> None:
+    from rlaif.export import _first_adapter
+
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", use_dora=True)
+    run = RunDir(tmp_path / "run")
+    digest = models.digest_of(models.resolve_policy(str(tiny_model), str(adapter)))
+    run.path.mkdir(exist_ok=True)
+    for found, message in ((digest, r"no plain LoRA \(use_dora\)"), ("0" * 16, "changed since the run")):
+        (run.path / "run.json").write_text(json.dumps({"schema_version": 1, "models": {"policy": found}}))
+        with pytest.raises(UserError, match=message):
+            _first_adapter(run, str(tiny_model), str(adapter))

@@ -58,6 +58,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
         ({"model_type": "opt", "architectures": ["OPTForCausalLM"], "max_position_embeddings": 2048}, 2048),
         ({"model_type": "mpt", "architectures": ["MptForCausalLM"], "max_seq_len": 512}, 512),
         ({"model_type": "bloom", "architectures": ["BloomForCausalLM"], "seq_length": 300}, 300),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, 1024),
         ({"max_position_embeddings": 256}, 256),
         ({"max_position_embeddings": 256, "rope_scaling": None}, 256),
         ({"max_position_embeddings": 256, "rope_scaling": {"type": "linear", "factor": 4.0}}, 1024),
@@ -112,6 +113,14 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path, quantised: dict[s
     check_likelihood_judge(tmp_path, job(), [])  # a judge doesn't train
 
 
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_quantised_weights_that_a_file_beside_tells_of(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    assert f"its weights are quantised ({'ModelOpt' if name.startswith('hf') else ''}" in refusal(
+        folder(tmp_path), job()
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -146,6 +155,16 @@ def test_models_that_go_on_with_no_text(tmp_path: Path, config: dict[str, Any], 
 )
 def test_what_transformers_has_itself_goes_through(tmp_path: Path, config: dict[str, Any]) -> None:
     check_policy(folder(tmp_path, **config), job())
+
+
+def test_a_tokenizer_with_code_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    code = {"auto_map": {"AutoTokenizer": ["tokenization_my.MyTokenizer", None]}}
+    for kind in ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", None):
+        check_policy(folder(tmp_path, {**code, "tokenizer_class": kind}), job())
+    check_policy(folder(tmp_path, {"tokenizer_class": "MyTokenizer"}), job())
+    message = refusal(folder(tmp_path, {**code, "tokenizer_class": "MyTokenizer"}), job())
+    assert "its tokenizer needs code of its own (MyTokenizer)" in message
 
 
 @pytest.mark.parametrize("place", ["config", "text_config"])

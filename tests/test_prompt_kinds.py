@@ -154,9 +154,9 @@ def test_a_wrong_column_is_named(tmp_path: Path) -> None:
 
 def test_a_held_out_set_may_have_the_usual_names(tmp_path: Path) -> None:
     (tmp_path / "set.jsonl").write_text('{"prompt": "Why?"}\n')
-    columns = Columns(prompt="question", system="about")
-    (prompt,) = load_prompts("set.jsonl", tmp_path, columns=columns, columns_required=False)
-    assert prompt.text == "Why?"
+    for columns in (Columns(prompt="question", system="about"), Columns(id="key")):
+        (prompt,) = load_prompts("set.jsonl", tmp_path, columns=columns, columns_required=False)
+        assert prompt.text == "Why?"
 
 
 def test_two_system_prompts_are_refused(tmp_path: Path) -> None:
