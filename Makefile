@@ -6,7 +6,7 @@ JOB ?= jobs/quickstart.yaml
 PORT ?= 8000
 export VENV
 
-.PHONY: help setup quickstart test lint format bench bench-judge bench-audit judge-server clean
+.PHONY: help setup quickstart test lint format bench bench-judge bench-audit gpu-check judge-server clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -33,7 +33,7 @@ format: $(STAMP) ## puts the code into shape
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP) ## speed of the loop beside TRL's stock trainer and two limits
+bench: $(STAMP) ## speed of the loop beside TRL's trainer and two limits
 	@$(BIN)/python -m benchmarks.loop $(ARGS)
 
 bench-judge: $(STAMP) ## speed of a judge behind a server, of parsing and verdicts, and its memory
@@ -42,6 +42,9 @@ bench-judge: $(STAMP) ## speed of a judge behind a server, of parsing and verdic
 
 bench-audit: $(STAMP) ## speed and memory of the audit on a run of a million votes
 	@$(BIN)/python -m benchmarks.audit $(ARGS)
+
+gpu-check: $(STAMP) ## do learner, judge and hand-over compute on a GPU what they compute on the CPU? (no network)
+	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 judge-server: $(STAMP) ## vLLM's OpenAI-compatible server with the embedded model, on loopback (PORT=8000)
 	@VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING $(BIN)/python -m vllm.entrypoints.openai.api_server \

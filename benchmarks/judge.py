@@ -70,6 +70,10 @@ class _Connection(asyncio.Protocol):
         head, found, rest = self.received.partition(b"\r\n\r\n")
         if not found:
             return
+        if head.startswith(b"GET "):  # the list of models
+            self.received = rest
+            self._send(404, b"{}")
+            return
         length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         if len(rest) < length:
             return
@@ -111,6 +115,9 @@ class AtOnce:
         await asyncio.sleep(0)
         usage = Usage(prompt_tokens=400, completion_tokens=1)
         return Answer(reply=Reply(content="A", finish_reason="stop", usage=usage, model="m"), attempts=1, latency_s=0.0)
+
+    async def identity(self) -> None:
+        """Says nothing of itself."""
 
     async def close(self) -> None:
         """Nothing to close."""

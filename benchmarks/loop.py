@@ -1,4 +1,4 @@
-"""How fast the loop is, beside TRL's stock trainer and two limits: `make bench`.
+"""How fast the loop is, beside TRL's trainer and two limits: `make bench`.
 
 In: prompts, a model, a judge that costs nothing. Out: seconds by stage, tokens a second, ratios. Parts run one after
 another, each in a process of its own, on the same prompts:
@@ -11,12 +11,17 @@ another, each in a process of its own, on the same prompts:
   autocast where the loop takes it, one forward without gradient (the reference), one forward and backward of the DPO
   loss; the vocabulary is projected for completion tokens only, as in the loop. No clipping, optimizer, metrics or
   records: Adam is timed apart.
-- `trl`: TRL's stock `OnlineDPOTrainer` with transformers generation; its defaults but for a completion's length.
-- `trl_tuned_fp32` and `trl_tuned_bf16`: the same without gradient checkpointing, with which generation has no KV cache,
-  in fp32 and under bf16 autocast. The faster one is what somebody who knows TRL well would get.
+- `trl_tuned_fp32` and `trl_tuned_bf16`: TRL's `OnlineDPOTrainer` with transformers generation and without gradient
+  checkpointing, with which generation has no KV cache, in fp32 and under bf16 autocast. The faster one is what somebody
+  who knows TRL well gets, and the peer that counts.
+- `trl`: the same, stock: TRL's defaults but for a completion's length.
+
+Peers compute in what the machine multiplies: TRL takes bf16 by itself, which is many times slower than fp32 where the
+hardware has none. There stock TRL runs in fp32, and no part in bf16.
 
 Files are written twice: the loop's state and policy, and once more as many bytes in plain writes, the disk's limit.
-Each part starts with one batch that is not counted.
+Each part starts with one batch that is not counted. A part that fails, or runs into `--limit`, costs its figures and
+what is computed from them; the others are reported.
 """
 
 from __future__ import annotations
@@ -26,15 +31,19 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from rlaif.config import Job, Prompts, parse_job
 from rlaif.errors import RlaifError, UserError
@@ -63,6 +72,10 @@ AIM_TRL, AIM_SAMPLING, AIM_UPDATE = 3.0, 0.9, 0.7
 """At least."""
 AIM_OUTSIDE = 0.05
 """At most."""
+LIMIT_S = 900.0
+"""For a part, its start included."""
+BEAT_S = 20.0
+"""How often a part at work is told of."""
 
 
 # What is measured.
@@ -105,6 +118,8 @@ class TrlTimes(Record):
     sample_s: float
     tokens: int
     steps: int
+    precision: str
+    """What it computed in."""
 
 
 class VllmTimes(Record):
@@ -126,60 +141,73 @@ class BareTimes(Record):
 
 
 class Report(Record):
-    """All parts and what follows from them."""
+    """All parts and what follows from them. A part that isn't there is in `missing`, and so is why."""
 
     prompts: int
     cores: int
     busy: dict[str, float]
     """Load average (1 minute) before each part started: well above 0 means that others used the machine."""
-    loop: LoopTimes
-    vllm: VllmTimes
-    bare: BareTimes
-    trl: TrlTimes
-    trl_tuned_fp32: TrlTimes
-    trl_tuned_bf16: TrlTimes
+    missing: dict[str, str] = Field(default_factory=dict)
+    loop: LoopTimes | None = None
+    vllm: VllmTimes | None = None
+    bare: BareTimes | None = None
+    trl_tuned_fp32: TrlTimes | None = None
+    trl_tuned_bf16: TrlTimes | None = None
+    trl: TrlTimes | None = None
 
     @property
-    def tuned(self) -> TrlTimes:
+    def tuned(self) -> TrlTimes | None:
         """TRL without gradient checkpointing, at its faster precision."""
-        return max(self.trl_tuned_fp32, self.trl_tuned_bf16, key=lambda t: _rate(t.tokens, t.seconds))
+        both = [t for t in (self.trl_tuned_fp32, self.trl_tuned_bf16) if t is not None]
+        return max(both, key=lambda t: _rate(t.tokens, t.seconds), default=None)
 
     @property
-    def ratio_to_trl(self) -> float:
-        """Completion tokens a second of a whole iteration, over stock TRL's."""
-        return _rate(self.loop.tokens, self.loop.seconds) / _rate(self.trl.tokens, self.trl.seconds)
+    def ratio_to_tuned_trl(self) -> float | None:
+        """Completion tokens a second of a whole iteration, over tuned TRL's."""
+        return self._ratio_to(self.tuned)
 
     @property
-    def ratio_to_tuned_trl(self) -> float:
-        """The same, over tuned TRL's."""
-        return _rate(self.loop.tokens, self.loop.seconds) / _rate(self.tuned.tokens, self.tuned.seconds)
+    def ratio_to_trl(self) -> float | None:
+        """The same, over stock TRL's."""
+        return self._ratio_to(self.trl)
+
+    def _ratio_to(self, peer: TrlTimes | None) -> float | None:
+        if self.loop is None or peer is None:
+            return None
+        return _rate(self.loop.tokens, self.loop.seconds) / _rate(peer.tokens, peer.seconds)
 
     @property
-    def sampling_vs_vllm(self) -> float:
+    def sampling_vs_vllm(self) -> float | None:
         """Tokens a second, over vLLM's on the same requests."""
+        if self.loop is None or self.vllm is None:
+            return None
         return _rate(self.loop.tokens, self.loop.sample_s) / _rate(self.vllm.tokens, self.vllm.seconds)
 
     @property
-    def sampling_vs_vllm_without_top_p(self) -> float:
+    def sampling_vs_vllm_without_top_p(self) -> float | None:
         """Tokens a second with top-p, over vLLM's without: a limit that does less work than was asked for."""
+        if self.loop is None or self.vllm is None:
+            return None
         alone = _rate(self.vllm.tokens_without_top_p, self.vllm.seconds_without_top_p)
         return _rate(self.loop.tokens, self.loop.sample_s) / alone
 
     @property
-    def update_vs_bare(self) -> float:
+    def update_vs_bare(self) -> float | None:
         """Seconds of bare forward and backward, over the update's (reference, steps, Adam, metrics)."""
+        if self.loop is None or self.bare is None:
+            return None
         return (self.bare.reference_s + self.bare.forward_backward_s) / (self.loop.reference_s + self.loop.steps_s)
 
     @property
-    def outside(self) -> float:
+    def outside(self) -> float | None:
         """Share of the iteration that is not sampling, reference or steps: weights moved, records, the judge."""
-        return 1 - self.loop.arithmetic_s / self.loop.seconds
+        return None if self.loop is None else 1 - self.loop.arithmetic_s / self.loop.seconds
 
-    def ratios(self) -> dict[str, float]:
+    def ratios(self) -> dict[str, float | None]:
         """The figures by name, as `--json` prints them."""
         return {
-            "ratio_to_trl_stock": self.ratio_to_trl,
             "ratio_to_trl_tuned": self.ratio_to_tuned_trl,
+            "ratio_to_trl_stock": self.ratio_to_trl,
             "sampling_vs_vllm_alone": self.sampling_vs_vllm,
             "sampling_vs_vllm_without_top_p": self.sampling_vs_vllm_without_top_p,
             "update_vs_bare_pytorch": self.update_vs_bare,
@@ -188,52 +216,88 @@ class Report(Record):
 
 
 def render(report: Report) -> str:
-    """The report as people read it."""
-    loop, vllm, bare, trl, tuned = report.loop, report.vllm, report.bare, report.trl, report.tuned
-    precision = "bf16" if tuned is report.trl_tuned_bf16 else "fp32"
+    """The report as people read it, the ratio that counts first."""
+    loop, vllm, bare, tuned, trl = report.loop, report.vllm, report.bare, report.tuned, report.trl
     busy = ", ".join(f"{part} {load:.1f}" for part, load in report.busy.items())
-    both = (trl, tuned)
+
+    def of(part: Any, value: Callable[[Any], float]) -> float | None:
+        return None if part is None else value(part)
+
+    both = (tuned, trl)
     rows: list[tuple[Any, ...]] = [
-        ("whole iteration", loop.seconds, *(t.seconds for t in both), None),
-        ("  weights into the sampler", loop.load_s, None, None, None),
-        ("  sampling", loop.sample_s, *(t.sample_s for t in both), vllm.seconds),
-        ("  judge", loop.judge_s, None, None, None),
-        ("  update: reference", loop.reference_s, None, None, bare.reference_s),
-        ("  update: steps", loop.steps_s, *(t.seconds - t.sample_s for t in both), bare.forward_backward_s),
-        ("  state and weights written", loop.save_s, None, None, loop.disk_s),
-        ("  rest", loop.rest_s, None, None, None),
-    ]
-    rates: list[tuple[Any, ...]] = [
-        ("completion tokens", loop.tokens, *(t.tokens for t in both), vllm.tokens),
-        ("tokens/s, sampling", *(_rate(t.tokens, s) for t, s in (
-            (loop, loop.sample_s), *((t, t.sample_s) for t in both), (vllm, vllm.seconds)))),
-        ("tokens/s, whole iteration", *(_rate(t.tokens, t.seconds) for t in (loop, *both)), None),
+        ("whole iteration", of(loop, lambda x: x.seconds), *(of(t, lambda x: x.seconds) for t in both), None),
+        ("  weights into the sampler", of(loop, lambda x: x.load_s), None, None, None),
+        ("  sampling", *(of(x, lambda x: x.sample_s) for x in (loop, *both)), of(vllm, lambda x: x.seconds)),
+        ("  judge", of(loop, lambda x: x.judge_s), None, None, None),
+        ("  update: reference", of(loop, lambda x: x.reference_s), None, None, of(bare, lambda x: x.reference_s)),
+        ("  update: steps", of(loop, lambda x: x.steps_s), *(of(t, lambda x: x.seconds - x.sample_s) for t in both),
+         of(bare, lambda x: x.forward_backward_s)),
+        ("  state and weights written", of(loop, lambda x: x.save_s), None, None, of(loop, lambda x: x.disk_s)),
+        ("  rest", of(loop, lambda x: x.rest_s), None, None, None),
     ]  # fmt: skip
+    rates: list[tuple[Any, ...]] = [
+        ("completion tokens", *(of(x, lambda x: x.tokens) for x in (loop, *both, vllm))),
+        ("tokens/s, sampling", *(of(x, lambda x: _rate(x.tokens, x.sample_s)) for x in (loop, *both)),
+         of(vllm, lambda x: _rate(x.tokens, x.seconds))),
+        ("tokens/s, whole iteration", *(of(x, lambda x: _rate(x.tokens, x.seconds)) for x in (loop, *both)), None),
+    ]  # fmt: skip
+    pairs = f"{loop.pairs} pairs in batches of {BATCH}, " if loop else ""
     lines = [
-        f"{report.prompts} prompts x 2 completions of at most {MAX_TOKENS} tokens, {loop.pairs} pairs in batches of "
-        f"{BATCH}, {report.cores} cores; load average before each part: {busy}",
+        *_figure("ratio to TRL tuned", report.ratio_to_tuned_trl, "{:.2f}x"),
+        f"{report.prompts} prompts x 2 completions of at most {MAX_TOKENS} tokens, {pairs}{report.cores} cores; load "
+        f"average before each part: {busy}",
         "",
-        f"{'seconds':28}{'this loop':>11}{'TRL stock':>11}{'TRL tuned':>11}{'limit':>11}",
+        f"{'seconds':28}{'this loop':>11}{'TRL tuned':>11}{'TRL stock':>11}{'limit':>11}",
         *(_row(name, values, ".2f") for name, *values in rows),
         "",
         *(_row(name, values, ".0f") for name, *values in rates),
         "",
-        f"TRL stock: its defaults. TRL tuned: no gradient checkpointing, in {precision}, its faster precision here.",
-        "TRL's steps include reference and Adam. Limits: vLLM alone for sampling, bare PyTorch forward and backward",
-        f"for the update (clipping and Adam, {bare.adam_s:.2f} s bare, are not in it), plain writes for what is saved.",
-        f"vLLM alone without top-p: {_rate(vllm.tokens_without_top_p, vllm.seconds_without_top_p):.0f} tokens/s "
-        f"(this loop, with it: {report.sampling_vs_vllm_without_top_p:.2f} of that)",
+    ]
+    if tuned:
+        other = "its faster precision here" if report.trl_tuned_fp32 and report.trl_tuned_bf16 else "the one measured"
+        lines.append(f"TRL tuned: no gradient checkpointing, in {tuned.precision}, {other}.")
+    if trl:
+        asked = "" if trl.precision == "bf16" else ", but for bf16, which this machine doesn't multiply"
+        lines.append(f"TRL stock: its defaults, in {trl.precision}{asked}; with gradient checkpointing it generates "
+                     "without a cache.")  # fmt: skip
+    lines.append(
+        "TRL's steps include reference and Adam. Limits: vLLM alone for sampling, plain writes for what is saved."
+    )
+    if bare:
+        lines.append("For the update, bare PyTorch forward and backward "
+                     f"(clipping and Adam, {bare.adam_s:.2f} s bare, are not in it).")  # fmt: skip
+    if vllm:
+        beside = report.sampling_vs_vllm_without_top_p
+        lines.append(
+            f"vLLM alone without top-p: {_rate(vllm.tokens_without_top_p, vllm.seconds_without_top_p):.0f} tokens/s"
+            + ("" if beside is None else f" (this loop, with it: {beside:.2f} of that)")
+        )
+    stock, sampling, update, outside = (
+        report.ratio_to_trl, report.sampling_vs_vllm, report.update_vs_bare, report.outside
+    )  # fmt: skip
+    lines += [
+        *(f"not measured: {part} ({why})" for part, why in report.missing.items()),
         "",
-        f"ratio to TRL stock: {report.ratio_to_trl:.2f}x" + _verdict(report.ratio_to_trl >= AIM_TRL, f">= {AIM_TRL:g}"),
-        f"ratio to TRL tuned: {report.ratio_to_tuned_trl:.2f}x",
-        f"sampling vs vLLM alone: {report.sampling_vs_vllm:.2f}"
-        + _verdict(report.sampling_vs_vllm >= AIM_SAMPLING, f">= {AIM_SAMPLING:g}"),
-        f"update vs bare PyTorch: {report.update_vs_bare:.2f}"
-        + _verdict(report.update_vs_bare >= AIM_UPDATE, f">= {AIM_UPDATE:g}"),
-        f"outside model arithmetic: {100 * report.outside:.1f} %"
-        + _verdict(report.outside <= AIM_OUTSIDE, f"<= {100 * AIM_OUTSIDE:g} %"),
+        *_figure("ratio to TRL stock", stock, "{:.2f}x", (stock or 0) >= AIM_TRL, f">= {AIM_TRL:g}"),
+        *_figure("sampling vs vLLM alone", sampling, "{:.2f}", (sampling or 0) >= AIM_SAMPLING, f">= {AIM_SAMPLING:g}"),
+        *_figure("update vs bare PyTorch", update, "{:.2f}", (update or 0) >= AIM_UPDATE, f">= {AIM_UPDATE:g}"),
+        *_figure(
+            "outside model arithmetic",
+            None if outside is None else 100 * outside,
+            "{:.1f} %",
+            (outside or 0) <= AIM_OUTSIDE,
+            f"<= {100 * AIM_OUTSIDE:g} %",
+        ),
     ]
     return "\n".join(lines)
+
+
+def _figure(name: str, value: float | None, form: str, met: bool = True, aim: str = "") -> list[str]:
+    """A figure's line, with its aim where it has one; none when there is no figure."""
+    if value is None:
+        return []
+    said = f"{name}: {form.format(value)}"
+    return [said + (_verdict(met, aim) if aim else "")]
 
 
 def _verdict(met: bool, aim: str) -> str:
@@ -323,9 +387,11 @@ class _Timed:
 
 
 class _Notes:
-    """A `Progress` that prints what is noted."""
+    """A `Progress` that prints stages and what is noted."""
 
-    def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None: ...
+    def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
+        print(f"{'warm-up' if iteration == 0 else 'measured iteration'}: {name}, {total} {unit}", flush=True)
+
     def advance(self, n: int) -> None: ...
     def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None: ...
     def note(self, message: str) -> None:
@@ -344,7 +410,7 @@ def job_for(prompts: int) -> Job:
             "sampling": {"completions_per_prompt": 2, "max_tokens": MAX_TOKENS},
             "pairing": {"method": "random"},
             "filters": {"min_kept_pairs": 1},
-            "learner": {"batch_size": BATCH, "learning_rate": LEARNING_RATE},
+            "learner": {"batch_size": BATCH, "learning_rate": LEARNING_RATE, "warmup_steps": 0},
             "eval": {"every": 1000, "prompts": 1},
         },
         "benchmarks/loop.py",
@@ -529,6 +595,7 @@ def part_bare(work: Path, model: Path, prompts: list[Prompt]) -> BareTimes:
         adam.zero_grad()
 
     for number, pairs in enumerate([batches[0], *batches]):
+        print(f"batch {number} of {len(batches)}", flush=True)
         if number == 1:
             spent.clear()
         batch = batch_of(pairs)
@@ -538,8 +605,24 @@ def part_bare(work: Path, model: Path, prompts: list[Prompt]) -> BareTimes:
     return BareTimes(reference_s=spent["reference"], forward_backward_s=spent["forward_backward"], adam_s=spent["adam"])
 
 
-def part_trl(work: Path, model: Path, prompts: list[Prompt], **tuned: Any) -> TrlTimes:
+class NotHereError(Exception):
+    """A part that this machine has no use for; says why."""
+
+
+def peer_precision(wanted: str | None, here: str) -> str:
+    """What a peer computes in: TRL's own choice is bf16, which is a choice only where the machine multiplies it.
+
+    Raises:
+        NotHereError: bf16 is wanted where fp32 is many times faster.
+    """
+    if wanted == "bf16" and here != "bf16":
+        raise NotHereError("this machine doesn't multiply bf16")
+    return wanted or here
+
+
+def part_trl(work: Path, model: Path, prompts: list[Prompt], precision: str | None = None, **tuned: Any) -> TrlTimes:
     """TRL's online DPO, one epoch after a batch that is not counted; `tuned` are settings other than the defaults."""
+    precision = peer_precision(precision, precision_here("auto"))
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -561,6 +644,7 @@ def part_trl(work: Path, model: Path, prompts: list[Prompt], **tuned: Any) -> Tr
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        bf16=precision == "bf16",
         **tuned,
     )
 
@@ -597,6 +681,7 @@ def part_trl(work: Path, model: Path, prompts: list[Prompt], **tuned: Any) -> Tr
         sample_s=sum(s for s, _ in generated[1:]),
         tokens=sum(n for _, n in generated[1:]),
         steps=len(ends) - 1,
+        precision=precision,
     )
 
 
@@ -604,39 +689,83 @@ PARTS: dict[str, Callable[[Path, Path, list[Prompt]], Record]] = {
     "loop": part_loop,
     "vllm": part_vllm,
     "bare": part_bare,
+    "trl_tuned_fp32": partial(part_trl, precision="fp32", gradient_checkpointing=False),
+    "trl_tuned_bf16": partial(part_trl, precision="bf16", gradient_checkpointing=False),
     "trl": part_trl,
-    "trl_tuned_fp32": partial(part_trl, gradient_checkpointing=False, bf16=False),
-    "trl_tuned_bf16": partial(part_trl, gradient_checkpointing=False, bf16=True),
 }
+"""In the order of measuring; the slowest comes last."""
+AFTER_LOOP = ("vllm", "bare")
+"""They take the loop's requests, and the batches that it trained on."""
 
 
 # The command.
 
 
-def measure(work: Path, model: Path, prompts: list[Prompt]) -> Report:
-    """Runs all parts, one after another.
-
-    Raises:
-        RlaifError: a part failed; its log is named.
-    """
+def measure(
+    work: Path, model: Path, prompts: list[Prompt], parts: Sequence[str] = tuple(PARTS), limit_s: float = LIMIT_S
+) -> Report:
+    """Runs the parts, one after another; what a part that doesn't come to its end would have said is missing."""
     (work / "prompts.jsonl").write_text("".join(p.model_dump_json() + "\n" for p in prompts))
     results: dict[str, Any] = {}
+    missing: dict[str, str] = {}
     busy = {}
-    for part in PARTS:
-        print(f"measuring: {part}", file=sys.stderr, flush=True)
+    for part in parts:
+        if part in AFTER_LOOP and "loop" not in results:
+            missing[part] = "it works on what the loop sampled"
+            continue
         busy[part] = os.getloadavg()[0]
-        log = work / f"{part}.log"
-        with log.open("w") as out:
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.loop", "--part", part, "--work", str(work), "--model", str(model)],
-                cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=False,
-            )  # fmt: skip
-        if done.returncode != 0:
-            last = (log.read_text().strip().splitlines() or ["it wrote nothing"])[-1]
-            raise RlaifError(f"the part `{part}` failed (exit code {done.returncode}): {last}; its log is {log}")
-        results[part] = json.loads((work / f"{part}.json").read_text())
+        command = [sys.executable, "-m", "benchmarks.loop"]
+        command += ["--part", part, "--work", str(work), "--model", str(model)]
+        why = run_part(part, command, work / f"{part}.log", limit_s)
+        result = json.loads((work / f"{part}.json").read_text()) if why is None else {}
+        if why is None and "missing" not in result:
+            results[part] = result
+        else:
+            missing[part] = why or result["missing"]
     cores = len(os.sched_getaffinity(0))
-    return Report.model_validate({"prompts": len(prompts), "cores": cores, "busy": busy, **results})
+    return Report.model_validate({"prompts": len(prompts), "cores": cores, "busy": busy, "missing": missing, **results})
+
+
+def run_part(part: str, command: Sequence[str], log: Path, limit_s: float, beat_s: float = BEAT_S) -> str | None:
+    """Runs a part, with a line on stderr when it starts, while it works and when it ends; why it didn't, else None."""
+    started = time.monotonic()
+    with log.open("w") as out:
+        # A session of its own: at the limit, everything that it started goes with it.
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    _tell(f"measuring: {part}, {limit_s:.0f} s at most")
+    try:
+        while (code := _wait(process, min(beat_s, max(started + limit_s - time.monotonic(), 0)))) is None:
+            seconds = time.monotonic() - started
+            if seconds >= limit_s:
+                _tell(f"{part}: stopped at its limit of {limit_s:.0f} s")
+                return f"not done within {limit_s:.0f} s, at: {_last_line(log)}"
+            _tell(f"{part}: {seconds:.0f} s, {_last_line(log)}")
+    finally:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code != 0:
+        _tell(f"{part}: failed")
+        return f"failed with exit code {code}: {_last_line(log)}; its log is {log}"
+    _tell(f"{part}: done in {time.monotonic() - started:.0f} s")
+    return None
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it has written nothing"
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -646,11 +775,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--work", type=Path, help="new folder for run and logs, kept (default: a temporary one)")
     parser.add_argument("--model", default=MODEL, help=f"model to measure (default {MODEL})")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="PART,...", help="only these (default %(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="of a part (default %(default)g)"
+    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     try:
         if options.part:
             return _main_part(options.part, options.work, Path(options.model))
+        named = options.parts.split(",")
+        if unknown := [p for p in named if p not in PARTS]:
+            raise UserError(f"--parts {','.join(unknown)}: expected some of {', '.join(PARTS)}")
+        parts = [p for p in PARTS if p in named]
+        if "loop" not in parts and (after := [p for p in parts if p in AFTER_LOOP]):
+            raise UserError(f"--parts: {', '.join(after)} works on what the loop sampled; name loop too")
+        if options.limit <= 0:
+            raise UserError(f"--limit {options.limit:g}: expected seconds above 0")
         if options.work and options.work.exists() and any(options.work.iterdir()):
             raise UserError(f"{options.work}: not empty; a measurement starts from nothing, give --work a new folder")
         from rlaif.models import resolve
@@ -660,21 +801,25 @@ def main(argv: list[str] | None = None) -> int:
         prompts = load_prompts("prompts/everyday.jsonl", ROOT)[: BATCH if options.quick else 4 * BATCH]
         work = (options.work or Path(tempfile.mkdtemp(prefix="rlaif-bench-"))).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        report = measure(work, model, prompts)
-        if not options.work:  # after a failure the logs stay
+        report = measure(work, model, prompts, parts, options.limit)
+        failed = any(why.startswith("failed") for why in report.missing.values())
+        if not options.work and not failed:  # after a failure the logs stay
             shutil.rmtree(work)
     except RlaifError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
     print(json.dumps({**report.model_dump(), **report.ratios()}, indent=1) if options.json else render(report))
-    return 0
+    return 1 if failed else 0
 
 
 def _main_part(part: str, work: Path, model: Path) -> int:
     from rlaif.store import read_rows
 
-    result = PARTS[part](work, model, read_rows(work / "prompts.jsonl", Prompt))
-    (work / f"{part}.json").write_text(result.model_dump_json() + "\n")
+    try:
+        said = PARTS[part](work, model, read_rows(work / "prompts.jsonl", Prompt)).model_dump_json()
+    except NotHereError as e:
+        said = json.dumps({"missing": str(e)})
+    (work / f"{part}.json").write_text(said + "\n")
     sys.stdout.flush()
     os._exit(0)  # engines and thread pools can hang on their way out; everything that matters is written
 

@@ -26,8 +26,8 @@ def conversation(run: RunDir, question: str | None, max_tokens: int, temperature
     )
     errors = Console(stderr=True)
     with Progress(SpinnerColumn(), TextColumn("loading two policies"), console=errors, transient=True):
-        folders = {"base": models.resolve(job.policy.model), f"after {updates}": trained}
-        policies = {name: SamplerRole(str(path), settings) for name, path in folders.items()}
+        folders = {"base": models.resolve_policy(job.policy.model, job.policy.adapter), f"after {updates}": trained}
+        policies = {name: SamplerRole(str(path), settings, job.policy) for name, path in folders.items()}
     console = Console(highlight=False)
     turn = 0
     while True:

@@ -14,7 +14,16 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rlaif.errors import UserError
 
@@ -28,25 +37,70 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _no_reserved_template_args(args: dict[str, Any]) -> dict[str, Any]:
+    ours = ("conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "truncation",
+            "max_length", "padding", "return_tensors", "return_dict")  # fmt: skip
+    if set_here := [name for name in ours if name in args]:
+        raise ValueError(f"`{set_here[0]}` is no argument of a chat template that a job may set; remove it")
+    return args
+
+
 class Policy(Section):
     """The model in training."""
 
     model: str = "embedded:smollm2-135m-instruct"
     """A hub id, a local folder, or `embedded:smollm2-135m-instruct`."""
+    adapter: str | None = None
+    """A LoRA of peft's, by folder or hub id: the untrained policy is `model` with it merged in. With `learner.lora` a
+    new adapter trains on top."""
     system_prompt: str | None = None
     """Put before every prompt that has no system message of its own."""
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    """Given to the chat template as they are (`{enable_thinking: false}`, `{reasoning_effort: low}`)."""
+    thinking: Literal["strip", "judge"] = "strip"
+    """What a judge sees of an answer that begins with a thought (`<think>...</think>` and its like): `strip` the answer
+    alone, `judge` all of it. Stripped, a thought that wasn't finished is an empty answer. What trains are the sampled
+    tokens, thought included."""
+
+    _template_args = field_validator("chat_template_args")(_no_reserved_template_args)
+
+
+class Columns(Section):
+    """What a prompt set's own columns are called. One inside another is named by its path (`question.text`,
+    `turns.0`)."""
+
+    prompt: str | None = None
+    """The column with the prompt: text, or a chat."""
+    system: str | None = None
+    """The column with the system prompt; an empty cell: none."""
+    id: str | None = None
+    """The column with the id."""
+    category: str | None = None
+    """The column with the category."""
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns that a job names."""
+        return {name: column for name, column in self if column is not None}
 
 
 class Prompts(Section):
     """Where prompts come from."""
 
     train: str = "prompts/everyday.jsonl"
-    """JSONL, JSON, CSV or Parquet file, `datasets:NAME[:SPLIT]` or `datasets:NAME:CONFIG:SPLIT`. A row has `prompt`
-    (text or chat) or `messages` (chat); answers at a chat's end are left out."""
+    """JSONL, JSON, CSV or Parquet file (or one with `.gz`), `datasets:NAME[:SPLIT]` or `datasets:NAME:CONFIG:SPLIT`. A
+    row has `prompt` (text or chat), `messages` or `conversations` (chat), or `chosen` and `rejected`; answers at a
+    chat's end are left out."""
     held_out: str = "prompts/everyday_held_out.jsonl"
     """The same, for evaluation; a prompt found in both never trains."""
+    columns: Columns = Columns()
+    """Names of the columns, where they are others (`{prompt: question, id: question_id}`); in `held_out` where its rows
+    have the prompt's."""
     per_iteration: int = Field(24, ge=1)
     """Prompts an iteration takes, in a seeded order that starts again when it runs out."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """When a prompt, as the policy's chat template renders it, leaves no room for an answer (`sampling.max_tokens`)
+    within `sampling.max_model_len`: stop before anything is sampled and name it, or leave it out and say so."""
 
 
 class Sampling(Section):
@@ -62,17 +116,29 @@ class Sampling(Section):
     """Sampling temperature."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Nucleus: the smallest set of tokens with this much probability."""
+    stop: list[StrictStr | StrictInt] = Field(default_factory=list)
+    """What else ends an answer, beside the tokens that end the model's turn: strings, or token ids. The answer's text
+    stops before it; the tokens that were sampled, up to the one that completes it, train."""
     max_model_len: int = Field(1024, ge=32)
     """Longest prompt plus completion, in tokens."""
     precision: Precision = "auto"
-    """What the policy samples in. `auto`: bf16 on hardware that multiplies it, else fp32. The weights are bf16 in
-    both."""
+    """What the policy samples in. `auto`: bf16 on hardware that multiplies it, else fp32. An update's weights are
+    exported in it, bf16 by stochastic rounding."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Memory for vLLM's KV cache on the CPU, GiB."""
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
     """Share of a GPU that vLLM may use (untried here)."""
+    enforce_eager: bool = False
+    """vLLM on a GPU without compiled graphs: starts in seconds, samples slower (untried here; always on a CPU)."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that one sampler spans (untried here)."""
+
+    @field_validator("stop")
+    @classmethod
+    def _can_stop(cls, stop: list[str | int]) -> list[str | int]:
+        if any(s == "" or (isinstance(s, int) and s < 0) for s in stop):
+            raise ValueError('a stop is a string that isn\'t empty or a token id from 0, for example ["\\n\\n", 13]')
+        return stop
 
     @model_validator(mode="after")
     def _room_for_a_prompt(self) -> Sampling:
@@ -113,6 +179,16 @@ class Juror(Section):
     """Ask for the log-probabilities of the label tokens, where the template's verdict is one letter."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Sent with every request as it is (`{reasoning_effort: low}`, `{chat_template_kwargs: {...}}`)."""
+    system_role: Literal["auto", "merged"] = "auto"
+    """Where the system message goes: `auto` sends it as one, and puts it before the user's for a server that refuses
+    it; `merged` always does."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """More headers: name, and the environment variable that holds the value (`{api-key: AZURE_OPENAI_API_KEY}`).
+    Values are never written or logged."""
+    query: dict[str, str] = Field(default_factory=dict)
+    """Query parameters of every request (`{api-version: "2024-10-21"}`); no secrets."""
+    ca_file: str | None = None
+    """PEM file of certificates to trust beside the system's, for a server with one of your own."""
 
     @field_validator("base_url")
     @classmethod
@@ -126,7 +202,8 @@ class Juror(Section):
     @property
     def request(self) -> dict[str, Any]:
         """What is asked of whom: everything but the key, and how often."""
-        asked = {name: getattr(self, name) for name in Juror.model_fields if name not in ("api_key_env", "samples")}
+        how = ("api_key_env", "samples", "ca_file")
+        asked = {name: getattr(self, name) for name in Juror.model_fields if name not in how}
         return asked | {"base_url": self.base_url.rstrip("/")}
 
 
@@ -148,6 +225,10 @@ class Price(Section):
     """A million prompt tokens."""
     completion: float = Field(ge=0)
     """A million completion tokens."""
+    reasoning: float | None = Field(None, ge=0)
+    """A million tokens of thought; `completion` when absent."""
+    cached: float | None = Field(None, ge=0)
+    """A million prompt tokens that the server had cached; `prompt` when absent."""
 
 
 class Judge(Juror):
@@ -160,6 +241,9 @@ class Judge(Juror):
     """likelihood: the frozen model that judges. chat: the name that the server knows."""
     precision: Precision = "auto"
     """likelihood: what the frozen model computes in; `auto` as in `sampling.precision`."""
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    """likelihood: given to its chat template; the policy's when absent and both are one model. A server gets them by
+    `extra_body` (`{chat_template_kwargs: {...}}`)."""
     batch_tokens: int = Field(1024, ge=64)
     """likelihood: tokens of one forward pass."""
     score_temperature: float = Field(4.0, gt=0)
@@ -176,8 +260,8 @@ class Judge(Juror):
     templates: list[str] = Field(default_factory=list)
     """chat: judge templates (`prompts/judge/<name>.jinja`), each a voice; the constitution's own when empty."""
     evaluate_templates: list[str] = Field(default_factory=list)
-    """chat: templates for held-out evaluation, so that a policy isn't measured with the question that trained it;
-    `templates` when empty."""
+    """chat: templates for held-out evaluation, so that a policy isn't measured with the question that trained it.
+    When empty, for each template NAME that decides NAME_evaluate; NAME itself where there is no such file."""
     templates_dir: str = "prompts/judge"
     """chat: folder of the templates."""
     votes_per_principle: bool = False
@@ -192,18 +276,24 @@ class Judge(Juror):
     """chat: longest wait for one reply."""
     max_retries: int = Field(5, ge=0)
     """chat: further attempts after a 429, a 5xx, a timeout or a cut connection, with jittered exponential waits."""
+    reask: int = Field(1, ge=0)
+    """chat: how often a question is asked again whose reply is empty or unreadable; each costs a call."""
     requests_per_minute: int | None = Field(None, ge=1)
     """chat: limit of the server."""
     tokens_per_minute: int | None = Field(None, ge=1)
     """chat: limit of the server, prompt and completion together."""
     breaker_failures: int = Field(20, ge=1)
-    """chat: this many ballots in a row that failed after all retries, or pairs that were rejected: the judge is down,
-    and the run pauses."""
+    """chat: this many ballots in a row that failed after all retries or were left without a word, or pairs that were
+    rejected as a short question is too: the judge is down, and the run pauses."""
     budget: Budget = Budget()
     prices: dict[str, Price] = Field(default_factory=dict)
     """chat: price per model name, for `budget.money`."""
     cache: str | None = "~/.cache/rlaif/replies"
-    """chat: folder of stored replies, shared between runs; null for none."""
+    """Folder of stored replies (chat), shared between runs, and of likelihoods (`rlaif judge`, `rlaif constitution
+    diff --run`); null for none."""
+    fingerprint: bool = True
+    """chat: stored replies count only for the model that gave them: what the server's list of models says of it (asked
+    at the start), and its `system_fingerprint` where it gives one."""
     early_stop: bool = False
     """chat: cast ballots in rounds, and leave out a pair whose decision can't change any more. Never with a
     calibrated filter."""
@@ -222,8 +312,15 @@ class Judge(Juror):
             return {key: value for key, value in tree.items() if key != "votes"}
         return tree
 
+    _template_args = field_validator("chat_template_args")(_no_reserved_template_args)
+
     @model_validator(mode="after")
     def _complete(self) -> Judge:
+        if self.kind == "chat" and self.chat_template_args:
+            raise ValueError(
+                "judge.chat_template_args: a server renders its own template; set judge.extra_body: "
+                "{chat_template_kwargs: {...}}, if it takes that"
+            )
         if self.kind == "chat" and self.model.startswith("embedded:"):
             raise ValueError("judge.model: a chat judge needs the name that its server knows, for example gpt-4.1-mini")
         if self.clamp is not None and not 0 <= self.clamp[0] < self.clamp[1] <= 1:
@@ -281,6 +378,9 @@ class Filters(Section):
     """Weighted share of valid votes that name the winner, at least (`low_agreement`)."""
     min_margin: float = Field(0.0, ge=0, le=0.5)
     """|p(first) - 0.5|, at least (`low_margin`)."""
+    cut_off: Literal["keep", "drop"] = "keep"
+    """A pair whose winner the length limit cut off, while the loser ended by itself (`cut_off`). In a job `drop` by
+    default with a judge behind a server; a likelihood judge has `judge.missing_eos_penalty`."""
     guards: bool = True
     """A guard's vote against the winner drops the pair (`guard`)."""
     min_kept_pairs: int = Field(4, ge=1)
@@ -309,8 +409,13 @@ class Learner(Section):
     """Strength of the pull to the reference policy."""
     loss_type: str | list[str] = "sigmoid"
     """As in TRL: one, or with `kind: dpo` several (`args.loss_weights`)."""
-    learning_rate: float = Field(5e-5, gt=0)
-    """Adam's learning rate, constant by default (`args.lr_scheduler_type`)."""
+    learning_rate: float = Field(1e-5, gt=0)
+    """Adam's learning rate after the warm-up, constant by default (`args.lr_scheduler_type`). Found on 135M parameters
+    (docs/experiments.md). Untried: a third of it for 1B, a tenth for 7B, ten times it for LoRA. Watch
+    `monitors.max_kl`."""
+    warmup_steps: int = Field(4, ge=0)
+    """Optimizer steps over which the rate rises from 0, once a run: Adam's first steps are as large as its later ones,
+    and know less."""
     batch_size: int = Field(4, ge=1)
     """Pairs in one optimizer step."""
     epochs: int = Field(1, ge=1)
@@ -350,20 +455,31 @@ class Eval(Section):
     that don't: set here what the policy will be used with."""
     top_p: float | None = Field(None, gt=0, le=1)
     """Of held-out answers; `sampling.top_p` when absent."""
+    kl_prompts: int = Field(16, ge=0)
+    """The first so many of these prompts get one more answer, at temperature 1 and top-p 1, on which KL from the base
+    policy is computed; 0: KL isn't measured."""
 
 
 class Monitors(Section):
     """When a run raises an alarm."""
 
-    max_kl: float | None = None
-    """Alarm when KL per token from the base policy (nats, on held-out answers) exceeds this."""
+    max_kl: float | None = 0.5
+    """Alarm when KL per token from the base policy (nats; `eval.kl_prompts`) exceeds this."""
     min_mean_words: float = 6.0
     """Alarm when sampled answers are shorter than this on average."""
     min_distinct_share: float = Field(0.5, ge=0, le=1)
     """Alarm when fewer than this share of an iteration's sampled answers are distinct."""
+    max_weights_gap: float = Field(0.02, gt=0)
+    """Alarm when the policy that samples is not the one that is trained: fixed texts, scored by both, differ by more
+    than this on average (nats a token), or by ten times this in absolute value. Over 0.5 the run stops."""
     max_abstained_share: float = Field(0.2, ge=0, le=1)
     """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
     replies)."""
+    max_cut_off_share: float = Field(0.8, ge=0, le=1)
+    """Alarm when the length limit cut off more than this share of an iteration's sampled answers."""
+    max_cut_off_won: float = Field(0.5, ge=0, le=1)
+    """Alarm when, of two answers one of which was cut off, the judge prefers that one in more than this share of an
+    iteration's pairs (the lower end of the 95 % interval)."""
     max_kept_shift: float = Field(0.25, ge=0, le=1)
     """With a calibration: alarm when the share of kept pairs differs from the calibration's by more than this, and by
     more than chance (its 95 % interval excludes it)."""
@@ -377,6 +493,26 @@ class Monitors(Section):
     (mean words)."""
     stop_on_alarm: bool = False
     """Stop the run at an alarm (it can be resumed) instead of noting it and going on."""
+
+
+class Devices(Section):
+    """Which GPUs each role uses, counted from 0 among those that the process sees. Absent: all roles share one GPU;
+    of several, the sampler takes the first, the learner the next, the judge the one after (untried here)."""
+
+    sampler: list[int] | None = None
+    """As many as `sampling.tensor_parallel_size`."""
+    learner: list[int] | None = Field(None, min_length=1, max_length=1)
+    """One."""
+    judge: list[int] | None = Field(None, min_length=1, max_length=1)
+    """One, for a likelihood judge; who measures relevance and base log p uses it too."""
+
+    @model_validator(mode="after")
+    def _counted_from_0(self) -> Devices:
+        for role in Devices.model_fields:
+            numbers = getattr(self, role) or []
+            if min(numbers, default=0) < 0 or len(set(numbers)) != len(numbers):
+                raise ValueError(f"devices.{role}: {numbers} are no GPUs; for example [0]")
+        return self
 
 
 class Job(Section):
@@ -404,6 +540,7 @@ class Job(Section):
     replay: Replay = Replay()
     eval: Eval = Eval()
     monitors: Monitors = Monitors()
+    devices: Devices = Devices()
     workers: Literal["process", "inline"] = "process"
     """Sampler, judge and learner each in a process of its own, or (tests) in the loop's."""
 
@@ -417,6 +554,30 @@ class Job(Section):
                 return tree | {"pairing": {"method": "random"}}
             if not scores and isinstance(pairing, dict) and "method" not in pairing:
                 return tree | {"pairing": pairing | {"method": "random"}}
+        return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_model_one_template(cls, tree: Any) -> Any:
+        """A judge that is the policy's own model reads answers as the policy was asked for them."""
+        if not isinstance(tree, dict) or not isinstance(policy := tree.get("policy"), dict):
+            return tree
+        judge = tree.get("judge") or {}
+        if not isinstance(judge, dict) or not policy.get("chat_template_args") or "chat_template_args" in judge:
+            return tree
+        asked = policy.get("model", Policy.model_fields["model"].default)
+        judging = judge.get("model", Judge.model_fields["model"].default)
+        if judge.get("kind", "likelihood") != "likelihood" or asked != judging:
+            return tree
+        return tree | {"judge": judge | {"chat_template_args": policy["chat_template_args"]}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cut_off_winners_of_a_judge_that_reads(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(judge := tree.get("judge"), dict) and judge.get("kind") == "chat":
+            filters = tree.get("filters", {})
+            if isinstance(filters, dict) and "cut_off" not in filters:
+                return tree | {"filters": filters | {"cut_off": "drop"}}
         return tree
 
     @model_validator(mode="after")

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 PIPED_COLUMNS = 160
@@ -24,6 +23,8 @@ def piped() -> bool:
 
 def stdout_console() -> Console:
     """A console on stdout that never colours numbers by itself."""
+    from rich.console import Console
+
     return Console(highlight=False, width=PIPED_COLUMNS if piped() else None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 _Z = 1.959963984540054
 """A standard normal value lies within ± this with probability 0.95."""
@@ -19,3 +20,34 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     half = _Z / (n + _Z**2) * math.sqrt(successes * (n - successes) / n + _Z**2 / 4)
     # Rounding must not leave a crumb beside the ends.
     return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else min(middle + half, 1.0)
+
+
+def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of sum(parts) / sum(wholes) over units that were drawn independently, each with its part and its
+    whole (nats and tokens of a prompt's answers). Linearised, with Student's t; infinite with fewer than two units.
+
+    A unit is what was drawn: answers to one prompt belong together. Cochran, Sampling Techniques, chapter 6.
+    """
+    n, whole = len(parts), math.fsum(wholes)
+    if n < 2 or whole == 0:
+        return -math.inf, math.inf
+    ratio = math.fsum(parts) / whole
+    squares = math.fsum((p - ratio * w) ** 2 for p, w in zip(parts, wholes, strict=True))
+    half = _t(n - 1) * math.sqrt(n / (n - 1) * squares) / whole
+    return ratio - half, ratio + half
+
+
+def _t(degrees: int) -> float:
+    """Student's t: a value lies within ± this with probability 0.95 (Cornish-Fisher; exact for one and two degrees)."""
+    if degrees == 1:
+        return 12.706204736
+    if degrees == 2:
+        return 4.302652730
+    z, v = _Z, float(degrees)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / v ** (i + 1) for i, term in enumerate(terms))

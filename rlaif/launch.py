@@ -23,20 +23,25 @@ from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
 from rlaif.judging.spending import Spent, Wasted, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
+from rlaif.model_checks import check_likelihood_judge, check_policy
 from rlaif.pairing import check_can_update
+from rlaif.placement import place, usable_gpus
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
-from rlaif.records import SCHEMA_VERSION, Prompt, Vote, digest
+from rlaif.records import SCHEMA_VERSION, Message, Prompt, Vote, digest
+from rlaif.sampling import PromptProblem
 from rlaif.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
 from rlaif.texts import Texts
-from rlaif.workers import InlineWorker, Worker, start_worker
+from rlaif.workers import InlineWorker, Worker, WorkerLike, start_worker, wait_until_ready
 
 HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
             "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
             "judge.timeout_s", "judge.max_retries", "judge.requests_per_minute", "judge.tokens_per_minute",
-            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env",
+            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env", "eval.kl_prompts",
+            "judge.reask",
+            "judge.headers.", "judge.query.", "judge.ca_file", "judge.fingerprint",
             # What a device asks for: of the numbers, only the rounding changes.
             "sampling.precision", "judge.precision", "learner.precision",
-            "sampling.gpu_memory_utilization", "sampling.tensor_parallel_size",
+            "sampling.gpu_memory_utilization", "sampling.enforce_eager", "sampling.tensor_parallel_size", "devices.",
             "learner.args.per_device_train_batch_size", "learner.args.gradient_checkpointing")  # fmt: skip
 """Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 
@@ -70,14 +75,19 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             (run.path / _STARTING).touch()
         # Everything that can be refused is looked at before run.json says that there is a run.
         texts = Texts(job, run, base_dir, progress.note)
-        train, held_out = _prompts(run, job, base_dir, progress.note)
+        places: dict[str, str] = {}
+        train, held_out = _prompts(run, job, base_dir, progress.note, places)
         calibration = _calibration(run, job, base_dir, [p.category or EVERYTHING for p in train], progress.note)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
-        base = models.resolve(job.policy.model, progress=lambda message, share: progress.note(message))
+        base = models.resolve_policy(
+            job.policy.model, job.policy.adapter, progress=lambda message, share: progress.note(message)
+        )
+        check_policy(base, job)
         digests = {"policy": models.digest_of(base)}
         if job.judge.kind == "likelihood":
             judge_model = models.resolve(job.judge.model, progress=lambda message, share: progress.note(message))
             digests["judge"] = models.digest_of(judge_model)
+            check_likelihood_judge(judge_model, job, [texts.in_force(k)[0] for k in job.schedule or (0,)])
         found = digests | models.tokenizer_identity(base).model_dump()
         code = _code()
         _check_models(run, found)
@@ -88,7 +98,10 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             progress.note(f"{run.path}: all {job.iterations} iterations are done; head {write_head(run).name}")
             return run
         factories: dict[str, tuple[str, dict[str, Any]]] = {
-            "sampler": ("rlaif.sampling.role:make", {"model_path": str(base), "settings": job.sampling}),
+            "sampler": (
+                "rlaif.sampling.role:make",
+                {"model_path": str(base), "settings": job.sampling, "policy": job.policy},
+            ),
             "learner": (
                 "rlaif.learning:make",
                 {
@@ -96,6 +109,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
                     "settings": job.learner,
                     "seed": job.seed,
                     "output_dir": str(run.path / "logs" / "learner"),
+                    "export_precision": job.sampling.precision,
                 },
             ),
         }
@@ -107,14 +121,44 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
                 {"settings": job.judge, "spent": _spent(run, job), "wasted": _wasted(run)},
             )
         # Sanity is measured under the frozen base policy, whoever judges.
-        if digests.get("judge") != digests["policy"]:
-            factories["measurer"] = _likelihood(base, Judge(precision=job.judge.precision))
+        as_policy = Judge(precision=job.judge.precision, chat_template_args=job.policy.chat_template_args)
+        asked_alike = job.judge.chat_template_args == job.policy.chat_template_args
+        if digests.get("judge") != digests["policy"] or not asked_alike:
+            factories["measurer"] = _likelihood(base, as_policy)
+        holds = {
+            "sampler": f"{job.policy.model} in {job.sampling.engine}",
+            "learner": f"{job.policy.model} and its {job.learner.kind} trainer",
+            "judge": f"{job.judge.model} ({job.judge.kind})",
+            "measurer": f"{job.policy.model}, frozen",
+        }
+        progress.note(f"loading {', '.join(factories)}; a line when each is ready")
+
+        def loaded(name: str, seconds: float, waiting: list[str]) -> None:
+            others = f"; waiting for {', '.join(waiting)}" if waiting else ""
+            progress.note(f"{name} ready after {seconds:.1f} s: {holds[name]}{others}")
+            if name == "sampler" and workers.keys() >= factories.keys():
+                check_prompts()  # while the others load: it names file and row, and they can't
+
+        asked: list[list[Prompt]] = []
+
+        def check_prompts() -> None:
+            asked.extend((train, held_out))
+            if not _begun(run):
+                asked[:] = _askable(run, job, workers["sampler"], train, held_out, places, progress.note)
+            loop.train, loop.held_out = asked
+
         workers: dict[str, Worker | InlineWorker] = {}
+        devices = place(job, usable_gpus(len(gpu_names())))
+        unready: list[Worker | InlineWorker] = []
         for name, (factory, kwargs) in factories.items():
-            worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log")
+            env = {"CUDA_VISIBLE_DEVICES": devices[name]} if name in devices else None
+            worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log", env)
             workers[name] = stack.enter_context(closing(worker))
             if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
-                worker.ready()  # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile
+                # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile.
+                wait_until_ready([worker], loaded)
+            else:
+                unready.append(worker)
         workers.setdefault("measurer", workers["judge"])
         loop = Loop(
             job,
@@ -130,8 +174,10 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             **workers,
         )
         try:
-            for worker in workers.values():  # a setting that one of them refuses must not cost minutes, or a header
-                worker.ready()
+            # A setting that one of them refuses must not cost minutes, or a header.
+            wait_until_ready(unready, loaded)
+            if not asked:  # it was ready before the others began to load
+                check_prompts()
             _write_header(run, job, found, code, changed)
             resumed = any(e.kind == "started" for e in run.events())
             # run.json has the code that a run was begun with; which code went on with it, these events tell.
@@ -260,24 +306,85 @@ def check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
 
 
 def _prompts(
-    run: RunDir, job: Job, base_dir: Path, note: Callable[[str], None] | None = None
+    run: RunDir,
+    job: Job,
+    base_dir: Path,
+    note: Callable[[str], None] | None = None,
+    places: dict[str, str] | None = None,
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """The run's own copies, made at the start: a prompt file that changes or vanishes can't change a run."""
+    """The run's own copies, made at the start: a prompt file that changes or vanishes can't change a run. `places`
+    gets where each prompt stands in its file, by id, when they are made."""
     folder = run.path / "prompts"
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     if not all(f.exists() for f in files):
-        held_out = with_system(load_prompts(job.prompts.held_out, base_dir, note), job.policy.system_prompt)
-        train = exclude_held_out(
-            with_system(load_prompts(job.prompts.train, base_dir, note), job.policy.system_prompt), held_out, note
-        )
+        found: dict[tuple[Message, ...], str] = {}
+
+        def load(source: str, columns_required: bool) -> list[Prompt]:
+            at: dict[str, str] = {}
+            prompts = load_prompts(source, base_dir, note, job.prompts.columns, columns_required, at)
+            asked = with_system(prompts, job.policy.system_prompt)
+            found.update((p.messages, at[p.id]) for p in asked)
+            return asked
+
+        held_out = load(job.prompts.held_out, columns_required=False)
+        train = exclude_held_out(load(job.prompts.train, columns_required=True), held_out, note)
         check_enough(train, job.prompts)
         if note and (hint := shipped_held_out(job.prompts)):
             note(hint)
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, prompts in zip(files, (train, held_out), strict=True):
-            with replacing(path) as temporary:
-                temporary.write_text("".join(p.model_dump_json() + "\n" for p in prompts))
+        if places is not None:
+            places |= {p.id: found[p.messages] for p in (*train, *held_out)}
+        _copy_prompts(run, train, held_out)
     return read_rows(files[0], Prompt), read_rows(files[1], Prompt)
+
+
+def _copy_prompts(run: RunDir, train: list[Prompt], held_out: list[Prompt]) -> None:
+    folder = run.path / "prompts"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, prompts in (("train.jsonl", train), ("held_out.jsonl", held_out)):
+        with replacing(folder / name) as temporary:
+            temporary.write_text("".join(p.model_dump_json() + "\n" for p in prompts))
+
+
+def _askable(
+    run: RunDir,
+    job: Job,
+    sampler: WorkerLike,
+    train: list[Prompt],
+    held_out: list[Prompt],
+    places: dict[str, str],
+    note: Callable[[str], None],
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Every prompt rendered and measured before one is sampled: those that can be asked.
+
+    Raises:
+        UserError: the policy's template can't render one, or it leaves no room for an answer and
+            `prompts.too_long` doesn't say that such are dropped. The message names file and row.
+    """
+    problems: list[PromptProblem] = sampler.call("problems", prompts=[*train, *held_out])
+    if not problems:
+        return train, held_out
+    drop = job.prompts.too_long == "drop"
+    refused = [p for p in problems if not (p.too_long and drop)]
+    if refused:
+        first = refused[0]
+        more = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
+        advice = "; raise it, shorten the prompt, or set prompts.too_long=drop" if first.too_long else ""
+        raise UserError(f"{places.get(first.prompt_id, f'prompt {first.prompt_id}')}: {first.problem}{advice}{more}")
+    named = ", ".join(places.get(p.prompt_id, p.prompt_id) for p in problems[:3])
+    note(f"{len(problems)} prompts are too long and left out: {named}{', ...' if len(problems) > 3 else ''}")
+    gone = {p.prompt_id for p in problems}
+    train, held_out = ([p for p in prompts if p.id not in gone] for prompts in (train, held_out))
+    for left, needed, name, source in (
+        (train, job.prompts.per_iteration, "per_iteration", job.prompts.train),
+        (held_out, 1, "held_out", job.prompts.held_out),
+    ):
+        if len(left) < needed:
+            raise UserError(
+                f"prompts.{name}: needs {needed} prompts, and {len(left)} of {source} aren't too long (the first: "
+                f"{problems[0].problem}); raise that, or give shorter prompts"
+            )
+    _copy_prompts(run, train, held_out)
+    return train, held_out
 
 
 def _code() -> dict[str, Any]:

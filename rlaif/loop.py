@@ -27,7 +27,7 @@ from rlaif.judging.ballots import (
     selecting_voices,
     settled,
 )
-from rlaif.judging.calibration import CUT_OFF, EVERYTHING, Asked, Calibration, judged_stats
+from rlaif.judging.calibration import CUT_OFF, EVERYTHING, Asked, Calibration, ends_of, judged_stats
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import check_calibrated, decide_votes, to_review
 from rlaif.judging.templates import Template, template_names
@@ -39,6 +39,7 @@ from rlaif.records import (
     Ballot,
     Completion,
     Decision,
+    Divergence,
     EvaluationMetrics,
     IterationMetrics,
     Pair,
@@ -48,12 +49,15 @@ from rlaif.records import (
     Prompt,
     Quality,
     Score,
+    TokenSequence,
     UpdateStep,
     Vote,
+    WeightsGap,
 )
 from rlaif.review.labels import labels_noted
 from rlaif.store import STAGES, RunDir, StageDir, read_record, replace_dir, write_json
 from rlaif.texts import Texts
+from rlaif.weights import WRONG, weights_gap
 from rlaif.workers import WorkerLike
 
 BASE_POLICY = 0
@@ -92,6 +96,10 @@ class Loop:
     calibration: Calibration | None = None
     """In force for the whole run (`filters.calibration`)."""
     _sampler_has: str | None = field(default=None, init=False)
+    _fixed: list[TokenSequence] = field(default_factory=list, init=False)
+    """Texts that weights are compared by; made once."""
+    _gap: tuple[str, WeightsGap] | None = field(default=None, init=False)
+    """Of the policy with that digest, measured when the sampler took it."""
     _learner_at: int | None = field(default=None, init=False)
     """Iterations that the learner process has behind it; None until its state is known."""
 
@@ -132,6 +140,7 @@ class Loop:
             jurors=self._tell_jurors(k, here, votes, decisions),
             judged=judged_stats(list(zip(pairs, decisions, strict=True)), {c.id: c.text for c in completions},
                                 {c.id: c.finish_reason for c in completions}),
+            gap=self._gap_of(here),
         )  # fmt: skip
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(k, metrics, evaluation)
@@ -197,7 +206,8 @@ class Loop:
                 )
             )
 
-        return _in_order(here.rows("completions", Completion, produce, resumable=False), [p.id for p in prompts])
+        rows = here.rows("completions", Completion, produce, resumable=False, before_commit=self._gap_noted)
+        return _in_order(rows, [p.id for p in prompts])
 
     def _score(
         self, plan: Plan, here: StageDir, prompts: dict[str, Prompt], completions: list[Completion], text: Constitution
@@ -284,7 +294,7 @@ class Loop:
         journal.unlink(missing_ok=True)
 
     def _templates(self, plan: Plan, role: Role, text: Constitution) -> list[Template]:
-        names = template_names(self.job.judge, text, role)
+        names = template_names(self.job.judge, text, role, plan.templates)
         return [self.texts.load_template(name, plan.templates[name]) for name in names]
 
     def _ballots(self, plan: Plan, role: Role, pairs: list[Pair], text: Constitution) -> list[Ballot]:
@@ -324,7 +334,7 @@ class Loop:
         text: Constitution,
     ) -> list[Decision]:
         texts = {c.id: c.text for c in completions}
-        ends = {c.id: c.finish_reason for c in completions}
+        cut = {c.id for c in completions if c.cut_off}
         filters, of_pair = self.job.filters, by_pair(votes)
         # A calibration is a promise about pairs that train; held-out pairs only measure.
         calibration = self.calibration if role == "decide" else None
@@ -336,8 +346,10 @@ class Loop:
             for pair in pairs:
                 slice = prompts[pair.prompt_id].category or EVERYTHING
                 mine = of_pair[pair.id]
-                asked = how and how._replace(ends=(ends[pair.first], ends[pair.second]))
-                made.append(decide_votes(pair, mine, filters, texts, text.weights, jurors, calibration, slice, asked))
+                asked = how and how._replace(ends=ends_of(pair, cut))
+                made.append(
+                    decide_votes(pair, mine, filters, texts, text.weights, jurors, calibration, slice, cut, asked)
+                )
             # Held-out pairs are never labelled: they only measure.
             yield to_review(made, filters) if role == "decide" else made
 
@@ -487,7 +499,8 @@ class Loop:
                 )
             )
 
-        completions = _in_order(here.rows("completions", Completion, sample, resumable=False), list(by_id))
+        sampled = here.rows("completions", Completion, sample, resumable=False, before_commit=self._gap_noted)
+        completions = _in_order(sampled, list(by_id))
 
         def measure(_: list[Quality]) -> Iterator[list[Quality]]:
             self.progress.stage(shown, "sanity", len(completions), "answers", str(text.ref))
@@ -495,6 +508,7 @@ class Loop:
             yield from self._advancing(self.measurer.stream("quality", candidates=candidates, seed=self.job.seed))
 
         quality = here.rows("quality", Quality, measure, inputs=["completions"], resumable=False)
+        drift = self._drift(here, updates, policy, prompts[: self.job.eval.kl_prompts], text)
         pairs: list[Pair] = []
         decisions: list[Decision] | None = None
         if updates != BASE_POLICY:
@@ -510,9 +524,49 @@ class Loop:
             made = self._decide(here, "evaluate", pairs, votes, completions + base, by_id, text)
             decisions = made if judged else None
         seconds = round(time.monotonic() - started, 1)
-        metrics = monitors.evaluation_metrics(updates, text, completions, quality, pairs, decisions, seconds)
+        metrics = monitors.evaluation_metrics(
+            updates, text, completions, quality, pairs, decisions, seconds, drift, gap=self._gap_of(here)
+        )
         write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
         return metrics
+
+    def _drift(
+        self, here: StageDir, updates: int, policy: PolicyVersion, prompts: list[Prompt], text: Constitution
+    ) -> list[Divergence] | None:
+        """KL from the base policy, on answers as the policy itself gives them: at temperature 1 and top-p 1. None when
+        the job doesn't want it; empty for the base policy itself, which needs no measuring."""
+        if not prompts:
+            return None
+        if policy.digest == self.base_digest:
+            return []
+        shown = max(updates - 1, 0)
+
+        def sample(_: list[Completion]) -> Iterator[list[Completion]]:
+            self._load_sampler(updates)
+            self.progress.stage(shown, "untempered", len(prompts), "answers", str(text.ref))
+            yield from self._advancing(
+                self.sampler.stream(
+                    "sample",
+                    prompts=prompts,
+                    completions_per_prompt=1,
+                    policy=policy,
+                    seed=self.job.seed,
+                    iteration=EVAL_SEED_ITERATION,
+                    prefix=f"kl{updates:04d}",
+                    temperature=1.0,
+                    top_p=1.0,
+                )
+            )
+
+        sampled = here.rows("kl_completions", Completion, sample, resumable=False)
+
+        def measure(_: list[Divergence]) -> Iterator[list[Divergence]]:
+            self._load_learner(updates)
+            self.progress.stage(shown, "KL", len(sampled), "answers", str(text.ref))
+            completions = _in_order(sampled, [p.id for p in prompts])
+            yield from self._advancing(self.learner.stream("divergences", completions=completions))
+
+        return here.rows("divergences", Divergence, measure, inputs=["kl_completions"], resumable=False)
 
     def _evaluate_after(self, k: int) -> None:
         """Evaluates what iteration k made under its text, unless its plan had that done, and tells the alarms."""
@@ -547,6 +601,43 @@ class Loop:
                 raise RlaifError(f"{path}: the policy's weights are gone; restore them, or start a new run")
             self.sampler.call("load", policy_path=str(path))
         self._sampler_has = version.digest
+        self._compare_weights(k, version)
+
+    def _compare_weights(self, k: int, version: PolicyVersion) -> None:
+        """After every load, and before the first sample: do sampler and learner hold the same policy?
+
+        Raises:
+            RlaifError: they plainly don't; whatever was sampled would be another model's.
+        """
+        if self._gap is not None and self._gap[0] == version.digest:
+            return
+        self._load_learner(k)
+        if not self._fixed:
+            self._fixed = self.sampler.call("sequences_of", prompts=self.held_out)
+        if not self._fixed:  # a tokenizer that knows no word of the prompts
+            return
+        ours = self.sampler.call("logprobs", sequences=self._fixed)
+        theirs = self.learner.call("logprobs", sequences=self._fixed)
+        exported = self.learner.call("exports_in") if version.iteration else "as given"
+        gap = weights_gap(ours, theirs, self.sampler.call("computes_in"), exported)
+        if gap.typical > WRONG:
+            raise RlaifError(
+                f"the sampler ({gap.sampler}) doesn't hold the policy that is trained: log-probabilities of fixed "
+                f"texts differ by {gap.typical:.2f} nats a token. `rlaif doctor --deep {self.job.policy.model}` says "
+                "where it happens; sampling.engine: transformers may be safe"
+            )
+        self._gap = (version.digest, gap)
+        values = {"weights_gap/mean": gap.mean, "weights_gap/typical": gap.typical, "weights_gap/worst": gap.worst}
+        self.learner.call("track", values=values)
+
+    def _gap_noted(self) -> dict[str, Any]:
+        """For the meta file of what was just sampled."""
+        return {"weights_gap": self._gap[1].model_dump(mode="json")} if self._gap else {}
+
+    @staticmethod
+    def _gap_of(here: StageDir) -> WeightsGap | None:
+        found = here.meta("completions").get("weights_gap")
+        return WeightsGap.model_validate(found) if found else None
 
     def _state(self, k: int) -> Path:
         return self.dir.path / "learner" / f"{k:04d}"

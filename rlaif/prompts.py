@@ -1,8 +1,9 @@
 """Prompt sets: where prompts come from, and which of them an iteration takes.
 
 In: a JSONL, JSON, CSV or Parquet file, or `datasets:NAME[:SPLIT]`. A row has `prompt` (text, or a chat as TRL writes
-it) or `messages` (chat), and may have `id` and `category`; other columns are ignored. Answers at the end of a chat are
-left out: the policy gives its own. Out: `Prompt`s.
+it), `messages` (chat), `conversations` (a chat as ShareGPT writes it) or two answers, `chosen` and `rejected`, with the
+prompt in both; it may have `id` and `category`; other columns are ignored, and a job may say what they are called.
+Answers at the end of a chat are left out: the policy gives its own. Out: `Prompt`s.
 
 A file is somebody's own: a row with both columns or a repeated prompt is a mistake there. Data sets made for other
 trainings have both as a matter of course: `prompt` counts, and repeats are skipped.
@@ -12,29 +13,40 @@ The order is a function of the seed and the position alone, so a resumed run con
 
 from __future__ import annotations
 
+import ast
 import csv
+import gzip
 import io
+import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from rlaif.config import Prompts
+from rlaif.config import Columns, Prompts
 from rlaif.errors import UserError, first_problem
 from rlaif.records import Message, Prompt, digest
 
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 DATASETS_PREFIX = "datasets:"
 
 Row = tuple[str, Any]
 """Where a row was found, as errors name it (`file:line`), and its value."""
 
 
-def load_prompts(source: str, base_dir: Path, note: Callable[[str], None] | None = None) -> list[Prompt]:
+def load_prompts(
+    source: str,
+    base_dir: Path,
+    note: Callable[[str], None] | None = None,
+    columns: Columns | None = None,
+    columns_required: bool = True,
+    places: dict[str, str] | None = None,
+) -> list[Prompt]:
     """Reads a prompt set.
 
     Args:
@@ -42,6 +54,10 @@ def load_prompts(source: str, base_dir: Path, note: Callable[[str], None] | None
             the split is `train` if absent, and NAME may be a folder.
         base_dir: folder that relative files are looked up in.
         note: told how many repeated prompts of a data set were skipped.
+        columns: what the columns are called, where they have other names.
+        columns_required: without it, rows that have none of these are read by the usual names (the held-out set may be
+            another file).
+        places: gets where each prompt was found (`file:line`), by its id.
 
     Returns:
         The prompts in the source's order. A prompt without `id` gets one from the hash of its messages.
@@ -54,7 +70,9 @@ def load_prompts(source: str, base_dir: Path, note: Callable[[str], None] | None
     seen: dict[str, str] = {}
     foreign, skipped = source.startswith(DATASETS_PREFIX), 0
     conversations: dict[str, tuple[Message, ...]] = {}
-    for where, row in _rows(source, base_dir):
+    named = _Named(columns or Columns(), columns_required)
+    for where, given in _rows(source, base_dir):
+        row = named.usual(given, where)
         prompt = _prompt(row, where, foreign)
         if foreign and conversations.setdefault(prompt.id, prompt.messages) == prompt.messages and prompt.id in seen:
             skipped += 1
@@ -66,6 +84,9 @@ def load_prompts(source: str, base_dir: Path, note: Callable[[str], None] | None
         prompts.append(prompt)
     if not prompts:
         raise UserError(f"{source}: no prompts in it; a row looks like {_EXAMPLE}")
+    named.check(source)
+    if places is not None:
+        places |= seen
     if skipped and note:
         note(f"{source}: {skipped} repeated prompts skipped, {len(prompts)} are left")
     return prompts
@@ -168,6 +189,7 @@ def _following(current: list[Prompt], shuffled: list[Prompt], begun: int, per_it
     return first + [p for p in shuffled if p.id not in chosen]
 
 
+_WANTED = {"prompt": "text that isn't blank", "messages": "a list of {role, content} that isn't empty"}
 _EXAMPLE = '{"id": "bread", "prompt": "How do I keep bread fresh?"}'
 
 
@@ -193,25 +215,91 @@ def _has_id(row: Any) -> bool:
     return isinstance(row, dict) and row.get("id") not in (None, "")
 
 
+class _Named:
+    """Rows by the names that a job gives their columns, brought to the usual ones."""
+
+    def __init__(self, columns: Columns, required: bool) -> None:
+        self._columns = columns.named
+        self._required = required
+        self._unseen = dict(self._columns)
+
+    def usual(self, row: Any, where: str) -> Any:
+        """The row under the usual names.
+
+        Raises:
+            UserError: it has no column of the prompt's name.
+        """
+        if not self._columns or not isinstance(row, dict):
+            return row
+        found = {name: _at(row, column) for name, column in self._columns.items()}
+        lacking = found.get("prompt") is _ABSENT or all(value is _ABSENT for value in found.values())
+        if lacking and not self._required:
+            return row
+        if found.get("prompt") is _ABSENT:
+            raise UserError(
+                f"{where}: no column `{self._columns['prompt']}` (prompts.columns.prompt), found {_listed(row)}"
+            )
+        for name, value in found.items():
+            if value is not _ABSENT:
+                self._unseen.pop(name, None)
+        # What is named by the job is what counts: a column of the usual name holds something else.
+        instead = _CHATS if "prompt" in found else ()
+        kept = {k: v for k, v in row.items() if k not in (*instead, *found)}
+        renamed = {"system": _SYSTEM}
+        return kept | {renamed.get(n, n): None if value is _ABSENT else value for n, value in found.items()}
+
+    def check(self, source: str) -> None:
+        """Whether every named column was there.
+
+        Raises:
+            UserError: one was in no row.
+        """
+        if self._required and self._unseen:
+            name, column = next(iter(self._unseen.items()))
+            raise UserError(f"{source}: no row has a column `{column}` (prompts.columns.{name}); correct its name")
+
+
+_ABSENT: Any = object()
+_CHATS = ("prompt", "messages", "conversations", "chosen", "rejected")
+"""Columns that hold a prompt, in the order in which a data set's count."""
+
+
+def _at(row: Mapping[str, Any], path: str) -> Any:
+    """A column by its name, else by its path (`question.text`, `turns.0`)."""
+    if path in row:
+        return row[path]
+    at: Any = row
+    for part in path.split("."):
+        if isinstance(at, dict) and part in at:
+            at = at[part]
+        elif isinstance(at, list) and part.isdecimal() and int(part) < len(at):
+            at = at[int(part)]
+        else:
+            return _ABSENT
+    return at
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    return f"`{'`, `'.join(map(str, row)) or 'nothing'}`"
+
+
 def _prompt(row: Any, where: str, foreign: bool) -> Prompt:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {type(row).__name__}; a row looks like {_EXAMPLE}")
     # CSV and Parquet have every column in every row: an empty cell is an absent field.
     fields = {k: v for k, v in row.items() if v is not None and v != ""}
-    text, chat = fields.get("prompt"), fields.get("messages")
-    if foreign and text is not None:
-        chat = None
-    if (text is None) == (chat is None):
-        found = "both" if text is not None else f"`{'`, `'.join(map(str, row)) or 'nothing'}`"
+    here = [c for c in _CHATS[:3] if c in fields]
+    if not here and (blank := [c for c in _CHATS[:2] if c in row]) and "chosen" not in fields:
+        raise UserError(f"{where}: `{blank[0]}` must be {_WANTED[blank[0]]}, found {row[blank[0]]!r}")
+    if not here and "chosen" not in fields:
+        hint = f"; where it is called otherwise, set prompts.columns: {{prompt: {next(iter(row), 'NAME')}}}"
+        raise UserError(f"{where}: a row needs either `prompt` (text) or `messages` (chat), found {_listed(row)}{hint}")
+    if len(here) > 1 and not foreign:
+        found = "both" if set(here) == {"prompt", "messages"} else f"`{'` and `'.join(here)}`"
         raise UserError(f"{where}: a row needs either `prompt` (text) or `messages` (chat), found {found}")
-    if isinstance(text, list):
-        messages = _messages(text, "prompt", where)
-    elif text is not None:
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: `prompt` must be text that isn't blank, found {text!r}")
-        messages = (Message(role="user", content=text),)
-    else:
-        messages = _messages(chat, "messages", where)
+    chat = _chat(fields[here[0]], here[0], where) if here else _before_the_answers(fields, where)
+    column = here[0] if here else "chosen"
+    messages = _question(_with_system_cell(chat, row, column, where), column, where)
     category = fields.get("category")
     for said in (str(fields.get("id", "")), str(category), *(m.content for m in messages)):
         try:
@@ -226,20 +314,129 @@ def _prompt(row: Any, where: str, foreign: bool) -> Prompt:
     )
 
 
-def _messages(chat: Any, column: str, where: str) -> tuple[Message, ...]:
+def _chat(value: Any, column: str, where: str) -> list[Message]:
+    """The messages of a cell: a chat, or (in `prompt`) what a user says."""
+    if isinstance(value, str) and column == "prompt":
+        if not value.strip():
+            raise UserError(f"{where}: `prompt` must be {_WANTED['prompt']}, found {value!r}")
+        if not _CHAT_AS_TEXT.match(value):
+            return _transcript(value) or [Message(role="user", content=value)]
+    if column == "prompt" and not isinstance(value, str | list):
+        raise UserError(f"{where}: `prompt` must be {_WANTED['prompt']}, found {value!r}")
+    return _messages(value, column, where)
+
+
+def _before_the_answers(fields: dict[str, Any], where: str) -> list[Message]:
+    """The prompt that two answers have in common.
+
+    Raises:
+        UserError: they are answers alone, or answers to different prompts.
+    """
+    sides = []
+    for name in ("chosen", "rejected"):
+        if name not in fields:
+            continue
+        value = fields[name]
+        if isinstance(value, str) and not _CHAT_AS_TEXT.match(value):
+            if not (side := _transcript(value)):
+                raise UserError(
+                    f"{where}: `{name}` is an answer without its prompt; say which column has that "
+                    "(prompts.columns: {prompt: NAME}), or give whole chats as `chosen` and `rejected`"
+                )
+        else:
+            side = _messages(value, name, where)
+        sides.append(side)
+    shared = [a for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(sides[0], sides[-1], strict=False))]
+    if not any(m.role == "user" for m in shared):
+        raise UserError(f"{where}: `chosen` and `rejected` don't begin with the same prompt; give it as `prompt`")
+    return shared
+
+
+def _with_system_cell(chat: list[Message], row: dict[str, Any], column: str, where: str) -> list[Message]:
+    """The chat after the row's own system prompt: a column that a job names, or that ShareGPT's rows have."""
+    system = row.get(_SYSTEM) or (row.get("system") if column == "conversations" else None)
+    if system is None or system == "":
+        return chat
+    if not isinstance(system, str):
+        raise UserError(f"{where}: the system prompt must be text, found {system!r}")
+    mine = [m for m in chat if m.role == "system"]
+    if mine and mine[0].content.strip() != system.strip():
+        raise UserError(f"{where}: two system prompts, one in the chat and one in a column of its own; remove one")
+    return chat if mine else [Message(role="system", content=system), *chat]
+
+
+_SYSTEM = "\0system"
+"""Where a system prompt is put whose column a job names: a `system` that it doesn't name is ignored, as any other."""
+
+_CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
+_SAID = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+"""ShareGPT's names for who speaks, and others' of the kind."""
+
+
+def _transcript(text: str) -> list[Message]:
+    """The turns of a chat in one string, as Anthropic's HH-RLHF writes them; none when it is none."""
+    text = text.strip("\n ")
+    if not text.startswith("Human:") or "\n\nAssistant:" not in text:
+        return []
+    _, *parts = _SAID.split(text)
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    said = [Message(role="user" if who == "Human" else "assistant", content=what.strip()) for who, what in turns]
+    return said[:-1] if not said[-1].content else said
+
+
+def _messages(chat: Any, column: str, where: str) -> list[Message]:
     if isinstance(chat, str):  # a CSV cell
-        try:
-            chat = json.loads(chat)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{where}: `{column}` is text but not JSON ({e.msg})") from e
+        chat = _parsed(chat, column, where)
     if not isinstance(chat, list) or not chat:
         raise UserError(f"{where}: `{column}` must be a list of {{role, content}} that isn't empty")
     try:
-        # Arrow fills every field of a message that any row has.
-        given = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in chat]
-        messages = [Message.model_validate(m) for m in given]
+        return [Message.model_validate(_message(m, column, where)) for m in chat]
     except ValidationError as e:
         raise UserError(f"{where}: `{column}`: {first_problem(e)} (a message is {{role, content}})") from e
+
+
+def _parsed(cell: str, column: str, where: str) -> Any:
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError) as e:
+        try:  # as Python prints a list: how pandas writes a CSV
+            return ast.literal_eval(cell.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            why = getattr(e, "msg", "nested too deeply")
+            raise UserError(f"{where}: `{column}` is text but not JSON ({why})") from e
+
+
+def _message(given: Any, column: str, where: str) -> Any:
+    """One message of a chat with the keys and values that `Message` has, as far as it can be told."""
+    if not isinstance(given, dict):
+        return given
+    out = {k: v for k, v in given.items() if v is not None}  # Arrow fills every field of a message that any row has
+    share_gpt = "from" in out and "role" not in out
+    if share_gpt:
+        out = {"role": out["from"], "content": out.get("value")}
+        if out["content"] is None:
+            raise UserError(f"{where}: `{column}`: a message from `{out['role']}` without `value`")
+    if isinstance(role := out.get("role"), str) and (share_gpt or column == "conversations"):
+        out["role"] = _ROLES.get(role.casefold(), role)
+    if isinstance(parts := out.get("content"), list):
+        out["content"] = "".join(_part(p, column, where) for p in parts)
+    return out
+
+
+def _part(part: Any, column: str, where: str) -> str:
+    """The text of one part of a message's content."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind in ("text", "input_text") and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise UserError(f"{where}: `{column}`: a message holds a part of type `{kind}`; rlaif reads text parts alone")
+
+
+def _question(messages: list[Message], column: str, where: str) -> tuple[Message, ...]:
+    """The chat up to the user's last turn."""
+    messages = list(messages)
     while len(messages) > 1 and messages[-1].role == "assistant":
         messages.pop()
     if messages[-1].role != "user" or not messages[-1].content.strip():
@@ -256,15 +453,18 @@ def _rows(source: str, base_dir: Path) -> Iterator[Row]:
             f"{path}: no such prompt file; give a {', '.join(FORMATS)} file or `{DATASETS_PREFIX}NAME[:SPLIT]`"
         )
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path}: unknown format `{path.suffix}`; prompts are read from {', '.join(FORMATS)}")
-    return reader(path)
+    kind = "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]).lower()
+    if kind not in FORMATS:
+        raise UserError(f"{path}: unknown format `{kind}`; prompts are read from {', '.join(FORMATS)}")
+    return readers[kind.removesuffix(".gz")](path)
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix.lower() == ".gz" else content).decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: not a whole gzip file ({e})") from e
     except OSError as e:
         raise UserError(f"{path}: can't read the prompts ({e.strerror})") from e
     except UnicodeDecodeError as e:
@@ -334,12 +534,13 @@ def _dataset_rows(source: str) -> Iterator[Row]:
     import datasets
 
     try:
-        if (Path(name) / "dataset_dict.json").is_file():  # a folder of `save_to_disk`
-            rows = datasets.load_from_disk(name)[split]
-        elif (Path(name) / "state.json").is_file():
-            rows = datasets.load_from_disk(name)
+        if any((Path(name) / f).is_file() for f in ("dataset_dict.json", "state.json")):  # of `save_to_disk`
+            saved = datasets.load_from_disk(name)
+            rows = _slice(saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}, split, source)
         else:
             rows = datasets.load_dataset(*names, split=split)
+    except UserError:
+        raise
     # load_dataset raises a dozen kinds for a wrong name, a wrong split and a missing network alike.
     except Exception as e:
         raise UserError(
@@ -347,6 +548,23 @@ def _dataset_rows(source: str) -> Iterator[Row]:
             "check name, configuration, split and network, or give a file"
         ) from e
     yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _slice(splits: Mapping[str, Any], split: str, source: str) -> Any:
+    """The rows that `train[:90%]` or `train+test` names, of data that is loaded."""
+    import datasets
+
+    asked = re.findall(r"(?:^|\+)\s*([^\[\]+\s]+)", split)
+    if unknown := [s for s in asked if s not in splits]:
+        if len(splits) == 1 and unknown == ["train"]:  # the default, of a set that has another name
+            return _slice({"train": next(iter(splits.values()))}, split, source)
+        raise UserError(f"{source}: no split `{unknown[0]}`; there is {', '.join(splits)}")
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    cut = [
+        splits[p.splitname].select(range(p.from_ or 0, lengths[p.splitname] if p.to is None else p.to)) for p in parts
+    ]
+    return cut[0] if len(cut) == 1 else datasets.concatenate_datasets(cut)
 
 
 def _first_line(error: Exception) -> str:

@@ -28,6 +28,7 @@ DropReason = Literal[
     "low_agreement",
     "low_margin",
     "uncalibrated",
+    "cut_off",
 ]
 
 ReviewRule = Literal["below_agreement", "top_uncertain"]
@@ -73,7 +74,9 @@ class PolicyVersion(Record):
 
 
 class Completion(Record):
-    """One sampled answer, as token ids and as text. `token_ids` hold the end token iff `finish_reason` is stop."""
+    """One sampled answer, as token ids and as text. `token_ids` are as sampled, what ended them included iff
+    `finish_reason` is stop (an end token, or what `sampling.stop` names); `text` is what counts as the answer: without
+    that, and without thoughts where `policy.thinking` strips them."""
 
     id: str
     prompt_id: str
@@ -86,6 +89,45 @@ class Completion(Record):
     finish_reason: FinishReason
     logprob: float | None = None
     """Sum of the sampled tokens' log p under the policy (nats, untempered), where the engine reports it."""
+
+    @property
+    def cut_off(self) -> bool:
+        """The length limit ended it."""
+        return self.finish_reason == "length"
+
+
+class TokenSequence(Record):
+    """A prompt and a completion of it, as token ids: what is scored."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """The prompt's tokens, then the completion's."""
+        return (*self.prompt_token_ids, *self.token_ids)
+
+
+class WeightsGap(Record):
+    """How far apart the weights that sample and those that are trained are: fixed texts, scored by both."""
+
+    tokens: int
+    """Tokens compared."""
+    mean: float
+    """|Mean over them of log p(sampler) - log p(learner)|, in nats: rounding averages out, other weights don't."""
+    typical: float
+    """Mean of |log p(sampler) - log p(learner)|, in nats: about 0 in fp32, some 0.05 where the sampler computes in
+    bf16."""
+    worst: float
+    """The largest |log p(sampler) - log p(learner)|, in nats."""
+    sampler: str
+    """Engine and precision that the sampler computes in."""
+    exported: str
+    """Precision of the weights that the sampler was given."""
+
+    def within(self, limit: float) -> bool:
+        """Whether `mean` is at most `limit`, and `typical` at most ten times that."""
+        return self.mean <= limit and self.typical <= 10 * limit
 
 
 class Score(Record):
@@ -106,6 +148,16 @@ class Quality(Record):
     """Mean over tokens of log p(y | its prompt), nats."""
     relevance: float
     """Mean over tokens of log p(y | its prompt) - log p(y | another prompt), nats."""
+
+
+class Divergence(Record):
+    """How far the policy is from the base policy over one completion that was sampled at temperature 1 and top-p 1."""
+
+    completion_id: str
+    prompt_id: str
+    tokens: int
+    kl: float
+    """Sum over its tokens' places of KL(policy, base) over the whole vocabulary, nats."""
 
 
 class Pair(Record):
@@ -164,6 +216,11 @@ class Usage(Record):
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    """All that was written, thoughts included, whether the server counts them in or beside."""
+    cached_tokens: int = 0
+    """Of the prompt's, those that the server had cached."""
+    reasoning_tokens: int = 0
+    """Of the completion's, those of thought."""
     estimated: bool = False
     """The server doesn't say: four characters a token."""
 
@@ -190,6 +247,11 @@ class Vote(Record):
     """What went wrong, for `infra_error`: one line, no secrets."""
     attempts: int = 1
     """Requests that were made for it; 0 when it came from the cache, or no server was asked."""
+    reasked: int = 0
+    """How often it was asked again, since a reply was empty or unreadable (`judge.reask`); `attempts` and `usage` hold
+    those replies too."""
+    fingerprint: str | None = None
+    """What the server says of the model that answered: its `system_fingerprint` and what its list of models holds."""
     usage: Usage = Usage()
     latency_s: float = 0.0
     cached: bool = False
@@ -383,6 +445,10 @@ class IterationMetrics(Record):
     """Pairs on which a voice gave another answer when the order changed."""
     position_bias: float | None = None
     """Share of votes for the slot shown first; None for a judge without slots."""
+    one_cut_off: int = 0
+    """Pairs with a winner of whose two answers the length limit cut off one ..."""
+    cut_off_won: int = 0
+    """... and those of them whose winner is that one, kept or not."""
     juror_weights: dict[str, float] = Field(default_factory=dict)
     """What each juror's votes weighed (`filters.aggregate: dawid_skene`); empty without such a jury."""
     juror_agreement: dict[str, float | None] = Field(default_factory=dict)
@@ -399,6 +465,8 @@ class IterationMetrics(Record):
     judge_tokens_per_kept_pair: float | None = None
     seconds: dict[str, float]
     """Wall time by stage."""
+    weights_gap: WeightsGap | None = None
+    """Of the policy that was sampled from; None in a run that didn't measure it."""
 
 
 class EvaluationMetrics(AnswerStats):
@@ -419,14 +487,30 @@ class EvaluationMetrics(AnswerStats):
     abstained: int = 0
     """Answers without a valid vote (failed calls, unreadable replies); the first versions counted them as undecided."""
     kl_per_token: float | None
-    """Mean of log p(policy) - log p(base) over the sampled answers' tokens, nats: an estimate, biased by temperature
-    and top-p. None when the engine reports no log-probabilities."""
+    """KL(policy, base), nats: the sum of `kl` over the sum of `tokens` (Divergence); 0 for the base policy itself, None
+    when not measured (`eval.kl_prompts: 0`). Where `kl_answers` is null it is what older versions wrote: the mean of
+    log p(policy) - log p(base) over the held-out answers' tokens, off by temperature and top-p, even in its sign."""
+    kl_interval: tuple[float, float] | None = None
+    """95 %, over the prompts; None with fewer than two."""
+    kl_per_completion: float | None = None
+    """Mean of `kl` over the answers: of a whole answer, up to the length limit."""
+    kl_per_completion_interval: tuple[float, float] | None = None
+    """As `kl_interval`."""
+    kl_answers: int | None = None
+    """Answers that KL was measured on; none are needed for the base policy. Null in runs that began before it was."""
     relevance: float
     """Mean over the answers, as the next (Quality)."""
     base_logprob_per_token: float
     checks: dict[str, float]
     """Principle → share of the answers that pass its check."""
     seconds: float
+    weights_gap: WeightsGap | None = None
+    """Of the policy that was evaluated; None in a run that didn't measure it."""
+
+    @property
+    def kl_by_older_version(self) -> bool:
+        """`kl_per_token` is the biased estimate of older versions."""
+        return self.kl_answers is None and self.kl_per_token is not None
 
 
 class Event(Record):

@@ -44,6 +44,7 @@ REASONS = {
     "low_agreement": "the voices don’t agree enough",
     "low_margin": "p(first) is too near to one half",
     "uncalibrated": "under the calibrated threshold",
+    "cut_off": "the winner was cut off by the length limit, the loser was not",
     "review": "waits for, or went to, a person",
 }
 

@@ -330,7 +330,11 @@ class RunDir:
         Raises:
             UserError: it isn't one.
         """
-        return parse_job(self.header.get("job", {}), str(self.path / "run.json"))
+        tree = self.header.get("job", {})
+        if isinstance(tree, dict) and isinstance(filters := tree.get("filters"), dict):
+            # A rule that the run's rlaif didn't have dropped nothing in it, whatever a new job's default is.
+            tree = tree | {"filters": {"cut_off": "keep"} | filters}
+        return parse_job(tree, str(self.path / "run.json"))
 
     def plan(self, k: int) -> Plan:
         """The plan of iteration k."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from rich.table import Table
-
 from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, ConstitutionRef, EvaluationMetrics, Event, IterationMetrics, Plan, Prompt, Record
@@ -113,7 +111,8 @@ def held_out_answers(run: RunDir) -> tuple[HeldOut, ...]:
     answers = {
         k: {c.prompt_id: c.text for c in reversed(run.evaluation(k).read("completions", Completion))} for k in updates
     }
-    return tuple(HeldOut(prompt=p.text, answers={k: answers[k].get(p.id) for k in updates}) for p in prompts)
+    shown = [p for p in prompts if any(p.id in answers[k] for k in updates)]  # eval.prompts may be fewer
+    return tuple(HeldOut(prompt=p.text, answers={k: answers[k].get(p.id) for k in updates}) for p in shown)
 
 
 def write_summary(run: RunDir) -> Summary:
@@ -128,9 +127,22 @@ def write_summary(run: RunDir) -> Summary:
 
 def final_tables(run: RunDir, summary: Summary) -> None:
     """Prints the run: iterations, held-out evaluations, answers."""
+    from rich.table import Table
+
     console = stdout_console()
     table = Table(title="iterations", title_justify="left")
-    for column in ("iteration", "text", "pairs", "kept", "dropped", "loss", "words", "ended", "seconds by stage"):
+    for column in (
+        "iteration",
+        "text",
+        "pairs",
+        "kept",
+        "dropped",
+        "loss",
+        "words",
+        "ended",
+        "gap",
+        "seconds by stage",
+    ):
         table.add_column(column, justify="left" if column in ("text", "dropped", "seconds by stage") else "right")
     for m in summary.iterations:
         seconds = {s: m.seconds[s] for s in ("completions", "scores", "votes", "updates")}
@@ -143,6 +155,7 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             "-" if m.loss is None else f"{m.loss:.3f}",
             f"{m.sampled.mean_words:.1f}",
             f"{m.sampled.ended_share:.0%}",
+            "-" if m.weights_gap is None else f"{m.weights_gap.mean:.4f}",
             "  ".join(
                 f"{name} {seconds[stage]:.0f}"
                 for name, stage in (
@@ -190,6 +203,8 @@ def final_tables(run: RunDir, summary: Summary) -> None:
         )
     console.print(table)
     for e in summary.evaluations:
+        if e.updates and (line := kl_line(e)):
+            console.print(f"after {e.updates}: {line}")
         if e.abstained:
             some = f"{e.abstained} of {e.answers} answers"
             console.print(f"after {e.updates}: the judge abstained on {some}; the win rate leaves them out")
@@ -199,6 +214,23 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             label = "base" if updates == 0 else f"after {updates}"
             console.print(f"  [dim]{label}:[/] {inert(' '.join((answer or '').split()))}")
     console.print(f"\npicture: {run.path / 'summary.png'}   the same for programs: {run.path / 'summary.json'}")
+
+
+def kl_line(e: EvaluationMetrics) -> str | None:
+    """An evaluation's KL with its intervals, in words; None where there is nothing to add to the number."""
+    if e.kl_by_older_version:
+        return "KL/token is the estimate of an older version, off by temperature and top-p, even in its sign"
+    if e.kl_per_token is None or not e.kl_answers:
+        return None
+
+    def of(value: float | None, interval: tuple[float, float] | None, digits: int) -> str:
+        within = f" ({interval[0]:.{digits}f}-{interval[1]:.{digits}f})" if interval else ""
+        return f"{value:.{digits}f}{within}"
+
+    return (
+        f"KL from the base policy {of(e.kl_per_token, e.kl_interval, 3)} nats a token, "
+        f"{of(e.kl_per_completion, e.kl_per_completion_interval, 2)} an answer (95%, {e.kl_answers} answers)"
+    )
 
 
 def _sent(metrics: IterationMetrics) -> list[tuple[str, int]]:
@@ -248,8 +280,15 @@ def draw(summary: Summary, path: Path) -> None:
         kept.bar(x_iter, [m.review for m in iterations], bottom=bottom, label="to review", hatch="//", alpha=0.6)
     kept.set(title="pairs: kept, and dropped by reason", xlabel="iteration")
     sane.plot(x_eval, [e.relevance for e in evaluations], "o-", label="relevance (nat a token)")
-    kl = [(e.updates, e.kl_per_token) for e in evaluations if e.kl_per_token is not None]
-    sane.plot([x for x, _ in kl], [y for _, y in kl], "s-", label="KL (nat a token)")
+    kl = [
+        (e.updates, e.kl_per_token, e.kl_interval or (e.kl_per_token, e.kl_per_token))
+        for e in evaluations
+        if e.kl_per_token is not None and not e.kl_by_older_version
+    ]
+    errors = [[y - low for _, y, (low, _) in kl], [high - y for _, y, (_, high) in kl]]
+    sane.errorbar(
+        [x for x, _, _ in kl], [y for _, y, _ in kl], yerr=errors, fmt="s-", capsize=3, label="KL (nat a token, 95 %)"
+    )
     surprise = [-e.base_logprob_per_token for e in evaluations]
     sane.plot(x_eval, surprise, "^-", label="-log p under base (nat a token)")
     sane.set(title="sanity on held-out answers", xlabel="iteration", ylim=(0, None))

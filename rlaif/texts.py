@@ -17,7 +17,7 @@ from rlaif.config import Job
 from rlaif.constitution import Constitution, load_with_source
 from rlaif.errors import UserError
 from rlaif.judging.ballots import check_selects
-from rlaif.judging.templates import Template, load_template, parse_template, template_names
+from rlaif.judging.templates import Template, evaluating_name, load_template, parse_template, template_names
 from rlaif.records import ConstitutionRef
 from rlaif.store import RunDir, disk_errors, read_json, read_record, replace_dir, write_json
 
@@ -44,6 +44,7 @@ class Texts:
         self._follows = job.constitution if job.constitution and "@" not in job.constitution else None
         self._schedule = job.schedule or {0: job.constitution or ""}
         self._alarmed: str | None = None
+        self._said = False
         self._judge = job.judge
         self._templates_dir = base_dir / job.judge.templates_dir
         # A pinned text comes from the run's own copy once there is one; what is on disk no longer matters.
@@ -80,8 +81,30 @@ class Texts:
     def _templates(self, text: Constitution) -> dict[str, str]:
         if self._judge.kind != "chat":
             return {}
-        names = [*template_names(self._judge, text, "decide"), *template_names(self._judge, text, "evaluate")]
-        return {name: self._template(name) for name in dict.fromkeys(names)}
+        deciding = template_names(self._judge, text, "decide")
+        known = {other for name in deciding if self._is_known(other := evaluating_name(name), name)}
+        evaluating = template_names(self._judge, text, "evaluate", known)
+        if (same := [name for name in evaluating if name in deciding]) and not self._said:
+            self._said = True
+            self._note(
+                f"judge: held-out answers are measured with the question that trains (template {', '.join(same)}); add "
+                f"{self._templates_dir / evaluating_name(same[0])}.jinja, or set judge.evaluate_templates"
+            )
+        # Evaluating ones first: with a deciding one's pin there is its counterpart's, if there ever was one.
+        return {name: self._template(name) for name in dict.fromkeys([*evaluating, *deciding])}
+
+    def _is_known(self, name: str, deciding: str) -> bool:
+        """Whether there is an evaluating template beside a deciding one: in the run where that one is pinned, so that a
+        file that was added later changes no run, else on disk."""
+        pins = self._pins()
+        if not self._follows and f"template {deciding}" in pins:
+            return f"template {name}" in pins
+        return (self._templates_dir / f"{name}.jinja").is_file()
+
+    def _pins(self) -> dict[str, str]:
+        path = self._run.path / "constitutions" / "pins.json"
+        known: dict[str, str] = read_json(path) if path.exists() else {}
+        return known
 
     def load_template(self, name: str, digest: str) -> Template:
         """The run's copy of a template."""

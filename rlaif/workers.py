@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -66,6 +66,24 @@ def start_worker(
     if mode == "process":
         return Worker(name, factory, kwargs, log_path, env)
     return InlineWorker(name, factory, kwargs, log_path, env)
+
+
+def wait_until_ready(
+    workers: Iterable[Worker | InlineWorker], told: Callable[[str, float, list[str]], None], poll_s: float = 0.1
+) -> None:
+    """Waits until all are built; the first that fails raises what it failed with.
+
+    Args:
+        told: Called for each as soon as it is built: its name, seconds since the call, and who is still awaited.
+    """
+    started = time.monotonic()
+    waiting = list(workers)
+    while waiting:
+        for worker in list(waiting):
+            if worker.poll(poll_s):
+                worker.ready()
+                waiting.remove(worker)
+                told(worker.name, time.monotonic() - started, [w.name for w in waiting])
 
 
 class Worker:
@@ -127,6 +145,10 @@ class Worker:
     def alive(self) -> bool:
         """Whether the child runs."""
         return self._process.poll() is None
+
+    def poll(self, timeout_s: float) -> bool:
+        """Whether `ready` has an answer, good or bad, after at most so many seconds."""
+        return self._ready or self._connection.poll(timeout_s) or not self.alive
 
     def ready(self) -> None:
         """Waits until the object is built.
@@ -254,6 +276,10 @@ class InlineWorker:
         self._start = (factory, kwargs)
         self._target: Any = None
         self._closed = False
+
+    def poll(self, timeout_s: float) -> bool:
+        """As `Worker.poll`: building happens in `ready`."""
+        return True
 
     def ready(self) -> None:
         """Builds the object, the first time."""

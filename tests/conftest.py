@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,31 @@ import yaml
 from rlaif.config import Job, load_job
 from tests.stubs import write_texts
 
+ROOT = Path(__file__).resolve().parent.parent
 # A run's steps are too small to share between threads, and the tests run on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A process that a test starts imports this very checkout, whichever folder it works in.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_clone(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fixtures that outlive a test don't work in the clone either."""
+    os.chdir(tmp_path_factory.mktemp("session"))
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works in a folder of its own: what lies in the clone, such as `runs/quickstart`, changes nothing."""
+    monkeypatch.chdir(tmp_path)
+    if commands := sys.modules.get("rlaif.cli.judge_common"):
+        commands.loader.cache_clear()  # texts by their relative path
+
+
+@pytest.fixture
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh clone, as far as commands see it: what is shipped to be read or edited, and no `runs/`."""
+    return make_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,6 +65,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return OneEngine(config, log)
 
 
+@functools.cache
+def shipped() -> tuple[Path, ...]:
+    """Files to be read or edited that the repository ships, from its root; what you added beside them is none."""
+    folders = ("constitutions", "jobs", "prompts")
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--", *folders]
+    try:
+        known = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\0")
+    except OSError:  # no git on this machine
+        known = []
+    files = [Path(name) for name in known if name and (ROOT / name).is_file()]
+    if not files:  # unpacked from an archive
+        files = [p.relative_to(ROOT) for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()]
+    return tuple(sorted(files))
+
+
+def make_checkout(folder: Path) -> Path:
+    """Copies what is shipped into a folder."""
+    for file in shipped():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, folder / file)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with a tokenizer and a chat template."""
@@ -58,11 +108,12 @@ def make_project(root: Path, model: Path | str, **changes: Any) -> Path:
         "policy": {"model": str(model)},
         "prompts": {"train": "train.jsonl", "held_out": "held_out.jsonl", "per_iteration": 6},
         "sampling": {"engine": "transformers", "completions_per_prompt": 4, "max_tokens": 12, "max_model_len": 64},
-        "judge": {"model": str(model)},
+        "judge": {"model": str(model), "cache": None},  # not the one in your home
         "filters": {"min_kept_pairs": 1, "min_agreement": 0.5, "guards": False},
-        "learner": {"precision": "fp32", "learning_rate": 1e-3, "batch_size": 2},
+        "learner": {"precision": "fp32", "learning_rate": 1e-3, "warmup_steps": 0, "batch_size": 2},
         "replay": {"share": 0.3},
         "eval": {"every": 2, "prompts": 3},
+        "monitors": {"max_cut_off_share": 1},  # random weights rarely end an answer
         "workers": "inline",
     }
     for key, value in changes.items():

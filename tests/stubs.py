@@ -18,6 +18,7 @@ from rlaif.loop import Loop
 from rlaif.records import (
     Ballot,
     Completion,
+    Divergence,
     IterationMetrics,
     Message,
     Pair,
@@ -26,6 +27,7 @@ from rlaif.records import (
     Prompt,
     Quality,
     Score,
+    TokenSequence,
     UpdateStep,
     Vote,
 )
@@ -74,14 +76,31 @@ def fraction(*key: Any) -> float:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big") / 2**48
 
 
-class StubSampler:
-    """Answers that depend on the weights it holds; refuses to answer for others."""
+def stub_logprobs(weights: str, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+    return [tuple(-5 * fraction(weights, s.prompt_token_ids, token) for token in s.token_ids) for s in sequences]
 
-    def __init__(self) -> None:
-        self._digest = BASE_DIGEST
+
+class StubSampler:
+    """Answers that depend on the weights it holds; refuses to answer for others. `forgetful`: a load changes nothing
+    of what it computes with, as an engine that multiplies with an old copy."""
+
+    def __init__(self, forgetful: bool = False) -> None:
+        self._digest = self._computes_with = BASE_DIGEST
+        self._forgetful = forgetful
 
     def load(self, policy_path: str) -> None:
         self._digest = (Path(policy_path) / "weights.txt").read_text()
+        if not self._forgetful:
+            self._computes_with = self._digest
+
+    def sequences_of(self, prompts: list[Prompt]) -> list[TokenSequence]:
+        return [TokenSequence(prompt_token_ids=(1, i), token_ids=tuple(range(3, 40))) for i in range(len(prompts))]
+
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        return stub_logprobs(self._computes_with, sequences)
+
+    def computes_in(self) -> str:
+        return "stub fp32"
 
     def sample(
         self,
@@ -182,12 +201,28 @@ class StubLearner:
                 seconds=0.0,
             )
 
+    def divergences(self, completions: list[Completion]) -> Iterator[list[Divergence]]:
+        if any(c.policy.digest != self._weights for c in completions):
+            raise RuntimeError(f"asked about another policy than {self._weights}, which the learner holds")
+        for c in reversed(completions):
+            kl = fraction("kl", c.text)
+            yield [Divergence(completion_id=c.id, prompt_id=c.prompt_id, tokens=len(c.token_ids), kl=kl)]
+
     def save(self, state_dir: str, policy_dir: str) -> str:
         Path(state_dir).mkdir(parents=True)
         Path(policy_dir).mkdir(parents=True)
         (Path(state_dir) / "state.json").write_text(json.dumps([self._weights, self._step]))
         (Path(policy_dir) / "weights.txt").write_text(self._weights)
         return self._weights
+
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        return stub_logprobs(self._weights, sequences)
+
+    def track(self, values: dict[str, float]) -> None:
+        self.tracked = values
+
+    def exports_in(self) -> str:
+        return "fp32"
 
     def load(self, state_dir: str) -> None:
         self._weights, self._step = json.loads((Path(state_dir) / "state.json").read_text())
@@ -231,7 +266,13 @@ def stub_prompts(count: int, prefix: str) -> list[Prompt]:
     ]
 
 
-def stub_loop(root: Path, job: Job | None = None, nan_at: int | None = None, progress: Quiet | None = None) -> Loop:
+def stub_loop(
+    root: Path,
+    job: Job | None = None,
+    nan_at: int | None = None,
+    progress: Quiet | None = None,
+    forgetful: bool = False,
+) -> Loop:
     """A loop over `root/run` with fresh stub workers, as a new process would have them."""
     job = job or stub_job()
     if not (root / "constitutions").exists():
@@ -251,7 +292,7 @@ def stub_loop(root: Path, job: Job | None = None, nan_at: int | None = None, pro
         root / "base",
         base_digest=BASE_DIGEST,
         judge_name="stub",
-        sampler=worker("sampler", "StubSampler"),
+        sampler=worker("sampler", "StubSampler", forgetful=forgetful),
         judge=(judge := worker("judge", "StubJudge", casts=str(root / "casts.log"))),
         measurer=judge,
         learner=worker("learner", "StubLearner", nan_at=nan_at),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlaif import cli
+from rlaif import __version__, cli
 from rlaif.config import load_job
 from rlaif.errors import RlaifError, RunInterrupted, UserError, WorkerError
 from tests.conftest import make_project
@@ -37,10 +38,10 @@ COMMANDS = [
 
 
 @pytest.fixture
-def rlaif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
+def rlaif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkout: Path):
+    """Runs the command in this process, in a fresh clone or in `cwd`: (exit code, stdout, stderr)."""
 
-    def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
+    def run(*arguments: str, cwd: Path = checkout) -> tuple[int, str, str]:
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["rlaif", *arguments])
         with pytest.raises(SystemExit) as e:
@@ -63,17 +64,59 @@ def test_every_command_has_help(rlaif, command: list[str]) -> None:
     assert not description.startswith("Options")
 
 
-def test_help_is_light() -> None:
+def imported_by(*arguments: str) -> tuple[int, set[str]]:
+    """The exit code of a command, and every module that it imported."""
     code = (
-        "import sys; sys.argv = ['rlaif', '--help']\nfrom rlaif.cli import main\n"
-        "try: main()\nexcept SystemExit: pass\n"
-        "print(sorted({m.partition('.')[0] for m in sys.modules}), file=sys.stderr)"
+        f"import sys; sys.argv = ['rlaif', *{arguments!r}]\nfrom rlaif.cli import main\ncode = 0\n"
+        "try: main()\nexcept SystemExit as e: code = e.code or 0\n"
+        "print(repr((code, sorted(sys.modules))), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "rlaif doctor" in done.stdout
-    loaded = set(eval(done.stderr.splitlines()[-1]))
-    assert "typer" in loaded
-    assert not loaded & {"torch", "transformers", "trl", "vllm", "datasets", "peft", "scipy", "matplotlib"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    status, modules = ast.literal_eval(done.stderr.splitlines()[-1])
+    return status, set(modules)
+
+
+AT_WORK = {  # what only a command that does something needs
+    "accelerate", "asyncio", "datasets", "diskcache", "duckdb", "fastapi", "filelock", "httpx", "jinja2", "matplotlib",
+    "numpy", "openai", "peft", "psutil", "scipy", "sklearn", "torch", "transformers", "trl", "uvicorn", "vllm",
+}  # fmt: skip
+TO_READ = {"rich", "rlaif.config", "rlaif.records", "rlaif.store", "yaml"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "needless"),
+    [
+        ((), 2, AT_WORK | TO_READ | {"pydantic"}),
+        (("--help",), 0, AT_WORK | TO_READ | {"pydantic"}),
+        (("--version",), 0, AT_WORK | TO_READ | {"pydantic"}),
+        (("--no-such-option",), 2, AT_WORK | TO_READ | {"pydantic"}),
+        # typer brings pydantic as soon as it reads a command's own arguments.
+        (("rum",), 2, AT_WORK | TO_READ),
+        (("run",), 2, AT_WORK | TO_READ),
+        (("run", "--help"), 0, AT_WORK | TO_READ),
+        (("run", "a", "--no-such-option"), 2, AT_WORK | TO_READ),
+        (("audit", "x", "--help"), 0, AT_WORK | TO_READ),
+        (("constitution", "diff", "--help"), 0, AT_WORK | TO_READ),
+        (("judge", "bench", "--alpha", "much"), 2, AT_WORK | TO_READ),
+        (("status", "no/run"), 2, AT_WORK),
+        (("status", str(ROOT / "tests/data/run_schema1")), 0, AT_WORK),
+        (("run", "jobs/none.yaml"), 2, AT_WORK),
+        (("run", "jobs/quickstart.yaml", "--set", "learner.bta=1"), 2, AT_WORK),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_nothing_is_imported_before_it_is_needed(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], expected: int, needless: set[str]
+) -> None:
+    monkeypatch.chdir(checkout)
+    code, modules = imported_by(*arguments)
+    assert code == expected
+    assert "typer" in modules
+    assert not needless & modules
+
+
+def test_version(rlaif) -> None:
+    assert rlaif("--version") == (0, f"rlaif {__version__}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +284,7 @@ def test_ctrl_c_while_the_command_is_imported_is_no_traceback() -> None:
         "    return real(name, *rest)\n"
         "builtins.__import__ = interrupted\nmain()"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "rlaif: interrupted\n")
 
 

@@ -173,3 +173,39 @@ def test_a_setting_that_is_gone_is_read_in_older_runs_where_it_said_nothing() ->
     tree["judge"]["votes"] = "runs/old"
     with pytest.raises(UserError, match=r"unknown key `judge\.votes`"):
         parse_job(tree, "run.json")
+
+
+def test_a_judge_that_is_the_policys_model_has_its_template_arguments() -> None:
+    args = {"enable_thinking": False}
+    tree = {"constitution": "a", "policy": {"chat_template_args": args}}
+    assert parse_job(tree, "job").judge.chat_template_args == args
+    assert parse_job({**tree, "judge": {"model": "other/model"}}, "job").judge.chat_template_args == {}
+    assert parse_job({**tree, "judge": {"chat_template_args": {}}}, "job").judge.chat_template_args == {}
+    assert parse_job({**tree, "judge": {"kind": "chat", "model": "m"}}, "job").judge.chat_template_args == {}
+    with pytest.raises(UserError, match="a server renders its own template"):
+        parse_job({**tree, "judge": {"kind": "chat", "model": "m", "chat_template_args": args}}, "job")
+    with pytest.raises(UserError, match="`tokenize` is no argument of a chat template that a job may set"):
+        parse_job({"constitution": "a", "policy": {"chat_template_args": {"tokenize": True}}}, "job")
+
+
+@pytest.mark.parametrize("stop", [[""], [-1], [True], [1.5], "###", [None], [["a"]]])
+def test_stops_that_are_none(stop: Any) -> None:
+    with pytest.raises(UserError, match=r"sampling\.stop"):
+        parse_job({"constitution": "a", "sampling": {"stop": stop}}, "job")
+    assert parse_job({"constitution": "a", "sampling": {"stop": ["\n\n", 13]}}, "job").sampling.stop == ["\n\n", 13]
+
+
+@pytest.mark.parametrize(
+    ("job", "cut_off"),
+    [
+        ("constitution: a", "keep"),
+        ("constitution: a\njudge: {kind: chat, model: m}", "drop"),
+        ("constitution: a\njudge: {kind: chat, model: m}\nfilters: {min_votes: 2}", "drop"),
+        ("constitution: a\njudge: {kind: chat, model: m}\nfilters: {cut_off: keep}", "keep"),
+        ("constitution: a\nfilters: {cut_off: drop}", "drop"),
+    ],
+)
+def test_winners_that_were_cut_off_are_dropped_for_a_judge_that_reads(tmp_path: Path, job: str, cut_off: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(job)
+    assert load_job(path).filters.cut_off == cut_off

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
-from rlaif.intervals import wilson
+from rlaif.intervals import _t, ratio_interval, wilson
 
 
 def test_wilson_interval() -> None:
@@ -24,3 +24,19 @@ def test_half_a_win_is_half_a_win() -> None:
     low, high = wilson(12.5, 25)
     assert low + high == pytest.approx(1.0)
     assert wilson(12, 25)[0] < low < wilson(13, 25)[0]
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 5, 11, 15, 47])
+def test_students_t_is_scipys(degrees: int) -> None:
+    assert _t(degrees) == pytest.approx(t.ppf(0.975, degrees), rel=2e-3)
+
+
+def test_a_ratio_of_equal_wholes_is_a_mean() -> None:
+    low, high = ratio_interval([1.0, 2.0, 3.0, 6.0], [1] * 4)
+    # mean 3, standard error sqrt(14 / 3) / 2, t with three degrees
+    assert (low, high) == pytest.approx((3 - 3.1824 * 1.0801, 3 + 3.1824 * 1.0801), abs=0.01)
+
+
+def test_a_ratio_of_what_goes_with_its_whole_is_sure() -> None:
+    assert ratio_interval([1.0, 2.0, 5.0], [10, 20, 50]) == pytest.approx((0.1, 0.1))
+    assert ratio_interval([1.0], [10]) == (float("-inf"), float("inf"))

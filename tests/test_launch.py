@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ import pytest
 
 from rlaif import launch
 from rlaif.config import load_job
-from rlaif.errors import UserError, WorkerError
-from rlaif.records import Prompt
+from rlaif.errors import RunInterrupted, UserError, WorkerError
+from rlaif.records import Completion, Prompt
 from rlaif.store import RunDir, read_rows
 from tests.conftest import make_project, project_job
 from tests.stubs import Quiet, text
@@ -37,8 +39,15 @@ def only_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             self.name = name
             calls.append(f"start {name}")
 
+        def poll(self, timeout_s: float) -> bool:
+            return True
+
         def ready(self) -> None:
             calls.append(f"ready {self.name}")
+
+        def call(self, method: str, **_: Any) -> list[Any]:
+            assert (self.name, method) == ("sampler", "problems")
+            return []
 
         def close(self) -> None: ...
 
@@ -107,6 +116,20 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, tiny_model: Path)
     assert sorted(p for p in tmp_path.rglob("*") if p.name != ".lock") == before
 
 
+def test_a_start_says_which_workers_load_and_when_each_is_ready(tmp_path: Path, only_start, tiny_model: Path) -> None:
+    make_project(tmp_path, tiny_model)
+    progress = Quiet()
+    with pytest.raises(RunInterrupted):
+        launch.execute(load_job(tmp_path / "tiny.yaml"), tmp_path / "run", tmp_path, progress)
+    said = [re.sub(r"\d\.\d", "N", note) for note in progress.notes if "load" in note or "ready" in note]
+    assert said == [
+        "loading sampler, learner, judge; a line when each is ready",
+        f"sampler ready after N s: {tiny_model} in transformers; waiting for learner, judge",
+        f"learner ready after N s: {tiny_model} and its dpo trainer; waiting for judge",
+        f"judge ready after N s: {tiny_model} (likelihood)",
+    ]
+
+
 def test_workers_load_together_and_are_ready_before_there_is_a_run(
     tmp_path: Path, tiny_model: Path, only_start: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,3 +153,88 @@ def test_a_setting_that_the_learner_refuses_is_found_before_anything_is_sampled(
         launch.execute(job, tmp_path / "run", tmp_path, Quiet())
     assert not (tmp_path / "run/run.json").exists()
     assert not (tmp_path / "run/evaluations").exists()
+
+
+# Every prompt is rendered and measured before one is sampled.
+
+
+def refusal(root: Path, *settings: str) -> str:
+    with pytest.raises(UserError) as refused:
+        launch.execute(load_job(root / "tiny.yaml", list(settings)), root / "run", root, Quiet())
+    assert not (root / "run/run.json").exists()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+class Noted(Quiet):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.fixture
+def long_prompts(tmp_path: Path, tiny_model: Path) -> Path:
+    """The tiny project, with prompts of 400 words in both files."""
+    make_project(tmp_path, tiny_model, iterations=1)
+    for name, at in (("train", 5), ("held_out", 2)):
+        rows = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        rows.insert(at, json.dumps({"id": f"long_{name}", "prompt": f"w{at} " * 400}))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def test_a_prompt_that_leaves_no_room_is_named_at_the_start(long_prompts: Path) -> None:
+    said = refusal(long_prompts)
+    found = "a prompt of 401 tokens and an answer of up to 12 need 413"
+    assert said.startswith(f"{long_prompts / 'train.jsonl'}:6: {found}")
+    assert "sampling.max_model_len is 64; raise it" in said
+    assert said.endswith("prompts.too_long=drop (1 more like it)")
+
+
+def test_prompts_that_leave_no_room_are_dropped_where_the_job_says_so(long_prompts: Path) -> None:
+    progress = Noted()
+    job = load_job(long_prompts / "tiny.yaml", ["prompts.too_long=drop"])
+    run = launch.execute(job, long_prompts / "run", long_prompts, progress)
+    places = [f"{long_prompts / 'train.jsonl'}:6", f"{long_prompts / 'held_out.jsonl'}:3"]
+    assert f"2 prompts are too long and left out: {', '.join(places)}" in progress.notes
+    for name, count in (("train", 12), ("held_out", 4)):
+        prompts = read_rows(run.path / f"prompts/{name}.jsonl", Prompt)
+        assert len(prompts) == count
+        assert f"long_{name}" not in {p.id for p in prompts}
+
+
+def test_too_few_prompts_that_fit_are_said_at_the_start(tmp_path: Path, tiny_model: Path) -> None:
+    make_project(tmp_path, tiny_model)
+    for name, shown in (
+        ("train", "prompts.per_iteration: needs 6 prompts, and 0 of train.jsonl aren't too long"),
+        ("held_out", "prompts.held_out: needs 1 prompts, and 0 of held_out.jsonl aren't too long"),
+    ):
+        kept = (tmp_path / f"{name}.jsonl").read_text()
+        rows = [{"id": f"x{name}{i}", "prompt": f"w{i + 3} " * 80} for i in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        assert shown in refusal(tmp_path, "prompts.too_long=drop")
+        (tmp_path / f"{name}.jsonl").write_text(kept)
+
+
+def test_a_prompt_that_the_template_cant_show_is_named_at_the_start(tmp_path: Path, tiny_model: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    make_project(tmp_path, model)
+    parts = "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} "
+    parts += "{% endif %}{% endfor %}{% endfor %}w1"
+    for template, said in (
+        ("{% for m in messages %}w5 {% endfor %}w1", ":1: the policy's chat template leaves the user's message"),
+        ("{{ raise_exception('no chats') }}", ":1: the policy's chat template refuses the roles user (no chats)"),
+        ("{% for m in messages %}{{ m['content'][:20] }} {% endfor %}w1", ":3: the policy's chat template renders"),
+    ):
+        (model / "chat_template.jinja").write_text(template)
+        rows = (tmp_path / "train.jsonl").read_text().splitlines()
+        rows[2] = json.dumps({"id": "words", "prompt": "w3 w4 w5 w6 w7 w8 w9 w10 w11"})
+        (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
+        assert f"{tmp_path / 'train.jsonl'}{said}" in refusal(tmp_path, "prompts.too_long=drop")
+    (model / "chat_template.jinja").write_text(parts)
+    run = launch.execute(load_job(tmp_path / "tiny.yaml", ["iterations=1"]), tmp_path / "run", tmp_path, Quiet())
+    asked = {c.prompt_id: c.prompt_token_ids for c in run.iteration(0).read("completions", Completion)}
+    assert len(set(asked.values())) == len(asked) == 6

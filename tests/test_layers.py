@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.constitution",
         "rlaif.intervals",
         "rlaif.pairing",
+        "rlaif.placement",
+        "rlaif.weights",
         "rlaif.judging",
+        "rlaif.judging.answers",
         "rlaif.judging.ballots",
         "rlaif.judging.candidates",
         "rlaif.judging.numbers",
@@ -43,8 +47,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.heads",
         "rlaif.hardware",
         "rlaif.models",
+        "rlaif.model_checks",
         "rlaif.workers",
         "rlaif.prompts",
+        "rlaif.rendering",
+        "rlaif.thoughts",
         "rlaif.sampling",
         "rlaif.sampling.*",
         "rlaif.judging.likelihood",
@@ -77,6 +84,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.export",
         "rlaif.chat",
         "rlaif.doctor",
+        "rlaif.hand_over",
         "rlaif.docs",
         "rlaif.plan_cost",
         "rlaif.cli",
@@ -98,8 +106,8 @@ ANYWHERE = {
     **AT_TOP,
     "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm rlaif.judging.likelihood rlaif.models rlaif.hardware",
     "transformers": f"{AT_TOP['transformers']} rlaif.judging.likelihood rlaif.models",
-    "vllm": "rlaif.sampling.vllm",
-    "peft": "rlaif.learning.base",
+    "vllm": "rlaif.sampling.vllm rlaif.sampling.vllm_reload",
+    "peft": "rlaif.learning.base rlaif.models",
     "datasets": "rlaif.learning.* rlaif.prompts rlaif.audit.export",
 }
 
@@ -177,7 +185,7 @@ sys.meta_path.insert(0, Block())
 """
 
 
-def without_heavy(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def without_heavy(code: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     command = [sys.executable, "-c", BLOCKED + code]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
@@ -199,21 +207,21 @@ def main(*arguments: str) -> str:
     return f"sys.argv = {['rlaif', *arguments]!r}\nfrom rlaif.cli import main\nmain()"
 
 
-def test_what_needs_torch_says_what_to_install(tmp_path: Path) -> None:
+def test_what_needs_torch_says_what_to_install(tmp_path: Path, checkout: Path) -> None:
     pairs = [{"id": n, "prompt": "q", "first": "a", "second": "b", "label": 1 + n % 2} for n in range(4)]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     model = f"judge.model={tmp_path}"
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("")
     (tmp_path / "tokenizer.json").write_text("{}")
-    done = without_heavy(main("judge", "bench", str(tmp_path / "pairs.json"), "--set", model))
+    done = without_heavy(main("judge", "bench", str(tmp_path / "pairs.json"), "--set", model), checkout)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("rlaif: this needs torch, not in the bare package: ")
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("constitution", "list"), ("constitution", "list", "--json")])
-def test_commands_without_heavy_libraries(arguments: tuple[str, ...]) -> None:
-    done = without_heavy(main(*arguments))
+def test_commands_without_heavy_libraries(checkout: Path, arguments: tuple[str, ...]) -> None:
+    done = without_heavy(main(*arguments), checkout)
     assert done.returncode == 0, done.stderr
     assert "constitution" in done.stdout or "assistant" in done.stdout
 
@@ -237,3 +245,11 @@ def test_status_and_report_without_heavy_libraries(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "rules@2" in done.stdout
     assert (run / "summary.png").stat().st_size > 10_000
+
+
+def test_no_test_works_in_the_clone(tmp_path: Path) -> None:
+    assert Path.cwd() == tmp_path
+    assert not list(tmp_path.iterdir())
+    for path in (ROOT / "tests").rglob("*.py"):
+        found = re.findall(r"cwd=ROOT\b|chdir\(ROOT\b|ROOT / \"runs", path.read_text())
+        assert not found or path.name == "test_layers.py", f"{path}: {found}; work in `checkout` (tests/conftest.py)"

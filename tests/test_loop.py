@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from rlaif.config import Job
-from rlaif.errors import UserError
+from rlaif.config import Job, Monitors
+from rlaif.errors import RlaifError, UserError
+from rlaif.monitors import alarms
 from rlaif.records import (
     Completion,
     Decision,
+    Divergence,
+    EvaluationMetrics,
     IterationMetrics,
     Pair,
     Plan,
@@ -25,8 +28,9 @@ from rlaif.records import (
     Score,
     UpdateStep,
     Vote,
+    WeightsGap,
 )
-from rlaif.store import RunDir, read_rows
+from rlaif.store import RunDir, read_record, read_rows
 from tests.conftest import make_project, project_job
 from tests.stubs import Quiet, stub_job, stub_loop, text, write_texts
 
@@ -67,6 +71,39 @@ def test_the_run_directory_is_complete(finished: RunDir) -> None:
     assert not list(finished.path.rglob("*.partial"))
 
 
+def test_the_weights_that_sample_are_those_that_are_trained(finished: RunDir) -> None:
+    """At a rate that moves every weight, in the precision that this machine computes in."""
+    gaps = [read_record(finished.iteration(k).path / "metrics.json", IterationMetrics).weights_gap for k in range(3)]
+    gaps += [read_record(finished.evaluation(k).path / "metrics.json", EvaluationMetrics).weights_gap for k in (2, 3)]
+    for gap in gaps:
+        assert gap is not None
+        assert gap.tokens > 30
+        assert gap.typical < (1e-4 if "fp32" in gap.sampler else 0.1)
+        assert gap.mean < 0.02
+    assert gaps[0].exported == "as given"
+    assert gaps[1].exported in gaps[1].sampler
+
+
+def test_a_sampler_that_keeps_old_weights_is_found_out(tmp_path: Path) -> None:
+    loop = stub_loop(tmp_path, forgetful=True)
+    with pytest.raises(RlaifError, match=r"doesn't hold the policy that is trained.*doctor --deep"):
+        loop.run()
+    assert loop.dir.iterations() == [0, 1]
+    assert not (loop.dir.iteration(1).path / "completions.jsonl").exists(), "nothing was sampled from it"
+
+
+def test_a_gap_beyond_the_limit_is_an_alarm(tmp_path: Path) -> None:
+    job = stub_job(monitors={"max_weights_gap": 1e-9})
+    stub_loop(tmp_path / "exact", job).run()
+    assert not [e for e in RunDir(tmp_path / "exact" / "run").events() if "nats a token from" in e.message]
+    metrics = read_record(RunDir(tmp_path / "exact" / "run").iteration(0).path / "metrics.json", IterationMetrics)
+    gap = WeightsGap(tokens=10, mean=0.06, typical=0.1, worst=0.3, sampler="vllm bf16", exported="bf16")
+    said = alarms(Monitors(), metrics.model_copy(update={"weights_gap": gap}), None)
+    assert any("0.060 nats a token" in alarm for alarm in said)
+    noise = gap.model_copy(update={"mean": 0.0, "typical": 0.3})  # errors that cancel are errors
+    assert alarms(Monitors(), metrics.model_copy(update={"weights_gap": noise}), None)
+
+
 def test_the_digests_in_the_meta_files_hold(finished: RunDir) -> None:
     metas = list(finished.path.glob("*/*/*.meta.json"))
     assert len(metas) > 25
@@ -79,7 +116,7 @@ def test_the_digests_in_the_meta_files_hold(finished: RunDir) -> None:
         for name, sha256 in meta["inputs"].items():
             assert sha256 == hashlib.sha256((path.parent / f"{name}.jsonl").read_bytes()).hexdigest()
     inputs = {k for p in metas for k in json.loads(p.read_text())["inputs"]}
-    assert {"completions", "scores", "pairs", "votes", "decisions", "preferences"} == inputs
+    assert {"completions", "scores", "pairs", "votes", "decisions", "preferences", "kl_completions"} == inputs
 
 
 def test_each_row_follows_from_the_rows_before_it(finished: RunDir) -> None:
@@ -167,7 +204,30 @@ def test_evaluations_say_what_they_measured(finished: RunDir) -> None:
             assert {v.ballot.voice for v in here.read("votes", Vote)} == {"wish/paraphrase3"}
             assert metrics["wins"] + metrics["losses"] + metrics["undecided"] == 3
     base = json.loads((finished.evaluation(0).path / "metrics.json").read_text())
-    assert abs(base["kl_per_token"]) < 0.05  # the base policy against itself, in another precision
+    assert (base["kl_per_token"], base["kl_interval"]) == (0.0, [0.0, 0.0])
+
+
+def test_kl_is_measured_on_answers_at_temperature_1(finished: RunDir) -> None:
+    assert not finished.evaluation(0).is_complete("divergences")
+    for updates in (2, 3):
+        here = finished.evaluation(updates)
+        sampled, held_out = here.read("kl_completions", Completion), here.read("completions", Completion)
+        assert {c.prompt_id for c in sampled} == {c.prompt_id for c in held_out}
+        assert {c.policy for c in sampled} == {c.policy for c in held_out}
+        rows = {d.completion_id: d for d in here.read("divergences", Divergence)}
+        assert {c.id: len(c.token_ids) for c in sampled} == {i: d.tokens for i, d in rows.items()}
+        metrics = json.loads((here.path / "metrics.json").read_text())
+        assert metrics["kl_answers"] == 3
+        assert 0 < metrics["kl_per_token"] == sum(d.kl for d in rows.values()) / sum(d.tokens for d in rows.values())
+        assert metrics["kl_interval"][0] < metrics["kl_per_token"] < metrics["kl_interval"][1]
+
+
+def test_kl_is_not_measured_where_nobody_wants_it(tmp_path: Path) -> None:
+    stub_loop(tmp_path, stub_job(iterations=2, eval={"every": 1, "prompts": 3, "kl_prompts": 0})).run()
+    run = RunDir(tmp_path / "run")
+    for updates in run.evaluations():
+        assert not run.evaluation(updates).is_complete("kl_completions")
+        assert json.loads((run.evaluation(updates).path / "metrics.json").read_text())["kl_per_token"] is None
 
 
 def test_held_out_answers_have_a_temperature_of_their_own(tmp_path: Path, tiny_model: Path) -> None:
@@ -176,7 +236,10 @@ def test_held_out_answers_have_a_temperature_of_their_own(tmp_path: Path, tiny_m
     def answers(seed: int, **decoding: float) -> list[list[str]]:
         where = tmp_path / f"{seed}{decoding}"
         where.mkdir()
-        job = project_job(where, tiny_model, seed=seed, iterations=1, constitution="rules@1", eval=decoding)
+        fp32 = {"precision": "fp32"}  # in bf16 two tokens can be the likeliest
+        job = project_job(
+            where, tiny_model, seed=seed, iterations=1, constitution="rules@1", eval=decoding, sampling=fp32
+        )
         run = execute(job, where / "run", where, Quiet())
         stages = run.evaluation(0), run.iteration(0)
         return [[c.text for c in here.read("completions", Completion)] for here in stages]

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.verdicts import by_pair
 from rlaif.launch import _calibration, execute
 from rlaif.loop import Loop
-from rlaif.records import Decision, JudgedStats, Pair, Plan, Vote
+from rlaif.records import Completion, Decision, JudgedStats, Pair, Plan, Vote
 from rlaif.store import RunDir, read_json
 from rlaif.workers import InlineWorker
 from tests.judging.fault_server import FaultServer
@@ -76,6 +77,60 @@ def test_a_run_is_judged_over_http(tmp_path: Path) -> None:
     assert evaluation["win_rate"] is not None
 
 
+def test_what_measures_is_not_the_question_that_trained(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        loop = chat_loop(tmp_path, chat_job(server))
+        loop.run()
+    plan = loop.dir.plan(0)
+    trained = {v.ballot.template for v in loop.dir.iteration(0).read("votes", Vote)}
+    measured = {v.ballot.template for v in loop.dir.evaluation(2).read("votes", Vote)}
+    assert (trained, measured) == ({plan.templates["pairwise"]}, {plan.templates["pairwise_evaluate"]})
+    assert trained != measured
+
+
+def cutting(loop: Loop, every: Callable[[Completion], bool]) -> None:
+    """Lets the stub's answers be cut off."""
+    loop.sampler.ready()
+    target: Any = loop.sampler._target  # type: ignore[attr-defined]
+    sample = target.sample
+
+    def cut(**kwargs: Any) -> Any:
+        for chunk in sample(**kwargs):
+            yield [c.model_copy(update={"finish_reason": "length"}) if every(c) else c for c in chunk]
+
+    target.sample = cut
+
+
+@pytest.mark.parametrize("cut_off", ["drop", "keep"])
+def test_a_judge_that_likes_half_answers_is_told_watched_and_overruled(tmp_path: Path, cut_off: str) -> None:
+    seen: list[str] = []
+
+    def likes_them(body: dict[str, Any]) -> str:
+        user = body["messages"][-1]["content"]
+        seen.append(user)
+        cut = [f"CUT OFF: answer {slot}" in user or f"CUT OFF (draft {slot})" in user for slot in "AB"]
+        return greater_number(body) if cut[0] == cut[1] else "AB"[cut[1]]
+
+    with FaultServer(say=likes_them) as server:
+        filters = {} if cut_off == "drop" else {"cut_off": cut_off}
+        loop = chat_loop(tmp_path, chat_job(server, filters=filters))
+        cutting(loop, lambda c: c.index == 0)
+        loop.run()
+    assert any("CUT OFF" in user for user in seen)
+    here = loop.dir.iteration(0)
+    cut = {c.id for c in here.read("completions", Completion) if c.cut_off}
+    pairs = {p.id: p for p in here.read("pairs", Pair)}
+    decisions = here.read("decisions", Decision)
+    mixed = [d for d in decisions if (pairs[d.pair_id].first in cut) != (pairs[d.pair_id].second in cut)]
+    assert 0 < len(mixed) < len(decisions)
+    assert {d.reasons for d in mixed} == {("cut_off",) if cut_off == "drop" else ()}
+    assert all(d.status == "kept" for d in decisions if d not in mixed)
+    metrics = json.loads((here.path / "metrics.json").read_text())
+    assert (metrics["one_cut_off"], metrics["cut_off_won"]) == (len(mixed), len(mixed))
+    alarms = [e.message for e in loop.dir.events() if e.kind == "alarm" and e.iteration == 0]
+    assert any("the judge prefers answers that were cut off" in m for m in alarms) == (len(mixed) >= 4)
+
+
 def test_stored_replies_cost_a_run_nothing(tmp_path: Path) -> None:
     found = []
     with FaultServer(say=greater_number) as server:
@@ -115,6 +170,22 @@ def test_a_judge_that_is_down_leaves_nothing_behind(tmp_path: Path) -> None:
         server.status, server.say = None, greater_number
         chat_loop(tmp_path, chat_job(server, {"breaker_failures": 3})).run()
     assert all(v.outcome != "abstain" for v in all_votes(loop))
+
+
+@pytest.mark.parametrize("content", ["", "A", None])
+def test_an_outage_under_200_ends_no_run(tmp_path: Path, content: str | None) -> None:
+    """It pauses, with nothing of it in the log or the cache, and goes on when the server is back."""
+    down = {"finish_reason": "error", "error": {"code": 502, "message": "upstream idle timeout"},
+            "message": {"role": "assistant", "content": content}}  # fmt: skip
+    judge = {"cache": str(tmp_path / "replies")}
+    with FaultServer(answer=lambda body, times: (200, {}, {"choices": [down]})) as server:
+        loop = chat_loop(tmp_path, chat_job(server, judge))
+        with pytest.raises(JudgeUnavailable, match="upstream idle timeout"):
+            loop.run()
+        assert all_votes(loop) == []
+        server.answer, server.say = None, greater_number
+        chat_loop(tmp_path, chat_job(server, judge)).run()
+    assert all(v.outcome != "abstain" and not v.cached for v in all_votes(loop))
 
 
 def test_early_stop_saves_ballots_and_changes_no_decision(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlaif.monitors import alarms, answer_stats, evaluation_metrics, iteration_m
 from rlaif.records import (
     Completion,
     Decision,
+    Divergence,
     EvaluationMetrics,
     IterationMetrics,
     JudgedStats,
@@ -152,12 +154,88 @@ def test_the_base_policy_has_no_win_rate() -> None:
     assert m.undecided == 0
 
 
-def test_kl_is_a_mean_over_tokens() -> None:
-    answers = [completion(0, "a", logprob=-2.0), completion(1, "b", logprob=-4.0)]
-    m = evaluation_metrics(1, RULES, answers, [quality(0, 1, -4.0), quality(1, 3, -2.0)], [], [], 0.5)
-    assert m.kl_per_token == pytest.approx(((-2 - 4) - (-4 - 6)) / 4)
-    answers[0] = completion(0, "a", logprob=None)  # an engine that does not say
-    assert evaluation_metrics(1, RULES, answers, [quality(0), quality(1)], [], [], 0.5).kl_per_token is None
+def drifted(drift: list[tuple[str, int, float]] | None) -> EvaluationMetrics:
+    """An evaluation with these divergences: prompt, tokens, nats."""
+    rows = None
+    if drift is not None:
+        rows = [Divergence(completion_id=f"k{n}", prompt_id=p, tokens=t, kl=kl) for n, (p, t, kl) in enumerate(drift)]
+    return evaluation_metrics(1, RULES, [completion(0, "a", logprob=-2.0)], [quality(0)], [], [], 0.5, rows)
+
+
+def test_kl_is_of_a_token_and_of_an_answer() -> None:
+    m = drifted([("a", 10, 1.0), ("b", 30, 2.0), ("c", 20, 0.6)])
+    assert m.kl_per_token == pytest.approx(3.6 / 60)  # a long answer counts by its tokens
+    assert m.kl_per_completion == pytest.approx(1.2)
+    # Linearised by hand: deviations .4, .2, -.6 from the ratio; t with two degrees is 4.3027.
+    half = 4.302653 * math.sqrt(3 / 2 * (0.4**2 + 0.2**2 + 0.6**2)) / 60
+    assert m.kl_interval == pytest.approx((max(0.06 - half, 0), 0.06 + half), abs=1e-6)
+    assert m.kl_answers == 3
+    assert not m.kl_by_older_version
+
+
+def test_answers_to_one_prompt_are_one_draw_of_kl_too() -> None:
+    twice = drifted([("a", 10, 1.0), ("a", 10, 1.0), ("b", 30, 2.0), ("b", 30, 2.0)])
+    once = drifted([("a", 10, 1.0), ("b", 30, 2.0)])
+    assert twice.kl_interval == pytest.approx(once.kl_interval)
+    assert twice.kl_per_completion == pytest.approx(once.kl_per_completion)
+
+
+def test_kl_that_was_not_measured_is_none_and_the_base_policys_is_nothing() -> None:
+    unknown, base, single = drifted(None), drifted([]), drifted([("a", 10, 1.0)])
+    assert (unknown.kl_per_token, unknown.kl_answers) == (None, 0)
+    assert (base.kl_per_token, base.kl_interval, base.kl_per_completion) == (0.0, (0.0, 0.0), 0.0)
+    assert (single.kl_per_token, single.kl_interval) == (0.1, None)
+
+
+def test_kl_of_an_older_version_is_known_as_such() -> None:
+    stored = Path(__file__).parent / "data" / "run_schema1" / "evaluations"
+    read = [read_record(f, EvaluationMetrics) for f in sorted(stored.glob("*/metrics.json"))]
+    assert all(m.kl_by_older_version for m in read if m.kl_per_token is not None)
+    assert any(m.kl_by_older_version for m in read)
+
+
+def with_cut_off(outcomes: str) -> IterationMetrics:
+    """Each letter is a pair: `c` the cut-off side won, `e` the one that ended, `2` both were cut off, `0` none, `t` a
+    tie with one cut-off side."""
+    answers, pairs, decisions = [], [], []
+    for n, kind in enumerate(outcomes):
+        first, second = completion(2 * n, "a b"), completion(2 * n + 1, "c d")
+        if kind in "ce2t":
+            first = first.model_copy(update={"finish_reason": "length"})
+        if kind == "2":
+            second = second.model_copy(update={"finish_reason": "length"})
+        answers += [first, second]
+        pairs.append(Pair(id=f"x{n}", prompt_id="p", first=first.id, second=second.id, method="random"))
+        decisions.append(decision(n, {"e": "second", "t": "tie"}.get(kind, "first")))  # type: ignore[arg-type]
+    policy = PolicyVersion(iteration=1, digest="d")
+    plan = Plan(iteration=0, seed=0, constitution=RULES.ref, policy=policy, prompt_ids=("p",), evaluate=False)
+    return iteration_metrics(plan, answers, pairs, [], decisions, [], [], 0, {})
+
+
+def test_winners_that_were_cut_off_are_counted_among_pairs_with_one_such_side() -> None:
+    m = with_cut_off("cceee20t")
+    assert (m.one_cut_off, m.cut_off_won) == (5, 2)
+    none = with_cut_off("0")
+    assert (none.one_cut_off, none.cut_off_won) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "limits", "found"),
+    [
+        ("cccccccc00000000", {}, ["the judge prefers answers that were cut off, in 8 of 8 pairs"]),
+        ("ccc0000", {}, []),  # three could be chance
+        ("cccccc00000000", {"max_cut_off_won": 0.7}, []),
+        ("eeeeee0000000000", {}, []),
+        ("222220", {}, ["cut off 83% of the sampled answers, over 80%"]),
+        ("222220", {"max_cut_off_share": 0.9}, []),
+        ("22220", {}, []),
+        ("ee222222222", {}, ["cut off 91%"]),
+    ],
+)
+def test_alarms_about_answers_that_were_cut_off(outcomes: str, limits: dict[str, Any], found: list[str]) -> None:
+    said = alarms(Monitors(min_mean_words=0, **limits), with_cut_off(outcomes), None)
+    assert len(said) == len(found)
+    assert all(part in sentence for part, sentence in zip(found, said, strict=True))
 
 
 @pytest.mark.parametrize(

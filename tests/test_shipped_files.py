@@ -11,11 +11,17 @@ from rlaif.constitution import constitution_files, list_constitutions, load_cons
 from rlaif.judging.ballots import evaluating_voices, selecting_voices
 from rlaif.plan_cost import estimate
 from rlaif.prompts import FORMATS, load_prompts
+from tests.conftest import shipped
 
-ROOT = Path(__file__).resolve().parent.parent
-JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
-TEXTS = [(n, v) for n, versions in constitution_files(ROOT / "constitutions").items() for v in versions]
-PROMPTS = sorted(p for p in (ROOT / "prompts").iterdir() if p.suffix in FORMATS and "bench" not in p.name)
+# Not what is in the folders: you may have added files of your own, as docs/quickstart.md says.
+JOBS = [p for p in shipped() if p.parent == Path("jobs") and p.suffix == ".yaml"]
+TEXTS = [(p.parent.name, int(p.stem[1:])) for p in shipped() if p.parts[0] == "constitutions"]
+PROMPTS = [p for p in shipped() if p.parent == Path("prompts") and p.suffix in FORMATS and "bench" not in p.name]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_checkout(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
 
 
 def test_there_are_files_to_test() -> None:
@@ -27,7 +33,7 @@ def test_there_are_files_to_test() -> None:
 @pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
 def test_every_job_loads_and_can_be_planned(path: Path) -> None:
     job = load_job(path)
-    costs = estimate(job, ROOT)  # reads its prompts and texts
+    costs = estimate(job, Path.cwd())  # reads its prompts and texts
     assert costs["train_prompts"] >= job.prompts.per_iteration
     assert costs["pairs_at_most"] > 0
     assert costs["evaluation_ballots_at_most"] > 0
@@ -35,14 +41,17 @@ def test_every_job_loads_and_can_be_planned(path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "version"), TEXTS)
 def test_every_constitution_loads_and_can_be_asked(name: str, version: int) -> None:
-    text = load_constitution(ROOT / "constitutions", f"{name}@{version}")
+    text = load_constitution(Path("constitutions"), f"{name}@{version}")
     for voices in (selecting_voices, evaluating_voices):
         assert voices(text), f"{name}@{version} has no {voices.__name__}"
     assert [v for v in text.voices("decide") if not v.guard], f"{name}@{version} has nobody to decide"
 
 
 def test_no_two_texts_are_the_same() -> None:
-    texts = list_constitutions(ROOT / "constitutions")
+    texts = list_constitutions(Path("constitutions"))
+    assert (
+        sorted((n, v) for n, versions in constitution_files(Path("constitutions")).items() for v in versions) == TEXTS
+    )
     assert len({t.hash for t in texts}) == len(texts) == len(TEXTS)
 
 
@@ -52,4 +61,4 @@ def test_every_prompt_file_loads(path: Path) -> None:
 
 
 def test_there_is_a_licence_for_the_prompts() -> None:
-    assert (ROOT / "prompts" / "LICENSE").exists()
+    assert Path("prompts/LICENSE") in shipped()

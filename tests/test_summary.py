@@ -13,11 +13,11 @@ from rlaif.export import model_card
 from rlaif.records import Preference
 from rlaif.report import make_report
 from rlaif.store import RunDir
-from rlaif.summary import final_tables, status_of, status_table, write_summary
+from rlaif.summary import final_tables, held_out_answers, status_of, status_table, write_summary
 from rlaif.view.facts import read_facts
 from rlaif.view.rendering import render
 from tests.data.make_run import write_header
-from tests.stubs import stub_job, stub_loop
+from tests.stubs import stub_job, stub_loop, stub_prompts
 
 STORED = Path(__file__).parent / "data" / "run_schema1"
 
@@ -67,3 +67,15 @@ def test_abstentions_of_an_evaluation_are_told(tmp_path: Path, capsys: pytest.Ca
     assert f"after 4: the judge abstained on {some} answers" in " ".join(capsys.readouterr().out.split())
     assert f"| 4 | rules@2 | -, {some} abstained |" in model_card(run, 4)
     assert f"the judge abstained on {some} held-out answers" in " ".join(make_report(Index.open(run), run).caveats)
+
+
+def test_a_prompt_that_nobody_answered_is_not_shown(tmp_path: Path) -> None:
+    job = stub_job(iterations=1, eval={"prompts": 2})
+    stub_loop(tmp_path, job).run()
+    write_header(tmp_path / "run", job)
+    (tmp_path / "run/prompts").mkdir(exist_ok=True)
+    rows = "".join(p.model_dump_json() + "\n" for p in stub_prompts(4, "held"))
+    (tmp_path / "run/prompts/held_out.jsonl").write_text(rows)
+    shown = held_out_answers(RunDir.open(tmp_path / "run"))
+    assert len(shown) == 2
+    assert all(answer for p in shown for answer in p.answers.values())

@@ -12,6 +12,7 @@ from rlaif import constitution
 from rlaif.errors import UserError
 from rlaif.store import RunDir, write_json
 from rlaif.texts import Texts
+from tests.conftest import ROOT
 from tests.stubs import stub_job, text, write_texts
 
 
@@ -69,12 +70,12 @@ def test_a_scheduled_text_is_checked_at_the_start(tmp_path: Path) -> None:
 
 def test_a_broken_template_raises_an_alarm_and_the_last_good_one_stays(tmp_path: Path) -> None:
     write_texts(tmp_path, 1)
-    shutil.copytree("prompts/judge", tmp_path / "prompts" / "judge")
+    shutil.copytree(ROOT / "prompts" / "judge", tmp_path / "prompts" / "judge")
     path = tmp_path / "prompts" / "judge" / "pairwise.jinja"
     t = texts(tmp_path, constitution="rules", judge={"kind": "chat", "model": "m", "api_key_env": None},
               pairing={"method": "random"})  # fmt: skip
     good = t.in_force(0)
-    assert good[1].keys() == {"pairwise"}
+    assert good[1].keys() == {"pairwise", "pairwise_evaluate"}
     whole = path.read_text()
     path.write_text(whole.replace("_answers.jinja", "_nowhere.jinja"))
     assert t.in_force(1) == good
@@ -147,3 +148,35 @@ def test_pins_of_older_runs_stay_readable(tmp_path: Path) -> None:
     first = texts(tmp_path, constitution="rules@1").in_force(0)[0]
     write_json(tmp_path / "run/constitutions/pins.json", {"rules": first.hash, "rules@1": first.hash})
     assert texts(tmp_path, schedule={0: "rules", 2: "rules@1"}).in_force(0)[0] == first
+
+
+CHAT: dict[str, Any] = {"judge": {"kind": "chat", "model": "m", "api_key_env": None}, "pairing": {"method": "random"}}
+
+
+@pytest.mark.parametrize("reference", ["rules", "rules@1"])
+def test_held_out_answers_are_measured_with_another_question(tmp_path: Path, reference: str) -> None:
+    write_texts(tmp_path, 1)
+    shutil.copytree("prompts/judge", tmp_path / "prompts" / "judge")
+    notes: list[str] = []
+    job = stub_job(constitution=reference, **CHAT)
+    templates = Texts(job, RunDir(tmp_path / "run"), tmp_path, notes.append).in_force(0)[1]
+    assert templates.keys() == {"pairwise", "pairwise_evaluate"}
+    assert templates["pairwise"] != templates["pairwise_evaluate"]
+    assert notes == []
+
+
+def test_one_question_for_both_is_said_and_stays_so_in_a_pinned_run(tmp_path: Path) -> None:
+    write_texts(tmp_path, 1)
+    folder = tmp_path / "prompts" / "judge"
+    shutil.copytree("prompts/judge", folder)
+    (folder / "pairwise_evaluate.jinja").rename(folder / "elsewhere.txt")
+    notes: list[str] = []
+    job = stub_job(constitution="rules@1", **CHAT)
+    assert Texts(job, RunDir(tmp_path / "run"), tmp_path, notes.append).in_force(0)[1].keys() == {"pairwise"}
+    (said,) = notes
+    assert "with the question that trains (template pairwise)" in said
+    assert str(folder / "pairwise_evaluate.jinja") in said
+    (folder / "elsewhere.txt").rename(folder / "pairwise_evaluate.jinja")  # as an update of rlaif does
+    assert Texts(job, RunDir(tmp_path / "run"), tmp_path).in_force(1)[1].keys() == {"pairwise"}
+    fresh = Texts(job, RunDir(tmp_path / "fresh"), tmp_path)
+    assert fresh.in_force(0)[1].keys() == {"pairwise", "pairwise_evaluate"}

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from rlaif.errors import UserError, WorkerError
-from rlaif.workers import InlineWorker, Worker, WorkerLike, start_worker
+from rlaif.workers import InlineWorker, Worker, WorkerLike, start_worker, wait_until_ready
 
 
 class Echo:
@@ -101,6 +101,35 @@ def test_call_and_stream(both: WorkerLike) -> None:
     assert both.call("greet", name="Ada") == "hi Ada"
     assert list(both.stream("count", n=3)) == [0, 1, 2]
     assert both.call("greet", name="Bob") == "hi Bob"
+
+
+def test_each_is_told_when_it_is_ready_whatever_their_order(tmp_path: Path) -> None:
+    told: list[tuple[str, list[str]]] = []
+    seconds: list[float] = []
+
+    def tell(name: str, after_s: float, waiting: list[str]) -> None:
+        told.append((name, waiting))
+        seconds.append(after_s)
+
+    with (
+        Worker("slow", FACTORY, {"delay_s": 1.5}, tmp_path / "slow.log") as slow,
+        Worker("quick", FACTORY, {}, tmp_path / "quick.log") as quick,
+        InlineWorker("here", FACTORY, {}) as here,
+    ):
+        wait_until_ready([slow, quick, here], tell)
+        assert told[-1] == ("slow", [])
+        assert {name for name, _ in told} == {"slow", "quick", "here"}
+        assert all(set(waiting).isdisjoint({name}) for name, waiting in told)
+        assert seconds == sorted(seconds)
+        wait_until_ready([slow], tell)  # again: at once
+    with (
+        Worker("slow", FACTORY, {"delay_s": 60}, tmp_path / "slow.log") as slow,
+        Worker("dies", FACTORY, {"fail": "exit"}, tmp_path / "dies.log") as dies,
+    ):
+        started = time.monotonic()
+        with pytest.raises(WorkerError, match="dies worker died"):
+            wait_until_ready([slow, dies], tell)
+        assert time.monotonic() - started < 30, "one that died isn't told only after those that load"
 
 
 def test_user_error_stays_one_and_the_worker_goes_on(both: WorkerLike) -> None:

@@ -198,7 +198,12 @@ def effect_of(
     pairs = {row.pair.id: row for row in asking.sample.rows}
     if run_job.filters.calibration:
         notes.append("kept pairs are counted without the run's calibration: it is about the old text")
-    kept = [sum(decide(v[id], pairs[id].pair, run_job.filters, plain).status == "kept" for id in v) for v in (old, new)]
+    cut = {id for id, c in texts.items() if c.cut_off}
+
+    def kept(verdicts: Verdicts) -> int:
+        made = (decide(v, pairs[id].pair, run_job.filters, plain, cut=cut) for id, v in verdicts.items())
+        return sum(d.status == "kept" for d in made)
+
     return Effect(
         run=str(run.path),
         before=before.ref,
@@ -214,8 +219,8 @@ def effect_of(
         share=len(turned) / len(decided) if decided else None,
         interval=wilson(len(turned), len(decided)),
         undecided=len(both) - len(decided),
-        kept_before=kept[0],
-        kept_after=kept[1],
+        kept_before=kept(old),
+        kept_after=kept(new),
         parts=tuple(explained),
         taken_apart=len(apart),
         only_together=sum(not any(id in ids for ids in alone.values()) for id in apart),

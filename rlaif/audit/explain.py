@@ -54,7 +54,18 @@ def rule_lines(
         asked = Asked.by(job, ends) if job else None
         value, threshold = _calibrated(calibration, verdict, votes, settings, category or EVERYTHING, asked)
         lines.append(_line("uncalibrated", value, threshold, decision))
+    if settings.cut_off == "drop" or "cut_off" in decision.reasons:
+        lines.append(
+            _line("cut_off", _cut(first, second), "a winner that ended by itself, or two that didn't", decision)
+        )
     return tuple(lines)
+
+
+def _cut(first: Completion | None, second: Completion | None) -> str:
+    if first is None or second is None:
+        return "whether an answer was cut off is not in the log"
+    names = [name for name, c in (("first", first), ("second", second)) if c.cut_off]
+    return f"cut off by the length limit: {' and '.join(names) or 'none'}"
 
 
 def _line(name: DropReason, value: str, threshold: str, decision: Decision) -> RuleLine:

@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 from rlaif.audit.index import Index
-from rlaif.records import Record
+from rlaif.config import Price
+from rlaif.judging.spending import cost
+from rlaif.records import Record, Usage
 from rlaif.store import RunDir
 
 
@@ -38,6 +40,8 @@ class IterationRow(Record):
     trained_pairs: int
     """0 when the update was skipped, or isn't done."""
     skipped: bool | None
+    weights_gap: float | None = None
+    """Sampler against learner, nats a token; None where it wasn't measured."""
 
 
 class EvaluationRow(Record):
@@ -51,6 +55,11 @@ class EvaluationRow(Record):
     win_interval: tuple[float, float] | None
     mean_words: float | None
     kl_per_token: float | None
+    """From the base policy, nats."""
+    kl_interval: tuple[float, float] | None
+    kl_per_completion: float | None
+    kl_by_older_version: bool
+    """`kl_per_token` is the estimate of an older version, off by temperature and top-p, even in its sign."""
     relevance: float | None
     checks: dict[str, float]
 
@@ -152,7 +161,9 @@ sum(slot_votes) AS slot_votes"""
 # Tokens as the budget and metrics.json count them: a reply from the cache costs nothing.
 _VOTED = """count(*) AS votes, count(*) FILTER (outcome = 'abstain') AS abstentions, count(*) FILTER (cached) AS cached,
 sum(attempts) AS calls, coalesce(sum(prompt_tokens) FILTER (NOT cached), 0) AS prompt_tokens,
-coalesce(sum(completion_tokens) FILTER (NOT cached), 0) AS completion_tokens"""
+coalesce(sum(completion_tokens) FILTER (NOT cached), 0) AS completion_tokens,
+coalesce(sum(cached_tokens) FILTER (NOT cached), 0) AS cached_tokens,
+coalesce(sum(reasoning_tokens) FILTER (NOT cached), 0) AS reasoning_tokens"""
 
 
 def _by(rows: list[dict[str, Any]], key: str) -> dict[Any, dict[str, Any]]:
@@ -199,6 +210,7 @@ def _iteration_rows(index: Index) -> list[IterationRow]:
                 mean_words=(metrics.get("sampled") or {}).get("mean_words"),
                 trained_pairs=trained.get(k, {}).get("n", 0),
                 skipped=r["skipped"],
+                weights_gap=(metrics.get("weights_gap") or {}).get("mean"),
             )
         )
     return out
@@ -216,6 +228,9 @@ def _evaluation_rows(index: Index) -> list[EvaluationRow]:
                 win_interval=m.get("win_interval") if r["evaluation"] else None,
                 mean_words=m.get("mean_words"),
                 kl_per_token=m.get("kl_per_token"),
+                kl_interval=m.get("kl_interval"),
+                kl_per_completion=m.get("kl_per_completion"),
+                kl_by_older_version=m.get("kl_answers") is None and m.get("kl_per_token") is not None,
                 relevance=m.get("relevance"),
                 checks=m.get("checks") or {},
             )
@@ -268,7 +283,7 @@ def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
         price = prices.get(str(r["judge"]).removeprefix("chat:").rpartition("@")[0])
         money = None
         if price:
-            money = float(r["prompt_tokens"] * price["prompt"] + r["completion_tokens"] * price["completion"]) / 1e6
+            money = cost(Usage(**{n: int(r[n]) for n in Usage.model_fields if n != "estimated"}), Price(**price))
         out.append(
             JudgeCost(
                 judge=r["judge"],

@@ -292,7 +292,7 @@ def _chat_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constituti
     template = parse_template(name, sources, str(folder))
     a, b = (detail.second, detail.first) if ballot.order == "reversed" else (detail.first, detail.second)
     principle = text.principle(asked) if asked else None
-    messages = render(template, text, principle, detail.prompt_messages, a.text, b.text)
+    messages = render(template, text, principle, detail.prompt_messages, a.text, b.text, (a.cut_off, b.cut_off))
     shown = "\n\n".join(f"[{m.role}]\n{m.content}" for m in messages)
     made = digest([m.model_dump() for m in messages])
     if vote.prompt_hash is not None and made != vote.prompt_hash:

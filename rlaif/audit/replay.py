@@ -24,13 +24,13 @@ from rlaif.config import Filters, Job, apply_override, changed_keys, parse_job
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError, UserError, said
 from rlaif.judging.ballots import ballots_for
-from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calibration
+from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, ends_of, read_calibration
 from rlaif.judging.filters import decide_votes, to_review
 from rlaif.judging.numbers import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
 from rlaif.judging.verdicts import JurorFit, jurors_for
-from rlaif.records import Ballot, Completion, Decision, FinishReason, Pair, Plan, Prompt, Record, VoiceKey, Vote
+from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote
 from rlaif.review.labels import labels_of
 from rlaif.store import RunDir, StageDir, read_record, read_rows
 from rlaif.texts import template_sources
@@ -322,8 +322,6 @@ class Iteration:
         self.problems: list[str] = []
         self.votes = self.reparsed = 0
         self._places = self._index()
-        self._ends: dict[str, FinishReason] = {}
-        """Completion → how it ended; filled with the texts."""
 
     def decisions(self) -> Iterator[tuple[Decision, Decision]]:
         """(as it was made, as it would be made) of each pair, in the order of the pairs."""
@@ -339,7 +337,7 @@ class Iteration:
     def _decided(self) -> Iterator[tuple[Decision, Decision]]:
         filters, calibration = self.settings.job.filters, self.settings.calibration
         jurors = self._jurors()
-        texts = self._texts()
+        texts, cut = self._completions()
         weights = self.text.weights
         sliced = calibration is not None and EVERYTHING not in calibration.slices
         categories = self._categories() if sliced else {}
@@ -358,20 +356,9 @@ class Iteration:
             if mine is None or not {pair.first, pair.second} <= texts.keys():
                 continue
             slice = categories.get(pair.prompt_id) or EVERYTHING
-            yield (
-                was,
-                decide_votes(
-                    pair,
-                    mine,
-                    filters,
-                    texts,
-                    weights,
-                    jurors,
-                    calibration,
-                    slice,
-                    asked and asked._replace(ends=(self._ends.get(pair.first), self._ends.get(pair.second))),
-                ),
-            )
+            if asked is not None:
+                asked = asked._replace(ends=ends_of(pair, cut))
+            yield was, decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice, cut, asked)
 
     def _categories(self) -> dict[str, str | None]:
         """Prompt → its category: the slice of a calibration."""
@@ -454,14 +441,17 @@ class Iteration:
         ballots = ballots_for(settings, [any_pair], self.text, name=judge, templates=templates)
         return {_asked_as(b): n for n, b in enumerate(ballots)}
 
-    def _texts(self) -> dict[str, str]:
-        """Completion → a digest of its text without the space around it: all that `identical` needs of it."""
-        sound = (c for c in self._sound("completions", Completion) if c is not None)
-        texts = {}
-        for c in sound:
-            texts[c.id] = hashlib.blake2b(c.text.strip().encode(), digest_size=12).hexdigest()
-            self._ends[c.id] = c.finish_reason
-        return texts
+    def _completions(self) -> tuple[dict[str, str], set[str]]:
+        """Completion → a digest of its text without the space around it: all that `identical` needs of it; and those
+        that the length limit cut off."""
+        texts: dict[str, str] = {}
+        cut: set[str] = set()
+        for c in self._sound("completions", Completion):
+            if c is not None:
+                texts[c.id] = hashlib.blake2b(c.text.strip().encode(), digest_size=12).hexdigest()
+                if c.cut_off:
+                    cut.add(c.id)
+        return texts, cut
 
     def _read(self, vote: Vote) -> Vote:
         """The vote, with `parser` as its reply is read today."""

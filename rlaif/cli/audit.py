@@ -15,7 +15,6 @@ from rlaif.cli.audit_common import Json, opened, print_json
 from rlaif.cli.audit_replay import replay
 from rlaif.cli.audit_run import print_overview
 from rlaif.cli.audit_verify import verify
-from rlaif.store import RunDir
 
 
 class RunFirst(TyperGroup):
@@ -45,6 +44,8 @@ def overview(
     json_: Json = False,
 ) -> None:
     """Without a command: the run on one screen."""
+    from rlaif.store import RunDir
+
     ctx.obj = RunDir.open(run)
     if ctx.invoked_subcommand is None:
         from rlaif.audit.overview import overview as ask
@@ -63,7 +64,7 @@ app.command()(audit_pairs.flips)
 app.command()(audit_pairs.disagree)
 app.command()(audit_run.trace)
 app.command()(audit_run.compare)
-app.command(help=audit_run.tables_help(), context_settings={"max_content_width": 120})(audit_run.sql)
+app.command(cls=audit_run.WithTables, context_settings={"max_content_width": 120})(audit_run.sql)
 app.command()(audit_run.export)
 app.command()(verify)
 app.command()(replay)

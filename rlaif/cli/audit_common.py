@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlaif.errors import UserError
-from rlaif.records import Record
-from rlaif.store import RunDir
 
 if TYPE_CHECKING:
     from rlaif.audit.index import Index
+    from rlaif.records import Record
+    from rlaif.store import RunDir
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Limit = Annotated[int, typer.Option(min=1, help="Most rows to print.")]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from rlaif.cli.audit_common import (
     Json,
@@ -20,12 +22,11 @@ from rlaif.cli.audit_common import (
     short,
 )
 from rlaif.errors import UserError
-from rlaif.store import RunDir
 
 if TYPE_CHECKING:
     from rlaif.audit.compare import Compared
     from rlaif.audit.index import Index
-    from rlaif.audit.overview import Overview
+    from rlaif.audit.overview import EvaluationRow, Overview
     from rlaif.console import Listing
 
 
@@ -150,12 +151,21 @@ def _results(found: Overview, width: int, most: int | None = None) -> list[str]:
             low, high = e.win_interval
             evaluations.append(
                 f"after {e.updates}: win rate {e.win_rate:.2f} ({low:.2f}-{high:.2f}){against}, "
-                f"{number(e.mean_words, 1)} words, KL {number(e.kl_per_token, 3)} a token"
+                f"{number(e.mean_words, 1)} words, KL {_kl(e)} a token"
             )
     alarms = _last([f"[red]alarm[/] {inert(alarm)}" for alarm in found.alarms], most, "earlier alarms")
     if found.events_missing:
         alarms = ["alarms unknown: events.jsonl is missing"]
     return [*_last(evaluations, most, "earlier evaluations"), *(alarms or ["no alarms"])]
+
+
+def _kl(e: EvaluationRow) -> str:
+    """KL a token, with its interval, or with what it is in an older run."""
+    if e.kl_by_older_version:
+        return f"{number(e.kl_per_token, 3)} (older estimate)"
+    if e.kl_interval is None:
+        return number(e.kl_per_token, 3)
+    return f"{number(e.kl_per_token, 3)} ({e.kl_interval[0]:.3f}-{e.kl_interval[1]:.3f})"
 
 
 def _last(lines: list[str], most: int | None, what: str) -> list[str]:
@@ -229,6 +239,7 @@ def compare(
 ) -> None:
     """Two runs side by side: settings, texts, kept share, agreement, evaluations, pairs decided differently."""
     from rlaif.audit.compare import compare as ask
+    from rlaif.store import RunDir
 
     with opened(ctx) as first, opened(ctx, RunDir.open(other)) as second:
         found = ask(first, second, limit)
@@ -271,6 +282,9 @@ def _print_compared(found: Compared) -> None:
             low, high = (e.win_interval or (0, 1)) if e else (0, 1)
             cells.append(f"{e.win_rate:.2f} ({low:.2f}-{high:.2f})" if e and e.win_rate is not None else "-")
         table.add(f"win rate after {updates}", *cells)
+    kls = [{e.updates: e for e in evaluations if e.updates} for evaluations in found.evaluations]
+    for updates in sorted({*kls[0], *kls[1]}):
+        table.add(f"KL a token after {updates}", *(_kl(side[updates]) if updates in side else "-" for side in kls))
     table.print(console)
     if found.settings:
         table = Listing("setting", *found.runs, title="settings that differ")
@@ -294,13 +308,16 @@ def _print_compared(found: Compared) -> None:
         table.print(console)
 
 
-def tables_help() -> str:
-    """The tables, for `rlaif audit RUN sql --help`."""
-    from rlaif.audit.tables import describe
+class WithTables(TyperCommand):
+    """A command whose help describes the tables; they are only read for it."""
 
-    # \b: these lines are not to be wrapped
-    tables = "\n\n".join(f"\b\n{table}" for table in describe().split("\n\n"))
-    return f"Ask the tables themselves, read-only, in DuckDB's SQL.\n\n{tables}"
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from rlaif.audit.tables import describe
+
+        # \b: these lines are not to be wrapped
+        tables = "\n\n".join(f"\b\n{table}" for table in describe().split("\n\n"))
+        self.help = f"{inspect.cleandoc(self.callback.__doc__ or '')}\n\n{tables}" if self.callback else tables
+        super().format_help(ctx, formatter)
 
 
 def sql(
@@ -309,7 +326,7 @@ def sql(
     limit: Annotated[int, typer.Option(min=1, help="Most rows to print.")] = 1000,
     json_: Json = False,
 ) -> None:
-    """See `tables_help`."""
+    """Ask the tables themselves, read-only, in DuckDB's SQL."""
     import json
 
     from rlaif.console import Listing, stdout_console

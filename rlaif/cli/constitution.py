@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
-from rich.table import Table
 
+from rlaif.cli.beat import VoteCount
 from rlaif.console import inert, stdout_console
-from rlaif.constitution import constitution_files, list_constitutions, load_constitution, misnamed_files
-from rlaif.constitution import diff as diff_constitutions
 from rlaif.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +30,10 @@ _PREVIEW = 90
 @app.command("list")
 def list_(directory: Directory = DEFAULT, json_: Json = False) -> None:
     """All constitutions and their versions."""
+    from rich.table import Table
+
+    from rlaif.constitution import list_constitutions
+
     found = list_constitutions(directory)
     if json_:
         typer.echo(json.dumps([{**c.ref.model_dump(), "summary": c.summary} for c in found], indent=1))
@@ -46,6 +47,8 @@ def list_(directory: Directory = DEFAULT, json_: Json = False) -> None:
 @app.command()
 def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = False) -> None:
     """One constitution, principle by principle."""
+    from rlaif.constitution import load_constitution
+
     text = load_constitution(directory, reference)
     if json_:
         typer.echo(text.model_dump_json(indent=1))
@@ -72,6 +75,8 @@ def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = Fal
 @app.command()
 def check(directory: Directory = DEFAULT) -> None:
     """Parse all constitutions of a folder; exit code 2 when one is broken, or a file is there that nothing reads."""
+    from rlaif.constitution import constitution_files, load_constitution, misnamed_files
+
     files = constitution_files(directory)
     if not files:
         raise UserError(f"{directory}: no constitution in it; each is a file {directory}/<name>/v<N>.yaml")
@@ -124,6 +129,9 @@ def diff(
     json_: Json = False,
 ) -> None:
     """What changes between two texts, principle by principle; with --run also which verdicts it turns round."""
+    from rlaif.constitution import diff as diff_constitutions
+    from rlaif.constitution import load_constitution
+
     before, after = load_constitution(directory, a), load_constitution(directory, b)
     changes = diff_constitutions(before, after)
     effect = _effect(before, after, run, job, set_ or [], sample, seed, take_apart) if run else None
@@ -168,18 +176,14 @@ def _effect(
         apply_override(tree, override)
     job = parse_job(tree, str(file or "--set"))
     judge = open_with_ballots(job, [before, after], Path.cwd(), lambda message: print(message, file=sys.stderr))
-    count = 0
-
-    def progress(new: int, text: str) -> None:
-        nonlocal count
-        count += new
-        if sys.stderr.isatty():
-            print(f"{count} votes", end="\r", file=sys.stderr, flush=True)
-
-    return effect_of(run, before, after, job, own, judge, sample, seed, take_apart, progress)
+    count = VoteCount()
+    with count.told():
+        return effect_of(run, before, after, job, own, judge, sample, seed, take_apart, lambda new, text: count(new))
 
 
 def _show_effect(effect: Effect) -> None:
+    from rich.table import Table
+
     console = stdout_console()
     stored = f"verdicts in the run: {effect.stored} under {effect.before}, {effect.stored_after} under {effect.after}"
     console.print(
@@ -227,6 +231,8 @@ def _line(text: str) -> str:
 
 def _lines(value: Any) -> list[str]:
     """A value as YAML lines, the way a constitution file has it; empty parts are left out."""
+    import yaml
+
     if value is None:
         return []
     if isinstance(value, dict):

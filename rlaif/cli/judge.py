@@ -27,7 +27,6 @@ from rlaif.cli.judge_common import (
 )
 from rlaif.console import stdout_console
 from rlaif.errors import UserError
-from rlaif.store import replacing
 
 if TYPE_CHECKING:
     from rlaif.config import Job
@@ -315,6 +314,7 @@ def calibrate(
     from rlaif.judging import bench as judge_bench
     from rlaif.judging import report
     from rlaif.judging.calibration import asked_as, cut_off_counts
+    from rlaif.store import replacing
 
     kind = _score_kind(score)
     _check_risk(alpha, delta)
@@ -419,11 +419,11 @@ def _votes(
         )
         by_judge = judge_bench.by_judge(recorded.votes, jury)
         return _Votes(settings, found, recorded.rows, by_judge, "recorded", directory, recorded, annotators)
-    rows, _ = narrow(found.rows, conditions)
-    ask, progress = open_asked(settings, rows, directory, calibration_of(settings) if filtered else None)
-    with told_what_is_kept(settings):
+    rows = judge_bench.as_judged(narrow(found.rows, conditions)[0], settings.policy)
+    ask, count = open_asked(settings, rows, directory, calibration_of(settings) if filtered else None)
+    with told_what_is_kept(settings), count.told():
         cast_now = judge_bench.cast_votes(
-            rows, ask, loader(directory), settings.constitution, progress, settings.policy.system_prompt
+            rows, ask, loader(directory), settings.constitution, count, settings.policy.system_prompt
         )
     return _Votes(settings, found, rows, {settings.judge.model: cast_now}, settings.judge.kind, directory,
                   annotators=annotators)  # fmt: skip

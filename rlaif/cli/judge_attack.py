@@ -33,22 +33,24 @@ def attack(
 ) -> None:
     """How often each attack on the losing answer flips a verdict that was stable, with Wilson 95 % intervals."""
     from rlaif.judging import attacks
+    from rlaif.judging.bench import as_judged
     from rlaif.judging.calibration import Asked
     from rlaif.judging.labelled import read_labelled
 
     settings = job_of(job, set_)
     rows = read_labelled([labelled]).rows
-    rows = attacks.evenly(rows, limit)
+    rows = attacks.evenly(as_judged(rows, settings.policy), limit)
     calibration = calibration_of(settings)
-    ask, progress = open_asked(settings, rows, directory)
-    with told_what_is_kept(settings):
+    ask, count = open_asked(settings, rows, directory)
+    count.total = None  # how many pairs there are to attack, the first votes tell
+    with told_what_is_kept(settings), count.told():
         report = attacks.attack_judge(
             rows,
             ask,
             loader(directory),
             settings.filters,
             settings.constitution,
-            progress=progress,
+            progress=count,
             calibration=calibration,
             system_prompt=settings.policy.system_prompt,
             asked=Asked.by(settings),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlaif.cli.beat import VoteCount
 from rlaif.errors import BudgetSpent, JudgeUnavailable
 
 if TYPE_CHECKING:
@@ -70,8 +72,8 @@ def told_what_is_kept(job: Job) -> Iterator[None]:
 
 def open_asked(
     job: Job, rows: Sequence[Labelled], directory: Path, calibration: Calibration | None = None
-) -> tuple[Ask, Callable[[int], None]]:
-    """The job's judge, for these rows' constitutions, and a counter of its votes on the terminal.
+) -> tuple[Ask, VoteCount]:
+    """The job's judge, for these rows' constitutions, and a count of its votes on them.
 
     Raises:
         UserError: `calibration` is of other questions than these; nothing has been asked yet.
@@ -80,6 +82,7 @@ def open_asked(
     from rlaif.judging.filters import check_calibrated
     from rlaif.judging.opened import open_with_ballots
 
+    started = time.monotonic()
     # One row for each constitution and slice: their questions differ in the pair alone.
     some = {(r.constitution or job.constitution, r.slice): r for r in rows}
     texts = {name: loader(directory)(name) for name, _ in some if name is not None}
@@ -90,12 +93,9 @@ def open_asked(
                 ballots = opened.ballots([row.pair], texts[name])
                 for ends in {(r.first_finish, r.second_finish) for r in rows}:
                     check_calibrated(ballots, calibration, job.filters, slice, Asked.by(job, ends))
-    count = 0
-
-    def progress(new: int) -> None:
-        nonlocal count
-        count += new
-        if sys.stderr.isatty():
-            print(f"{count} votes", end="\r", file=sys.stderr, flush=True)
-
-    return opened.ask, progress
+    each = {name: len(opened.ballots([row.pair], texts[name])) for (name, _), row in some.items() if name is not None}
+    names = (r.constitution or job.constitution for r in rows)
+    total = sum(each[name] for name in names if name is not None)
+    if job.judge.kind == "likelihood":  # its model was loaded
+        print(f"judge {job.judge.model} ready after {time.monotonic() - started:.1f} s", file=sys.stderr)
+    return opened.ask, VoteCount(total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from rlaif import loop
+from rlaif.cli.beat import HEARTBEAT_S, heartbeat
 from rlaif.console import inert
 from rlaif.records import IterationMetrics
 
@@ -19,7 +21,9 @@ def make_progress(iterations: int) -> Iterator[loop.Progress]:
     """The progress that fits stderr: live when it is a terminal."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield PlainProgress(console, iterations)
+        plain = PlainProgress(console, iterations, HEARTBEAT_S)
+        with heartbeat(plain.beat, HEARTBEAT_S / 4):
+            yield plain
         return
     columns = (
         SpinnerColumn(),
@@ -34,19 +38,35 @@ def make_progress(iterations: int) -> Iterator[loop.Progress]:
 
 
 class PlainProgress:
-    """One line a stage and one an iteration, for logs."""
+    """One line a stage and one an iteration, for logs; and one whenever nothing was said for a while."""
 
-    def __init__(self, console: Console, iterations: int):
-        self._console, self._iterations = console, iterations
+    def __init__(self, console: Console, iterations: int, silence_s: float = HEARTBEAT_S):
+        self._console, self._iterations, self._silence_s = console, iterations, silence_s
         self._stage: tuple[str, int, str, int] | None = None
         self._done, self._started = 0, time.monotonic()
+        self._said, self._note = time.monotonic(), "starting"
+        self._lock = threading.RLock()  # `beat` comes from another thread
 
     def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
-        self._close_stage()
-        self._stage, self._done, self._started = (name, total, unit, iteration), 0, time.monotonic()
+        with self._lock:
+            self._close_stage()
+            self._stage, self._done, self._started = (name, total, unit, iteration), 0, time.monotonic()
 
     def advance(self, n: int) -> None:
         self._done += n
+
+    def beat(self) -> None:
+        """Says how far the stage is, or what was said last, when that is a while ago."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._said < self._silence_s:
+                return
+            if self._stage is None:
+                self._line(f"… {now - self._started:.0f} s since: {self._note}")
+                return
+            name, total, unit, iteration = self._stage
+            where = f"iteration {iteration + 1}/{self._iterations}"
+            self._line(f"{where}  {name}: {self._done} of {total} {unit}, {now - self._started:.0f} s")
 
     def _close_stage(self) -> None:
         if self._stage is None:
@@ -58,14 +78,21 @@ class PlainProgress:
         self._stage = None
 
     def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None:
-        self._close_stage()
-        self._line(iteration_line(iteration, self._iterations, metrics))
+        with self._lock:
+            self._close_stage()
+            self._tell(iteration_line(iteration, self._iterations, metrics))
 
     def note(self, message: str) -> None:
-        self._close_stage()
-        self._line(message)
+        with self._lock:
+            self._close_stage()
+            self._tell(message)
+
+    def _tell(self, text: str) -> None:
+        self._note, self._started = text, time.monotonic()
+        self._line(text)
 
     def _line(self, text: str) -> None:
+        self._said = time.monotonic()
         self._console.print(inert(text), soft_wrap=True)  # a log's line is never broken
 
 

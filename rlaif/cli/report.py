@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from rlaif.cli.audit_common import Building
-from rlaif.store import RunDir
 
 
 def report(
@@ -26,6 +25,7 @@ def report(
     """
     from rlaif.audit.index import Index
     from rlaif.report import make_report, write_report
+    from rlaif.store import RunDir
 
     opened = RunDir.open(run)
     with Building() as building, Index.open(opened, building.told) as index:

@@ -19,7 +19,6 @@ import typer
 
 from rlaif.console import stdout_console, visible
 from rlaif.errors import RlaifError, UserError
-from rlaif.store import RunDir
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,6 +42,7 @@ def review(
     be piped in; what stands after a key is its reason.
     """
     from rlaif.review.queue import Queue
+    from rlaif.store import RunDir
 
     queue = Queue(RunDir.open(run))
     if json_:

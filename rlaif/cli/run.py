@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlaif.config import Job, apply_override, load_job, parse_job
 from rlaif.errors import UserError
-from rlaif.store import RunDir
+
+if TYPE_CHECKING:
+    from rlaif.config import Job
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, for example runs/quickstart.")]
@@ -46,11 +47,12 @@ def run(
     trained is done twice. The same command starts and continues. A run directory with --name starts a new
     run from that run's job.
     """
+    settings, where = _job_and_run(job, set_ or [], name, runs)
+    # After that: a mistake in the job is told at once.
     from rlaif.cli.progress import make_progress
     from rlaif.launch import execute
     from rlaif.summary import final_tables, write_summary
 
-    settings, where = _job_and_run(job, set_ or [], name, runs)
     if dry_run:
         _print_plan(settings, where, json_, allow_change)
         return
@@ -64,6 +66,9 @@ def run(
 
 
 def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) -> tuple[Job, Path]:
+    from rlaif.config import apply_override, load_job, parse_job
+    from rlaif.store import RunDir
+
     if (job / "run.json").exists():
         tree: dict[str, Any] = RunDir.open(job).header["job"]
         for override in overrides:
@@ -80,14 +85,18 @@ def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) 
 
 
 def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> None:
+    from rlaif.config import Columns
     from rlaif.launch import check_resume
     from rlaif.plan_cost import estimate, table
+    from rlaif.store import RunDir
     from rlaif.summary import status_of
 
     check_resume(RunDir(where), job, allow_change)
     copies = {name: (where / "prompts" / f"{name}.jsonl").resolve() for name in ("train", "held_out")}
     if all(path.exists() for path in copies.values()):  # it goes on from these, whatever became of the files
-        prompts = job.prompts.model_copy(update={name: str(path) for name, path in copies.items()})
+        prompts = job.prompts.model_copy(
+            update={**{name: str(path) for name, path in copies.items()}, "columns": Columns()}
+        )
         job = job.model_copy(update={"prompts": prompts})
     costs = estimate(job, Path.cwd())
     if (where / "run.json").exists():
@@ -100,6 +109,7 @@ def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> Non
 
 def status(run: RunPath, json_: Json = False) -> None:
     """Say where a run stands: iteration, stage, text in force, alarms."""
+    from rlaif.store import RunDir
     from rlaif.summary import status_of, status_table
 
     directory = RunDir.open(run)
@@ -115,11 +125,14 @@ def export(
     iteration: Annotated[
         int | None, typer.Option(help="Policy after so many iterations; the newest by default.")
     ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA alone, as peft loads it.")] = False,
 ) -> None:
     """Write a policy as plain transformers files, with a model card."""
-    from rlaif.export import export_policy
 
-    typer.echo(str(export_policy(RunDir.open(run), to, iteration)))
+    from rlaif.export import export_adapter, export_policy
+    from rlaif.store import RunDir
+
+    typer.echo(str((export_adapter if adapter else export_policy)(RunDir.open(run), to, iteration)))
 
 
 def chat(
@@ -131,14 +144,34 @@ def chat(
 ) -> None:
     """Talk to the newest policy of a run, beside the base policy."""
     from rlaif.chat import conversation
+    from rlaif.store import RunDir
 
     if not 0 < temperature < math.inf:
         raise UserError(f"--temperature {temperature}: expected a number above 0; 0.01 takes the likeliest words")
     conversation(RunDir.open(run), prompt, max_tokens, temperature, seed)
 
 
-def doctor(json_: Json = False) -> None:
-    """Print what this machine has, what is missing, and the command that mends it."""
+def doctor(
+    deep: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Check that what is trained of this model reaches what samples (minutes)."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --deep, a setting of the job.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Print what this machine has, what is missing, and the command that mends it.
+
+    With --deep MODEL: load the model, train two steps, export, load that, load the model again; after each load
+    sampler and learner score the same texts, and have to agree. Try it before a run on a model that nobody tried:
+    rlaif doctor --deep ./my-model --set sampling.engine=transformers
+    """
+    if deep is not None:
+        from rlaif.cli.doctor_deep import check
+
+        check(deep, set_ or [], json_)
+        return
     from rich.table import Table
 
     from rlaif.console import stdout_console

@@ -10,7 +10,6 @@ import typer
 
 from rlaif.cli.audit_common import Building
 from rlaif.errors import UserError
-from rlaif.store import RunDir
 
 DEFAULT_PORT = 8321
 
@@ -25,6 +24,8 @@ def view(
     Listens on this machine only. From another one: `ssh -L 8321:127.0.0.1:8321 HOST`, then open the same address there.
     """
     import socket
+
+    from rlaif.store import RunDir
 
     opened = RunDir.open(run)
     try:

@@ -103,7 +103,9 @@ def make_ballots(
 def likelihood_parameters(settings: Judge) -> str:
     """Digest of what turns a likelihood judge's numbers into votes."""
     names = ("missing_eos_penalty", "score_temperature", "relevance_tolerance", "fluency_tolerance")
-    return digest({name: getattr(settings, name) for name in names})
+    numbers = {name: getattr(settings, name) for name in names}
+    # What older runs didn't have is in the digest only where it is set: theirs stays the same.
+    return digest(numbers | {k: v for k in ("chat_template_args",) if (v := getattr(settings, k))})
 
 
 def juror_names(jurors: Sequence[Juror]) -> list[str]:
@@ -138,8 +140,12 @@ def request_parameters(juror: Juror, template: Template) -> dict[str, Any]:
 def _chat_parameters(juror: Juror, template: Template, clamp: tuple[float, float] | None) -> str:
     """Digest of the request's parameters, and of how its reply is read."""
     parameters = request_parameters(juror, template)
-    clamped = clamp is not None and template.verdict != "letter"
-    return digest([parameters, {"clamp": clamp}] if clamped else parameters)
+    more: dict[str, Any] = {}
+    if clamp is not None and template.verdict != "letter":
+        more["clamp"] = clamp
+    if juror.system_role != "auto":
+        more["system_role"] = juror.system_role
+    return digest([parameters, more] if more else parameters)
 
 
 def make_chat_ballots(

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from rlaif.config import Filters, Judge
+from rlaif.config import Filters, Judge, Policy
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
 from rlaif.intervals import wilson
@@ -58,8 +58,10 @@ from rlaif.records import (
     VoiceKey,
     Vote,
 )
+from rlaif.thoughts import has_marks, without_thoughts
 
 JURY = "jury"
+_SIDES: tuple[Side, ...] = ("first", "second")
 _RESAMPLES = 1000
 _FEW_CLUSTERS = 10
 """Fewer than this many pairs are too few to draw from."""
@@ -165,6 +167,16 @@ class Cost(Record):
     seconds_per_kept_pair: float | None
 
 
+class Abstained(Record):
+    """A vote that named nothing, to be looked at."""
+
+    pair_id: str
+    order: Literal["forward", "reversed", "none"]
+    reply: str
+    """As the judge gave it; what went wrong, where there was none."""
+    finish_reason: str | None
+
+
 class RiskPoint(Record):
     """Pairs that score at least this: how many, and how often wrong."""
 
@@ -195,6 +207,8 @@ class Slice(Record):
     position_bias: Share
     """Votes for the slot shown first, of votes for either; .5 is none."""
     abstentions: dict[AbstainReason, int] = Field(default_factory=dict)
+    examples: dict[AbstainReason, Abstained] = Field(default_factory=dict)
+    """The first vote of each reason to abstain."""
     alpha: float | None
     """Krippendorff's alpha between voices (each order a voice), nominal; None for a single voice."""
     alpha_interval: tuple[float, float] | None
@@ -277,6 +291,17 @@ def candidate(row: Labelled, side: Side, system_prompt: str | None = None) -> Ca
     )
 
 
+def as_judged(rows: Sequence[Labelled], policy: Policy) -> list[Labelled]:
+    """The rows with the answers that a judge would see in a run: without thoughts, where the policy's are stripped."""
+    if policy.thinking != "strip":
+        return list(rows)
+    out = []
+    for row in rows:
+        texts = {side: without_thoughts(text) for side in _SIDES if has_marks(text := getattr(row, side))}
+        out.append(row.model_copy(update=texts) if texts else row)
+    return out
+
+
 def cast_votes(
     rows: Sequence[Labelled],
     ask: Ask,
@@ -329,8 +354,11 @@ def decide_rows(
     for row in rows:
         if not (mine := of_pair.get(row.id)):
             continue
+        cut = {id for id, end in row.ends.items() if end == "length"}
         how = asked and asked._replace(ends=(row.end("first"), row.end("second")))
-        decision = decide_votes(row.pair, mine, filters, row.texts, weights(row), jurors, calibration, row.slice, how)
+        decision = decide_votes(
+            row.pair, mine, filters, row.texts, weights(row), jurors, calibration, row.slice, cut, how
+        )
         out.append(Judged(row=row, votes=tuple(mine), decision=decision))
     return out
 
@@ -370,6 +398,7 @@ def summarise(judge: str, name: str, judged: Sequence[Judged], settings: Judge |
         order_consistency=Share.clustered(_both_orders([v for v, _ in votes])),
         position_bias=Share.clustered(slots),
         abstentions=dict(sum((Counter(v.abstentions) for v in verdicts), Counter())),
+        examples=_examples([v for v, _ in votes]),
         alpha=krippendorff_alpha([v for v, _ in votes]),
         alpha_interval=alpha_interval([v for v, _ in votes]),
         lengths=_lengths(judged, kept),
@@ -547,6 +576,7 @@ def calibrate(
         min_votes=filters.min_votes,
         max_abstention_share=filters.max_abstention_share,
         guards=filters.guards,
+        cut_off=filters.cut_off,
         labelled=tuple(labelled),
         labelled_digest=labelled_digest,
     )
@@ -688,6 +718,20 @@ def _both_orders(votes: Sequence[Vote]) -> list[tuple[str, bool]]:
             named.setdefault(key, {}).setdefault(b.order, set()).add(v.outcome)
     both = [(pair, set().union(*orders.values())) for (pair, _), orders in named.items() if len(orders) == 2]
     return [(pair, outcomes in ({"first"}, {"second"})) for pair, outcomes in both]
+
+
+def _examples(votes: Sequence[Vote]) -> dict[AbstainReason, Abstained]:
+    """The first vote of each reason to abstain, those that the server said something in before others."""
+    out: dict[AbstainReason, Abstained] = {}
+    for v in sorted(votes, key=lambda v: not (v.raw_reply or v.error)):
+        if v.abstain_reason is not None and v.abstain_reason not in out:
+            out[v.abstain_reason] = Abstained(
+                pair_id=v.ballot.pair_id,
+                order=v.ballot.order,
+                reply=v.raw_reply or v.error or "",
+                finish_reason=v.finish_reason,
+            )
+    return out
 
 
 def _lengths(judged: Sequence[Judged], kept: Sequence[Judged]) -> Lengths:

@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from pydantic import Field, ValidationError
 
 from rlaif.checks import count_words
@@ -50,7 +49,7 @@ ScoreKind = Literal["agreement", "margin", "fitted"]
 
 _OF_POLICY = ("system_prompt", "chat_template_args", "thinking")
 """Settings of `policy` that change what a judge is shown, or what it judges."""
-_OF_JUDGE = {"likelihood": ("missing_eos_penalty",)}
+_OF_JUDGE = {"likelihood": ("missing_eos_penalty", "chat_template_args")}
 """Settings by kind of judge that a mismatch should name; the ballots' `parameters` hold them as a digest."""
 
 
@@ -69,6 +68,11 @@ def asked_as(job: Job) -> dict[str, Any]:
 def cut_off_counts(judge: Judge) -> bool:
     """Whether it matters to this judge that an answer was cut off, and not only how it reads."""
     return judge.kind == "likelihood" and judge.missing_eos_penalty > 0
+
+
+def ends_of(pair: Pair, cut: Collection[str]) -> tuple[FinishReason, FinishReason]:
+    """How a sampled pair's answers ended; `cut` are the ids of completions that the length limit cut off."""
+    return ("length" if pair.first in cut else "stop", "length" if pair.second in cut else "stop")
 
 
 CUT_OFF: tuple[FinishReason, FinishReason] = ("stop", "length")
@@ -178,6 +182,8 @@ class Calibration(Record):
     min_votes: int
     max_abstention_share: float
     guards: bool
+    cut_off: Literal["keep", "drop"] | None = None
+    """As `filters.cut_off`; None in older files, which had no such rule."""
     labelled: tuple[str, ...]
     """Names of the labelled files."""
     labelled_digest: str
@@ -227,9 +233,9 @@ class Calibration(Record):
         self, ballots: Sequence[Ballot], settings: Filters, slice: str | None = None, asked: Asked | None = None
     ) -> str | None:
         """The same of the questions alone, before anybody was asked."""
-        for name in ("aggregate", "min_votes", "max_abstention_share", "guards"):
+        for name in ("aggregate", "min_votes", "max_abstention_share", "guards", "cut_off"):
             calibrated, found = getattr(self, name), getattr(settings, name)
-            if calibrated != found:
+            if calibrated not in (found, None):
                 return f"filters.{name} is {found}, calibrated was {calibrated}"
         facts = self.panels[0].asked_as if self.panels else {}
         if asked is not None:
@@ -302,6 +308,7 @@ def learn_threshold(scores: Any, errors: Any, alpha: float, delta: float) -> Thr
     Raises:
         ValueError: alpha or delta isn't inside (0, 1), or a score is NaN.
     """
+    import numpy as np  # here, not above: `rlaif status` reads calibrations too, and numpy takes a while
     from scipy.special import bdtr, betaincinv
 
     if not (0 < alpha < 1 and 0 < delta < 1):
@@ -354,6 +361,8 @@ def calibrate_scores(
             f"--score fitted needs {FITTED_FROM} labelled pairs in each slice, here are {len(verdicts)}; label more, "
             "or take --score agreement"
         )
+    import numpy as np
+
     order = np.random.default_rng(seed).permutation(len(verdicts))
     quarter = len(verdicts) // 4
     part = {"fit": order[:quarter], "report": order[quarter : 2 * quarter], "test": order[2 * quarter :]}
@@ -366,6 +375,7 @@ def calibrate_scores(
 def _fit(
     verdicts: Sequence[Verdict], eligible: Sequence[bool], errors: Sequence[bool], fit: Any, report: Any
 ) -> FittedMap:
+    import numpy as np
     from sklearn.linear_model import LogisticRegression
 
     def rows(part: Any) -> tuple[Any, Any]:
@@ -397,6 +407,8 @@ def _fit(
 
 def expected_calibration_error(p: Any, right: Any) -> float:
     """Mean gap between probability [n] and share right [n], over ten bins of equal width, by their counts."""
+    import numpy as np
+
     if len(p) == 0:
         return 0.0
     bins = np.minimum((np.asarray(p) * _BINS).astype(int), _BINS - 1)

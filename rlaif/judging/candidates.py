@@ -13,11 +13,16 @@ class Candidate(Record):
     messages: tuple[Message, ...]
     """The prompt as the policy saw it, system message included."""
     token_ids: tuple[int, ...] | None = None
-    """As sampled, the end token included iff it ended by itself. When they are absent, or another model's (they
-    don't decode to `text`), a likelihood judge's own tokenizer reads `text`."""
+    """As sampled, what ended it included iff it ended by itself. When they are absent, or another model's (they
+    don't decode to `text`), or hold more (a thought, a stop string), a likelihood judge's tokenizer reads `text`."""
     finish_reason: FinishReason | None
     """None: nobody knows. Then no end token is scored, and no missing one is held against it."""
     text: str
+
+    @property
+    def cut_off(self) -> bool:
+        """The length limit is known to have ended it."""
+        return self.finish_reason == "length"
 
     @classmethod
     def of(cls, completion: Completion, prompt: Prompt) -> Candidate:

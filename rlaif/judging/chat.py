@@ -4,8 +4,8 @@ In: ballots (`make_chat_ballots`), pairs, candidates and a constitution. Out: vo
 they were answered. Every ballot ends as a vote, which may be a typed abstention, or is still owed when `cast` raises:
 
 - `BudgetSpent`: the budget is used up; what was under way is answered and yielded first.
-- `JudgeUnavailable`: too many ballots in a row failed for good, or were rejected. Their abstentions are held back, and
-  owed again.
+- `JudgeUnavailable`: too many ballots in a row failed for good, were left without a word, or were rejected as a short
+  question is too. Their abstentions are held back, and owed again.
 - `UserError`: the key, the model, the address or the request itself is wrong.
 
 Ballots are taken from their iterable when there is room, so memory does not grow with their number.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,10 +33,16 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.parsing import Reply, label_mass, outcome, parse
 from rlaif.judging.spending import Spent, Wasted
 from rlaif.judging.templates import Template, render
-from rlaif.judging.transport import CallFailed, OpenAIServer, Pace, Server, shown_url
+from rlaif.judging.transport import Answer, CallFailed, OpenAIServer, Pace, Server, merge_system, shown_url
 from rlaif.records import Ballot, Message, Pair, Usage, Vote, digest
 from rlaif.store import append_line
 
+# What a server says of a question that it can't take for its length, or won't for what it holds.
+_OF_THE_QUESTION = re.compile(
+    r"context|too long|too large|too many tokens|maximum.{0,40}(?:length|tokens)|reduce the|HTTP 413|cuts long"
+    r"|flagged|moderat|content.policy|safety",
+    re.I,
+)
 _CHUNK_S = 0.02
 """Replies that come within this time are one chunk: one write to the cache, and one by whoever keeps the votes."""
 
@@ -82,6 +89,10 @@ class ChatJudge:
         self._wasted = wasted
         self._paces: dict[str, tuple[Pace, Pace]] = {}
         """By address: requests and tokens a minute, over all casts."""
+        self._identities: dict[str, str | None] = {}
+        """By juror: what its server says of the model, asked once."""
+        self._fingerprints: dict[str, set[str | None]] = defaultdict(set)
+        """By juror: the `system_fingerprint`s of the replies so far, those from the cache apart."""
         self._servers(asyncio.Semaphore(), lambda name, usage: None)  # a missing key is found before any call
         _spare_the_collector()
         self._cache = ReplyCache(settings.cache) if settings.cache else None
@@ -177,9 +188,25 @@ class _Questions(NamedTuple):
         pair = self.pairs[ballot.pair_id]
         shown = pair.swap() if ballot.order == "reversed" else pair
         first, second = self.candidates[shown.first], self.candidates[shown.second]
+        cut_off = (first.cut_off, second.cut_off)
+        return self._rendered(ballot, template, first.messages, first.text, second.text, cut_off)
+
+    def short(self, ballot: Ballot, template: Template) -> tuple[Message, ...]:
+        """The same question about a pair that no server can find too long."""
+        return self._rendered(ballot, template, (Message(role="user", content="What is one and one?"),), "Two.", "Ten.")
+
+    def _rendered(
+        self,
+        ballot: Ballot,
+        template: Template,
+        prompt: tuple[Message, ...],
+        first: str,
+        second: str,
+        cut_off: tuple[bool, bool] = (False, False),
+    ) -> tuple[Message, ...]:
         _, _, asked = ballot.voice.partition("/")
         principle = self.constitution.principle(asked) if asked else None
-        return render(template, self.constitution, principle, first.messages, first.text, second.text)
+        return render(template, self.constitution, principle, prompt, first, second, cut_off)
 
 
 class _Done(NamedTuple):
@@ -215,6 +242,10 @@ class _Streak:
 
     standing: _Standing
     held: list[_Done] = field(default_factory=list)
+    excused: int = 0
+    """Of those held, rejected ones that say nothing of the settings: a short question was answered after them."""
+    probing: bool = False
+    """A short question is under way."""
 
 
 class _Casting:
@@ -238,6 +269,14 @@ class _Casting:
         self.room = asyncio.Condition()
         self.turn = asyncio.Lock()
         self.servers = self.judge._servers(asyncio.Semaphore(self.judge.settings.concurrency), self._wasted)
+        self.going = asyncio.Event()
+        """Cleared while it is looked into whether there is a reason to stop: no more ballots are taken meanwhile."""
+        self.going.set()
+        self.told: dict[str, asyncio.Event] = {}
+        """By juror: set when the first reply of this process is there, if one is asked for (`_of_this_model`)."""
+        if self.judge._cache is not None and self.judge.settings.fingerprint and not self.judge._identities:
+            found = await asyncio.gather(*(server.identity() for server in self.servers.values()))
+            self.judge._identities.update(zip(self.servers, found, strict=True))
         tasks = 2 * self.judge.settings.concurrency
         self.tasks = [asyncio.create_task(self._work()) for _ in range(tasks)]
 
@@ -268,7 +307,7 @@ class _Casting:
         for server in self.servers.values():
             await server.close()
 
-    def _finish(self, done: _Done) -> None:
+    async def _finish(self, done: _Done) -> None:
         """Sorts out whether a finished ballot is a vote already, or held back with its juror's other failures."""
         streak = self.streaks[done.vote.ballot.judge]
         standing = streak.standing
@@ -278,7 +317,7 @@ class _Casting:
             self.ready.append(done)
         elif done.failure is None:
             self.ready += [*streak.held, done]
-            streak.held, standing.failures = [], 0
+            streak.held, streak.excused, standing.failures = [], 0, 0
             standing.rejected.clear()
         else:
             streak.held.append(done)
@@ -287,9 +326,50 @@ class _Casting:
                 standing.rejected.add(done.vote.ballot.pair_id)
             else:
                 standing.failures += 1
-            failed = standing.failures + len(standing.rejected) if standing.answers else len(streak.held)
-            if failed >= self.judge.settings.breaker_failures:
-                self.error = self.error or self._unavailable(streak)
+            if self._too_many(streak) and not streak.probing:
+                await self._look_into(streak)
+
+    def _too_many(self, streak: _Streak) -> bool:
+        """Whether a juror's failures since its last reply are a reason to stop."""
+        standing = streak.standing
+        failed = max(len(streak.held) - streak.excused, standing.failures)
+        if standing.answers:
+            failed = standing.failures + len(standing.rejected)
+        return failed >= self.judge.settings.breaker_failures
+
+    async def _look_into(self, streak: _Streak) -> None:
+        """Stops, unless all failures are rejections of what was asked: then a short question is answered."""
+        answered: bool | None = False
+        if all(d.rejected for d in streak.held):
+            streak.probing = True
+            self.going.clear()
+            try:
+                answered = await self._answers_a_short_one(streak.held[-1].vote.ballot)
+            finally:
+                streak.probing = False
+                self.going.set()
+            if answered is None:
+                answered = all(d.failure and _OF_THE_QUESTION.search(d.failure.error) for d in streak.held)
+        if answered:
+            streak.standing.rejected.clear()
+            streak.excused = len(streak.held)
+            if streak.standing.answers:  # they are votes, as a single one would be
+                self.ready += streak.held
+                streak.held, streak.excused = [], 0
+        elif streak.held and self._too_many(streak):
+            self.error = self.error or self._unavailable(streak)
+
+    async def _answers_a_short_one(self, ballot: Ballot) -> bool | None:
+        """Whether a juror answers a ballot's question about a short pair; None when that isn't to be known. It costs a
+        call that no vote tells of."""
+        template = self.questions.template(ballot)
+        body = self._body(ballot, template, self.questions.short(ballot, template))
+        try:
+            answer = await self._ask(ballot, body)
+        except CallFailed as e:
+            return False if e.kind == "rejected" else None
+        self._wasted(ballot.judge, answer.reply.usage, counted=True)
+        return True
 
     def _take(self) -> list[_Done]:
         """Votes that can be yielded, their replies stored."""
@@ -306,7 +386,8 @@ class _Casting:
         """
         for streak in self.streaks.values():
             # One that has answered may fail at this very ballot again and again: a vote, not a pause.
-            if streak.held and not streak.standing.answers:
+            silent = all(d.failure is not None and d.failure.kind == "empty" for d in streak.held)
+            if streak.held and not streak.standing.answers and not silent:
                 raise self._unavailable(streak)
         left = [d for streak in self.streaks.values() for d in streak.held]
         for streak in self.streaks.values():
@@ -315,33 +396,47 @@ class _Casting:
 
     def _unavailable(self, streak: _Streak) -> Exception:
         """Why a row of failures ends the casting."""
-        last = streak.held[-1].vote
-        url = shown_url(self.judge._jurors[last.ballot.judge])
+        ballot, failure = streak.held[-1].vote.ballot, streak.held[-1].failure
+        said = failure.error if failure else ""
+        url = shown_url(self.judge._jurors[ballot.judge])
         if all(d.rejected for d in streak.held):
+            if streak.excused:
+                return UserError(
+                    f"judge: {url} rejected all {len(streak.held)} questions that it was asked (last: {said}), and not "
+                    "for their settings: they are too long for it, or not allowed; give it a longer context, or name "
+                    "another judge"
+                )
             if not streak.standing.answers:
                 return UserError(
-                    f"judge: {url} rejects every request ({last.error}); mend the job: judge.model, judge.logprobs, "
+                    f"judge: {url} rejects every request ({said}); mend the job: judge.model, judge.logprobs, "
                     "judge.extra_body"
                 )
             return JudgeUnavailable(
                 f"judge: {url} rejected every request about the last {len(streak.standing.rejected)} pairs (last: "
-                f"{last.error}); run again when that is mended, or with a larger judge.breaker_failures if these "
+                f"{said}); run again when that is mended, or with a larger judge.breaker_failures if these "
                 "questions can't be answered"
             )
         failed = max(streak.standing.failures, len(streak.held))
-        strange = not streak.standing.answers and all(d.failure and d.failure.kind == "broken" for d in streak.held)
+        kinds = {d.failure.kind for d in streak.held if d.failure}
+        strange = not streak.standing.answers and kinds == {"broken"}
+        what = "is down"
+        if kinds <= {"broken", "unfinished", "empty"}:
+            what = "gives no usable reply" if strange else "gives no finished reply"
         return JudgeUnavailable(
-            f"judge: {url} {'gives no usable reply' if strange else 'is down'}, {failed} ballots in a row failed after "
-            f"all attempts (last: {last.error}); "
+            f"judge: {url} {what}, {failed} ballots in a row failed after all attempts (last: {said}); "
             f"{'check judge.base_url, or ' if strange else ''}run again when it is back"
         )
 
     async def _work(self) -> None:
         """Answers ballots until none is left or there is a reason to stop."""
         try:
-            while self.error is None and (ballot := next(self.ballots, None)) is not None:
+            while True:
+                if not self.going.is_set():
+                    await self.going.wait()
+                if self.error is not None or (ballot := next(self.ballots, None)) is None:
+                    break
                 done = await self._answer(ballot)
-                self._finish(done)
+                await self._finish(done)
                 self.wake.set()
                 if done.vote.cached:
                     await asyncio.sleep(0)  # a run of cached replies must not keep the others waiting
@@ -355,38 +450,121 @@ class _Casting:
         juror = self.judge._jurors.get(ballot.judge)
         if juror is None:
             raise ValueError(f"ballot {ballot.id} is for {ballot.judge}, which is no juror of this judge")
-        messages = self.questions.messages(ballot, template)
-        body = {**request_parameters(juror, template), "messages": [m.model_dump() for m in messages]}
-        if juror.temperature > 0 and "seed" not in juror.extra_body:
-            body["seed"] = ballot.seed
+        settings = self.judge.settings
+        body = self._body(ballot, template, self.questions.messages(ballot, template))
         prompt_hash = digest(body["messages"])
-        key = reply_key(juror.base_url, body, ballot.seed, ballot.sample_index) if self.judge._cache else ""
-        if self.judge._cache is not None and (stored := self.judge._cache.get(key)) is not None:
-            how: dict[str, Any] = {"cached": True, "attempts": 0}
-            return _Done(_vote(ballot, template, stored, prompt_hash, self.judge.settings.clamp, how))
-        await self._enter()
-        if self.asked is not None:
-            self.asked.write(f"{ballot.id}\n")
-        failure = None
-        try:
-            answer = await self.servers[ballot.judge].ask(body)
-            self.judge.spent = self.judge.spent.plus(answer.reply.usage, juror, self.judge.settings)
-        except CallFailed as e:
-            failure = e
-        finally:
-            await self._leave()
+        key, stored = "", None
+        how: dict[str, Any] = {"cached": True, "attempts": 0}
+        if self.judge._cache is not None:
+            of = juror.query, self.judge._identities.get(ballot.judge)
+            key = reply_key(juror.base_url, body, ballot.seed, ballot.sample_index, *of)
+            stored = self.judge._cache.get(key)
+            if stored is not None and await self._of_this_model(ballot.judge, stored):
+                how["fingerprint"] = self._named(ballot, stored)
+                return _Done(_vote(ballot, template, stored, prompt_hash, settings.clamp, how))
+        vote, reply, failure = None, None, None
+        attempts, usage = 0, None
+        for asked in range(1 + settings.reask):
+            if asked and "seed" in body and "seed" not in juror.extra_body:  # or it would say the same
+                body = {**body, "seed": (ballot.seed + asked * 1_000_003) % 2**31}
+            try:
+                answer = await self._ask(ballot, body, journal=not asked)
+            except CallFailed as e:
+                failure = e
+                if vote is not None:  # the reply before it is one, if an unreadable one
+                    vote = vote.model_copy(update={"attempts": attempts + e.attempts})
+                break
+            except BudgetSpent:
+                if vote is None:
+                    raise
+                break
+            reply, attempts, usage = answer.reply, attempts + answer.attempts, _sum(usage, answer.reply.usage)
+            how = {
+                "attempts": attempts, "reasked": asked, "latency_s": round(answer.latency_s, 4),
+                "fingerprint": self._named(ballot, reply),
+            }  # fmt: skip
+            vote = _vote(ballot, template, reply, prompt_hash, settings.clamp, how, usage)
+            if vote.abstain_reason not in ("empty", "unparsed"):
+                break
         # One at a time, in the order of their answers: requests that wait for a slot go out in between.
         async with self.turn:
             await asyncio.sleep(0)
-        if failure is not None:
+        if failure is not None and vote is None and stored is not None and not self.judge._fingerprints[ballot.judge]:
+            how["fingerprint"] = self._named(ballot, stored)  # nobody says that it is another model's
+            return _Done(_vote(ballot, template, stored, prompt_hash, settings.clamp, how))
+        if failure is not None and (vote is None or reply is None):
             failed = Vote(
                 ballot=ballot, model=juror.model, outcome="abstain", abstain_reason="infra_error", raw_reply="",
                 prompt_hash=prompt_hash, error=failure.error, attempts=failure.attempts,
             )  # fmt: skip
             return _Done(failed, failure=failure)
-        how = {"attempts": answer.attempts, "latency_s": round(answer.latency_s, 4)}
-        vote = _vote(ballot, template, answer.reply, prompt_hash, self.judge.settings.clamp, how)
-        return _Done(vote, store=(key, answer.reply) if key else None)
+        assert vote is not None
+        assert reply is not None
+        if vote.abstain_reason == "empty":
+            return _Done(vote, failure=CallFailed("an empty reply", "empty", vote.attempts))
+        complete = vote.outcome != "abstain" or reply.ending == "finished"
+        return _Done(vote, store=(key, reply) if key and complete else None)
+
+    def _body(self, ballot: Ballot, template: Template, messages: Sequence[Message]) -> dict[str, Any]:
+        """The request that asks a ballot's juror these messages."""
+        juror = self.judge._jurors[ballot.judge]
+        said = [m.model_dump() for m in messages]
+        if juror.system_role == "merged":
+            said = merge_system(said)
+        body = {**request_parameters(juror, template), "messages": said}
+        if juror.temperature > 0 and "seed" not in juror.extra_body:
+            body["seed"] = ballot.seed
+        return body
+
+    async def _ask(self, ballot: Ballot, body: dict[str, Any], journal: bool = False) -> Answer:
+        """A finished reply, which the budget allowed and is counted against it.
+
+        Raises:
+            BudgetSpent, CallFailed, UserError: there is none.
+        """
+        try:
+            await self._enter()
+        except BudgetSpent:
+            self._tell(ballot.judge)
+            raise
+        if journal and self.asked is not None:
+            self.asked.write(f"{ballot.id}\n")
+        try:
+            answer = await self.servers[ballot.judge].ask(body)
+            self.judge._fingerprints[ballot.judge].add(answer.reply.system_fingerprint)
+            juror = self.judge._jurors[ballot.judge]
+            self.judge.spent = self.judge.spent.plus(answer.reply.usage, juror, self.judge.settings)
+            return answer
+        finally:
+            self._tell(ballot.judge)
+            await self._leave()
+
+    def _tell(self, name: str) -> None:
+        """Lets those go on that wait for a juror's first reply."""
+        if (told := self.told.get(name)) is not None:
+            told.set()
+
+    async def _of_this_model(self, name: str, stored: Reply) -> bool:
+        """Whether a stored reply is of the model that answers now, as far as the server tells them apart.
+
+        The first ballot whose stored reply has a fingerprint is asked again, and shows the present one.
+        """
+        if stored.system_fingerprint is None or not self.judge.settings.fingerprint:
+            return True
+        seen = self.judge._fingerprints[name]
+        if not seen:
+            if name not in self.told:
+                self.told[name] = asyncio.Event()
+                return False
+            await self.told[name].wait()
+        return stored.system_fingerprint in seen or not seen  # no reply, so nobody says that it is another model
+
+    def _named(self, ballot: Ballot, reply: Reply) -> str | None:
+        """What the server says of the model that gave a reply."""
+        identity = self.judge._identities.get(ballot.judge)
+        if reply.system_fingerprint and identity:
+            return f"{reply.system_fingerprint} {identity}"
+        return reply.system_fingerprint or identity
 
     async def _enter(self) -> None:
         """Returns when the budget allows one more call, those under way counted.
@@ -409,16 +587,18 @@ class _Casting:
             self.under_way -= 1
             self.room.notify_all()
 
-    def _wasted(self, name: str, usage: Usage) -> None:
-        """Counts an answer without a reply; its ballot needs one more call.
+    def _wasted(self, name: str, usage: Usage, counted: bool = False) -> None:
+        """Counts an answer that no vote will tell of; its ballot needs one more call, unless it is `counted` already.
 
         Raises:
             BudgetSpent: there is none left for it.
         """
-        self.judge.spent = self.judge.spent.plus(usage, self.judge._jurors[name], self.judge.settings)
+        if not counted:
+            self.judge.spent = self.judge.spent.plus(usage, self.judge._jurors[name], self.judge.settings)
         if self.judge._wasted is not None:
             append_line(self.judge._wasted, Wasted(judge=name, usage=usage).model_dump_json())
-        self._check_budget(more=self.under_way - 1)
+        if not counted:
+            self._check_budget(more=self.under_way - 1)
 
     def _check_budget(self, more: int = 0) -> None:
         spent = self.judge.spent
@@ -430,6 +610,14 @@ class _Casting:
                 )
 
 
+def _sum(a: Usage | None, b: Usage) -> Usage:
+    """Both together."""
+    if a is None:
+        return b
+    counts = {n: getattr(a, n) + getattr(b, n) for n in Usage.model_fields if n != "estimated"}
+    return Usage(**counts, estimated=a.estimated or b.estimated)
+
+
 def _vote(
     ballot: Ballot,
     template: Template,
@@ -437,8 +625,9 @@ def _vote(
     prompt_hash: str,
     clamp: tuple[float, float] | None,
     how: Mapping[str, Any],
+    usage: Usage | None = None,
 ) -> Vote:
-    """The vote that a reply is; `how` it was got are further fields."""
+    """The vote that a reply is; `how` it was got are further fields, `usage` is that of all replies to the ballot."""
     parsed = parse(reply, template.verdict, template.pattern)
     found: dict[str, Any] = {"outcome": "abstain", "abstain_reason": parsed.abstain_reason}
     if parsed.shown is not None:
@@ -455,7 +644,7 @@ def _vote(
         raw_reply=reply.content or reply.refusal or "",
         finish_reason=reply.finish_reason,
         prompt_hash=prompt_hash,
-        usage=reply.usage,
+        usage=reply.usage if usage is None else usage,
         **found,
         **how,
     )

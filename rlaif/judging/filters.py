@@ -9,7 +9,7 @@ votes named, and a dropped pair has none. A calibrated filter has one threshold 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from rlaif.config import Filters
 from rlaif.errors import UserError
@@ -24,9 +24,15 @@ _ROUNDING = 1e-9
 
 
 def decide(
-    verdict: Verdict, pair: Pair, settings: Filters, texts: Mapping[str, str], calibrated: bool | None = None
+    verdict: Verdict,
+    pair: Pair,
+    settings: Filters,
+    texts: Mapping[str, str],
+    calibrated: bool | None = None,
+    cut: Collection[str] = (),
 ) -> Decision:
-    """The filter's word on one pair; `texts` maps completion id to text.
+    """The filter's word on one pair; `texts` maps completion id to text, `cut` are the ids of completions that the
+    length limit cut off.
 
     `calibrated` is what `trusted` says where a calibration is in force, and None where none is.
 
@@ -40,6 +46,8 @@ def decide(
     reasons += [reason for reason, speaks_against in rules.items() if speaks_against(verdict, settings)]
     if calibrated is False:
         reasons.append("uncalibrated")
+    if cut_off(verdict, pair, settings, cut):
+        reasons.append("cut_off")
     winner = verdict.outcome if verdict.outcome in ("first", "second") and not reasons else None
     return Decision(
         pair_id=pair.id,
@@ -59,19 +67,20 @@ def decide_votes(
     jurors: JurorFit | None = None,
     calibration: Calibration | None = None,
     slice: str = EVERYTHING,
+    cut: Collection[str] = (),
     asked: Asked | None = None,
 ) -> Decision:
     """A pair's decision from the votes on it: added up, held against the calibration where there is one, filtered.
 
-    `weights` are the constitution's, `jurors` what `jurors_for` says of all votes, `slice` the pair's, `asked` how it
-    was asked about (None: nobody knows).
+    `weights` are the constitution's, `jurors` what `jurors_for` says of all votes, `slice` the pair's, `cut` as in
+    `decide`, `asked` how it was asked about (None: nobody knows).
 
     Raises:
         UserError: the votes aren't those that were calibrated, and `filters.uncalibrated` says stop.
     """
     verdict = aggregate(votes, weights, settings.aggregate, jurors.weights if jurors else None)
     promised = trusted(verdict, votes, calibration, settings, slice, asked) if calibration else None
-    return decide(verdict, pair, settings, texts, promised)
+    return decide(verdict, pair, settings, texts, promised, cut)
 
 
 def to_review(decisions: Sequence[Decision], settings: Filters) -> list[Decision]:
@@ -151,6 +160,19 @@ def low_agreement(verdict: Verdict, settings: Filters) -> bool:
 def low_margin(verdict: Verdict, settings: Filters) -> bool:
     """p(first) is nearer to 0.5 than `min_margin`."""
     return verdict.p_first is not None and abs(verdict.p_first - 0.5) < settings.min_margin - _ROUNDING
+
+
+def cut_off(verdict: Verdict, pair: Pair, settings: Filters, cut: Collection[str]) -> bool:
+    """The winner was cut off by the length limit, and the loser ended by itself. A cut-off answer trains without an end
+    token: preferred to one with it, it teaches not to stop."""
+    return settings.cut_off == "drop" and cut_off_won(verdict, pair, cut) is True
+
+
+def cut_off_won(verdict: Verdict, pair: Pair, cut: Collection[str]) -> bool | None:
+    """Of two answers one of which was cut off, whether that one is the winner; None for other pairs."""
+    if verdict.outcome not in ("first", "second") or (pair.first in cut) == (pair.second in cut):
+        return None
+    return (pair.first if verdict.outcome == "first" else pair.second) in cut
 
 
 def trusted(

@@ -6,8 +6,9 @@ voice with a wanted and an opposite side,
     score(y) = log p(y | prefer, x) - log p(y | avoid, x)          (nats, summed over the sampled tokens)
 
 where a side is an instruction (a system message) or examples (earlier chat turns). The end token is scored iff
-the completion ended by itself; one that was cut off pays `judge.missing_eos_penalty` instead, or the way to please a
-text that asks for more would be never to stop. See docs/judges.md for what was measured, and for what this judge
+the completion ended by itself: the one that was sampled, where it ends a turn of this model, too, else the one that
+its chat template writes. A completion that was cut off pays `judge.missing_eos_penalty` instead, or the way to please
+a text that asks for more would be never to stop. See docs/judges.md for what was measured, and for what this judge
 can't do.
 
 Speed, on a CPU, is arithmetic: the KV of a context's shared beginning is computed once and expanded over the
@@ -30,6 +31,7 @@ from rlaif.constitution import Constitution, Voice
 from rlaif.errors import UserError
 from rlaif.hardware import torch_dtype
 from rlaif.judging.ballots import GUARD_MEASURES
+from rlaif.judging.cache import LikelihoodCache, likelihood_key
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.numbers import side_of, sigmoid
 from rlaif.records import (
@@ -41,7 +43,9 @@ from rlaif.records import (
     Score,
     Usage,
     Vote,
+    digest,
 )
+from rlaif.rendering import Renderer
 
 if TYPE_CHECKING:
     import torch
@@ -104,12 +108,14 @@ class LikelihoodJudge:
         """
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # who asks this judge has lines of their own for what takes time
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(settings.precision))
             tokenizer = AutoTokenizer.from_pretrained(model_path)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, ImportError, AssertionError) as e:
             raise UserError(f"judge.model {model_path}: can't load the model ({str(e).splitlines()[0]})") from e
         self._setup(model.to(device), tokenizer, settings, name or Path(model_path).name)
 
@@ -127,12 +133,40 @@ class LikelihoodJudge:
         self.tokenizer = tokenizer
         self.settings = settings
         self.name = name
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        self._renderer = Renderer(tokenizer, settings.chat_template_args, f"judge.model {name}: its chat template")
+        self._turn_end = self._renderer.turn_end(_end_tokens(model, self._vocabulary))
         self._known: dict[_Request, tuple[float, ...]] = {}
+        self._store: LikelihoodCache | None = None
+        self._computed_by = ""
+        self._stored: set[_Request] = set()  # of `_known`, what was computed by an earlier process
+        self._asked_anew = False
         self._rendered: dict[tuple[Message, ...], tuple[int, ...]] = {}
         self._answers: dict[Any, tuple[int, ...]] = {}
         # A window counts cache slots: with prompts of several lengths, padding would take room in it.
         self._one_length = getattr(model.config.get_text_config(), "sliding_window", None) is not None
         self._check_forward()
+
+    def remember(self, store: LikelihoodCache, weights: str) -> None:
+        """From now on takes what was computed before from a store, and puts there what is new.
+
+        Args:
+            weights: Identity of the model's files; what else its arithmetic depends on is found here.
+        """
+        import torch
+        import transformers
+
+        self._store = store
+        how = {
+            "weights": weights,
+            "class": type(self.model).__name__,
+            "dtype": str(self.model.dtype),
+            "device": self.model.device.type,
+            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        self._computed_by = digest(how, digits=64)
 
     def score(
         self, candidates: Sequence[Candidate], constitution: Constitution, voices: Sequence[str]
@@ -167,7 +201,8 @@ class LikelihoodJudge:
         """Votes on the given ballots, in chunks: write each before asking for the next.
 
         `pairs` and `candidates` are the whole iteration's, also when only some ballots are still owed: the guards'
-        other prompts follow from them, so a resumed run asks the same.
+        other prompts follow from them, so a resumed run asks the same. A vote is `cached` when nothing of its chunk had
+        to be computed (`remember`).
         """
         by_id = {c.completion_id: c for c in candidates}
         prompts = _prompts(candidates)
@@ -179,15 +214,17 @@ class LikelihoodJudge:
                 if not any(pair.id in of_pair for pair in chunk):
                     continue
                 started = time.monotonic()
+                self._asked_anew = False
                 sides = [by_id[i] for pair in chunk for i in (pair.first, pair.second)]
                 if voice.rpartition("/")[2] in GUARD_MEASURES:
                     seed = next(b.seed for pair in chunk for b in of_pair.get(pair.id, ()))
                     answers = self._guard_answers(voice.rpartition("/")[2], sides, prompts, seed)
                 else:
                     answers = self._contrast_answers(constitution.voice(voice), sides)
-                seconds = (time.monotonic() - started) / len(chunk)
+                seconds = round((time.monotonic() - started) / len(chunk), 4)
+                stored = self._store is not None and not self._asked_anew
                 yield [
-                    Vote(ballot=b, model=self.name, attempts=0, latency_s=round(seconds, 4), **answer)
+                    Vote(ballot=b, model=self.name, attempts=0, latency_s=seconds, cached=stored, **answer)
                     for pair, answer in zip(chunk, answers, strict=True)
                     for b in of_pair.get(pair.id, ())
                 ]
@@ -221,8 +258,12 @@ class LikelihoodJudge:
 
     def _plain(self, chunk: Sequence[Candidate], prompts: dict[str, tuple[Message, ...]], seed: int) -> list[Plain]:
         others = [_other_prompt(c.prompt_id, c.messages, prompts, seed) for c in chunk]
-        own = self._logps([_Request(c.messages, self._answer(c)) for c in chunk])
-        other = self._logps([_Request(m, self._answer(c)) for c, (_, m) in zip(chunk, others, strict=True)])
+        # Asked together: one completion's other prompt is another one's own, and is read once for both.
+        logps = self._logps(
+            [_Request(c.messages, self._answer(c)) for c in chunk]
+            + [_Request(m, self._answer(c)) for c, (_, m) in zip(chunk, others, strict=True)]
+        )
+        own, other = logps[: len(chunk)], logps[len(chunk) :]
         return [
             Plain(completion_id=c.completion_id, other_prompt_id=o, tokens=len(self._answer(c)), logp=a, logp_other=b)
             for c, (o, _), a, b in zip(chunk, others, own, other, strict=True)
@@ -266,15 +307,19 @@ class LikelihoodJudge:
         Both sides are measured over as many tokens as the shorter one has: a question leaves its mark on an
         answer's first words, so a mean over all of them would speak against every longer answer.
         """
-        values = self._token_logps([_Request(c.messages, self._answer(c)) for c in sides])
+        asked = [_Request(c.messages, self._answer(c)) for c in sides]
         others: list[str | None] = [None] * len(sides)
         tolerance = self.settings.fluency_tolerance
         if measure == "relevance":
             tolerance = self.settings.relevance_tolerance
             drawn = [_other_prompt(c.prompt_id, c.messages, prompts, seed) for c in sides]
             others = [prompt_id for prompt_id, _ in drawn]
-            unasked = self._token_logps([_Request(m, self._answer(c)) for c, (_, m) in zip(sides, drawn, strict=True)])
-            values = [tuple(x - y for x, y in zip(v, u, strict=True)) for v, u in zip(values, unasked, strict=True)]
+            asked += [_Request(m, self._answer(c)) for c, (_, m) in zip(sides, drawn, strict=True)]
+        # All in one call: one side's other prompt is another one's own, and is read once for both.
+        values = self._token_logps(asked)
+        if measure == "relevance":
+            own, unasked = values[: len(sides)], values[len(sides) :]
+            values = [tuple(x - y for x, y in zip(v, u, strict=True)) for v, u in zip(own, unasked, strict=True)]
         out: list[dict[str, Any]] = []
         for i in range(0, len(sides), 2):
             tokens = min(len(values[i]), len(values[i + 1]))
@@ -307,34 +352,37 @@ class LikelihoodJudge:
         )
 
     def _answer(self, candidate: Candidate) -> tuple[int, ...]:
+        """The tokens that are scored: those that were sampled, where they are this model's; none of a blank text."""
         key = (candidate.text, candidate.token_ids, candidate.finish_reason)
         if key not in self._answers:
             if len(self._answers) > _CACHE_ENTRIES:
                 self._answers.clear()
-            sampled, text = candidate.token_ids, candidate.text
-            if sampled is not None and self.tokenizer.decode(sampled, skip_special_tokens=True) == text:
-                self._answers[key] = sampled
-            else:
-                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-                ended = [self.tokenizer.eos_token_id] if candidate.finish_reason == "stop" else []
-                self._answers[key] = (*ids, *ended)
+            self._answers[key] = self._read(candidate) if candidate.text.strip() else ()
         return self._answers[key]
+
+    def _read(self, candidate: Candidate) -> tuple[int, ...]:
+        sampled, text = candidate.token_ids or (), candidate.text
+        stops, written = self._turn_end.stops, self._turn_end.written
+        known_end = written is not None and written < self._vocabulary
+        ended = (written,) if candidate.finish_reason == "stop" and known_end else ()
+        # Another model's end token may be another word here, or none: only this model's own are taken over.
+        whole = [(sampled, ())] if sampled and (candidate.finish_reason != "stop" or sampled[-1] in stops) else []
+        for ids, end in (*whole, (sampled[:-1], ended), (sampled, ())):
+            known = ids and max(ids) < self._vocabulary
+            if known and self.tokenizer.decode(ids, skip_special_tokens=True) == text:
+                return (*ids, *end)
+        return (*self._renderer.plain_ids(text), *ended)
 
     def _render(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         if messages not in self._rendered:
             if len(self._rendered) > _CACHE_ENTRIES:
                 self._rendered.clear()
             try:
-                text = self.tokenizer.apply_chat_template(
-                    [m.model_dump() for m in messages], add_generation_prompt=True, tokenize=False
-                )
-            except Exception as e:  # templates raise what they like
-                roles = ", ".join(m.role for m in messages)
+                self._rendered[messages] = self._renderer.ids(messages)
+            except UserError as e:
                 raise UserError(
-                    f"judge.model {self.name}: its chat template refuses the roles {roles} ({e}); a contrast is a "
-                    "system message or earlier turns, so take a model that allows both"
+                    f"{e}; a contrast is a system message or earlier turns, so take a model that allows both"
                 ) from e
-            self._rendered[messages] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._rendered[messages]
 
     def _check_forward(self) -> None:
@@ -391,13 +439,34 @@ class LikelihoodJudge:
         missing = [r for r in dict.fromkeys(requests) if r not in self._known]
         if len(self._known) + len(missing) > _CACHE_ENTRIES:
             self._known.clear()
+            self._stored.clear()
             missing = list(dict.fromkeys(requests))
+        if self._store is not None:
+            missing = self._without_stored(missing, self._store)
         by_head: dict[tuple[Message, ...], list[_Request]] = {}
         for r in missing:
             by_head.setdefault(r.messages[:-1], []).append(r)
         for head, group in by_head.items():
             self._compute(head, group)
+        if self._store is not None:
+            self._store.put([(self._key(r), self._known[r]) for r in missing])
+            self._asked_anew = self._asked_anew or not self._stored.issuperset(requests)
         return [self._known[r] for r in requests]
+
+    def _key(self, request: _Request) -> str:
+        return likelihood_key(self._computed_by, self._render(request.messages), request.token_ids)
+
+    def _without_stored(self, requests: Sequence[_Request], store: LikelihoodCache) -> list[_Request]:
+        """Takes what the store holds into `_known`; returns the rest."""
+        rest = []
+        for r in requests:
+            logps = store.get(self._key(r), len(r.token_ids)) if r.token_ids else ()
+            if logps is None:
+                rest.append(r)
+            else:
+                self._known[r] = logps
+                self._stored.add(r)
+        return rest
 
     def _compute(self, head: tuple[Message, ...], requests: Sequence[_Request]) -> None:
         """Fills `_known` for requests that share all messages but the last."""
@@ -555,6 +624,15 @@ def _logps_of(logits: torch.Tensor, targets: torch.Tensor, rows_at_once: int) ->
 
     pieces = zip(logits.split(rows_at_once), targets[:, None].split(rows_at_once), strict=True)
     return torch.cat([z.float().log_softmax(1).gather(1, y)[:, 0] for z, y in pieces])
+
+
+def _end_tokens(model: Any, vocabulary: int) -> tuple[int, ...]:
+    """The model's own list, from its generation config or else its config; a default may be beyond its vocabulary."""
+    for settings in (getattr(model, "generation_config", None), model.config):
+        eos = getattr(settings, "eos_token_id", None)
+        if eos is not None:
+            return tuple(i for i in (eos if isinstance(eos, (list, tuple)) else (eos,)) if i < vocabulary)
+    return ()
 
 
 def _join(context: tuple[Message, ...], messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -6,6 +6,7 @@ casts them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -64,11 +65,17 @@ def _chat(job: Job, texts: Iterable[Constitution], base_dir: Path) -> Opened:
 
 def _likelihood(job: Job, note: Callable[[str], None]) -> Opened:
     from rlaif import models
+    from rlaif.judging.cache import LikelihoodCache
     from rlaif.judging.likelihood import LikelihoodJudge
 
     path = models.resolve(job.judge.model, progress=lambda message, share: note(message))
     judge = LikelihoodJudge(str(path), job.judge)
-    name = f"{job.judge.kind}:{models.digest_of(path)}"
+    weights = models.digest_of(path)
+    if job.judge.cache:
+        # The configuration, too: it says how the weights are to be multiplied.
+        config = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()
+        judge.remember(LikelihoodCache(job.judge.cache), f"{weights} {config}")
+    name = f"{job.judge.kind}:{weights}"
 
     def ballots(pairs: Sequence[Pair], text: Constitution) -> list[Ballot]:
         return ballots_for(job.judge, pairs, text, seed=job.seed, name=name)

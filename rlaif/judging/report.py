@@ -16,6 +16,8 @@ from rlaif.judging.verdicts import LEAST_FIT, JurorFit
 
 _PICTURES = (".png", ".svg")
 _NUMBER_COLUMNS_FROM = 2
+_TEXT_COLUMNS = ("after rule", "abstentions", "reason", "pair", "finish reason", "reply")
+_REPLY_CHARACTERS = 160
 
 
 def tables(results: Sequence[Slice], title: str) -> list[Any]:
@@ -48,6 +50,16 @@ def tables(results: Sequence[Slice], title: str) -> list[Any]:
                  _interval(s.alpha_interval),
                  " ".join(f"{reason}:{n}" for reason, n in sorted(s.abstentions.items())) or "-")
                 for s in results
+            ],
+        ),
+        _table(
+            "abstentions: the first of each reason",
+            ("judge", "slice", "reason", "votes", "pair", "finish reason", "reply"),
+            [
+                (s.judge, s.name, reason, str(s.abstentions.get(reason, 0)), f"{e.pair_id} {e.order}",
+                 e.finish_reason or "-", _one_line(e.reply))
+                for s in results
+                for reason, e in sorted(s.examples.items())
             ],
         ),
         _table(
@@ -217,14 +229,23 @@ def draw_risk_coverage(results: Sequence[Slice], path: Path, alpha: float | None
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     out = Table(title=title, title_justify="left")
     for n, heading in enumerate(headings):
-        text = n < _NUMBER_COLUMNS_FROM or heading in ("after rule", "abstentions")
+        text = n < _NUMBER_COLUMNS_FROM or heading in _TEXT_COLUMNS
         out.add_column(heading, justify="left" if text else "right")
     for row in rows:
-        out.add_row(*row)
+        # A reply may hold what would be markup: [[A]].
+        out.add_row(*(Text(cell) if name == "reply" else cell for name, cell in zip(headings, row, strict=True)))
     return out
+
+
+def _one_line(reply: str) -> str:
+    """A reply's end, where a verdict stands, with its line breaks shown."""
+    shown = reply.strip().replace("\r", "").replace("\n", "\\n")
+    shown = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in shown)
+    return f"…{shown[-_REPLY_CHARACTERS:]}" if len(shown) > _REPLY_CHARACTERS else shown or "(nothing)"
 
 
 def _both(share: Share) -> tuple[str, str]:

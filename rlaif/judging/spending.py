@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rlaif.config import Judge, Juror
+from rlaif.config import Judge, Juror, Price
 from rlaif.judging.ballots import juror_names
 from rlaif.records import Record, Usage, Vote
 
@@ -20,19 +20,27 @@ class Spent(Record):
     answered: frozenset[str] = frozenset()
     """Jurors, as ballots name them, that an earlier process had a reply of: their settings are right."""
 
-    def plus(self, usage: Usage, juror: Juror, settings: Judge) -> Spent:
-        """With one more answered call."""
+    def plus(self, usage: Usage, juror: Juror, settings: Judge, calls: int = 1) -> Spent:
+        """With so many more answered calls, which used this much together."""
         price = settings.prices.get(juror.model)
-        money = 0.0
-        if price is not None:
-            money = (usage.prompt_tokens * price.prompt + usage.completion_tokens * price.completion) / 1e6
+        money = 0.0 if price is None else cost(usage, price)
         tokens = usage.prompt_tokens + usage.completion_tokens
-        more = {"calls": self.calls + 1, "tokens": self.tokens + tokens, "money": self.money + money}
+        more = {"calls": self.calls + calls, "tokens": self.tokens + tokens, "money": self.money + money}
         return self.model_copy(update={**more, "estimated": self.estimated or usage.estimated})
 
     def __str__(self) -> str:
         guess = ", in part estimated: the server reports no usage" if self.estimated else ""
         return f"{self.calls} calls, {self.tokens} tokens, {self.money:.4g} money{guess}"
+
+
+def cost(usage: Usage, price: Price) -> float:
+    """What tokens cost; thoughts and cached ones at their own price where they have one."""
+    cached = min(usage.cached_tokens, usage.prompt_tokens)
+    thought = min(usage.reasoning_tokens, usage.completion_tokens)
+    of_cached = price.prompt if price.cached is None else price.cached
+    of_thought = price.completion if price.reasoning is None else price.reasoning
+    asked = (usage.prompt_tokens - cached) * price.prompt + cached * of_cached
+    return (asked + (usage.completion_tokens - thought) * price.completion + thought * of_thought) / 1e6
 
 
 class Wasted(Record):
@@ -50,9 +58,10 @@ def spent_on(votes: Iterable[Vote], settings: Judge, wasted: Iterable[Wasted] = 
     answered = set()
     for vote in votes:
         if vote.abstain_reason != "infra_error" and vote.ballot.judge in jurors:
-            answered.add(vote.ballot.judge)
+            if vote.abstain_reason != "empty":
+                answered.add(vote.ballot.judge)
             if not vote.cached:
-                spent = spent.plus(vote.usage, jurors[vote.ballot.judge], settings)
+                spent = spent.plus(vote.usage, jurors[vote.ballot.judge], settings, 1 + vote.reasked)
     for answer in wasted:
         if answer.judge in jurors:
             spent = spent.plus(answer.usage, jurors[answer.judge], settings)

@@ -5,8 +5,9 @@ answers. Out: a `Template` whose identity is the hash of its sources, and the me
 
 The first line is a comment with YAML in it, `{# verdict: letter; max_tokens: 8 #}`. Two blocks, `system` and `user`,
 become one message each. They see `constitution`, `principle` (the one that is asked about, or none: all of them),
-`messages` (the prompt), `first` and `second` (the answers as shown), and two codes to fence them with:
-`prompt_code`, a digest of the prompt, and `code`, a digest of both answers. An answer can't know the other one, so
+`messages` (the prompt), `first` and `second` (the answers as shown), `first_cut_off` and `second_cut_off` (whether the
+length limit ended them), and two codes to fence them with: `prompt_code`, a digest of the prompt, and `code`, a digest
+of both answers. An answer can't know the other one, so
 it can't write the line that ends its own quote. Answers are values: nothing in them is ever rendered.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import difflib
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,10 @@ from rlaif.records import Message, Record, digest
 
 VerdictKind = Literal["letter", "last_line", "json"]
 
-NAMES = ("constitution", "principle", "messages", "first", "second", "code", "prompt_code")
+NAMES = (
+    *("constitution", "principle", "messages", "first", "second", "first_cut_off", "second_cut_off"),
+    *("code", "prompt_code"),
+)
 """What a template may use."""
 
 _FRONT_MATTER = re.compile(r"\s*\{#-?(?P<body>.*?)-?#\}", re.DOTALL)
@@ -95,10 +99,28 @@ _JSON_SCHEMA: dict[str, Any] = {
 }
 
 
-def template_names(settings: Judge, constitution: Constitution, role: Literal["decide", "evaluate"]) -> list[str]:
-    """The templates that a job asks with: its own, or the constitution's; `evaluate` may have others."""
+def template_names(
+    settings: Judge, constitution: Constitution, role: Literal["decide", "evaluate"], known: Container[str] = ()
+) -> list[str]:
+    """The templates that a job asks with: its own, or the constitution's. `evaluate` has others, so that what measures
+    the policy is not the question that trained it: those that the job names, or the deciding ones' counterparts among
+    the `known` templates (`evaluating_name`)."""
     deciding = settings.templates or [constitution.template]
-    return (settings.evaluate_templates or deciding) if role == "evaluate" else deciding
+    if role == "decide":
+        return deciding
+    return settings.evaluate_templates or [
+        name if (other := evaluating_name(name)) not in known else other for name in deciding
+    ]
+
+
+def evaluating_name(name: str) -> str:
+    """What a deciding template's counterpart for held-out evaluation is called."""
+    return f"{name}_evaluate"
+
+
+def templates_in(folder: Path) -> list[str]:
+    """Names of the templates in a folder."""
+    return sorted(p.stem for p in folder.glob("*.jinja") if not p.name.startswith("_"))
 
 
 def load_template(folder: Path | str, name: str) -> Template:
@@ -109,7 +131,7 @@ def load_template(folder: Path | str, name: str) -> Template:
     """
     root = Path(folder)
     if not _NAME.fullmatch(name) or not (root / f"{name}.jinja").is_file():
-        known = sorted(p.stem for p in root.glob("*.jinja") if not p.name.startswith("_"))
+        known = templates_in(root)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known) or 'none'}"
         raise UserError(f"judge template `{name}`: no {root / name}.jinja; {hint}")
@@ -149,8 +171,10 @@ def render(
     prompt: Sequence[Message],
     first: str,
     second: str,
+    cut_off: tuple[bool, bool] = (False, False),
 ) -> tuple[Message, ...]:
-    """The messages of one question; `first` is shown as A. `principle` is the one asked about, None for all.
+    """The messages of one question; `first` is shown as A. `principle` is the one asked about, None for all; `cut_off`
+    says of `first` and of `second` whether the length limit ended it.
 
     Raises:
         UserError: the template fails on these values.
@@ -162,6 +186,8 @@ def render(
         "messages": messages,
         "first": _inert(first),
         "second": _inert(second),
+        "first_cut_off": cut_off[0],
+        "second_cut_off": cut_off[1],
         # The same in both orders: only the places of the answers differ.
         "code": digest(sorted([first, second])),
         "prompt_code": digest([m.content for m in prompt]),
@@ -285,7 +311,14 @@ def _check_output(template: Template, source: str) -> None:
     probe = _probe()
     prompt = (Message(role="user", content="the-prompt-that-is-asked"),)
     first, second = "the-answer-that-is-shown-first", "the-answer-that-is-shown-second"
-    shown = "\n".join(m.content for m in render(template, probe, None, prompt, first, second))
+    for cut_off in ((False, False), (True, True)):
+        messages = render(template, probe, None, prompt, first, second, cut_off)
+        _check_shown("\n".join(m.content for m in messages), probe, prompt, first, second, source)
+
+
+def _check_shown(
+    shown: str, probe: Constitution, prompt: tuple[Message, ...], first: str, second: str, source: str
+) -> None:
     rules = [p.rule for p in probe.principles]
     if not all(rule in shown for rule in rules):
         raise UserError(

@@ -1,29 +1,42 @@
 """Requests to an OpenAI-compatible server: limits, retries, and what came back. The only module that imports openai.
 
-In: the body of a chat completion. Out: a `Reply` as the server gave it, or one of three errors: `UserError` (key, model
-or address), `CallFailed` (no reply after all attempts), both with one line that holds no key. Waits between attempts
-are exponential with full jitter; a server's Retry-After is honoured by all requests to it, up to a minute.
+In: the body of a chat completion. Out: a finished `Reply` as the server gave it, or one of two errors: `UserError`
+(key, model or address), `CallFailed` (no reply after all attempts), both with one line that holds no key. Waits between
+attempts are exponential with full jitter; what a server asks to wait is honoured by all requests to it, up to a minute.
 """
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 import math
 import os
 import random
 import re
+import socket
+import ssl
 import time
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 from rlaif.config import Judge, Juror
 from rlaif.errors import UserError
-from rlaif.judging.parsing import Reply, ReplyToken
+from rlaif.judging.answers import (
+    FailureKind,
+    NoReply,
+    asks_again,
+    clean,
+    message_in,
+    read_reply,
+    read_usage,
+    retry_after_s,
+    tree_of,
+)
+from rlaif.judging.parsing import Reply
 from rlaif.records import Record, Usage
 
 if TYPE_CHECKING:
@@ -32,12 +45,9 @@ if TYPE_CHECKING:
 
 MAX_RETRY_AFTER_S = 60.0
 MAX_BACKOFF_S = 30.0
-_RETRIED = (408, 409, 425, 429)
-_DOWN = (429, 502, 503, 504)
+_DOWN = (408, 425, 429, 498, 502, 503, 504, 507, 520, 521, 522, 523, 524, 529, 530)
 _ERROR_CHARACTERS = 300
 _CHARACTERS_PER_TOKEN = 4
-# A verdict stands at the end of its reply; what comes before it needs no probabilities.
-_TOKENS_KEPT = 16
 # What openai's client tells of this machine: no server needs it, and each header is encoded anew for every request.
 _NOT_SENT = tuple(
     f"X-Stainless-{name}"
@@ -46,8 +56,50 @@ _NOT_SENT = tuple(
     )
 )  # fmt: skip
 
-FailureKind = Literal["down", "broken", "rejected"]
-"""`down`: no answer, or "not now". `broken`: an answer that is none. `rejected`: the server refuses the request."""
+_IDENTITY_S = 10.0
+_IDENTITY = (
+    "root",
+    "max_model_len",
+    "context_length",
+    "max_context_length",
+    "context_window",
+    "created",
+    "meta",
+    "digest",
+)
+# A server that lets a prompt's beginning go says so in its count alone. Hardly a text has ten bytes a token; six are
+# many, and tell of a cut when a prompt of half the length had as many tokens.
+_BYTES_PER_TOKEN_AT_MOST = 10
+_BYTES_PER_TOKEN_RARELY = 6
+_TOKENS_MISSED = 500
+_TOKENS_TO_COMPARE = 256
+
+# What a server says that doesn't take a system message: "System role not supported", "Conversation roles must
+# alternate", "Developer instruction is not enabled", "Input should be 'user' or 'assistant'".
+_SYSTEM_REFUSED = re.compile(
+    r"system.{0,40}\b(?:role|message|prompt|instruction)|(?:role|message|instruction)s?\b.{0,80}\b(?:system|assistant)\b"
+    r"|support.{0,40}\bsystem\b|roles? must|developer (?:role|message|instruction)|'user' or 'assistant'|first message",
+    re.I | re.S,
+)
+_HINTS = tuple(
+    (re.compile(said, re.I), hint)
+    for said, hint in (
+        ("response_format|json_schema", "judge.extra_body: {response_format: null} asks without a JSON schema"),
+        (
+            "max_completion_tokens|['`\"]?max_tokens['`\"]? is not supported",
+            "judge.extra_body: {max_completion_tokens: 4096} is sent instead of max_tokens; a model that thinks needs "
+            "as many",
+        ),
+        ("could not finish the message|higher max_tokens", "a larger judge.max_tokens: a thought needs room"),
+        ("top_logprobs", "judge.extra_body: {top_logprobs: 5}, or judge.logprobs: false"),
+        ("log_?prob", "judge.logprobs: false"),
+        ("temperature", "judge.extra_body: {temperature: null} leaves it out"),
+        ("\\bseed\\b", "judge.extra_body: {seed: null} leaves it out"),
+        ("system.{0,40}(?:role|message|prompt)|(?:role|message).{0,40}system|roles must alternate",
+         "judge.system_role: merged"),
+        ("api.version", "judge.query: {api-version: ...}"),
+    )
+)  # fmt: skip
 
 
 class CallFailed(Exception):
@@ -60,14 +112,13 @@ class CallFailed(Exception):
         self.attempts = attempts
 
 
-class _Transient(Exception):
-    """An attempt that failed in a way that another may not."""
+class _SystemRefused(Exception):
+    """A request was rejected, perhaps for its system message."""
 
-    def __init__(self, error: str, kind: FailureKind, retry_after_s: float | None = None):
-        super().__init__(error)
-        self.error = error
-        self.kind = kind
-        self.retry_after_s = retry_after_s
+    def __init__(self, otherwise: Exception):
+        super().__init__()
+        self.otherwise = otherwise
+        """What it is if that wasn't why."""
 
 
 class Answer(Record):
@@ -84,6 +135,10 @@ class Server(Protocol):
 
     async def ask(self, body: dict[str, Any]) -> Answer:
         """The reply to one chat completion."""
+        ...
+
+    async def identity(self) -> str | None:
+        """What the server says of its model, whoever asks; None when it says nothing."""
         ...
 
     async def close(self) -> None:
@@ -149,14 +204,92 @@ def check_address(juror: Juror) -> None:
         UserError: its key isn't set, or its address is none.
     """
     api_key(juror)
+    header_values(juror)
+    _trusted(juror)
     parts = urlsplit(juror.base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"judge.base_url: `{shown_url(juror)}` is no address; expected http(s)://HOST[:PORT]/v1")
     if "@" in parts.netloc or parts.query:  # the job, address included, is written into the run
         raise UserError(
             f"judge.base_url: {shown_url(juror)} comes with a user, a password or a query, and would be written into "
-            "the run; put the secret into a variable and name it in judge.api_key_env"
+            "the run; put the secret into a variable and name it in judge.api_key_env or judge.headers, and what is "
+            "none into judge.query"
         )
+
+
+def header_values(juror: Juror) -> dict[str, str]:
+    """The juror's further headers, with their values.
+
+    Raises:
+        UserError: a variable is not set, or holds what no header can hold; a name that is none.
+    """
+    values = {}
+    for name, variable in juror.headers.items():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+            raise UserError(f"judge.headers: `{name}` is no header's name; for example {{api-key: VARIABLE}}")
+        value = os.environ.get(variable, "").strip()
+        if not value:
+            raise UserError(
+                f"judge.headers: the environment variable {variable} is not set; export it with the value of {name} "
+                "(a header names the variable that holds its value, never the value)"
+            )
+        if not (value.isascii() and value.isprintable()):
+            raise UserError(f"judge.headers: the environment variable {variable} holds characters that no header has")
+        values[name] = value
+    return values
+
+
+def _trusted(juror: Juror) -> ssl.SSLContext | None:
+    """The certificates to trust; None for the client's own choice.
+
+    Raises:
+        UserError: a file of certificates can't be used.
+    """
+    for name, how in (("SSL_CERT_FILE", "cafile"), ("SSL_CERT_DIR", "capath")):
+        if path := os.environ.get(name):
+            try:
+                if how == "capath":
+                    os.listdir(path)
+                else:
+                    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+            except (OSError, ValueError) as e:
+                raise UserError(
+                    f"{name}: the environment variable names {path}, which can't be used ({e}); unset it, or name "
+                    f"{'PEM certificates' if how == 'cafile' else 'a folder of them'}"
+                ) from None
+    if juror.ca_file is None:
+        return None
+    try:
+        context = ssl.create_default_context()
+        context.load_verify_locations(os.path.expanduser(juror.ca_file))
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"judge.ca_file: {juror.ca_file} can't be used ({e}); name a file of PEM certificates"
+        ) from None
+    return context
+
+
+@contextmanager
+def _without_openai_settings(juror: Juror) -> Iterator[None]:
+    """Within it, openai's client is made without what the environment sets for OpenAI, unless it is asked there."""
+    host = urlsplit(juror.base_url).hostname or ""
+    names = [] if f".{host}".endswith(".openai.com") else [n for n in os.environ if n.startswith("OPENAI_")]
+    kept = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the system's put before the user's first."""
+    system = [str(m["content"]) for m in messages if m["role"] == "system"]
+    others = [m for m in messages if m["role"] != "system"]
+    at = next((n for n, m in enumerate(others) if m["role"] == "user"), None)
+    if not system or at is None:
+        return messages
+    first = {**others[at], "content": "\n\n".join([*system, str(others[at]["content"])])}
+    return [*others[:at], first, *others[at + 1 :]]
 
 
 def shown_url(juror: Juror) -> str:
@@ -190,6 +323,7 @@ class OpenAIServer:
 
         check_address(juror)
         self._key = api_key(juror)
+        self._headers = header_values(juror)
         self._juror = juror
         self._settings = settings
         self._slots = slots
@@ -204,7 +338,14 @@ class OpenAIServer:
             base_url=juror.base_url,
             max_retries=0,
             timeout=settings.timeout_s,
+            default_headers=self._headers,
+            default_query=juror.query,
         )
+        self._left_out = self._not_sent()
+        self._merges = False
+        """The server takes no system message."""
+        self._counted: dict[int, int] = defaultdict(int)
+        """Most tokens that the server has counted in prompts of about a length (bytes, by steps of a tenth)."""
         self._url = f"{juror.base_url.rstrip('/')}/chat/completions"
         self._made: AsyncOpenAI | None = None
 
@@ -217,15 +358,64 @@ class OpenAIServer:
         """
         attempt = 1
         while True:
+            if self._merges:
+                body = {**body, "messages": merge_system(body["messages"])}
             try:
                 reply, latency_s = await self._attempt(body)
                 return Answer(reply=reply, attempts=attempt, latency_s=latency_s)
-            except _Transient as e:
-                if attempt > self._settings.max_retries:
-                    raise CallFailed(e.error, e.kind, attempt) from None
-                wait_s = self._wait_s(attempt, e.retry_after_s)
-            await asyncio.sleep(wait_s)
+            except _SystemRefused as e:
+                merged = {**body, "messages": merge_system(body["messages"])}
+                try:
+                    reply, latency_s = await self._attempt(merged)
+                except (CallFailed, NoReply, _SystemRefused):  # it wasn't why
+                    failed = e.otherwise
+                else:
+                    self._merges = True
+                    return Answer(reply=reply, attempts=attempt + 1, latency_s=latency_s)
+            except NoReply as e:
+                failed = e
+            if not isinstance(failed, NoReply):
+                raise failed
+            if failed.kind == "rejected" or attempt > self._settings.max_retries:
+                raise CallFailed(failed.error, failed.kind, attempt) from None
+            if failed.retry_after_s is not None:
+                self._requests.hold(min(failed.retry_after_s, MAX_RETRY_AFTER_S))
+            await asyncio.sleep(self._wait_s(attempt, failed.retry_after_s))
             attempt += 1
+
+    async def identity(self) -> str | None:
+        """What the server's list of models says of this one, in one line; None when it says nothing."""
+        import openai
+
+        for wait_s in (0.2, 1.0, None):
+            try:
+                answer = await self._client().get(
+                    f"{self._juror.base_url.rstrip('/')}/models",
+                    cast_to=openai.HttpxBinaryResponseContent,
+                    options={"headers": self._left_out, "timeout": _IDENTITY_S},
+                )
+                return self._listed(tree_of(answer.response.content))
+            except openai.APIStatusError as e:
+                if not asks_again(e.status_code):
+                    return None
+            except Exception:  # an answer that many servers don't give: no reason to stop
+                return None
+            if wait_s is not None:
+                await asyncio.sleep(wait_s)
+        return None
+
+    def _listed(self, tree: Any) -> str | None:
+        """What a list of models says of this juror's."""
+        rows = (tree.get("data") or tree.get("models")) if isinstance(tree, dict) else tree
+        names = {self._juror.model, f"models/{self._juror.model}"}
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict) and names & {str(row.get(key)) for key in ("id", "name", "model")}:
+                known = {name: row[name] for name in _IDENTITY if row.get(name) is not None}
+                # Some give the time of the answer.
+                if isinstance(at := known.get("created"), int | float) and abs(time.time() - at) < 86_400:
+                    del known["created"]
+                return self._scrub(json.dumps({"id": self._juror.model, **known}, sort_keys=True)) if known else None
+        return None
 
     def _wait_s(self, attempt: int, asked_s: float | None) -> float:
         """Before the next attempt: exponential with full jitter, or what the server asked for and a little jitter."""
@@ -239,15 +429,17 @@ class OpenAIServer:
 
     async def _attempt(self, body: dict[str, Any]) -> tuple[Reply, float]:
         answer = await self._post(body)
+        # A redirected one holds its content no more.
+        expected = _expected_tokens((answer.history or [answer])[0].request)
         try:
             reply = read_reply(answer.content, self._juror.model, self._scrub)
-        except _Transient:
+            self._check_whole(reply.usage.prompt_tokens, (expected - 1) * _CHARACTERS_PER_TOKEN)
+        except NoReply as e:
             self._wasted(read_usage(answer.content))
+            if e.retry_after_s is None:
+                e.retry_after_s = retry_after_s(answer.headers)
             raise
         latency_s = answer.elapsed.total_seconds()
-        expected = _expected_tokens(
-            (answer.history or [answer])[0].request
-        )  # a redirected one holds its content no more
         used = reply.usage.prompt_tokens + reply.usage.completion_tokens
         if not used:  # a budget must hold with servers that don't count, too
             said = math.ceil(len(reply.content or reply.refusal or "") / _CHARACTERS_PER_TOKEN)
@@ -255,6 +447,36 @@ class OpenAIServer:
             return reply.model_copy(update={"usage": guess}), latency_s
         self._tokens.correct(used - expected)
         return reply, latency_s
+
+    def _check_whole(self, counted: int, sent: float) -> None:
+        """Whether the server can have read all that was sent, by its own count.
+
+        Raises:
+            NoReply: it can't.
+        """
+        if not counted or sent < 1:
+            return
+        cut = sent / _BYTES_PER_TOKEN_AT_MOST - counted > _TOKENS_MISSED
+        if counted >= _TOKENS_TO_COMPARE:
+            step = math.log(sent, 1.1)
+            if sent > _BYTES_PER_TOKEN_RARELY * counted:
+                half = math.log(sent / 2, 1.1) - 1
+                cut = cut or any(n <= half and most >= counted for n, most in self._counted.items())
+            if not cut:
+                self._counted[int(step)] = max(self._counted[int(step)], counted)
+        if cut:
+            raise NoReply(
+                f"the server read {counted} tokens of a prompt of {sent:.0f} bytes: it cuts long prompts off without a "
+                "word; give it a longer context (Ollama: num_ctx)",
+                "rejected",
+            )
+
+    def _not_sent(self) -> dict[str, Any]:
+        """Headers of openai's client that no server needs; nor is a key that there is none of."""
+        import openai
+
+        own = "authorization" in map(str.lower, self._headers)
+        return dict.fromkeys(_NOT_SENT if self._key or own else (*_NOT_SENT, "Authorization"), openai.omit)
 
     async def _post(self, body: dict[str, Any]) -> httpx2.Response:
         """The server's answer as it came; openai's own models would refuse, or invent, what a server leaves out."""
@@ -265,15 +487,17 @@ class OpenAIServer:
                 self._url,
                 body=body,
                 cast_to=openai.HttpxBinaryResponseContent,
-                options={"headers": dict.fromkeys(_NOT_SENT, openai.omit)},
+                options={"headers": self._left_out},
             )
         except openai.APIStatusError as e:
-            raise self._status_error(e) from None
-        except (openai.APITimeoutError, TimeoutError):
-            raise _Transient(f"no reply within {self._settings.timeout_s:g} s", "down") from None
-        except openai.APIConnectionError as e:
-            cause = e.__cause__ or e
-            raise _Transient(self._scrub(f"{type(cause).__name__}: {cause}"), "down") from None
+            failed = self._status_error(e)
+            asked = any(m["role"] == "system" for m in body["messages"])
+            if asked and e.status_code in (400, 422, 500) and _SYSTEM_REFUSED.search(message_in(e.body) or ""):
+                failed = _SystemRefused(failed)
+            raise failed from None
+        except (openai.APIConnectionError, TimeoutError) as e:
+            fault = connection_fault(e, self._url) or f"no reply within {self._settings.timeout_s:g} s"
+            raise NoReply(self._scrub(fault), "down") from None
         return answer.response
 
     def _client(self) -> AsyncOpenAI:
@@ -292,47 +516,62 @@ class OpenAIServer:
                         await server._tokens.wait(_expected_tokens(request))
                         async with asyncio.timeout(server._settings.timeout_s):
                             answer = await super().send(request, **how)
-                        if _asks_again(answer.status_code) and (asked_s := retry_after_s(answer.headers)) is not None:
-                            server._requests.hold(min(asked_s, MAX_RETRY_AFTER_S))  # all of us, not this one alone
+                        if asks_again(answer.status_code):
+                            asked_s = retry_after_s(answer.headers, tree_of(answer.content))
+                            if asked_s is not None:
+                                server._requests.hold(min(asked_s, MAX_RETRY_AFTER_S))  # all of us, not this one alone
                         return answer
 
-            self._made = self._connect(http_client=Client())
+            trusted = _trusted(self._juror)
+            try:
+                http_client = Client() if trusted is None else Client(verify=trusted)
+            except (ValueError, ImportError) as e:
+                raise UserError(
+                    f"the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY can't be used ({self._scrub(str(e))}); name an "
+                    "http:// proxy, or unset it"
+                ) from None
+            with _without_openai_settings(self._juror):
+                self._made = self._connect(http_client=http_client)
         return self._made
 
     def _status_error(self, error: Any) -> Exception:
         status, juror, url = error.status_code, self._juror, shown_url(self._juror)
-        said = self._scrub(_message(error.body) or error.response.text)
+        said = self._scrub(message_in(error.body) or error.response.text)
         if status == 401:
-            if juror.api_key_env is None:
+            if juror.api_key_env is None and not juror.headers:
                 return UserError(
                     f"judge.api_key_env: {url} wants a key (HTTP {status}); name the variable that holds it"
                 )
             return UserError(
-                f"judge.api_key_env: {url} refused the key in {juror.api_key_env} (HTTP {status}) for model "
-                f"`{juror.model}`; set it to a key of this server that may use this model"
+                f"judge.api_key_env: {url} refused the key in {juror.api_key_env or ', '.join(juror.headers.values())} "
+                f"(HTTP {status}) for model `{juror.model}`; set it to a key of this server that may use this model"
             )
         if status == 404:
             return UserError(
                 f"judge.model, judge.base_url: {url} has no model `{juror.model}`, or no chat completions at this "
                 f"address (HTTP 404: {said}); check both, the address usually ends in /v1"
             )
-        if _asks_again(status):
-            kind: FailureKind = "down" if status in _DOWN else "broken"
-            return _Transient(f"HTTP {status}: {said}", kind, retry_after_s(error.response.headers))
+        if asks_again(status):
+            # A sentence in an error's own form comes from a judge's server, a page from anywhere.
+            kind: FailureKind = "down" if status in _DOWN or message_in(tree_of(error.response.content)) else "broken"
+            return NoReply(
+                f"HTTP {status}: {said}", kind, retry_after_s(error.response.headers, tree_of(error.response.content))
+            )
         if status == 402:  # nothing of the question: no credit
             return CallFailed(f"HTTP {status}: {said}", "down")
-        hint = ""
+        hint = next((f" ({hint})" for found, hint in _HINTS if found.search(said)), "")
         if status == 403:  # the key, or what is asked: which, other questions show
-            hint = f" (key: {juror.api_key_env or 'none'}, judge.api_key_env; model `{juror.model}`)"
-        elif re.search("response_format|json_schema", said):
-            hint = " (judge.extra_body: {response_format: null} asks without a JSON schema)"
+            key = f"key: {juror.api_key_env or 'none'}, judge.api_key_env; model `{juror.model}`"
+            hint = f" ({key})" if not hint else f"{hint[:-1]}; {key})"
         return CallFailed(f"HTTP {status}: {said}{hint}", "rejected")
 
     def _scrub(self, text: str) -> str:
         """One line without the key, for logs and errors."""
-        text = _clean(text)
+        text = clean(text)
         if self._key:
             text = text.replace(self._key, "[key]")
+        for value in self._headers.values():
+            text = text.replace(value, "[header]")
         text = re.sub(r"\b(sk-|Bearer\s+)[^\s\"']{6,}", r"\1[key]", text)
         line = " ".join(text.split())
         return line[:_ERROR_CHARACTERS] + ("…" if len(line) > _ERROR_CHARACTERS else "")
@@ -343,112 +582,41 @@ def _expected_tokens(request: httpx2.Request) -> float:
     return len(request.content) / _CHARACTERS_PER_TOKEN + 1
 
 
-def _asks_again(status: int) -> bool:
-    """Whether another attempt may get a reply."""
-    return status in _RETRIED or status >= 500
+def connection_fault(error: BaseException, url: str) -> str | None:
+    """Why there was no connection to a server, or none any more; None when it just took too long."""
+    import aiohttp
 
+    parts = urlsplit(url)
+    place = parts.netloc.rpartition("@")[2]
+    chain: list[BaseException] = [error]
+    for e in chain:  # grows on its way
+        chain += [c for c in (e.__cause__, e.__context__, getattr(e, "os_error", None)) if c and c not in chain]
+    last = next((str(e) for e in reversed(chain) if str(e)), "")
 
-def retry_after_s(headers: Any) -> float | None:
-    """Seconds that a server asks to wait: `Retry-After` as a number or an HTTP date; None when it doesn't say."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-        return max(seconds, 0.0) if math.isfinite(seconds) else None
-    except ValueError:
-        pass
-    try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return None
+    def has(*kinds: type[BaseException]) -> BaseException | None:
+        return next((e for e in chain if isinstance(e, kinds)), None)
 
-
-def read_reply(content: bytes, model: str, scrub: Any = str) -> Reply:
-    """A server's answer as a `Reply`. What a verdict needs must be there; the rest may be missing or odd.
-
-    Raises:
-        _Transient: it holds no reply.
-    """
-    try:
-        tree = json.loads(content)
-    except (ValueError, RecursionError):
-        raise _Transient(scrub(f"not JSON: {content[:80].decode(errors='replace')!r}"), "broken") from None
-    tree = tree if isinstance(tree, dict) else {}
-    if tree.get("error"):
-        raise _Transient(scrub(f"an error instead of a reply: {_message(tree) or tree['error']}"), "broken")
-    choices = tree.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
-        raise _Transient("an answer without a choice", "broken")
-    said = message.get("content")
-    if isinstance(said, list):  # in parts, as some servers do
-        said = "".join(str(part.get("text") or "") for part in said if isinstance(part, dict))
-    if said is not None and not isinstance(said, str):
-        raise _Transient("an answer whose content is not text", "broken")
-    return Reply(
-        content=None if said is None else _clean(said),
-        refusal=_text(message.get("refusal")),
-        finish_reason=_text(choice.get("finish_reason")),
-        tokens=_reply_tokens(choice.get("logprobs")),
-        usage=_usage(tree.get("usage")),
-        model=_text(tree.get("model")) or model,
+    if proxy := has(aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError):
+        name = "HTTPS_PROXY" if parts.scheme == "https" else "HTTP_PROXY"
+        return f"the proxy can't be used ({proxy}); mend or unset {name}, or name {parts.hostname} in NO_PROXY"
+    if has(ssl.SSLCertVerificationError):
+        reason = next((m for e in chain if (m := getattr(e, "verify_message", ""))), last)
+        return f"the certificate of {place} isn't trusted ({reason}); name a CA of your own in judge.ca_file"
+    if has(ssl.SSLError, aiohttp.ClientConnectorSSLError):
+        reason = next((str(e.reason) for e in chain if isinstance(e, ssl.SSLError) and e.reason), last)
+        return f"{place} speaks no TLS that we do ({reason}); is judge.base_url an http:// address?"
+    if has(socket.gaierror):
+        return f"no host `{parts.hostname}` is known ({has(socket.gaierror)}); check judge.base_url, or the network"
+    if has(ConnectionRefusedError) or re.search(r"errno (?:111|61)\b|refused", last, re.I):
+        return f"connection refused: nothing listens at {place}; start the server, or check judge.base_url"
+    if cut := has(ConnectionResetError, BrokenPipeError, aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError):
+        return f"the connection was cut ({cut})"
+    if has(TimeoutError, aiohttp.ServerTimeoutError):
+        return f"no connection to {place} in time" if has(aiohttp.ConnectionTimeoutError) else None
+    if found := has(aiohttp.ClientError, OSError):
+        return f"no connection to {place} ({type(found).__name__}: {found})"
+    return (
+        None
+        if "timed out" in last.lower() or "timeout" in type(error).__name__.lower()
+        else f"{type(error).__name__}: {last}"
     )
-
-
-def read_usage(content: bytes) -> Usage:
-    """What an answer says that it cost, whatever else it holds."""
-    try:
-        return _usage(json.loads(content)["usage"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return Usage()
-
-
-def _reply_tokens(logprobs: Any) -> tuple[ReplyToken, ...]:
-    try:
-        return tuple(
-            ReplyToken.model_validate(
-                {
-                    "token": _clean(at["token"]),
-                    "top": [
-                        {"token": _clean(t["token"]), "logprob": t["logprob"]} for t in at.get("top_logprobs") or ()
-                    ],
-                }
-            )
-            for at in logprobs["content"][-_TOKENS_KEPT:]
-        )
-    except (TypeError, KeyError, ValueError, AttributeError):
-        return ()
-
-
-def _usage(tree: Any) -> Usage:
-    try:
-        return Usage(
-            prompt_tokens=_count(tree["prompt_tokens"]), completion_tokens=_count(tree.get("completion_tokens") or 0)
-        )
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
-        return Usage()
-
-
-def _count(value: Any) -> int:
-    return max(math.ceil(float(value)), 0)
-
-
-def _text(value: Any) -> str | None:
-    return _clean(value) if isinstance(value, str) and value else None
-
-
-def _clean(text: str) -> str:
-    """Without lone surrogates, which JSON can hold and no file can."""
-    return text if text.isascii() else text.encode(errors="replace").decode()
-
-
-def _message(body: Any) -> str | None:
-    """The sentence in an error's body, in the forms that servers use."""
-    if isinstance(body, dict):
-        inner = body.get("error")
-        if isinstance(inner, dict):
-            return _text(inner.get("message"))
-        return _text(body.get("message")) or _text(inner) or _text(body.get("detail"))
-    return _text(body)

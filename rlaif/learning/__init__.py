@@ -11,7 +11,7 @@ from typing import Protocol
 
 from rlaif import config
 from rlaif.errors import UserError
-from rlaif.records import Preference, UpdateStep
+from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
 
 class Learner(Protocol):
@@ -30,12 +30,33 @@ class Learner(Protocol):
         """
         ...
 
+    def divergences(self, completions: list[Completion]) -> Iterator[list[Divergence]]:
+        """How far the policy, as it is now, is from the untrained one over completions that it sampled itself at
+        temperature 1 and top-p 1; in chunks, in an order of its own.
+
+        Raises:
+            RlaifError: the models' probabilities are not finite.
+        """
+        ...
+
     def save(self, state_dir: str, policy_dir: str) -> str:
-        """Writes everything needed to go on (`state_dir`) and the bf16 policy (`policy_dir`).
+        """Writes everything needed to go on (`state_dir`) and the policy that will sample (`policy_dir`).
 
         Returns:
             The policy's digest: sha256 of its weights, first 16 hex digits.
         """
+        ...
+
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under the master weights, in nats; the sampler's own must equal it."""
+        ...
+
+    def track(self, values: dict[str, float]) -> None:
+        """Gives the job's trackers (`learner.args.report_to`) numbers beside the learner's own."""
+        ...
+
+    def exports_in(self) -> str:
+        """The precision that `save` writes the policy in."""
         ...
 
     def load(self, state_dir: str) -> None:
@@ -58,6 +79,7 @@ def make_learner(
     seed: int,
     state_dir: str | None = None,
     output_dir: str | None = None,
+    export_precision: config.Precision = "auto",
 ) -> Learner:
     """The learner that a job names.
 
@@ -68,6 +90,7 @@ def make_learner(
         seed: everything random follows from this.
         state_dir: what an earlier `save` wrote, to go on from; None starts from `model_path`.
         output_dir: where trackers and callbacks write; None gives them a folder that goes with the learner.
+        export_precision: what the sampler computes in, and so what the policy is written in.
 
     Raises:
         UserError: an unknown kind, a setting that TRL doesn't know or refuses, or an unreadable folder.
@@ -76,14 +99,22 @@ def make_learner(
     if kind == "dpo":
         from rlaif.learning.dpo import DpoLearner
 
-        return DpoLearner(model_path, settings, seed, state_dir, output_dir)
+        return DpoLearner(model_path, settings, seed, state_dir, output_dir, export_precision)
     if kind == "online_dpo":
         from rlaif.learning.online_dpo import OnlineDpoLearner
 
-        return OnlineDpoLearner(model_path, settings, seed, state_dir, output_dir)
+        return OnlineDpoLearner(model_path, settings, seed, state_dir, output_dir, export_precision)
     raise UserError(f"learner.kind: no learner is called {kind!r}; there are `dpo` and `online_dpo`")
 
 
-def make(model_path: str, settings: config.Learner, seed: int, output_dir: str | None = None) -> Learner:
+def make(
+    model_path: str,
+    settings: config.Learner,
+    seed: int,
+    output_dir: str | None = None,
+    export_precision: config.Precision = "auto",
+) -> Learner:
     """Factory for a worker process: the learner of the untrained policy."""
-    return make_learner(settings.kind, model_path, settings, seed, output_dir=output_dir)
+    return make_learner(
+        settings.kind, model_path, settings, seed, output_dir=output_dir, export_precision=export_precision
+    )

@@ -26,7 +26,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 from trl.trainer.base_config import _BaseConfig
@@ -35,8 +42,10 @@ from trl.trainer.base_trainer import _BaseTrainer
 from rlaif import config
 from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
-from rlaif.models import digest_of
-from rlaif.records import Preference, UpdateStep
+from rlaif.learning.divergence import Asked, divergences
+from rlaif.learning.export import check_mergeable, in_precision, merged, plain_names
+from rlaif.models import carry_over, digest_of, name_turn_ends
+from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
 _Row = dict[str, Any]
 """A preference as the trainer takes it: `pair_id`, `prompt`, `prompt_ids`, `chosen_ids`, `rejected_ids`, and the
@@ -80,21 +89,28 @@ class TrlLearner(ABC):
         seed: int,
         state_dir: str | None = None,
         output_dir: str | None = None,
+        export_precision: config.Precision = "auto",
     ) -> None:
         """Loads the policy (fp32) and builds the trainer; see `rlaif.learning.make_learner`."""
         self.settings = settings
         self.seed = seed
         self._precision = precision_here(settings.precision)
+        self._export_precision = precision_here(export_precision)
         disable_progress_bar()  # of transformers: progress is the loop's to show
+        self._model_path = model_path
         # The trainer wants a folder of its own, even when it writes nothing there.
         self._scratch = tempfile.TemporaryDirectory(prefix="rlaif-learner-")
         self._output_dir = output_dir or self._scratch.name
         args = self._trainer_args()
         policy, self.tokenizer = _load(model_path)
+        self._exported_config = copy.deepcopy(policy.config)  # before we and TRL write our own choices into it
+        # Nothing here generates. transformers refuses to save some that it loads: the base's own file is carried over.
+        self._generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
         _no_dropout(policy)
-        self._exported_config = copy.deepcopy(policy.config)  # before TRL writes its own choices into it
+        names = set(policy.state_dict())
         with _settings_errors():
             self.trainer = self._make_trainer(policy, args, _peft_config(settings.lora))
+        self._check_export(names)
         self._adapt(self._unwrapped())
         self._base = self._load_base(model_path)
         with _settings_errors():
@@ -208,6 +224,30 @@ class TrlLearner(ABC):
             "was not taken. Lower the rate: add --set learner.learning_rate=VALUE --allow-change to the command"
         )
 
+    # ---- how far the policy went
+
+    def divergences(self, completions: list[Completion]) -> Iterator[list[Divergence]]:
+        """How far the master weights are from the untrained policy; see `Learner`."""
+        policy = self.trainer.model_wrapped
+        was_training = policy.training
+        policy.eval()
+        try:
+            # As many rows at once as an update takes: chosen and rejected.
+            batch = 2 * self.trainer.args.per_device_train_batch_size
+            device = self.trainer.args.device
+            yield from divergences(Asked(policy, self._unwrapped()), self._untrained(), completions, batch, device)
+        finally:
+            policy.train(was_training)
+
+    def _untrained(self) -> Asked:
+        """The base policy, whatever `reference` is."""
+        if self.settings.lora is not None:
+            return Asked(self.trainer.model_wrapped, self._unwrapped(), self.trainer.model.disable_adapter)
+        base = self._base
+        if base is None:  # `reference: previous` keeps no copy of it: read once an evaluation
+            base = self._frozen_base(self._model_path)
+        return Asked(base, self.trainer.accelerator.unwrap_model(base))
+
     # ---- the reference policy
 
     def _score_references(self, rows: list[_Row]) -> None:
@@ -237,6 +277,10 @@ class TrlLearner(ABC):
         """A frozen copy of the untrained policy, where no cheaper reference exists."""
         if self.settings.reference != "base" or self.settings.lora is not None:
             return None
+        return self._frozen_base(model_path)
+
+    def _frozen_base(self, model_path: str) -> nn.Module:
+        """The untrained policy, without gradient, in what the trainer computes in."""
         base, _ = _load(model_path)
         base.requires_grad_(False).eval()
         if self._precision == "bf16":
@@ -274,7 +318,8 @@ class TrlLearner(ABC):
             "bf16": self._precision == "bf16",
             "use_cpu": not torch.cuda.is_available(),
             "seed": self.seed,
-            "lr_scheduler_type": "constant",
+            "lr_scheduler_type": "constant_with_warmup" if settings.warmup_steps else "constant",
+            "warmup_steps": settings.warmup_steps,
             "logging_steps": 1,
             "report_to": "none",
             "disable_tqdm": True,
@@ -286,6 +331,8 @@ class TrlLearner(ABC):
         }
         with _settings_errors():
             args = self.config_class(**values)
+            if args.n_gpu > 1:  # in a process that sees several, TRL would spread a model over them, and refuses to
+                args._n_gpu = 1
         for name, needs in (
             ("lr_scheduler_type", args.lr_scheduler_type not in _ENDLESS_SCHEDULES),
             ("warmup_steps", 0 < args.warmup_steps < 1),
@@ -345,10 +392,41 @@ class TrlLearner(ABC):
                 wandb.finish()
         self._scratch.cleanup()
 
+    # ---- the policy as it is
+
+    def exports_in(self) -> str:
+        """What `save` writes the policy in: `fp32`, or `bf16`, rounded at random."""
+        return self._export_precision
+
+    @torch.no_grad()
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under the fp32 masters, in nats: what the sampler's must equal.
+
+        Neither autocast nor padding nor our own scoring is in the way: the model's plain forward, row by row.
+        """
+        plain = self._unwrapped()
+        was_training = plain.training
+        plain.eval()
+        out = []
+        for sequence in sequences:
+            ids = torch.tensor([sequence.all_ids], device=self.trainer.args.device)
+            logits = type(plain).forward(plain, input_ids=ids, use_cache=False).logits[0, :-1]  # [tokens, vocabulary]
+            completion = logits[len(sequence.prompt_token_ids) - 1 :].float().log_softmax(-1)
+            targets = ids[0, len(sequence.prompt_token_ids) :, None]
+            out.append(tuple(completion.gather(-1, targets)[:, 0].tolist()))
+        plain.train(was_training)
+        return out
+
+    def track(self, values: dict[str, float]) -> None:
+        """Gives trackers numbers beside TRL's own, at the step that the policy is at."""
+        trainer = self.trainer
+        trainer.control = trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, dict(values))
+
     # ---- state
 
     def save(self, state_dir: str, policy_dir: str) -> str:
-        """Writes the learner's state (fp32 weights, optimizer, schedule, RNG, step) and the policy (bf16).
+        """Writes the learner's state (fp32 weights, optimizer, schedule, RNG, step), and the policy in the precision
+        that it samples in.
 
         Both folders are made if missing; whoever calls decides when they become the run's (one rename).
 
@@ -420,14 +498,32 @@ class TrlLearner(ABC):
         model = self.trainer.model
         return model if self.settings.lora is None else model.get_base_model()
 
+    def _check_export(self, names: set[str]) -> None:
+        """Whether what `save` will write is what a reader of the untrained model expects, before anything is sampled.
+
+        Raises:
+            UserError: the adapters can't be merged back into weights of the model's own names.
+        """
+        plain = self._unwrapped()
+        check_mergeable(plain)
+        if differing := sorted(plain_names(plain) ^ names):
+            raise UserError(
+                f"learner.lora: the merged policy would differ from the model in `{differing[0]}`, and nobody could "
+                "load it; name other layers in learner.lora.target_modules, or train full weights"
+            )
+
     def _export(self, folder: Path) -> str:
         plain = self._unwrapped()
-        plain.save_pretrained(folder, state_dict=_bf16(_merged(plain)))
+        state = in_precision(merged(plain), self._export_precision, self.seed)
+        plain.save_pretrained(folder, state_dict=state)
         # save_pretrained writes the master weights' dtype and TRL's settings into config.json
         exported = copy.deepcopy(self._exported_config)
-        exported.dtype = torch.bfloat16
+        exported.dtype = torch.bfloat16 if self._export_precision == "bf16" else torch.float32
         exported.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        if self._generation_config is not None:  # what a base without such a file has in its config.json
+            self._generation_config.to_json_file(folder / "generation_config.json")
+        carry_over(Path(self._model_path), folder)
+        name_turn_ends(folder, self.tokenizer)
         return digest_of(folder)
 
 
@@ -501,17 +597,60 @@ def _text(value: Any) -> str:
 def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, SafetensorError) as e:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError, AssertionError, SafetensorError) as e:
         raise UserError(f"policy.model: can't load {path} ({' '.join(str(e).split())})") from e
+    _choose_pad(tokenizer, model.get_input_embeddings().weight.size(0))
+    return model, tokenizer
 
 
-def _no_dropout(model: nn.Module) -> None:
+def _choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Padding is masked, so any row of the embedding will do: one is taken where a tokenizer names none, or one that
+    the embedding doesn't have. The tokenizer's own files are exported as they are."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None or pad >= rows:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end if end is not None and end < rows else 0)
+
+
+def _no_dropout(model: PreTrainedModel) -> None:
     """The log-probabilities that are compared must be those of the policy that samples. TRL turns `nn.Dropout` off;
-    attention modules keep theirs as a number."""
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    others keep theirs as a number, of a module (OPT's `dropout`, `layerdrop`) or of the configuration that a forward
+    pass reads (Falcon), and routers of experts shake their input.
+
+    Raises:
+        UserError: the model still computes something else in training; every loss would be compared with noise.
+    """
+    in_use = _probe_logits(model, training=False)
+    named = (getattr(m, "config", None) for m in model.modules())
+    configs = {id(c): c for c in named if isinstance(c, PreTrainedConfig)}
+    owed = list(configs.values())
+    while owed:
+        inner = [c for c in vars(owed.pop()).values() if isinstance(c, PreTrainedConfig) and id(c) not in configs]
+        configs |= {id(c): c for c in inner}
+        owed += inner
+    for holder in (*model.modules(), *configs.values()):
+        all_of_it = "dropout" in type(holder).__name__.lower()
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and (all_of_it or "drop" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
+    # Twice: what is random, and what only differs.
+    off = max(float((_probe_logits(model, training=True) - in_use).abs().max()) for _ in range(2))
+    if not off <= 1e-4 * (1 + float(in_use.abs().max())):
+        raise UserError(
+            f"policy.model: {type(model).__name__} computes something else in training than in use (logits differ by "
+            f"{off:.2g}): dropout or noise that has no number to set to 0; take another model"
+        )
+
+
+@torch.no_grad()
+def _probe_logits(model: PreTrainedModel, training: bool) -> torch.Tensor:
+    """Logits of some tokens, [2, 32, vocabulary], in fp32."""
+    ids = torch.arange(64, device=model.device).remainder(model.get_input_embeddings().weight.size(0)).view(2, 32)
+    was_training = model.training
+    with torch.random.fork_rng(devices=[]):
+        logits: torch.Tensor = model.train(training)(input_ids=ids, use_cache=False).logits.float()
+    model.train(was_training)
+    return logits
 
 
 def _peft_config(lora: config.Lora | None) -> Any:
@@ -521,34 +660,6 @@ def _peft_config(lora: config.Lora | None) -> Any:
 
     # Handed to the trainer, not applied here: TRL takes an already wrapped model's adapter for its reference.
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
-
-
-def _merged(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state of a model with LoRA layers as that of a plain one. The masters are not touched: merging them and
-    taking the adapter out again would leave rounding behind."""
-    deltas = {
-        name: module.get_delta_weight("default")
-        for name, module in model.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
-    state = {}
-    for key, value in model.state_dict().items():
-        layer, _, leaf = key.rpartition(".base_layer.")
-        if ".lora_" in key:
-            continue
-        if leaf == "weight" and layer in deltas:
-            value = value + deltas[layer]
-        state[f"{layer}.{leaf}" if layer else key] = value
-    return state
-
-
-def _bf16(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A bf16 copy in which tied tensors stay one tensor."""
-    copies: dict[int, torch.Tensor] = {}
-    for value in state.values():
-        if value.data_ptr() not in copies:
-            copies[value.data_ptr()] = value.to(torch.bfloat16) if value.is_floating_point() else value
-    return {name: copies[value.data_ptr()] for name, value in state.items()}
 
 
 @contextmanager

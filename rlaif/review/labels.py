@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from rlaif.errors import RlaifError
@@ -53,6 +52,8 @@ def review_lock(run: RunDir) -> Iterator[None]:
     Raises:
         RlaifError: somebody holds it for longer than any label takes.
     """
+    from filelock import FileLock, Timeout  # brings asyncio: not for who only reads
+
     folder = run.path / "review"
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)

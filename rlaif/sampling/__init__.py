@@ -23,15 +23,25 @@ class SampleRequest(Record):
     top_p: float
 
 
+class PromptProblem(Record):
+    """Why a prompt can't be sampled."""
+
+    prompt_id: str
+    problem: str
+    too_long: bool = False
+    """It can be left out (`prompts.too_long: drop`); with another problem the model or the file is to be mended."""
+
+
 class Sample(Record):
     """One sampled answer."""
 
     id: str
     """Its request's."""
     token_ids: tuple[int, ...]
-    """As sampled; the end token is among them, last, iff `finish_reason` is stop."""
+    """As sampled; what ended it is among them, last, iff `finish_reason` is stop: a token that ends a turn, one of
+    `sampling.stop`, or the one that completes a stop string."""
     text: str
-    """Without special tokens."""
+    """Without special tokens, up to the end token or the stop string."""
     finish_reason: FinishReason
     logprob: float
     """Sum over `token_ids` of log p under the policy, in nats, before temperature and top-p."""

@@ -1,26 +1,16 @@
-"""Prompts and seeds as samplers take them. Pure: a tokenizer comes in, nothing is loaded.
+"""Prompts and seeds as samplers take them. Pure: a renderer comes in, nothing is loaded.
 
-In: messages, a tokenizer, the run's seed. Out: token ids and a seed for each sample.
+In: messages, a renderer, the run's seed. Out: token ids and a seed for each sample.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Protocol
 
 from rlaif.errors import UserError
 from rlaif.records import Prompt
+from rlaif.rendering import Renderer
 from rlaif.sampling import SampleRequest
-
-
-class ChatTokenizer(Protocol):
-    """The part of a tokenizer that rendering needs."""
-
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
-        """As in transformers."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """As in transformers."""
 
 
 def seed_for(run_seed: int, iteration: int, prompt_id: str, index: int) -> int:
@@ -29,24 +19,27 @@ def seed_for(run_seed: int, iteration: int, prompt_id: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") & 0x7FFF_FFFF
 
 
-def prompt_text(tokenizer: ChatTokenizer, prompt: Prompt) -> str:
-    """The text that the policy continues: the chat template, up to where the answer begins.
+def render_prompt(renderer: Renderer, prompt: Prompt) -> tuple[int, ...]:
+    """The token ids that the policy continues: the chat template, up to where the answer begins.
 
     Raises:
-        UserError: the template refuses these messages (some models allow no system message).
+        UserError: the template refuses these messages (some models allow no system message), or leaves one out.
     """
-    conversation = [m.model_dump() for m in prompt.messages]
     try:
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    except Exception as e:  # templates raise what they like
-        roles = ", ".join(m["role"] for m in conversation)
-        raise UserError(f"prompt {prompt.id}: the policy's chat template refuses the roles {roles} ({e})") from e
-    return str(text)
+        return renderer.ids(prompt.messages)
+    except UserError as e:
+        raise UserError(f"prompt {prompt.id}: {e}") from e
 
 
-def render_prompt(tokenizer: ChatTokenizer, prompt: Prompt) -> tuple[int, ...]:
-    """`prompt_text` as token ids. The template writes the special tokens itself, so none are added."""
-    return tuple(tokenizer.encode(prompt_text(tokenizer, prompt), add_special_tokens=False))
+def needs_more_than(max_model_len: int, prompt_tokens: int, max_tokens: int) -> str | None:
+    """What to say of a prompt that leaves no room for its answer; None of one that does."""
+    needed = prompt_tokens + max_tokens
+    if needed <= max_model_len:
+        return None
+    return (
+        f"a prompt of {prompt_tokens} tokens and an answer of up to {max_tokens} need {needed}, "
+        f"sampling.max_model_len is {max_model_len}"
+    )
 
 
 def check_length(request: SampleRequest, max_model_len: int) -> None:
@@ -55,10 +48,5 @@ def check_length(request: SampleRequest, max_model_len: int) -> None:
     Raises:
         UserError: with the setting to raise.
     """
-    needed = len(request.prompt_token_ids) + request.max_tokens
-    if needed > max_model_len:
-        raise UserError(
-            f"{request.id}: a prompt of {len(request.prompt_token_ids)} tokens and an answer of up to "
-            f"{request.max_tokens} need {needed}, sampling.max_model_len is {max_model_len}; "
-            "raise it or drop the prompt"
-        )
+    if too_long := needs_more_than(max_model_len, len(request.prompt_token_ids), request.max_tokens):
+        raise UserError(f"{request.id}: {too_long}; raise it or drop the prompt")

@@ -1,7 +1,7 @@
 """The sampler as the loop sees it: prompts in, completions out, new weights by path.
 
 The engine (vLLM or transformers) knows token ids only; prompts are rendered here with the policy's own
-chat template, once per prompt.
+chat template, once per prompt, and thoughts are taken out of what was said.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from rlaif import models
-from rlaif.config import Sampling
-from rlaif.records import Completion, PolicyVersion, Prompt
-from rlaif.sampling import Sample, SampleRequest
-from rlaif.sampling.requests import render_prompt, seed_for
+from rlaif import models, thoughts
+from rlaif.config import Policy, Sampling
+from rlaif.errors import UserError
+from rlaif.hardware import precision_here
+from rlaif.records import Completion, PolicyVersion, Prompt, TokenSequence
+from rlaif.rendering import Renderer
+from rlaif.sampling import PromptProblem, Sample, SampleRequest
+from rlaif.sampling.endings import Endings
+from rlaif.sampling.requests import needs_more_than, render_prompt, seed_for
 
 
-def make(model_path: str, settings: Sampling) -> SamplerRole:
+def make(model_path: str, settings: Sampling, policy: Policy | None = None) -> SamplerRole:
     """Factory for a worker process."""
-    return SamplerRole(model_path, settings)
+    return SamplerRole(model_path, settings, policy)
 
 
 def _engine(model_path: str, settings: Sampling) -> Engine:
@@ -40,18 +44,71 @@ class Engine(Protocol):
     def load(self, policy_path: str) -> None:
         """New weights, by folder."""
 
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under them, in nats."""
+
+
+GAP_PROMPTS, GAP_TOKENS = 8, 64
+"""Texts that are scored to compare weights, and their tokens at most: a second's work, and enough tokens that the
+rounding of a sampler in bf16 averages out (0.07 / sqrt(512) = 0.003 nats)."""
+
+
+def fixed_texts(renderer: Renderer, prompts: list[Prompt], max_model_len: int) -> list[TokenSequence]:
+    """Texts to compare weights by: each of the first prompts, continued by the words of those after it.
+
+    Nothing needs to be sampled for them, so they are there before anything is, and the same in every iteration.
+    """
+    some = prompts[:GAP_PROMPTS]
+    out = []
+    for i, prompt in enumerate(some):
+        ids = renderer.plain_ids(" ".join(p.text for p in [*some[i + 1 :], *some[: i + 1]]))
+        start = render_prompt(renderer, prompt)
+        room = min(GAP_TOKENS, max_model_len - len(start) - 1)
+        if start and ids[: max(room, 0)]:
+            out.append(TokenSequence(prompt_token_ids=start, token_ids=ids[:room]))
+    return out
+
 
 class SamplerRole:
     """Samples completions of prompts from the newest weights it was given."""
 
-    def __init__(self, model_path: str, settings: Sampling):
+    def __init__(self, model_path: str, settings: Sampling, policy: Policy | None = None):
         self._settings = settings
+        self._strip = (policy or Policy()).thinking == "strip"
         self._tokenizer = models.load_tokenizer(model_path)
+        self._renderer = Renderer(self._tokenizer, (policy or Policy()).chat_template_args)
+        self._endings = Endings(model_path, self._tokenizer, settings)
         self._engine = _engine(model_path, settings)
 
     def load(self, policy_path: str) -> None:
         """New weights, by folder."""
         self._engine.load(policy_path)
+
+    def problems(self, prompts: list[Prompt]) -> list[PromptProblem]:
+        """What keeps prompts from being sampled, before any is: each that its template can't render as it was given, or
+        that leaves no room for an answer."""
+        found = []
+        for prompt in prompts:
+            try:
+                length = len(self._renderer.ids(prompt.messages))
+            except UserError as e:
+                found.append(PromptProblem(prompt_id=prompt.id, problem=str(e)))
+                continue
+            if too_long := needs_more_than(self._settings.max_model_len, length, self._settings.max_tokens):
+                found.append(PromptProblem(prompt_id=prompt.id, problem=too_long, too_long=True))
+        return found
+
+    def computes_in(self) -> str:
+        """Engine and precision, as `vllm fp32`."""
+        return f"{self._settings.engine} {precision_here(self._settings.precision)}"
+
+    def sequences_of(self, prompts: list[Prompt]) -> list[TokenSequence]:
+        """`fixed_texts` as this policy's template renders them."""
+        return fixed_texts(self._renderer, prompts, self._settings.max_model_len)
+
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under the weights that sample now, in nats."""
+        return self._engine.logprobs(sequences)
 
     def sample(
         self,
@@ -69,9 +126,10 @@ class SamplerRole:
         `temperature` and `top_p` take the place of the settings' own.
         """
         settings = self._settings
-        requests, about = [], {}
+        requests, about, begun = [], {}, {}
         for prompt in prompts:
-            ids = render_prompt(self._tokenizer, prompt)
+            ids = render_prompt(self._renderer, prompt)
+            begun[prompt.id] = thoughts.opening(self._renderer.text(prompt.messages)) if self._strip else ""
             for index in range(completions_per_prompt):
                 request = SampleRequest(
                     id=f"{prefix}-{prompt.id}-{index}",
@@ -93,9 +151,25 @@ class SamplerRole:
                     seed=about[s.id][2].seed,
                     prompt_token_ids=about[s.id][2].prompt_token_ids,
                     token_ids=s.token_ids,
-                    text=s.text,
+                    text=self._text(s, begun[about[s.id][0]]),
                     finish_reason=s.finish_reason,
                     logprob=s.logprob,
                 )
                 for s in chunk
             ]
+
+    def _text(self, sample: Sample, begun: str) -> str:
+        """What was answered, without thoughts if those are stripped. `begun` is the mark that its prompt ends with.
+
+        Marks are special tokens to some tokenizers, so they are looked for where those are still in the text.
+        """
+        if not self._strip:
+            return sample.text
+        body = self._endings.body(sample.token_ids)
+        said = begun + str(self._tokenizer.decode(body, skip_special_tokens=False))
+        if not thoughts.has_marks(said):
+            return sample.text
+        answer = thoughts.without_thoughts(said)
+        for token in sorted({t for t in body if t in self._tokenizer.all_special_ids}):
+            answer = answer.replace(str(self._tokenizer.decode([token])), "")
+        return self._endings.cut(answer)

@@ -9,7 +9,6 @@ in which others finish. Padding is masked, and rows that are done leave the batc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from rlaif import config, models
 from rlaif.errors import UserError
 from rlaif.hardware import precision_here, torch_dtype
+from rlaif.records import TokenSequence
 from rlaif.sampling import Sample, SampleRequest
+from rlaif.sampling.endings import Endings
 from rlaif.sampling.nucleus import keep_nucleus
 from rlaif.sampling.requests import check_length
 
@@ -36,7 +37,7 @@ class Sampler:
 
     def __init__(self, model_path: str, settings: config.Sampling) -> None:
         self._tokenizer = models.load_tokenizer(model_path)
-        self._stop_token_ids = frozenset(models.stop_token_ids(Path(model_path)))
+        self._endings = Endings(model_path, self._tokenizer, settings)
         self._max_model_len = settings.max_model_len
         self._dtype = torch_dtype(precision_here(settings.precision))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,9 +53,20 @@ class Sampler:
             self._model: Any = AutoModelForCausalLM.from_pretrained(
                 policy_path, dtype=self._dtype, local_files_only=True
             )
-        except (OSError, SafetensorError) as e:
+        except (OSError, ValueError, ImportError, SafetensorError) as e:
             raise UserError(f"{policy_path}: can't load these weights ({' '.join(str(e).split())})") from e
         self._model.to(self._device).eval()
+
+    @torch.inference_mode()
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under the weights that sample now, in nats."""
+        out = []
+        for sequence in sequences:
+            start = len(sequence.prompt_token_ids)
+            ids = torch.tensor([sequence.all_ids], device=self._device)
+            logits = self._model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
+            out.append(tuple(logits.log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0].tolist()))
+        return out
 
     def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
         """Samples a batch at a time, in the order of the requests' lengths; yields each batch.
@@ -97,7 +109,7 @@ class Sampler:
                 token = _draw(logits[row], requests[index], generators[index])
                 sampled[index].append(token)
                 logprobs[index] += float(raw[row, token])
-                if token not in self._stop_token_ids and len(sampled[index]) < requests[index].max_tokens:
+                if len(sampled[index]) < requests[index].max_tokens and not self._endings.ended(sampled[index]):
                     staying.append(row)
             if not staying:
                 break
@@ -109,16 +121,7 @@ class Sampler:
             ids = torch.tensor([[sampled[index][-1]] for index in rows], device=self._device)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1
-        return [self._sample(r, tokens, lp) for r, tokens, lp in zip(requests, sampled, logprobs, strict=True)]
-
-    def _sample(self, request: SampleRequest, tokens: list[int], logprob: float) -> Sample:
-        return Sample(
-            id=request.id,
-            token_ids=tuple(tokens),
-            text=self._tokenizer.decode(tokens, skip_special_tokens=True),
-            finish_reason="stop" if tokens[-1] in self._stop_token_ids else "length",
-            logprob=logprob,
-        )
+        return [self._endings.sample(r.id, ids, lp) for r, ids, lp in zip(requests, sampled, logprobs, strict=True)]
 
 
 def _draw(logits: torch.Tensor, request: SampleRequest, generator: torch.Generator) -> int:

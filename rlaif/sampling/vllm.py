@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rlaif import config, models
 from rlaif.errors import UserError
 from rlaif.hardware import torch_dtype
+from rlaif.records import TokenSequence
 from rlaif.sampling import Sample, SampleRequest
+from rlaif.sampling.endings import Endings
 from rlaif.sampling.requests import check_length
+from rlaif.sampling.vllm_reload import check_reloads, reload_weights
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker is the engine's process
@@ -56,9 +58,11 @@ class Sampler:
         from vllm.sampling_params import RequestOutputKind
 
         self._params_class = vllm.SamplingParams
-        self._final_only = RequestOutputKind.FINAL_ONLY
-        self._stop_token_ids = list(models.stop_token_ids(Path(model_path)))
-        self._tokenizer = models.load_tokenizer(model_path)
+        self._endings = Endings(model_path, models.load_tokenizer(model_path), settings)
+        # Stop strings are looked for here, at every token, as the other engine does: vLLM's own search takes another
+        # view of a text's first space, and of special tokens.
+        in_between = bool(self._endings.strings)
+        self._output_kind = RequestOutputKind.CUMULATIVE if in_between else RequestOutputKind.FINAL_ONLY
         self._max_model_len = settings.max_model_len
         self._on_cpu = bool(current_platform.is_cpu())
         device: dict[str, Any] = (
@@ -69,7 +73,10 @@ class Sampler:
                 "logits_processors": [_nucleus_processor()],
             }
             if self._on_cpu
-            else {"gpu_memory_utilization": settings.gpu_memory_utilization}
+            else {
+                "gpu_memory_utilization": settings.gpu_memory_utilization,
+                "enforce_eager": settings.enforce_eager,
+            }
         )
         self._llm = vllm.LLM(
             model=model_path,
@@ -81,6 +88,7 @@ class Sampler:
             disable_log_stats=True,
             **device,
         )
+        check_reloads(self._llm, self._on_cpu)
         self._batches = 0
 
     def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
@@ -108,14 +116,26 @@ class Sampler:
                 extra_args={"nucleus": r.top_p} if self._on_cpu else None,
                 seed=r.seed,
                 logprobs=0,  # of the sampled token alone; raw ones, before temperature
-                stop_token_ids=self._stop_token_ids,
+                stop_token_ids=sorted(self._endings.token_ids),
                 detokenize=False,
-                output_kind=self._final_only,
+                output_kind=self._output_kind,
             )
             engine.add_request(name, {"prompt_token_ids": list(r.prompt_token_ids)}, params)
+        looked_at = dict.fromkeys(names, 0)
         try:
             while engine.has_unfinished_requests():
-                done = [self._sample(names[out.request_id], out) for out in engine.step() if out.finished]
+                done = []
+                for out in engine.step():
+                    name = out.request_id
+                    if name not in looked_at:  # given up at a stop string, with more tokens under way
+                        continue
+                    if (length := self._ended_at(out, looked_at[name])) is None:
+                        looked_at[name] = len(out.outputs[0].token_ids)
+                        continue
+                    del looked_at[name]
+                    if not out.finished:
+                        engine.abort_request([name])
+                    done.append(self._sample(names[name], out, length))
                 if done:
                     yield done
         finally:  # closed early: the rest must not go into the next batch
@@ -124,21 +144,44 @@ class Sampler:
 
     def load(self, policy_path: str) -> None:
         """Takes the weights of another folder of the same architecture; drops what was cached under the old ones."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": policy_path})
-        self._llm.reset_prefix_cache()
+        reload_weights(self._llm, policy_path, self._on_cpu)
 
-    def _sample(self, request_id: str, output: Any) -> Sample:
+    def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+        """log p of each completion token under the weights that sample now, in nats."""
+        params = self._params_class(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        self._batches += 1
+        names = {f"{self._batches}/{i}": i for i in range(len(sequences))}
+        engine = self._llm.llm_engine
+        for name, i in names.items():
+            engine.add_request(name, {"prompt_token_ids": list(sequences[i].all_ids)}, params)
+        found: dict[int, tuple[float, ...]] = {}
+        while engine.has_unfinished_requests():
+            for out in engine.step():
+                if out.finished:
+                    i = names[out.request_id]
+                    own = list(zip(sequences[i].all_ids, out.prompt_logprobs, strict=True))
+                    start = len(sequences[i].prompt_token_ids)
+                    found[i] = tuple(float(by_token[token].logprob) for token, by_token in own[start:])
+        return [found[i] for i in range(len(sequences))]
+
+    def _ended_at(self, output: Any, looked_at: int) -> int | None:
+        """How many tokens an answer has, if it has ended; the first `looked_at` of them don't end it."""
+        token_ids = output.outputs[0].token_ids
+        if self._endings.strings:
+            for length in range(looked_at + 1, len(token_ids) + 1):
+                if self._endings.ended(token_ids[:length]):
+                    return length
+        return len(token_ids) if output.finished else None
+
+    def _sample(self, request_id: str, output: Any, length: int) -> Sample:
         completion = output.outputs[0]
-        if completion.finish_reason not in ("stop", "length"):
+        if completion.finish_reason not in ("stop", "length", None):
             raise RuntimeError(f"vLLM ended request {request_id} with {completion.finish_reason!r}")
-        token_ids = tuple(completion.token_ids)
-        return Sample(
-            id=request_id,
-            token_ids=token_ids,
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
-            finish_reason=completion.finish_reason,
-            logprob=float(completion.cumulative_logprob),
-        )
+        token_ids = list(completion.token_ids)
+        logprob = float(completion.cumulative_logprob)
+        for token, of_token in zip(token_ids[length:], completion.logprobs[length:], strict=True):
+            logprob -= of_token[token].logprob  # beyond a stop string
+        return self._endings.sample(request_id, token_ids[:length], logprob)
 
 
 def _nucleus_processor() -> type[Any]:

@@ -209,10 +209,15 @@ def pictures(facts: Facts) -> list[Picture]:
         ),
         line(
             "kl",
-            "KL from base, nats a token",
-            {"held-out answers": held_out(lambda e: e.kl_per_token)},
+            "KL from base, a token",
+            {
+                "answers at temperature 1": held_out(lambda e: None if e.kl_by_older_version else e.kl_per_token),
+                "estimate of an older version": held_out(lambda e: e.kl_per_token if e.kl_by_older_version else None),
+            },
+            intervals=[(e.updates, *e.kl_interval) for e in evaluations if e.kl_interval],
             write=decimals(3),
-            empty="not measured: the engine reported no log-probabilities",
+            note=_about_kl(evaluations),
+            empty="not measured (eval.kl_prompts: 0)",
         ),
         line(
             "sanity",
@@ -235,6 +240,15 @@ def pictures(facts: Facts) -> list[Picture]:
         ),
         _loss(facts.losses, changes),
     ]
+
+
+def _about_kl(evaluations: Sequence[EvaluationMetrics]) -> str:
+    if any(e.kl_by_older_version for e in evaluations):
+        return "older estimates are off by temperature and top-p, even in their sign"
+    last = evaluations[-1] if evaluations else None
+    if last is None or last.kl_per_completion is None or not last.kl_answers:
+        return "nats; 95 % interval"
+    return f"nats; 95 % interval; {last.kl_per_completion:.1f} an answer in the last evaluation"
 
 
 @dataclass(frozen=True)
@@ -278,6 +292,7 @@ def _line_picture(
     if not series:
         return Picture(key, title, time.label, empty=empty)
     values = [y for spots in series.values() for _, y in spots]
+    values += [y for _, *ends in intervals for y in ends]
     heights = nice(*(y_range or (min(0, *values, 0), max(values))))
     scale = _Scale((time.low, time.high), (heights[0], heights[-1]))
     bars = tuple((scale.x(x), scale.y(high), scale.y(low)) for x, low, high in intervals)
@@ -296,9 +311,9 @@ def _line_picture(
     last = {name: write(spots[-1][1]) for name, spots in series.items()}
     # Of several series none is the one to name.
     latest = list(last.values())[-1] if len(last) == 1 else ""
-    if intervals:
+    if intervals and latest:
         _, low, high = intervals[-1]
-        latest += f" ({percent(low).removesuffix(' %')}–{percent(high)})"
+        latest += f" ({write(low).removesuffix(' %')}–{write(high)})"
     says = "; ".join(
         f"{name}: {write(spots[0][1])} at {time.label} {spots[0][0]:g}, {last[name]} at {spots[-1][0]:g}"
         for name, spots in series.items()

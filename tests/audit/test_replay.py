@@ -25,7 +25,7 @@ from rlaif.records import Decision, Pair, Vote
 from rlaif.store import RunDir, write_json
 from tests.judging.fault_server import FaultServer
 from tests.stubs import BASE_DIGEST, stub_job, stub_loop
-from tests.test_loop_chat import chat_job, chat_loop, greater_number
+from tests.test_loop_chat import chat_job, chat_loop, cutting, greater_number
 
 
 def with_header(root: Path, job: Job) -> RunDir:
@@ -420,3 +420,31 @@ def test_an_iteration_whose_meta_file_is_damaged_is_named_and_left_out(
     (problem,) = found.problems
     assert problem.startswith(f"{meta}:")
     assert problem.endswith("; iteration 2 is left out")
+
+
+def test_winners_that_were_cut_off_are_decided_again_as_the_loop_would(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        job = chat_job(server)
+        run = with_header(tmp_path, job)
+        loop = chat_loop(tmp_path, job)
+        cutting(loop, lambda c: c.index == 0)
+        loop.run()
+    dropped = [
+        d for k in run.iterations() for d in run.iteration(k).read("decisions", Decision) if "cut_off" in d.reasons
+    ]
+    assert dropped
+    same = replay(run, *settings_of(run, tmp_path))
+    assert same.total("other_reasons") == same.total("newly_kept") == same.total("newly_dropped") == 0
+    kept = replay(run, *settings_of(run, tmp_path, overrides=["filters.cut_off=keep"]))
+    assert kept.total("newly_kept") == len(dropped)
+
+
+def test_a_run_from_before_the_rule_is_replayed_without_it(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        job = chat_job(server)
+    run = with_header(tmp_path, job)
+    header = json.loads((tmp_path / "run" / "run.json").read_text())
+    del header["job"]["filters"]["cut_off"]
+    write_json(tmp_path / "run" / "run.json", header)
+    assert job.filters.cut_off == "drop"
+    assert RunDir(run.path).job().filters.cut_off == "keep"

@@ -277,12 +277,14 @@ def test_any_flipped_bit_of_any_covered_file_is_found(written: Path, tmp_path: P
         if p.is_file() and p.parent.name != "policy" and "learner" not in p.parts and p.name != "run.json"
     ]
     assert {"heads.jsonl", "events.jsonl", "plan.json", "votes.jsonl", "votes.meta.json"} < {p.name for p in files}
+    grown = next(head.growing for head in reversed(read_heads(tmp_path / "run")) if head)
     draw = random.Random(3)
     for path in [*files, *draw.choices(files, k=30)]:
         whole = path.read_bytes()
         if not whole:
             continue
-        at = draw.randrange(len(whole))
+        name = str(path.relative_to(tmp_path / "run"))
+        at = draw.randrange(grown[name].size if name in grown else len(whole))  # what grew after the head is in none
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :])
         told = findings(RunDir(tmp_path / "run"))
         assert any(str(path.relative_to(tmp_path / "run")) in f for f in told), (path, at, whole[at : at + 1], told)

@@ -11,6 +11,7 @@ import email.utils
 import json
 import random
 import re
+import ssl
 import threading
 import time
 from collections import Counter
@@ -46,8 +47,16 @@ class FaultServer:
         only_first_attempt: bool = False,
         usage: dict[str, Any] | None = USAGE,
         retry_after: str | None = None,
+        answer: Callable[[dict[str, Any], int], tuple[int, dict[str, str], Any] | None] | None = None,
+        models: list[dict[str, Any]] | None = None,
+        certificate: ssl.SSLContext | None = None,
     ):
-        """Each of `faults` has the probability `share`; `status` answers with that error, if it is one."""
+        """Each of `faults` has the probability `share`; `status` answers with that error, if it is one. `answer` gets a
+        body and how often it came, and gives status, headers and JSON, or None for the usual; `models` is what GET
+        /models lists; with a `certificate` the server speaks TLS."""
+        self.answer, self.models, self.certificate = answer, models, certificate
+        self.heads: list[str] = []
+        """Of all requests: the first line and the headers, as they came."""
         self.share, self.faults, self.latency_s, self.say = share, faults, latency_s, say
         self.status, self.message, self.seed, self.only_first_attempt = status, message, seed, only_first_attempt
         self.usage = usage
@@ -78,7 +87,7 @@ class FaultServer:
         def run() -> None:
             asyncio.set_event_loop(self.loop)
             server = self.loop.run_until_complete(
-                asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024, limit=2**22)
+                asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024, limit=2**22, ssl=self.certificate)
             )
             self.port = server.sockets[0].getsockname()[1]
             started.set()
@@ -92,7 +101,7 @@ class FaultServer:
         self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
         started.wait(5)
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.url = f"http{'s' if self.certificate else ''}://127.0.0.1:{self.port}/v1"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,6 +111,10 @@ class FaultServer:
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
+                self.heads.append(head.decode())
+                if head.startswith(b"GET "):
+                    await _send(writer, 200 if self.models else 404, json.dumps({"data": self.models}))
+                    continue
                 length = int(re.search(rb"content-length: (\d+)", head, re.I)[1])
                 self.keys.update(k.decode() for k in re.findall(rb"authorization: Bearer (\S+)", head, re.I))
                 self.headers.update(line.split(":")[0].lower() for line in head.decode().splitlines()[1:])
@@ -137,6 +150,11 @@ class FaultServer:
             await asyncio.sleep(self.latency_s)
         if self.redirect:
             await _send(writer, 307, "", headers=f"Location: {self.redirect}/chat/completions\r\n")
+            return True
+        if self.answer is not None and (made := self.answer(body, self.seen[content])) is not None:
+            code, headers, tree = made
+            lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            await _send(writer, code, tree if isinstance(tree, str) else json.dumps(tree), headers=lines)
             return True
         status = self.status(body) if callable(self.status) else self.status
         if status is not None:

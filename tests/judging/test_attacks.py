@@ -15,6 +15,7 @@ from rlaif.constitution import load_constitution
 from rlaif.errors import UserError
 from rlaif.judging.attacks import ATTACKS, attack_judge, evenly
 from rlaif.judging.labelled import read_labelled
+from tests.conftest import make_checkout
 from tests.judging.fault_server import FaultServer, longer
 from tests.judging.test_calibration import calibration
 from tests.judging.vote_makers import make_vote
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(monkeypatch, capsys, server, *arguments):
-    monkeypatch.chdir(ROOT)
+    make_checkout(Path.cwd())
     settings = {"kind": "chat", "model": "m", "base_url": server.url, "api_key_env": "null", "cache": "null"}
     sets = [a for k, v in settings.items() for a in ("--set", f"judge.{k}={v}")]
     monkeypatch.setattr(sys, "argv", ["rlaif", "judge", "attack", "--limit", "6", *sets, *arguments])

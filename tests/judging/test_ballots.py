@@ -276,3 +276,9 @@ def test_settled_is_never_wrong_about_random_votes(votes):
     for cut in range(len(votes)):
         if settled(votes[:cut], [v.ballot for v in votes[cut:]], Filters(), WEIGHTS):
             assert decide(aggregate(votes, WEIGHTS), PAIR, Filters(), {"a": "1", "b": "2"}).status == "dropped"
+
+
+def test_template_arguments_are_parameters_where_there_are_any() -> None:
+    alike = likelihood_parameters(Judge()), likelihood_parameters(Judge(chat_template_args={}))
+    assert len({*alike, "87910f03faa3ce99"}) == 1  # as every earlier run recorded it
+    assert likelihood_parameters(Judge(chat_template_args={"enable_thinking": False})) not in alike

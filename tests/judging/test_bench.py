@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from rlaif.config import Filters, Judge, Price, parse_job
+from rlaif.config import Filters, Judge, Policy, Price, parse_job
 from rlaif.constitution import parse_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import make_ballots
 from rlaif.judging.bench import (
     Share,
     alpha_interval,
+    as_judged,
     by_judge,
     calibrate,
     candidate,
@@ -336,7 +337,7 @@ def test_what_a_calibration_says():
 
 def test_tables_and_picture(tmp_path):
     results = slices("fake", judged())
-    assert [t.row_count for t in tables(results, "t")] == [3, 4, 3, 3]
+    assert [t.row_count for t in tables(results, "t")] == [3, 4, 3, 2, 3]
     assert trial_table(split_trials("j", steady(60, 9), 5, 0.1, 0.1), 0.1, 0.1).row_count == 1
     for ending in ("png", "svg"):
         draw_risk_coverage(results, tmp_path / f"r.{ending}", 0.1)
@@ -605,3 +606,10 @@ def test_a_cut_off_answer_is_not_what_was_calibrated_on_ended_ones():
     assert judged.decision.reasons == ("uncalibrated",)
     with pytest.raises(UserError, match=r"filters.calibration c.json: an answer that the length limit cut off"):
         decide_rows([row_], votes, stop, calibration=ended, asked=asked_by())
+
+
+def test_labelled_answers_are_judged_without_their_thoughts():
+    thought = row(0).model_copy(update={"first": "<think>Hm.</think>So.", "second": "No marks"})
+    (found,) = as_judged([thought], Policy())
+    assert (found.first, found.second) == ("So.", "No marks")
+    assert as_judged([thought], Policy(thinking="judge")) == [thought]

@@ -158,7 +158,8 @@ def test_reasoned_votes_can_be_clamped(clamp, expected):
 
         async def ask(self, body):
             said = "A" if body["max_tokens"] == 8 else "So.\nVerdict: A"
-            tree = {"choices": [{"message": {"content": said}, "logprobs": logprobs}]}
+            choice = {"message": {"content": said}, "logprobs": logprobs, "finish_reason": "stop"}
+            tree = {"choices": [choice]}
             return Answer(reply=read_reply(json.dumps(tree).encode(), "m"), attempts=1, latency_s=0.1)
 
         async def close(self):
@@ -199,7 +200,7 @@ def test_concurrency_is_bounded_and_used():
 
 def test_without_retries_every_fault_has_its_own_reason():
     with FaultServer(share=0.09, seed=4) as server:
-        cast = Cast(settings(server, timeout_s=1, max_retries=0, breaker_failures=200), 60)
+        cast = Cast(settings(server, timeout_s=1, max_retries=0, breaker_failures=200, reask=0), 60)
         votes = cast.run()
     said = " ".join(v.error or "" for v in votes)
     for words in ("HTTP 429: slow down", "HTTP 500", "no reply within 1 s", "without a choice", "not JSON"):
@@ -342,7 +343,7 @@ def test_nothing_of_an_answer_holds_what_no_file_can():
     odd = "x\ud800"
     top = {"token": odd, "logprob": -0.1}
     logprobs = {"content": [top | {"top_logprobs": [top]}]}
-    choice = {"message": {"content": None, "refusal": odd}, "finish_reason": odd, "logprobs": logprobs}
+    choice = {"message": {"content": None, "refusal": odd}, "finish_reason": "stop", "logprobs": logprobs}
     reply = read_reply(json.dumps({"choices": [choice], "model": odd}).encode(), "m")
     assert (reply.model, reply.refusal, reply.tokens[0].top[0].token) == ("x?",) * 3
     reply.model_dump_json()
@@ -408,7 +409,7 @@ def test_a_mistake_is_one_line_at_once(status, words):
     assert isinstance(cast.error, UserError)
     assert all(w in str(cast.error) for w in words)
     assert "abcdefgh1234" not in str(cast.error)
-    assert server.requests <= 16
+    assert server.requests <= 18  # a short question too
 
 
 def test_a_rejected_request_among_others_is_an_abstention():
@@ -437,25 +438,35 @@ def test_a_server_that_starts_to_reject_pauses_the_run(status):
         assert isinstance(cast.error, JudgeUnavailable)
         assert f"HTTP {status}: Insufficient credits" in str(cast.error)
         assert [v.outcome for v in cast.votes] == ["second"] * 11
-        assert server.requests <= 11 + 4 * 2
+        assert server.requests <= 11 + 4 * 2 + 1  # a short question too
         server.status = None
         rest = Cast(settings(server), 20, skip=set(cast.ids), spent=spent_on(cast.votes, cast.judge.settings))
         assert {v.outcome for v in rest.run()} == {"second"}
     assert len(cast.ids + rest.ids) == 40
 
 
-def test_questions_that_are_always_rejected_stop_no_run_for_ever():
-    """The pause names the setting with which they become votes."""
-    with FaultServer(status=fails(400, 3, 4, 5, 6), message="context too long") as server:
-        cast = Cast(settings(server, concurrency=1, breaker_failures=4), 10)
-        cast.run()
-        assert isinstance(cast.error, JudgeUnavailable)
-        assert "judge.breaker_failures" in str(cast.error)
-        answered = spent_on(cast.votes, cast.judge.settings)
-        more = Cast(settings(server, concurrency=1, breaker_failures=5), 10, skip=set(cast.ids), spent=answered)
-        more.run()
-    assert more.error is None
-    assert {v.ballot.pair_id for v in more.votes if v.abstain_reason} == {"p3", "p4", "p5", "p6"}
+@pytest.mark.parametrize("numbers", [range(3, 30), range(26)], ids=["among others", "at the start"])
+def test_questions_that_are_always_rejected_stop_no_run(numbers):
+    """The server answers a short question, so it is theirs."""
+    with FaultServer(status=fails(400, *numbers), message="no") as server:
+        cast = Cast(settings(server, concurrency=1, breaker_failures=4), 32)
+        votes = cast.run()
+        assert cast.error is None
+        assert {v.ballot.pair_id for v in votes if v.abstain_reason} == {f"p{n}" for n in numbers}
+        assert len(votes) == 64
+        short = server.requests - 64
+        assert 0 < short <= len(numbers)
+        assert cast.judge.spent.calls == 64 - 2 * len(numbers) + short
+        known = spent_on(votes, cast.judge.settings)
+        assert known.calls == 64 - 2 * len(numbers)
+
+
+def test_a_judge_that_rejects_all_questions_but_a_short_one_ends_in_no_votes():
+    with FaultServer(status=fails(400, *range(9)), message="no") as server:
+        cast = Cast(settings(server, concurrency=1, breaker_failures=4), 9)
+        assert cast.run() == []
+    assert isinstance(cast.error, UserError)
+    assert "too long for it" in str(cast.error)
 
 
 def test_many_rejections_between_answers_pause_no_run():
@@ -527,7 +538,8 @@ def fails(status, *numbers):
     """The server's answer to these questions alone."""
 
     def fate(body):
-        return status if int(re.search(r"Question (\d+)", body["messages"][-1]["content"])[1]) in numbers else None
+        number = re.search(r"Question (\d+)", body["messages"][-1]["content"])
+        return status if number and int(number[1]) in numbers else None
 
     return fate
 
@@ -698,7 +710,7 @@ print(len(votes), sum(v.cached for v in votes))
 def test_processes_share_the_cache(tmp_path):
     with FaultServer(latency_s=0.01) as server:
         command = [sys.executable, "-c", PROCESS, server.url, str(tmp_path)]
-        running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         done = [p.communicate(timeout=60)[0].split() for p in running]
         assert [d[0] for d in done] == ["60", "60"]
         asked = server.requests

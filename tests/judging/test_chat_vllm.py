@@ -93,5 +93,8 @@ def test_votes_of_a_real_server(server: str, tmp_path: Path) -> None:
     assert len({aggregate(mine).pair_id for mine in by_pair(votes).values()}) == len(rows)
 
     again = cast_votes(rows, open_judge(job, [text], ROOT, lambda message: None), lambda reference: text)
-    assert all(v.cached for v in again)
-    assert {v.ballot.id: v.outcome for v in again} == {v.ballot.id: v.outcome for v in votes}
+    # A reply that was cut off isn't stored, and one is asked for again where the server gives a fingerprint.
+    unfinished = sum(v.abstain_reason in ("truncated", "empty") for v in votes)
+    assert sum(not v.cached for v in again) <= unfinished + any(v.fingerprint for v in votes)
+    first = {v.ballot.id: v.outcome for v in votes}
+    assert all(v.outcome == first[v.ballot.id] for v in again if v.cached)

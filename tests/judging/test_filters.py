@@ -242,3 +242,38 @@ def test_with_a_calibration_what_is_kept_stays_kept():
     below = decide(verdict_of(PAIR.id, 0.6, 0.5), PAIR, Filters(), TEXTS, calibrated=False)
     assert asked(review([kept], below_agreement=1.0, top_uncertain=1, calibration=True)) == set()
     assert asked(review([below], below_agreement=1.0, calibration=True)) == {PAIR.id}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "cut", "drops"),
+    [
+        ("first", {"a"}, True),  # half an answer preferred to a whole one
+        ("second", {"b"}, True),
+        ("first", {"b"}, False),
+        ("second", {"a"}, False),
+        ("first", {"a", "b"}, False),  # nothing to choose between
+        ("first", set(), False),
+    ],
+)
+def test_a_winner_that_was_cut_off_is_dropped_where_the_loser_ended(outcome, cut, drops):
+    verdict = aggregate([make_vote(outcome, 0, 0.9 if outcome == "first" else 0.1)], WEIGHTS)
+    for calibrated in (None, True):
+        got = decide(verdict, PAIR, Filters(cut_off="drop"), TEXTS, calibrated, cut)
+        assert got.reasons == (("cut_off",) if drops else ())
+        assert (got.winner is None) == drops
+    assert decide(verdict, PAIR, Filters(), TEXTS, None, cut).status == "kept"
+
+
+def test_a_tie_has_no_winner_that_could_be_cut_off():
+    got = decide(aggregate([make_vote("tie", 0)], WEIGHTS), PAIR, Filters(cut_off="drop"), TEXTS, None, {"a"})
+    assert got.reasons[0] == "tie"
+    assert "cut_off" not in got.reasons
+
+
+@given(vote_lists(), st.sets(st.sampled_from(["a", "b"])))
+@hypothesis_settings(deadline=None)
+def test_the_rule_about_cut_off_winners_only_drops(votes, cut):
+    verdict = aggregate(votes, WEIGHTS)
+    with_it, without = (decide(verdict, PAIR, Filters(cut_off=v), TEXTS, None, cut) for v in ("drop", "keep"))
+    assert with_it.winner in (without.winner, None)
+    assert tuple(r for r in with_it.reasons if r != "cut_off") == without.reasons

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlaif import cli
+from rlaif.cli import judge_common
 from tests.judging.fault_server import FaultServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,23 +235,34 @@ def test_a_calibration_of_other_questions_is_refused_before_the_first_request(as
     assert "filters.calibration c.json: the judge is chat:m@" in err
 
 
+def judge_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """`rlaif judge ...`, which must end well."""
+    judge_common.loader.cache_clear()  # a process of its own would read the texts again, too
+    monkeypatch.setattr(sys, "argv", ["rlaif", "judge", *arguments])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+        sys.exit(0)
+    assert not e.value.code
+
+
+def labelled_project(root: Path, model: Path) -> None:
+    """The tiny project, and thirty labelled pairs in words of its model."""
+    from tests.conftest import make_project
+
+    make_project(root, model)
+    rows = [{"id": f"r{n}", "prompt": f"w{n} w4", "first": f"w{n + 3} w5.", "second": "w6 w7 w8.", "label": "first",
+             "constitution": "rules@1"} for n in range(30)]  # fmt: skip
+    (root / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
 def test_the_likelihood_judge_is_calibrated_under_the_name_that_a_run_gives_it(
     tiny_model, tmp_path, monkeypatch, capsys
 ):
     from rlaif import models
-    from tests.conftest import make_project
 
-    make_project(tmp_path, tiny_model)
-    rows = [{"prompt": f"w{n} w4", "first": f"w{n + 3} w5.", "second": "w6 w7 w8.", "label": "first",
-             "constitution": "rules@1"} for n in range(30)]  # fmt: skip
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    monkeypatch.chdir(tmp_path)
+    labelled_project(tmp_path, tiny_model)
     for command in (["bench", "--json"], ["calibrate", "--to", "c.json"]):
-        monkeypatch.setattr(sys, "argv", ["rlaif", "judge", *command, "pairs.jsonl", "--job", "tiny.yaml"])
-        with pytest.raises(SystemExit) as e:
-            cli.main()
-            sys.exit(0)
-        assert not e.value.code
+        judge_command(monkeypatch, *command, "pairs.jsonl", "--job", "tiny.yaml")
     made = json.loads((tmp_path / "c.json").read_text())
     assert made["judge_kind"] == "likelihood"
     assert made["panels"][0]["judges"] == [f"likelihood:{models.digest_of(tiny_model)}"]
@@ -258,6 +270,125 @@ def test_the_likelihood_judge_is_calibrated_under_the_name_that_a_run_gives_it(
     assert report["slices"][0]["pairs"] == 30
     assert report["slices"][0]["cost"]["prompt_tokens"] > 0
     assert report["slices"][0]["cost"]["calls"] == 0
+
+
+def test_a_bench_shows_a_reply_for_each_reason_to_abstain(
+    rlaif, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TEST_KEY", "sk-x")
+    monkeypatch.setenv("COLUMNS", "250")
+    said = iter(["[[A]] and\n[[B]]", "I'm sorry, but I can't compare these."] * 20)
+    rows = [{"prompt": f"q{n}", "first": "short", "second": "longer", "label": "second"} for n in range(3)]
+    (tmp_path / "three.json").write_text(json.dumps(rows))
+    with FaultServer(say=lambda body: next(said)) as server:
+        sets = {"kind": "chat", "model": "m", "api_key_env": "TEST_KEY", "base_url": server.url, "cache": "null",
+                "concurrency": 1, "reask": 0}  # fmt: skip
+        arguments = [f"--set=judge.{k}={v}" for k, v in sets.items()]
+        arguments += [f"--dir={ROOT / 'constitutions'}", "--set=constitution=assistant@1",
+                      f"--set=judge.templates_dir={ROOT / 'prompts/judge'}"]  # fmt: skip
+        code, out, err = rlaif("bench", "three.json", *arguments, "--json")
+        assert code == 0, err
+        found = json.loads(out)["slices"][0]
+        assert found["abstentions"] == {"refused": 3, "unparsed": 3}
+        assert found["examples"]["unparsed"]["reply"] == "[[A]] and\n[[B]]"
+        assert found["examples"]["refused"]["reply"].startswith("I'm sorry")
+        assert found["examples"]["unparsed"]["finish_reason"] == "stop"
+        code, out, _ = rlaif("bench", "three.json", *arguments)
+    assert code == 0
+    assert "[[A]] and\\n[[B]]" in out
+    assert "abstentions: the first of each reason" in out
+
+
+@pytest.fixture
+def benched(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`rlaif judge bench` with the likelihood judge and a cache: its report, and how many likelihoods it computed."""
+    from rlaif.judging.likelihood import LikelihoodJudge
+
+    labelled_project(tmp_path, tiny_model)
+    computed: list[int] = []
+    compute = LikelihoodJudge._compute
+
+    def counted(self, head, requests):
+        computed.append(len(requests))
+        compute(self, head, requests)
+
+    monkeypatch.setattr(LikelihoodJudge, "_compute", counted)
+
+    def run(*arguments: str, cache: str = "replies") -> tuple[dict, int]:
+        computed.clear()
+        command = ("bench", "pairs.jsonl", "--job", "tiny.yaml", "--json", "--set", f"judge.cache={cache}")
+        judge_command(monkeypatch, *command, *arguments)
+        # Opening a judge compares two ways of computing on two texts of its own.
+        return json.loads(capsys.readouterr().out), sum(computed) - 2
+
+    return run
+
+
+def bare(report: dict) -> list[dict]:
+    return [{k: v for k, v in pair.items() if k != "verdict"} | pair["verdict"] for pair in report["pairs"]]
+
+
+def test_a_second_bench_asks_a_frozen_judge_nothing_again(benched, tmp_path: Path) -> None:
+    first, computed = benched()
+    assert computed > 100
+    assert first["slices"][0]["cost"]["prompt_tokens"] > 0
+    again, computed = benched()
+    assert (computed, bare(again)) == (0, bare(first))
+    assert again["slices"][0]["cost"]["prompt_tokens"] == 0
+    for setting in ("filters.min_margin=0.3", "filters.guards=true", "judge.relevance_tolerance=0.9",
+                    "judge.missing_eos_penalty=3", "judge.score_temperature=2"):  # fmt: skip
+        stored, computed = benched("--set", setting)
+        fresh, _ = benched("--set", setting, cache="null")
+        assert (computed, bare(stored)) == (0, bare(fresh)), setting
+    rows = (tmp_path / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*rows, rows[0].replace('"r0"', '"new"').replace("w8", "w9")]))
+    _, computed = benched()
+    assert 0 < computed < 30, "only what is new is asked"
+
+
+def test_other_weights_or_words_meet_no_stored_likelihood(
+    benched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.sampling.conftest import make_model
+
+    model = make_model(tmp_path / "judge", seed=1)
+    mine = ("--set", f"judge.model={model}")
+    first, everything = benched(*mine)
+    (tmp_path / "judge" / "model.safetensors").unlink()
+    make_model(tmp_path / "judge", seed=2)  # the same place, other weights
+    other, computed = benched(*mine)
+    assert computed == everything
+    assert bare(other) != bare(first)
+    config = json.loads((model / "config.json").read_text())
+    config["rms_norm_eps"] = 0.5
+    (model / "config.json").write_text(json.dumps(config))
+    assert benched(*mine)[1] == everything
+    text = tmp_path / "constitutions" / "rules" / "v1.yaml"
+    text.write_text(text.read_text().replace("w21", "w9 w21"))
+    reworded, computed = benched(*mine)
+    assert 0 < computed <= everything
+    assert bare(reworded) == bare(benched(*mine, cache="null")[0])
+
+
+def test_a_cache_that_can_not_be_written_is_told_at_the_start(
+    benched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AssertionError):
+        benched(cache="file")
+    assert "judge.cache: can't write to file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("attack", "--limit", "2"), ("calibrate", "--to", "c.json")])
+def test_attacks_and_calibrations_share_what_was_asked(benched, monkeypatch: pytest.MonkeyPatch, command) -> None:
+    from rlaif.judging import likelihood
+
+    benched()
+    arguments = (*command, "pairs.jsonl", "--job", "tiny.yaml", "--set", "judge.cache=replies")
+    judge_command(monkeypatch, *arguments)
+    monkeypatch.setattr(likelihood.LikelihoodJudge, "_check_forward", lambda self: setattr(self, "_plain_head", True))
+    monkeypatch.setattr(likelihood.LikelihoodJudge, "_compute", lambda *_: pytest.fail("asked again"))
+    judge_command(monkeypatch, *arguments)
 
 
 def test_a_broken_promise_is_said_and_in_json(rlaif, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from rlaif.config import Judge
 from rlaif.constitution import parse_constitution
 from rlaif.errors import UserError
-from rlaif.judging.ballots import make_ballots
+from rlaif.judging.ballots import make_ballots, selecting_voices
+from rlaif.judging.cache import LikelihoodCache, likelihood_key
 from rlaif.records import Message, Pair
 
 torch = pytest.importorskip("torch")
@@ -46,8 +47,8 @@ class CharTokenizer:
     def decode(self, ids, skip_special_tokens):
         return "".join(chr(i + 8) for i in ids if i > 1)
 
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": [ord(ch) - 8 for ch in text]}
+    def encode(self, text, add_special_tokens):
+        return [ord(ch) - 8 for ch in text]
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +291,207 @@ def test_each_request_is_computed_once(judge, constitution, monkeypatch):
     list(judge.cast(ballots, PAIRS, CANDIDATES, constitution))
     monkeypatch.setattr(judge, "_compute", lambda *a: pytest.fail("computed again"))
     list(judge.cast(ballots, PAIRS, CANDIDATES, constitution))
+
+
+# Tokenizers as chat models have them: the end of a turn, and other models' tokens.
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    """A model whose end token is `<|endoftext|>`, with turns that end in `<|im_end|>`, and its tokenizer."""
+    return of_tokenizer("smollm", Judge(batch_tokens=64))
+
+
+def of_tokenizer(kind, settings):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.chat_tokenizers import KINDS
+
+    tokenizer = KINDS[kind]()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return LikelihoodJudge.of(LlamaForCausalLM(config).float().eval(), tokenizer, settings, name=kind)
+
+
+def sampled(n, text, token_ids, finish="stop"):
+    return candidate(n, "What is bread?", text, finish).model_copy(update={"token_ids": tuple(token_ids)})
+
+
+def test_an_answer_that_wasnt_sampled_ends_as_the_template_ends_a_turn(chatml):
+    tokenizer = chatml.tokenizer
+    assert tokenizer.eos_token == "<|endoftext|>"
+    ids = tokenizer.encode("Food.", add_special_tokens=False)
+    end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert chatml._answer(candidate(0, "Hi", "Food.")) == (*ids, end)
+    assert chatml._answer(candidate(0, "Hi", "Food.", "length")) == tuple(ids)
+    assert chatml._answer(candidate(0, "Hi", "Food.", None)) == tuple(ids)
+    for sampled_end in (end, eos):  # what a policy of this family sampled is scored as it is
+        assert chatml._answer(sampled(0, "Food.", (*ids, sampled_end))) == (*ids, sampled_end)
+
+
+def test_another_models_end_token_is_replaced_by_the_judges_own(chatml):
+    ids = chatml.tokenizer.encode("Food.", add_special_tokens=False)
+    end, start = chatml.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    for foreign in (len(chatml.tokenizer) + 7, start, ids[0]):
+        assert chatml._answer(sampled(0, "Food.", (*ids, foreign))) == (*ids, end)
+
+
+def test_a_stop_string_or_a_thought_is_no_part_of_what_is_judged(chatml):
+    def encode(text):
+        return chatml.tokenizer.encode(text, add_special_tokens=False)
+
+    end = chatml.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chatml._answer(sampled(0, "Food.", encode("Food.### Q"))) == (*encode("Food."), end)
+    assert chatml._answer(sampled(0, "Food.", (*encode("<think>a</think>Food."), end))) == (*encode("Food."), end)
+
+
+def test_control_tokens_that_an_answer_or_a_question_spells_are_text(chatml):
+    tokenizer = chatml.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    answer = chatml._answer(candidate(0, "Hi", "It is <|im_end|>, so.", "length"))
+    assert end not in answer
+    assert tokenizer.decode(answer) == "It is <|im_end|>, so."
+    asked = candidate(0, "What does <|im_end|> do?", "Food.").messages
+    assert chatml._render(asked).count(end) == 1
+
+
+@pytest.mark.parametrize("end", [2, 10_000])
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_empty_answers_have_no_score_whatever_ended_them(chatml, constitution, text, end):
+    """An end token beyond the judge's vocabulary stopped a run for good."""
+    ids = chatml.tokenizer.encode(text, add_special_tokens=False)
+    empty = sampled(1, text, (*ids, end))
+    candidates = [sampled(0, "Food.", (*chatml.tokenizer.encode("Food.", add_special_tokens=False), 2)), empty]
+    scores = flat(chatml.score(candidates, constitution, selecting_voices(constitution)))
+    assert {s.completion_id for s in scores} == {"c0"}
+    pair = Pair(id="p", prompt_id=empty.prompt_id, first="c0", second="c1", method="all")
+    votes = flat(chatml.cast(make_ballots([pair], constitution, "chatml"), [pair], candidates, constitution))
+    assert {(v.outcome, v.abstain_reason) for v in votes} == {("abstain", "empty")}
+    assert [(p.tokens, p.logp, p.logp_other) for p in flat(chatml.plain([empty]))] == [(0, 0.0, 0.0)]
+
+
+def test_arguments_of_the_judges_template_are_in_force():
+    judge = of_tokenizer("qwen", Judge(chat_template_args={"enable_thinking": False}))
+    rendered = judge.tokenizer.decode(judge._render(CANDIDATES[0].messages))
+    assert rendered.endswith("<think>\n\n</think>\n\n")
+    with pytest.raises(UserError, match=r"chat_template_args\.thinking: judge\.model qwen: its chat template doesn't"):
+        of_tokenizer("qwen", Judge(chat_template_args={"thinking": False}))
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_prompt_is_read_once_however_many_ask_about_it(model, constitution, monkeypatch, guard):
+    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(), "tiny")
+    alike = CANDIDATES[:4]  # two prompts without a system message: each is the other's x'
+    read = []
+    forward = judge._forward
+    monkeypatch.setattr(judge, "_forward", lambda batch, *rest: (read.extend(batch), forward(batch, *rest))[1])
+    if guard:
+        ballots = [b for b in make_ballots(PAIRS[:2], constitution, "tiny") if b.voice == "answers/relevance"]
+        assert flat(judge.cast(ballots, PAIRS[:2], alike, constitution))
+    else:
+        list(judge.quality(alike))
+    assert len(read) == len(set(read)) == 2
+
+
+def remembering(model, folder, weights="w", **settings):
+    """A judge with a cache, and the requests that it computes."""
+    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64, **settings), name="tiny")
+    judge.remember(LikelihoodCache(folder), weights)
+    computed = []
+    compute = judge._compute
+    judge._compute = lambda head, requests: (computed.extend(requests), compute(head, requests))
+    return judge, computed
+
+
+def said(judge, constitution, candidates=CANDIDATES):
+    ballots = make_ballots(PAIRS, constitution, "tiny")
+    votes = flat(judge.cast(ballots, PAIRS, candidates, constitution))
+    return [v.model_copy(update={"latency_s": 0.0, "cached": False}) for v in votes], {v.cached for v in votes}
+
+
+def test_what_a_frozen_judge_computed_is_kept_to_the_last_bit(model, constitution, judge, tmp_path):
+    plain = said(judge, constitution)
+    first, computed = remembering(model, tmp_path)
+    assert said(first, constitution) == plain
+    assert computed
+    again, computed = remembering(model, tmp_path)
+    votes, cached = said(again, constitution)
+    assert (votes, cached, computed) == (plain[0], {True}, [])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("missing_eos_penalty", 3.0), ("score_temperature", 7.0), ("relevance_tolerance", 0.001),
+     ("fluency_tolerance", 0.001)],
+)  # fmt: skip
+def test_a_setting_of_votes_makes_other_votes_of_the_same_likelihoods(model, constitution, tmp_path, setting, value):
+    first, _ = remembering(model, tmp_path)
+    before, _ = said(first, constitution)
+    fresh = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64, **{setting: value}), name="tiny")
+    again, computed = remembering(model, tmp_path, **{setting: value})
+    votes, _ = said(again, constitution)
+    assert votes == said(fresh, constitution)[0] != before
+    assert computed == []
+
+
+def other_candidates(**change):
+    return [c.model_copy(update=change) if c.completion_id == "c3" else c for c in CANDIDATES]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"finish_reason": "length"}, {"text": "Nobody knows."},
+     {"messages": (Message(role="user", content="Why sleep, and for how long each day?"),)}],
+    ids=["cut off", "text", "prompt"],
+)  # fmt: skip
+def test_another_answer_or_prompt_is_computed(model, constitution, tmp_path, change):
+    first, _ = remembering(model, tmp_path)
+    said(first, constitution)
+    changed = other_candidates(**change)
+    again, computed = remembering(model, tmp_path)
+    fresh = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64), name="tiny")
+    votes, cached = said(again, constitution, changed)
+    for vote, wanted in zip(votes, said(fresh, constitution, changed)[0], strict=True):
+        assert vote.score_first == pytest.approx(wanted.score_first, abs=2e-4)  # batched otherwise
+        assert vote.score_second == pytest.approx(wanted.score_second, abs=2e-4)
+    assert computed
+    assert False in cached
+
+
+def test_other_wording_weights_or_precision_are_computed(model, constitution, tmp_path):
+    first, everything = remembering(model, tmp_path)
+    said(first, constitution)
+    reworded = parse_constitution(TEXT.replace("prefer: Be brief.", "prefer: Be short."), "test", 1, "test.yaml")
+    again, computed = remembering(model, tmp_path)
+    said(again, reworded)
+    assert {r.messages[0].content for r in computed} >= {"Be short."}
+    assert len(computed) < len(everything)
+    weights, computed = remembering(model, tmp_path, weights="v")
+    said(weights, constitution)
+    assert len(computed) == len(everything)
+    import copy
+
+    half, computed = remembering(copy.deepcopy(model).bfloat16(), tmp_path)
+    said(half, constitution)
+    assert len(computed) == len(everything)
+    assert first._computed_by != half._computed_by
+
+
+def test_a_damaged_likelihood_is_computed_again(model, constitution, tmp_path, capsys):
+    first, everything = remembering(model, tmp_path)
+    before = said(first, constitution)
+    store = LikelihoodCache(tmp_path)
+    keys = [first._key(r) for r in everything]
+    store._write([(keys[0], b"abc"), (keys[1], "text"), (keys[2], b"")])
+    again, computed = remembering(model, tmp_path)
+    assert said(again, constitution)[0] == before[0]
+    assert {again._key(r) for r in computed} == set(keys[:3])
+
+
+def test_a_key_tells_context_and_answer_apart():
+    keys = {likelihood_key("m", c, a) for c, a in (((1, 2), (3,)), ((1,), (2, 3)), ((1, 2, 3), ()), ((), (1, 2, 3)))}
+    assert len(keys) == 4
+    assert likelihood_key("n", (1,), (2,)) != likelihood_key("m", (1,), (2,))

@@ -81,7 +81,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def settings() -> config.Learner:
-    return config.Learner(precision="fp32", learning_rate=1e-2, batch_size=4)
+    return config.Learner(precision="fp32", learning_rate=1e-2, warmup_steps=0, batch_size=4)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from rlaif.constitution import parse_constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.learning import make_learner
 from rlaif.learning.base import _row, epoch_order
+from rlaif.learning.divergence import _batches, kl
+from rlaif.learning.export import merged
 from rlaif.mixing import preferences_of
 from rlaif.records import Completion, Decision, Message, Pair, PolicyVersion, Preference, Prompt, Verdict
 from tests.learning.conftest import make_preferences
@@ -103,6 +105,70 @@ def test_log_ratios_loss_and_gradients_are_the_formulas(kind: str, model_path: s
         gradients(made, [pair])
         found = [made._metric("rewards/chosen")[-1] / BETA, made._metric("rewards/rejected")[-1] / BETA]
         assert found == pytest.approx(row.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [None, config.Lora(r=4, alpha=8)], ids=["full", "lora"])
+@pytest.mark.parametrize("reference", ["base", "previous"])
+def test_divergences_are_kl_over_the_vocabulary(
+    kind: str, reference: str, lora: config.Lora | None, model_path: str, settings: config.Learner
+) -> None:
+    made = learner(kind, model_path, settings, lora=lora, reference=reference)
+    disturb(made)
+    before = weights(made)
+    asked = [
+        Completion(
+            id=p.pair_id, prompt_id=p.prompt_id, policy=PolicyVersion(iteration=1, digest=""), index=0, seed=0,
+            prompt_token_ids=p.prompt_token_ids, token_ids=p.chosen_token_ids, text="", finish_reason="length",
+        )
+        for p in make_preferences(11)
+    ]  # fmt: skip
+    found = {d.completion_id: d for chunk in made.divergences(asked) for d in chunk}
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    policy.load_state_dict(merged(made._unwrapped()))
+    with torch.no_grad():
+        for c in asked:
+            ids = torch.tensor([c.prompt_token_ids + c.token_ids])
+            p, q = (m(ids).logits[0, len(c.prompt_token_ids) - 1 : -1].log_softmax(-1) for m in (policy, base))
+            assert found[c.id].kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
+            assert found[c.id].tokens == len(c.token_ids)
+    assert min(d.kl for d in found.values()) > 0.01, "the policy must differ from the base"
+    close(weights(made), before)
+
+
+def test_an_untrained_policy_has_not_diverged(model_path: str, settings: config.Learner) -> None:
+    made = learner("dpo", model_path, settings)
+    sampled = Completion(
+        id="c", prompt_id="p", policy=PolicyVersion(iteration=0, digest=""), index=0, seed=0, prompt_token_ids=(1, 5),
+        token_ids=(4, 9, 2), text="", finish_reason="stop",
+    )  # fmt: skip
+    ((found,),) = made.divergences([sampled])
+    assert found.kl == 0.0
+    disturb(made)
+    next(iter(made._trained().values())).fill_(float("nan"))
+    with pytest.raises(RlaifError, match="not finite"):
+        list(made.divergences([sampled]))
+
+
+def test_divergences_hold_no_more_logits_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [
+        Completion(
+            id=str(n), prompt_id="p", policy=PolicyVersion(iteration=0, digest=""), index=0, seed=0,
+            prompt_token_ids=(1,), token_ids=(5,) * n, text="", finish_reason="length",
+        )
+        for n in (1, 2, 3, 9, 4, 5)
+    ]  # fmt: skip
+    monkeypatch.setattr("rlaif.learning.divergence._PLACES", 8)
+    assert [[c.id for c in batch] for batch in _batches(asked, 2)] == [["1", "2"], ["3", "4"], ["5"], ["9"]]
+    assert [[c.id for c in batch] for batch in _batches(asked, 9)] == [["1", "2", "3"], ["4"], ["5"], ["9"]]
+
+
+def test_kl_of_a_token_that_nobody_says() -> None:
+    logits = torch.tensor([[1.0, 2.0, -torch.inf]])
+    assert float(kl(logits, logits)) == 0.0
+    p, q = torch.tensor([[0.2, 0.8]]), torch.tensor([[0.5, 0.5]])
+    assert float(kl(p.log(), q.log())) == pytest.approx(0.2 * math.log(0.4) + 0.8 * math.log(1.6))
 
 
 def test_the_learners_agree_on_several_steps(model_path: str, settings: config.Learner) -> None:
@@ -311,7 +377,8 @@ def test_another_learning_rate_counts_from_where_it_is_given(
 def test_the_exported_policy_is_the_trained_one(
     lora: config.Lora | None, model_path: str, settings: config.Learner, tmp_path: Path
 ) -> None:
-    made = learner("dpo", model_path, settings, lora=lora)
+    changed = settings.model_copy(update={"lora": lora})
+    made: Any = make_learner("dpo", model_path, changed, seed=7, export_precision="bf16")
     list(made.update(make_preferences(8), 0))
     before = weights(made)
     digest = made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
@@ -458,7 +525,7 @@ def test_what_a_tracker_writes_outlives_the_learner(
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             self.folder = Path(args.output_dir) / "runs"
-            self.kept.append(str(state.global_step))
+            self.kept.append(f"{state.global_step}{'' if 'loss' in logs else sorted(logs)}")
 
         def finish(self) -> None:
             self.folder.mkdir()
@@ -468,8 +535,9 @@ def test_what_a_tracker_writes_outlives_the_learner(
     changed = settings.model_copy(update={"args": {"report_to": ["tensorboard"]}})
     made = make_learner("dpo", model_path, changed, seed=7, output_dir=str(tmp_path / "out"))
     list(made.update(make_preferences(8), 0))
+    made.track({"weights_gap/mean": 0.1})
     made.close()
-    assert (tmp_path / "out" / "runs" / "log").read_text() == "1 2"
+    assert (tmp_path / "out" / "runs" / "log").read_text() == "1 2 2['weights_gap/mean']"
 
 
 @pytest.mark.parametrize(

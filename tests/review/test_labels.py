@@ -189,7 +189,7 @@ def test_no_label_joins_twice(labels: list[HumanLabel], k: int) -> None:
 
 def labeller(run: Path, author: str, torn_at: int | str = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.review.labeller", str(run), author, str(torn_at)]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def test_killed_reviewers_lose_no_label_and_double_none(tmp_path: Path) -> None:

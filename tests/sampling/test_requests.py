@@ -10,8 +10,9 @@ import pytest
 from rlaif.errors import UserError
 from rlaif.prompts import with_system
 from rlaif.records import Message, Prompt
+from rlaif.rendering import Renderer
 from rlaif.sampling import SampleRequest
-from rlaif.sampling.requests import check_length, prompt_text, render_prompt, seed_for
+from rlaif.sampling.requests import check_length, render_prompt, seed_for
 
 
 class Letters:
@@ -39,20 +40,20 @@ def test_seeds_are_stable_and_all_different() -> None:
 
 
 def test_rendered_up_to_the_answer_without_extra_special_tokens() -> None:
-    assert prompt_text(Letters(), PROMPT) == "user:Hi;assistant:"
-    assert render_prompt(Letters(), PROMPT) == tuple(map(ord, "user:Hi;assistant:"))
+    assert Renderer(Letters()).text(PROMPT.messages) == "user:Hi;assistant:"
+    assert render_prompt(Renderer(Letters()), PROMPT) == tuple(map(ord, "user:Hi;assistant:"))
 
 
 def test_system_prompt_comes_first_unless_the_prompt_has_one() -> None:
     own = Prompt(id="p2", messages=(Message(role="system", content="Mine"), *PROMPT.messages))
     ours, theirs = with_system([PROMPT, own], "Be kind.")
-    assert prompt_text(Letters(), ours) == "system:Be kind.;user:Hi;assistant:"
-    assert prompt_text(Letters(), theirs) == "system:Mine;user:Hi;assistant:"
+    assert Renderer(Letters()).text(ours.messages) == "system:Be kind.;user:Hi;assistant:"
+    assert Renderer(Letters()).text(theirs.messages) == "system:Mine;user:Hi;assistant:"
 
 
 def test_a_template_that_refuses_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"prompt p1: .* roles system, user \(System role not supported\)"):
-        render_prompt(Letters(), with_system([PROMPT], "forbidden")[0])
+        render_prompt(Renderer(Letters()), with_system([PROMPT], "forbidden")[0])
 
 
 @pytest.mark.parametrize(("prompt_tokens", "fits"), [(6, True), (7, False)])

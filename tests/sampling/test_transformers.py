@@ -38,7 +38,7 @@ def run(sampler: Sampler, requests: list[SampleRequest]) -> dict[str, Sample]:
 
 @pytest.fixture(scope="module")
 def sampler(tiny: Path) -> Sampler:
-    return Sampler(str(tiny), config.Sampling(engine="transformers", max_tokens=24, max_model_len=64))
+    return Sampler(str(tiny), config.Sampling(engine="transformers", max_tokens=24, max_model_len=64, precision="fp32"))
 
 
 def test_every_request_is_answered_once_and_again_the_same(sampler: Sampler) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlaif import config
 from rlaif.errors import UserError
 from rlaif.hardware import torch_dtype
+from rlaif.models import load_tokenizer
 from rlaif.sampling import Sample, SampleRequest
+from rlaif.sampling.endings import Endings
 from rlaif.sampling.requests import seed_for
 from rlaif.workers import Worker
 from tests.sampling.conftest import END
@@ -113,3 +119,49 @@ def test_a_prompt_that_leaves_no_room_is_a_user_error(worker: Worker) -> None:
 def test_nothing_of_vllms_output_is_seen(worker: Worker, capfd: pytest.CaptureFixture[str]) -> None:
     run(worker, make_requests(2))
     assert capfd.readouterr() == ("", "")
+
+
+def test_stops_are_those_of_the_other_engine(tiny: Path, tmp_path: Path) -> None:
+    """Strings of one and of two tokens, a token id, the tokenizer's end token that the model's own list lacks."""
+    from rlaif.sampling.transformers import Sampler
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 60}')
+    requests = make_requests(60, temperature=1.0) + [
+        r.model_copy(update={"id": f"greedy{r.id}", "temperature": 0.0, "prompt_token_ids": (3 + i, 4)})
+        for i, r in enumerate(make_requests(40))
+    ]
+    plain = Sampler(str(folder), config.Sampling(engine="transformers", max_tokens=24, max_model_len=64))
+    usual = run_inline(plain, requests)
+    # What this model says: the pairs of words and the words that it says most.
+    pairs = Counter(f"w{a} w{b}" for s in usual.values() for a, b in pairwise(s.token_ids))
+    words = Counter(t for s in usual.values() for t in s.token_ids)
+    stop = [*(p for p, _ in pairs.most_common(4)), f"w{words.most_common(9)[8][0]}", words.most_common(12)[11][0]]
+    settings = config.Sampling(max_tokens=24, max_model_len=64, kv_cache_gib=0.05, precision="fp32", stop=stop)
+    other = Sampler(str(folder), settings)
+    wanted = run_inline(other, requests)
+    with Worker(
+        "sampler", "rlaif.sampling.vllm:Sampler", {"model_path": str(folder), "settings": settings}, tmp_path / "log"
+    ) as worker:
+        found = run(worker, requests)
+    endings = Endings(str(folder), load_tokenizer(folder), settings)
+    assert endings.token_ids == {END, 60, stop[-1]}
+    by_string = 0
+    for s in (*found.values(), *wanted.values()):
+        assert (s.finish_reason == "stop") == endings.ended(s.token_ids)
+        assert not any(endings.ended(s.token_ids[:n]) for n in range(1, len(s.token_ids)))
+        assert s.finish_reason == "stop" or len(s.token_ids) == 24
+        assert not any(isinstance(x, str) and x in s.text for x in stop)
+        assert s == endings.sample(s.id, s.token_ids, s.logprob)
+        by_string += s.finish_reason == "stop" and s.token_ids[-1] not in endings.token_ids
+    assert by_string > 20
+    greedy = [r.id for r in requests if r.temperature == 0]
+    for name in greedy:
+        assert found[name].model_copy(update={"logprob": 0.0}) == wanted[name].model_copy(update={"logprob": 0.0})
+        assert found[name].logprob == pytest.approx(wanted[name].logprob, abs=1e-3)
+    assert {found[name].finish_reason for name in greedy} == {"stop", "length"}
+
+
+def run_inline(sampler: Any, requests: list[SampleRequest]) -> dict[str, Sample]:
+    return {s.id: s for batch in sampler.sample(requests) for s in batch}

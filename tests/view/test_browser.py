@@ -227,6 +227,28 @@ def test_review_by_keys_is_blind_and_stored(chromium: Browser, tmp_path: Path) -
         assert [(x["pair_id"], x["outcome"]) for x in labels_of(run)][1:] == [(pair, "tie")]
 
 
+def test_no_page_shows_an_empty_box(chromium: Browser, review_address: str) -> None:
+    empty = """() => [...document.querySelectorAll("main *")].filter(e => {
+        const style = getComputedStyle(e), box = e.getBoundingClientRect();
+        const drawn = parseFloat(style.borderTopWidth) > 0 && style.borderTopStyle !== "none";
+        const control = e.matches("input, select, textarea, td, th");
+        return drawn && box.width > 2 && box.height > 2 && !control && !e.closest("svg") && !e.textContent.trim()
+            && !e.querySelector("svg, input, select, textarea");
+    }).map(e => e.outerHTML.slice(0, 120))"""
+    with tab(chromium) as t:
+        t.page.goto(f"{review_address}/review")
+        name_reviewer(t.page, "Ada")
+        assert t.page.locator("[hidden]").count() > 0
+        assert not any(
+            t.page.locator("[hidden]").nth(i).is_visible() for i in range(t.page.locator("[hidden]").count())
+        )
+        t.page.goto(f"{review_address}/pairs")
+        pair = pair_links(t.page)[0]
+        for path in ("/", "/pairs", pair, "/constitutions", "/review", "/nothing"):
+            t.page.goto(f"{review_address}{path}")
+            assert t.page.evaluate(empty) == [], path
+
+
 def test_two_reviewers_get_different_pairs(chromium: Browser, review_address: str) -> None:
     with tab(chromium) as one, tab(chromium) as two:
         asked = []

@@ -19,7 +19,7 @@ from rlaif.judging.verdicts import aggregate
 from rlaif.review.queue import Queue
 from rlaif.store import RunDir
 from tests.judging.vote_makers import make_vote
-from tests.view.conftest import ROOT, served
+from tests.view.conftest import served
 from tests.view.runs import make_run, reviewed_job
 
 
@@ -151,7 +151,7 @@ def test_a_version_changes_when_something_is_written(stub_run: Path, tmp_path: P
 
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rlaif", "view", str(tmp_path), "--port", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "not a run directory" in done.stderr
 

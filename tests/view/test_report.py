@@ -146,7 +146,7 @@ def test_a_run_without_an_iteration(stub_run: Path, tmp_path: Path) -> None:
 def test_the_command(stub_run: Path, tmp_path: Path) -> None:
     def rlaif(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "rlaif", "report", str(stub_run), *words]
-        return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+        return subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
 
     done = rlaif("--to", str(tmp_path / "r.html"))
     assert done.returncode == 0, done.stderr

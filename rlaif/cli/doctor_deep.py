@@ -1,0 +1,66 @@
+"""`rlaif doctor --deep MODEL`: the hand-over check as a table."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+
+from rlaif.config import apply_override, parse_job
+from rlaif.errors import UserError
+
+
+def check(model: str, overrides: list[str], as_json: bool) -> None:
+    """Prints a row for each load; exit code 1 when sampler and learner disagree after one."""
+    from rich.table import Table
+
+    from rlaif import models
+    from rlaif.console import inert, stdout_console
+    from rlaif.hand_over import check_hand_over
+
+    tree: dict[str, Any] = {"constitution": "none", "policy": {"model": model}}
+    for override in overrides:
+        if not override.startswith(("sampling.", "learner.", "devices.", "monitors.max_weights_gap", "seed=")):
+            raise UserError(
+                f"--set {override}: with --deep, only settings of sampling, learner and devices, "
+                "monitors.max_weights_gap and seed count"
+            )
+        apply_override(tree, override)
+    job = parse_job(tree, "doctor --deep")
+    folder = models.resolve(model, progress=lambda message, share: typer.echo(message, err=True))
+    rows = []
+    for row in check_hand_over(folder, job, note=lambda message: typer.echo(message, err=True)):
+        rows.append(row)
+    if as_json:
+        typer.echo(json.dumps([row.model_dump() for row in rows], indent=1))
+    else:
+        title = inert(f"{model}: {rows[0].gap.sampler}")
+        table = Table(
+            "weights",
+            "gap, nats a token",
+            "typical",
+            "worst",
+            "moved",
+            "exported",
+            "",
+            title=title,
+        )
+        for row in rows:
+            table.add_row(
+                row.weights,
+                f"{row.gap.mean:.5f}",
+                f"{row.gap.typical:.5f}",
+                f"{row.gap.worst:.4f}",
+                f"{row.moved:.3f}",
+                row.gap.exported,
+                "[green]ok[/]" if row.holds else "[red]another model[/]",
+            )
+        stdout_console().print(table)
+    if not all(row.holds for row in rows):
+        typer.echo(
+            "sampler and learner hold different policies after a load that is not ok; try "
+            "--set sampling.engine=transformers, and report the model's config.json",
+            err=True,
+        )
+        raise typer.Exit(1)
