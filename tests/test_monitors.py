@@ -241,7 +241,9 @@ def test_alarms_about_answers_that_were_cut_off(outcomes: str, limits: dict[str,
 @pytest.mark.parametrize(
     ("sampled", "kl", "limits", "found"),
     [
-        ({}, 9.0, {}, []),
+        ({}, 0.4, {}, []),
+        ({}, 9.0, {}, ["KL from the base policy is 9.00"]),
+        ({}, 9.0, {"max_kl": None}, []),
         ({"mean_words": 5.9}, None, {}, ["5.9 words"]),
         ({"distinct_share": 0.4}, None, {}, ["40% of the sampled answers are distinct"]),
         ({}, 0.3, {"max_kl": 0.2}, ["KL from the base policy is 0.30"]),

@@ -156,7 +156,7 @@ CHAT: dict[str, Any] = {"judge": {"kind": "chat", "model": "m", "api_key_env": N
 @pytest.mark.parametrize("reference", ["rules", "rules@1"])
 def test_held_out_answers_are_measured_with_another_question(tmp_path: Path, reference: str) -> None:
     write_texts(tmp_path, 1)
-    shutil.copytree("prompts/judge", tmp_path / "prompts" / "judge")
+    shutil.copytree(ROOT / "prompts" / "judge", tmp_path / "prompts" / "judge")
     notes: list[str] = []
     job = stub_job(constitution=reference, **CHAT)
     templates = Texts(job, RunDir(tmp_path / "run"), tmp_path, notes.append).in_force(0)[1]
@@ -168,7 +168,7 @@ def test_held_out_answers_are_measured_with_another_question(tmp_path: Path, ref
 def test_one_question_for_both_is_said_and_stays_so_in_a_pinned_run(tmp_path: Path) -> None:
     write_texts(tmp_path, 1)
     folder = tmp_path / "prompts" / "judge"
-    shutil.copytree("prompts/judge", folder)
+    shutil.copytree(ROOT / "prompts" / "judge", folder)
     (folder / "pairwise_evaluate.jinja").rename(folder / "elsewhere.txt")
     notes: list[str] = []
     job = stub_job(constitution="rules@1", **CHAT)

@@ -17,8 +17,9 @@ import asyncio
 import gc
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -124,15 +125,15 @@ class ChatJudge:
             constitution.hash,
             {t.hash: t for t in templates},
         )
-        with asyncio.Runner() as runner, _lines(journal) as asked:
+        with _runner() as run, _lines(journal) as asked:
             casting = _Casting(self, iter(ballots), questions, asked)
-            runner.run(casting.start())
+            run(casting.start())
             try:
-                while (chunk := runner.run(casting.next_chunk())) is not None:
+                while (chunk := run(casting.next_chunk())) is not None:
                     if chunk:
                         yield chunk
             finally:
-                runner.run(casting.stop())
+                run(casting.stop())
 
     def close(self) -> None:
         """Closes the cache."""
@@ -158,6 +159,24 @@ def _spare_the_collector() -> None:
     them again and again costs some per cent of a call (`make bench-judge`)."""
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def _runner() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
+    """Runs coroutines one after another on a loop of their own: in this thread, or in another one where this thread's
+    loop runs already (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        with asyncio.Runner() as runner:
+            yield runner.run
+        return
+    with ThreadPoolExecutor(1, "judge") as thread:
+        runner = asyncio.Runner()
+        try:
+            yield lambda coroutine: thread.submit(runner.run, coroutine).result()
+        finally:
+            thread.submit(runner.close).result()
 
 
 def _lines(path: Path | None) -> AbstractContextManager[TextIO | None]:

@@ -44,7 +44,8 @@ def test_the_set_covers_what_it_should():
 
 
 def test_a_judge_that_likes_length_falls_for_length(monkeypatch, capsys):
-    with FaultServer(say=longer) as server:
+    # It says that it read the whole of a very long answer: one that reads 100 tokens of it is found out.
+    with FaultServer(say=longer, usage={"prompt_tokens": 20_000, "completion_tokens": 2}) as server:
         report = json.loads(run(monkeypatch, capsys, server, "--json"))
     results = {r["attack"]: r for r in report["results"]}
     assert report["pairs"] == report["stable"] == 6

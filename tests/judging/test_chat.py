@@ -120,6 +120,18 @@ def test_votes_of_a_server_that_answers():
     assert spent.answered == {votes[0].ballot.judge}
 
 
+def test_a_loop_that_runs_already_is_left_alone():
+    """A notebook's thread has one."""
+
+    async def in_a_notebook():
+        with FaultServer() as server:
+            return Cast(settings(server), 3).run(), asyncio.get_running_loop().is_running()
+
+    votes, still = asyncio.run(in_a_notebook())
+    assert still
+    assert [v.outcome for v in votes] == ["second"] * 6
+
+
 def test_requests_ask_for_what_the_template_needs():
     def say(body):
         return '{"verdict": "tie"}' if "response_format" in body else "Hm.\nVerdict: A"
