@@ -297,7 +297,9 @@ def as_judged(rows: Sequence[Labelled], policy: Policy) -> list[Labelled]:
         return list(rows)
     out = []
     for row in rows:
-        texts = {side: without_thoughts(text) for side in _SIDES if has_marks(text := getattr(row, side))}
+        texts: dict[str, Any] = {
+            side: without_thoughts(text) for side in _SIDES if has_marks(text := getattr(row, side))
+        }
         out.append(row.model_copy(update=texts) if texts else row)
     return out
 
