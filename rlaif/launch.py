@@ -19,7 +19,8 @@ from rlaif.errors import RunInterrupted, UserError
 from rlaif.hardware import facts as hardware_facts
 from rlaif.hardware import gpu_names
 from rlaif.heads import write_head
-from rlaif.judging.calibration import EVERYTHING, Calibration, read_calibration
+from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calibration
+from rlaif.judging.filters import check_asked
 from rlaif.judging.spending import Spent, Wasted, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
@@ -215,6 +216,7 @@ def _calibration(
                 f"filters.calibration {job.filters.calibration}: no threshold reached its target, so nothing would be "
                 "kept; calibrate another judge, or give a larger --alpha"
             )
+        check_asked(calibration, job.filters, Asked.by(job))
         unknown = calibration.unknown_slices(categories)
         if unknown:
             dropped = (

@@ -17,7 +17,8 @@ from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
 from rlaif.hardware import cpu_has_bf16, gpu_names
 from rlaif.judging.ballots import Role, ballots_for, check_selects, selecting_voices
-from rlaif.judging.calibration import read_calibration
+from rlaif.judging.calibration import Asked, read_calibration
+from rlaif.judging.filters import check_asked
 from rlaif.judging.templates import load_template, template_names, templates_in
 from rlaif.model_checks import check_likelihood_judge, check_policy
 from rlaif.pairing import check_can_update, pairs_at_most
@@ -58,7 +59,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     train = exclude_held_out(load_prompts(job.prompts.train, base_dir, columns=columns), held_out)
     check_enough(train, job.prompts)
     if job.filters.calibration:
-        read_calibration(base_dir / job.filters.calibration)
+        check_asked(read_calibration(base_dir / job.filters.calibration), job.filters, Asked.by(job))
     schedule = job.schedule or {0: job.constitution or ""}
     texts = {ref: load_constitution(base_dir / job.constitutions_dir, ref) for ref in schedule.values()}
     if job.judge.kind == "likelihood" and (judge := _folder(job.judge.model)).is_dir():

@@ -448,3 +448,28 @@ def test_answers_that_may_be_cut_off_must_have_been_calibrated(tmp_path: Path, u
         loop.run()
         (event,) = [e for e in loop.dir.events() if e.kind == "cut_off_uncalibrated"]
         assert event.message.startswith("such pairs are dropped (uncalibrated): an answer that the length limit")
+
+
+def test_how_a_job_asks_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
+    stats = JudgedStats(pairs=9, kept=9, mean_agreement=1.0, agreement_sd=0.0, mean_words=3, answers=0, cut_off=0,
+                        one_cut_off=0)  # fmt: skip
+    (tmp_path / "c.json").write_text(calibration().model_copy(update={"judged": stats}).model_dump_json())
+
+    def start(**changes: Any) -> None:
+        filters = {"calibration": "c.json", **changes.pop("filters", {})}
+        _calibration(RunDir(tmp_path / "run"), stub_job(filters=filters, **changes), tmp_path, ["all"], print)
+
+    with pytest.raises(UserError, match="an answer that the length limit cut off pays"):
+        start()
+    assert not (tmp_path / "run" / "calibration.json").exists()
+    chat = {"judge": {"kind": "chat", "model": "m"}}
+    with pytest.raises(
+        UserError, match=r"policy.chat_template_args is \{'enable_thinking': False\}, calibrated was at"
+    ):
+        start(policy={"chat_template_args": {"enable_thinking": False}}, **chat)
+    with pytest.raises(UserError, match=r"policy.thinking is judge, calibrated was at its default"):
+        start(policy={"thinking": "judge"}, **chat)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    start(**chat)
+    (tmp_path / "run" / "calibration.json").unlink()
+    start(filters={"uncalibrated": "drop"})

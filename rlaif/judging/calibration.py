@@ -219,6 +219,14 @@ class Calibration(Record):
             return f"the judge's model is {_listed(tuple(sorted(unknown)))}, calibrated was {_listed(self.models)}"
         return difference
 
+    def asked_mismatch(self, asked: Asked) -> str | None:
+        """What of how a job asks is not as it was calibrated."""
+        facts = self.panels[0].asked_as if self.panels else {}
+        for key in sorted({*facts, *asked.facts}):
+            if facts.get(key) != asked.facts.get(key):
+                return f"{key} is {_clipped(asked.facts, key)}, calibrated was {_clipped(facts, key)}"
+        return None
+
     def cut_off_mismatch(self, cut_off_counts: bool) -> str | None:
         """Whether cut-off answers count for the judge, and none did beside an ended one among the labelled pairs."""
         if self.judged is None or self.judged.one_cut_off or not cut_off_counts:
@@ -239,9 +247,8 @@ class Calibration(Record):
                 return f"filters.{name} is {found}, calibrated was {calibrated}"
         facts = self.panels[0].asked_as if self.panels else {}
         if asked is not None:
-            for key in sorted({*facts, *asked.facts}):
-                if facts.get(key) != asked.facts.get(key):
-                    return f"{key} is {_clipped(asked.facts, key)}, calibrated was {_clipped(facts, key)}"
+            if why := self.asked_mismatch(asked):
+                return why
             if set(asked.ends) == {"stop", "length"} and (why := self.cut_off_mismatch(asked.cut_off_counts)):
                 return why
         panel = Panel.of(ballots, facts)

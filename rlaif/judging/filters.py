@@ -208,6 +208,16 @@ def check_calibrated(
     _refuse(calibration.panel_mismatch(ballots, settings, slice, asked), settings)
 
 
+def check_asked(calibration: Calibration, settings: Filters, asked: Asked) -> None:
+    """Refuses how a job asks, before anything is loaded: settings that are not as calibrated, and answers that may be
+    cut off where none was.
+
+    Raises:
+        UserError: they aren't as calibrated, and `filters.uncalibrated` says stop.
+    """
+    _refuse(calibration.asked_mismatch(asked) or calibration.cut_off_mismatch(asked.cut_off_counts), settings)
+
+
 def _refuse(difference: str | None, settings: Filters) -> None:
     if difference and settings.uncalibrated == "stop":
         raise UserError(
