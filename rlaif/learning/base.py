@@ -19,6 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from rlaif import config
 from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
-from rlaif.learning.divergence import Asked, divergences
+from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
 from rlaif.learning.export import check_mergeable, in_precision, merged, plain_names
 from rlaif.models import carry_over, digest_of, name_turn_ends
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
@@ -228,25 +229,26 @@ class TrlLearner(ABC):
 
     def divergences(self, completions: list[Completion]) -> Iterator[list[Divergence]]:
         """How far the master weights are from the untrained policy; see `Learner`."""
-        policy = self.trainer.model_wrapped
+        policy = self._unwrapped()
         was_training = policy.training
         policy.eval()
         try:
             # As many rows at once as an update takes: chosen and rejected.
             batch = 2 * self.trainer.args.per_device_train_batch_size
             device = self.trainer.args.device
-            yield from divergences(Asked(policy, self._unwrapped()), self._untrained(), completions, batch, device)
+            yield from divergences(Asked(policy), self._untrained(), completions, batch, device)
         finally:
             policy.train(was_training)
 
     def _untrained(self) -> Asked:
         """The base policy, whatever `reference` is."""
         if self.settings.lora is not None:
-            return Asked(self.trainer.model_wrapped, self._unwrapped(), self.trainer.model.disable_adapter)
+            return Asked(self._unwrapped(), self.trainer.model.disable_adapter)
         base = self._base
         if base is None:  # `reference: previous` keeps no copy of it: read once an evaluation
             base = self._frozen_base(self._model_path)
-        return Asked(base, self.trainer.accelerator.unwrap_model(base))
+        inner = self.trainer.accelerator.unwrap_model(base)
+        return Asked(inner, partial(layers_in_fp32, inner))
 
     # ---- the reference policy
 

@@ -13,8 +13,9 @@ Between Language Models, arXiv 2504.10637.
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -31,13 +32,32 @@ _SLICE = 4 * 2**20
 
 
 class Asked(NamedTuple):
-    """A model as it is asked for logits."""
+    """A model as it is asked for logits: by its own plain forward pass, outside of autocast.
 
-    call: Callable[..., Any]
-    inner: PreTrainedModel
-    """The transformers model inside what is called."""
+    Autocast rounds fp32 masters to bf16, to the nearest, at every call: what moved by less than half a step isn't seen,
+    and KL came out at a fortieth to a fifth of what it was."""
+
+    model: PreTrainedModel
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """What it has to be called in (an adapter turned off)."""
+    """What it has to be called in (an adapter turned off, layers in fp32)."""
+
+
+@contextmanager
+def layers_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Lets linear layers that hold bf16 compute in fp32, one layer's copy at a time."""
+    halves = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dtype == torch.bfloat16]
+
+    def forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        bias = None if layer.bias is None else layer.bias.float()
+        return nn.functional.linear(x.float(), layer.weight.float(), bias)
+
+    for layer in halves:
+        layer.forward = types.MethodType(forward, layer)
+    try:
+        yield
+    finally:
+        for layer in halves:
+            del layer.forward
 
 
 def divergences(
@@ -113,10 +133,13 @@ def _logits(asked: Asked, ids: torch.Tensor, mask: torch.Tensor, places: torch.T
     def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return (inputs[0][places],)  # [batch, length, hidden] -> [n, hidden]
 
-    hook = asked.inner.get_output_embeddings().register_forward_pre_hook(keep)
+    model = asked.model
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
         with asked.within():
-            logits: torch.Tensor = asked.call(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            # The class's forward: the instance's is wrapped in autocast, and in our own scoring.
+            output = type(model).forward(model, input_ids=ids, attention_mask=mask, use_cache=False)
+            logits: torch.Tensor = output.logits
     finally:
         hook.remove()
     return logits

@@ -137,6 +137,41 @@ def test_divergences_are_kl_over_the_vocabulary(
     close(weights(made), before)
 
 
+@pytest.mark.parametrize("lora", [None, config.Lora(r=4, alpha=8)], ids=["full", "lora"])
+@pytest.mark.parametrize("reference", ["base", "previous"])
+def test_divergences_see_moves_below_bf16s_grid(
+    reference: str, lora: config.Lora | None, model_path: str, settings: config.Learner, tmp_path: Path
+) -> None:
+    """Base weights on the grid, a small rate, and a learner that computes in bf16: autocast rounds the move away."""
+    grid = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    grid.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(tmp_path)
+    rate = 2e-5 if lora is None else 2e-4
+    changes = {"lora": lora, "reference": reference, "precision": "bf16", "learning_rate": rate}
+    made = learner("dpo", str(tmp_path), settings, **changes)
+    for k in range(3):
+        list(made.update(make_preferences(8), k))
+    asked = [
+        Completion(
+            id=p.pair_id, prompt_id=p.prompt_id, policy=PolicyVersion(iteration=1, digest=""), index=0, seed=0,
+            prompt_token_ids=p.prompt_token_ids, token_ids=p.chosen_token_ids, text="", finish_reason="length",
+        )
+        for p in make_preferences(11)
+    ]  # fmt: skip
+    found = sum(d.kl for chunk in made.divergences(asked) for d in chunk)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    policy.load_state_dict(merged(made._unwrapped()))
+    by_hand = 0.0
+    with torch.no_grad():
+        for c in asked:
+            ids = torch.tensor([c.prompt_token_ids + c.token_ids])
+            p, q = (m(ids).logits[0, len(c.prompt_token_ids) - 1 : -1].log_softmax(-1) for m in (policy, base))
+            by_hand += float((p.exp() * (p - q)).sum())
+    assert by_hand > 1e-4
+    assert found == pytest.approx(by_hand, rel=0.02)
+
+
 def test_an_untrained_policy_has_not_diverged(model_path: str, settings: config.Learner) -> None:
     made = learner("dpo", model_path, settings)
     sampled = Completion(
