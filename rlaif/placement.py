@@ -63,8 +63,10 @@ def place(job: Job, gpus: Sequence[str]) -> dict[str, str]:
     if len(gpus) < 2:
         return {}
     last = len(gpus) - 1
-    sampler = asked["sampler"] or list(range(span))
-    free = [n for n in range(len(gpus)) if n not in sampler]
+    named = {n for numbers in asked.values() for n in numbers or ()}
+    # GPUs that the job gave to others come last.
+    sampler = asked["sampler"] or sorted(range(len(gpus)), key=lambda n: (n in named, n))[:span]
+    free = [n for n in range(len(gpus)) if n not in sampler and n not in named]
     learner = asked["learner"] or [free[0] if free else last]
     free = [n for n in free if n not in learner]
     judge = asked["judge"] or [free[0] if free else sampler[0]]

@@ -112,7 +112,8 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     memory = frozen + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB
     # fp32 weights and Adam's moments of what is trained; the old state goes when the next one is complete.
     states = weights * 6 * trained_share * min(job.iterations, 2)
-    disk = weights * (evaluations + 1) + states
+    # A policy is exported in what the sampler computes in.
+    disk = weights * _width(job.sampling.precision, fast) * (evaluations + 1) + states
     memory_free, disk_free = psutil.virtual_memory().available, shutil.disk_usage(base_dir).free
     warnings = [
         f"{name}: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} free"

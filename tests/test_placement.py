@@ -46,7 +46,9 @@ def test_a_job_may_say_where() -> None:
     devices = {"sampler": [2, 3], "learner": [0], "judge": [1]}
     placed = place(job(devices=devices, sampling={"tensor_parallel_size": 2}), ["4", "5", "6", "7"])
     assert roles(placed) == ("6,7", "4", "5")
-    assert roles(place(job(devices={"learner": [0]}), ["0", "1"])) == ("0", "0", "1")
+    assert roles(place(job(devices={"learner": [0]}), ["0", "1"])) == ("1", "0", "1")
+    assert roles(place(job(devices={"learner": [0]}), ["0", "1", "2"])) == ("1", "0", "2")
+    assert roles(place(job(devices={"judge": [0]}), ["0", "1", "2"])) == ("1", "2", "0")
 
 
 @pytest.mark.parametrize(

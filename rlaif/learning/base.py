@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import json
 import pickle
 import random
 import sys
@@ -44,7 +45,7 @@ from rlaif import config
 from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
 from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
-from rlaif.learning.export import check_mergeable, in_precision, merged, plain_names
+from rlaif.learning.export import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
 from rlaif.models import carry_over, digest_of, name_turn_ends
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
@@ -244,10 +245,10 @@ class TrlLearner(ABC):
         """The base policy, whatever `reference` is."""
         if self.settings.lora is not None:
             return Asked(self._unwrapped(), self.trainer.model.disable_adapter)
-        base = self._base
-        if base is None:  # `reference: previous` keeps no copy of it: read once an evaluation
-            base = self._frozen_base(self._model_path)
-        inner = self.trainer.accelerator.unwrap_model(base)
+        if self._base is None:  # `reference: previous` keeps no copy of it: read once an evaluation
+            base, _ = _load(self._model_path)
+            return Asked(base.requires_grad_(False).eval().to(self.trainer.args.device))
+        inner = self.trainer.accelerator.unwrap_model(self._base)
         return Asked(inner, partial(layers_in_fp32, inner))
 
     # ---- the reference policy
@@ -279,19 +280,18 @@ class TrlLearner(ABC):
         """A frozen copy of the untrained policy, where no cheaper reference exists."""
         if self.settings.reference != "base" or self.settings.lora is not None:
             return None
-        return self._frozen_base(model_path)
-
-    def _frozen_base(self, model_path: str) -> nn.Module:
-        """The untrained policy, without gradient, in what the trainer computes in."""
         base, _ = _load(model_path)
         base.requires_grad_(False).eval()
         if self._precision == "bf16":
             # What autocast would do at every call, done once: same numbers as the policy's, half the memory. A
-            # tied head stays fp32, since the embedding that it shares is not autocast.
+            # tied head stays fp32, since the embedding that it shares is not autocast; so does what is not on bf16's
+            # grid, since KL is computed from these weights, too.
             embedding = base.get_input_embeddings().weight
             for module in base.modules():
                 if isinstance(module, nn.Linear) and module.weight is not embedding:
-                    module.to(torch.bfloat16)
+                    half = module.weight.to(torch.bfloat16)
+                    if torch.equal(half.float(), module.weight):
+                        module.to(torch.bfloat16)
         self._adapt(base)
         return self.trainer.accelerator.prepare_model(base, evaluation_mode=True)
 
@@ -320,7 +320,7 @@ class TrlLearner(ABC):
             "bf16": self._precision == "bf16",
             "use_cpu": not torch.cuda.is_available(),
             "seed": self.seed,
-            "lr_scheduler_type": "constant_with_warmup" if settings.warmup_steps else "constant",
+            "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": settings.warmup_steps,
             "logging_steps": 1,
             "report_to": "none",
@@ -516,7 +516,7 @@ class TrlLearner(ABC):
 
     def _export(self, folder: Path) -> str:
         plain = self._unwrapped()
-        state = in_precision(merged(plain), self._export_precision, self.seed)
+        state = in_precision(merged(plain), self._export_precision, self.seed, kept_in_fp32(plain))
         plain.save_pretrained(folder, state_dict=state)
         # save_pretrained writes the master weights' dtype and TRL's settings into config.json
         exported = copy.deepcopy(self._exported_config)
@@ -598,10 +598,21 @@ def _text(value: Any) -> str:
 
 def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError, AssertionError, SafetensorError) as e:
         raise UserError(f"policy.model: can't load {path} ({' '.join(str(e).split())})") from e
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"policy.model: {path} lacks {len(missing)} of the model's weights (`{missing[0]}`), which would be drawn "
+            "at random; take a complete model"
+        )
+    whole = json.loads((Path(path) / "config.json").read_text()).get("model_type")
+    if whole != model.config.model_type:
+        raise UserError(
+            f"policy.model: {path} is a `{whole}`, of which transformers trains the part `{model.config.model_type}` "
+            "alone: what is exported would not be the same model; take one that is text only"
+        )
     _choose_pad(tokenizer, model.get_input_embeddings().weight.size(0))
     return model, tokenizer
 

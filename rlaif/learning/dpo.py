@@ -49,7 +49,8 @@ class DpoLearner(TrlLearner):
             if loss not in _LOSSES:
                 raise UserError(f"learner.loss_type: TRL has no `{loss}`; known: {', '.join(_LOSSES)}")
         # A sequence is as long as it was sampled: truncation is the sampler's.
-        return {"max_length": None, "precompute_ref_log_probs": True}
+        # Nor does a mixture's balancing loss join the preference loss unasked; without experts it would be no number.
+        return {"max_length": None, "precompute_ref_log_probs": True, "router_aux_loss_coef": 0.0}
 
     def _make_trainer(self, policy: PreTrainedModel, args: _BaseConfig, peft_config: Any) -> DPOTrainer:
         # The trainer insists on a dataset; steps are fed one by one.

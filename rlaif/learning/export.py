@@ -14,6 +14,7 @@ name alone: two exports differ where the policy does, and nowhere else.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -59,21 +60,32 @@ def merged(model: nn.Module) -> dict[str, torch.Tensor]:
             continue
         name = _plain(key)
         for layer in adapters.get(name, ()):
-            value = value + layer.get_delta_weight("default").to(value.dtype)
+            # On the CPU, one by one: together they would be as large as the model, beside it.
+            value = (value + layer.get_delta_weight("default").to(value.dtype)).cpu()
         state[name] = value
     return state
 
 
+def kept_in_fp32(model: nn.Module) -> set[str]:
+    """Names of what stays in fp32 in a bf16 model: buffers, and what its class names (biases that choose experts)."""
+    named = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    named |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    buffers = {_plain(name) for name, _ in model.named_buffers()}
+    return buffers | {_plain(name) for name in model.state_dict() if named & set(name.split("."))}
+
+
 def in_precision(
-    state: dict[str, torch.Tensor], precision: Literal["bf16", "fp32"], seed: int
+    state: dict[str, torch.Tensor], precision: Literal["bf16", "fp32"], seed: int, as_it_is: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
-    """The state in that precision, on the CPU; bf16 by stochastic rounding. Tied tensors stay one tensor."""
+    """The state in that precision, on the CPU; bf16 by stochastic rounding. Tied tensors stay one tensor, and what
+    `as_it_is` names keeps its precision."""
     if precision == "fp32":
         return state
     copies: dict[int, torch.Tensor] = {}
     for name, value in state.items():
         if value.data_ptr() not in copies:
-            copies[value.data_ptr()] = round_stochastically(value, seed, name) if value.is_floating_point() else value
+            rounds = value.is_floating_point() and name not in as_it_is
+            copies[value.data_ptr()] = round_stochastically(value, seed, name) if rounds else value
     return {name: copies[value.data_ptr()] for name, value in state.items()}
 
 

@@ -33,9 +33,10 @@ class Endings:
                 if stop >= len(tokenizer):
                     raise UserError(f"sampling.stop: {stop} is no token; the tokenizer has {len(tokenizer)}, from 0")
                 ids.add(stop)
-            elif (token := tokenizer.get_added_vocab().get(stop)) is not None:
-                ids.add(token)  # a special token has no text that a string could be found in
-            else:
+                continue
+            if (token := tokenizer.get_added_vocab().get(stop)) is not None:
+                ids.add(token)
+            if token not in tokenizer.all_special_ids:  # a special token has no text that a string could be found in
                 strings.append(stop)
         self.token_ids: frozenset[int] = frozenset(ids)
         self.strings: tuple[str, ...] = tuple(strings)

@@ -56,6 +56,12 @@ class Sampler:
         except (OSError, ValueError, ImportError, SafetensorError) as e:
             raise UserError(f"{policy_path}: can't load these weights ({' '.join(str(e).split())})") from e
         self._model.to(self._device).eval()
+        layers = DynamicCache(config=self._model.config).layers
+        if getattr(self._model, "_is_stateful", False) or not all(hasattr(x, "batch_select_indices") for x in layers):
+            raise UserError(
+                f"sampling.engine: `transformers` can't sample from a {self._model.config.model_type}, whose layers "
+                "keep a state instead of keys and values; set sampling.engine: vllm"
+            )
 
     @torch.inference_mode()
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:

@@ -70,6 +70,9 @@ class Sampler:
                 "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
                 "block_size": 32,  # prompts are short: blocks of 128, the default, would never be shared
                 "enforce_eager": True,  # compiling needs a C++ compiler and a minute
+                # A seeded request that is read in two pieces rewinds its generator, which the CPU's can't do.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, settings.max_model_len),
                 "logits_processors": [_nucleus_processor()],
             }
             if self._on_cpu

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from rlaif import config, models
 from rlaif.errors import UserError
 from rlaif.learning import make_learner
-from rlaif.learning.export import in_precision, merged, round_stochastically
+from rlaif.learning.export import in_precision, kept_in_fp32, merged, round_stochastically
 from rlaif.records import Preference, TokenSequence
 from tests.architectures import ARCHITECTURES, END, MIXTURES, VOCABULARY, make_model
 
@@ -103,6 +103,29 @@ def test_stochastic_rounding_keeps_the_expectation_and_the_grid() -> None:
     assert not torch.equal(rounded, round_stochastically(value, 0, "v").float())
     large = torch.tensor([3.0e38, -3.0e38, 0.0, -0.0, 1e-39])
     assert bool(round_stochastically(large, 0, "w").isfinite().all())
+
+
+def test_what_a_model_keeps_in_fp32_stays(tmp_path: Path) -> None:
+    """Routing biases decide which experts answer: a rounded one sends a token elsewhere."""
+    state = {"w": torch.tensor([1.0001]), "router.e_score_correction_bias": torch.tensor([5.0001])}
+    model = torch.nn.Module()
+    model._keep_in_fp32_modules_strict = {"e_score_correction_bias"}
+    model.router = torch.nn.Module()
+    model.router.e_score_correction_bias = torch.nn.Parameter(torch.tensor([5.0001]))
+    kept = in_precision(state, "bf16", 0, kept_in_fp32(model))
+    assert kept["w"].dtype == torch.bfloat16
+    assert torch.equal(kept["router.e_score_correction_bias"], torch.tensor([5.0001]))
+
+
+def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = make_model("llama", tmp_path / "base")
+    weights = load_file(path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of the model's weights \(`lm_head.weight`\)"):
+        trained(path)
 
 
 def test_rounding_follows_the_weight_not_the_step(tmp_path: Path) -> None:

@@ -165,3 +165,22 @@ def test_stops_are_those_of_the_other_engine(tiny: Path, tmp_path: Path) -> None
 
 def run_inline(sampler: Any, requests: list[SampleRequest]) -> dict[str, Sample]:
     return {s.id: s for batch in sampler.sample(requests) for s in batch}
+
+
+def test_prompts_that_fill_more_than_one_step(tiny: Path, tmp_path: Path) -> None:
+    """More tokens than vLLM reads in a step: a request that is cut in two can't rewind its seed on the CPU."""
+    settings = config.Sampling(max_tokens=4, max_model_len=256, kv_cache_gib=0.2)
+    requests = [
+        SampleRequest(
+            id=f"r{i}",
+            prompt_token_ids=(3 + i % 50, 4 + i // 50, *(3 + (i * 7 + j) % 55 for j in range(199))),
+            seed=i,
+            max_tokens=4,
+            temperature=1.0,
+            top_p=1.0,
+        )
+        for i in range(96)
+    ]
+    kwargs = {"model_path": str(tiny), "settings": settings}
+    with Worker("sampler", "rlaif.sampling.vllm:Sampler", kwargs, tmp_path / "log") as worker:
+        assert len(run(worker, requests)) == 96
