@@ -455,7 +455,8 @@ class Loop:
             replace_dir(Path(f"{policy}.partial"), policy)
             replace_dir(Path(f"{state}.partial"), state)
             self._learner_at = k + 1
-            return {"skipped": False, "policy_digest": policy_digest}
+            exported = self.learner.call("exports_in")
+            return {"skipped": False, "policy_digest": policy_digest, "exported": exported}
 
         steps = here.rows("updates", UpdateStep, produce, inputs=["preferences"], resumable=False, before_commit=commit)
         if skip:
@@ -618,7 +619,9 @@ class Loop:
             return
         ours = self.sampler.call("logprobs", sequences=self._fixed)
         theirs = self.learner.call("logprobs", sequences=self._fixed)
-        exported = self.learner.call("exports_in") if version.iteration else "as given"
+        exported = "as given"
+        if version.iteration:  # what it was written in then: this process may compute in something else
+            exported = self.dir.iteration(version.iteration - 1).meta("updates").get("exported", "bf16")
         gap = weights_gap(ours, theirs, self.sampler.call("computes_in"), exported)
         if gap.typical > WRONG:
             raise RlaifError(
@@ -626,6 +629,13 @@ class Loop:
                 f"texts differ by {gap.typical:.2f} nats a token. `rlaif doctor --deep {self.job.policy.model}` says "
                 "where it happens; sampling.engine: transformers may be safe"
             )
+        if exported == "fp32" and not gap.sampler.endswith("fp32"):
+            message = (
+                f"the newest policy was exported in fp32 and {gap.sampler} rounds it to the nearest, so some of its "
+                "last updates are missing in what is sampled until the next one"
+            )
+            if self._event_once("alarm", message, k):
+                self.progress.note(f"alarm in iteration {k + 1}: {message}")
         self._gap = (version.digest, gap)
         values = {"weights_gap/mean": gap.mean, "weights_gap/typical": gap.typical, "weights_gap/worst": gap.worst}
         self.learner.call("track", values=values)

@@ -92,6 +92,17 @@ def test_a_sampler_that_keeps_old_weights_is_found_out(tmp_path: Path) -> None:
     assert not (loop.dir.iteration(1).path / "completions.jsonl").exists(), "nothing was sampled from it"
 
 
+def test_a_run_that_goes_on_in_another_precision_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_loop(tmp_path, stub_job(iterations=1)).run()
+    monkeypatch.setattr("tests.stubs.StubSampler.computes_in", lambda self: "stub bf16")
+    stub_loop(tmp_path, stub_job(iterations=2)).run()
+    run = RunDir(tmp_path / "run")
+    assert [e.iteration for e in run.events() if "rounds it to the nearest" in e.message] == [1]
+    gap = read_record(run.iteration(1).path / "metrics.json", IterationMetrics).weights_gap
+    assert gap is not None
+    assert (gap.exported, gap.sampler) == ("fp32", "stub bf16")
+
+
 def test_a_gap_beyond_the_limit_is_an_alarm(tmp_path: Path) -> None:
     job = stub_job(monitors={"max_weights_gap": 1e-9})
     stub_loop(tmp_path / "exact", job).run()
