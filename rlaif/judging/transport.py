@@ -603,7 +603,8 @@ def connection_fault(error: BaseException, url: str) -> str | None:
         reason = next((m for e in chain if (m := getattr(e, "verify_message", ""))), last)
         return f"the certificate of {place} isn't trusted ({reason}); name a CA of your own in judge.ca_file"
     if has(ssl.SSLError, aiohttp.ClientConnectorSSLError):
-        reason = next((str(e.reason) for e in chain if isinstance(e, ssl.SSLError) and e.reason), last)
+        # aiohttp's own class is an SSLError without a reason.
+        reason = next((str(why) for e in chain if (why := getattr(e, "reason", None))), last)
         return f"{place} speaks no TLS that we do ({reason}); is judge.base_url an http:// address?"
     if has(socket.gaierror):
         return f"no host `{parts.hostname}` is known ({has(socket.gaierror)}); check judge.base_url, or the network"

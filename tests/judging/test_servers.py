@@ -8,7 +8,9 @@ import re
 import shutil
 import ssl
 import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -820,3 +822,12 @@ def test_a_spent_budget_keeps_nobody_waiting_for_a_fingerprint(tmp_path):
         again = Cast(settings(server, cache=str(tmp_path), budget={"calls": 8}), 4, spent=first.judge.spent)
         again.run()
         assert "judge.budget.calls=8 is spent" in str(again.error)
+
+
+def test_tls_to_a_plain_server_is_named():
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        cast = Cast(settings(f"https://127.0.0.1:{server.server_port}/v1", max_retries=0), 1)
+        cast.run()
+        server.shutdown()
+    assert "is judge.base_url an http:// address?" in str(cast.error)
