@@ -160,10 +160,14 @@ def read_reply(content: bytes, model: str, scrub: Any = str) -> Reply:
     tree = tree if isinstance(tree, dict) else {}
     choices = tree.get("choices")
     choice = _first(choices) if isinstance(choices, list) else None
-    for place in (tree, choice):
-        if isinstance(place, dict) and place.get("error"):
-            raise _said_instead(place, scrub)
     message = choice.get("message") if isinstance(choice, dict) else None
+    for place in (tree, choice, message):
+        if not isinstance(place, dict):
+            continue
+        if isinstance(place.get("errors"), list) and place["errors"]:  # a list of them
+            place = place | {"error": place.get("error") or place["errors"][0]}
+        if place.get("error"):
+            raise _said_instead(place, scrub)
     if not isinstance(choice, dict) or not isinstance(message, dict):
         if message_in(tree) or tree.get("code"):
             raise _said_instead({"error": tree}, scrub)
@@ -188,6 +192,8 @@ def _finish_reason(choice: dict[str, Any]) -> str | None:
     """How a reply ended, as the server says it, or the server behind it where that one says that it is cut off."""
     said, native = (_text(choice.get(name)) for name in ("finish_reason", "native_finish_reason"))
     if native is not None and ending(said) == "finished" and ending(native) in ("cut_off", "refused"):
+        return native
+    if native is not None and native.lower().endswith("error"):
         return native
     return said or native
 

@@ -17,7 +17,7 @@ import pytest
 
 from rlaif.config import Judge, Price
 from rlaif.errors import JudgeUnavailable, UserError
-from rlaif.judging.answers import NoReply, read_usage, retry_after_s
+from rlaif.judging.answers import NoReply, read_reply, read_usage, retry_after_s
 from rlaif.judging.ballots import request_parameters
 from rlaif.judging.spending import cost, spent_on
 from rlaif.judging.transport import OpenAIServer, check_address
@@ -831,3 +831,18 @@ def test_tls_to_a_plain_server_is_named():
         cast.run()
         server.shutdown()
     assert "is judge.base_url an http:// address?" in str(cast.error)
+
+
+@pytest.mark.parametrize(
+    ("choice", "around"),
+    [
+        ({"message": {"content": "A", "error": {"code": 502, "message": "upstream"}}, "finish_reason": "stop"}, {}),
+        ({"message": {"content": "A"}, "finish_reason": "stop", "native_finish_reason": "error"}, {}),
+        ({"message": {"content": "A"}, "finish_reason": "stop"}, {"errors": [{"message": "upstream"}]}),
+    ],
+)
+def test_a_failure_beside_a_usable_text_is_no_reply(choice, around):
+    with pytest.raises(NoReply):
+        read_reply(json.dumps({"choices": [choice], **around}).encode(), "m")
+    plain = {"choices": [{"message": {"content": "A"}, "finish_reason": "stop"}], "errors": []}
+    assert read_reply(json.dumps(plain).encode(), "m").content == "A"
