@@ -240,6 +240,9 @@ def _said_instead(place: dict[str, Any], scrub: Any) -> NoReply:
     code = error.get("code", error.get("status")) if isinstance(error, dict) else None
     status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
     rejected = status is not None and 400 <= status < 500 and not asks_again(status) and status != 402
+    if status is None and isinstance(error, dict):  # OpenAI's words instead of a number
+        words = f"{code} {error.get('type')}"
+        rejected = any(word in words for word in ("context_length", "content_filter", "invalid_request"))
     kind: FailureKind = "rejected" if rejected and not _NOT_NOW.search(said) else "down"
     named = f" {code}" if isinstance(code, int | str) else ""
     return NoReply(scrub(f"an error{named} instead of a reply: {said}"), kind, _body_wait_s(place))

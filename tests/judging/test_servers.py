@@ -846,3 +846,18 @@ def test_a_failure_beside_a_usable_text_is_no_reply(choice, around):
         read_reply(json.dumps({"choices": [choice], **around}).encode(), "m")
     plain = {"choices": [{"message": {"content": "A"}, "finish_reason": "stop"}], "errors": []}
     assert read_reply(json.dumps(plain).encode(), "m").content == "A"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"message": "maximum context length", "code": "context_length_exceeded"}, "rejected"),
+        ({"message": "no", "type": "invalid_request_error", "code": None}, "rejected"),
+        ({"message": "moderated", "code": "content_filter"}, "rejected"),
+        ({"message": "upstream idle", "type": "server_error"}, "down"),
+    ],
+)
+def test_an_error_in_words_is_rejected_or_down(error, kind):
+    with pytest.raises(NoReply) as found:
+        read_reply(json.dumps({"error": error}).encode(), "m")
+    assert found.value.kind == kind
