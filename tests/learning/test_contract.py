@@ -107,6 +107,29 @@ def test_log_ratios_loss_and_gradients_are_the_formulas(kind: str, model_path: s
         assert found == pytest.approx(row.tolist(), abs=1e-4)
 
 
+def some_completions() -> list[Completion]:
+    return [
+        Completion(
+            id=p.pair_id, prompt_id=p.prompt_id, policy=PolicyVersion(iteration=1, digest=""), index=0, seed=0,
+            prompt_token_ids=p.prompt_token_ids, token_ids=p.chosen_token_ids, text="", finish_reason="length",
+        )
+        for p in make_preferences(11)
+    ]  # fmt: skip
+
+
+def kl_by_hand(made: Any, base_path: str, asked: list[Completion]) -> list[float]:
+    """KL(policy, base) over the vocabulary, summed over each completion's places: the definition, in fp32."""
+    base, policy = (AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32).eval() for _ in range(2))
+    policy.load_state_dict(merged(made._unwrapped()))
+    out = []
+    with torch.no_grad():
+        for c in asked:
+            ids = torch.tensor([c.prompt_token_ids + c.token_ids])
+            p, q = (m(ids).logits[0, len(c.prompt_token_ids) - 1 : -1].log_softmax(-1) for m in (policy, base))
+            out.append(float((p.exp() * (p - q)).sum()))
+    return out
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [None, config.Lora(r=4, alpha=8)], ids=["full", "lora"])
 @pytest.mark.parametrize("reference", ["base", "previous"])
@@ -116,23 +139,11 @@ def test_divergences_are_kl_over_the_vocabulary(
     made = learner(kind, model_path, settings, lora=lora, reference=reference)
     disturb(made)
     before = weights(made)
-    asked = [
-        Completion(
-            id=p.pair_id, prompt_id=p.prompt_id, policy=PolicyVersion(iteration=1, digest=""), index=0, seed=0,
-            prompt_token_ids=p.prompt_token_ids, token_ids=p.chosen_token_ids, text="", finish_reason="length",
-        )
-        for p in make_preferences(11)
-    ]  # fmt: skip
+    asked = some_completions()
     found = {d.completion_id: d for chunk in made.divergences(asked) for d in chunk}
-    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    policy.load_state_dict(merged(made._unwrapped()))
-    with torch.no_grad():
-        for c in asked:
-            ids = torch.tensor([c.prompt_token_ids + c.token_ids])
-            p, q = (m(ids).logits[0, len(c.prompt_token_ids) - 1 : -1].log_softmax(-1) for m in (policy, base))
-            assert found[c.id].kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
-            assert found[c.id].tokens == len(c.token_ids)
+    for c, nats in zip(asked, kl_by_hand(made, model_path, asked), strict=True):
+        assert found[c.id].kl == pytest.approx(nats, rel=1e-3)
+        assert found[c.id].tokens == len(c.token_ids)
     assert min(d.kl for d in found.values()) > 0.01, "the policy must differ from the base"
     close(weights(made), before)
 
@@ -151,23 +162,9 @@ def test_divergences_see_moves_below_bf16s_grid(
     made = learner("dpo", str(tmp_path), settings, **changes)
     for k in range(3):
         list(made.update(make_preferences(8), k))
-    asked = [
-        Completion(
-            id=p.pair_id, prompt_id=p.prompt_id, policy=PolicyVersion(iteration=1, digest=""), index=0, seed=0,
-            prompt_token_ids=p.prompt_token_ids, token_ids=p.chosen_token_ids, text="", finish_reason="length",
-        )
-        for p in make_preferences(11)
-    ]  # fmt: skip
+    asked = some_completions()
     found = sum(d.kl for chunk in made.divergences(asked) for d in chunk)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    policy = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    policy.load_state_dict(merged(made._unwrapped()))
-    by_hand = 0.0
-    with torch.no_grad():
-        for c in asked:
-            ids = torch.tensor([c.prompt_token_ids + c.token_ids])
-            p, q = (m(ids).logits[0, len(c.prompt_token_ids) - 1 : -1].log_softmax(-1) for m in (policy, base))
-            by_hand += float((p.exp() * (p - q)).sum())
+    by_hand = sum(kl_by_hand(made, str(tmp_path), asked))
     assert by_hand > 1e-4
     assert found == pytest.approx(by_hand, rel=0.02)
 
