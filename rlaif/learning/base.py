@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from rlaif import config
 from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
+from rlaif.learning.as_exported import AsExported
 from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
 from rlaif.learning.export import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
 from rlaif.models import carry_over, digest_of, name_turn_ends
@@ -117,6 +118,13 @@ class TrlLearner(ABC):
         self._base = self._load_base(model_path)
         with _settings_errors():
             self._prepare(args)
+        # fp32 sees the masters as they are.
+        self._policy_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._base_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
+        if self._precision == "bf16":
+            self._policy_as_exported = AsExported(self._unwrapped(), seed)
+            base = self._unwrapped() if self._base is None else self.trainer.accelerator.unwrap_model(self._base)
+            self._base_as_exported = AsExported(base, seed, adapters=False)
         if state_dir is not None:
             self.load(state_dir)
 
@@ -156,8 +164,7 @@ class TrlLearner(ABC):
             RlaifError: the loss or a gradient is not finite. The weights are still those of the last good step.
         """
         rows = [_row(p) for p in preferences]
-        for step in self._steps(rows, iteration, epoch=0):
-            self._score_references(step)
+        self._score_references(self._steps(rows, iteration, epoch=0))
         trainer = self.trainer
         trainer.state.log_history.clear()  # trackers have seen it; a long run must not keep it
         for epoch in range(self.settings.epochs):
@@ -178,10 +185,11 @@ class TrlLearner(ABC):
         trainer.control = handler.on_step_begin(args, state, trainer.control)
         parts = _chunks(rows, args.per_device_train_batch_size)
         losses = []
-        for part in parts:
-            # accelerate divides a loss by this: each part counts by its share of the step's pairs.
-            trainer.accelerator.gradient_accumulation_steps = len(rows) / len(part)
-            losses.append(float(trainer.training_step(trainer.model_wrapped, self._batch(part))))
+        with self._policy_as_exported():
+            for part in parts:
+                # accelerate divides a loss by this: each part counts by its share of the step's pairs.
+                trainer.accelerator.gradient_accumulation_steps = len(rows) / len(part)
+                losses.append(float(trainer.training_step(trainer.model_wrapped, self._batch(part))))
         shares = [len(part) / len(rows) for part in parts]
         loss = _weighted(losses, shares)
         margin = _weighted(self._metric("rewards/margins")[-len(parts) :], shares)
@@ -253,26 +261,28 @@ class TrlLearner(ABC):
 
     # ---- the reference policy
 
-    def _score_references(self, rows: list[_Row]) -> None:
+    def _score_references(self, steps: list[list[_Row]]) -> None:
         """In the parts that training will take: bf16 rounds differently in another batch, and a policy that equals
         its reference would not start at a log-ratio of 0."""
         with torch.no_grad(), self._reference() as model:
-            for part in _chunks(rows, self.trainer.args.per_device_train_batch_size):
-                self._score_reference(model, part)
+            for rows in steps:
+                for part in _chunks(rows, self.trainer.args.per_device_train_batch_size):
+                    self._score_reference(model, part)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
         """The model that KL is measured against, before the update changes anything."""
-        model = self.trainer.model_wrapped
+        model, within = self.trainer.model_wrapped, self._policy_as_exported
         adapter_off: AbstractContextManager[Any] = nullcontext()
         if self.settings.reference == "base":
+            within = self._base_as_exported
             if self.settings.lora is None:
                 model = self._base
             else:
                 adapter_off = self.trainer.model.disable_adapter()
         was_training = model.training
         model.eval()
-        with adapter_off:
+        with adapter_off, within():
             yield model
         model.train(was_training)
 

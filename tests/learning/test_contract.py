@@ -58,7 +58,7 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 
 def gradients(made: Any, pairs: list[Preference]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step on `pairs` in their given order, the weights left alone."""
     rows = [_row(p) for p in pairs]
-    made._score_references(rows)
+    made._score_references([rows])
     made.trainer.accelerator.gradient_accumulation_steps = 1
     loss = float(made.trainer.training_step(made.trainer.model_wrapped, made._batch(rows)))
     grads = {n: p.grad.clone() for n, p in made.trainer.model.named_parameters() if p.requires_grad}
@@ -290,7 +290,7 @@ def test_two_iterations_of_one_step_are_one_trainer_of_two(
 
     rows = {p.pair_id: _row(p) for p in first + second}
     for pairs in (first, second):
-        one._score_references([rows[p.pair_id] for p in pairs])
+        one._score_references([[rows[p.pair_id] for p in pairs]])
     for step in steps:
         one._step([rows[i] for i in step.pair_ids], 0)
 

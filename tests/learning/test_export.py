@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from rlaif import config, models
 from rlaif.errors import UserError
 from rlaif.learning import make_learner
-from rlaif.learning.export import in_precision, kept_in_fp32, merged, round_stochastically
+from rlaif.learning.export import in_precision, kept_in_fp32, merged
+from rlaif.learning.rounding import round_stochastically
 from rlaif.records import Preference, TokenSequence
 from tests.architectures import ARCHITECTURES, END, MIXTURES, VOCABULARY, make_model
 
