@@ -15,8 +15,9 @@ import hashlib
 
 import torch
 
-_PART = 2**17
-"""Weights that are rounded together on a CPU: what the arithmetic needs stays in its cache."""
+_PART = 2**15
+"""Weights that are rounded together on a CPU: what the arithmetic needs stays in its cache, and torch hands none of it
+to a second thread, whose waiting costs a hundred times the arithmetic where other processes want the cores."""
 _PART_GPU = 2**24
 
 
