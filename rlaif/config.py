@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -27,8 +28,20 @@ from pydantic import (
 
 from rlaif.errors import UserError
 
+_T = TypeVar("_T")
 Precision = Literal["auto", "bf16", "fp32"]
 """`auto`: bf16 on hardware that multiplies it, else fp32."""
+
+
+@dataclass(frozen=True)
+class MayChange:
+    """Marks a setting that a run may go on with changed (`--allow-change`), since what was decided so far stays
+    comparable; what is below it, too. Of a free mapping, those keys alone, where some are named."""
+
+    keys: tuple[str, ...] = ()
+
+
+Adjustable = Annotated[_T, MayChange()]
 
 
 class Section(BaseModel):
@@ -119,18 +132,18 @@ class Sampling(Section):
     stop: list[StrictStr | StrictInt] = Field(default_factory=list)
     """What else ends an answer, beside the tokens that end the model's turn: strings, or token ids. The answer's text
     stops before it; the tokens that were sampled, up to the one that completes it, train."""
-    max_model_len: int = Field(1024, ge=32)
+    max_model_len: Adjustable[int] = Field(1024, ge=32)
     """Longest prompt plus completion, in tokens."""
-    precision: Precision = "auto"
+    precision: Adjustable[Precision] = "auto"
     """What the policy samples in. `auto`: bf16 on hardware that multiplies it, else fp32. An update's weights are
     exported in it, bf16 by stochastic rounding."""
-    kv_cache_gib: float = Field(1.0, gt=0)
+    kv_cache_gib: Adjustable[float] = Field(1.0, gt=0)
     """Memory for vLLM's KV cache on the CPU, GiB."""
-    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    gpu_memory_utilization: Adjustable[float] = Field(0.4, gt=0, le=1)
     """Share of a GPU that vLLM may use (untried here)."""
-    enforce_eager: bool = False
+    enforce_eager: Adjustable[bool] = False
     """vLLM on a GPU without compiled graphs: starts in seconds, samples slower (untried here; always on a CPU)."""
-    tensor_parallel_size: int = Field(1, ge=1)
+    tensor_parallel_size: Adjustable[int] = Field(1, ge=1)
     """GPUs that one sampler spans (untried here)."""
 
     @field_validator("stop")
@@ -167,7 +180,7 @@ class Juror(Section):
     """The name that the server knows."""
     base_url: str = "https://api.openai.com/v1"
     """The server, up to and including `/v1`."""
-    api_key_env: str | None = "OPENAI_API_KEY"
+    api_key_env: Adjustable[str | None] = "OPENAI_API_KEY"
     """The environment variable that holds the key; null for a server without one. Keys are never written or logged."""
     temperature: float = Field(0.0, ge=0)
     """Of the judge's replies."""
@@ -182,12 +195,12 @@ class Juror(Section):
     system_role: Literal["auto", "merged"] = "auto"
     """Where the system message goes: `auto` sends it as one, and puts it before the user's for a server that refuses
     it; `merged` always does."""
-    headers: dict[str, str] = Field(default_factory=dict)
+    headers: Adjustable[dict[str, str]] = Field(default_factory=dict)
     """More headers: name, and the environment variable that holds the value (`{api-key: AZURE_OPENAI_API_KEY}`).
     Values are never written or logged."""
-    query: dict[str, str] = Field(default_factory=dict)
+    query: Adjustable[dict[str, str]] = Field(default_factory=dict)
     """Query parameters of every request (`{api-version: "2024-10-21"}`); no secrets."""
-    ca_file: str | None = None
+    ca_file: Adjustable[str | None] = None
     """PEM file of certificates to trust beside the system's, for a server with one of your own."""
 
     @field_validator("base_url")
@@ -239,12 +252,12 @@ class Judge(Juror):
     OpenAI-compatible server answers a question rendered from a template."""
     model: str = "embedded:smollm2-135m-instruct"
     """likelihood: the frozen model that judges. chat: the name that the server knows."""
-    precision: Precision = "auto"
+    precision: Adjustable[Precision] = "auto"
     """likelihood: what the frozen model computes in; `auto` as in `sampling.precision`."""
     chat_template_args: dict[str, Any] = Field(default_factory=dict)
     """likelihood: given to its chat template; the policy's when absent and both are one model. A server gets them by
     `extra_body` (`{chat_template_kwargs: {...}}`)."""
-    batch_tokens: int = Field(1024, ge=64)
+    batch_tokens: Adjustable[int] = Field(1024, ge=64)
     """likelihood: tokens of one forward pass."""
     score_temperature: float = Field(4.0, gt=0)
     """likelihood: p(first) = sigmoid(score difference / this). In nats; larger is less sure."""
@@ -270,28 +283,28 @@ class Judge(Juror):
     """chat: more judges beside this one; each is a voice."""
     clamp: tuple[float, float] | None = None
     """chat: bounds of p(first) for templates that reason first, as in Constitutional AI: `[0.4, 0.6]`."""
-    concurrency: int = Field(16, ge=1)
+    concurrency: Adjustable[int] = Field(16, ge=1)
     """chat: requests under way at once, all judges together."""
-    timeout_s: float = Field(120.0, gt=0)
+    timeout_s: Adjustable[float] = Field(120.0, gt=0)
     """chat: longest wait for one reply."""
-    max_retries: int = Field(5, ge=0)
+    max_retries: Adjustable[int] = Field(5, ge=0)
     """chat: further attempts after a 429, a 5xx, a timeout or a cut connection, with jittered exponential waits."""
-    reask: int = Field(1, ge=0)
+    reask: Adjustable[int] = Field(1, ge=0)
     """chat: how often a question is asked again whose reply is empty or unreadable; each costs a call."""
-    requests_per_minute: int | None = Field(None, ge=1)
+    requests_per_minute: Adjustable[int | None] = Field(None, ge=1)
     """chat: limit of the server."""
-    tokens_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: Adjustable[int | None] = Field(None, ge=1)
     """chat: limit of the server, prompt and completion together."""
-    breaker_failures: int = Field(20, ge=1)
+    breaker_failures: Adjustable[int] = Field(20, ge=1)
     """chat: this many ballots in a row that failed after all retries or were left without a word, or pairs that were
     rejected as a short question is too: the judge is down, and the run pauses."""
-    budget: Budget = Budget()
-    prices: dict[str, Price] = Field(default_factory=dict)
+    budget: Adjustable[Budget] = Budget()
+    prices: Adjustable[dict[str, Price]] = Field(default_factory=dict)
     """chat: price per model name, for `budget.money`."""
-    cache: str | None = "~/.cache/rlaif/replies"
+    cache: Adjustable[str | None] = "~/.cache/rlaif/replies"
     """Folder of stored replies (chat), shared between runs, and of likelihoods (`rlaif judge`, `rlaif constitution
     diff --run`); null for none."""
-    fingerprint: bool = True
+    fingerprint: Adjustable[bool] = True
     """chat: stored replies count only for the model that gave them: what the server's list of models says of it (asked
     at the start), and its `system_fingerprint` where it gives one."""
     early_stop: bool = False
@@ -409,7 +422,7 @@ class Learner(Section):
     """Strength of the pull to the reference policy."""
     loss_type: str | list[str] = "sigmoid"
     """As in TRL: one, or with `kind: dpo` several (`args.loss_weights`)."""
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: Adjustable[float] = Field(1e-5, gt=0)
     """Adam's learning rate after the warm-up, constant by default (`args.lr_scheduler_type`). Found on 135M parameters
     (docs/experiments.md). Untried: a third of it for 1B, a tenth for 7B, ten times it for LoRA. Watch
     `monitors.max_kl`."""
@@ -420,15 +433,17 @@ class Learner(Section):
     """Pairs in one optimizer step."""
     epochs: int = Field(1, ge=1)
     """Passes over the kept pairs of an iteration."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: Adjustable[float] = Field(1.0, gt=0)
     """Gradient clipping."""
     reference: Literal["base", "previous"] = "base"
     """What KL is measured against: the untrained policy, or the policy before this iteration."""
-    precision: Precision = "auto"
+    precision: Adjustable[Precision] = "auto"
     """Autocast of the update; master weights and Adam state are fp32 in both. `auto` as in `sampling.precision`."""
     lora: Lora | None = None
     """Train adapters; full weights when absent."""
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Annotated[dict[str, Any], MayChange(("per_device_train_batch_size", "gradient_checkpointing"))] = Field(
+        default_factory=dict
+    )
     """Passed to TRL's config as they are (`report_to: wandb`, `weight_decay: 0.01`, ...)."""
 
 
@@ -444,7 +459,7 @@ class Replay(Section):
 class Eval(Section):
     """Held-out evaluation."""
 
-    every: int = Field(4, ge=1)
+    every: Adjustable[int] = Field(4, ge=1)
     """Evaluate after this many iterations; also before the first, at every change of text, and at the end."""
     prompts: int = Field(48, ge=1)
     """Held-out prompts used, in file order."""
@@ -455,7 +470,7 @@ class Eval(Section):
     that don't: set here what the policy will be used with."""
     top_p: float | None = Field(None, gt=0, le=1)
     """Of held-out answers; `sampling.top_p` when absent."""
-    kl_prompts: int = Field(16, ge=0)
+    kl_prompts: Adjustable[int] = Field(16, ge=0)
     """The first so many of these prompts get one more answer, at temperature 1 and top-p 1, on which KL from the base
     policy is computed; 0: KL isn't measured."""
 
@@ -518,11 +533,11 @@ class Devices(Section):
 class Job(Section):
     """A training job."""
 
-    name: str | None = None
+    name: Adjustable[str | None] = None
     """Name of the run directory under `runs/`; the job file's name when absent."""
     seed: int = Field(0, ge=0, le=2**32 - 1)
     """Everything random follows from this."""
-    iterations: int = Field(8, ge=1)
+    iterations: Adjustable[int] = Field(8, ge=1)
     """How many iterations."""
     constitution: str | None = None
     """`assistant` follows the newest version on disk, also while the job runs; `assistant@2` pins one."""
@@ -539,9 +554,9 @@ class Job(Section):
     learner: Learner = Learner()
     replay: Replay = Replay()
     eval: Eval = Eval()
-    monitors: Monitors = Monitors()
-    devices: Devices = Devices()
-    workers: Literal["process", "inline"] = "process"
+    monitors: Adjustable[Monitors] = Monitors()
+    devices: Adjustable[Devices] = Devices()
+    workers: Adjustable[Literal["process", "inline"]] = "process"
     """Sampler, judge and learner each in a process of its own, or (tests) in the loop's."""
 
     @model_validator(mode="before")
@@ -730,6 +745,20 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return next((s for a in typing.get_args(annotation) if (s := _section_in(a))), None)
     return None
+
+
+def may_change(key: str) -> bool:
+    """Whether a run may go on with another value of a dotted key of the job."""
+    section: type[BaseModel] | None = Job
+    parts = key.split(".")
+    for number, part in enumerate(parts):
+        field = section.model_fields.get(part) if section else None
+        if field is None:
+            return False
+        if marks := [m for m in field.metadata if isinstance(m, MayChange)]:
+            return not marks[0].keys or bool({*parts[number + 1 :]} & {*marks[0].keys})
+        section = _section_in(field.annotation)
+    return False
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlaif.config import Job
+from rlaif.config import Job, MayChange
 from rlaif.errors import UserError
 
 _BLOCK = re.compile(r"(<!-- generated: (?P<what>[\w ]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
@@ -74,14 +74,16 @@ def _model(name: str) -> type[BaseModel]:
 
 def _job() -> str:
     """Every section of the job, the job's own keys first."""
-    sections: list[tuple[str, type[BaseModel]]] = [("", Job)]
+    sections: list[tuple[str, type[BaseModel], str]] = [("", Job, "")]
     parts = []
-    for prefix, model in sections:  # grows while it is read: a section can hold sections
+    for prefix, model, adjustable in sections:  # grows while it is read: a section can hold sections
         own = {k: f for k, f in model.model_fields.items() if (inner := _section(f)) is None or inner[1]}
         sections += [
-            (f"{prefix}.{k}".lstrip("."), inner[0]) for k, f in model.model_fields.items() if (inner := _section(f))
+            (f"{prefix}.{k}".lstrip("."), inner[0], _adjustable(f))
+            for k, f in model.model_fields.items()
+            if (inner := _section(f))
         ]
-        title = f"## `{prefix}`\n\n{_first_paragraph(model)}" if prefix else "## The job itself"
+        title = f"## `{prefix}`\n\n{_first_paragraph(model)} {adjustable}".rstrip() if prefix else "## The job itself"
         parts.append(f"{title}\n\n{_table(model, own)}")
     return "\n\n".join(parts)
 
@@ -98,7 +100,8 @@ def _table(model: type[BaseModel], fields: dict[str, FieldInfo] | None = None) -
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for name, field in (model.model_fields if fields is None else fields).items():
         default = "required" if field.is_required() else f"`{_shown(field.get_default(call_default_factory=True))}`"
-        cells = f"`{name}`", _type(field.annotation) + _bounds(field), default, says.get(name, "")
+        meaning = f"{says.get(name, '')} {_adjustable(field)}".strip()
+        cells = f"`{name}`", _type(field.annotation) + _bounds(field), default, meaning
         rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(rows)
 
@@ -152,6 +155,13 @@ def _type(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation.__name__
     return _NAMES.get(annotation, str(annotation))
+
+
+def _adjustable(field: FieldInfo) -> str:
+    """Whether a run may go on with another value."""
+    for mark in (m for m in field.metadata if isinstance(m, MayChange)):
+        return f"*May change: {', '.join(f'`{k}`' for k in mark.keys)}.*" if mark.keys else "*May change.*"
+    return ""
 
 
 def _bounds(field: FieldInfo) -> str:

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from rlaif import __version__, models
-from rlaif.config import Job, Judge, changed_keys, parse_job
+from rlaif.config import Job, Judge, changed_keys, may_change, parse_job
 from rlaif.errors import RunInterrupted, UserError
 from rlaif.hardware import facts as hardware_facts
 from rlaif.hardware import gpu_names
@@ -33,18 +33,6 @@ from rlaif.sampling import PromptProblem
 from rlaif.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
 from rlaif.texts import Texts
 from rlaif.workers import InlineWorker, Worker, WorkerLike, start_worker, wait_until_ready
-
-HARMLESS = ("iterations", "eval.every", "monitors.", "judge.batch_tokens", "sampling.kv_cache_gib", "workers", "name",
-            "learner.learning_rate", "learner.max_grad_norm", "judge.budget.", "judge.prices.", "judge.concurrency",
-            "judge.timeout_s", "judge.max_retries", "judge.requests_per_minute", "judge.tokens_per_minute",
-            "sampling.max_model_len", "judge.breaker_failures", "judge.cache", "judge.api_key_env", "eval.kl_prompts",
-            "judge.reask",
-            "judge.headers.", "judge.query.", "judge.ca_file", "judge.fingerprint",
-            # What a device asks for: of the numbers, only the rounding changes.
-            "sampling.precision", "judge.precision", "learner.precision",
-            "sampling.gpu_memory_utilization", "sampling.enforce_eager", "sampling.tensor_parallel_size", "devices.",
-            "learner.args.per_device_train_batch_size", "learner.args.gradient_checkpointing")  # fmt: skip
-"""Keys that `--allow-change` lets a resumed run change: what was decided so far stays comparable."""
 
 _STARTING = ".starting"
 """Marks a folder in which a start writes and that has no run.json yet."""
@@ -297,7 +285,7 @@ def check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
     if job.iterations < done:
         raise UserError(f"iterations: {job.iterations}, but {run.path} has done {done}; give at least that many")
     named = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in changes.items())
-    harmful = [key for key in changes if not key.startswith(HARMLESS)]
+    harmful = [key for key in changes if not may_change(key)]
     if harmful:
         raise UserError(
             f"{run.path} was started with another job: {named}. A run keeps its job; start a new one with --name NAME"

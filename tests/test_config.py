@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from rlaif.config import Job, apply_override, changed_keys, load_job, parse_job
+from rlaif.config import Job, apply_override, changed_keys, load_job, may_change, parse_job
 from rlaif.errors import UserError
 
 
@@ -209,3 +209,27 @@ def test_winners_that_were_cut_off_are_dropped_for_a_judge_that_reads(tmp_path: 
     path = tmp_path / "job.yaml"
     path.write_text(job)
     assert load_job(path).filters.cut_off == cut_off
+
+
+@pytest.mark.parametrize(
+    ("key", "may"),
+    [
+        ("iterations", True),
+        ("monitors.max_kl", True),
+        ("judge.budget.calls", True),
+        ("judge.headers.api-key", True),
+        ("judge.prices.gpt.prompt", True),
+        ("learner.args.per_device_train_batch_size", True),
+        ("learner.learning_rate", True),
+        ("learner.learning_rate_decay", False),  # a prefix of what may change
+        ("learner.args.weight_decay", False),
+        ("learner.args", False),
+        ("learner", False),
+        ("judge.jury", False),
+        ("judge.temperature", False),
+        ("iterations_of", False),
+        ("seed", False),
+    ],
+)
+def test_what_may_change_in_a_run_is_said_on_the_setting(key: str, may: bool) -> None:
+    assert may_change(key) == may
