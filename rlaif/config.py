@@ -619,12 +619,13 @@ class Job(Section):
         return self
 
 
-def load_job(path: Path, overrides: list[str] | None = None) -> Job:
+def load_job(path: Path | str, overrides: list[str] | None = None) -> Job:
     """Reads a job file and applies `a.b=value` overrides (values are YAML).
 
     Raises:
         UserError: the file is missing or malformed, a key is unknown, or a value doesn't fit.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
         refuse_duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader), str(path))

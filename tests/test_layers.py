@@ -71,6 +71,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("rlaif.loop", "rlaif.mixing", "rlaif.monitors", "rlaif.texts", "rlaif.launch"),
     (
+        "rlaif.api",
         "rlaif.audit",
         "rlaif.audit.*",
         "rlaif.console",
@@ -108,7 +109,7 @@ ANYWHERE = {
     "transformers": f"{AT_TOP['transformers']} rlaif.judging.likelihood rlaif.models",
     "vllm": "rlaif.sampling.vllm rlaif.sampling.vllm_reload",
     "peft": "rlaif.learning.base rlaif.models",
-    "datasets": "rlaif.learning.* rlaif.prompts rlaif.audit.export",
+    "datasets": "rlaif.learning.* rlaif.prompts rlaif.audit.export rlaif.api",
 }
 
 
