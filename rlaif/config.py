@@ -635,7 +635,10 @@ def load_job(path: Path | str, overrides: list[str] | None = None) -> Job:
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
     except OSError as e:
-        raise UserError(f"{path}: can't read the job file ({e.strerror}); `ls jobs` shows the shipped ones") from e
+        raise UserError(
+            f"{path}: can't read the job file ({e.strerror}); `ls jobs` shows the shipped ones, "
+            "`rlaif init DIR` writes them"
+        ) from e
     except (yaml.YAMLError, ValueError) as e:
         where = getattr(e, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""

@@ -296,6 +296,9 @@ def list_constitutions(directory: Path | str) -> list[Constitution]:
     ]
 
 
+_NONE = "none (`rlaif init DIR` writes the shipped ones)"
+
+
 def load_constitution(directory: Path | str, reference: str) -> Constitution:
     """Loads `assistant` (the newest version on disk) or `assistant@2` (that one).
 
@@ -314,7 +317,7 @@ def load_with_source(directory: Path | str, reference: str) -> tuple[Constitutio
     versions = files.get(match["name"])
     if versions is None:
         near = difflib.get_close_matches(match["name"], list(files), n=1, cutoff=0.5)
-        known = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(files) or 'none'}"
+        known = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(files) or _NONE}"
         raise UserError(f"constitution `{reference}`: no {directory}/{match['name']}/v<N>.yaml; {known}")
     version = int(match["version"]) if match["version"] else max(versions)
     if version not in versions:

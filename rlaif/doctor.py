@@ -16,7 +16,8 @@ from typing import Literal
 import psutil
 
 from rlaif import models
-from rlaif.hardware import cpu_has_bf16, cpu_name, gpu_names
+from rlaif.errors import checkout, to_install
+from rlaif.hardware import cpu_has_bf16, cpu_name, gpu_names, vllm_package
 from rlaif.records import Record
 
 MIN_PYTHON = (3, 11)
@@ -26,7 +27,6 @@ MIN_MEMORY_GIB = 12.0
 MIN_DISK_GIB = 10.0
 """A virtual environment for the CPU (5), a converted model (0.3) and a run of the quickstart (4, while the learner's
 second state is written beside the first), rounded up."""
-SETUP = "make setup"
 _GIB = 2**30
 
 Status = Literal["ok", "missing", "warning"]
@@ -71,7 +71,10 @@ def _python() -> Check:
     found = f"{platform.python_implementation()} {platform.python_version()} at {sys.executable}"
     if sys.version_info < MIN_PYTHON:
         return Check(
-            name="python", status="missing", found=found, mend="install CPython 3.11 or newer, then make setup"
+            name="python",
+            status="missing",
+            found=found,
+            mend=f"install CPython 3.11 or newer, then {to_install('train')}",
         )
     return Check(name="python", status="ok", found=found)
 
@@ -120,7 +123,7 @@ def _gpu() -> Check:
             name="gpu",
             status="warning",
             found=f"{', '.join(names)}, but torch {torch} can't use it",
-            mend=f"make clean && {SETUP}",
+            mend=_afresh(),
         )
     return Check(name="gpu", status="ok", found=", ".join(names))
 
@@ -128,7 +131,7 @@ def _gpu() -> Check:
 def _package(name: str) -> Check:
     found = installed(name)
     if found is None:
-        return Check(name=name, status="missing", found="not installed", mend=SETUP)
+        return Check(name=name, status="missing", found="not installed", mend=to_install("train"))
     return Check(name=name, status="ok", found=found)
 
 
@@ -139,14 +142,17 @@ def _vllm() -> Check:
             name="vllm",
             status="warning",
             found="not installed; sampling is three times slower without",
-            mend=f"{SETUP}, or run jobs with --set sampling.engine=transformers",
+            mend=f"{to_install(vllm_package())}, or run jobs with --set sampling.engine=transformers",
         )
     text = ", ".join(f"{name} {v}" for name, v in found.items())
     if "vllm" not in found and gpu_names():
-        return Check(
-            name="vllm", status="warning", found=f"{text}, which can't use the GPU", mend=f"make clean && {SETUP}"
-        )
+        return Check(name="vllm", status="warning", found=f"{text}, which can't use the GPU", mend=_afresh())
     return Check(name="vllm", status="ok", found=text)
+
+
+def _afresh() -> str:
+    """Builds for the CPU don't give way to those for a GPU in the same environment."""
+    return "make clean && make setup" if checkout() else f"in a new environment: {to_install('train', 'vllm')}"
 
 
 def _cache() -> Check:
@@ -172,7 +178,8 @@ def _embedded(name: str) -> Check:
     if models.converted(path):
         return Check(name=label, status="ok", found=str(path))
     if models.embedded_source(name) is None:
-        return Check(name=label, status="missing", found="its package is not installed", mend=SETUP)
+        mend = "make setup" if checkout() else models.to_carry(name)
+        return Check(name=label, status="missing", found="its package is not installed", mend=mend)
     return Check(
         name=label,
         status="warning",
@@ -182,6 +189,10 @@ def _embedded(name: str) -> Check:
 
 
 def _git() -> Check:
+    if not checkout():
+        return Check(
+            name="git", status="ok", found="not needed: rlaif is installed from a wheel, runs record its version"
+        )
     program = shutil.which("git")
     if program is None:
         return Check(

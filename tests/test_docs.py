@@ -1,6 +1,7 @@
 """The pages say what the code says: generated tables are fresh, links lead somewhere, every command shown exists."""
 
 import itertools
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -172,6 +173,40 @@ def test_the_following_job_follows() -> None:
     job = load_job(ROOT / "jobs" / "follow.yaml")
     assert job.schedule is None
     assert job.constitution == "assistant"
+
+
+def test_the_way_in_leads_to_every_page() -> None:
+    index = ROOT / "docs" / "index.md"
+    rows = re.findall(r"^\| \[([^\]]+)\]\(([^)]+)\) \| (.*?) \|$", index.read_text(), re.MULTILINE)
+    assert all(name == link and says for name, link, says in rows)
+    listed = [(index.parent / link).resolve() for _, link, _ in rows]
+    assert len(set(listed)) == len(listed)
+    assert set(PAGES) - {index, ROOT / "README.md"} == set(listed)
+    assert "docs/index.md" in (ROOT / "README.md").read_text()
+
+
+def test_the_glossary_names_what_is_there() -> None:
+    page = (ROOT / "docs" / "glossary.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if re.match(r"\| (?!word)\w", line)]
+    assert len({row[0] for row in rows}) == len(rows) > 40  # one meaning for a word
+    for word, where, *meaning in rows:
+        assert meaning, word
+        names = re.findall(r"`([^`]+)`", where)
+        assert names, word
+        for name in names:
+            if name.startswith("rlaif."):
+                pkgutil.resolve_name(name)
+            elif words := re.fullmatch(r"rlaif (.*)", name):
+                assert problem(words[1].split()) is None, name
+            elif "." in name:
+                section, key = name.split(".")
+                assert key in type(getattr(Job(constitution="assistant"), section)).model_fields, name
+            else:
+                assert name in Job.model_fields or name in Principle.model_fields, name
+
+
+def test_the_page_for_assistants_is_short() -> None:
+    assert len((ROOT / "AGENTS.md").read_text().splitlines()) < 60
 
 
 def test_contributing_is_short() -> None:

@@ -88,6 +88,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.hand_over",
         "rlaif.docs",
         "rlaif.plan_cost",
+        "rlaif.project",
         "rlaif.cli",
         "rlaif.cli.*",
         "rlaif.__main__",

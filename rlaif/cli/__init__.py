@@ -13,17 +13,19 @@ from typing import Annotated
 import typer
 
 from rlaif import __version__
-from rlaif.cli import audit, constitution, judge, report, review, run, view
+from rlaif.cli import audit, constitution, init, judge, report, review, run, view
 from rlaif.errors import RlaifError, needs_extra
 
 app = typer.Typer(
     help="Train a language model towards a written constitution, online.\n\n"
-    "Start with `rlaif doctor`, then `rlaif run jobs/quickstart.yaml`.",
+    "Start with `rlaif doctor`, then `rlaif run jobs/quickstart.yaml`. Without a clone of the repository, "
+    "`rlaif init DIR` first: it writes the folders that jobs run in.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(init.init)
 run.register(app)
 app.command()(review.review)
 app.add_typer(audit.app, name="audit")

@@ -174,7 +174,7 @@ def doctor(
         return
     from rich.table import Table
 
-    from rlaif.console import stdout_console
+    from rlaif.console import inert, stdout_console
     from rlaif.doctor import diagnose
 
     checks = diagnose()
@@ -184,7 +184,7 @@ def doctor(
         table = Table("", "check", "found", "mend")
         marks = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "warning": "[yellow]warning[/]"}
         for c in checks:
-            table.add_row(marks[c.status], c.name, c.found, c.mend or "")
+            table.add_row(marks[c.status], *(inert(cell) for cell in (c.name, c.found, c.mend or "")))
         stdout_console().print(table)
     if any(c.status == "missing" for c in checks):
         raise typer.Exit(1)

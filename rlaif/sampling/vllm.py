@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlaif import config, models
-from rlaif.errors import UserError
-from rlaif.hardware import torch_dtype
+from rlaif.errors import UserError, to_install
+from rlaif.hardware import torch_dtype, vllm_package
 from rlaif.records import TokenSequence
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.endings import Endings
@@ -52,7 +52,8 @@ class Sampler:
             import vllm
         except ImportError as e:
             raise UserError(
-                f"vLLM can't be imported ({e}); run `make setup`, or set `sampling.engine: transformers`"
+                f"vLLM can't be imported ({e}); run `{to_install(vllm_package())}`, "
+                "or set `sampling.engine: transformers`"
             ) from e
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind
