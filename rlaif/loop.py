@@ -39,6 +39,7 @@ from rlaif.records import (
     Ballot,
     Completion,
     Decision,
+    DecodingGap,
     Divergence,
     EvaluationMetrics,
     IterationMetrics,
@@ -57,7 +58,7 @@ from rlaif.records import (
 from rlaif.review.labels import labels_noted
 from rlaif.store import STAGES, RunDir, StageDir, read_record, replace_dir, write_json
 from rlaif.texts import Texts
-from rlaif.weights import WRONG, weights_gap
+from rlaif.weights import WRONG, decoding_gap, to_score_again, weights_gap
 from rlaif.workers import WorkerLike
 
 BASE_POLICY = 0
@@ -141,6 +142,7 @@ class Loop:
             judged=judged_stats(list(zip(pairs, decisions, strict=True)), {c.id: c.text for c in completions},
                                 {c.id: c.finish_reason for c in completions}),
             gap=self._gap_of(here),
+            decoding=self._decoding_of(here),
         )  # fmt: skip
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(k, metrics, evaluation)
@@ -189,12 +191,13 @@ class Loop:
 
     def _sample(self, plan: Plan, here: StageDir, prompts: list[Prompt]) -> list[Completion]:
         settings = self.job.sampling
+        sampled: list[Completion] = []
 
         def produce(_: list[Completion]) -> Iterator[list[Completion]]:
             self._load_sampler(plan.iteration)
             total = len(prompts) * settings.completions_per_prompt
             self.progress.stage(plan.iteration, "sample", total, "answers", str(plan.constitution))
-            yield from self._advancing(
+            for chunk in self._advancing(
                 self.sampler.stream(
                     "sample",
                     prompts=prompts,
@@ -204,9 +207,14 @@ class Loop:
                     iteration=plan.iteration,
                     prefix=f"{plan.iteration:04d}",
                 )
-            )
+            ):
+                sampled.extend(chunk)
+                yield chunk
 
-        rows = here.rows("completions", Completion, produce, resumable=False, before_commit=self._gap_noted)
+        def commit() -> dict[str, Any]:
+            return self._gap_noted() | self._score_again(plan.iteration, sampled)
+
+        rows = here.rows("completions", Completion, produce, resumable=False, before_commit=commit)
         return _in_order(rows, [p.id for p in prompts])
 
     def _score(
@@ -643,6 +651,24 @@ class Loop:
     def _gap_noted(self) -> dict[str, Any]:
         """For the meta file of what was just sampled."""
         return {"weights_gap": self._gap[1].model_dump(mode="json")} if self._gap else {}
+
+    def _score_again(self, k: int, sampled: list[Completion]) -> dict[str, Any]:
+        """Some of what was just sampled, scored by the learner: the sampler reads the fixed texts in one pass, and they
+        say nothing about its way of decoding. For the meta file."""
+        some = to_score_again(sampled, seed=self.job.seed * 1_000_003 + k)
+        if not some:  # an engine that records no log p
+            return {}
+        self._load_learner(k)
+        texts = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in some]
+        gap = decoding_gap(some, self.learner.call("logprobs", sequences=texts))
+        values = {f"decoding_gap/{name}": getattr(gap, name) for name in ("mean", "typical", "worst")}
+        self.learner.call("track", values=values)
+        return {"decoding_gap": gap.model_dump(mode="json")}
+
+    @staticmethod
+    def _decoding_of(here: StageDir) -> DecodingGap | None:
+        found = here.meta("completions").get("decoding_gap")
+        return DecodingGap.model_validate(found) if found else None
 
     @staticmethod
     def _gap_of(here: StageDir) -> WeightsGap | None:

@@ -115,6 +115,37 @@ def test_a_gap_beyond_the_limit_is_an_alarm(tmp_path: Path) -> None:
     assert alarms(Monitors(), metrics.model_copy(update={"weights_gap": noise}), None)
 
 
+def test_answers_that_were_sampled_are_scored_again(finished: RunDir) -> None:
+    """Tempered and truncated as they are (the defaults: 0.8 and 0.95), what is recorded is the raw log p."""
+    for k in finished.iterations():
+        metrics = read_record(finished.iteration(k).path / "metrics.json", IterationMetrics)
+        gap, weights = metrics.decoding_gap, metrics.weights_gap
+        assert gap is not None
+        assert weights is not None
+        assert finished.iteration(k).meta("completions")["decoding_gap"] == gap.model_dump(mode="json")
+        assert gap.answers == 8
+        assert gap.tokens > 30
+        assert gap.typical < (1e-4 if "fp32" in weights.sampler else 0.1)
+        assert gap.within(0.02)
+    assert not [e for e in finished.events() if "as they were sampled" in e.message]
+
+
+def test_a_sampler_that_decodes_with_other_weights_is_an_alarm(tmp_path: Path) -> None:
+    """It reads the fixed texts rightly: `weights_gap` can't see it."""
+    job = stub_job(iterations=1)
+    stub_loop(tmp_path, job, decodes_with="other weights").run()
+    run = RunDir(tmp_path / "run")
+    metrics = read_record(run.iteration(0).path / "metrics.json", IterationMetrics)
+    assert metrics.weights_gap is not None
+    assert metrics.weights_gap.typical == 0
+    assert metrics.decoding_gap is not None
+    assert metrics.decoding_gap.typical > 0.2
+    assert [e.iteration for e in run.events() if "answers as they were sampled are" in e.message] == [0]
+    job = stub_job(iterations=1, monitors={"max_weights_gap": 100})
+    stub_loop(tmp_path / "lenient", job, decodes_with="other weights").run()
+    assert not [e for e in RunDir(tmp_path / "lenient" / "run").events() if "as they were sampled" in e.message]
+
+
 def test_the_digests_in_the_meta_files_hold(finished: RunDir) -> None:
     metas = list(finished.path.glob("*/*/*.meta.json"))
     assert len(metas) > 25
