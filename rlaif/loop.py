@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rlaif import monitors
 from rlaif.config import Job
@@ -73,6 +73,13 @@ class Progress(Protocol):
     def advance(self, n: int) -> None: ...
     def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None: ...
     def note(self, message: str) -> None: ...
+
+
+class _Export(NamedTuple):
+    """In what precision the sampler gets a policy, and whether it has to be written in it first."""
+
+    precision: str
+    anew: bool
 
 
 @dataclass
@@ -608,9 +615,38 @@ class Loop:
         if has != version.digest:
             if not path.exists():
                 raise RlaifError(f"{path}: the policy's weights are gone; restore them, or start a new run")
-            self.sampler.call("load", policy_path=str(path))
+            if self._export_of(version).anew:
+                self._load_anew(k, version)
+            else:
+                self.sampler.call("load", policy_path=str(path))
         self._sampler_has = version.digest
         self._compare_weights(k, version)
+
+    def _export_of(self, version: PolicyVersion) -> _Export:
+        if not version.iteration:
+            return _Export("as given", anew=False)
+        # What it was written in then: this process may compute in something else.
+        written = self.dir.iteration(version.iteration - 1).meta("updates").get("exported", "bf16")
+        anew = written == "fp32" and self.learner.call("exports_in") == "bf16"
+        return _Export("bf16" if anew else written, anew)
+
+    def _load_anew(self, k: int, version: PolicyVersion) -> None:
+        """Gives a bf16 sampler the newest policy, which was written in fp32: a plain load would round it to the
+        nearest, and lose most of its last updates. The learner's state, which is the same policy, is written once more,
+        as every export of this process will be. The log knows the policy by its own digest; the event has the copy's.
+        """
+        self._load_learner(k)
+        copy = self.dir.path / "learner" / "for_sampler.partial"
+        shutil.rmtree(copy, ignore_errors=True)
+        rounded = self.learner.call("export", policy_dir=str(copy))
+        message = (
+            f"policy {version.digest} was written in fp32, and {self.sampler.call('computes_in')} samples from a copy "
+            f"({rounded}) that was rounded at random from the learner's weights"
+        )
+        if self._event_once("policy_rounded", message, k, policy=version.digest, copy=rounded):
+            self.progress.note(f"iteration {k + 1}: {message}")
+        self.sampler.call("load", policy_path=str(copy))
+        shutil.rmtree(copy, ignore_errors=True)  # it follows from state and seed
 
     def _compare_weights(self, k: int, version: PolicyVersion) -> None:
         """After every load, and before the first sample: do sampler and learner hold the same policy?
@@ -627,23 +663,13 @@ class Loop:
             return
         ours = self.sampler.call("logprobs", sequences=self._fixed)
         theirs = self.learner.call("logprobs", sequences=self._fixed)
-        exported = "as given"
-        if version.iteration:  # what it was written in then: this process may compute in something else
-            exported = self.dir.iteration(version.iteration - 1).meta("updates").get("exported", "bf16")
-        gap = weights_gap(ours, theirs, self.sampler.call("computes_in"), exported)
+        gap = weights_gap(ours, theirs, self.sampler.call("computes_in"), self._export_of(version).precision)
         if gap.typical > WRONG:
             raise RlaifError(
                 f"the sampler ({gap.sampler}) doesn't hold the policy that is trained: log-probabilities of fixed "
                 f"texts differ by {gap.typical:.2f} nats a token. `rlaif doctor --deep {self.job.policy.model}` says "
                 "where it happens; sampling.engine: transformers may be safe"
             )
-        if exported == "fp32" and not gap.sampler.endswith("fp32"):
-            message = (
-                f"the newest policy was exported in fp32 and {gap.sampler} rounds it to the nearest, so some of its "
-                "last updates are missing in what is sampled until the next one"
-            )
-            if self._event_once("alarm", message, k):
-                self.progress.note(f"alarm in iteration {k + 1}: {message}")
         self._gap = (version.digest, gap)
         values = {"weights_gap/mean": gap.mean, "weights_gap/typical": gap.typical, "weights_gap/worst": gap.worst}
         self.learner.call("track", values=values)

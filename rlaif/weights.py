@@ -2,9 +2,9 @@
 decoded and as the learner scores them. Pure.
 
 In: log-probabilities of the same tokens from both. Out: a `WeightsGap` or a `DecodingGap`. The two share no code but
-the model's own definition: an engine with its packed weights, caches and kernels on one side, the fp32 masters and a plain forward pass
-on the other. What lies between them is everything that can go wrong on the way: merging, rounding, writing, names,
-reloading.
+the model's own definition: an engine with its packed weights, caches and kernels on one side, the fp32 masters and a
+plain forward pass on the other. What lies between them is everything that can go wrong on the way: merging, rounding,
+writing, names, reloading.
 """
 
 from __future__ import annotations

@@ -228,6 +228,11 @@ class StubLearner:
     def track(self, values: dict[str, float]) -> None:
         self.tracked = values
 
+    def export(self, policy_dir: str) -> str:
+        Path(policy_dir).mkdir(parents=True)
+        (Path(policy_dir) / "weights.txt").write_text(self._weights)
+        return f"rounded {self._weights}"
+
     def exports_in(self) -> str:
         return "fp32"
 

@@ -92,15 +92,56 @@ def test_a_sampler_that_keeps_old_weights_is_found_out(tmp_path: Path) -> None:
     assert not (loop.dir.iteration(1).path / "completions.jsonl").exists(), "nothing was sampled from it"
 
 
-def test_a_run_that_goes_on_in_another_precision_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_goes_on_in_another_precision_has_its_policy_rounded_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stub_loop(tmp_path, stub_job(iterations=1)).run()
     monkeypatch.setattr("tests.stubs.StubSampler.computes_in", lambda self: "stub bf16")
+    monkeypatch.setattr("tests.stubs.StubLearner.exports_in", lambda self: "bf16")
     stub_loop(tmp_path, stub_job(iterations=2)).run()
     run = RunDir(tmp_path / "run")
-    assert [e.iteration for e in run.events() if "rounds it to the nearest" in e.message] == [1]
+    [said] = [e for e in run.events() if e.kind == "policy_rounded"]
+    assert (said.iteration, said.data["policy"]) == (1, run.iteration(0).policy_made())
+    assert "was written in fp32, and stub bf16 samples from a copy" in said.message
     gap = read_record(run.iteration(1).path / "metrics.json", IterationMetrics).weights_gap
     assert gap is not None
-    assert (gap.exported, gap.sampler) == ("fp32", "stub bf16")
+    assert (gap.exported, gap.sampler) == ("bf16", "stub bf16")
+    assert not list(run.path.glob("learner/*.partial"))
+
+
+@pytest.mark.parametrize(("before", "after", "rounded"), [("fp32", "bf16", 1), ("bf16", "fp32", 0)])
+def test_the_copy_is_the_learners_export(
+    before: str, after: str, rounded: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    """In bf16, at a rate of which rounding to the nearest would leave little."""
+    pytest.importorskip("trl")
+    from rlaif.config import Learner
+    from rlaif.launch import execute
+    from rlaif.learning import make
+    from rlaif.models import digest_of
+
+    def job(precision: str, iterations: int) -> Job:
+        learner = {"precision": "fp32", "learning_rate": 1e-6, "warmup_steps": 0, "batch_size": 2}
+        changes = {"iterations": iterations, "schedule": {0: "rules@1"}, "learner": learner}
+        return project_job(tmp_path, tiny_model, **changes, sampling={"precision": precision})
+
+    run = execute(job(before, 1), tmp_path / "run", tmp_path, Quiet())
+    policy = run.iteration(0).path / "policy"
+    digest = digest_of(policy)
+    state = shutil.copytree(run.path / "learner" / "0000", tmp_path / "state")
+    execute(job(after, 2), tmp_path / "run", tmp_path, Quiet(), allow_change=True)
+    said = [e for e in run.events() if e.kind == "policy_rounded"]
+    assert len(said) == rounded
+    assert digest_of(policy) == digest == run.iteration(0).policy_made(), "the log's own policy stays"
+    gap = read_record(run.iteration(1).path / "metrics.json", IterationMetrics).weights_gap
+    assert gap is not None
+    assert gap.exported == "bf16"
+    assert run.iteration(1).meta("updates")["exported"] == after
+    if rounded:
+        learner = make(str(tiny_model), Learner(precision="fp32"), seed=0, export_precision="bf16")
+        learner.load(str(state))
+        assert learner.export(str(tmp_path / "copy")) == said[0].data["copy"] == digest_of(tmp_path / "copy")
+        learner.close()
 
 
 def test_a_gap_beyond_the_limit_is_an_alarm(tmp_path: Path) -> None:
