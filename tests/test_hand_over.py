@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from rlaif.config import parse_job
-from rlaif.hand_over import check_hand_over, compare
+from rlaif.config import Job, parse_job
+from rlaif.errors import RlaifError, UserError
+from rlaif.hand_over import HandOver, check_hand_over, compare
 from rlaif.records import Completion, Message, PolicyVersion, Prompt, TokenSequence
 from rlaif.weights import decoding_gap, to_score_again, weights_gap
 from rlaif.workers import Worker, start_worker
 from tests.architectures import ARCHITECTURES, MIXTURES, make_model
+from tests.conftest import project_job
 from tests.hand_over_makers import sampler
 
 
@@ -48,6 +50,52 @@ def test_transformers_with_adapters(name: str, tmp_path: Path) -> None:
 
 def test_a_bf16_sampler_gets_close(tmp_path: Path) -> None:
     check(rows_of(make_model("llama-tied", tmp_path / "model"), "transformers", precision="bf16"), limit=0.1)
+
+
+def test_a_job_is_checked_as_it_would_be_run(tmp_path: Path) -> None:
+    """A template that takes nothing without its argument, and a system message: `--job` gives it both."""
+    model = make_model("llama-tied", tmp_path / "model")
+    (model / "chat_template.jinja").write_text(
+        "{% if mode is not defined or messages[0]['role'] != 'system' %}{{ raise_exception('bare') }}{% endif %}"
+        "{% for m in messages %}<s>{{ mode }}{{ m['content'] }}</s>{% endfor %}<s>"
+    )
+    sampling = {"engine": "transformers", "precision": "fp32", "max_tokens": 8, "max_model_len": 256}
+    tree: dict[str, Any] = {"constitution": "none", "sampling": sampling, "learner": {"precision": "fp32"}}
+    with pytest.raises(RlaifError, match="bare"):
+        list(check_hand_over(model, parse_job(tree, "test"), mode="inline"))
+    tree["policy"] = {"model": str(model), "system_prompt": "Be kind.", "chat_template_args": {"mode": "x"}}
+    check(list(check_hand_over(model, parse_job(tree, "test"), mode="inline")))
+
+
+def test_the_command_takes_a_job_or_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from rlaif.cli import app
+
+    model = make_model("llama-tied", tmp_path / "model")
+    job = project_job(tmp_path, model, policy={"model": str(model), "system_prompt": "w1"}, sampling={"top_p": 0.5})
+    asked = []
+
+    def checked(folder: Path, job: Job, **_: Any) -> Iterator[HandOver]:
+        asked.append((folder, job))
+        gap = weights_gap([(0.0,)], [(0.0,)], "x", "fp32")
+        yield HandOver(weights="as given", gap=gap, moved=0, holds=True)
+
+    monkeypatch.setattr("rlaif.hand_over.check_hand_over", checked)
+    command = ["doctor", "--job", str(tmp_path / "tiny.yaml")]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert CliRunner().invoke(app, [*command, "--set", "policy.system_prompt=w2"]).exit_code == 0
+    assert asked[0] == (model, job)
+    assert asked[1][1].policy.system_prompt == "w2"
+    assert (
+        CliRunner().invoke(app, ["doctor", "--deep", str(model), "--set", "sampling.max_model_len=99"]).exit_code == 0
+    )
+    assert asked[2][1].sampling.max_model_len == 99
+    for wrong in ([*command, "--deep", str(model)], ["doctor", "--set", "seed=1"]):
+        said = CliRunner().invoke(app, wrong)
+        assert isinstance(said.exception, UserError)
+        assert "--deep MODEL or --job JOB" in str(said.exception)
+    assert len(asked) == 3
 
 
 @pytest.fixture(scope="module")
