@@ -92,6 +92,72 @@ def test_a_sampler_that_keeps_old_weights_is_found_out(tmp_path: Path) -> None:
     assert not (loop.dir.iteration(1).path / "completions.jsonl").exists(), "nothing was sampled from it"
 
 
+@pytest.mark.parametrize("stop", ["preferences", "updates", "evaluations", "metrics", None])
+def test_weights_are_compared_again_when_a_run_goes_on(
+    stop: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it stopped: the new process's sampler is compared before it samples anything."""
+    whole = stub_loop(tmp_path, stub_job(iterations=2))
+    if stop:
+        monkeypatch.setattr(f"rlaif.loop.Loop.{_STOPS[stop]}", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            whole.run()
+        monkeypatch.undo()
+    else:
+        stub_loop(tmp_path, stub_job(iterations=1)).run()
+    with pytest.raises(RlaifError, match="doesn't hold the policy that is trained"):
+        stub_loop(tmp_path, stub_job(iterations=2), forgetful=True).run()
+    assert not (tmp_path / "run" / "iterations" / "0001" / "completions.jsonl").exists()
+    stub_loop(tmp_path, stub_job(iterations=2)).run()
+    for k in (0, 1):
+        metrics = read_record(tmp_path / "run" / "iterations" / f"{k:04d}" / "metrics.json", IterationMetrics)
+        assert metrics.weights_gap is not None
+        assert metrics.weights_gap.typical == 0
+
+
+_STOPS = {"preferences": "_mix", "updates": "_update", "evaluations": "_drift", "metrics": "_alarms"}
+
+
+def _interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_real_weights_are_compared_again_when_a_run_goes_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that goes on with the weights that it started from."""
+    pytest.importorskip("trl")
+    from rlaif.launch import execute
+    from rlaif.sampling.role import SamplerRole
+
+    def job(iterations: int) -> Job:
+        learner = {"precision": "fp32", "learning_rate": 0.05, "warmup_steps": 0, "batch_size": 2}
+        return project_job(tmp_path, tiny_model, iterations=iterations, schedule={0: "rules@1"}, learner=learner)
+
+    run = execute(job(1), tmp_path / "run", tmp_path, Quiet())
+    monkeypatch.setattr(SamplerRole, "load", lambda self, policy_path: None)
+    with pytest.raises(RlaifError, match="doesn't hold the policy that is trained"):
+        execute(job(2), tmp_path / "run", tmp_path, Quiet(), allow_change=True)
+    assert not any(p.stat().st_size for p in run.iteration(1).path.glob("completions*"))
+
+
+def test_a_run_that_goes_on_with_a_shorter_window_is_told_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from rlaif.launch import execute
+
+    def job(iterations: int, room: int) -> Job:
+        changes = {"iterations": iterations, "schedule": {0: "rules@1"}}
+        return project_job(tmp_path, tiny_model, **changes, sampling={"max_model_len": room, "max_tokens": 29})
+
+    run = execute(job(1, 64), tmp_path / "run", tmp_path, Quiet())
+    before = {p: p.read_bytes() for p in run.path.glob("*/*.jsonl")}
+    with pytest.raises(UserError, match=r"prompt .*sampling.max_model_len is 32.*keeps its prompts"):
+        execute(job(2, 32), tmp_path / "run", tmp_path, Quiet(), allow_change=True)
+    assert run.iterations() == [0]
+    assert {p: p.read_bytes() for p in run.path.glob("*/*.jsonl")} == before
+    execute(job(2, 60), tmp_path / "run", tmp_path, Quiet(), allow_change=True)
+
+
 def test_a_run_that_goes_on_in_another_precision_has_its_policy_rounded_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
