@@ -368,8 +368,9 @@ class Filters(Section):
     calibration: str | None = None
     """File of `rlaif judge calibrate`: pairs under its threshold are dropped (`uncalibrated`)."""
     uncalibrated: Literal["drop", "stop"] = "stop"
-    """When judge, template, constitution or how they are asked (system prompt, cut-off answers) are not what was
-    calibrated: drop every such pair, or stop the run."""
+    """When judge, template, constitution or how they are asked (system prompt, ...) are not what was calibrated: drop
+    every such pair, or stop the run. Pairs with one cut-off answer, where it counts for the judge and no labelled pair
+    had one, are dropped either way."""
     min_votes: int = Field(1, ge=1)
     """Valid votes a pair needs (`too_few_votes`)."""
     max_abstention_share: float = Field(0.5, ge=0, le=1)

@@ -27,7 +27,7 @@ from rlaif.judging.ballots import (
     selecting_voices,
     settled,
 )
-from rlaif.judging.calibration import CUT_OFF, EVERYTHING, Asked, Calibration, ends_of, judged_stats
+from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, ends_of, judged_stats
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import check_calibrated, decide_votes, to_review
 from rlaif.judging.templates import Template, template_names
@@ -324,10 +324,9 @@ class Loop:
             check_calibrated(ballots, self.calibration, self.job.filters, asked=asked)
             if why := self.calibration.cut_off_mismatch(asked.cut_off_counts):
                 # Whether an answer is cut off is known once it is sampled; an hour later is too late to say so.
-                if self.job.filters.uncalibrated == "stop":
-                    check_calibrated(ballots, self.calibration, self.job.filters, asked=asked._replace(ends=CUT_OFF))
-                elif self._event_once("cut_off_uncalibrated", f"such pairs are dropped (uncalibrated): {why}", 0):
-                    self.progress.note(f"such pairs are dropped (uncalibrated): {why}")
+                message = f"pairs with one answer that is cut off will be dropped (uncalibrated): {why}"
+                if self._event_once("cut_off_uncalibrated", message, 0):
+                    self.progress.note(f"filters.calibration {self.job.filters.calibration}: {message}")
 
     def _settled(self, votes: list[Vote], in_rounds: list[list[Ballot]], number: int, text: Constitution) -> set[str]:
         """Pairs that round `number` can leave out, by the votes of the rounds before it."""
