@@ -381,8 +381,9 @@ class Filters(Section):
     calibration: str | None = None
     """File of `rlaif judge calibrate`: pairs under its threshold are dropped (`uncalibrated`)."""
     uncalibrated: Literal["drop", "stop"] = "stop"
-    """When judge, template, constitution or how they are asked (system prompt, cut-off answers) are not what was
-    calibrated: drop every such pair, or stop the run."""
+    """When judge, template, constitution or how they are asked (system prompt, ...) are not what was calibrated: drop
+    every such pair, or stop the run. Pairs with one cut-off answer, where it counts for the judge and no labelled pair
+    had one, are dropped either way."""
     min_votes: int = Field(1, ge=1)
     """Valid votes a pair needs (`too_few_votes`)."""
     max_abstention_share: float = Field(0.5, ge=0, le=1)
@@ -486,7 +487,8 @@ class Monitors(Section):
     """Alarm when fewer than this share of an iteration's sampled answers are distinct."""
     max_weights_gap: float = Field(0.02, gt=0)
     """Alarm when the policy that samples is not the one that is trained: fixed texts, scored by both, differ by more
-    than this on average (nats a token), or by ten times this in absolute value. Over 0.5 the run stops."""
+    than this on average (nats a token), or by ten times this in absolute value; over 0.5 the run stops. The same for
+    sampled answers, as they were decoded and as the learner scores them (`decoding_gap`), without the stop."""
     max_abstained_share: float = Field(0.2, ge=0, le=1)
     """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
     replies)."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rlaif import monitors
 from rlaif.config import Job
@@ -27,7 +27,7 @@ from rlaif.judging.ballots import (
     selecting_voices,
     settled,
 )
-from rlaif.judging.calibration import CUT_OFF, EVERYTHING, Asked, Calibration, ends_of, judged_stats
+from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, ends_of, judged_stats
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import check_calibrated, decide_votes, to_review
 from rlaif.judging.templates import Template, template_names
@@ -39,6 +39,7 @@ from rlaif.records import (
     Ballot,
     Completion,
     Decision,
+    DecodingGap,
     Divergence,
     EvaluationMetrics,
     IterationMetrics,
@@ -57,7 +58,7 @@ from rlaif.records import (
 from rlaif.review.labels import labels_noted
 from rlaif.store import STAGES, RunDir, StageDir, read_record, replace_dir, write_json
 from rlaif.texts import Texts
-from rlaif.weights import WRONG, weights_gap
+from rlaif.weights import WRONG, decoding_gap, to_score_again, weights_gap
 from rlaif.workers import WorkerLike
 
 BASE_POLICY = 0
@@ -72,6 +73,13 @@ class Progress(Protocol):
     def advance(self, n: int) -> None: ...
     def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None: ...
     def note(self, message: str) -> None: ...
+
+
+class _Export(NamedTuple):
+    """In what precision the sampler gets a policy, and whether it has to be written in it first."""
+
+    precision: str
+    anew: bool
 
 
 @dataclass
@@ -141,6 +149,7 @@ class Loop:
             judged=judged_stats(list(zip(pairs, decisions, strict=True)), {c.id: c.text for c in completions},
                                 {c.id: c.finish_reason for c in completions}),
             gap=self._gap_of(here),
+            decoding=self._decoding_of(here),
         )  # fmt: skip
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(k, metrics, evaluation)
@@ -189,12 +198,13 @@ class Loop:
 
     def _sample(self, plan: Plan, here: StageDir, prompts: list[Prompt]) -> list[Completion]:
         settings = self.job.sampling
+        sampled: list[Completion] = []
 
         def produce(_: list[Completion]) -> Iterator[list[Completion]]:
             self._load_sampler(plan.iteration)
             total = len(prompts) * settings.completions_per_prompt
             self.progress.stage(plan.iteration, "sample", total, "answers", str(plan.constitution))
-            yield from self._advancing(
+            for chunk in self._advancing(
                 self.sampler.stream(
                     "sample",
                     prompts=prompts,
@@ -204,9 +214,14 @@ class Loop:
                     iteration=plan.iteration,
                     prefix=f"{plan.iteration:04d}",
                 )
-            )
+            ):
+                sampled.extend(chunk)
+                yield chunk
 
-        rows = here.rows("completions", Completion, produce, resumable=False, before_commit=self._gap_noted)
+        def commit() -> dict[str, Any]:
+            return self._gap_noted() | self._score_again(plan.iteration, sampled)
+
+        rows = here.rows("completions", Completion, produce, resumable=False, before_commit=commit)
         return _in_order(rows, [p.id for p in prompts])
 
     def _score(
@@ -309,10 +324,9 @@ class Loop:
             check_calibrated(ballots, self.calibration, self.job.filters, asked=asked)
             if why := self.calibration.cut_off_mismatch(asked.cut_off_counts):
                 # Whether an answer is cut off is known once it is sampled; an hour later is too late to say so.
-                if self.job.filters.uncalibrated == "stop":
-                    check_calibrated(ballots, self.calibration, self.job.filters, asked=asked._replace(ends=CUT_OFF))
-                elif self._event_once("cut_off_uncalibrated", f"such pairs are dropped (uncalibrated): {why}", 0):
-                    self.progress.note(f"such pairs are dropped (uncalibrated): {why}")
+                message = f"pairs with one answer that is cut off will be dropped (uncalibrated): {why}"
+                if self._event_once("cut_off_uncalibrated", message, 0):
+                    self.progress.note(f"filters.calibration {self.job.filters.calibration}: {message}")
 
     def _settled(self, votes: list[Vote], in_rounds: list[list[Ballot]], number: int, text: Constitution) -> set[str]:
         """Pairs that round `number` can leave out, by the votes of the rounds before it."""
@@ -600,9 +614,38 @@ class Loop:
         if has != version.digest:
             if not path.exists():
                 raise RlaifError(f"{path}: the policy's weights are gone; restore them, or start a new run")
-            self.sampler.call("load", policy_path=str(path))
+            if self._export_of(version).anew:
+                self._load_anew(k, version)
+            else:
+                self.sampler.call("load", policy_path=str(path))
         self._sampler_has = version.digest
         self._compare_weights(k, version)
+
+    def _export_of(self, version: PolicyVersion) -> _Export:
+        if not version.iteration:
+            return _Export("as given", anew=False)
+        # What it was written in then: this process may compute in something else.
+        written = self.dir.iteration(version.iteration - 1).meta("updates").get("exported", "bf16")
+        anew = written == "fp32" and self.learner.call("exports_in") == "bf16"
+        return _Export("bf16" if anew else written, anew)
+
+    def _load_anew(self, k: int, version: PolicyVersion) -> None:
+        """Gives a bf16 sampler the newest policy, which was written in fp32: a plain load would round it to the
+        nearest, and lose most of its last updates. The learner's state, which is the same policy, is written once more,
+        as every export of this process will be. The log knows the policy by its own digest; the event has the copy's.
+        """
+        self._load_learner(k)
+        copy = self.dir.path / "learner" / "for_sampler.partial"
+        shutil.rmtree(copy, ignore_errors=True)
+        rounded = self.learner.call("export", policy_dir=str(copy))
+        message = (
+            f"policy {version.digest} was written in fp32, and {self.sampler.call('computes_in')} samples from a copy "
+            f"({rounded}) that was rounded at random from the learner's weights"
+        )
+        if self._event_once("policy_rounded", message, k, policy=version.digest, copy=rounded):
+            self.progress.note(f"iteration {k + 1}: {message}")
+        self.sampler.call("load", policy_path=str(copy))
+        shutil.rmtree(copy, ignore_errors=True)  # it follows from state and seed
 
     def _compare_weights(self, k: int, version: PolicyVersion) -> None:
         """After every load, and before the first sample: do sampler and learner hold the same policy?
@@ -619,23 +662,13 @@ class Loop:
             return
         ours = self.sampler.call("logprobs", sequences=self._fixed)
         theirs = self.learner.call("logprobs", sequences=self._fixed)
-        exported = "as given"
-        if version.iteration:  # what it was written in then: this process may compute in something else
-            exported = self.dir.iteration(version.iteration - 1).meta("updates").get("exported", "bf16")
-        gap = weights_gap(ours, theirs, self.sampler.call("computes_in"), exported)
+        gap = weights_gap(ours, theirs, self.sampler.call("computes_in"), self._export_of(version).precision)
         if gap.typical > WRONG:
             raise RlaifError(
                 f"the sampler ({gap.sampler}) doesn't hold the policy that is trained: log-probabilities of fixed "
                 f"texts differ by {gap.typical:.2f} nats a token. `rlaif doctor --deep {self.job.policy.model}` says "
                 "where it happens; sampling.engine: transformers may be safe"
             )
-        if exported == "fp32" and not gap.sampler.endswith("fp32"):
-            message = (
-                f"the newest policy was exported in fp32 and {gap.sampler} rounds it to the nearest, so some of its "
-                "last updates are missing in what is sampled until the next one"
-            )
-            if self._event_once("alarm", message, k):
-                self.progress.note(f"alarm in iteration {k + 1}: {message}")
         self._gap = (version.digest, gap)
         values = {"weights_gap/mean": gap.mean, "weights_gap/typical": gap.typical, "weights_gap/worst": gap.worst}
         self.learner.call("track", values=values)
@@ -643,6 +676,24 @@ class Loop:
     def _gap_noted(self) -> dict[str, Any]:
         """For the meta file of what was just sampled."""
         return {"weights_gap": self._gap[1].model_dump(mode="json")} if self._gap else {}
+
+    def _score_again(self, k: int, sampled: list[Completion]) -> dict[str, Any]:
+        """Some of what was just sampled, scored by the learner: the sampler reads the fixed texts in one pass, and they
+        say nothing about its way of decoding. For the meta file."""
+        some = to_score_again(sampled, seed=self.job.seed * 1_000_003 + k)
+        if not some:  # an engine that records no log p
+            return {}
+        self._load_learner(k)
+        texts = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in some]
+        gap = decoding_gap(some, self.learner.call("logprobs", sequences=texts))
+        values = {f"decoding_gap/{name}": getattr(gap, name) for name in ("mean", "typical", "worst")}
+        self.learner.call("track", values=values)
+        return {"decoding_gap": gap.model_dump(mode="json")}
+
+    @staticmethod
+    def _decoding_of(here: StageDir) -> DecodingGap | None:
+        found = here.meta("completions").get("decoding_gap")
+        return DecodingGap.model_validate(found) if found else None
 
     @staticmethod
     def _gap_of(here: StageDir) -> WeightsGap | None:

@@ -130,6 +130,29 @@ class WeightsGap(Record):
         return self.mean <= limit and self.typical <= 10 * limit
 
 
+class DecodingGap(Record):
+    """How far apart answers as they were sampled and the weights that are trained are: some answers whose log p was
+    recorded while they were decoded, token by token, scored again by the learner, each in one pass."""
+
+    answers: int
+    """Answers compared: the longest of the iteration's, and some drawn from the others."""
+    tokens: int
+    mean: float
+    """|Mean over their tokens of log p(as recorded) - log p(learner)|, in nats; both are raw, at temperature 1 and
+    top-p 1, whatever was sampled with."""
+    error: float
+    """Standard error of `mean`, over the answers: few short ones say little. 0 for a single one."""
+    typical: float
+    """Mean over the tokens of their answer's |difference a token|, in nats. Within an answer rounding averages out."""
+    worst: float
+    """The largest |difference a token| of an answer, in nats."""
+
+    def within(self, limit: float) -> bool:
+        """Whether `mean` is at most `limit`, but for what chance does in so few answers (two standard errors), and
+        `typical` at most ten times that."""
+        return self.mean - 2 * self.error <= limit and self.typical <= 10 * limit
+
+
 class Score(Record):
     """A judge's score of a single completion by one voice; used to choose pairs, never to decide them."""
 
@@ -467,6 +490,8 @@ class IterationMetrics(Record):
     """Wall time by stage."""
     weights_gap: WeightsGap | None = None
     """Of the policy that was sampled from; None in a run that didn't measure it."""
+    decoding_gap: DecodingGap | None = None
+    """Of the answers that were sampled; None in a run that didn't measure it."""
 
 
 class EvaluationMetrics(AnswerStats):

@@ -141,6 +141,7 @@ def final_tables(run: RunDir, summary: Summary) -> None:
         "words",
         "ended",
         "gap",
+        "decoded",
         "seconds by stage",
     ):
         table.add_column(column, justify="left" if column in ("text", "dropped", "seconds by stage") else "right")
@@ -156,6 +157,7 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             f"{m.sampled.mean_words:.1f}",
             f"{m.sampled.ended_share:.0%}",
             "-" if m.weights_gap is None else f"{m.weights_gap.mean:.4f}",
+            "-" if m.decoding_gap is None else f"{m.decoding_gap.mean:.4f}",
             "  ".join(
                 f"{name} {seconds[stage]:.0f}"
                 for name, stage in (

@@ -460,6 +460,10 @@ class TrlLearner(ABC):
             save_file(self._trained(), folder / "weights.safetensors")
             with _no_checksums():
                 torch.save(state, folder / "state.pt")
+        return self.export(policy_dir)
+
+    def export(self, policy_dir: str) -> str:
+        """Writes the policy alone, as `save` does; returns its digest."""
         with _write_errors(Path(policy_dir)):
             return self._export(Path(policy_dir))
 

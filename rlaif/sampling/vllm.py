@@ -89,6 +89,7 @@ class Sampler:
             max_num_seqs=MAX_SEQUENCES,
             tensor_parallel_size=settings.tensor_parallel_size,
             seed=0,
+            logprobs_mode="raw_logprobs",  # before temperature and top-p: comparable with anybody's
             disable_log_stats=True,
             **device,
         )
