@@ -82,6 +82,24 @@ class Renderer:
                 )
         return rendered
 
+    def begun(self, messages: Sequence[Message]) -> str:
+        """What the template writes after the last message, for the answer to go on with.
+
+        Raises:
+            UserError: as `text`.
+        """
+        text = self.text(messages)
+        try:
+            asked = self._apply(messages, self._wants_parts(tuple(m.role for m in messages)), answer_next=False)
+        except UserError:
+            asked = text
+        if text != asked and text.startswith(asked):
+            return text[len(asked) :]
+        # It writes the same either way, or closes another turn when no answer follows.
+        probed = self.text([*messages[:-1], messages[-1].model_copy(update={"content": _PROBE})])
+        _, found, after = probed.rpartition(_PROBE)
+        return after if found else ""
+
     def ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """`text` as token ids. The template writes the special tokens itself, so none are added.
 

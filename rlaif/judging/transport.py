@@ -438,7 +438,10 @@ class OpenAIServer:
             self._wasted(read_usage(answer.content))
             if e.retry_after_s is None:
                 e.retry_after_s = retry_after_s(answer.headers)
-            raise
+            failed: Exception = e
+            if e.status is not None and not asks_again(e.status):
+                failed = self._refused(e.status, f"error {e.status} under HTTP 200", e.said)
+            raise self._unless_for_system(failed, body, e.status, e.said) from None
         latency_s = answer.elapsed.total_seconds()
         used = reply.usage.prompt_tokens + reply.usage.completion_tokens
         if not used:  # a budget must hold with servers that don't count, too
@@ -491,10 +494,7 @@ class OpenAIServer:
             )
         except openai.APIStatusError as e:
             failed = self._status_error(e)
-            asked = any(m["role"] == "system" for m in body["messages"])
-            if asked and e.status_code in (400, 422, 500) and _SYSTEM_REFUSED.search(message_in(e.body) or ""):
-                failed = _SystemRefused(failed)
-            raise failed from None
+            raise self._unless_for_system(failed, body, e.status_code, message_in(e.body) or "") from None
         except (openai.APIConnectionError, TimeoutError) as e:
             fault = connection_fault(e, self._url) or f"no reply within {self._settings.timeout_s:g} s"
             raise NoReply(self._scrub(fault), "down") from None
@@ -534,36 +534,45 @@ class OpenAIServer:
                 self._made = self._connect(http_client=http_client)
         return self._made
 
+    def _unless_for_system(self, failed: Exception, body: dict[str, Any], status: int | None, said: str) -> Exception:
+        """A failure, marked where it may be about the system's message."""
+        asked = any(m["role"] == "system" for m in body["messages"])
+        may_be = asked and status in (400, 422, 500, None) and _SYSTEM_REFUSED.search(said)
+        return _SystemRefused(failed) if may_be else failed
+
     def _status_error(self, error: Any) -> Exception:
-        status, juror, url = error.status_code, self._juror, shown_url(self._juror)
+        status = error.status_code
         said = self._scrub(message_in(error.body) or error.response.text)
-        if status == 401:
-            if juror.api_key_env is None and not juror.headers:
-                return UserError(
-                    f"judge.api_key_env: {url} wants a key (HTTP {status}); name the variable that holds it"
-                )
-            return UserError(
-                f"judge.api_key_env: {url} refused the key in {juror.api_key_env or ', '.join(juror.headers.values())} "
-                f"(HTTP {status}) for model `{juror.model}`; set it to a key of this server that may use this model"
-            )
-        if status == 404:
-            return UserError(
-                f"judge.model, judge.base_url: {url} has no model `{juror.model}`, or no chat completions at this "
-                f"address (HTTP 404: {said}); check both, the address usually ends in /v1"
-            )
         if asks_again(status):
             # A sentence in an error's own form comes from a judge's server, a page from anywhere.
             kind: FailureKind = "down" if status in _DOWN or message_in(tree_of(error.response.content)) else "broken"
             return NoReply(
                 f"HTTP {status}: {said}", kind, retry_after_s(error.response.headers, tree_of(error.response.content))
             )
+        return self._refused(status, f"HTTP {status}", said)
+
+    def _refused(self, status: int, named: str, said: str) -> Exception:
+        """What comes of a request that another attempt doesn't help, with the setting that may."""
+        juror, url = self._juror, shown_url(self._juror)
+        if status == 401:
+            if juror.api_key_env is None and not juror.headers:
+                return UserError(f"judge.api_key_env: {url} wants a key ({named}); name the variable that holds it")
+            return UserError(
+                f"judge.api_key_env: {url} refused the key in {juror.api_key_env or ', '.join(juror.headers.values())} "
+                f"({named}) for model `{juror.model}`; set it to a key of this server that may use this model"
+            )
+        if status == 404:
+            return UserError(
+                f"judge.model, judge.base_url: {url} has no model `{juror.model}`, or no chat completions at this "
+                f"address ({named}: {said}); check both, the address usually ends in /v1"
+            )
         if status == 402:  # nothing of the question: no credit
-            return CallFailed(f"HTTP {status}: {said}", "down")
+            return CallFailed(f"{named}: {said}", "down")
         hint = next((f" ({hint})" for found, hint in _HINTS if found.search(said)), "")
         if status == 403:  # the key, or what is asked: which, other questions show
             key = f"key: {juror.api_key_env or 'none'}, judge.api_key_env; model `{juror.model}`"
             hint = f" ({key})" if not hint else f"{hint[:-1]}; {key})"
-        return CallFailed(f"HTTP {status}: {said}{hint}", "rejected")
+        return CallFailed(f"{named}: {said}{hint}", "rejected")
 
     def _scrub(self, text: str) -> str:
         """One line without the key, for logs and errors."""

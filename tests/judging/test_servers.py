@@ -177,6 +177,129 @@ def test_a_request_that_is_refused_under_200_is_not_tried_again():
         assert {v.attempts for v in cast.votes} == {1}
 
 
+USABLE = {"choices": [choice("{W}")]}
+REFUSALS = [
+    (401, {"error": {"code": 401, "message": "no"}}), (401, {"error": {"code": "invalid_api_key", "message": "no"}}),
+    (401, {"error": {"type": "authentication_error", "message": "no"}}), (401, {"error": "Incorrect API key provided"}),
+    (401, {"code": 401, "message": "Unauthorized"}), (401, {"error": {"status": "UNAUTHENTICATED", "message": "no"}}),
+    (401, {"base_resp": {"status_code": 1004, "status_msg": "login fail"}}),
+    (401, {"base_resp": {"status_code": 2049, "status_msg": "invalid api key, try again"}}),
+    (401, {"object": "error", "type": "AuthenticationError", "code": "401", "message": "no"}),
+    (404, {"error": {"code": 404, "message": "no"}}), (404, {"error": {"code": "model_not_found", "message": "no"}}),
+    (404, {"error": {"type": "invalid_request_error", "code": "model_not_found", "message": "no"}}),
+    (404, {"error": "model 'm' not found, try pulling it first"}), (404, {"code": 20012, "message": "Model does not exist"}),
+    (404, {"object": "error", "message": "no", "type": "NotFoundError", "code": 404}),
+    (404, {"error": {"code": "404", "message": "no"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("beside", [{}, USABLE], ids=["alone", "beside"])
+@pytest.mark.parametrize(("status", "answer"), REFUSALS)
+def test_a_wrong_key_or_model_under_200_says_what_the_status_would(status, answer, beside):
+    if beside and answer.get("code") == 20012:
+        pytest.skip("a number that nobody knows, beside a reply")
+    with FaultServer(answer=lambda body, times: (200, {}, filled(beside, body) | answer)) as server:
+        cast = cast_of(server)
+    assert isinstance(cast.error, UserError)
+    said = str(cast.error)
+    assert f"error {status} under HTTP 200" in said
+    assert (
+        ("judge.api_key_env" in said and "TEST_KEY" in said) if status == 401 else "judge.model, judge.base_url" in said
+    )
+    assert server.requests <= 4  # nothing is tried again
+
+
+@pytest.mark.parametrize(
+    ("message", "hint"),
+    [
+        (
+            "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens'.",
+            "max_completion_tokens: 4096",
+        ),
+        ("temperature does not support 0", "judge.extra_body: {temperature: null}"),
+        ("You are not allowed to request logprobs", "judge.logprobs: false"),
+        ("response_format is not supported", "judge.extra_body: {response_format: null}"),
+    ],
+)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda said: {"error": {"code": 400, "message": said}},
+        lambda said: {"error": {"type": "invalid_request_error", "message": said}},
+        lambda said: {"error": {"code": 422, "message": said}}, lambda said: {"code": 400, "message": said},
+        lambda said: {"object": "error", "type": "BadRequestError", "message": said},
+        lambda said: {"base_resp": {"status_code": 2013, "status_msg": said}},
+        lambda said: {"error": {"code": 403, "message": said}},
+    ],
+)  # fmt: skip
+def test_a_parameter_that_is_refused_under_200_says_how_to_do_without(message, hint, answer):
+    with FaultServer(answer=lambda body, times: (200, {}, answer(message))) as server:
+        cast = cast_of(server)
+    assert isinstance(cast.error, UserError)
+    assert hint in str(cast.error)
+
+
+@pytest.mark.parametrize("error", [{"code": 400, "message": "System role not supported"}, "System role not supported"])
+def test_a_system_message_that_is_refused_under_200_is_merged(error):
+    def answer(body, times):
+        return (200, {}, {"error": error}) if body["messages"][0]["role"] == "system" else None
+
+    with FaultServer(answer=answer) as server:
+        cast = cast_of(server, n=6, concurrency=1)
+    assert outcomes(cast) == {"second"}
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        {"base_resp": {"status_code": 1002, "status_msg": "rate limit"}},
+        {"base_resp": {"status_code": "1013", "status_msg": "internal"}},
+        {"base_resp": {"status_code": 1000}}, {"base_resp": {"status_code": -1, "status_msg": "odd"}},
+        {"BaseResp": {"StatusCode": 1001, "StatusMessage": "timeout"}}, {"success": False, "message": "busy"},
+        {"status": "failed"}, {"object": "error", "message": "busy"}, {"error_code": 18, "error_msg": "qps"},
+        {"code": 503, "message": "busy"}, {"code": "429", "msg": "busy"}, {"type": "error", "message": "busy"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("beside", [{}, USABLE, {"choices": None}], ids=["alone", "beside", "none"])
+def test_failures_by_other_names_are_tried_again(failure, beside):
+    def answer(body, times):
+        return (200, {}, filled(beside, body) | failure) if times == 1 else None
+
+    with FaultServer(answer=answer) as server:
+        cast = cast_of(server, n=1)
+    assert outcomes(cast) == {"second"}
+    assert {v.attempts for v in cast.votes} == {2}
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        {"base_resp": {"status_code": 0, "status_msg": "success"}}, {"base_resp": {"status_code": "0"}}, {"base_resp": {}},
+        {"base_resp": None}, {"code": 0, "message": "success"}, {"code": 200}, {"code": "200", "msg": "ok"}, {"success": True},
+        {"error": None, "errors": []}, {"error_code": 0}, {"status": "completed"}, {"object": "chat.completion"}, {"type": "message"},
+    ],
+)  # fmt: skip
+def test_a_reply_that_says_that_all_is_well(fine):
+    tree = {"choices": [choice("A")], **fine}
+    assert read_reply(json.dumps(tree).encode(), "m").content == "A"
+
+
+@pytest.mark.parametrize("finish", [1, 0, 2.5, True, False, ["stop"], [], {"type": "stop"}, {}, {"reason": "length"}])
+def test_a_finish_reason_that_is_no_word_is_a_failure(finish):
+    with server_of(choice("{W}", finish), choice("{R}")) as server:
+        cast = cast_of(server, n=1)
+    assert outcomes(cast) == {"second"}
+    assert {v.attempts for v in cast.votes} == {2}
+    with pytest.raises(NoReply, match="finish_reason is no word") as found:
+        read_reply(json.dumps({"choices": [choice("A", finish)]}).encode(), "m")
+    assert found.value.kind == "unfinished"
+    native = choice("A", None) | {"native_finish_reason": finish}
+    with pytest.raises(NoReply, match="native_finish_reason is no word"):
+        read_reply(json.dumps({"choices": [native]}).encode(), "m")
+    said = choice("A") | {"native_finish_reason": finish}
+    assert read_reply(json.dumps({"choices": [said]}).encode(), "m").finish_reason == "stop"
+
+
 @pytest.mark.parametrize(
     "content", ["", None, "  \n", [], "\u200b", "<think>so</think>", [{"type": "text", "text": ""}]]
 )
