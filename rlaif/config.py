@@ -6,6 +6,7 @@ is generated from them.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import types
 import typing
@@ -702,6 +703,16 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: the value is not valid YAML") from e
 
 
+_YAML_READS = {
+    datetime.date: "a date",
+    datetime.datetime: "a time",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+}
+"""What YAML makes of text without quotes."""
+
+
 def _explain(error: Any) -> str:
     where = ".".join(str(p) for p in error["loc"] if p != "[key]")
     if error["type"] != "extra_forbidden":
@@ -710,6 +721,10 @@ def _explain(error: Any) -> str:
             message = "expected a section, `key: value` lines below it"
         if not where:
             return str(message)
+        if error["type"] == "string_type" and (read_as := _YAML_READS.get(type(error["input"]))):
+            shown = yaml.safe_dump(error["input"]).split("\n")[0]
+            shown = "" if where.endswith("base_url") else f" {shown}"
+            return f"{where}: expected text, and YAML reads{shown or ' this'} as {read_as}; put it in quotes"
         # Not an address's, nor a section's that may hold one: passwords stand in some.
         silent = where.endswith("base_url") or isinstance(error["input"], dict)
         return f"{where}: {message}" + ("" if silent else f" (found {error['input']!r})")

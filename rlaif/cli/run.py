@@ -179,7 +179,7 @@ def doctor(
 
         if deep is not None and job is not None:
             raise UserError("--deep MODEL or --job JOB, not both; a job names its model (policy.model)")
-        check(deep if job is None else _job_and_run(job, set_ or [], None, Path())[0], set_ or [], json_)
+        check(_job_and_run(job, set_ or [], None, Path())[0] if job is not None else deep or "", set_ or [], json_)
         return
     if set_:
         raise UserError("--set: takes effect with --deep MODEL or --job JOB alone")

@@ -84,22 +84,35 @@ def asks_again(status: int) -> bool:
     return status in _RETRIED or status >= 500
 
 
-_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-_DURATION = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>ms|us|µs|ns|h|m|s)")
+_UNITS_S = {"d": 86_400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_NUMBER, _UNIT = (
+    r"\d+(?:\.\d*)?|\.\d+",
+    (r"milliseconds?|millis|msecs?|ms|us|µs|ns|days?|d|hours?|hrs?|h|minutes?|mins?|m|seconds?|secs?|s"),
+)
+_DURATION = re.compile(rf"(?P<number>{_NUMBER})\s*(?P<unit>{_UNIT})(?![a-zµ])\.?(?:\s*,|\s+and\b)?", re.I)
+# What is to be done ("try again in 20s", "retry after 1 h 2 min", "will reset after 1h2m3s"), unless it is what was
+# done ("gave up after a wait of 120 seconds", "after retrying for 30 s").
 _SAID_TO_WAIT = re.compile(
-    r"(?:try again|retry|retrying|wait)\b[^.\d]{0,30}?"
-    r"(?P<time>(?:\d+(?:\.\d+)?\s*(?:milliseconds?|ms|minutes?|mins?|m|seconds?|secs?|s)\b\s*|\d+m(?=\d))+)",
+    r"(?<!\w)(?:try(?:ing)?(?: \w+){0,3} again|retry(?:ing)?|wait|back[ -]?off|(?:will|to) reset|resets"
+    r"|available again)"
+    r"(?:[\s_:=(~-]+(?:again|after|in|for|at least|about|around|approximately|another|a minimum of|your|this|the"
+    r"|requests?|delay|waiting|later))*[\s_:=(~-]+"
+    rf"(?P<time>(?:(?:{_NUMBER})\s*(?:{_UNIT})(?![a-zµ])(?:\s*,|\s+and\b)?\s*)+)",
     re.I,
 )
-_SAID_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>mil|ms|m|s)", re.I)
+_WAS_DONE = re.compile(
+    r"\b(?:an?|the|its?|after|of|up|each|every|last|first|no|that|without|our|max|maximum|stopped|while|when|were|was"
+    r"|finished|failed to|did not|didn't|could not|couldn't|cannot|can't|not|never|unable to|connection)\s+$",
+    re.I,
+)
 
 
 def retry_after_s(headers: Any, body: Any = None) -> float | None:
     """Seconds that a server asks to wait; None when it doesn't say.
 
     In this order: `retry-after-ms`; `Retry-After` as a number, an HTTP date or a duration; the body's `retryDelay`
-    (Google), `retry_after`, `retry_after_ms` or a sentence ("try again in 20s"); when a rate limit that is used up
-    starts again (`x-ratelimit-reset-…`).
+    (Google), `retry_after`, `retryAfterMs` and the like, `headers` of the server behind it (OpenRouter) or a sentence
+    ("try again in 20s"); when a rate limit that is used up starts again (`x-ratelimit-reset-…`).
     """
     waits = (
         _seconds(headers.get("retry-after-ms"), 1e-3),
@@ -112,7 +125,7 @@ def retry_after_s(headers: Any, body: Any = None) -> float | None:
 
 
 def _seconds(value: Any, unit: float = 1.0) -> float | None:
-    """A wait in one of the forms that servers use: a number, `34s`, `1m30s`, `{seconds: 34}`, a date."""
+    """A wait in one of the forms that servers use: a number, `34s`, `1m30s`, `30 seconds`, `{seconds: 34}`, a date."""
     if isinstance(value, dict):
         whole, rest = _seconds(value.get("seconds", 0)), _seconds(value.get("nanos", 0), 1e-9)
         return None if whole is None or rest is None else whole + rest
@@ -124,15 +137,26 @@ def _seconds(value: Any, unit: float = 1.0) -> float | None:
     except ValueError:
         pass
     text = str(value).strip()
-    parts = list(_DURATION.finditer(text))
-    if parts and not _DURATION.sub("", text).strip():
-        return sum(float(p["number"]) * _UNITS_S[p["unit"]] for p in parts)
+    if _DURATION.search(text) and not _DURATION.sub("", text).strip():
+        return _duration_s(text)
     try:
         if re.match(r"\d{4}-\d\d-\d\d", text):
             return max(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() - time.time(), 0.0)
         return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def _duration_s(text: str) -> float:
+    """The sum of a duration's parts."""
+    return sum(float(part["number"]) * _unit_s(part["unit"].lower()) for part in _DURATION.finditer(text))
+
+
+def _unit_s(unit: str) -> float:
+    return _UNITS_S[unit if unit in _UNITS_S else "ms" if unit.startswith(("mil", "msec")) else unit[0]]
+
+
+_WAIT_KEY = re.compile(r"retry(?:after|delay|in)(?P<ms>ms|millis|milliseconds)?(?:s|secs|seconds)?")
 
 
 def _body_wait_s(body: Any) -> float | None:
@@ -146,26 +170,25 @@ def _body_wait_s(body: Any) -> float | None:
             owed += node
         elif isinstance(node, dict):
             for key, value in node.items():
-                name = str(key).lower().replace("-", "_")
-                unit = 1e-3 if name.endswith("_ms") else 1.0
-                if name in (
-                    "retrydelay",
-                    "retry_delay",
-                    "retry_after",
-                    "retryafter",
-                    "retry_after_ms",
-                    "retry_after_seconds",
-                ):
-                    if (wait := _seconds(value, unit)) is not None:
+                name = re.sub("[-_ ]", "", str(key).lower())
+                if (asked := _WAIT_KEY.fullmatch(name)) and (
+                    wait := _seconds(value, 1e-3 if asked["ms"] else 1.0)
+                ) is not None:
+                    return wait
+                if name == "headers" and isinstance(value, dict):  # of the server behind this one
+                    first = {str(k).lower(): v[0] if isinstance(v, list) and v else v for k, v in value.items()}
+                    if (wait := retry_after_s(first)) is not None:
                         return wait
-                elif isinstance(value, str):
-                    texts.append(value)
-                else:
+                if not isinstance(value, str):
                     owed.append(value)
+                elif value.lstrip()[:1] in ("{", "[") and (inner := tree_of(value.encode(errors="replace"))):
+                    owed.append(inner)  # what the server behind this one said
+                else:
+                    texts.append(value)
     for text in texts:
-        if found := _SAID_TO_WAIT.search(text[:2000]):
-            parts = _SAID_DURATION.finditer(found["time"])
-            return sum(float(m["number"]) * _UNITS_S[m["unit"].lower().replace("mil", "ms")] for m in parts)
+        for found in _SAID_TO_WAIT.finditer(text[:2000]):
+            if not _WAS_DONE.search(text[: found.start()]):
+                return _duration_s(found["time"])
     return None
 
 
@@ -174,7 +197,7 @@ def _resets(headers: Any) -> list[float]:
     found = []
     for name in headers:
         left = str(name).lower()
-        if "ratelimit" not in left or "reset" not in left:
+        if "ratelimit" not in left.replace("-", "") or "reset" not in left:
             continue
         if str(headers.get(left.replace("reset", "remaining"), "0")).strip() not in ("0", "0.0"):
             continue
