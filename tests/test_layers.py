@@ -25,9 +25,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "rlaif.checks",
         "rlaif.constitution",
+        "rlaif.constitution_check",
+        "rlaif.derived",
         "rlaif.intervals",
         "rlaif.pairing",
         "rlaif.placement",
+        "rlaif.verbs",
         "rlaif.weights",
         "rlaif.judging",
         "rlaif.judging.answers",
