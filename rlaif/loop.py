@@ -124,7 +124,7 @@ class Loop:
         here = self.dir.iteration(k)
         plan = self._plan(k, here)
         self._announce(plan)
-        text = self.texts.load(plan.constitution)
+        text = self.texts.load(plan.constitution, plan.derived)
         self._check_calibration(plan, text)
         if k == 0:
             self._evaluate(BASE_POLICY, plan, text)
@@ -173,6 +173,7 @@ class Loop:
             seed=self.job.seed,
             constitution=text.ref,
             templates=templates,
+            derived={text.wordings.id: text.wordings.hash} if text.wordings else {},
             policy=self._policy_before(k)[0],
             prompt_ids=tuple(p.id for p in prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)),
             evaluate=last or (k + 1) % self.job.eval.every == 0,
@@ -586,7 +587,7 @@ class Loop:
     def _evaluate_after(self, k: int) -> None:
         """Evaluates what iteration k made under its text, unless its plan had that done, and tells the alarms."""
         plan = self._plan_of(k)
-        evaluation = self._evaluate(k + 1, plan, self.texts.load(plan.constitution))
+        evaluation = self._evaluate(k + 1, plan, self.texts.load(plan.constitution, plan.derived))
         ended = read_record(self.dir.iteration(k).path / "metrics.json", IterationMetrics)
         self._stop_at(k, self._alarms(k, ended, evaluation))  # its own alarms were told when it ended
 

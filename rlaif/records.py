@@ -393,6 +393,8 @@ class Plan(Record):
     constitution: ConstitutionRef
     templates: dict[str, str] = Field(default_factory=dict)
     """Judge templates in force, for a judge that reads: name → hash."""
+    derived: dict[str, str] = Field(default_factory=dict)
+    """Wordings by which contrasts that the text lacks are derived from its rules, for a likelihood judge: id → hash."""
     policy: PolicyVersion
     prompt_ids: tuple[str, ...]
     evaluate: bool

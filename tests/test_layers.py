@@ -25,10 +25,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "rlaif.checks",
         "rlaif.constitution",
+        "rlaif.constitution_check",
+        "rlaif.derived",
         "rlaif.intervals",
         "rlaif.pairing",
         "rlaif.placement",
         "rlaif.thoughts",
+        "rlaif.verbs",
         "rlaif.weights",
         "rlaif.judging",
         "rlaif.judging.answers",

@@ -33,7 +33,7 @@ from rlaif.judging.verdicts import JurorFit, jurors_for
 from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote
 from rlaif.review.labels import labels_of
 from rlaif.store import RunDir, StageDir, read_record, read_rows
-from rlaif.texts import template_sources
+from rlaif.texts import derived_copy, template_sources
 
 EXAMPLES = 10
 _PAIR_ID = re.compile(rb'"pair_id":\s*"((?:[^"\\]|\\.)*)"')
@@ -290,7 +290,11 @@ def _unreadable(run: RunDir, k: int) -> str | None:
 
 
 def _text(run: RunDir, plan: Plan) -> Constitution:
-    return read_record(run.path / "constitutions" / plan.constitution.hash / "constitution.json", Constitution)
+    text = read_record(run.path / "constitutions" / plan.constitution.hash / "constitution.json", Constitution)
+    try:
+        return text.derived_by(next((derived_copy(run, hash) for hash in plan.derived.values()), None))
+    except FileNotFoundError:  # `verify` says so; only the order in which votes are summed follows from it
+        return text
 
 
 def _updated_in(here: StageDir, kept: int, own: Job) -> bool:
