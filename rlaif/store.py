@@ -31,8 +31,6 @@ from rlaif.records import SCHEMA_VERSION, Event, Plan, Record
 R = TypeVar("R", bound=Record)
 
 ROW_DIGEST_BYTES = 4
-STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
-"""Of an iteration, in order."""
 
 
 @contextmanager

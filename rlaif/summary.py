@@ -9,7 +9,8 @@ from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, ConstitutionRef, EvaluationMetrics, Event, IterationMetrics, Plan, Prompt, Record
 from rlaif.review.queue import Queue
-from rlaif.store import STAGES, RunDir, read_record, read_rows, replacing, write_json
+from rlaif.stages import NAMES
+from rlaif.store import RunDir, read_record, read_rows, replacing, write_json
 
 SHOWN_PROMPTS = 3
 
@@ -58,7 +59,7 @@ def status_of(run: RunDir) -> Status:
     stage = None
     if current is not None:
         here = run.iteration(current)
-        stage = next((s for s in STAGES if not here.is_complete(s)), "evaluate")
+        stage = next((s for s in NAMES if not here.is_complete(s)), "evaluate")
     return Status(
         run=str(run.path),
         iterations_done=len(done),

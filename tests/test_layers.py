@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.intervals",
         "rlaif.pairing",
         "rlaif.placement",
+        "rlaif.stages",
         "rlaif.thoughts",
         "rlaif.verbs",
         "rlaif.weights",
@@ -72,7 +73,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.learning.*",
         "rlaif.review.labels",
     ),
-    ("rlaif.loop", "rlaif.mixing", "rlaif.monitors", "rlaif.texts", "rlaif.launch"),
+    ("rlaif.loop", "rlaif.loop.*", "rlaif.mixing", "rlaif.monitors", "rlaif.texts", "rlaif.launch"),
     (
         "rlaif.api",
         "rlaif.audit",

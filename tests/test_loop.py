@@ -99,7 +99,7 @@ def test_weights_are_compared_again_when_a_run_goes_on(
     """Wherever it stopped: the new process's sampler is compared before it samples anything."""
     whole = stub_loop(tmp_path, stub_job(iterations=2))
     if stop:
-        monkeypatch.setattr(f"rlaif.loop.Loop.{_STOPS[stop]}", _interrupted)
+        monkeypatch.setattr(f"rlaif.loop.{_STOPS[stop]}", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             whole.run()
         monkeypatch.undo()
@@ -115,7 +115,12 @@ def test_weights_are_compared_again_when_a_run_goes_on(
         assert metrics.weights_gap.typical == 0
 
 
-_STOPS = {"preferences": "_mix", "updates": "_update", "evaluations": "_drift", "metrics": "_alarms"}
+_STOPS = {
+    "preferences": "loop.mix",
+    "updates": "loop.update",
+    "evaluations": "evaluation.gap_of",
+    "metrics": "loop.gap_of",
+}
 
 
 def _interrupted(*_: Any) -> Any:
