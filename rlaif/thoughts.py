@@ -18,13 +18,15 @@ Spans = Sequence[tuple[int, int]]
 
 # A name between the brackets that models use: <think>, [THINK], ◁think▷, <|START_THINKING|>, <|end_of_thought|>.
 _TAG = (
-    r"(?P<{0}bracket>[<\[◁])[|｜]?\s?{1}(?:(?!end[_-])[a-z]+[:_-]|ant)?"
+    r"(?P<{0}bracket><|＜|&lt;|\[|◁)[|｜]?\s?{1}(?:(?!end[_-])[a-z]+[:_-]|ant)?"
     r"(?P<{0}name>think(?:ing)?|thoughts?|reason(?:ing)?|reflect(?:ion)?|analysis|scratch_?pad|cot"
     r"|chain[_ -]of[_ -]thought|(?:inner|internal)[_ -]monologue|deliberation)"
-    r"(?:[_-](?:process|steps?|trace|content|text|block|section|\d+))?{2}\s?[|｜]?[>\]▷]"
+    r"(?:[_-](?:process|steps?|trace|content|text|block|section|\d+))?{2}\s?[|｜]?\\?(?:>|＞|&gt;|\]|▷)"
 )
-_OPEN_TAG = _TAG.format("o", r"(?:(?:start|begin)[_▁](?:of[_▁])?)?", r"(?:\s[\w:-]+=[^<>\[\]\n]*)?")
-_CLOSE_TAG = _TAG.format("c", r"(?:/\s?|end[_▁](?:of[_▁])?)", "")
+_OPEN_TAG = _TAG.format(
+    "o", r"(?:(?:start|begin)[_▁](?:of[_▁])?)?", r"(?:[_-](?:start|begin))?(?:\s[\w:-]+=[^<>\[\]\n]*)?"
+)
+_CLOSE_TAG = _TAG.format("c", r"(?P<cends>/\s?|end[_▁](?:of[_▁])?)?", r"(?(cends)|[_-](?:end|close))")
 # Where an answer begins, after a thought or without one, and where it ends.
 _ANSWER = (
     r"(?:<\|start\|>assistant\s?)?<\|channel\|>\s?final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"  # gpt-oss
@@ -37,6 +39,7 @@ _SHAPES = (
     (r"<unused94>(?:thought\b)?", r"<unused95>"),  # MedGemma
     (r"<\|channel>\s?(?:thought|analysis)\b", r"<channel\|>"),  # Gemma
     (r"<\|im_start\|>think\b", r"(?=<\|im_start\|>answer\b)"),  # s1
+    (r"<details\b[^<>]{0,80}\breasoning\b[^<>]*>", r"</details>"),  # Open WebUI
     # gpt-oss: channels, of which `final` is the answer's
     (
         r"(?:<\|start\|>assistant\s?)?<\|channel\|>(?!\s?final\b)[^<]*(?:<\|constrain\|>[^<]*)?(?:<\|message\|>)?",
@@ -56,7 +59,7 @@ _HEADING = re.compile(r"^[ \t*_#>-]*(?:thinking|thought) process\b[*_]{0,3}:?[*_
 
 _OPEN = re.compile("|".join([_OPEN_TAG, *(f"(?P<s{n}>{opened})" for n, (opened, _) in enumerate(_SHAPES))]), re.I)
 # A mark is looked for at these alone: most replies have none.
-_BRACKET = re.compile(r"[<\[◁]")
+_BRACKET = re.compile(r"[<＜\[◁]|&lt;")
 _PHRASE = re.compile(
     r"[ \t*_#>-]*(?:" + "|".join(f"(?P<p{n}>{opened})" for n, (opened, _) in enumerate(_PHRASES)) + ")", re.I
 )
@@ -66,7 +69,7 @@ _CLOSED_SHAPES = [re.compile(closed, re.I) for _, closed in _SHAPES]
 # What ends a thought that plain words begin.
 _CLOSED_PHRASES = [re.compile(f"{closed}|{_CLOSE_TAG}|<unused95>|<channel\\|>", re.I) for _, closed in _PHRASES]
 # What ends a thought whose beginning isn't there.
-_CLOSED = re.compile(f"{_CLOSE_TAG}|<unused95>|<channel\\|>|(?:<\\|end\\|>\\s?)?(?:{_ANSWER})", re.I)
+_CLOSED = re.compile(f"{_CLOSE_TAG}|<unused95>|<channel\\|>|</details>|(?:<\\|end\\|>\\s?)?(?:{_ANSWER})", re.I)
 _SPACE = re.compile(r"\s*")
 
 # A mark that is spoken of: between quotes, or a word of its sentence ("opens with <think>, which", "a <think> tag").

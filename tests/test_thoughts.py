@@ -31,6 +31,8 @@ from rlaif.thoughts import has_marks, opening, without_thoughts
         ("<reflection>a</reflection>\nIn a bag.", "In a bag."),
         ("<scratchpad>a</scratchpad>In a bag.", "In a bag."),
         ("<analysis>a</analysis>In a bag.", "In a bag."),
+        ("<|thinking_start|>a<|thinking_end|>In a bag.", "In a bag."),
+        ('<details type="reasoning" done="true">\n<summary>Thought</summary>\na</details>\nIn a bag.', "In a bag."),
         ("[REASONING]a[/REASONING]In a bag.", "In a bag."),
         ("<inner_monologue>a</inner_monologue>In a bag.", "In a bag."),
         ("<｜begin▁of▁thinking｜>a<｜end▁of▁thinking｜>In a bag.", "In a bag."),
@@ -78,6 +80,7 @@ def test_an_answer_is_what_was_said_without_its_thoughts(said: str, answer: str)
         "Use <reasoning> or <scratchpad> tags.",
         "The channel is <|channel|>analysis<|message|>.",
         "[Analysis] Bread keeps in a bag. [/Analysis]",
+        "<details><summary>More</summary>Bread</details>",
         "[thinking](https://example.org) is a page.",
         # Words that an answer may begin with, and nothing that ends a thought.
         "Thinking... of you, I bought bread.",

@@ -98,7 +98,7 @@ _CLAIMS = re.compile(
     rf"[\s:]{{0,2}}{_REALLY}|\b(?:its|thats)\s{_REALLY}"
     # I choose A. I meant A. I change my verdict to A.
     r"|(?<!not\s)(?<!nt\s)(?<!never\s)\b(?:choose|chose|pick(?:ed)?|prefer(?:red)?|select(?:ed)?|go(?:ing)?\swith"
-    r"|went\swith|vote\sfor|meant?|say|(?:change|revise|switch|correct|update)\w*\s(?:\w+\s){0,3}to|make\s(?:it|that)"
+    r"|went\swith|vote\sfor|meant?|say|believe|think|conclude|decide\s(?:on|for)|in\sfavou?r\sof|(?:change|revise|switch|correct|update)\w*\s(?:\w+\s){0,3}to|make\s(?:it|that)"
     rf"|opt\sfor|favou?r|settle\son|should\s(?:be|have\sbeen))\s){_SAID.format('said', f'is|was|{_AND_WHY}')}"
     # Actually, A. No wait, A.
     r"|\b(?:correction|actually|no|nope|wait|sorry|oops|rather|instead|hmm|i\smean|scratch\sthat"
@@ -108,12 +108,17 @@ _CLAIMS = re.compile(
     r"|\b(?P<better>(?-i:[AB]))\s(?:wins\b|(?:is|was|would\sbe)\s"
     rf"{_REALLY}(?:the\s)?(?:better|best|winner|superior|stronger|preferable|preferred|correct|right)"
     r"(?:\s(?:one|answer|option|response|choice))?\s?(?=[.!,;\n]|\Z))"
+    # A > B.
+    r"|\b(?P<over>(?-i:[AB]))\s?(?:>{1,3}|beats|over)\s?(?-i:[AB])\b"
+    # Let me reconsider: A.
+    r"|[:,;>–—-]\s{0,2}(?P<last>(?-i:[ABC])|tie)\b(?=\s?[.!]?\s?(?:\n|\Z))"
     # A letter alone on its line.
     r"|^[^\w\n]*(?:(?:answer|option|response)\s)?(?P<alone>[abc]|tie)[^\w\n]*$"
     r"|\bnot\s(?:(?:answer|option|response)\s)?(?P<isnt>(?-i:[AB]))\b(?=[^\w\n]*(?:\n|\Z)|\s?[.,;!])"
     r"|\b(?:disregard|ignore|scratch|retract)\s(?:that|this|it|the\sabove|my)\b",
     re.I | re.M,
 )
+_CLAIMED = ("said", "after_all", "better", "over", "last", "alone")
 _RUN_OF_SPACE = re.compile(r"\s+")
 _OBJECTS_AT_MOST = 50
 _REFUSAL = re.compile(
@@ -324,7 +329,7 @@ def _contradicts(text: str, shown: Shown | None) -> bool:
     text = _RUN_OF_SPACE.sub(lambda m: "\n" if "\n" in m[0] else " ", _undecorated(text).replace("’", ""))
 
     def agrees(claim: re.Match[str]) -> str:
-        said = claim["said"] or claim["after_all"] or claim["better"] or claim["alone"]
+        said = next(filter(None, (claim[name] for name in _CLAIMED)), None)
         same = _WORDS.get(said.lower()) == shown if said else claim["isnt"] not in (None, shown)
         return "" if same else "verdict: another"
 

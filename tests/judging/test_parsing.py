@@ -125,6 +125,7 @@ def test_an_answer_that_is_quoted_with_its_marks_forces_no_abstention(content, k
 
 
 OPENED = [
+    "＜think＞", "&lt;think&gt;", "\\<think\\>", "<thinking_start>", "<details type=reasoning>",
     "<think>", "[THINK]", "◁think▷", "<reasoning>", "<scratchpad>", "<|START_THINKING|>",
     "<|channel|>analysis<|message|>", "<unused94>thought\n", "<|channel>thought\n",
 ]  # fmt: skip
@@ -222,6 +223,9 @@ AFTERWARDS = [
     "That's A.",
     "It’s A.", "Final answer: tie", "Verdict: neither", "No, the correct choice is Response A.", "Rather A.",
     "Final decision — A", "Therefore A.", "Verdict: A or B", "Ignore the above.", "Preferred response: A",
+    "Let me reconsider: A.", "Looking again, A", "A > B", "A beats B.", "I now believe A.", "P.S. tie: A", "// A",
+    "Hmm, A!",
+    "I decide for A.", "The verdict is in favor of A.", "Revised: A", "On balance, it is Answer A.",
 ]  # fmt: skip
 
 
@@ -241,7 +245,8 @@ def test_an_object_that_is_contradicted_afterwards_is_no_verdict(whole, afterwar
      "I would not pick A.",
      "A is better written, yet wrong.", "Explanation: a short text wins.", "No explanation is needed.",
      "I prefer B over A.",
-     "Note: it is a close call.", "**Final verdict: B**", "A's tone is off."],
+     "Note: it is a close call.", "B > A", "The order was: B, then A, which rambles.", "Between A and B, B is right.",
+     "**Final verdict: B**", "A's tone is off."],
 )  # fmt: skip
 def test_what_an_object_is_followed_by_may_explain_it(afterwards):
     assert said(f'{{"verdict": "B"}}\n{afterwards}', "json") == "B"

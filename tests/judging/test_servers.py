@@ -181,62 +181,60 @@ def test_a_request_that_is_refused_under_200_is_not_tried_again():
 
 USABLE = {"choices": [choice("{W}")]}
 REFUSALS = [
-    (401, {"error": {"code": 401, "message": "no"}}),
-    (401, {"error": {"code": "invalid_api_key", "message": "no"}}),
-    (401, {"error": {"type": "authentication_error", "message": "no"}}),
-    (401, {"error": "Incorrect API key provided"}),
-    (401, {"code": 401, "message": "Unauthorized"}),
-    (401, {"error": {"status": "UNAUTHENTICATED", "message": "no"}}),
+    (401, {"error": {"code": 401, "message": "no"}}), (401, {"error": {"code": "invalid_api_key", "message": "no"}}),
+    (401, {"error": {"type": "authentication_error", "message": "no"}}), (401, {"error": "Incorrect API key provided"}),
+    (401, {"code": 401, "message": "Unauthorized"}), (401, {"error": {"status": "UNAUTHENTICATED", "message": "no"}}),
     (401, {"base_resp": {"status_code": 1004, "status_msg": "login fail"}}),
     (401, {"base_resp": {"status_code": 2049, "status_msg": "invalid api key, try again"}}),
     (401, {"object": "error", "type": "AuthenticationError", "code": "401", "message": "no"}),
-    (404, {"error": {"code": 404, "message": "no"}}),
-    (404, {"error": {"code": "model_not_found", "message": "no"}}),
+    (404, {"error": {"code": 404, "message": "no"}}), (404, {"error": {"code": "model_not_found", "message": "no"}}),
     (404, {"error": {"type": "invalid_request_error", "code": "model_not_found", "message": "no"}}),
     (404, {"error": "model 'm' not found, try pulling it first"}),
     (404, {"code": 20012, "message": "Model does not exist"}),
     (404, {"object": "error", "message": "no", "type": "NotFoundError", "code": 404}),
     (404, {"error": {"code": "404", "message": "no"}}),
-]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("beside", [{}, USABLE], ids=["alone", "beside"])
+def no_reply(tree):
+    """Why there is no reply in an answer."""
+    with pytest.raises(NoReply) as found:
+        read_reply(json.dumps(tree).encode(), "m")
+    return found.value
+
+
 @pytest.mark.parametrize(("status", "answer"), REFUSALS)
-def test_a_wrong_key_or_model_under_200_says_what_the_status_would(status, answer, beside):
-    if beside and answer.get("code") == 20012:
-        pytest.skip("a number that nobody knows, beside a reply")
-    with FaultServer(answer=lambda body, times: (200, {}, filled(beside, body) | answer)) as server:
+def test_a_wrong_key_or_model_under_200_is_known_as_one(status, answer):
+    assert (no_reply(answer).status, no_reply(answer).kind) == (status, "rejected")
+    if answer.get("code") != 20012:  # a number that nobody knows, beside a reply
+        assert no_reply(USABLE | answer).status == status
+
+
+@pytest.mark.parametrize(("status", "answer"), [REFUSALS[n] for n in (0, 6, 9, 12)])
+def test_a_wrong_key_or_model_under_200_says_what_the_status_would(status, answer):
+    with FaultServer(answer=lambda body, times: (200, {}, answer)) as server:
         cast = cast_of(server)
     assert isinstance(cast.error, UserError)
-    said = str(cast.error)
-    assert f"error {status} under HTTP 200" in said
-    assert (
-        ("judge.api_key_env" in said and "TEST_KEY" in said) if status == 401 else "judge.model, judge.base_url" in said
-    )
+    assert f"error {status} under HTTP 200" in str(cast.error)
+    assert ("in TEST_KEY (" if status == 401 else "judge.model, judge.base_url: ") in str(cast.error)
     assert server.requests <= 4  # nothing is tried again
 
 
 @pytest.mark.parametrize(
-    ("message", "hint"),
+    ("message", "hint", "answer"),
     [
-        (
-            "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens'.",
-            "max_completion_tokens: 4096",
-        ),
-        ("temperature does not support 0", "judge.extra_body: {temperature: null}"),
-        ("You are not allowed to request logprobs", "judge.logprobs: false"),
-        ("response_format is not supported", "judge.extra_body: {response_format: null}"),
-    ],
-)
-@pytest.mark.parametrize(
-    "answer",
-    [
-        lambda said: {"error": {"code": 400, "message": said}},
-        lambda said: {"error": {"type": "invalid_request_error", "message": said}},
-        lambda said: {"error": {"code": 422, "message": said}}, lambda said: {"code": 400, "message": said},
-        lambda said: {"object": "error", "type": "BadRequestError", "message": said},
-        lambda said: {"base_resp": {"status_code": 2013, "status_msg": said}},
-        lambda said: {"error": {"code": 403, "message": said}},
+        ("'max_tokens' is not supported with this model", "{max_completion_tokens: 4096}",
+         lambda said: {"error": {"code": 400, "message": said}}),
+        ("temperature does not support 0", "judge.extra_body: {temperature: null}",
+         lambda said: {"error": {"type": "invalid_request_error", "message": said}}),
+        ("You are not allowed to request logprobs", "judge.logprobs: false",
+         lambda said: {"error": {"code": 403, "message": said}}),
+        ("response_format is not supported", "judge.extra_body: {response_format: null}",
+         lambda said: {"base_resp": {"status_code": 2013, "status_msg": said}}),
+        ("Unknown parameter: 'seed'", "judge.extra_body: {seed: null}",
+         lambda said: {"object": "error", "type": "BadRequestError", "message": said}),
+        ("top_logprobs must be at most 5", "judge.extra_body: {top_logprobs: 5}",
+         lambda said: {"code": 422, "message": said}),
     ],
 )  # fmt: skip
 def test_a_parameter_that_is_refused_under_200_says_how_to_do_without(message, hint, answer):
@@ -267,10 +265,15 @@ def test_a_system_message_that_is_refused_under_200_is_merged(error):
         {"code": 503, "message": "busy"}, {"code": "429", "msg": "busy"}, {"type": "error", "message": "busy"},
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("beside", [{}, USABLE, {"choices": None}], ids=["alone", "beside", "none"])
-def test_failures_by_other_names_are_tried_again(failure, beside):
+def test_failures_by_other_names_are_no_replies(failure):
+    for beside in ({}, USABLE, {"choices": None}):
+        assert no_reply(beside | failure).kind == "down"
+
+
+def test_a_failure_in_base_resp_is_tried_again():
     def answer(body, times):
-        return (200, {}, filled(beside, body) | failure) if times == 1 else None
+        failed = filled(USABLE, body) | {"base_resp": {"status_code": 1002, "status_msg": "rate limit"}}
+        return (200, {}, failed) if times == 1 else None
 
     with FaultServer(answer=answer) as server:
         cast = cast_of(server, n=1)
@@ -281,21 +284,12 @@ def test_failures_by_other_names_are_tried_again(failure, beside):
 @pytest.mark.parametrize(
     "fine",
     [
-        {"base_resp": {"status_code": 0, "status_msg": "success"}},
-        {"base_resp": {"status_code": "0"}},
-        {"base_resp": {}},
-        {"base_resp": None},
-        {"code": 0, "message": "success"},
-        {"code": 200},
-        {"code": "200", "msg": "ok"},
-        {"success": True},
-        {"error": None, "errors": []},
-        {"error_code": 0},
-        {"status": "completed"},
-        {"object": "chat.completion"},
-        {"type": "message"},
+        {"base_resp": {"status_code": 0, "status_msg": "success"}}, {"base_resp": {"status_code": "0"}},
+        {"base_resp": {}}, {"base_resp": None}, {"code": 0, "message": "success"}, {"code": 200},
+        {"code": "200", "msg": "ok"}, {"success": True}, {"error": None, "errors": []}, {"error_code": 0},
+        {"status": "completed"}, {"object": "chat.completion"}, {"type": "message"},
     ],
-)
+)  # fmt: skip
 def test_a_reply_that_says_that_all_is_well(fine):
     tree = {"choices": [choice("A")], **fine}
     assert read_reply(json.dumps(tree).encode(), "m").content == "A"
@@ -303,18 +297,20 @@ def test_a_reply_that_says_that_all_is_well(fine):
 
 @pytest.mark.parametrize("finish", [1, 0, 2.5, True, False, ["stop"], [], {"type": "stop"}, {}, {"reason": "length"}])
 def test_a_finish_reason_that_is_no_word_is_a_failure(finish):
-    with server_of(choice("{W}", finish), choice("{R}")) as server:
+    for name, mine in (("finish_reason", choice("A", finish)),
+                       ("native_finish_reason", choice("A", None) | {"native_finish_reason": finish})):  # fmt: skip
+        found = no_reply({"choices": [mine]})
+        assert found.kind == "unfinished"
+        assert f"{name} is no word" in str(found)
+    said = choice("A") | {"native_finish_reason": finish}
+    assert read_reply(json.dumps({"choices": [said]}).encode(), "m").finish_reason == "stop"
+
+
+def test_a_reply_whose_finish_reason_is_no_word_is_tried_again():
+    with server_of(choice("{W}", 1), choice("{R}")) as server:
         cast = cast_of(server, n=1)
     assert outcomes(cast) == {"second"}
     assert {v.attempts for v in cast.votes} == {2}
-    with pytest.raises(NoReply, match="finish_reason is no word") as found:
-        read_reply(json.dumps({"choices": [choice("A", finish)]}).encode(), "m")
-    assert found.value.kind == "unfinished"
-    native = choice("A", None) | {"native_finish_reason": finish}
-    with pytest.raises(NoReply, match="native_finish_reason is no word"):
-        read_reply(json.dumps({"choices": [native]}).encode(), "m")
-    said = choice("A") | {"native_finish_reason": finish}
-    assert read_reply(json.dumps({"choices": [said]}).encode(), "m").finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
@@ -881,15 +877,10 @@ def test_an_address_that_is_none_is_the_users_mistake(url):
 @pytest.mark.parametrize(
     "url",
     [
-        "http://a_b-c/v1",
-        "http://a.b./v1",
-        "http://[::1]:8000/v1",
-        "http://127.0.0.1:8000/v1",
-        "http://bücher.example/v1",
-        "http://" + "a" * 63 + "/v1",
-        "https://generativelanguage.googleapis.com/v1beta/openai/",
+        "http://a_b-c/v1", "http://a.b./v1", "http://[::1]:8000/v1", "http://127.0.0.1:8000/v1", "http://bücher.example/v1",
+        "http://" + "a" * 63 + "/v1", "https://generativelanguage.googleapis.com/v1beta/openai/",
     ],
-)
+)  # fmt: skip
 def test_an_address_that_there_may_be_is_taken(url):
     check_address(settings(url).jurors[0])
 
