@@ -89,6 +89,7 @@ class Sampler:
             tensor_parallel_size=settings.tensor_parallel_size,
             seed=0,
             disable_log_stats=True,
+            hf_overrides={"quantization_config": None} if models.has_empty_quantisation(model_path) else None,
             **device,
         )
         check_reloads(self._llm, self._on_cpu)
