@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, NamedTuple
+import sys
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SCHEMA_VERSION = 1
 
@@ -44,6 +45,34 @@ class Record(BaseModel):
     """Base of all records: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+R = TypeVar("R", bound=BaseModel)
+_TOLD: set[str] = set()
+
+
+def stored(record: type[R], content: Any) -> R:
+    """A record out of a run's files, as JSON text or as a tree. Keys that a newer rlaif added are left out, said once.
+
+    Raises:
+        ValidationError: it is none.
+    """
+    read = record.model_validate_json if isinstance(content, str | bytes) else record.model_validate
+    try:
+        return read(content)
+    except ValidationError as e:
+        added = [".".join(map(str, p["loc"])) for p in e.errors() if p["type"] == "extra_forbidden"]
+        if not added:
+            raise
+        found = read(content, extra="ignore")  # raises when more is wrong than that
+        if not _TOLD:  # once is enough: a run that has one has many
+            print(
+                f"note: a newer rlaif wrote this run: its {record.__name__} has `{added[0]}`, which this one doesn't "
+                "know; such keys are left out",
+                file=sys.stderr,
+            )
+        _TOLD.add(record.__name__)
+        return found
 
 
 class Message(Record):

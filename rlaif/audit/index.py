@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from rlaif.audit.tables import EVALUATION_STAGES, FILL_PANELS, SMALL_TABLES, STAGE_TABLES, create_statements
 from rlaif.errors import RlaifError, UserError
 from rlaif.models import cache_root
-from rlaif.records import Plan, Record, digest
+from rlaif.records import Plan, Record, digest, stored
 from rlaif.stages import NAMES
 from rlaif.store import RunDir, StageDir, disk_errors, meta_missing, read_json, read_record
 
@@ -735,7 +735,7 @@ def _mended(path: Path, record: type[Record]) -> Iterator[tuple[Path, list[int]]
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy, path.open("rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                record.model_validate_json(line)
+                stored(record, line)
                 copy.write(line.rstrip(b"\n") + b"\n")
             except ValidationError:
                 damaged.append(number)

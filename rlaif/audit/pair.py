@@ -28,6 +28,7 @@ from rlaif.records import (
     Side,
     Vote,
     digest,
+    stored,
 )
 from rlaif.store import RunDir, read_record, read_source
 from rlaif.texts import template_sources
@@ -180,7 +181,7 @@ def _parsed(record: type[Any], line: bytes | None, index: Index, table: str, row
     if line is None:
         raise RlaifError(f"{where}: gone since the index was made; try again")
     try:
-        return record.model_validate_json(line)
+        return stored(record, line)
     except ValidationError as e:
         raise RlaifError(f"{where}: not a {record.__name__} ({e.errors()[0]['msg']}); it was changed") from e
 

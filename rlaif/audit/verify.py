@@ -23,7 +23,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.heads import FILE, Head, complete_files, ends_torn, parse_head, read_heads
 from rlaif.judging.templates import parse_template
 from rlaif.models import digest_of
-from rlaif.records import ConstitutionRef, Event, Plan, Record
+from rlaif.records import ConstitutionRef, Event, Plan, Record, stored
 from rlaif.store import ROW_DIGEST_BYTES, RunDir, StageDir, file_digest, read_json, read_record, row_digest
 from rlaif.texts import template_sources
 
@@ -287,7 +287,7 @@ class _Checking:
         path = self.run.path / "events.jsonl"
         for number, line in enumerate(path.open("rb") if path.exists() else (), 1):
             try:
-                yield number, Event.model_validate_json(line)
+                yield number, stored(Event, line)
             except ValidationError:
                 continue
 
