@@ -12,7 +12,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -23,6 +23,7 @@ from rlaif.config import Job
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
 from rlaif.models import names_no_quantiser
+from rlaif.rendering import Renderer
 
 _WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length",
             "seq_length", "n_ctx", "max_target_positions")  # fmt: skip
@@ -73,7 +74,8 @@ def check_likelihood_judge(folder: Path, job: Job, texts: Iterable[Constitution]
     _check_kind(config, said)
     _check_window(config, job, said)
     _check_tokens(folder, config, said)
-    if (template := _Template.of(folder)) is None:
+    renderer = _renderer(folder, job.judge.chat_template_args, f"{said}: its chat template")
+    if renderer is None:
         return
     asked: dict[tuple[str, ...], str] = {}
     for text in texts:
@@ -83,11 +85,15 @@ def check_likelihood_judge(folder: Path, job: Job, texts: Iterable[Constitution]
                 before.insert(0, "system")
             asked.setdefault((*before, "user"), f"`{voice.id}` of {text.ref}")
     for roles, what in asked.items():
-        if (problem := template.problem(roles)) is not None:
+        try:
+            renderer.check_roles(roles)
+        except UserError as e:
+            if e.__cause__ is not None and not isinstance(e.__cause__, _Refused):
+                continue  # what goes wrong otherwise is the worker's to say
+            first = " and ".join(dict.fromkeys(roles[:-1]))
             raise UserError(
-                f"{said}: its chat template {problem}, and {what} puts {' and '.join(dict.fromkeys(roles[:-1]))} "
-                "messages before a prompt; take a judge whose template writes them"
-            )
+                f"{e}; {what} puts {first} messages before a prompt: take a judge whose template writes them"
+            ) from e
 
 
 def _check_kind(config: dict[str, Any], said: str) -> None:
@@ -285,56 +291,54 @@ def _added_tokens(folder: Path) -> dict[str, int]:
     return found
 
 
-class _Template:
-    """A chat template rendered as transformers does it, for the question whether it takes some messages."""
+def _renderer(folder: Path, template_args: Mapping[str, Any], owner: str) -> Renderer | None:
+    """A renderer with the template that a folder's tokenizer renders with; None where there is none, or none that is
+    understood without transformers.
 
-    def __init__(self, source: str, names: dict[str, Any]) -> None:
+    Raises:
+        UserError: the template doesn't read one of the arguments.
+    """
+    source = (chat_templates(folder) or {}).get("default")
+    if source is None:
+        return None
+    tokenizer = _json(folder / "tokenizer_config.json")
+    special = {k: v.get("content") if isinstance(v, dict) else v for k, v in tokenizer.items() if k.endswith("_token")}
+    try:
+        template = _Template(source, {k: v for k, v in special.items() if isinstance(v, str)})
+    except Exception:  # templates raise what they like, and may use what only transformers has
+        return None
+    renderer = Renderer(template, template_args, owner)
+    try:
+        renderer.check_roles(("user",))
+    except UserError:  # it may use what only transformers has
+        return None
+    return renderer
+
+
+class _Template:
+    """The part of a tokenizer that writes messages, by its files alone: a chat template as transformers renders it."""
+
+    def __init__(self, source: str, names: dict[str, str]) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: "2026-01-01"
         environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        self.chat_template = source
         self._template = environment.from_string(re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", source))
         self._names = names
 
-    @classmethod
-    def of(cls, folder: Path) -> _Template | None:
-        """The template that a folder's tokenizer renders with; None where there is none, or none that is understood."""
-        source = (chat_templates(folder) or {}).get("default")
-        if source is None:
-            return None
-        tokenizer = _json(folder / "tokenizer_config.json")
-        special = {
-            k: v.get("content") if isinstance(v, dict) else v for k, v in tokenizer.items() if k.endswith("_token")
-        }
-        try:
-            template = cls(source, {k: v for k, v in special.items() if isinstance(v, str)})
-            plain = template._whole(("user",))
-        except Exception:  # templates raise what they like, and may use what only transformers has
-            return None
-        return template if plain else None
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **template_args: Any
+    ) -> str:
+        """As in transformers, as text."""
+        given = {"tools": None, "documents": None, **self._names, **template_args}
+        return self._template.render(messages=conversation, add_generation_prompt=add_generation_prompt, **given)
 
-    def problem(self, roles: tuple[str, ...]) -> str | None:
-        """What the template does to messages of these roles, in words; None when it writes them all."""
-        try:
-            return None if self._whole(roles) else f"leaves out a message of the roles {', '.join(roles)}"
-        except _Refused as e:
-            return f"refuses the roles {', '.join(roles)} ({' '.join(str(e).split())})"
-        except Exception:  # what goes wrong otherwise is the worker's to say
-            return None
-
-    def _whole(self, roles: tuple[str, ...]) -> bool:
-        """Whether all that is said is rendered, given as text or as parts."""
-        said = [(role, f"qzprobe{number}z") for number, role in enumerate(roles)]
-        for as_parts in (False, True):
-            given = [{"role": r, "content": [{"type": "text", "text": t}] if as_parts else t} for r, t in said]
-            rendered = self._template.render(
-                **self._names, messages=given, add_generation_prompt=True, tools=None, documents=None
-            )
-            if "'type'" not in rendered and all(text in rendered.casefold() for _, text in said):
-                return True
-        return False
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Nothing here knows tokens."""
+        raise NotImplementedError
 
 
 class _Refused(jinja2.TemplateError):

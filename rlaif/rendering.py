@@ -147,6 +147,14 @@ class Renderer:
         stops = {*declared, *(i for i in (eos, closes) if i is not None)}
         return TurnEnd(written, tuple(sorted(stops)))
 
+    def check_roles(self, roles: tuple[str, ...]) -> None:
+        """Whether the template writes messages of these roles.
+
+        Raises:
+            UserError: it refuses them (what it raised is the error's cause), or leaves one out.
+        """
+        self._wants_parts(roles)
+
     # ---- the template
 
     def _check_args(self) -> None:

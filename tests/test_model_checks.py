@@ -228,8 +228,25 @@ def test_a_judge_that_refuses_a_system_message(tmp_path: Path, where: str) -> No
 
 def test_a_judge_that_leaves_a_system_message_out(tmp_path: Path) -> None:
     silent = "{% for m in messages if m['role'] != 'system' %}[{{ m['content'] }}]{% endfor %}"
-    with pytest.raises(UserError, match="leaves out a message of the roles system, user"):
+    with pytest.raises(UserError, match=r"leaves the system's message out .*`wish/main` of rules@1"):
         check_likelihood_judge(folder(tmp_path, {"chat_template": silent}), job(), [rules()])
+    # One that can't write parts at all: it leaves it out all the same.
+    silent = "{% for m in messages if m['role'] != 'system' %}{{ '[' + m['content'] + ']' }}{% endfor %}"
+    with pytest.raises(UserError, match="leaves the system's message out"):
+        check_likelihood_judge(folder(tmp_path, {"chat_template": silent}), job(), [rules()])
+
+
+def test_a_judge_is_asked_with_its_templates_arguments(tmp_path: Path) -> None:
+    template = (
+        "{% if messages[0]['role'] == 'system' and not system_too %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    )
+    path = folder(tmp_path, {"chat_template": template})
+    with pytest.raises(UserError, match=r"refuses the roles system, user \(no system\)"):
+        check_likelihood_judge(path, job(), [rules()])
+    check_likelihood_judge(path, job(judge={"model": "J", "chat_template_args": {"system_too": True}}), [rules()])
+    with pytest.raises(UserError, match=r"chat_template_args.sistem: judge.model J: its chat template doesn't read it"):
+        check_likelihood_judge(path, job(judge={"model": "J", "chat_template_args": {"sistem": True}}), [rules()])
 
 
 @pytest.mark.parametrize(

@@ -174,12 +174,12 @@ def doctor(
     With --job JOB the same with what a job says: its model and adapter, engine, precision, LoRA, system prompt and chat
     template's arguments.
     """
-    if deep is not None or job is not None:
+    if deep is not None and job is not None:
+        raise UserError("--deep MODEL or --job JOB, not both; a job names its model (policy.model)")
+    if what := deep if job is None else _job_and_run(job, set_ or [], None, Path())[0]:
         from rlaif.cli.doctor_deep import check
 
-        if deep is not None and job is not None:
-            raise UserError("--deep MODEL or --job JOB, not both; a job names its model (policy.model)")
-        check(_job_and_run(job, set_ or [], None, Path())[0] if job is not None else deep or "", set_ or [], json_)
+        check(what, set_ or [], json_)
         return
     if set_:
         raise UserError("--set: takes effect with --deep MODEL or --job JOB alone")
