@@ -20,8 +20,10 @@ from rlaif.constitution import Constitution, diff, list_constitutions, parse_con
 from rlaif.derived import NEWEST, WORDINGS, Sides, Use, Wordings
 from rlaif.errors import UserError
 from rlaif.judging.ballots import asked_by, evaluating_voices, make_ballots, selecting_voices
+from rlaif.judging.candidates import Candidate
+from rlaif.judging.opened import open_with_ballots
 from rlaif.loop import Loop
-from rlaif.records import Decision, Pair, Vote
+from rlaif.records import Decision, Message, Pair, Vote
 from rlaif.store import RunDir, write_json
 from rlaif.texts import Texts
 from tests.conftest import ROOT, project_job
@@ -166,6 +168,27 @@ def test_a_rule_without_a_word_is_refused_where_it_is_used(rule: str, judge: Jud
     else:
         with pytest.raises(UserError, match="has nothing else to go by"):
             asked_by(judge, own)
+
+
+def test_a_judge_outside_of_a_run_derives_and_refuses_alike(tiny_model: Path) -> None:
+    pytest.importorskip("torch")
+    dots = parse(SIX_LINES + '  - {id: dots, rule: "..."}\n')
+    nowhere = rules_job(judge={"model": "no/such/model", "cache": None})
+    with pytest.raises(UserError, match=r"constitution support@1, principle `dots`"):  # before a model is loaded
+        open_with_ballots(nowhere, [parse(), dots], Path.cwd(), print)
+    opened = open_with_ballots(rules_job(judge={"model": str(tiny_model), "cache": None}), [parse()], Path.cwd(), print)
+    candidates = [
+        Candidate(
+            completion_id=side, prompt_id="x", messages=(Message(role="user", content="w5"),), finish_reason="stop",
+            text=text,
+        )
+        for side, text in (("a", "w3 w4"), ("b", "w7 w8 w9"))
+    ]  # fmt: skip
+    votes = [v for chunk in opened.ask([PAIR], candidates, parse()) for v in chunk]
+    assert [v.ballot.id for v in votes] == [b.id for b in opened.ballots([PAIR], parse())]
+    assert {v.ballot.voice for v in votes} == {
+        f"{p}/derived.1-decide{n}" for p in ("polite", "no_promises") for n in (1, 2, 3)
+    }
 
 
 # In a run.

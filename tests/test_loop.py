@@ -613,10 +613,10 @@ def test_weights_of_policies_that_nobody_needs_are_removed(tmp_path: Path) -> No
     assert [p.name for p in (run.path / "learner").iterdir()] == ["0003"]
 
 
-def test_a_text_without_a_held_out_contrast_trains_but_has_no_win_rate(tmp_path: Path) -> None:
+def test_without_a_held_out_contrast_nor_a_rule_to_derive_one_from_there_is_no_win_rate(tmp_path: Path) -> None:
     folder = write_texts(tmp_path, 1)
     plain = "".join(line for line in text(1).splitlines(keepends=True) if "use: evaluate" not in line)
-    (folder / "v1.yaml").write_text(plain)
+    (folder / "v1.yaml").write_text(plain.replace("Rule 1.", "1."))
     run_some(tmp_path, 1)
     metrics = json.loads((RunDir(tmp_path / "run").evaluation(1).path / "metrics.json").read_text())
     assert metrics["win_rate"] is None
