@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from rlaif import transformers_compat
 from rlaif.errors import RlaifError, UserError, checkout, needs_extra
 from rlaif.records import Record
 from rlaif.rendering import Renderer, TurnEnd
@@ -509,9 +510,8 @@ def _convert_gguf(source: Path, work: Path) -> None:
     say(0.5, "reading and de-quantising the weights")
     packed = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     say(0.8, "writing bf16 safetensors")
-    settings = packed.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        settings.pop(key, None)
+    settings = transformers_compat.without_origin(packed.config.to_dict())
+    settings.pop("quantization_config", None)
     settings["rms_norm_eps"] = round(settings["rms_norm_eps"], 10)  # GGUF keeps it as a 32-bit float
     config = AutoConfig.for_model(**settings)
     # `save_pretrained` refuses a model that was read from GGUF, so its weights move into a fresh one.
@@ -534,8 +534,7 @@ def _merge_adapter(base: Path, adapter: Path, work: Path) -> None:
     import peft
     import torch
     import transformers
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
     from safetensors import SafetensorError
 
     print("0.3 merging the adapter", flush=True)

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rlaif import transformers_compat
 from rlaif.config import Judge
 from rlaif.constitution import Constitution, Voice
 from rlaif.errors import UserError
@@ -162,7 +163,7 @@ class LikelihoodJudge:
             "class": type(self.model).__name__,
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,
-            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "attention": transformers_compat.attention_of(self.model),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -524,8 +525,7 @@ class LikelihoodJudge:
         cache = DynamicCache()
         tokens = torch.tensor([ids], device=self.model.device)
         self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        layers: list[Any] = cache.layers
-        return [(layer.keys, layer.values) for layer in layers]
+        return transformers_compat.keys_and_values(cache)
 
     def _forward(
         self,
@@ -558,12 +558,12 @@ class LikelihoodJudge:
                 past_key_values=cache,
                 use_cache=True,
             )
-        layers: list[Any] = cache.layers
+        layers = transformers_compat.keys_and_values(cache)
         for rows in self._row_batches([(i, r) for i, p in enumerate(batch) for r in requests[p]]):
             index = torch.tensor([i for i, _ in rows], device=device)
             gathered = DynamicCache()
-            for i, layer in enumerate(layers):
-                gathered.update(layer.keys[index], layer.values[index], i)
+            for i, (keys, values) in enumerate(layers):
+                gathered.update(keys[index], values[index], i)
             # Inputs are the last prompt token and the answer but its last token: logits then stand for the answer.
             inputs = [(batch[i][-1], *r.token_ids[:-1]) for i, r in rows]
             width = max(map(len, inputs))

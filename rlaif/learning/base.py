@@ -35,11 +35,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
-from trl.trainer.base_config import _BaseConfig
-from trl.trainer.base_trainer import _BaseTrainer
 
 from rlaif import config
 from rlaif.errors import RlaifError, UserError
@@ -47,6 +46,19 @@ from rlaif.hardware import precision_here
 from rlaif.learning.as_exported import AsExported
 from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
 from rlaif.learning.export import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
+from rlaif.learning.trl_compat import (
+    TrlConfig,
+    TrlTrainer,
+    divide_losses_by,
+    finish_trackers,
+    go_on_after,
+    log_step,
+    metric,
+    on_one_gpu,
+    set_learning_rate,
+    start_counting,
+    tell,
+)
 from rlaif.models import carry_over, digest_of, name_turn_ends
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
@@ -82,7 +94,7 @@ _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 class TrlLearner(ABC):
     """A TRL trainer driven one step at a time. Subclasses say which trainer, and how it takes a batch."""
 
-    config_class: type[_BaseConfig]
+    config_class: type[TrlConfig]
     """TRL's config; `learner.args` may set any of its fields that no other setting owns."""
 
     def __init__(
@@ -133,7 +145,7 @@ class TrlLearner(ABC):
         """Fields of `config_class` that this learner sets and `learner.args` may override."""
 
     @abstractmethod
-    def _make_trainer(self, policy: PreTrainedModel, args: _BaseConfig, peft_config: Any) -> _BaseTrainer:
+    def _make_trainer(self, policy: PreTrainedModel, args: TrlConfig, peft_config: Any) -> TrlTrainer:
         """The trainer. It holds no reference model: references are scored once an update, see `_reference`."""
 
     @abstractmethod
@@ -143,10 +155,6 @@ class TrlLearner(ABC):
     @abstractmethod
     def _batch(self, rows: list[_Row]) -> dict[str, Any]:
         """What the trainer's `training_step` takes."""
-
-    @abstractmethod
-    def _metric(self, name: str) -> list[float]:
-        """The values of one of TRL's metrics since the last log, one a `training_step`."""
 
     # ---- training
 
@@ -181,36 +189,31 @@ class TrlLearner(ABC):
 
     def _step(self, rows: list[_Row], iteration: int) -> UpdateStep:
         trainer, started = self.trainer, time.perf_counter()
-        handler, args, state = trainer.callback_handler, trainer.args, trainer.state
-        trainer.control = handler.on_step_begin(args, state, trainer.control)
+        args, state = trainer.args, trainer.state
+        tell(trainer, "on_step_begin")
         parts = _chunks(rows, args.per_device_train_batch_size)
         losses = []
         with self._policy_as_exported():
             for part in parts:
-                # accelerate divides a loss by this: each part counts by its share of the step's pairs.
-                trainer.accelerator.gradient_accumulation_steps = len(rows) / len(part)
+                divide_losses_by(trainer, len(rows) / len(part))  # each counts by its share of the step's pairs
                 losses.append(float(trainer.training_step(trainer.model_wrapped, self._batch(part))))
         shares = [len(part) / len(rows) for part in parts]
         loss = _weighted(losses, shares)
-        margin = _weighted(self._metric("rewards/margins")[-len(parts) :], shares)
-        accuracy = _weighted(self._metric("rewards/accuracies")[-len(parts) :], shares)
+        margin = _weighted(metric(trainer, "rewards/margins")[-len(parts) :], shares)
+        accuracy = _weighted(metric(trainer, "rewards/accuracies")[-len(parts) :], shares)
         grad_norm = float(trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), args.max_grad_norm))
         learning_rate = float(trainer.lr_scheduler.get_last_lr()[0])
         self._refuse_not_finite(loss, grad_norm, rows)
 
-        trainer.control = handler.on_pre_optimizer_step(args, state, trainer.control)
+        tell(trainer, "on_pre_optimizer_step")
         trainer.optimizer.step()
-        trainer.control = handler.on_optimizer_step(args, state, trainer.control)
+        tell(trainer, "on_optimizer_step")
         if state.global_step < self._horizon:  # its last value stays: a cosine would rise again
             trainer.lr_scheduler.step()
         trainer.model.zero_grad()
         state.global_step += 1
-        trainer.control = handler.on_step_end(args, state, trainer.control)
-        trainer._tr_loss += loss
-        # TRL's own logging: what a TRL user's trackers and callbacks expect to see, under the names they know.
-        trainer._maybe_log_save_evaluate(
-            trainer._tr_loss, grad_norm, trainer.model, None, state.epoch, None, started, learning_rate=learning_rate
-        )
+        tell(trainer, "on_step_end")
+        log_step(trainer, loss, grad_norm, learning_rate, started)
         return UpdateStep(
             step=state.global_step,
             iteration=iteration,
@@ -310,7 +313,7 @@ class TrlLearner(ABC):
 
     # ---- building
 
-    def _trainer_args(self) -> _BaseConfig:
+    def _trainer_args(self) -> TrlConfig:
         known = {f.name for f in dataclasses.fields(self.config_class) if f.init}
         for name in self.settings.args:
             if name in _SET_ELSEWHERE:
@@ -343,8 +346,7 @@ class TrlLearner(ABC):
         }
         with _settings_errors():
             args = self.config_class(**values)
-            if args.n_gpu > 1:  # in a process that sees several, TRL would spread a model over them, and refuses to
-                args._n_gpu = 1
+            on_one_gpu(args)
         for name, needs in (
             ("lr_scheduler_type", args.lr_scheduler_type not in _ENDLESS_SCHEDULES),
             ("warmup_steps", 0 < args.warmup_steps < 1),
@@ -368,7 +370,7 @@ class TrlLearner(ABC):
                     raise UserError(f"learner.args.{name}: expected a number, found {args[name]!r}") from e
         return out
 
-    def _prepare(self, args: _BaseConfig) -> None:
+    def _prepare(self, args: TrlConfig) -> None:
         """What `Trainer.train()` does before its first step, once."""
         trainer = self.trainer
         for callback in (PrinterCallback, ProgressCallback):
@@ -382,26 +384,15 @@ class TrlLearner(ABC):
         horizon = args.max_steps if args.max_steps > 0 else sys.maxsize
         trainer.create_scheduler(num_training_steps=horizon)
         self._horizon = horizon
-        trainer.state.compute_steps(args, horizon)
-        trainer.state.init_training_references(trainer, horizon, self.settings.epochs, None)
+        start_counting(trainer, horizon, self.settings.epochs)
         trainer.state.max_steps = sys.maxsize  # the horizon is the schedule's; it ends no run
-        trainer.current_gradient_accumulation_steps = 1
-        trainer._tr_loss = torch.tensor(0.0)
-        trainer._total_loss_scalar = 0.0
-        trainer._globalstep_last_logged = 0
-        for name in ("model", "optimizer", "lr_scheduler"):
-            setattr(trainer.callback_handler, name, getattr(trainer, name))
         trainer.model.zero_grad()
-        trainer.control = trainer.callback_handler.on_train_begin(args, trainer.state, trainer.control)
+        tell(trainer, "on_train_begin")
 
     def close(self) -> None:
         """Tells trackers and callbacks that training has ended."""
-        trainer = self.trainer
-        trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-        for callback in trainer.callback_handler.callbacks:
-            # wandb uploads the rest at the interpreter's exit, which a worker skips.
-            if (wandb := getattr(callback, "_wandb", None)) is not None:
-                wandb.finish()
+        tell(self.trainer, "on_train_end")
+        finish_trackers(self.trainer)
         self._scratch.cleanup()
 
     # ---- the policy as it is
@@ -431,8 +422,7 @@ class TrlLearner(ABC):
 
     def track(self, values: dict[str, float]) -> None:
         """Gives trackers numbers beside TRL's own, at the step that the policy is at."""
-        trainer = self.trainer
-        trainer.control = trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, dict(values))
+        tell(self.trainer, "on_log", dict(values))
 
     # ---- state
 
@@ -489,17 +479,9 @@ class TrlLearner(ABC):
         _set_rng_state(state["rng"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.lr_scheduler.load_state_dict(state["scheduler"])
-        self._keep_learning_rate()
-        trainer.state.global_step = trainer._globalstep_last_logged = state["global_step"]
-
-    def _keep_learning_rate(self) -> None:
-        """A state brings its learning rate along; a job resumed with another one (`--allow-change`) means that one."""
-        optimizer, scheduler, wanted = self.trainer.optimizer, self.trainer.lr_scheduler, self.settings.learning_rate
-        for group, before in zip(optimizer.param_groups, list(scheduler.base_lrs), strict=True):
-            group["lr"] *= wanted / before
-            group["initial_lr"] = wanted
-        scheduler.base_lrs = [wanted] * len(optimizer.param_groups)
-        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+        # A state brings its learning rate along; a job resumed with another one (`--allow-change`) means that one.
+        set_learning_rate(trainer, self.settings.learning_rate)
+        go_on_after(trainer, state["global_step"])
 
     def _trained(self) -> dict[str, torch.Tensor]:
         """The parameters that training changes, by name; tied ones once."""

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from rlaif import config, models
+from rlaif import config, models, transformers_compat
 from rlaif.errors import UserError
 from rlaif.hardware import precision_here, torch_dtype
 from rlaif.records import TokenSequence
@@ -56,8 +56,7 @@ class Sampler:
         except (OSError, ValueError, ImportError, SafetensorError) as e:
             raise UserError(f"{policy_path}: can't load these weights ({' '.join(str(e).split())})") from e
         self._model.to(self._device).eval()
-        layers = DynamicCache(config=self._model.config).layers
-        if getattr(self._model, "_is_stateful", False) or not all(hasattr(x, "batch_select_indices") for x in layers):
+        if not transformers_compat.rows_can_leave(self._model):
             raise UserError(
                 f"sampling.engine: `transformers` can't sample from a {self._model.config.model_type}, whose layers "
                 "keep a state instead of keys and values; set sampling.engine: vllm"
@@ -121,7 +120,7 @@ class Sampler:
                 break
             if len(staying) < len(rows):
                 keep = torch.tensor(staying, device=self._device)
-                cache.batch_select_indices(keep)
+                transformers_compat.keep_rows(cache, keep)
                 mask, positions = mask[keep], positions[keep]
                 rows = [rows[row] for row in staying]
             ids = torch.tensor([[sampled[index][-1]] for index in rows], device=self._device)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlaif import config
 from rlaif.learning import make_learner
 from rlaif.learning.as_exported import AsExported
-from rlaif.learning.export import adapted, plain
+from rlaif.learning.peft_compat import adapted, plain, product
 from rlaif.learning.rounding import round_stochastically
 from tests.architectures import make_model as make_architecture
 from tests.learning.conftest import make_preferences
@@ -126,7 +126,7 @@ def test_a_loras_gradients_are_those_through_the_merged_weights(name: str, tmp_p
     for key, layers in adapted(wrapped.get_base_model()).items():
         merged = state[key]
         for layer in layers:
-            merged = merged + layer.get_delta_weight("default")
+            merged = merged + product(layer)
         state[key] = merged + (round_stochastically(merged, 7, key).float() - merged).detach()
     for key, value in state.items():
         if key not in adapted(wrapped.get_base_model()) and key in dict(plain_model.named_parameters()):

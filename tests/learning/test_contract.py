@@ -19,6 +19,7 @@ from rlaif.learning import make_learner
 from rlaif.learning.base import _row, epoch_order
 from rlaif.learning.divergence import _batches, kl
 from rlaif.learning.export import merged
+from rlaif.learning.trl_compat import metric
 from rlaif.mixing import preferences_of
 from rlaif.records import Completion, Decision, Message, Pair, PolicyVersion, Preference, Prompt, Verdict
 from tests.learning.conftest import make_preferences
@@ -103,7 +104,7 @@ def test_log_ratios_loss_and_gradients_are_the_formulas(kind: str, model_path: s
     close(grads, {n: p.grad for n, p in policy.named_parameters()}, atol=1e-4)
     for pair, row in zip(pairs, expected_ratios, strict=True):
         gradients(made, [pair])
-        found = [made._metric("rewards/chosen")[-1] / BETA, made._metric("rewards/rejected")[-1] / BETA]
+        found = [metric(made.trainer, "rewards/chosen")[-1] / BETA, metric(made.trainer, "rewards/rejected")[-1] / BETA]
         assert found == pytest.approx(row.tolist(), abs=1e-4)
 
 
@@ -214,9 +215,8 @@ def test_the_learners_agree_on_several_steps(model_path: str, settings: config.L
 
 def test_our_scoring_is_trls(model_path: str) -> None:
     """The CPU replacement of TRL's fused head gives every field that TRL's gives."""
-    from trl.trainer.utils import add_fused_lm_head
-
     from rlaif.learning.scoring import score_completions_only
+    from rlaif.learning.trl_compat import add_fused_lm_head
 
     ours, theirs = (AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32) for _ in range(2))
     fields = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
