@@ -336,7 +336,7 @@ class Iteration:
 
     def _decided(self) -> Iterator[tuple[Decision, Decision]]:
         filters, calibration = self.settings.job.filters, self.settings.calibration
-        jurors = self._jurors()
+        jurors = self.juror_fit()
         texts, cut = self._completions()
         weights = self.text.weights
         sliced = calibration is not None and EVERYTHING not in calibration.slices
@@ -364,7 +364,7 @@ class Iteration:
         """Prompt → its category: the slice of a calibration."""
         return {p.id: p.category for p in read_rows(self.run.path / "prompts" / "train.jsonl", Prompt)}
 
-    def _jurors(self) -> JurorFit | None:
+    def juror_fit(self) -> JurorFit | None:
         """What each juror's votes weigh, as the loop fits it."""
         method, calibration = self.settings.job.filters.aggregate, self.settings.calibration
         calibrated = calibration.jurors if calibration else None

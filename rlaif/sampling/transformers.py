@@ -111,7 +111,7 @@ class Sampler:
             raw = logits.log_softmax(dim=-1)
             staying = []
             for row, index in enumerate(rows):
-                token = _draw(logits[row], requests[index], generators[index])
+                token = draw(logits[row], requests[index], generators[index])
                 sampled[index].append(token)
                 logprobs[index] += float(raw[row, token])
                 if len(sampled[index]) < requests[index].max_tokens and not self._endings.ended(sampled[index]):
@@ -129,7 +129,7 @@ class Sampler:
         return [self._endings.sample(r.id, ids, lp) for r, ids, lp in zip(requests, sampled, logprobs, strict=True)]
 
 
-def _draw(logits: torch.Tensor, request: SampleRequest, generator: torch.Generator) -> int:
+def draw(logits: torch.Tensor, request: SampleRequest, generator: torch.Generator) -> int:
     """One token from one row of logits [vocabulary]: temperature, then the nucleus."""
     if request.temperature == 0:
         return int(logits.argmax())
