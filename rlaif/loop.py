@@ -344,11 +344,11 @@ class Loop:
             jurors = self._jurors(here, votes)
             made = []
             for pair in pairs:
-                slice = prompts[pair.prompt_id].category or EVERYTHING
+                slice_name = prompts[pair.prompt_id].category or EVERYTHING
                 mine = of_pair[pair.id]
                 asked = how and how._replace(ends=ends_of(pair, cut))
                 made.append(
-                    decide_votes(pair, mine, filters, texts, text.weights, jurors, calibration, slice, cut, asked)
+                    decide_votes(pair, mine, filters, texts, text.weights, jurors, calibration, slice_name, cut, asked)
                 )
             # Held-out pairs are never labelled: they only measure.
             yield to_review(made, filters) if role == "decide" else made

@@ -118,17 +118,17 @@ def _calibrated(
     verdict: Verdict,
     votes: Sequence[Vote],
     settings: Filters,
-    slice: str,
+    slice_name: str,
     asked: Asked | None,
 ) -> tuple[str, str]:
     if calibration is None:
         return "the run's calibration is not in the log", "a calibrated judge"
     if votes and (difference := calibration.mismatch(votes, settings, asked=asked)):
         return difference, "the votes that were calibrated"
-    threshold = calibration.threshold_for(slice)
+    threshold = calibration.threshold_for(slice_name)
     if threshold is None:
-        return f"the prompt is of slice {slice}", f"a calibrated slice ({', '.join(calibration.slices)})"
+        return f"the prompt is of slice {slice_name}", f"a calibrated slice ({', '.join(calibration.slices)})"
     value = score_of(verdict, calibration.score, threshold.map)
     least = "nothing passes" if threshold.threshold is None else f"at least {threshold.threshold:g}"
-    of_slice = "" if EVERYTHING in calibration.slices else f" in slice {slice}"
+    of_slice = "" if EVERYTHING in calibration.slices else f" in slice {slice_name}"
     return f"{calibration.score} {value:.3f}", f"{least}{of_slice}"

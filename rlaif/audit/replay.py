@@ -355,10 +355,10 @@ class Iteration:
                 )
             if mine is None or not {pair.first, pair.second} <= texts.keys():
                 continue
-            slice = categories.get(pair.prompt_id) or EVERYTHING
+            slice_name = categories.get(pair.prompt_id) or EVERYTHING
             if asked is not None:
                 asked = asked._replace(ends=ends_of(pair, cut))
-            yield was, decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice, cut, asked)
+            yield was, decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice_name, cut, asked)
 
     def _categories(self) -> dict[str, str | None]:
         """Prompt → its category: the slice of a calibration."""

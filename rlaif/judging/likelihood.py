@@ -177,8 +177,8 @@ class LikelihoodJudge:
         A score is the summed log-ratio divided by the square root of its number of tokens, so that the best
         and the worst of several samples are not simply the longest ones.
         """
-        for id in voices:
-            voice = constitution.voice(id)
+        for name in voices:
+            voice = constitution.voice(name)
             for chunk in self._chunks(candidates, lambda c: len(self._answer(c))):
                 scored = [c for c in chunk if self._answer(c)]
                 values = self._contrast(voice, scored)
@@ -186,7 +186,7 @@ class LikelihoodJudge:
                     Score(
                         completion_id=c.completion_id,
                         prompt_id=c.prompt_id,
-                        voice=id,
+                        voice=name,
                         value=value / math.sqrt(len(self._answer(c))),
                     )
                     for c, value in zip(scored, values, strict=True)
@@ -656,7 +656,7 @@ def _other_prompt(
     prompt_id: str, messages: tuple[Message, ...], prompts: dict[str, tuple[Message, ...]], seed: int
 ) -> tuple[str, tuple[Message, ...]]:
     """Another prompt x', seeded; a fixed one when the batch has a single prompt."""
-    others = [(id, m) for id, m in prompts.items() if id != prompt_id and m != messages]
+    others = [(i, m) for i, m in prompts.items() if i != prompt_id and m != messages]
     return random.Random(f"{seed}:{prompt_id}").choice(others) if others else _FALLBACK
 
 
