@@ -172,7 +172,7 @@ def wrong(module: str) -> list[str]:
             inner = [a.name for a in node.names if a.name.partition(".")[0] in PUBLIC]
             found[node.lineno] += [f"import {n}" for n in inner if n not in PUBLIC[n.partition(".")[0]]]
         elif isinstance(node, ast.ClassDef) and not {ast.unparse(b) for b in node.bases} <= OURS:
-            hidden = NAMES & {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+            hidden = (NAMES - TOO_PLAIN) & {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
             found[node.lineno] += [f"`{node.name}` hides `{name}`" for name in sorted(hidden)]
     return [f"line {line}: {what}" for line in sorted(found) for what in found[line]]
 
