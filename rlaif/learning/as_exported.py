@@ -49,6 +49,11 @@ class AsExported:
         }  # fmt: skip
         self._masters: dict[str, torch.Tensor] = {}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weights that are others inside, as the untrained model names them."""
+        return tuple(self._weights)
+
     @contextmanager
     def __call__(self) -> Iterator[None]:
         assert not self._masters, "the masters would be lost"

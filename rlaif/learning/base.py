@@ -121,22 +121,23 @@ class TrlLearner(ABC):
         self._exported_config = copy.deepcopy(policy.config)  # before we and TRL write our own choices into it
         # Nothing here generates. transformers refuses to save some that it loads: the base's own file is carried over.
         self._generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
-        _no_dropout(policy)
+        no_dropout(policy)
         names = set(policy.state_dict())
         with _settings_errors():
             self.trainer = self._make_trainer(policy, args, _peft_config(settings.lora))
         self._check_export(names)
-        self._adapt(self._unwrapped())
+        self._adapt(self.policy)
         self._base = self._load_base(model_path)
         with _settings_errors():
             self._prepare(args)
-        # fp32 sees the masters as they are.
-        self._policy_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._base_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.policy_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
+        """`with` it, the policy computes with the weights of its export; in fp32 those are the masters."""
+        self.base_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
+        """The same of the untrained policy."""
         if self._precision == "bf16":
-            self._policy_as_exported = AsExported(self._unwrapped(), seed)
-            base = self._unwrapped() if self._base is None else self.trainer.accelerator.unwrap_model(self._base)
-            self._base_as_exported = AsExported(base, seed, adapters=False)
+            self.policy_as_exported = AsExported(self.policy, seed)
+            base = self.policy if self._base is None else self.trainer.accelerator.unwrap_model(self._base)
+            self.base_as_exported = AsExported(base, seed, adapters=False)
         if state_dir is not None:
             self.load(state_dir)
 
@@ -193,7 +194,7 @@ class TrlLearner(ABC):
         tell(trainer, "on_step_begin")
         parts = _chunks(rows, args.per_device_train_batch_size)
         losses = []
-        with self._policy_as_exported():
+        with self.policy_as_exported():
             for part in parts:
                 divide_losses_by(trainer, len(rows) / len(part))  # each counts by its share of the step's pairs
                 losses.append(float(trainer.training_step(trainer.model_wrapped, self._batch(part))))
@@ -241,7 +242,7 @@ class TrlLearner(ABC):
 
     def divergences(self, completions: list[Completion]) -> Iterator[list[Divergence]]:
         """How far the master weights are from the untrained policy; see `Learner`."""
-        policy = self._unwrapped()
+        policy = self.policy
         was_training = policy.training
         policy.eval()
         try:
@@ -255,7 +256,7 @@ class TrlLearner(ABC):
     def _untrained(self) -> Asked:
         """The base policy, whatever `reference` is."""
         if self.settings.lora is not None:
-            return Asked(self._unwrapped(), self.trainer.model.disable_adapter)
+            return Asked(self.policy, self.trainer.model.disable_adapter)
         if self._base is None:  # `reference: previous` keeps no copy of it: read once an evaluation
             base, _ = _load(self._model_path)
             return Asked(base.requires_grad_(False).eval().to(self.trainer.args.device))
@@ -275,10 +276,10 @@ class TrlLearner(ABC):
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
         """The model that KL is measured against, before the update changes anything."""
-        model, within = self.trainer.model_wrapped, self._policy_as_exported
+        model, within = self.trainer.model_wrapped, self.policy_as_exported
         adapter_off: AbstractContextManager[Any] = nullcontext()
         if self.settings.reference == "base":
-            within = self._base_as_exported
+            within = self.base_as_exported
             if self.settings.lora is None:
                 model = self._base
             else:
@@ -407,7 +408,7 @@ class TrlLearner(ABC):
 
         Neither autocast nor padding nor our own scoring is in the way: the model's plain forward, row by row.
         """
-        plain = self._unwrapped()
+        plain = self.policy
         was_training = plain.training
         plain.eval()
         out = []
@@ -447,7 +448,7 @@ class TrlLearner(ABC):
         }
         with _write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(self._trained(), folder / "weights.safetensors")
+            save_file(self.trained(), folder / "weights.safetensors")
             with _no_checksums():
                 torch.save(state, folder / "state.pt")
         with _write_errors(Path(policy_dir)):
@@ -469,7 +470,7 @@ class TrlLearner(ABC):
                 f"{folder}: can't read the learner's state ({why}); restore it, or start a new run from a policy of "
                 "this one (policy.model: RUN/iterations/.../policy)"
             ) from e
-        mine = self._trained()
+        mine = self.trained()
         differing = sorted(set(mine) ^ set(weights)) or [n for n in mine if mine[n].shape != weights[n].shape]
         if differing:
             raise UserError(f"{folder}: the state of another model (they differ in `{differing[0]}`); was it changed?")
@@ -483,12 +484,13 @@ class TrlLearner(ABC):
         set_learning_rate(trainer, self.settings.learning_rate)
         go_on_after(trainer, state["global_step"])
 
-    def _trained(self) -> dict[str, torch.Tensor]:
-        """The parameters that training changes, by name; tied ones once."""
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The parameters that training changes, by name, tied ones once; themselves, not copies."""
         return {n: p.data for n, p in self.trainer.model.named_parameters() if p.requires_grad}
 
-    def _unwrapped(self) -> PreTrainedModel:
-        """The policy as transformers knows it: no accelerate, no peft around it."""
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The policy as transformers knows it: no accelerate, no peft around it, though its layers may hold a LoRA."""
         model = self.trainer.model
         return model if self.settings.lora is None else model.get_base_model()
 
@@ -498,7 +500,7 @@ class TrlLearner(ABC):
         Raises:
             UserError: the adapters can't be merged back into weights of the model's own names.
         """
-        plain = self._unwrapped()
+        plain = self.policy
         check_mergeable(plain)
         if differing := sorted(plain_names(plain) ^ names):
             raise UserError(
@@ -507,7 +509,7 @@ class TrlLearner(ABC):
             )
 
     def _export(self, folder: Path) -> str:
-        plain = self._unwrapped()
+        plain = self.policy
         state = in_precision(merged(plain), self._export_precision, self.seed, kept_in_fp32(plain))
         plain.save_pretrained(folder, state_dict=state)
         # save_pretrained writes the master weights' dtype and TRL's settings into config.json
@@ -617,7 +619,7 @@ def _choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end if end is not None and end < rows else 0)
 
 
-def _no_dropout(model: PreTrainedModel) -> None:
+def no_dropout(model: PreTrainedModel) -> None:
     """The log-probabilities that are compared must be those of the policy that samples. TRL turns `nn.Dropout` off;
     others keep theirs as a number, of a module (OPT's `dropout`, `layerdrop`) or of the configuration that a forward
     pass reads (Falcon), and routers of experts shake their input.
@@ -625,7 +627,7 @@ def _no_dropout(model: PreTrainedModel) -> None:
     Raises:
         UserError: the model still computes something else in training; every loss would be compared with noise.
     """
-    in_use = _probe_logits(model, training=False)
+    in_use = probe_logits(model, training=False)
     named = (getattr(m, "config", None) for m in model.modules())
     configs = {id(c): c for c in named if isinstance(c, PreTrainedConfig)}
     owed = list(configs.values())
@@ -639,7 +641,7 @@ def _no_dropout(model: PreTrainedModel) -> None:
             if isinstance(value, float) and (all_of_it or "drop" in name or "jitter" in name):
                 setattr(holder, name, 0.0)
     # Twice: what is random, and what only differs.
-    off = max(float((_probe_logits(model, training=True) - in_use).abs().max()) for _ in range(2))
+    off = max(float((probe_logits(model, training=True) - in_use).abs().max()) for _ in range(2))
     if not off <= 1e-4 * (1 + float(in_use.abs().max())):
         raise UserError(
             f"policy.model: {type(model).__name__} computes something else in training than in use (logits differ by "
@@ -648,7 +650,7 @@ def _no_dropout(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _probe_logits(model: PreTrainedModel, training: bool) -> torch.Tensor:
+def probe_logits(model: PreTrainedModel, training: bool) -> torch.Tensor:
     """Logits of some tokens, [2, 32, vocabulary], in fp32."""
     ids = torch.arange(64, device=model.device).remainder(model.get_input_embeddings().weight.size(0)).view(2, 32)
     was_training = model.training

@@ -67,7 +67,7 @@ class DpoLearner(TrlLearner):
         return trainer
 
     def _adapt(self, model: PreTrainedModel) -> None:
-        is_policy = model is self._unwrapped()
+        is_policy = model is self.policy
         if self.trainer.args.device.type == "cpu":
             weighted = is_policy and needs_squared_probabilities(self.trainer)
             score_completions_only(model, metrics=is_policy, sum_sq_probs=weighted)
