@@ -7,11 +7,15 @@ Out: those that the installed version no longer has. Run it before a pin in pypr
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 BY_LIBRARY = {
@@ -35,6 +39,20 @@ class Reached(NamedTuple):
     """What no longer works without it."""
     says: str = ""
     """A text that must stand in its source, for what has no name: a parameter, a message, what a function sets."""
+
+
+def listed(module: str) -> tuple[Reached, ...]:
+    """A module's `REACHED`, read without importing it: what it imports may be what is gone."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    known: dict[str, Any] = {"Reached": Reached}
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign):
+            with contextlib.suppress(NameError):  # made of what is imported
+                exec(compile(ast.Module([node], []), spec.origin, "exec"), known)
+    reached: tuple[Reached, ...] = known["REACHED"]
+    return reached
 
 
 def missing(reached: Iterable[Reached]) -> list[Reached]:
@@ -73,15 +91,15 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m rlaif.reached [LIBRARY ...]`: prints each name that is gone and what breaks; 1 when one is."""
     gone = 0
     for library in argv or BY_LIBRARY:
-        try:
-            module = importlib.import_module(BY_LIBRARY[library])
-            importlib.import_module(library)
-        except ImportError as e:
-            print(f"{library}: not installed ({e})")
+        if importlib.util.find_spec(library) is None:
+            print(f"{library}: not installed")
             continue
-        lost = missing(module.REACHED)
+        with contextlib.suppress(ImportError, AttributeError):  # most need nothing, and what is gone is told below
+            importlib.import_module(BY_LIBRARY[library]).load()
+        reached = listed(BY_LIBRARY[library])
+        lost = missing(reached)
         gone += len(lost)
-        print(f"{library}: {len(module.REACHED) - len(lost)} of {len(module.REACHED)} names are there")
+        print(f"{library}: {len(reached) - len(lost)} of {len(reached)} names are there")
         for r in lost:
             print(f"  {r.module}{':' * bool(r.name)}{r.name}{f' ({r.says})' if r.says else ''}: {r.breaks}")
     return 1 if gone else 0

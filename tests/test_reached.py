@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import importlib.util
 import os
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlaif import reached
-from rlaif.reached import BY_LIBRARY, Reached, missing
+from rlaif.reached import BY_LIBRARY, Reached, listed, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {
@@ -56,7 +55,7 @@ def test_every_name_is_there(library: str) -> None:
 
 
 def test_a_name_that_is_gone_is_said_with_what_breaks(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = (
         Reached("json", "", "x"),
@@ -78,11 +77,12 @@ def test_a_name_that_is_gone_is_said_with_what_breaks(
     assert missing(there) == []
     assert missing((*there, *gone)) == [*gone]
 
-    class Module:
-        REACHED = (*there, *gone)
-
-    monkeypatch.setitem(sys.modules, "rlaif.a_compat", Module)  # type: ignore[arg-type]
-    monkeypatch.setattr(reached, "BY_LIBRARY", {"json": "rlaif.a_compat", "no_such_library": "rlaif.b_compat"})
+    module = tmp_path / "a_compat_module.py"
+    module.write_text(
+        f"from json import nothing\nfrom rlaif.reached import Reached\nalias = nothing\nREACHED = {(*there, *gone)!r}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(reached, "BY_LIBRARY", {"json": module.stem, "no_such_library": "not.looked.at"})
     assert reached.main() == 1
     said = capsys.readouterr().out
     assert "json: 7 of 13 names are there" in said
@@ -126,23 +126,10 @@ def attributes(tree: ast.AST) -> Iterator[tuple[int, bool, str]]:
                 yield node.lineno, is_own(node.args[0]), str(name.value)
 
 
-def reached_names() -> tuple[set[str], set[str]]:
-    """Last parts of what the compat modules list, of anything and of classes' attributes; read from their source, since
-    importing them takes their libraries."""
-    names, of_classes = set(), set()
-    for module in COMPAT:
-        for node in ast.walk(SOURCES[module]):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Reached":
-                assert isinstance(node.args[1], ast.Constant)
-                owner, _, last = str(node.args[1].value).rpartition(".")
-                names.add(last)
-                of_classes |= {last} if owner else set()
-    return names, of_classes
-
-
 DEFINED = {module: defined(tree) for module, tree in SOURCES.items()}
 OURS = set().union(*DEFINED.values())
-NAMES, OF_CLASSES = reached_names()
+NAMES = {r.name.rpartition(".")[2] for module in COMPAT for r in listed(module)}
+OF_CLASSES = {r.name.rpartition(".")[2] for module in COMPAT for r in listed(module) if "." in r.name}
 
 
 def test_the_lists_are_read() -> None:

@@ -134,6 +134,11 @@ def online_dpo() -> tuple[type[Any], type[Any]]:
     return OnlineDPOConfig, OnlineDPOTrainer
 
 
+def load() -> None:
+    """Imports TRL's trainers as the learners do, for `rlaif.reached`: the first import says whether vLLM joins."""
+    online_dpo()
+
+
 @contextlib.contextmanager
 def _without_vllm() -> Iterator[None]:
     as_it_was = import_utils.is_vllm_available
