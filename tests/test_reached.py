@@ -146,9 +146,11 @@ def wrong(module: str) -> list[str]:
     """What a module touches that belongs to another library alone, by line."""
     tree, found = SOURCES[module], defaultdict[int, list[str]](list)
     for line, own, name in attributes(tree):
-        if private(name) and name not in STANDARD and name not in (OURS if own else DEFINED[module]):
-            found[line].append(f"private `{name}`")
-        if not own and name in OF_CLASSES - TOO_PLAIN - DEFINED[module]:
+        ours = DEFINED[module] | (OURS if own else set())
+        if private(name):
+            if name not in STANDARD | ours:
+                found[line].append(f"private `{name}`")
+        elif not own and name in OF_CLASSES - TOO_PLAIN - DEFINED[module]:
             found[line].append(f"undocumented `{name}`")
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
