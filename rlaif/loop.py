@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlaif import monitors
+from rlaif import monitors, tracking
 from rlaif.config import Job
 from rlaif.constitution import Constitution
 from rlaif.errors import RlaifError
@@ -145,6 +145,8 @@ class Loop:
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(k, metrics, evaluation)
         write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
+        number, events = self._text_number(k), self.dir.events()
+        self._track(k, k + 1, tracking.of_iteration(metrics, votes, self.job.judge, number, events))
         self._prune_policies(k)
         head = write_head(self.dir)
         self.progress.iteration_done(k, metrics)
@@ -511,6 +513,7 @@ class Loop:
         quality = here.rows("quality", Quality, measure, inputs=["completions"], resumable=False)
         drift = self._drift(here, updates, policy, prompts[: self.job.eval.kl_prompts], text)
         pairs: list[Pair] = []
+        votes: list[Vote] = []
         decisions: list[Decision] | None = None
         if updates != BASE_POLICY:
             base = _in_order(self.dir.evaluation(BASE_POLICY).read("completions", Completion), list(by_id))
@@ -529,6 +532,8 @@ class Loop:
             updates, text, completions, quality, pairs, decisions, seconds, drift, gap=self._gap_of(here)
         )
         write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
+        number = self._text_number(plan.iteration)
+        self._track(shown, updates, tracking.of_evaluation(metrics, votes, self.job.judge, number))
         return metrics
 
     def _drift(
@@ -582,6 +587,20 @@ class Loop:
         for chunk in chunks:
             yield chunk
             self.progress.advance(len(chunk))
+
+    def _track(self, k: int, updates: int, values: dict[str, float | str]) -> None:
+        """Gives trackers what is in a metrics.json that was just written, at the optimizer step after so many
+        iterations. After, not before: a run that goes on never gives them twice. Tells which trackers failed."""
+        made = (self.dir.iteration(i).read("updates", UpdateStep) for i in range(updates - 1, -1, -1))
+        step = next((steps[-1].step for steps in made if steps), 0)
+        for failed in self.learner.call("track", values=values, step=step):
+            self.dir.event("tracker_failed", failed, k)
+            self.progress.note(failed)
+
+    def _text_number(self, k: int) -> int:
+        """The text of iteration k, counted through the run's different texts from 1."""
+        hashes = [self._plan_of(i).constitution.hash for i in range(k + 1)]
+        return list(dict.fromkeys(hashes)).index(hashes[-1]) + 1
 
     def _plan_of(self, k: int) -> Plan:
         return self.dir.plan(k)
@@ -637,8 +656,6 @@ class Loop:
             if self._event_once("alarm", message, k):
                 self.progress.note(f"alarm in iteration {k + 1}: {message}")
         self._gap = (version.digest, gap)
-        values = {"weights_gap/mean": gap.mean, "weights_gap/typical": gap.typical, "weights_gap/worst": gap.worst}
-        self.learner.call("track", values=values)
 
     def _gap_noted(self) -> dict[str, Any]:
         """For the meta file of what was just sampled."""

@@ -69,7 +69,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.learning.*",
         "rlaif.review.labels",
     ),
-    ("rlaif.loop", "rlaif.mixing", "rlaif.monitors", "rlaif.texts", "rlaif.launch"),
+    ("rlaif.loop", "rlaif.mixing", "rlaif.monitors", "rlaif.texts", "rlaif.launch", "rlaif.tracking"),
     (
         "rlaif.api",
         "rlaif.audit",
