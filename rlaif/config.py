@@ -444,7 +444,7 @@ class Learner(Section):
     args: Annotated[
         dict[str, Any], MayChange(("per_device_train_batch_size", "gradient_checkpointing", "report_to", "run_name"))
     ] = Field(default_factory=dict)
-    """Passed to TRL's config as they are (`report_to: wandb`, `weight_decay: 0.01`, ...)."""
+    """Passed to TRL's config as they are (`report_to: wandb`, `weight_decay: 0.01`, ...); trackers: view.md."""
 
 
 class Replay(Section):
