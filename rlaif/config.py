@@ -443,10 +443,10 @@ class Learner(Section):
     """Autocast of the update; master weights and Adam state are fp32 in both. `auto` as in `sampling.precision`."""
     lora: Lora | None = None
     """Train adapters; full weights when absent."""
-    args: Annotated[dict[str, Any], MayChange(("per_device_train_batch_size", "gradient_checkpointing"))] = Field(
-        default_factory=dict
-    )
-    """Passed to TRL's config as they are (`report_to: wandb`, `weight_decay: 0.01`, ...)."""
+    args: Annotated[
+        dict[str, Any], MayChange(("per_device_train_batch_size", "gradient_checkpointing", "report_to", "run_name"))
+    ] = Field(default_factory=dict)
+    """Passed to TRL's config as they are (`report_to: wandb`, `weight_decay: 0.01`, ...); trackers: view.md."""
 
 
 class Replay(Section):

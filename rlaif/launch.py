@@ -15,7 +15,7 @@ from typing import Any
 
 from rlaif import __version__, models
 from rlaif.config import Job, Judge, changed_keys, may_change, parse_job
-from rlaif.errors import RunInterrupted, UserError
+from rlaif.errors import RlaifError, RunInterrupted, UserError
 from rlaif.hardware import facts as hardware_facts
 from rlaif.hardware import gpu_names
 from rlaif.heads import write_head
@@ -173,6 +173,8 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             resumed = any(e.kind == "started" for e in run.events())
             # run.json has the code that a run was begun with; which code went on with it, these events tell.
             run.event("resumed" if resumed else "started", f"{job.iterations} iterations", seed=job.seed, **code)
+            if tracked := bool(job.learner.args.get("report_to")):  # a missing package is told now, not after an hour
+                _tell_trackers(run, workers["learner"].call("track", values={}, step=0), progress.note)
             head = loop.run().name
         except KeyboardInterrupt:
             if not _begun(run):
@@ -185,7 +187,24 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             raise
         run.event("finished", f"{job.iterations} iterations done", head=head)
         progress.note(f"head {head}: note it elsewhere; rlaif audit {run.path} verify --head {head} checks against it")
+        if tracked:
+            _close_trackers(run, workers["learner"], progress.note)
     return run
+
+
+def _tell_trackers(run: RunDir, failed: list[str], note: Callable[[str], None]) -> None:
+    for message in failed:
+        run.event("tracker_failed", message)
+        note(message)
+
+
+def _close_trackers(run: RunDir, learner: WorkerLike, note: Callable[[str], None]) -> None:
+    """Lets trackers send the rest, however long it takes, and tells what failed: of a worker that ends nobody hears."""
+    try:
+        failed = learner.call("close")
+    except RlaifError as e:  # a tracker that takes its process along takes nothing of the run
+        failed = [str(e)]
+    _tell_trackers(run, failed, note)
 
 
 def _likelihood(model: Path, settings: Judge) -> tuple[str, dict[str, Any]]:

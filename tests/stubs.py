@@ -185,6 +185,7 @@ class StubLearner:
 
     def __init__(self, nan_at: int | None = None) -> None:
         self._weights, self._step, self._nan_at = BASE_DIGEST, 0, nan_at
+        self.tracked: list[tuple[int, dict[str, float | str]]] = []
 
     def update(self, preferences: list[Preference], iteration: int) -> Iterator[UpdateStep]:
         from rlaif.errors import RlaifError
@@ -225,8 +226,9 @@ class StubLearner:
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         return stub_logprobs(self._weights, sequences)
 
-    def track(self, values: dict[str, float]) -> None:
-        self.tracked = values
+    def track(self, values: dict[str, float | str], step: int) -> list[str]:
+        self.tracked.append((step, values))
+        return []
 
     def export(self, policy_dir: str) -> str:
         Path(policy_dir).mkdir(parents=True)

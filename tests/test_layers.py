@@ -75,7 +75,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.learning.*",
         "rlaif.review.labels",
     ),
-    ("rlaif.loop", "rlaif.loop.*", "rlaif.mixing", "rlaif.monitors", "rlaif.texts", "rlaif.launch"),
+    (
+        "rlaif.loop",
+        "rlaif.loop.*",
+        "rlaif.mixing",
+        "rlaif.monitors",
+        "rlaif.texts",
+        "rlaif.launch",
+        "rlaif.tracking",
+    ),
     (
         "rlaif.api",
         "rlaif.audit",

@@ -55,8 +55,14 @@ class Learner(Protocol):
         """log p of each completion token under the master weights, in nats; the sampler's own must equal it."""
         ...
 
-    def track(self, values: dict[str, float]) -> None:
-        """Gives the job's trackers (`learner.args.report_to`) numbers beside the learner's own."""
+    def track(self, values: dict[str, float | str], step: int) -> list[str]:
+        """Gives the job's trackers (`learner.args.report_to`) numbers and marks beside the learner's own, at an
+        optimizer step. A tracker that fails raises nothing.
+
+        Returns:
+            What went wrong with trackers since this was last called, one sentence for each, told once. Without values
+            that is all it does.
+        """
         ...
 
     def exports_in(self) -> str:
@@ -71,8 +77,9 @@ class Learner(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Tells trackers and callbacks that training has ended."""
+    def close(self) -> list[str]:
+        """Tells trackers and callbacks that training has ended; returns what `track` does. Closing twice does nothing
+        more."""
         ...
 
 

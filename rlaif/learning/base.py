@@ -46,11 +46,11 @@ from rlaif.hardware import precision_here
 from rlaif.learning.as_exported import AsExported
 from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
 from rlaif.learning.export import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
+from rlaif.learning.trackers import Tracker, open_trackers
 from rlaif.learning.trl_compat import (
     TrlConfig,
     TrlTrainer,
     divide_losses_by,
-    finish_trackers,
     go_on_after,
     log_step,
     metric,
@@ -109,6 +109,9 @@ class TrlLearner(ABC):
         """Loads the policy (fp32) and builds the trainer; see `rlaif.learning.make_learner`."""
         self.settings = settings
         self.seed = seed
+        self._closed = False
+        self._told: set[str] = set()
+        """Trackers whose failure was told."""
         self._precision = precision_here(settings.precision)
         self._export_precision = precision_here(export_precision)
         disable_progress_bar()  # of transformers: progress is the loop's to show
@@ -123,8 +126,12 @@ class TrlLearner(ABC):
         self._generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
         no_dropout(policy)
         names = set(policy.state_dict())
+        reported, args.report_to = args.report_to, []  # the trainer's own would end a run that they fail in
         with _settings_errors():
+            self._trackers = open_trackers(reported)
             self.trainer = self._make_trainer(policy, args, _peft_config(settings.lora))
+        args.report_to = reported
+        self._attach(self._trackers)
         self._check_export(names)
         self._adapt(self.policy)
         self._base = self._load_base(model_path)
@@ -390,11 +397,31 @@ class TrlLearner(ABC):
         trainer.model.zero_grad()
         tell(trainer, "on_train_begin")
 
-    def close(self) -> None:
-        """Tells trackers and callbacks that training has ended."""
-        tell(self.trainer, "on_train_end")
-        finish_trackers(self.trainer)
-        self._scratch.cleanup()
+    def _attach(self, trackers: list[Tracker]) -> None:
+        """What a trainer does with trackers when it is built. Not by its `add_callback`: that one warns of two of a
+        class."""
+        trainer, handler = self.trainer, self.trainer.callback_handler
+        for tracker in trackers:
+            handler.callbacks.append(tracker)
+            tracker.on_init_end(
+                trainer.args, trainer.state, trainer.control, model=handler.model, processing_class=self.tokenizer
+            )
+
+    def close(self) -> list[str]:
+        """Tells trackers and callbacks that training has ended; see `Learner`."""
+        if not self._closed:
+            self._closed = True
+            tell(self.trainer, "on_train_end")
+            for tracker in self._trackers:
+                tracker.end()
+            self._scratch.cleanup()
+        return self._failed_trackers()
+
+    def _failed_trackers(self) -> list[str]:
+        """What went wrong with trackers and wasn't told yet."""
+        new = [t.failed for t in self._trackers if t.failed is not None and t.name not in self._told]
+        self._told |= {t.name for t in self._trackers if t.failed is not None}
+        return new
 
     # ---- the policy as it is
 
@@ -421,9 +448,14 @@ class TrlLearner(ABC):
         plain.train(was_training)
         return out
 
-    def track(self, values: dict[str, float]) -> None:
-        """Gives trackers numbers beside TRL's own, at the step that the policy is at."""
-        tell(self.trainer, "on_log", dict(values))
+    def track(self, values: dict[str, float | str], step: int) -> list[str]:
+        """Gives trackers numbers beside TRL's own; see `Learner`."""
+        trainer = self.trainer
+        if values:
+            then = copy.copy(trainer.state)
+            then.global_step = step  # this process may not have loaded the learner's state yet
+            trainer.control = trainer.callback_handler.on_log(trainer.args, then, trainer.control, dict(values))
+        return self._failed_trackers()
 
     # ---- state
 

@@ -63,6 +63,8 @@ REACHED = (
     Reached("transformers.trainer_callback", "TrainerState.init_training_references", _LOGS),
     Reached("transformers", "TrainingArguments._n_gpu", "with several GPUs in sight TRL refuses the learner"),
     Reached("transformers.integrations.integration_utils", "WandbCallback._wandb", "what W&B has not sent yet is lost"),
+    Reached("transformers.integrations.integration_utils", "CometCallback._experiment", "what Comet has not sent is lost"),
+    Reached("transformers.integrations.integration_utils", "SwanLabCallback._swanlab", "what SwanLab has not sent is lost"),
     Reached(
         "accelerate", "Accelerator.backward", "parts of a step count equally, whatever their size",
         says="self.gradient_accumulation_steps",
@@ -258,9 +260,6 @@ def set_learning_rate(trainer: Any, wanted: float) -> None:
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def finish_trackers(trainer: Any) -> None:
-    """Lets trackers send what they still hold: wandb does it at the interpreter's exit, which a worker skips, and its
-    callback keeps it as `_wandb`."""
-    for callback in trainer.callback_handler.callbacks:
-        if (wandb := getattr(callback, "_wandb", None)) is not None:
-            wandb.finish()
+TRACKER_ENDS = (("_wandb", "finish"), ("_experiment", "end"), ("_swanlab", "finish"))
+"""W&B, Comet and SwanLab upload the rest at the interpreter's exit, which a worker skips: attribute of the callback,
+and what ends it."""

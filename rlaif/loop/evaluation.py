@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from rlaif import monitors
+from rlaif import monitors, tracking
 from rlaif.constitution import Constitution
 from rlaif.judging.ballots import evaluating_voices
 from rlaif.loop.hand_over import gap_of
@@ -76,6 +76,8 @@ def evaluate(run: Running, updates: int, plan: Plan, text: Constitution) -> Eval
         updates, text, completions, quality, it.pairs, decisions, seconds, drift, gap=gap_of(here)
     )
     write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
+    values = tracking.of_evaluation(metrics, it.votes, run.job.judge, run.text_number(it.k))
+    run.track(max(updates - 1, 0), updates, values)
     return metrics
 
 

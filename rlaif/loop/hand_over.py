@@ -115,8 +115,6 @@ class HandOver:
         self.load_learner(k)
         texts = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in some]
         gap = decoding_gap(some, self._run.learner.call("logprobs", sequences=texts))
-        values = {f"decoding_gap/{name}": getattr(gap, name) for name in ("mean", "typical", "worst")}
-        self._run.learner.call("track", values=values)
         return {"decoding_gap": gap.model_dump(mode="json")}
 
     def _compare(self, k: int, version: PolicyVersion) -> None:
@@ -143,8 +141,6 @@ class HandOver:
                 "where it happens; sampling.engine: transformers may be safe"
             )
         self._gap = (version.digest, gap)
-        values = {"weights_gap/mean": gap.mean, "weights_gap/typical": gap.typical, "weights_gap/worst": gap.worst}
-        run.learner.call("track", values=values)
 
     def _export_of(self, version: PolicyVersion) -> _Export:
         if not version.iteration:

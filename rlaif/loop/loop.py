@@ -5,7 +5,7 @@ It holds no model: it talks to its workers (sampler, judge, learner, measurer) i
 
 from __future__ import annotations
 
-from rlaif import monitors
+from rlaif import monitors, tracking
 from rlaif.errors import RlaifError
 from rlaif.heads import Head, write_head
 from rlaif.judging.calibration import judged_stats
@@ -104,6 +104,8 @@ class Loop(Running):
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(it.k, metrics, evaluation)
         write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
+        told = tracking.of_iteration(metrics, it.votes, self.job.judge, self.text_number(it.k), self.dir.events())
+        self.track(it.k, it.k + 1, told)
         self.hand_over.prune(it.k)
         head = write_head(self.dir)
         self.progress.iteration_done(it.k, metrics)

@@ -118,6 +118,20 @@ class Running:
         if self.event_once(kind, message, k, **data):
             self.progress.note(f"iteration {k + 1}: {message}")
 
+    def track(self, k: int, updates: int, values: dict[str, float | str]) -> None:
+        """Gives trackers what is in a metrics.json that was just written, at the optimizer step after so many
+        iterations. After, not before: a run that goes on never gives them twice. Tells which trackers failed."""
+        made = (self.dir.iteration(i).read("updates", UpdateStep) for i in range(updates - 1, -1, -1))
+        step = next((steps[-1].step for steps in made if steps), 0)
+        for failed in self.learner.call("track", values=values, step=step):
+            self.dir.event("tracker_failed", failed, k)
+            self.progress.note(failed)
+
+    def text_number(self, k: int) -> int:
+        """The text of iteration k, counted through the run's different texts from 1."""
+        hashes = [self.dir.plan(i).constitution.hash for i in range(k + 1)]
+        return list(dict.fromkeys(hashes)).index(hashes[-1]) + 1
+
     def advancing(self, chunks: Iterator[list[Any]]) -> Iterator[list[Any]]:
         """The chunks, counted by the progress."""
         for chunk in chunks:

@@ -1,0 +1,108 @@
+"""What trackers (`learner.args.report_to`) get of the pipeline: metrics as numbers by name. Pure.
+
+In: metrics.json of an iteration or an evaluation, as records, and what stands beside it (votes, events). Out:
+name → number, or text for a mark. A number's name is its field's, so a new field reaches trackers by itself;
+docs/view.md has the table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from rlaif.config import Judge
+from rlaif.judging.spending import spent_on
+from rlaif.records import AbstainReason, ConstitutionRef, DropReason, EvaluationMetrics, Event, IterationMetrics, Vote
+
+_PIPELINE = "pipeline"
+_HELD_OUT = f"{_PIPELINE}/held_out"
+_NO_NUMBERS = frozenset({"iteration", "updates", "policy", "constitution", "weights_gap"})
+"""Fields that say what was measured, and the one that has names of its own."""
+
+
+def of_iteration(
+    metrics: IterationMetrics, votes: Sequence[Vote], judge: Judge, text_number: int, events: Sequence[Event]
+) -> dict[str, float | str]:
+    """An iteration in numbers, and its text and its alarms as marks.
+
+    Args:
+        votes: those of the iteration, for what they cost.
+        text_number: the text in force, counted through the run's different texts from 1: of two texts both may be
+            version 1, and a tracker that takes numbers only must show the change.
+        events: the run's, so far.
+    """
+    alarms = [e for e in events if e.kind == "alarm"]
+    mine = [e.message for e in alarms if e.iteration == metrics.iteration]
+    return {
+        **_marks(metrics.iteration + 1, metrics.constitution, text_number),
+        **_fields(_PIPELINE, metrics),
+        **_cost(_PIPELINE, votes, judge),
+        f"{_PIPELINE}/alarms": len(mine),
+        f"{_PIPELINE}/alarms_so_far": len(alarms),
+        **({f"{_PIPELINE}/alarm": "\n".join(mine)} if mine else {}),
+    }
+
+
+def of_evaluation(
+    metrics: EvaluationMetrics, votes: Sequence[Vote], judge: Judge, text_number: int
+) -> dict[str, float | str]:
+    """An evaluation in numbers; arguments as in `of_iteration`. After iteration k it has that iteration's number, and
+    the base policy's has 0."""
+    return {
+        **_marks(metrics.updates, metrics.constitution, text_number),
+        **_fields(_HELD_OUT, metrics),
+        **_cost(_HELD_OUT, votes, judge),
+    }
+
+
+def _marks(iteration: int, text: ConstitutionRef, text_number: int) -> dict[str, float | str]:
+    """What a point belongs to. Iterations count from 1, as in tables."""
+    return {
+        f"{_PIPELINE}/iteration": iteration,
+        f"{_PIPELINE}/constitution": f"{text} ({text.hash})",
+        f"{_PIPELINE}/constitution_number": text_number,
+    }
+
+
+def _fields(name: str, metrics: IterationMetrics | EvaluationMetrics) -> dict[str, float | str]:
+    out: dict[str, float | str] = {}
+    for field, value in metrics:
+        if field not in _NO_NUMBERS:
+            out.update(_numbers(f"{name}/{field}", _all_reasons(field, value)))
+    if gap := metrics.weights_gap:
+        out |= {"weights_gap/mean": gap.mean, "weights_gap/typical": gap.typical, "weights_gap/worst": gap.worst}
+    return out
+
+
+def _all_reasons(field: str, value: Any) -> Any:
+    """Reasons that nothing had as 0: a curve through the other points alone would never come down."""
+    known = {"dropped_by_first_reason": DropReason, "abstentions": AbstainReason}.get(field)
+    return value if known is None else dict.fromkeys(get_args(known), 0) | value
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers in a field. What wasn't measured (None) has no point."""
+    if isinstance(value, BaseModel):
+        value = dict(value)
+    elif isinstance(value, tuple):  # an interval
+        value = dict(zip(("low", "high"), value, strict=True))
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            # A juror's name has slashes, an @ and more, which stores of metrics refuse.
+            yield from _numbers(f"{name}/{re.sub(r'[^A-Za-z0-9_-]+', '_', str(key))}", inner)
+    elif isinstance(value, int | float):
+        yield name, value
+
+
+def _cost(name: str, votes: Sequence[Vote], judge: Judge) -> dict[str, float | str]:
+    """Requests, tokens and money, as metrics.json counts them. Money only where every juror has a price."""
+    out: dict[str, float | str] = {
+        f"{name}/judge_calls": sum(v.attempts for v in votes),
+        f"{name}/judge_tokens": sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes if not v.cached),
+    }
+    if judge.kind == "chat" and all(juror.model in judge.prices for juror in judge.jurors):
+        out[f"{name}/judge_money"] = spent_on(votes, judge).money
+    return out
