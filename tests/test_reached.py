@@ -42,14 +42,14 @@ TOO_PLAIN = {"layers", "keys", "values", "stats", "backward", "base_layer"}
 @pytest.mark.parametrize(
     "library", [pytest.param(name, marks=pytest.mark.slow if name == "vllm" else ()) for name in BY_LIBRARY]
 )
-def test_every_name_is_there(library: str) -> None:
+def test_every_name_is_there(library: str, tmp_path: Path) -> None:
     """Prints those that the installed version lacks, and what breaks; in a process of its own, since vLLM sets signals
     and threads when it is imported."""
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed: whether it still has the names that we reach was not looked at")
     command = [sys.executable, "-m", "rlaif.reached", library]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "names are there" in done.stdout
 

@@ -46,12 +46,14 @@ from rlaif.hardware import precision_here
 from rlaif.learning.as_exported import AsExported
 from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
 from rlaif.learning.export import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
-from rlaif.learning.trackers import Tracker, open_trackers
+from rlaif.learning.trackers import open_trackers
 from rlaif.learning.trl_compat import (
     TrlConfig,
     TrlTrainer,
+    attach,
     divide_losses_by,
     go_on_after,
+    log_at,
     log_step,
     metric,
     on_one_gpu,
@@ -131,7 +133,7 @@ class TrlLearner(ABC):
             self._trackers = open_trackers(reported)
             self.trainer = self._make_trainer(policy, args, _peft_config(settings.lora))
         args.report_to = reported
-        self._attach(self._trackers)
+        attach(self.trainer, self._trackers, self.tokenizer)
         self._check_export(names)
         self._adapt(self.policy)
         self._base = self._load_base(model_path)
@@ -397,16 +399,6 @@ class TrlLearner(ABC):
         trainer.model.zero_grad()
         tell(trainer, "on_train_begin")
 
-    def _attach(self, trackers: list[Tracker]) -> None:
-        """What a trainer does with trackers when it is built. Not by its `add_callback`: that one warns of two of a
-        class."""
-        trainer, handler = self.trainer, self.trainer.callback_handler
-        for tracker in trackers:
-            handler.callbacks.append(tracker)
-            tracker.on_init_end(
-                trainer.args, trainer.state, trainer.control, model=handler.model, processing_class=self.tokenizer
-            )
-
     def close(self) -> list[str]:
         """Tells trackers and callbacks that training has ended; see `Learner`."""
         if not self._closed:
@@ -450,11 +442,8 @@ class TrlLearner(ABC):
 
     def track(self, values: dict[str, float | str], step: int) -> list[str]:
         """Gives trackers numbers beside TRL's own; see `Learner`."""
-        trainer = self.trainer
         if values:
-            then = copy.copy(trainer.state)
-            then.global_step = step  # this process may not have loaded the learner's state yet
-            trainer.control = trainer.callback_handler.on_log(trainer.args, then, trainer.control, dict(values))
+            log_at(self.trainer, step, values)
         return self._failed_trackers()
 
     # ---- state

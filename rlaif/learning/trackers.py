@@ -12,9 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from transformers.integrations import get_reporting_integration_callbacks
-
-from rlaif.learning.trl_compat import TRACKER_ENDS
+from rlaif.learning.trl_compat import TRACKER_ENDS, tracker_classes
 
 _TAKE_TEXT = frozenset({"tensorboard", "trackio", "wandb"})
 """Trackers whose callback passes on text among the numbers. The others warn about it, or drop it."""
@@ -78,4 +76,4 @@ def open_trackers(names: list[str]) -> list[Tracker]:
         ValueError: transformers knows none of that name.
     """
     names = list(dict.fromkeys(names))
-    return [Tracker(name, make) for name, make in zip(names, get_reporting_integration_callbacks(names), strict=True)]
+    return [Tracker(name, make) for name, make in zip(names, tracker_classes(names), strict=True)]

@@ -8,9 +8,10 @@ itself, but starts its counts and its schedule anew at every call. TRL's minor v
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ REACHED = (
     Reached("transformers.trainer_callback", "TrainerState.init_training_references", _LOGS),
     Reached("transformers", "TrainingArguments._n_gpu", "with several GPUs in sight TRL refuses the learner"),
     Reached("transformers.integrations.integration_utils", "WandbCallback._wandb", "what W&B has not sent yet is lost"),
-    Reached("transformers.integrations.integration_utils", "CometCallback._experiment", "what Comet has not sent is lost"),
-    Reached("transformers.integrations.integration_utils", "SwanLabCallback._swanlab", "what SwanLab has not sent is lost"),
+    Reached("transformers.integrations.integration_utils", "CometCallback._experiment", "Comet's rest is lost"),
+    Reached("transformers.integrations.integration_utils", "SwanLabCallback._swanlab", "SwanLab's rest is lost"),
     Reached(
         "accelerate", "Accelerator.backward", "parts of a step count equally, whatever their size",
         says="self.gradient_accumulation_steps",
@@ -263,3 +264,33 @@ def set_learning_rate(trainer: Any, wanted: float) -> None:
 TRACKER_ENDS = (("_wandb", "finish"), ("_experiment", "end"), ("_swanlab", "finish"))
 """W&B, Comet and SwanLab upload the rest at the interpreter's exit, which a worker skips: attribute of the callback,
 and what ends it."""
+
+
+def tracker_classes(names: list[str]) -> list[Any]:
+    """transformers' callback for each tracker.
+
+    Raises:
+        ValueError: transformers knows none of that name.
+    """
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    return list(get_reporting_integration_callbacks(names))
+
+
+def attach(trainer: Any, callbacks: Sequence[Any], tokenizer: Any) -> None:
+    """What a trainer does with callbacks when it is built. Not by its `add_callback`: that one warns of two of a
+    class."""
+    handler = trainer.callback_handler
+    for callback in callbacks:
+        handler.callbacks.append(callback)
+        callback.on_init_end(
+            trainer.args, trainer.state, trainer.control, model=handler.model, processing_class=tokenizer
+        )
+
+
+def log_at(trainer: Any, step: int, values: Mapping[str, Any]) -> None:
+    """Gives callbacks values as the trainer's own log does, at a step of ours: this process may not have loaded the
+    learner's state yet."""
+    then = copy.copy(trainer.state)
+    then.global_step = step
+    trainer.control = trainer.callback_handler.on_log(trainer.args, then, trainer.control, dict(values))
