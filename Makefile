@@ -6,7 +6,7 @@ JOB ?= jobs/quickstart.yaml
 PORT ?= 8000
 export VENV
 
-.PHONY: help setup quickstart test lint format bench bench-judge bench-audit gpu-check judge-server clean
+.PHONY: help setup quickstart test lint format bench bench-judge bench-audit bench-derived gpu-check judge-server clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ bench-judge: $(STAMP) ## speed of a judge behind a server, of parsing and verdic
 
 bench-audit: $(STAMP) ## speed and memory of the audit on a run of a million votes
 	@$(BIN)/python -m benchmarks.audit $(ARGS)
+
+bench-derived: $(STAMP) ## how good contrasts derived from rules are (ARGS="--sets derived.1")
+	@$(BIN)/python -m benchmarks.derived $(ARGS)
 
 gpu-check: $(STAMP) ## do learner, judge and hand-over compute on a GPU what they compute on the CPU? (no network)
 	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)

@@ -189,15 +189,14 @@ def labelled(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for i, prompt in enumerate(prompts):
             if principle == ("brevity", "thorough")[i // 2 % 2]:
                 continue
-            clear = [
-                (a["text"], b["text"]) for a in by_prompt[prompt] for b in by_prompt[prompt] if rule(a, b) is not None
-            ]
+            clear = [(a, b) for a in by_prompt[prompt] for b in by_prompt[prompt] if rule(a, b) is not None]
             for nth in range(2):
                 if clear:
                     better, worse = clear[int(fraction("pair", principle, prompt) * len(clear))]
                     pair = {"principle": principle, "prompt": prompt, "better": better, "worse": worse}
                     found[("dev", "test")[i % 2]].append((nth, pair))
-                    clear = [c for c in clear if not {better, worse} & set(c)]
+                    used = {better["text"], worse["text"]}
+                    clear = [c for c in clear if not used & {side["text"] for side in c}]
         for split, pairs in found.items():
             first_ones = sorted(pairs, key=lambda p: p[0])[:PAIRS_PER_SPLIT]
             rows += arranged([pair for _, pair in first_ones], split, "policy_sample")
@@ -207,7 +206,7 @@ def labelled(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def arranged(pairs: list[dict[str, Any]], split: str, source: str) -> list[dict[str, Any]]:
     """Pairs of one principle and split as rows, in an order of their own, the better side first in half of them."""
     rows = []
-    for i, r in enumerate(sorted(pairs, key=lambda r: fraction("row", r["prompt"], r["better"]))):
+    for i, r in enumerate(sorted(pairs, key=lambda r: fraction("row", r["prompt"], r["better"]["text"]))):
         label = ("first", "second")[i % 2]
         first, second = (r["better"], r["worse"]) if label == "first" else (r["worse"], r["better"])
         rows.append({
@@ -215,8 +214,10 @@ def arranged(pairs: list[dict[str, Any]], split: str, source: str) -> list[dict[
             "principle": r["principle"],
             "constitution": CONSTITUTIONS[r["principle"]],
             "prompt": r["prompt"],
-            "first": first,
-            "second": second,
+            "first": first["text"],
+            "second": second["text"],
+            "first_finish_reason": first["finish_reason"],
+            "second_finish_reason": second["finish_reason"],
             "label": label,
             "split": split,
             "source": source,

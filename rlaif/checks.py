@@ -83,6 +83,11 @@ def count_words(text: str) -> int:
     return len(_WORD.findall(text))
 
 
+def words_of(text: str) -> tuple[str, ...]:
+    """The words that `count_words` counts."""
+    return tuple(_WORD.findall(text))
+
+
 def count_list_items(text: str) -> int:
     """Lines that start as a bullet or a number of a list, and go on."""
     return len(_LIST_ITEM.findall(text))

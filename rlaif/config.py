@@ -6,6 +6,7 @@ is generated from them.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import types
 import typing
@@ -381,8 +382,9 @@ class Filters(Section):
     calibration: str | None = None
     """File of `rlaif judge calibrate`: pairs under its threshold are dropped (`uncalibrated`)."""
     uncalibrated: Literal["drop", "stop"] = "stop"
-    """When judge, template, constitution or how they are asked (system prompt, cut-off answers) are not what was
-    calibrated: drop every such pair, or stop the run."""
+    """When judge, template, constitution or how they are asked (system prompt, ...) are not what was calibrated: drop
+    every such pair, or stop the run. Pairs with one cut-off answer, where it counts for the judge and no labelled pair
+    had one, are dropped either way."""
     min_votes: int = Field(1, ge=1)
     """Valid votes a pair needs (`too_few_votes`)."""
     max_abstention_share: float = Field(0.5, ge=0, le=1)
@@ -486,7 +488,8 @@ class Monitors(Section):
     """Alarm when fewer than this share of an iteration's sampled answers are distinct."""
     max_weights_gap: float = Field(0.02, gt=0)
     """Alarm when the policy that samples is not the one that is trained: fixed texts, scored by both, differ by more
-    than this on average (nats a token), or by ten times this in absolute value. Over 0.5 the run stops."""
+    than this on average (nats a token), or by ten times this in absolute value; over 0.5 the run stops. The same for
+    sampled answers, as they were decoded and as the learner scores them (`decoding_gap`), without the stop."""
     max_abstained_share: float = Field(0.2, ge=0, le=1)
     """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
     replies)."""
@@ -700,6 +703,16 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: the value is not valid YAML") from e
 
 
+_YAML_READS = {
+    datetime.date: "a date",
+    datetime.datetime: "a time",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+}
+"""What YAML makes of text without quotes."""
+
+
 def _explain(error: Any) -> str:
     where = ".".join(str(p) for p in error["loc"] if p != "[key]")
     if error["type"] != "extra_forbidden":
@@ -708,6 +721,10 @@ def _explain(error: Any) -> str:
             message = "expected a section, `key: value` lines below it"
         if not where:
             return str(message)
+        if error["type"] == "string_type" and (read_as := _YAML_READS.get(type(error["input"]))):
+            shown = yaml.safe_dump(error["input"]).split("\n")[0]
+            shown = "" if where.endswith("base_url") else f" {shown}"
+            return f"{where}: expected text, and YAML reads{shown or ' this'} as {read_as}; put it in quotes"
         # Not an address's, nor a section's that may hold one: passwords stand in some.
         silent = where.endswith("base_url") or isinstance(error["input"], dict)
         return f"{where}: {message}" + ("" if silent else f" (found {error['input']!r})")

@@ -7,6 +7,9 @@ A principle offers *contrasts*: a wanted and an opposite side, as an instruction
 their `paraphrases`) or as `examples`. Each contrast is one *voice*, and `use` says what it is for: `select`
 voices choose which completions are compared, `decide` voices vote, `evaluate` voices only measure. The three
 never mix, so that a policy is never measured with a question that trained it.
+
+A rule is enough: for a use that a principle has no contrast for, `derived_by` adds voices that are derived from the
+rule. They are no part of a text's content, so neither of its hash.
 """
 
 from __future__ import annotations
@@ -20,14 +23,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from rlaif.checks import Check
 from rlaif.config import refuse_duplicate_keys
+from rlaif.derived import Use as Use
+from rlaif.derived import Wordings
 from rlaif.errors import UserError
 from rlaif.records import ConstitutionRef, Message, Record, digest
 
-Use = Literal["select", "decide", "evaluate"]
 _EXAMPLES_PER_VOICE = 2
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)(?:@(?P<version>\d+))?")
 _VERSION_FILE = re.compile(r"v(\d+)\.yaml")
@@ -72,12 +76,31 @@ class Principle(Record):
     check: Check | None = None
 
     @model_validator(mode="after")
-    def _can_be_asked(self) -> Principle:
+    def _two_sides(self) -> Principle:
         if (self.prefer is None) != (self.avoid is None):
             raise ValueError("give `prefer` and `avoid` together: a contrast has two sides")
-        if not self.guard and not any(v.use == "decide" for v in self.voices):
-            raise ValueError("no contrast decides: give `prefer` and `avoid`, or a paraphrase or example to decide")
         return self
+
+    @property
+    def lacks(self) -> tuple[Use, ...]:
+        """The uses that no contrast serves. None of a guard: what has no contrast to decide is measured."""
+        if self.guard:
+            return ()
+        have = {v.use for v in self.voices}
+        return tuple(use for use in typing.get_args(Use) if use not in have)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether there is anything in the rule to read, or to derive from."""
+        return any(character.isalpha() for character in self.rule)
+
+    def derived(self, wordings: Wordings) -> tuple[Voice, ...]:
+        """Voices for the uses that it lacks, by the rule."""
+        return tuple(
+            self._instruction(label, use, prefer, avoid)
+            for use in (self.lacks if self.has_words else ())
+            for label, prefer, avoid in wordings.contrasts(self.rule, use)
+        )
 
     @property
     def voices(self) -> tuple[Voice, ...]:
@@ -139,6 +162,7 @@ class Constitution(Record):
     template: str = "pairwise"
     """Name of the judge template (`prompts/judge/<template>.jinja`) for judges that read the rules."""
     principles: tuple[Principle, ...] = Field(min_length=1)
+    _wordings: Wordings | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _sound(self) -> Constitution:
@@ -170,9 +194,30 @@ class Constitution(Record):
         """The principle of this id; KeyError when there is none."""
         return {p.id: p for p in self.principles}[id]
 
+    @property
+    def wordings(self) -> Wordings | None:
+        """By which voices are derived; None: a use without a contrast has no voice."""
+        return self._wordings
+
+    def derived_by(self, wordings: Wordings | None) -> Constitution:
+        """The same text, with voices derived from its rules where it lacks contrasts; the hash stays."""
+        text = self.model_copy()
+        text._wordings = wordings
+        return text
+
+    @property
+    def derives(self) -> bool:
+        """Whether a principle lacks a contrast for some use, and has a rule to derive it from."""
+        return any(p.lacks and p.has_words for p in self.principles)
+
     def voices(self, use: Use | None = None) -> tuple[Voice, ...]:
-        """All voices in file order, or those for one use."""
-        return tuple(v for p in self.principles for v in p.voices if use is None or v.use == use)
+        """All voices in file order, each principle's derived ones after its own; or those for one use."""
+        return tuple(
+            v
+            for p in self.principles
+            for v in (*p.voices, *(p.derived(self._wordings) if self._wordings else ()))
+            if use is None or v.use == use
+        )
 
     def voice(self, id: str) -> Voice:
         """The voice of this id; KeyError when there is none."""

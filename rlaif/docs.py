@@ -141,8 +141,14 @@ def _first_paragraph(model: type[BaseModel]) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """An annotation in words."""
+    """An annotation in words.
+
+    Raises:
+        UserError: there are none for it; a page must not hold Python's.
+    """
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:  # what else it says is about how it is checked
+        return _type(args[0])
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" for a in args)
     if origin in (typing.Union, types.UnionType):
@@ -154,7 +160,9 @@ def _type(annotation: Any) -> str:
         return f"mapping of {_type(args[0])} to {_type(args[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation.__name__
-    return _NAMES.get(annotation, str(annotation))
+    if annotation not in _NAMES:
+        raise UserError(f"docs: no words for the type {annotation}; give it some in rlaif/docs.py")
+    return _NAMES[annotation]
 
 
 def _adjustable(field: FieldInfo) -> str:

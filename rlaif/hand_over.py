@@ -17,6 +17,7 @@ from typing import Any, Literal
 from rlaif.config import Job, Learner
 from rlaif.hardware import gpu_names
 from rlaif.placement import place, usable_gpus
+from rlaif.prompts import with_system
 from rlaif.records import Message, Preference, Prompt, Record, TokenSequence, WeightsGap
 from rlaif.weights import weights_gap
 from rlaif.workers import WorkerLike, start_worker
@@ -124,7 +125,8 @@ def check_hand_over(
             stack.enter_context(closing(worker)).ready()
             return worker
 
-        sampler = start("sampler", "rlaif.sampling.role:make", model_path=str(model), settings=job.sampling)
+        how = {"settings": job.sampling, "policy": job.policy}
+        sampler = start("sampler", "rlaif.sampling.role:make", model_path=str(model), **how)
         learner = start(
             "learner",
             "rlaif.learning:make",
@@ -134,7 +136,8 @@ def check_hand_over(
             export_precision=job.sampling.precision,
         )
         note("two training steps")
-        trained = train(learner, sampler.call("sequences_of", prompts=list(QUESTIONS)), scratch)
+        questions = with_system(QUESTIONS, job.policy.system_prompt)
+        trained = train(learner, sampler.call("sequences_of", prompts=questions), scratch)
         note("loading and comparing")
         yield from compare(sampler, model, trained, job.monitors.max_weights_gap)
 

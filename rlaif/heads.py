@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rlaif.errors import UserError
-from rlaif.records import Record, digest
+from rlaif.records import Record, digest, stored
 from rlaif.store import RunDir, append_line, file_digest, row_digests
 
 FILE = "heads.jsonl"
@@ -122,7 +122,7 @@ def read_heads(run: Path) -> list[Head | None]:
     heads: list[Head | None] = []
     for line in lines[:-1]:
         try:
-            heads.append(Head.model_validate_json(line))
+            heads.append(stored(Head, line))
         except ValidationError:
             heads.append(None)
     return heads

@@ -134,6 +134,8 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             asked.extend((train, held_out))
             if not _begun(run):
                 asked[:] = _askable(run, job, workers["sampler"], train, held_out, places, progress.note)
+            elif changed:
+                _check_still_askable(job, workers["sampler"], [*train, *held_out])
             loop.train, loop.held_out = asked
 
         workers: dict[str, Worker | InlineWorker] = {}
@@ -394,6 +396,19 @@ def _askable(
             )
     _copy_prompts(run, train, held_out)
     return train, held_out
+
+
+def _check_still_askable(job: Job, sampler: WorkerLike, prompts: list[Prompt]) -> None:
+    """The same for a run that goes on with other settings, say another `sampling.max_model_len`.
+
+    Raises:
+        UserError: a prompt can't be asked any more; leaving it out would change what was drawn so far.
+    """
+    if problems := sampler.call("problems", prompts=prompts):
+        first, more = problems[0], f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
+        raise UserError(
+            f"prompt {first.prompt_id}: {first.problem}{more}; a run keeps its prompts, so set back what was changed"
+        )
 
 
 def _code() -> dict[str, Any]:

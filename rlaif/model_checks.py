@@ -10,10 +10,11 @@ import ast
 import functools
 import importlib.util
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 import jinja2.sandbox
@@ -21,6 +22,8 @@ import jinja2.sandbox
 from rlaif.config import Job
 from rlaif.constitution import Constitution
 from rlaif.errors import UserError
+from rlaif.models import names_no_quantiser
+from rlaif.rendering import Renderer
 
 _WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length",
             "seq_length", "n_ctx", "max_target_positions")  # fmt: skip
@@ -71,7 +74,8 @@ def check_likelihood_judge(folder: Path, job: Job, texts: Iterable[Constitution]
     _check_kind(config, said)
     _check_window(config, job, said)
     _check_tokens(folder, config, said)
-    if (template := _Template.of(folder)) is None:
+    renderer = _renderer(folder, job.judge.chat_template_args, f"{said}: its chat template")
+    if renderer is None:
         return
     asked: dict[tuple[str, ...], str] = {}
     for text in texts:
@@ -81,19 +85,23 @@ def check_likelihood_judge(folder: Path, job: Job, texts: Iterable[Constitution]
                 before.insert(0, "system")
             asked.setdefault((*before, "user"), f"`{voice.id}` of {text.ref}")
     for roles, what in asked.items():
-        if (problem := template.problem(roles)) is not None:
+        try:
+            renderer.check_roles(roles)
+        except UserError as e:
+            if e.__cause__ is not None and not isinstance(e.__cause__, _Refused):
+                continue  # what goes wrong otherwise is the worker's to say
+            first = " and ".join(dict.fromkeys(roles[:-1]))
             raise UserError(
-                f"{said}: its chat template {problem}, and {what} puts {' and '.join(dict.fromkeys(roles[:-1]))} "
-                "messages before a prompt; take a judge whose template writes them"
-            )
+                f"{e}; {what} puts {first} messages before a prompt: take a judge whose template writes them"
+            ) from e
 
 
 def _check_kind(config: dict[str, Any], said: str) -> None:
     """Whether transformers has this architecture, as one that predicts a next token."""
-    kind = str(config.get("model_type", ""))
+    kind = str(config.get("model_type") or "")
     known = _causal_types()
-    if config.get("auto_map") and known is not None and kind not in known:
-        code = config["auto_map"].get("AutoModelForCausalLM") or next(iter(config["auto_map"].values()))
+    code = _own_code(config.get("auto_map"), "AutoModelForCausalLM")
+    if code and known is not None and kind not in known:
         raise UserError(
             f"{said}: needs code of its own ({code}), which isn't run here; take a model whose architecture "
             "transformers has"
@@ -110,12 +118,24 @@ def _check_kind(config: dict[str, Any], said: str) -> None:
             f"{said}: transformers knows no causal language model of type `{kind}`; take another model, or a newer "
             "transformers"
         )
-    classes = [str(c) for c in config.get("architectures") or ()]
+    named = config.get("architectures")
+    classes = [named] if isinstance(named, str) and named else []
+    if isinstance(named, list):
+        classes = [str(c) for c in named]
     if classes and not any(head in c for c in classes for head in _HEADS):
         raise UserError(
             f"{said}: its weights are those of {classes[0]}, without an output layer that predicts a next token; take "
             "a causal language model (...ForCausalLM)"
         )
+
+
+def _own_code(auto_map: Any, name: str) -> str | None:
+    """The class, in code of a model's own, that `auto_map` names; it is written in several forms."""
+    if isinstance(auto_map, dict):
+        auto_map = auto_map.get(name) or list(auto_map.values())
+    while isinstance(auto_map, list | dict):
+        auto_map = next((v for v in (auto_map.values() if isinstance(auto_map, dict) else auto_map) if v), None)
+    return str(auto_map) if auto_map else None
 
 
 def _quantised(folder: Path, config: dict[str, Any]) -> str | None:
@@ -126,7 +146,7 @@ def _quantised(folder: Path, config: dict[str, Any]) -> str | None:
             return f"{what}, {name}"
     for tree in (config, _text(config)):
         for key in ("quantization_config", "compression_config", "quantization"):
-            if isinstance(found := tree.get(key), dict):
+            if isinstance(found := tree.get(key), dict) and not names_no_quantiser(found):
                 method = str(found.get("quant_method") or found.get("quant_algo") or "")
                 if not method and (found.get("load_in_4bit") or found.get("load_in_8bit")):
                     method = "bitsandbytes"
@@ -137,6 +157,13 @@ def _quantised(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _check_window(config: dict[str, Any], job: Job, said: str) -> None:
+    for scaling in _rope_scalings(_text(config)):
+        factor = scaling.get("factor")
+        if _rope_kind(scaling) != "default" and factor is not None and not (_is_number(factor) and factor > 0):
+            raise UserError(
+                f"{said}: the factor of its RoPE scaling in config.json is {factor!r}; set the number above 0 that the "
+                "model was trained with"
+            )
     found = _window(config)
     if found is None or job.sampling.max_model_len <= found[1]:
         return
@@ -159,18 +186,27 @@ def _window(config: dict[str, Any]) -> tuple[str, int] | None:
         return None
     key, window = found
     if text.get("model_type") in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "data2vec-text"):
-        return key, window - int(text.get("pad_token_id") or 0) - 1  # their first position comes after the padding's
+        pad = text.get("pad_token_id")
+        return key, window - (pad if isinstance(pad, int) else 0) - 1  # their first position comes after the padding's
     longest = float(window)
     for scaling in _rope_scalings(text):
-        kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
         factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
-        if not isinstance(factor, int | float):
+        if not _is_number(factor):
             continue
-        if isinstance(original, int):
+        if _is_number(original):
             longest = max(longest, original * factor)
-        elif kind in _STRETCHES and not str(text.get("model_type", "")).startswith("gemma3"):
+        elif _rope_kind(scaling) in _STRETCHES and not str(text.get("model_type", "")).startswith("gemma3"):
             longest = max(longest, window * factor)
     return key, int(longest)
+
+
+def _rope_kind(scaling: dict[str, Any]) -> str:
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Whether it can be reckoned with: JSON as Python reads it has Infinity and NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _rope_scalings(text: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -232,66 +268,77 @@ def chat_templates(folder: Path) -> dict[str, str] | None:
     files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
     files |= {f.stem: f for f in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if files:  # they take the place of what tokenizer_config.json has
-        found = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+        try:
+            found = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+        except (OSError, ValueError) as e:
+            raise UserError(f"{folder}: a chat template isn't readable ({e}); the model folder is damaged") from e
     return found or None
 
 
 def _added_tokens(folder: Path) -> dict[str, int]:
+    """The tokens that a tokenizer adds, with their numbers, as far as they are told."""
     decoder = _json(folder / "tokenizer_config.json").get("added_tokens_decoder")
     if isinstance(decoder, dict):
-        return {str(t.get("content")): int(i) for i, t in decoder.items() if isinstance(t, dict)}
-    found = _json(folder / "tokenizer.json").get("added_tokens")
-    return {str(t.get("content")): int(t.get("id", 0)) for t in found or () if isinstance(t, dict)}
+        told = [(t, number) for number, t in decoder.items()]
+    else:
+        listed = decoder if isinstance(decoder, list) else _json(folder / "tokenizer.json").get("added_tokens")
+        told = [(t, t.get("id")) for t in (listed if isinstance(listed, list) else ()) if isinstance(t, dict)]
+    found = {}
+    for token, number in told:
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str) and re.fullmatch(r"[0-9]{1,18}", str(number)):
+            found[content] = int(number)
+    return found
+
+
+def _renderer(folder: Path, template_args: Mapping[str, Any], owner: str) -> Renderer | None:
+    """A renderer with the template that a folder's tokenizer renders with; None where there is none, or none that is
+    understood without transformers.
+
+    Raises:
+        UserError: the template doesn't read one of the arguments.
+    """
+    source = (chat_templates(folder) or {}).get("default")
+    if source is None:
+        return None
+    tokenizer = _json(folder / "tokenizer_config.json")
+    special = {k: v.get("content") if isinstance(v, dict) else v for k, v in tokenizer.items() if k.endswith("_token")}
+    try:
+        template = _Template(source, {k: v for k, v in special.items() if isinstance(v, str)})
+    except Exception:  # templates raise what they like, and may use what only transformers has
+        return None
+    renderer = Renderer(template, template_args, owner)
+    try:
+        renderer.check_roles(("user",))
+    except UserError:  # it may use what only transformers has
+        return None
+    return renderer
 
 
 class _Template:
-    """A chat template rendered as transformers does it, for the question whether it takes some messages."""
+    """The part of a tokenizer that writes messages, by its files alone: a chat template as transformers renders it."""
 
-    def __init__(self, source: str, names: dict[str, Any]) -> None:
+    def __init__(self, source: str, names: dict[str, str]) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: "2026-01-01"
         environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        self.chat_template = source
         self._template = environment.from_string(re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", source))
         self._names = names
 
-    @classmethod
-    def of(cls, folder: Path) -> _Template | None:
-        """The template that a folder's tokenizer renders with; None where there is none, or none that is understood."""
-        source = (chat_templates(folder) or {}).get("default")
-        if source is None:
-            return None
-        tokenizer = _json(folder / "tokenizer_config.json")
-        special = {k: v["content"] if isinstance(v, dict) else v for k, v in tokenizer.items() if k.endswith("_token")}
-        try:
-            template = cls(source, {k: v for k, v in special.items() if isinstance(v, str)})
-            plain = template._whole(("user",))
-        except Exception:  # templates raise what they like, and may use what only transformers has
-            return None
-        return template if plain else None
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **template_args: Any
+    ) -> str:
+        """As in transformers, as text."""
+        given = {"tools": None, "documents": None, **self._names, **template_args}
+        return self._template.render(messages=conversation, add_generation_prompt=add_generation_prompt, **given)
 
-    def problem(self, roles: tuple[str, ...]) -> str | None:
-        """What the template does to messages of these roles, in words; None when it writes them all."""
-        try:
-            return None if self._whole(roles) else f"leaves out a message of the roles {', '.join(roles)}"
-        except _Refused as e:
-            return f"refuses the roles {', '.join(roles)} ({' '.join(str(e).split())})"
-        except Exception:  # what goes wrong otherwise is the worker's to say
-            return None
-
-    def _whole(self, roles: tuple[str, ...]) -> bool:
-        """Whether all that is said is rendered, given as text or as parts."""
-        said = [(role, f"qzprobe{number}z") for number, role in enumerate(roles)]
-        for as_parts in (False, True):
-            given = [{"role": r, "content": [{"type": "text", "text": t}] if as_parts else t} for r, t in said]
-            rendered = self._template.render(
-                **self._names, messages=given, add_generation_prompt=True, tools=None, documents=None
-            )
-            if "'type'" not in rendered and all(text in rendered.casefold() for _, text in said):
-                return True
-        return False
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Nothing here knows tokens."""
+        raise NotImplementedError
 
 
 class _Refused(jinja2.TemplateError):
@@ -342,6 +389,6 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not readable as JSON ({e}); the model folder is damaged") from e
     return content if isinstance(content, dict) else {}

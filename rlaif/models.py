@@ -324,6 +324,30 @@ def name_turn_ends(path: Path, tokenizer: Any) -> None:
         file.write_text(json.dumps(settings | {"eos_token_id": [*declared, *more]}, indent=2) + "\n")
 
 
+def names_no_quantiser(section: dict[str, Any]) -> bool:
+    """Whether a config's section about quantised weights says nothing: `{}`, `{"quant_method": null}`."""
+    method = section.get("quant_method")
+    return not any(v for k, v in section.items() if k != "quant_method") and str(method or "none").lower() == "none"
+
+
+def has_empty_quantisation(path: str | Path) -> bool:
+    """Whether a folder's config has a section about quantised weights, and says nothing in it. Engines take it for one
+    that lost its method."""
+    section = _read_json(Path(path) / "config.json").get("quantization_config") if Path(path).is_dir() else None
+    return isinstance(section, dict) and names_no_quantiser(section)
+
+
+def without_empty_quantisation(path: str | Path) -> dict[str, Any]:
+    """What transformers' `from_pretrained` needs besides to load such a folder; nothing for others."""
+    if not has_empty_quantisation(path):
+        return {}
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    del found.quantization_config
+    return {"config": found}
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer (imports transformers).
 
@@ -540,7 +564,9 @@ def _merge_adapter(base: Path, adapter: Path, work: Path) -> None:
 
     print("0.3 merging the adapter", flush=True)
     try:
-        plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, **without_empty_quantisation(base)
+        )
         kept, plain.generation_config = plain.generation_config, transformers.GenerationConfig()
         wrapped = PeftModel.from_pretrained(plain, str(adapter))
         # peft leaves out, without a word, what it finds no place for.

@@ -17,6 +17,7 @@ from rlaif.records import (
     AnswerStats,
     Completion,
     Decision,
+    DecodingGap,
     Divergence,
     EvaluationMetrics,
     IterationMetrics,
@@ -62,6 +63,7 @@ def iteration_metrics(
     jurors: JurorFit | None = None,
     judged: JudgedStats | None = None,
     gap: WeightsGap | None = None,
+    decoding: DecodingGap | None = None,
 ) -> IterationMetrics:
     """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage."""
     kept = sum(d.status == "kept" for d in decisions)
@@ -107,6 +109,7 @@ def iteration_metrics(
         judge_tokens_per_kept_pair=_share(tokens, kept),
         seconds=seconds,
         weights_gap=gap,
+        decoding_gap=decoding,
     )
 
 
@@ -278,6 +281,13 @@ def alarms(
                 f"({gap.sampler}; typically {gap.typical:.3f}, at worst {gap.worst:.2f}), over "
                 f"monitors.max_weights_gap={limits.max_weights_gap:g}"
             )
+    decoding = metrics.decoding_gap
+    if decoding is not None and not decoding.within(limits.max_weights_gap):
+        out.append(
+            f"answers as they were sampled are {decoding.mean:.3f} nats a token from what the policy that is trained "
+            f"says of them ({decoding.answers} answers; typically {decoding.typical:.3f}, at worst "
+            f"{decoding.worst:.2f}), over monitors.max_weights_gap={limits.max_weights_gap:g}"
+        )
     if 1 - sampled.ended_share > limits.max_cut_off_share:
         share = f"{1 - sampled.ended_share:.0%} of the sampled answers, over {limits.max_cut_off_share:.0%}"
         out.append(f"the length limit cut off {share}: raise sampling.max_tokens, or ask for shorter answers")

@@ -16,7 +16,7 @@ from rlaif.console import inert, stdout_console
 from rlaif.constitution import Constitution, load_constitution
 from rlaif.errors import UserError
 from rlaif.hardware import cpu_has_bf16, gpu_names
-from rlaif.judging.ballots import Role, ballots_for, check_selects, selecting_voices
+from rlaif.judging.ballots import Role, asked_by, ballots_for, check_selects, selecting_voices
 from rlaif.judging.calibration import Asked, read_calibration
 from rlaif.judging.filters import check_asked
 from rlaif.judging.templates import load_template, template_names, templates_in
@@ -61,7 +61,9 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     if job.filters.calibration:
         check_asked(read_calibration(base_dir / job.filters.calibration), job.filters, Asked.by(job))
     schedule = job.schedule or {0: job.constitution or ""}
-    texts = {ref: load_constitution(base_dir / job.constitutions_dir, ref) for ref in schedule.values()}
+    texts = {
+        ref: asked_by(job.judge, load_constitution(base_dir / job.constitutions_dir, ref)) for ref in schedule.values()
+    }
     if job.judge.kind == "likelihood" and (judge := _folder(job.judge.model)).is_dir():
         check_likelihood_judge(judge, job, texts.values())
     if job.pairing.method == "best_worst":

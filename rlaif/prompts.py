@@ -21,6 +21,7 @@ import itertools
 import json
 import random
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def load_prompts(
         source: a file (relative to `base_dir`, or absolute), `datasets:NAME[:SPLIT]` or `datasets:NAME:CONFIG:SPLIT`;
             the split is `train` if absent, and NAME may be a folder.
         base_dir: folder that relative files are looked up in.
-        note: told how many repeated prompts of a data set were skipped.
+        note: told how many repeated prompts of a data set were skipped, and how many prompts are transcripts.
         columns: what the columns are called, where they have other names.
         columns_required: without it, rows that have none of these are read by the usual names (the held-out set may be
             another file).
@@ -71,9 +72,10 @@ def load_prompts(
     foreign, skipped = source.startswith(DATASETS_PREFIX), 0
     conversations: dict[str, tuple[Message, ...]] = {}
     named = _Named(columns or Columns(), columns_required)
+    transcripts: list[_Cut] = []
     for where, given in _rows(source, base_dir):
         row = named.usual(given, where)
-        prompt = _prompt(row, where, foreign)
+        prompt = _prompt(row, where, foreign, transcripts)
         if foreign and conversations.setdefault(prompt.id, prompt.messages) == prompt.messages and prompt.id in seen:
             skipped += 1
             continue
@@ -89,6 +91,8 @@ def load_prompts(
         places |= seen
     if skipped and note:
         note(f"{source}: {skipped} repeated prompts skipped, {len(prompts)} are left")
+    if transcripts and note:
+        note(_said_of(transcripts, source))
     return prompts
 
 
@@ -236,8 +240,9 @@ class _Named:
         if lacking and not self._required:
             return row
         if found.get("prompt") is _ABSENT:
+            hint = f"; {told}" if (told := _wrong_delimiter(row)) else ""
             raise UserError(
-                f"{where}: no column `{self._columns['prompt']}` (prompts.columns.prompt), found {_listed(row)}"
+                f"{where}: no column `{self._columns['prompt']}` (prompts.columns.prompt), found {_listed(row)}{hint}"
             )
         for name, value in found.items():
             if value is not _ABSENT:
@@ -283,7 +288,69 @@ def _listed(row: Mapping[str, Any]) -> str:
     return f"`{'`, `'.join(map(str, row)) or 'nothing'}`"
 
 
-def _prompt(row: Any, where: str, foreign: bool) -> Prompt:
+_QUESTIONS = re.compile(
+    r"prompts?|questions?|instructions?|quer(?:y|ies)|inputs?|requests?|problems?|tasks?|goals?|utterances?|texts?|turns"
+    r"|user|message|dialog(?:ue)?s?|chats?|conversation|frage|pregunta|domanda|vraag|behaviou?r",
+    re.I,
+)
+_ANSWERS = re.compile(
+    r"answers?|responses?|outputs?|completions?|repl(?:y|ies)|targets?|solutions?|references?|chosen|rejected|assistant"
+    r"|system|categor(?:y|ies)|labels?|rationale|explanation",
+    re.I,
+)
+_FACTS = re.compile(
+    r"ids?|idx|index|uuid|guid|key|hash|no|nr|number|class|topic|tags?|type|kind|genre|domain|group|score|rating|rank"
+    r"|split|source|origin|url|link|lang|language|locale|date|time|timestamp|model|author|name|title|license|context"
+    r"|metadata|meta",
+    re.I,
+)
+"""Words in the names of columns: of those that hold a prompt, of those that hold something else wherever the word
+stands (`system_prompt`), and where it stands last (`prompt_id`)."""
+
+
+def _question_column(row: Mapping[str, Any]) -> str | None:
+    """The column that most plausibly holds the prompt, as `prompts.columns` names it; None when none does."""
+    found: list[tuple[tuple[int, ...], str]] = []
+    owed = [(str(k), v) for k, v in row.items()]
+    for path, value in owed:  # grows on its way
+        if isinstance(value, dict) and not _is_message(value) and path.count(".") < 2:
+            owed += [(f"{path}.{k}", v) for k, v in value.items()]
+            continue
+        if isinstance(value, list) and value and isinstance(value[0], str):
+            path, value = f"{path}.0", value[0]
+        words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", path))
+        if any(map(_ANSWERS.fullmatch, words)) or any(map(_FACTS.fullmatch, words[-1:])):
+            continue
+        known = any(map(_QUESTIONS.fullmatch, words))
+        if _chat_of(value) is not None:
+            found.append(((known + 1, 1, 0, 0), path))
+        elif isinstance(value, str) and (text := value.strip()):
+            sentence = " " in text or not text.isascii()
+            if known or sentence:
+                found.append(((known + sentence, 0, text.endswith(("?", "\uff1f")), len(text)), path))
+    return max(found, key=lambda at: at[0])[1] if found else None
+
+
+def _columns_hint(row: Mapping[str, Any]) -> str:
+    """What to do about a row without a prompt."""
+    if told := _wrong_delimiter(row):
+        return told
+    if any(len(str(name).split()) > 4 or str(name).endswith("?") for name in row):
+        return "these are no names of columns: put a line with them (`prompt`) above the first row"
+    column = _question_column(row) or "NAME"
+    named = column if re.fullmatch(r"[^\W\d][\w.-]*(?: [\w.-]+)*", column) else json.dumps(column, ensure_ascii=False)
+    return f"where it is called otherwise, set prompts.columns: {{prompt: {named}}}"
+
+
+def _wrong_delimiter(names: Iterable[Any]) -> str | None:
+    """What is wrong with a header such as `id;prompt`."""
+    for mark, called in ((";", "`;`"), ("\t", "a tab"), ("|", "`|`")):
+        if any(mark in str(name) for name in names):
+            return f"the delimiter looks to be {called}; save the file with commas between its cells"
+    return None
+
+
+def _prompt(row: Any, where: str, foreign: bool, transcripts: list[_Cut]) -> Prompt:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {type(row).__name__}; a row looks like {_EXAMPLE}")
     # CSV and Parquet have every column in every row: an empty cell is an absent field.
@@ -292,12 +359,14 @@ def _prompt(row: Any, where: str, foreign: bool) -> Prompt:
     if not here and (blank := [c for c in _CHATS[:2] if c in row]) and "chosen" not in fields:
         raise UserError(f"{where}: `{blank[0]}` must be {_WANTED[blank[0]]}, found {row[blank[0]]!r}")
     if not here and "chosen" not in fields:
-        hint = f"; where it is called otherwise, set prompts.columns: {{prompt: {next(iter(row), 'NAME')}}}"
-        raise UserError(f"{where}: a row needs either `prompt` (text) or `messages` (chat), found {_listed(row)}{hint}")
+        raise UserError(
+            f"{where}: a row needs either `prompt` (text) or `messages` (chat), found {_listed(row)}; "
+            f"{_columns_hint(row)}"
+        )
     if len(here) > 1 and not foreign:
         found = "both" if set(here) == {"prompt", "messages"} else f"`{'` and `'.join(here)}`"
         raise UserError(f"{where}: a row needs either `prompt` (text) or `messages` (chat), found {found}")
-    chat = _chat(fields[here[0]], here[0], where) if here else _before_the_answers(fields, where)
+    chat = _chat(fields[here[0]], here[0], where, transcripts) if here else _before_the_answers(fields, where)
     column = here[0] if here else "chosen"
     messages = _question(_with_system_cell(chat, row, column, where), column, where)
     category = fields.get("category")
@@ -314,14 +383,19 @@ def _prompt(row: Any, where: str, foreign: bool) -> Prompt:
     )
 
 
-def _chat(value: Any, column: str, where: str) -> list[Message]:
+def _chat(value: Any, column: str, where: str, transcripts: list[_Cut]) -> list[Message]:
     """The messages of a cell: a chat, or (in `prompt`) what a user says."""
     if isinstance(value, str) and column == "prompt":
         if not value.strip():
             raise UserError(f"{where}: `prompt` must be {_WANTED['prompt']}, found {value!r}")
-        if not _CHAT_AS_TEXT.match(value):
-            return _transcript(value) or [Message(role="user", content=value)]
-    if column == "prompt" and not isinstance(value, str | list):
+        if (found := _chat_in(value, column, where)) is not None:
+            return _messages(found, column, where)
+        if not (turns := _transcript(value)):
+            _refuse_transcript(value, column, where)
+            return [Message(role="user", content=value)]
+        transcripts.append((where, turns[-1].content if turns[-1].role == "assistant" else None))
+        return turns
+    if column == "prompt" and not isinstance(value, str | list) and _chat_of(value) is None:
         raise UserError(f"{where}: `prompt` must be {_WANTED['prompt']}, found {value!r}")
     return _messages(value, column, where)
 
@@ -337,14 +411,15 @@ def _before_the_answers(fields: dict[str, Any], where: str) -> list[Message]:
         if name not in fields:
             continue
         value = fields[name]
-        if isinstance(value, str) and not _CHAT_AS_TEXT.match(value):
+        found = _chat_in(value, name, where) if isinstance(value, str) else value
+        if found is None:
             if not (side := _transcript(value)):
                 raise UserError(
                     f"{where}: `{name}` is an answer without its prompt; say which column has that "
                     "(prompts.columns: {prompt: NAME}), or give whole chats as `chosen` and `rejected`"
                 )
         else:
-            side = _messages(value, name, where)
+            side = _messages(found, name, where)
         sides.append(side)
     shared = [a for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(sides[0], sides[-1], strict=False))]
     if not any(m.role == "user" for m in shared):
@@ -368,43 +443,156 @@ def _with_system_cell(chat: list[Message], row: dict[str, Any], column: str, whe
 _SYSTEM = "\0system"
 """Where a system prompt is put whose column a job names: a `system` that it doesn't name is ignored, as any other."""
 
-_CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
+_Cut = tuple[str, str | None]
+"""Where a prompt that is a transcript was found, and the answer at its end."""
+
 _SAID = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
+_OTHER_TRANSCRIPT = re.compile(
+    r"\s*(?:#+ *)?(?:Human|User)\s*:.*\s(?:#+ *)?(?:Assistant|AI|Bot|GPT|ChatGPT|Model)\s*:\s*", re.I | re.S
+)
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 """ShareGPT's names for who speaks, and others' of the kind."""
+_SPEAKERS = ("system", "user", "assistant", "developer", "tool", "function", *_ROLES)
 
 
 def _transcript(text: str) -> list[Message]:
     """The turns of a chat in one string, as Anthropic's HH-RLHF writes them; none when it is none."""
+    text = text.replace("\r\n", "\n")
+    begins = text.startswith("\n\nHuman:")
     text = text.strip("\n ")
-    if not text.startswith("Human:") or "\n\nAssistant:" not in text:
+    if not text.startswith("Human:") or not (begins or "\n\nAssistant:" in text):
         return []
     _, *parts = _SAID.split(text)
     turns = zip(parts[::2], parts[1::2], strict=True)
     said = [Message(role="user" if who == "Human" else "assistant", content=what.strip()) for who, what in turns]
-    return said[:-1] if not said[-1].content else said
+    return said[:-1] if len(said) > 1 and not said[-1].content else said
+
+
+def _refuse_transcript(text: str, column: str, where: str) -> None:
+    """Whether text can be asked as it stands, as far as transcripts go.
+
+    Raises:
+        UserError: it is one in another form, which ends where an answer is wanted.
+    """
+    if _OTHER_TRANSCRIPT.fullmatch(text):
+        raise UserError(
+            f"{where}: `{column}` is a transcript that waits for an answer, and would be asked as one message; give "
+            "the chat as `messages`, or with a blank line before each `Human:` and `Assistant:`, as HH-RLHF has it"
+        )
+
+
+def _said_of(transcripts: list[_Cut], source: str) -> str:
+    """What becomes of prompts that are transcripts, in one line."""
+    many = f"{len(transcripts)} prompts are transcripts" if len(transcripts) > 1 else "1 prompt is a transcript"
+    said = f"{source}: {many} (`Human: ... Assistant: ...`), read as chats"
+    if cut := [(where, answer) for where, answer in transcripts if answer is not None]:
+        where, answer = cut[0]
+        end = " ".join(answer.split())
+        end = end if len(end) <= 60 else f"...{end[-57:]}"
+        said += (
+            f"; what {len(cut)} of them {'has' if len(cut) == 1 else 'have'} after the last `Assistant:` is left out "
+            f"as an answer, first at {where} (`{end}`)"
+        )
+    return said
+
+
+_CHAT_BEGINS = re.compile(r"""\s*(?:["']?\s*[\[{]|\(\s*\{|-\s|(?:np\.|numpy\.)?array\(|\w*message\w*\()""", re.I)
+_ROLE = re.compile(
+    r"""(?:^|[{(,\[\s])\\*(?P<quote>["']?)(?:role|from)\\*(?P=quote)\s*[:=]\s*\\*["']?(?P<who>\w*)""", re.I
+)
+_CONTENT = re.compile(r"""\b(?:content|value|parts|text)\\*["']?\s*[:=]""", re.I)
+
+
+def _chat_in(text: str, column: str, where: str) -> Any:
+    """The messages that a text cell holds, as JSON, or as Python or numpy print them; None for text.
+
+    Raises:
+        UserError: it holds a chat in a form that can't be read. Nobody wants that asked as it stands.
+    """
+    if not _CHAT_BEGINS.match(text) or not (roles := list(_ROLE.finditer(text))):
+        return None
+    tree, why = _tree(text)
+    if (found := _chat_of(tree)) is not None:
+        return found
+    speaks = [r for r in roles if r["who"].casefold() in _SPEAKERS]
+    if not speaks or not (_CONTENT.search(text) or (why and any(r["quote"] for r in speaks))):
+        return None
+    if why:
+        raise UserError(f"{where}: `{column}` is text but not JSON ({why}); {_GIVE_CHAT}")
+    raise UserError(f"{where}: `{column}` holds a chat in a form that isn't read; {_GIVE_CHAT}")
+
+
+_GIVE_CHAT = (
+    'give a chat as [{"role": "user", "content": "..."}], and text that only looks like one as the content of such a '
+    "message"
+)
+
+
+def _tree(cell: str) -> tuple[Any, str | None]:
+    """What a cell holds as JSON, or as Python or numpy print it (pandas writes a CSV so); else why it isn't JSON."""
+    try:
+        tree = json.loads(cell)
+    except (ValueError, RecursionError) as e:
+        for form in (cell.strip(), _without_numpy(cell)):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", SyntaxWarning)  # of escapes in what is somebody's text
+                    return ast.literal_eval(form), None
+            except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+                continue
+        return None, getattr(e, "msg", "nested too deeply")
+    return _tree(tree) if isinstance(tree, str) and _CHAT_BEGINS.match(tree) else (tree, None)
+
+
+_NUMPY = re.compile(
+    r"""(?P<text>'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|(?P<call>(?:np\.|numpy\.)?array\()"""
+    r"""|(?P<kind>,\s*dtype=[^)]*\))|(?P<messages>\}\s*\{)|(?P<parts>\]\s*\[)""",
+    re.S,
+)
+
+
+def _without_numpy(cell: str) -> str:
+    """What numpy prints (`[{'role': ...} {'role': ...}]`, `array([...], dtype=object)`) as Python does."""
+    instead = {"call": "(", "kind": ")", "messages": "}, {", "parts": "], ["}
+    return _NUMPY.sub(lambda m: instead.get(str(m.lastgroup), m[0]), cell.strip())
+
+
+def _chat_of(tree: Any) -> list[Any] | None:
+    """The messages of a list, of a single message, or of an object that has them; None of anything else."""
+    if isinstance(tree, dict):
+        if _is_message(tree):
+            return [tree]
+        names = ("messages", "conversations", "conversation", "prompt")
+        chats = [chat for name in names if isinstance(chat := tree.get(name), list)]
+        if len(chats) != 1 or (chat := _chat_of(chats[0])) is None:
+            return None
+        system = tree.get("system")
+        return [{"role": "system", "content": system}, *chat] if isinstance(system, str) and system.strip() else chat
+    if isinstance(tree, list | tuple) and tree and all(map(_is_message, tree)):
+        return list(tree)
+    return None
+
+
+def _is_message(tree: Any) -> bool:
+    """Whether it is a chat's message, whoever speaks."""
+    if not isinstance(tree, dict):
+        return False
+    share_gpt = "value" in tree and str(tree.get("from")).casefold() in _SPEAKERS
+    return share_gpt or (isinstance(tree.get("role"), str) and "content" in tree)
 
 
 def _messages(chat: Any, column: str, where: str) -> list[Message]:
     if isinstance(chat, str):  # a CSV cell
-        chat = _parsed(chat, column, where)
+        chat, why = _tree(chat)
+        if why:
+            raise UserError(f"{where}: `{column}` is text but not JSON ({why}); {_GIVE_CHAT}")
+    chat = _chat_of(chat) or chat
     if not isinstance(chat, list) or not chat:
         raise UserError(f"{where}: `{column}` must be a list of {{role, content}} that isn't empty")
     try:
         return [Message.model_validate(_message(m, column, where)) for m in chat]
     except ValidationError as e:
         raise UserError(f"{where}: `{column}`: {first_problem(e)} (a message is {{role, content}})") from e
-
-
-def _parsed(cell: str, column: str, where: str) -> Any:
-    try:
-        return json.loads(cell)
-    except (ValueError, RecursionError) as e:
-        try:  # as Python prints a list: how pandas writes a CSV
-            return ast.literal_eval(cell.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            why = getattr(e, "msg", "nested too deeply")
-            raise UserError(f"{where}: `{column}` is text but not JSON ({why})") from e
 
 
 def _message(given: Any, column: str, where: str) -> Any:
@@ -506,7 +694,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row:
-                raise UserError(f"{where}: more cells than the header has columns; quote text that holds a comma")
+                told = _wrong_delimiter(reader.fieldnames or ()) or "quote text that holds a comma"
+                raise UserError(f"{where}: more cells than the header has columns; {told}")
             yield where, row
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV ({e})") from e

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, NamedTuple
+import sys
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SCHEMA_VERSION = 1
 
@@ -44,6 +45,34 @@ class Record(BaseModel):
     """Base of all records: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+R = TypeVar("R", bound=BaseModel)
+_TOLD: set[str] = set()
+
+
+def stored(record: type[R], content: Any) -> R:
+    """A record out of a run's files, as JSON text or as a tree. Keys that a newer rlaif added are left out, said once.
+
+    Raises:
+        ValidationError: it is none.
+    """
+    read = record.model_validate_json if isinstance(content, str | bytes) else record.model_validate
+    try:
+        return read(content)
+    except ValidationError as e:
+        added = [".".join(map(str, p["loc"])) for p in e.errors() if p["type"] == "extra_forbidden"]
+        if not added:
+            raise
+        found = read(content, extra="ignore")  # raises when more is wrong than that
+        if not _TOLD:  # once is enough: a run that has one has many
+            print(
+                f"note: a newer rlaif wrote this run: its {record.__name__} has `{added[0]}`, which this one doesn't "
+                "know; such keys are left out",
+                file=sys.stderr,
+            )
+        _TOLD.add(record.__name__)
+        return found
 
 
 class Message(Record):
@@ -128,6 +157,29 @@ class WeightsGap(Record):
     def within(self, limit: float) -> bool:
         """Whether `mean` is at most `limit`, and `typical` at most ten times that."""
         return self.mean <= limit and self.typical <= 10 * limit
+
+
+class DecodingGap(Record):
+    """How far apart answers as they were sampled and the weights that are trained are: some answers whose log p was
+    recorded while they were decoded, token by token, scored again by the learner, each in one pass."""
+
+    answers: int
+    """Answers compared: the longest of the iteration's, and some drawn from the others."""
+    tokens: int
+    mean: float
+    """|Mean over their tokens of log p(as recorded) - log p(learner)|, in nats; both are raw, at temperature 1 and
+    top-p 1, whatever was sampled with."""
+    error: float
+    """Standard error of `mean`, over the answers: few short ones say little. 0 for a single one."""
+    typical: float
+    """Mean over the tokens of their answer's |difference a token|, in nats. Within an answer rounding averages out."""
+    worst: float
+    """The largest |difference a token| of an answer, in nats."""
+
+    def within(self, limit: float) -> bool:
+        """Whether `mean` is at most `limit`, but for what chance does in so few answers (two standard errors), and
+        `typical` at most ten times that."""
+        return self.mean - 2 * self.error <= limit and self.typical <= 10 * limit
 
 
 class Score(Record):
@@ -370,6 +422,8 @@ class Plan(Record):
     constitution: ConstitutionRef
     templates: dict[str, str] = Field(default_factory=dict)
     """Judge templates in force, for a judge that reads: name → hash."""
+    derived: dict[str, str] = Field(default_factory=dict)
+    """Wordings by which contrasts that the text lacks are derived from its rules, for a likelihood judge: id → hash."""
     policy: PolicyVersion
     prompt_ids: tuple[str, ...]
     evaluate: bool
@@ -467,6 +521,8 @@ class IterationMetrics(Record):
     """Wall time by stage."""
     weights_gap: WeightsGap | None = None
     """Of the policy that was sampled from; None in a run that didn't measure it."""
+    decoding_gap: DecodingGap | None = None
+    """Of the answers that were sampled; None in a run that didn't measure it."""
 
 
 class EvaluationMetrics(AnswerStats):

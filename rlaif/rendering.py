@@ -82,6 +82,24 @@ class Renderer:
                 )
         return rendered
 
+    def begun(self, messages: Sequence[Message]) -> str:
+        """What the template writes after the last message, for the answer to go on with.
+
+        Raises:
+            UserError: as `text`.
+        """
+        text = self.text(messages)
+        try:
+            asked = self._apply(messages, self._wants_parts(tuple(m.role for m in messages)), answer_next=False)
+        except UserError:
+            asked = text
+        if text != asked and text.startswith(asked):
+            return text[len(asked) :]
+        # It writes the same either way, or closes another turn when no answer follows.
+        probed = self.text([*messages[:-1], messages[-1].model_copy(update={"content": _PROBE})])
+        _, found, after = probed.rpartition(_PROBE)
+        return after if found else ""
+
     def ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """`text` as token ids. The template writes the special tokens itself, so none are added.
 
@@ -128,6 +146,14 @@ class Renderer:
         written = fallback if closes is None else closes
         stops = {*declared, *(i for i in (eos, closes) if i is not None)}
         return TurnEnd(written, tuple(sorted(stops)))
+
+    def check_roles(self, roles: tuple[str, ...]) -> None:
+        """Whether the template writes messages of these roles.
+
+        Raises:
+            UserError: it refuses them (what it raised is the error's cause), or leaves one out.
+        """
+        self._wants_parts(roles)
 
     # ---- the template
 

@@ -26,13 +26,11 @@ from pydantic import ValidationError
 
 from rlaif.config import Job, parse_job
 from rlaif.errors import RlaifError, UserError, first_problem
-from rlaif.records import SCHEMA_VERSION, Event, Plan, Record
+from rlaif.records import SCHEMA_VERSION, Event, Plan, Record, stored
 
 R = TypeVar("R", bound=Record)
 
 ROW_DIGEST_BYTES = 4
-STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
-"""Of an iteration, in order."""
 
 
 @contextmanager
@@ -111,7 +109,7 @@ def meta_missing(path: Path) -> str:
 def read_record(path: Path, record: type[R]) -> R:
     """Reads a JSON file that holds one record; another one is an error that names it."""
     try:
-        return record.model_validate(read_json(path))
+        return stored(record, read_json(path))
     except ValidationError as e:
         what = f"not a {record.__name__} of schema {SCHEMA_VERSION}"
         raise RlaifError(f"{path}: {what} ({first_problem(e)}); it was damaged after it was written") from e
@@ -147,7 +145,7 @@ def read_grown(path: Path, record: type[R]) -> list[R]:
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(record.model_validate_json(line))
+            rows.append(stored(record, line))
         except ValidationError:
             continue
     return rows
@@ -164,7 +162,7 @@ def read_rows(path: Path, record: type[R], only: re.Pattern[bytes] | None = None
             if only is not None and only.search(line) is None:
                 continue
             try:
-                rows.append(record.model_validate_json(line))
+                rows.append(stored(record, line))
             except ValidationError as e:
                 problem = e.errors()[0]["msg"]
                 what = f"not a {record.__name__} of schema {SCHEMA_VERSION}"
@@ -305,9 +303,10 @@ class RunDir:
         run = cls(path)
         header = run.header
         version = header.get("schema_version") if isinstance(header, dict) else None
-        if not isinstance(version, int):
+        major = re.fullmatch(r"(\d+)(?:\.\d+)*", str(version))  # a minor one only adds
+        if major is None:
             raise UserError(f"{path / 'run.json'}: not a run's (no schema_version in it); restore the file")
-        if version > SCHEMA_VERSION:
+        if int(major[1]) > SCHEMA_VERSION:
             raise UserError(f"{path}: written with schema {version}, this rlaif reads up to {SCHEMA_VERSION}; upgrade")
         if not isinstance(header.get("job"), dict):
             raise UserError(f"{path / 'run.json'}: not a run's (no job in it); restore the file")
@@ -334,7 +333,10 @@ class RunDir:
         if isinstance(tree, dict) and isinstance(filters := tree.get("filters"), dict):
             # A rule that the run's rlaif didn't have dropped nothing in it, whatever a new job's default is.
             tree = tree | {"filters": {"cut_off": "keep"} | filters}
-        return parse_job(tree, str(self.path / "run.json"))
+        try:
+            return stored(Job, tree)  # of a newer rlaif, it may have settings that there weren't
+        except ValidationError:
+            return parse_job(tree, str(self.path / "run.json"))  # says what is wrong
 
     def plan(self, k: int) -> Plan:
         """The plan of iteration k."""

@@ -9,7 +9,8 @@ from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, ConstitutionRef, EvaluationMetrics, Event, IterationMetrics, Plan, Prompt, Record
 from rlaif.review.queue import Queue
-from rlaif.store import STAGES, RunDir, read_record, read_rows, replacing, write_json
+from rlaif.stages import NAMES
+from rlaif.store import RunDir, read_record, read_rows, replacing, write_json
 
 SHOWN_PROMPTS = 3
 
@@ -58,7 +59,7 @@ def status_of(run: RunDir) -> Status:
     stage = None
     if current is not None:
         here = run.iteration(current)
-        stage = next((s for s in STAGES if not here.is_complete(s)), "evaluate")
+        stage = next((s for s in NAMES if not here.is_complete(s)), "evaluate")
     return Status(
         run=str(run.path),
         iterations_done=len(done),
@@ -141,6 +142,7 @@ def final_tables(run: RunDir, summary: Summary) -> None:
         "words",
         "ended",
         "gap",
+        "decoded",
         "seconds by stage",
     ):
         table.add_column(column, justify="left" if column in ("text", "dropped", "seconds by stage") else "right")
@@ -156,6 +158,7 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             f"{m.sampled.mean_words:.1f}",
             f"{m.sampled.ended_share:.0%}",
             "-" if m.weights_gap is None else f"{m.weights_gap.mean:.4f}",
+            "-" if m.decoding_gap is None else f"{m.decoding_gap.mean:.4f}",
             "  ".join(
                 f"{name} {seconds[stage]:.0f}"
                 for name, stage in (

@@ -2,7 +2,8 @@
 
 A job's `constitution: assistant` is read again before each iteration, so an edited file or a new version
 takes effect in the next one. `schedule` and pins such as `assistant@2` are read once, at the start. A judge that
-reads sees the text through templates; they are read, pinned and copied together with it.
+reads sees the text through templates; they are read, pinned and copied together with it. So are the wordings by which a
+likelihood judge derives contrasts from the rules of a text that lacks some.
 """
 
 from __future__ import annotations
@@ -12,14 +13,29 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from rlaif.config import Job
 from rlaif.constitution import Constitution, load_with_source
+from rlaif.derived import FILE as DERIVED_FILE
+from rlaif.derived import NEWEST, Wordings
 from rlaif.errors import UserError
-from rlaif.judging.ballots import check_selects
+from rlaif.judging.ballots import asked_by, check_selects
 from rlaif.judging.templates import Template, evaluating_name, load_template, parse_template, template_names
 from rlaif.records import ConstitutionRef
 from rlaif.store import RunDir, disk_errors, read_json, read_record, replace_dir, write_json
+
+_DERIVED_PIN = "derived wordings"
+"""In pins.json; with a space, so that it is no text's name."""
+
+
+def derived_copy(run: RunDir, digest: str) -> Wordings:
+    """The run's copy of the wordings by which it derived contrasts (`Plan.derived`).
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    return read_record(run.path / "constitutions" / digest / DERIVED_FILE, Wordings)
 
 
 def template_sources(folder: Path) -> dict[str, str]:
@@ -71,9 +87,11 @@ class Texts:
                 self._note(f"alarm in iteration {iteration + 1}: {message}")
         return self._last_good
 
-    def load(self, ref: ConstitutionRef) -> Constitution:
-        """The run's copy of a text, under the name that `ref` gives it: two versions may say the same."""
-        return self._copy_of(ref.hash).model_copy(update={"name": ref.name, "version": ref.version})
+    def load(self, ref: ConstitutionRef, derived: Mapping[str, str] = MappingProxyType({})) -> Constitution:
+        """The run's copy of a text, under the name that `ref` gives it: two versions may say the same. `derived` is
+        the plan's."""
+        text = self._copy_of(ref.hash).model_copy(update={"name": ref.name, "version": ref.version})
+        return text.derived_by(next((derived_copy(self._run, digest) for digest in derived.values()), None))
 
     def _copy_of(self, digest: str) -> Constitution:
         return read_record(self._run.path / "constitutions" / digest / "constitution.json", Constitution)
@@ -130,20 +148,32 @@ class Texts:
         pins = self._run.path / "constitutions" / "pins.json"
         known: dict[str, str] = read_json(pins) if pins.exists() else {}
         if reference not in known:
-            ref = self._newest(reference).ref
+            newest = self._newest(reference)
+            ref = newest.ref
             # A reference without a version is pinned to one with, and that one to its text.
             known |= {reference: str(ref), str(ref): ref.hash}
+            if newest.wordings is not None:
+                known.setdefault(_DERIVED_PIN, newest.wordings.hash)
             write_json(pins, known)
         if known[reference] in known:
             reference = known[reference]
         text = self._copy_of(known[reference])
         name, _, version = reference.partition("@")
-        return text.model_copy(update={"name": name, "version": int(version)}) if version else text
+        text = text.model_copy(update={"name": name, "version": int(version)}) if version else text
+        # Without a pin the run is from before contrasts were derived, and goes on without.
+        pin = known.get(_DERIVED_PIN) if self._judge.kind != "chat" and text.derives else None
+        return text.derived_by(derived_copy(self._run, pin) if pin else None)
 
     def _newest(self, reference: str) -> Constitution:
         text, source = load_with_source(self._directory, reference)
+        text = asked_by(self._judge, text, NEWEST if text.derives else None)
         if self._selects:
             check_selects(text)
+        if text.wordings is not None:
+            copy = self._run.path / "constitutions" / text.wordings.hash
+            if not copy.exists():
+                content = json.dumps(text.wordings.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+                _copy(copy, {DERIVED_FILE: content.encode()})
         folder = self._run.path / "constitutions" / text.hash
         if not (folder / "constitution.json").exists():
             content = json.dumps(text.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"

@@ -82,11 +82,12 @@ def stub_logprobs(weights: str, sequences: list[TokenSequence]) -> list[tuple[fl
 
 class StubSampler:
     """Answers that depend on the weights it holds; refuses to answer for others. `forgetful`: a load changes nothing
-    of what it computes with, as an engine that multiplies with an old copy."""
+    of what it computes with, as an engine that multiplies with an old copy. `decodes_with`: weights that it
+    decodes with, whatever it reads texts with."""
 
-    def __init__(self, forgetful: bool = False) -> None:
+    def __init__(self, forgetful: bool = False, decodes_with: str | None = None) -> None:
         self._digest = self._computes_with = BASE_DIGEST
-        self._forgetful = forgetful
+        self._forgetful, self._decodes_with = forgetful, decodes_with
 
     def load(self, policy_path: str) -> None:
         self._digest = (Path(policy_path) / "weights.txt").read_text()
@@ -117,7 +118,7 @@ class StubSampler:
             raise RuntimeError(f"asked for answers of {policy.digest}, holding {self._digest}")
         for prompt in reversed(prompts):  # engines finish in an order of their own
             yield [
-                Completion(
+                self._recorded(
                     id=f"{prefix}-{prompt.id}-{i}",
                     prompt_id=prompt.id,
                     policy=policy,
@@ -127,10 +128,16 @@ class StubSampler:
                     token_ids=tuple(range(3, 4 + int(9 * fraction(seed, iteration, prompt.id, i, self._digest)))),
                     text=f"answer {fraction(seed, iteration, prompt.id, i, self._digest):.9f}, and a few more words",
                     finish_reason="stop",
-                    logprob=-1.0,
                 )
                 for i in range(completions_per_prompt)
             ]
+
+    def _recorded(self, **fields: Any) -> Completion:
+        """An answer with its log p as it was decoded."""
+        answer = Completion(**fields)
+        text = TokenSequence(prompt_token_ids=answer.prompt_token_ids, token_ids=answer.token_ids)
+        [logps] = stub_logprobs(self._decodes_with or self._computes_with, [text])
+        return answer.model_copy(update={"logprob": sum(logps)})
 
 
 class StubJudge:
@@ -223,6 +230,11 @@ class StubLearner:
         self.tracked.append((step, values))
         return []
 
+    def export(self, policy_dir: str) -> str:
+        Path(policy_dir).mkdir(parents=True)
+        (Path(policy_dir) / "weights.txt").write_text(self._weights)
+        return f"rounded {self._weights}"
+
     def exports_in(self) -> str:
         return "fp32"
 
@@ -274,6 +286,7 @@ def stub_loop(
     nan_at: int | None = None,
     progress: Quiet | None = None,
     forgetful: bool = False,
+    decodes_with: str | None = None,
 ) -> Loop:
     """A loop over `root/run` with fresh stub workers, as a new process would have them."""
     job = job or stub_job()
@@ -294,7 +307,7 @@ def stub_loop(
         root / "base",
         base_digest=BASE_DIGEST,
         judge_name="stub",
-        sampler=worker("sampler", "StubSampler", forgetful=forgetful),
+        sampler=worker("sampler", "StubSampler", forgetful=forgetful, decodes_with=decodes_with),
         judge=(judge := worker("judge", "StubJudge", casts=str(root / "casts.log"))),
         measurer=judge,
         learner=worker("learner", "StubLearner", nan_at=nan_at),

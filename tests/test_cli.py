@@ -263,6 +263,39 @@ def test_constitution_check_knows_the_templates(tmp_path: Path, rlaif) -> None:
     assert "did you mean `pairwise`?" in err
 
 
+def test_constitution_check_and_show_say_what_is_derived(tmp_path: Path, rlaif) -> None:
+    folder = tmp_path / "constitutions" / "support"
+    folder.mkdir(parents=True)
+    (folder / "v1.yaml").write_text(
+        "summary: Support.\nprinciples:\n  - {id: polite, rule: The answer should be polite.}\n"
+        "  - {id: kind, rule: the answer should be  polite}\n"
+    )
+    code, out, _ = rlaif("constitution", "check", cwd=tmp_path)
+    assert code == 0
+    assert "  likelihood judge: yes; derived.1 derives from the rule: polite (select, decide, evaluate), kind" in out
+    assert "  chat judge: yes, as it is; missing for best_worst: scores of single answers" in out
+    assert "  warning: principles `polite` and `kind` have the same rule" in out
+    code, out, _ = rlaif("constitution", "check", "--json", cwd=tmp_path)
+    (text,) = json.loads(out)
+    assert [j["judge"] for j in text["judges"]] == ["likelihood", "chat"]
+    assert len(text["warnings"]) == 1
+    code, out, _ = rlaif("constitution", "show", "support", cwd=tmp_path)
+    assert "derived from the rule (evaluate, polite/derived.1-evaluate1)" in out
+    assert "prefer: Follow this rule: The answer should be polite." in out
+
+
+@pytest.mark.parametrize("arguments", [("run", "tiny.yaml"), ("run", "tiny.yaml", "--dry-run")])
+def test_a_text_that_does_not_serve_its_judge_is_exit_2(
+    rlaif, tiny_model: Path, tmp_path: Path, arguments: tuple[str]
+) -> None:
+    make_project(tmp_path, tiny_model, constitution="rules")
+    (tmp_path / "constitutions/rules/v2.yaml").write_text("summary: s\nprinciples:\n  - {id: dots, rule: '...'}\n")
+    code, _, err = rlaif(*arguments, cwd=tmp_path)
+    assert code == 2
+    assert "constitution rules@2, principle `dots`: its rule is '...', without a word" in err
+    assert "Traceback" not in err
+
+
 def test_a_run_with_a_name_starts_another_from_its_job(rlaif, tmp_path: Path) -> None:
     job = load_job(make_project(tmp_path, "no-such/model-on-the-hub"))
     header = {"schema_version": 1, "job": job.model_dump(mode="json")}

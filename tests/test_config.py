@@ -233,3 +233,28 @@ def test_winners_that_were_cut_off_are_dropped_for_a_judge_that_reads(tmp_path: 
 )
 def test_what_may_change_in_a_run_is_said_on_the_setting(key: str, may: bool) -> None:
     assert may_change(key) == may
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            "query: {api-version: 2024-10-21}",
+            "judge.query.api-version: expected text, and YAML reads 2024-10-21 as a date",
+        ),
+        ("query: {api-version: 1.5}", "judge.query.api-version: expected text, and YAML reads 1.5 as a number"),
+        ("query: {beta: yes}", "judge.query.beta: expected text, and YAML reads true as true or false"),
+        ("query: {2024: a}", "judge.query.2024: expected text, and YAML reads 2024 as a number"),
+        ("headers: {api-key: 7}", "judge.headers.api-key: expected text, and YAML reads 7 as a number"),
+        ("model: 4", "judge.model: expected text, and YAML reads 4 as a number"),
+        (
+            "query: {at: 2024-10-21 10:00:00}",
+            "judge.query.at: expected text, and YAML reads 2024-10-21 10:00:00 as a time",
+        ),
+    ],
+)
+def test_text_that_yaml_reads_as_something_else(tmp_path: Path, line: str, says: str) -> None:
+    (tmp_path / "job.yaml").write_text(f"constitution: assistant\njudge:\n  kind: chat\n  {line}\n")
+    with pytest.raises(UserError, match=r"put it in quotes$") as error:
+        load_job(tmp_path / "job.yaml")
+    assert says in str(error.value)

@@ -211,3 +211,16 @@ def test_the_page_for_assistants_is_short() -> None:
 
 def test_contributing_is_short() -> None:
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 75
+
+
+@pytest.mark.parametrize("page", GENERATED, ids=lambda p: p.name)
+def test_generated_types_are_words(page: Path) -> None:
+    made = "".join(re.findall(r"<!-- generated: .*?<!-- /generated -->", docs.render(page.read_text()), re.DOTALL))
+    assert not re.search(r"typing\.|Annotated|Strict\(|<class|\bNoneType\b|\bdict\[|\btuple\[", made)
+
+
+def test_a_type_within_a_type_is_told_in_words() -> None:
+    row = next(
+        line for line in docs.render((ROOT / "docs" / "job.md").read_text()).splitlines() if "| `stop` |" in line
+    )
+    assert "| list of text or whole numbers |" in row

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from rlaif.config import parse_job
-from rlaif.hand_over import check_hand_over, compare
-from rlaif.weights import weights_gap
-from rlaif.workers import Worker
+from rlaif.config import Job, parse_job
+from rlaif.errors import RlaifError, UserError
+from rlaif.hand_over import HandOver, check_hand_over, compare
+from rlaif.records import Completion, Message, PolicyVersion, Prompt, TokenSequence
+from rlaif.weights import decoding_gap, to_score_again, weights_gap
+from rlaif.workers import Worker, start_worker
 from tests.architectures import ARCHITECTURES, MIXTURES, make_model
+from tests.conftest import project_job
 from tests.hand_over_makers import sampler
 
 
@@ -49,6 +52,52 @@ def test_a_bf16_sampler_gets_close(tmp_path: Path) -> None:
     check(rows_of(make_model("llama-tied", tmp_path / "model"), "transformers", precision="bf16"), limit=0.1)
 
 
+def test_a_job_is_checked_as_it_would_be_run(tmp_path: Path) -> None:
+    """A template that takes nothing without its argument, and a system message: `--job` gives it both."""
+    model = make_model("llama-tied", tmp_path / "model")
+    (model / "chat_template.jinja").write_text(
+        "{% if mode is not defined or messages[0]['role'] != 'system' %}{{ raise_exception('bare') }}{% endif %}"
+        "{% for m in messages %}<s>{{ mode }}{{ m['content'] }}</s>{% endfor %}<s>"
+    )
+    sampling = {"engine": "transformers", "precision": "fp32", "max_tokens": 8, "max_model_len": 256}
+    tree: dict[str, Any] = {"constitution": "none", "sampling": sampling, "learner": {"precision": "fp32"}}
+    with pytest.raises(RlaifError, match="bare"):
+        list(check_hand_over(model, parse_job(tree, "test"), mode="inline"))
+    tree["policy"] = {"model": str(model), "system_prompt": "Be kind.", "chat_template_args": {"mode": "x"}}
+    check(list(check_hand_over(model, parse_job(tree, "test"), mode="inline")))
+
+
+def test_the_command_takes_a_job_or_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from rlaif.cli import app
+
+    model = make_model("llama-tied", tmp_path / "model")
+    job = project_job(tmp_path, model, policy={"model": str(model), "system_prompt": "w1"}, sampling={"top_p": 0.5})
+    asked = []
+
+    def checked(folder: Path, job: Job, **_: Any) -> Iterator[HandOver]:
+        asked.append((folder, job))
+        gap = weights_gap([(0.0,)], [(0.0,)], "x", "fp32")
+        yield HandOver(weights="as given", gap=gap, moved=0, holds=True)
+
+    monkeypatch.setattr("rlaif.hand_over.check_hand_over", checked)
+    command = ["doctor", "--job", str(tmp_path / "tiny.yaml")]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert CliRunner().invoke(app, [*command, "--set", "policy.system_prompt=w2"]).exit_code == 0
+    assert asked[0] == (model, job)
+    assert asked[1][1].policy.system_prompt == "w2"
+    assert (
+        CliRunner().invoke(app, ["doctor", "--deep", str(model), "--set", "sampling.max_model_len=99"]).exit_code == 0
+    )
+    assert asked[2][1].sampling.max_model_len == 99
+    for wrong in ([*command, "--deep", str(model)], ["doctor", "--set", "seed=1"]):
+        said = CliRunner().invoke(app, wrong)
+        assert isinstance(said.exception, UserError)
+        assert "--deep MODEL or --job JOB" in str(said.exception)
+    assert len(asked) == 3
+
+
 @pytest.fixture(scope="module")
 def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     log = tmp_path_factory.mktemp("logs") / "maker.log"
@@ -80,3 +129,116 @@ def test_a_gap_is_the_mean_over_tokens_and_the_worst_of_them() -> None:
         weights_gap([(-1.0,)], [(-1.0, -2.0)], "x", "y")
     with pytest.raises(ValueError):
         weights_gap([], [], "x", "y")
+
+
+PROMPTS = [Prompt(id=str(i), messages=(Message(role="user", content="why? " * (i + 1)),)) for i in range(3)]
+
+
+def decoded(model: Path, engine: str, mode: Any, log: Path, **sampling: Any) -> Any:
+    """The gap of a real engine's answers against a real learner that holds the same weights."""
+    from rlaif.config import Learner, Sampling
+    from rlaif.learning import make
+
+    settings = Sampling(engine=engine, precision="fp32", max_model_len=256, kv_cache_gib=0.05, **sampling)
+    kwargs = {"model_path": str(model), "settings": settings}
+    learner = make(model_path=str(model), settings=Learner(precision="fp32"), seed=0)
+    with start_worker(mode, "sampler", "rlaif.sampling.role:make", kwargs, log) as engine_worker:
+        chunks = engine_worker.stream(
+            "sample",
+            prompts=PROMPTS,
+            completions_per_prompt=4,
+            policy=PolicyVersion(iteration=0, digest="d"),
+            seed=0,
+            iteration=0,
+            prefix="0",
+        )
+        some = to_score_again([c for chunk in chunks for c in chunk], seed=0)
+    texts = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in some]
+    scored = learner.logprobs(texts)
+    learner.close()
+    return decoding_gap(some, scored)
+
+
+SETTINGS = (
+    {"max_tokens": 80, "temperature": 0.7, "top_p": 0.8},  # longer than gemma3's window of 32
+    {"max_tokens": 40, "temperature": 0.05},
+    {"max_tokens": 80, "temperature": 1.3, "top_p": 0.5, "stop": ["a", "e", 40]},
+)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_answers_are_scored_as_they_were_decoded(name: str, tmp_path: Path) -> None:
+    """Whatever temperature and top-p: the raw log p is recorded."""
+    gap = decoded(make_model(name, tmp_path / "model"), "transformers", "inline", tmp_path / "log", **SETTINGS[0])
+    assert gap.answers == 8
+    assert gap.tokens > 100
+    assert gap.typical < 1e-4, gap
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_so_are_cold_and_stopped_ones(number: int, tmp_path: Path) -> None:
+    model = make_model("llama-tied", tmp_path / "model")
+    assert decoded(model, "transformers", "inline", tmp_path / "log", **SETTINGS[number]).typical < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("number", range(3))
+def test_vllm_records_the_raw_log_p(number: int, tmp_path: Path) -> None:
+    model = make_model("gemma3", tmp_path / "model")
+    assert decoded(model, "vllm", "process", tmp_path / "log", **SETTINGS[number]).typical < 1e-3
+
+
+def answer(name: str, tokens: int, logprob: float | None) -> Completion:
+    return Completion(
+        id=name,
+        prompt_id="p",
+        policy=PolicyVersion(iteration=0, digest="d"),
+        index=0,
+        seed=0,
+        prompt_token_ids=(1,),
+        token_ids=(3,) * tokens,
+        text="",
+        finish_reason="stop",
+        logprob=logprob,
+    )
+
+
+def test_the_decoding_gap_by_hand() -> None:
+    gap = decoding_gap([answer("a", 2, -1.0), answer("b", 3, -4.0)], [(-1.0, -1.0), (-1.0, -1.0, -1.0)])
+    assert (gap.answers, gap.tokens) == (2, 5)  # off by 1 and by -1
+    assert (gap.mean, gap.typical, gap.worst) == pytest.approx((0, 2 / 5, 1 / 2))
+    assert gap.error == pytest.approx(2 / 5)  # sqrt(2 / 1 * (1 + 1)) / 5
+    assert not gap.within(0.02), "errors that cancel are errors"
+    assert gap.within(0.04)
+    [one] = [decoding_gap([answer("a", 4, -1.0)], [(-0.5,) * 4])]
+    assert (one.mean, one.error, one.typical, one.worst) == pytest.approx((0.25, 0, 0.25, 0.25))
+    assert not one.within(0.2)
+    for broken in (math.nan, -math.inf):
+        assert decoding_gap([answer("a", 1, broken)], [(-1.0,)]).typical == math.inf
+    for some, scored in (([], []), ([answer("a", 1, None)], [(-1.0,)]), ([answer("a", 1, -1.0)], [(-1.0, -1.0)])):
+        with pytest.raises(ValueError):
+            decoding_gap(some, scored)
+
+
+def test_few_short_answers_in_bf16_raise_no_alarm() -> None:
+    """One token each, 0.1 nats off by chance: their mean is over the limit more often than not."""
+    off = (0.1, -0.05, 0.15, 0.02, -0.1, 0.12, 0.05, 0.0)
+    gap = decoding_gap([answer(str(i), 1, -1.0 + d) for i, d in enumerate(off)], [(-1.0,)] * 8)
+    assert gap.mean > 0.02
+    assert gap.within(0.02)
+    shifted = decoding_gap([answer(str(i), 1, -0.9 + d) for i, d in enumerate(off)], [(-1.0,)] * 8)
+    assert not shifted.within(0.02)
+
+
+def test_what_is_scored_again() -> None:
+    every = [answer(f"{i:02d}", 1 + i % 7, -1.0) for i in range(40)] + [answer("none", 99, None), answer("empty", 0, 0)]
+    some = to_score_again(every, seed=3)
+    assert len({c.id for c in some}) == 8
+    assert [len(c.token_ids) for c in some[:4]] == [7, 7, 7, 7]
+    assert {len(c.token_ids) for c in some[4:]} != {7}
+    assert to_score_again(every[::-1], seed=3) == some, "whatever the order in which they finished"
+    assert to_score_again(every, seed=4) != some
+    assert len(to_score_again(every[:3], seed=3)) == 3
+    assert to_score_again(every[40:], seed=3) == []

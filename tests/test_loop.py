@@ -92,15 +92,127 @@ def test_a_sampler_that_keeps_old_weights_is_found_out(tmp_path: Path) -> None:
     assert not (loop.dir.iteration(1).path / "completions.jsonl").exists(), "nothing was sampled from it"
 
 
-def test_a_run_that_goes_on_in_another_precision_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stop", ["preferences", "updates", "evaluations", "metrics", None])
+def test_weights_are_compared_again_when_a_run_goes_on(
+    stop: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it stopped: the new process's sampler is compared before it samples anything."""
+    whole = stub_loop(tmp_path, stub_job(iterations=2))
+    if stop:
+        monkeypatch.setattr(f"rlaif.loop.{_STOPS[stop]}", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            whole.run()
+        monkeypatch.undo()
+    else:
+        stub_loop(tmp_path, stub_job(iterations=1)).run()
+    with pytest.raises(RlaifError, match="doesn't hold the policy that is trained"):
+        stub_loop(tmp_path, stub_job(iterations=2), forgetful=True).run()
+    assert not (tmp_path / "run" / "iterations" / "0001" / "completions.jsonl").exists()
+    stub_loop(tmp_path, stub_job(iterations=2)).run()
+    for k in (0, 1):
+        metrics = read_record(tmp_path / "run" / "iterations" / f"{k:04d}" / "metrics.json", IterationMetrics)
+        assert metrics.weights_gap is not None
+        assert metrics.weights_gap.typical == 0
+
+
+_STOPS = {
+    "preferences": "loop.mix",
+    "updates": "loop.update",
+    "evaluations": "evaluation.gap_of",
+    "metrics": "loop.gap_of",
+}
+
+
+def _interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_real_weights_are_compared_again_when_a_run_goes_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that goes on with the weights that it started from."""
+    pytest.importorskip("trl")
+    from rlaif.launch import execute
+    from rlaif.sampling.role import SamplerRole
+
+    def job(iterations: int) -> Job:
+        learner = {"precision": "fp32", "learning_rate": 0.05, "warmup_steps": 0, "batch_size": 2}
+        return project_job(tmp_path, tiny_model, iterations=iterations, schedule={0: "rules@1"}, learner=learner)
+
+    run = execute(job(1), tmp_path / "run", tmp_path, Quiet())
+    monkeypatch.setattr(SamplerRole, "load", lambda self, policy_path: None)
+    with pytest.raises(RlaifError, match="doesn't hold the policy that is trained"):
+        execute(job(2), tmp_path / "run", tmp_path, Quiet(), allow_change=True)
+    assert not any(p.stat().st_size for p in run.iteration(1).path.glob("completions*"))
+
+
+def test_a_run_that_goes_on_with_a_shorter_window_is_told_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from rlaif.launch import execute
+
+    def job(iterations: int, room: int) -> Job:
+        changes = {"iterations": iterations, "schedule": {0: "rules@1"}}
+        return project_job(tmp_path, tiny_model, **changes, sampling={"max_model_len": room, "max_tokens": 29})
+
+    run = execute(job(1, 64), tmp_path / "run", tmp_path, Quiet())
+    before = {p: p.read_bytes() for p in run.path.glob("*/*.jsonl")}
+    with pytest.raises(UserError, match=r"prompt .*sampling.max_model_len is 32.*keeps its prompts"):
+        execute(job(2, 32), tmp_path / "run", tmp_path, Quiet(), allow_change=True)
+    assert run.iterations() == [0]
+    assert {p: p.read_bytes() for p in run.path.glob("*/*.jsonl")} == before
+    execute(job(2, 60), tmp_path / "run", tmp_path, Quiet(), allow_change=True)
+
+
+def test_a_run_that_goes_on_in_another_precision_has_its_policy_rounded_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stub_loop(tmp_path, stub_job(iterations=1)).run()
     monkeypatch.setattr("tests.stubs.StubSampler.computes_in", lambda self: "stub bf16")
+    monkeypatch.setattr("tests.stubs.StubLearner.exports_in", lambda self: "bf16")
     stub_loop(tmp_path, stub_job(iterations=2)).run()
     run = RunDir(tmp_path / "run")
-    assert [e.iteration for e in run.events() if "rounds it to the nearest" in e.message] == [1]
+    [said] = [e for e in run.events() if e.kind == "policy_rounded"]
+    assert (said.iteration, said.data["policy"]) == (1, run.iteration(0).policy_made())
+    assert "was written in fp32, and stub bf16 samples from a copy" in said.message
     gap = read_record(run.iteration(1).path / "metrics.json", IterationMetrics).weights_gap
     assert gap is not None
-    assert (gap.exported, gap.sampler) == ("fp32", "stub bf16")
+    assert (gap.exported, gap.sampler) == ("bf16", "stub bf16")
+    assert not list(run.path.glob("learner/*.partial"))
+
+
+@pytest.mark.parametrize(("before", "after", "rounded"), [("fp32", "bf16", 1), ("bf16", "fp32", 0)])
+def test_the_copy_is_the_learners_export(
+    before: str, after: str, rounded: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    """In bf16, at a rate of which rounding to the nearest would leave little."""
+    pytest.importorskip("trl")
+    from rlaif.config import Learner
+    from rlaif.launch import execute
+    from rlaif.learning import make
+    from rlaif.models import digest_of
+
+    def job(precision: str, iterations: int) -> Job:
+        learner = {"precision": "fp32", "learning_rate": 1e-6, "warmup_steps": 0, "batch_size": 2}
+        changes = {"iterations": iterations, "schedule": {0: "rules@1"}, "learner": learner}
+        return project_job(tmp_path, tiny_model, **changes, sampling={"precision": precision})
+
+    run = execute(job(before, 1), tmp_path / "run", tmp_path, Quiet())
+    policy = run.iteration(0).path / "policy"
+    digest = digest_of(policy)
+    state = shutil.copytree(run.path / "learner" / "0000", tmp_path / "state")
+    execute(job(after, 2), tmp_path / "run", tmp_path, Quiet(), allow_change=True)
+    said = [e for e in run.events() if e.kind == "policy_rounded"]
+    assert len(said) == rounded
+    assert digest_of(policy) == digest == run.iteration(0).policy_made(), "the log's own policy stays"
+    gap = read_record(run.iteration(1).path / "metrics.json", IterationMetrics).weights_gap
+    assert gap is not None
+    assert gap.exported == "bf16"
+    assert run.iteration(1).meta("updates")["exported"] == after
+    if rounded:
+        learner = make(str(tiny_model), Learner(precision="fp32"), seed=0, export_precision="bf16")
+        learner.load(str(state))
+        assert learner.export(str(tmp_path / "copy")) == said[0].data["copy"] == digest_of(tmp_path / "copy")
+        learner.close()
 
 
 def test_a_gap_beyond_the_limit_is_an_alarm(tmp_path: Path) -> None:
@@ -113,6 +225,37 @@ def test_a_gap_beyond_the_limit_is_an_alarm(tmp_path: Path) -> None:
     assert any("0.060 nats a token" in alarm for alarm in said)
     noise = gap.model_copy(update={"mean": 0.0, "typical": 0.3})  # errors that cancel are errors
     assert alarms(Monitors(), metrics.model_copy(update={"weights_gap": noise}), None)
+
+
+def test_answers_that_were_sampled_are_scored_again(finished: RunDir) -> None:
+    """Tempered and truncated as they are (the defaults: 0.8 and 0.95), what is recorded is the raw log p."""
+    for k in finished.iterations():
+        metrics = read_record(finished.iteration(k).path / "metrics.json", IterationMetrics)
+        gap, weights = metrics.decoding_gap, metrics.weights_gap
+        assert gap is not None
+        assert weights is not None
+        assert finished.iteration(k).meta("completions")["decoding_gap"] == gap.model_dump(mode="json")
+        assert gap.answers == 8
+        assert gap.tokens > 30
+        assert gap.typical < (1e-4 if "fp32" in weights.sampler else 0.1)
+        assert gap.within(0.02)
+    assert not [e for e in finished.events() if "as they were sampled" in e.message]
+
+
+def test_a_sampler_that_decodes_with_other_weights_is_an_alarm(tmp_path: Path) -> None:
+    """It reads the fixed texts rightly: `weights_gap` can't see it."""
+    job = stub_job(iterations=1)
+    stub_loop(tmp_path, job, decodes_with="other weights").run()
+    run = RunDir(tmp_path / "run")
+    metrics = read_record(run.iteration(0).path / "metrics.json", IterationMetrics)
+    assert metrics.weights_gap is not None
+    assert metrics.weights_gap.typical == 0
+    assert metrics.decoding_gap is not None
+    assert metrics.decoding_gap.typical > 0.2
+    assert [e.iteration for e in run.events() if "answers as they were sampled are" in e.message] == [0]
+    job = stub_job(iterations=1, monitors={"max_weights_gap": 100})
+    stub_loop(tmp_path / "lenient", job, decodes_with="other weights").run()
+    assert not [e for e in RunDir(tmp_path / "lenient" / "run").events() if "as they were sampled" in e.message]
 
 
 def test_the_digests_in_the_meta_files_hold(finished: RunDir) -> None:
@@ -470,10 +613,10 @@ def test_weights_of_policies_that_nobody_needs_are_removed(tmp_path: Path) -> No
     assert [p.name for p in (run.path / "learner").iterdir()] == ["0003"]
 
 
-def test_a_text_without_a_held_out_contrast_trains_but_has_no_win_rate(tmp_path: Path) -> None:
+def test_without_a_held_out_contrast_nor_a_rule_to_derive_one_from_there_is_no_win_rate(tmp_path: Path) -> None:
     folder = write_texts(tmp_path, 1)
     plain = "".join(line for line in text(1).splitlines(keepends=True) if "use: evaluate" not in line)
-    (folder / "v1.yaml").write_text(plain)
+    (folder / "v1.yaml").write_text(plain.replace("Rule 1.", "1."))
     run_some(tmp_path, 1)
     metrics = json.loads((RunDir(tmp_path / "run").evaluation(1).path / "metrics.json").read_text())
     assert metrics["win_rate"] is None

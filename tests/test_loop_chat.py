@@ -26,7 +26,7 @@ from rlaif.store import RunDir, read_json
 from rlaif.workers import InlineWorker
 from tests.judging.fault_server import FaultServer
 from tests.judging.test_calibration import ACCEPTED, REFUSED, calibration
-from tests.stubs import stub_job, stub_loop
+from tests.stubs import StubSampler, stub_job, stub_loop
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -425,8 +425,17 @@ def test_best_worst_needs_a_judge_that_scores() -> None:
 
 
 @pytest.mark.parametrize("uncalibrated", ["stop", "drop"])
-def test_answers_that_may_be_cut_off_must_have_been_calibrated(tmp_path: Path, uncalibrated: str) -> None:
-    """A likelihood judge takes a penalty from an answer that the length limit cut off; the loop can't wait for one."""
+def test_pairs_with_a_cut_off_answer_are_dropped_where_none_was_calibrated(
+    tmp_path: Path, uncalibrated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A likelihood judge takes a penalty from an answer that the length limit cut off. Said at the start, whatever a
+    mismatch of settings does."""
+    recorded = StubSampler._recorded
+
+    def cut(self: StubSampler, **fields: Any) -> Completion:
+        return recorded(self, **fields | {"finish_reason": "length" if fields["index"] else "stop"})
+
+    monkeypatch.setattr(StubSampler, "_recorded", cut)
     plain = stub_loop(tmp_path / "plain", stub_job())
     plain.run()
     votes = [v for k in plain.dir.iterations() for v in plain.dir.iteration(k).read("votes", Vote)]
@@ -436,18 +445,27 @@ def test_answers_that_may_be_cut_off_must_have_been_calibrated(tmp_path: Path, u
     loop = stub_loop(tmp_path / "again", stub_job(filters=filters))
     found = {"panels": panels_of(by_pair(votes)), "models": ("stub",), "judged": stats}
     loop.calibration = calibration({"all": ACCEPTED}).model_copy(update=found)
-    if uncalibrated == "stop":
-        with pytest.raises(UserError, match=r"c.json: an answer that the length limit cut off .*missing_eos_penalty"):
-            loop.run()
-        assert not (loop.dir.iteration(0).path / "completions.jsonl").exists()
-        mixed = stats.model_copy(update={"answers": 18, "cut_off": 4, "one_cut_off": 4})
-        loop = stub_loop(tmp_path / "mixed", stub_job(filters=filters))
-        loop.calibration = calibration({"all": ACCEPTED}).model_copy(update=found | {"judged": mixed})
-        loop.run()
-    else:
-        loop.run()
-        (event,) = [e for e in loop.dir.events() if e.kind == "cut_off_uncalibrated"]
-        assert event.message.startswith("such pairs are dropped (uncalibrated): an answer that the length limit")
+    loop.run()
+    (event,) = [e for e in loop.dir.events() if e.kind == "cut_off_uncalibrated"]
+    assert event.message.startswith("pairs with one answer that is cut off will be dropped (uncalibrated): an answer")
+    before = {d.pair_id: d for k in plain.dir.iterations() for d in plain.dir.iteration(k).read("decisions", Decision)}
+    one = both = 0
+    for k in loop.dir.iterations():
+        ends = {c.id: c.finish_reason for c in loop.dir.iteration(k).read("completions", Completion)}
+        pairs = {p.id: p for p in loop.dir.iteration(k).read("pairs", Pair)}
+        for d in loop.dir.iteration(k).read("decisions", Decision):
+            if len({ends[pairs[d.pair_id].first], ends[pairs[d.pair_id].second]}) == 2:
+                assert "uncalibrated" in d.reasons
+                one += 1
+            elif k == 0:  # of the same policy: decided as where all answers ended
+                assert d.status == before[d.pair_id].status
+                both += 1
+    assert min(one, both) > 0
+    mixed = stats.model_copy(update={"answers": 18, "cut_off": 4, "one_cut_off": 4})
+    loop = stub_loop(tmp_path / "mixed", stub_job(filters=filters))
+    loop.calibration = calibration({"all": ACCEPTED}).model_copy(update=found | {"judged": mixed})
+    loop.run()
+    assert not [e for e in loop.dir.events() if e.kind == "cut_off_uncalibrated"]
 
 
 def test_how_a_job_asks_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
@@ -459,9 +477,9 @@ def test_how_a_job_asks_is_checked_before_a_model_is_loaded(tmp_path: Path) -> N
         filters = {"calibration": "c.json", **changes.pop("filters", {})}
         _calibration(RunDir(tmp_path / "run"), stub_job(filters=filters, **changes), tmp_path, ["all"], print)
 
-    with pytest.raises(UserError, match="an answer that the length limit cut off pays"):
-        start()
-    assert not (tmp_path / "run" / "calibration.json").exists()
+    (tmp_path / "run").mkdir()
+    start()  # that no labelled answer was cut off is told when the loop begins
+    (tmp_path / "run" / "calibration.json").unlink()
     chat = {"judge": {"kind": "chat", "model": "m"}}
     with pytest.raises(
         UserError, match=r"policy.chat_template_args is \{'enable_thinking': False\}, calibrated was at"
@@ -469,7 +487,6 @@ def test_how_a_job_asks_is_checked_before_a_model_is_loaded(tmp_path: Path) -> N
         start(policy={"chat_template_args": {"enable_thinking": False}}, **chat)
     with pytest.raises(UserError, match=r"policy.thinking is judge, calibrated was at its default"):
         start(policy={"thinking": "judge"}, **chat)
-    (tmp_path / "run").mkdir(exist_ok=True)
     start(**chat)
     (tmp_path / "run" / "calibration.json").unlink()
     start(filters={"uncalibrated": "drop"})

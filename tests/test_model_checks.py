@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from rlaif.config import Job, parse_job
 from rlaif.constitution import Constitution, parse_constitution
 from rlaif.errors import UserError
 from rlaif.model_checks import check_likelihood_judge, check_policy
+from rlaif.models import without_empty_quantisation
 from tests.conftest import make_project, project_job
 from tests.stubs import Quiet, text
 
@@ -225,8 +228,25 @@ def test_a_judge_that_refuses_a_system_message(tmp_path: Path, where: str) -> No
 
 def test_a_judge_that_leaves_a_system_message_out(tmp_path: Path) -> None:
     silent = "{% for m in messages if m['role'] != 'system' %}[{{ m['content'] }}]{% endfor %}"
-    with pytest.raises(UserError, match="leaves out a message of the roles system, user"):
+    with pytest.raises(UserError, match=r"leaves the system's message out .*`wish/main` of rules@1"):
         check_likelihood_judge(folder(tmp_path, {"chat_template": silent}), job(), [rules()])
+    # One that can't write parts at all: it leaves it out all the same.
+    silent = "{% for m in messages if m['role'] != 'system' %}{{ '[' + m['content'] + ']' }}{% endfor %}"
+    with pytest.raises(UserError, match="leaves the system's message out"):
+        check_likelihood_judge(folder(tmp_path, {"chat_template": silent}), job(), [rules()])
+
+
+def test_a_judge_is_asked_with_its_templates_arguments(tmp_path: Path) -> None:
+    template = (
+        "{% if messages[0]['role'] == 'system' and not system_too %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    )
+    path = folder(tmp_path, {"chat_template": template})
+    with pytest.raises(UserError, match=r"refuses the roles system, user \(no system\)"):
+        check_likelihood_judge(path, job(), [rules()])
+    check_likelihood_judge(path, job(judge={"model": "J", "chat_template_args": {"system_too": True}}), [rules()])
+    with pytest.raises(UserError, match=r"chat_template_args.sistem: judge.model J: its chat template doesn't read it"):
+        check_likelihood_judge(path, job(judge={"model": "J", "chat_template_args": {"sistem": True}}), [rules()])
 
 
 @pytest.mark.parametrize(
@@ -295,3 +315,137 @@ def test_the_list_of_transformers_is_read() -> None:
     assert known is not None
     assert {"llama", "gpt2", "opt", "gemma3", "qwen3_moe"} <= known
     assert not {"t5", "vit"} & known
+
+
+# Files that no tool writes so, and somebody's does
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "code"),
+    [
+        (["modeling_x.X", None], "modeling_x.X"),
+        ("modeling_x.X", "modeling_x.X"),
+        ({"AutoModelForCausalLM": ["modeling_x.X", None]}, "modeling_x.X"),
+        ({"AutoModel": {"default": "modeling_x.X"}}, "modeling_x.X"),
+        ({"AutoModelForCausalLM": None, "AutoConfig": "c.C"}, "c.C"),
+        ([["c.C"]], "c.C"),
+    ],
+)
+def test_an_odd_auto_map_names_its_code(tmp_path: Path, auto_map: Any, code: str) -> None:
+    pytest.importorskip("transformers")
+    said = refusal(folder(tmp_path, model_type="brand_new", auto_map=auto_map), job())
+    assert f"needs code of its own ({code})" in said
+    check_policy(folder(tmp_path, auto_map=auto_map), job())  # transformers has this one itself
+
+
+@pytest.mark.parametrize("auto_map", [[], {}, "", None, [None], 7, {"AutoModel": None}])
+def test_an_auto_map_that_names_nothing(tmp_path: Path, auto_map: Any) -> None:
+    check_policy(folder(tmp_path, auto_map=auto_map), job())
+
+
+@pytest.mark.parametrize("decoder", [[], ["<a>"], "x", 7, {"x": {"content": "<a>"}}, {"5": "<a>"}, {"5": None},
+                                     {"5": {}}, {"5": {"content": None}}, {"1e3": {"content": "<a>"}},
+                                     {"-1": {"content": "<a>"}},
+                                     [{"id": None, "content": "<a>"}], [{"id": [1], "content": 7}]])  # fmt: skip
+def test_odd_added_tokens(tmp_path: Path, decoder: Any) -> None:
+    path = folder(tmp_path, {"chat_template": "<a> {{ messages[0]['content'] }}", "added_tokens_decoder": decoder})
+    check_policy(path, job())
+    (path / "tokenizer.json").write_text(json.dumps({"added_tokens": decoder}))
+    for tokenizer in ({}, {"added_tokens_decoder": decoder}):
+        check_policy(folder(tmp_path, tokenizer), job())
+
+
+def test_added_tokens_in_other_forms_are_still_checked(tmp_path: Path) -> None:
+    for decoder in (
+        {"100": {"content": "<a>"}},
+        {"100": "<a>"},
+        [{"id": 100, "content": "<a>"}],
+        [{"id": "100", "content": "<a>"}],
+    ):
+        path = folder(tmp_path, {"chat_template": "{{ '<a>' }}", "added_tokens_decoder": decoder})
+        assert "its chat template writes `<a>` (token 100)" in refusal(path, job())
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan"), -1.0, 0, "4.0", [4.0], True, {}])
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters", "layers"])
+def test_a_rope_factor_that_none_can_reckon_with(tmp_path: Path, factor: Any, place: str) -> None:
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 512}
+    found = {"rope_parameters": {"full_attention": scaling}} if place == "layers" else {place: scaling}
+    path = folder(tmp_path, max_position_embeddings=512, **found)
+    assert f"the factor of its RoPE scaling in config.json is {factor!r}" in refusal(path, job(512))
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan"), None])
+def test_a_rope_factor_that_nothing_reads(tmp_path: Path, factor: Any) -> None:
+    scaling = {"rope_type": "default", "factor": factor, "original_max_position_embeddings": float("nan")}
+    check_policy(folder(tmp_path, max_position_embeddings=512, rope_parameters=scaling), job(512))
+    check_policy(folder(tmp_path, max_position_embeddings=512, rope_scaling=["yarn"]), job(512))
+
+
+@pytest.mark.parametrize(
+    "section", [{}, {"quant_method": None}, {"quant_method": "none"}, {"load_in_4bit": False, "load_in_8bit": False}]
+)
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config", "quantization"])
+def test_a_section_about_quantised_weights_that_says_nothing(tmp_path: Path, key: str, section: dict[str, Any]) -> None:
+    check_policy(folder(tmp_path, **{key: section}), job())
+    inner = {"text_config": {key: section, "vocab_size": 100}, "model_type": "gemma3", "architectures": None}
+    check_policy(folder(tmp_path, **inner), job())
+    assert "are quantised" in refusal(folder(tmp_path, **{key: {**section, "bits": 4}}), job())
+
+
+@pytest.mark.parametrize("section", [{}, {"quant_method": None}, {"load_in_4bit": False}])
+def test_a_model_with_such_a_section_is_loaded(tmp_path: Path, tiny_model: Path, section: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(tiny_model, tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": section}))
+    more = without_empty_quantisation(tmp_path / "m")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", **more)
+    assert "quantization_config" not in model.config.to_dict()
+    assert without_empty_quantisation(tiny_model) == {}
+
+
+@pytest.mark.parametrize("architectures", ["LlamaForCausalLM", "", 7, {}, [None, "LlamaForCausalLM"]])
+def test_architectures_in_other_forms(tmp_path: Path, architectures: Any) -> None:
+    check_policy(folder(tmp_path, architectures=architectures), job())
+
+
+def test_an_architecture_without_a_list_is_still_checked(tmp_path: Path) -> None:
+    assert "those of LlamaModel, without an output layer" in refusal(
+        folder(tmp_path, architectures="LlamaModel"), job()
+    )
+
+
+ODD: tuple[Any, ...] = (None, "", "x", 7, -1, 0.5, True, [], ["x"], [[]], {}, {"x": "y"}, float("inf"), float("nan"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model_type", "architectures", "auto_map", "vocab_size", "pad_token_id", "eos_token_id", "text_config",
+     "is_decoder", "quantization_config", "max_position_embeddings", "rope_scaling", "rope_parameters",
+     "is_encoder_decoder"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["llama", "roberta"])
+def test_whatever_a_config_holds_there_is_no_traceback(tmp_path: Path, key: str, kind: str) -> None:
+    for odd in ODD:
+        path = folder(tmp_path, **{"model_type": kind, "is_decoder": True, "max_position_embeddings": 512, key: odd})
+        with contextlib.suppress(UserError):
+            check_policy(path, job(128))
+
+
+@pytest.mark.parametrize("key", ["auto_map", "tokenizer_class", "chat_template", "added_tokens_decoder", "bos_token"])
+def test_whatever_a_tokenizers_config_holds_there_is_no_traceback(tmp_path: Path, key: str) -> None:
+    for odd in ODD:
+        folder(tmp_path, {"chat_template": CHATML, "tokenizer_class": "LlamaTokenizer", key: odd})
+        with contextlib.suppress(UserError):
+            check_policy(tmp_path, job())
+            check_likelihood_judge(tmp_path, job(), [])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_files_that_can_not_be_read_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    folder(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    if name.endswith("json") or content == b"\xff\xfe":
+        assert "the model folder is damaged" in refusal(tmp_path, job())

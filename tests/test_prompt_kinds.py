@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rlaif.config import Columns
 from rlaif.errors import UserError
@@ -214,3 +215,182 @@ def test_a_wrong_split_of_a_folder_lists_those_there_are(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"trian.*'train'.*'test'") as error:
         load_prompts(f"datasets:{tmp_path / 'hub'}:trian", tmp_path)
     assert "\n" not in str(error.value)
+
+
+def csv_of(folder: Path, *rows: list[str]) -> list[Prompt]:
+    out = io.StringIO()
+    csv.writer(out).writerows(rows)
+    (folder / "set.csv").write_text(out.getvalue())
+    return load_prompts("set.csv", folder)
+
+
+NUMPY = "[" + "\n ".join(map(repr, CHAT)) + "]"
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        json.dumps([{"content": m["content"], "role": m["role"]} for m in CHAT]),
+        json.dumps([{"name": None, **m} for m in CHAT], indent=1),
+        repr([{"info": None, "content": m["content"], "role": m["role"]} for m in CHAT]),
+        json.dumps({"messages": CHAT}),
+        json.dumps({"id": 7, "conversations": CHAT}),
+        repr({"model": "m", "messages": CHAT}),
+        json.dumps({"system": "Be kind.", "messages": CHAT[1:]}),
+        json.dumps(json.dumps(CHAT)),
+        NUMPY,
+        f"array([{', '.join(map(repr, CHAT))}], dtype=object)",
+        f"array([{', '.join(map(repr, CHAT))}],\n      dtype=object)",
+        repr(tuple(CHAT)),
+        NUMPY.replace("'content': ", "'content': array([{'type': 'text', 'text': ").replace("'}", "'}], dtype=str)}"),
+        json.dumps([{"value": m["content"], "from": m["role"]} for m in CHAT]),
+        "\n".join(map(json.dumps, CHAT)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("column", ["prompt", "messages", "chosen"])
+def test_a_chat_in_a_cell_in_other_forms(tmp_path: Path, column: str, cell: str) -> None:
+    (prompt,) = csv_of(tmp_path, ["id", column], ["a", cell])
+    assert said(prompt) == ASKED
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": "user", "content": 'It\'s {x} [y] "z"'}, {"content": 'It\'s {x} [y] "z"', "role": "user"}]
+)
+def test_a_single_message_is_a_chat(tmp_path: Path, message: dict[str, str]) -> None:
+    for cell in (message, json.dumps(message), repr(message), f"[{message!r}]", f"array([{message!r}], dtype=object)"):
+        (prompt,) = load(tmp_path, {"prompt": cell})
+        assert said(prompt) == [("user", message["content"])]
+        (prompt,) = load(tmp_path, {"messages": cell})
+        assert said(prompt) == [("user", message["content"])]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        '[{"content": "Why?", "role": "user"',
+        "[{'role': 'user', 'content': 'Why is the sky ...",
+        "[{'role': 'user', 'content': 'Why?'} ... {'role': 'user', 'content': 'How?'}]",
+        "[{'role': 'user', 'content': 'Why?'}, ..., {'role': 'user', 'content': 'How?'}]",
+        '{"messages": [{"role": "user", "content": "Why?"}',
+        '[[{"role": "user", "content": "Why?"}]]',
+        '["{\\"role\\": \\"user\\", \\"content\\": \\"Why?\\"}"]',
+        "[Message(role='user', content='Why?')]",
+        "ChatCompletionMessage(content='Why?', role='user')",
+        "- role: user\n  content: Why?",
+        "[{role: user, content: Why?}]",
+        '[{"role": "user", "content": "Why?"}, "and how?"]',
+        '{"chat": {"role": "user", "content": "Why?"}}',
+        '[{"role": "user", "content": "Why?"}]\n[{"role": "user", "content": "How?"}]',
+        "[{'from': 'human', 'value': 'Why?'",
+    ],
+)
+def test_a_chat_that_can_not_be_read_is_not_asked_as_text(tmp_path: Path, cell: str) -> None:
+    message = refused(tmp_path, {"prompt": "fine"}, {"prompt": cell})
+    assert message.startswith(f"{tmp_path / 'set.jsonl'}:2: `prompt` ")
+    assert 'give a chat as [{"role": "user", "content": "..."}]' in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"from": "Berlin", "to": "Rome"}] Plan a trip.',
+        '{"name": "Ann", "role": "admin"}',
+        "[role: user] Say hello.",
+        '{"role": "admin"} is what a config says. Why?',
+        "- role: what does it mean?",
+        'Explain [{"role": "user", "content": "hi"}] to me.',
+        "{x} and [y]: which one?",
+        "array([1, 2]) is what?",
+        '{"prompt": "a cat on a mat", "steps": 20}',
+        "User: is that a word?",
+        "Human: hi\nWhat comes next?",
+        "Q: 2 + 2?\nA: 4\nQ: 2 + 3?\nA:",
+    ],
+)
+def test_text_that_is_only_about_roles_stays_text(tmp_path: Path, text: str) -> None:
+    (prompt,) = load(tmp_path, {"prompt": text})
+    assert said(prompt) == [("user", text)]
+
+
+def test_transcripts_are_told_of(tmp_path: Path) -> None:
+    whole = "Human: Why sleep?\n\nAssistant: To rest.\n\nSum this up."
+    rows = [{"prompt": HH}, {"prompt": "Why?"}, {"prompt": whole}, {"prompt": whole.replace("\n", "\r\n") + "!"}]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps({"id": i, **r}) + "\n" for i, r in enumerate(rows)))
+    notes: list[str] = []
+    prompts = load_prompts("set.jsonl", tmp_path, notes.append)
+    assert [said(p)[-1] for p in prompts] == [
+        ("user", t) for t in ("How long?\n\nIn hours.", "Why?", *["Why sleep?"] * 2)
+    ]
+    assert notes == [
+        "set.jsonl: 3 prompts are transcripts (`Human: ... Assistant: ...`), read as chats; what 2 of them have after "
+        f"the last `Assistant:` is left out as an answer, first at {tmp_path / 'set.jsonl'}:3 (`To rest. Sum this up.`)"
+    ]
+    notes.clear()
+    csv_of(tmp_path, ["prompt"], ["\n\nHuman: Why sleep?"])
+    (prompt,) = load_prompts("set.csv", tmp_path, notes.append)
+    assert said(prompt) == [("user", "Why sleep?")]
+    assert notes == ["set.csv: 1 prompt is a transcript (`Human: ... Assistant: ...`), read as chats"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Human: Why?\nAssistant:",
+        "User: Why?\n\nAssistant:",
+        "### Human: Why?### Because.\n### Assistant: ",
+        "USER: Why? ASSISTANT:",
+        "user: Why?\nbot: So.\nuser: How?\nbot:",
+    ],
+)
+def test_transcripts_in_other_forms_are_refused(tmp_path: Path, text: str) -> None:
+    message = refused(tmp_path, {"prompt": text})
+    assert "set.jsonl:1: `prompt` is a transcript that waits for an answer" in message
+    assert "`messages`" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"id": "a", "question": "How?"}, "question"),
+        ({"category": "home and garden", "id": 7, "query_text": "fix a tap"}, "query_text"),
+        ({"id": "a b", "topic": "cooking at home", "frage": "Wie lange?"}, "frage"),
+        ({"uid": "a", "system_prompt": "Be kind to all.", "Question": "How?"}, "Question"),
+        ({"label": "is good", "answer": "By hand, that is how.", "x": "How is it done?"}, "x"),
+        ({"prompt_id": "a b", "user": "u17", "q1": "Say something"}, "q1"),
+        ({"id": 1, "dialog": [{"role": "user", "content": "How?"}]}, "dialog"),
+        ({"id": 1, "data": {"question": "How?", "answer": "So it is."}}, "data.question"),
+        ({"question_id": 81, "category": "writing", "turns": ["Write a post.", "Again."]}, "turns.0"),
+        ({"id": 1, "My question: 1": "How?"}, '"My question: 1"'),
+        ({"id": 1, "note": "x"}, "NAME"),
+        ({"id": "a", "source": "a web page"}, "NAME"),
+        ({"n": 3, "m": None}, "NAME"),
+    ],
+)
+def test_the_column_that_is_proposed_holds_the_prompt(tmp_path: Path, row: dict[str, Any], named: str) -> None:
+    assert refused(tmp_path, row).endswith(f"set prompts.columns: {{prompt: {named}}}")
+    if named != "NAME":  # following the message works
+        columns = yaml.safe_load(f"{{prompt: {named}}}")
+        assert load(tmp_path, row, **columns)
+
+
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        ("id;prompt\na;Why?\n", "`;`"),
+        ("id;prompt\na;Why, then, so?\n", "`;`"),
+        ("id\tprompt\na\tWhy?\n", "a tab"),
+        ("id|prompt|category\na|Why?|x\n", "`|`"),
+        ('"id";"question"\n"a";"Why?"\n', "`;`"),
+    ],
+)
+@pytest.mark.parametrize("columns", [{}, {"prompt": "question"}])
+def test_a_wrong_delimiter_is_named(tmp_path: Path, text: str, mark: str, columns: dict[str, str]) -> None:
+    (tmp_path / "set.csv").write_text(text)
+    with pytest.raises(UserError, match=r"set\.csv:2: ") as error:
+        load_prompts("set.csv", tmp_path, columns=Columns(**columns))
+    assert f"the delimiter looks to be {mark}; save the file with commas" in str(error.value)
+
+
+def test_a_file_without_a_header_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="these are no names of columns"):
+        csv_of(tmp_path, ["a", "Why is the sky blue?"], ["b", "How?"])

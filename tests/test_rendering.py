@@ -218,3 +218,18 @@ def test_a_template_without_an_end_has_the_tokenizers() -> None:
     assert Renderer(tokenizer).turn_end([]).written == tokenizer.eos_token_id
     assert Renderer(tokenizer).turn_end([other, tokenizer.eos_token_id]).written == tokenizer.eos_token_id
     assert Renderer(tokenizer).turn_end([other]).written == other
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "begun"),
+    [
+        (CHATML, "bread?", "<|im_start|>assistant\n"),
+        (CHATML.replace("assistant\n", "assistant\n<think>\n"), "bread?", "<|im_start|>assistant\n<think>\n"),
+        # What a message ends with isn't the template's.
+        ("{{ messages[0]['content'] }}", "What is <think>", ""),
+        ("{{ messages[0]['content'] }}\n<think>", "think", "\n<think>"),
+    ],
+)
+def test_what_a_template_begins_an_answer_with(template: str, content: str, begun: str) -> None:
+    tokenizer = byte_level(["<|im_start|>", "<|im_end|>"], template, added=True, eos_token="<|im_end|>")
+    assert Renderer(tokenizer).begun([Message(role="user", content=content)]) == begun

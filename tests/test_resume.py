@@ -174,7 +174,7 @@ def test_a_sampler_with_other_weights_would_be_noticed(tmp_path: Path) -> None:
     """The stubs can fail: a loop that forgets to load the newest policy gets an error, not answers."""
     stub_loop(tmp_path, stub_job(iterations=1)).run()
     loop = stub_loop(tmp_path, stub_job(iterations=2))
-    loop._sampler_has = RunDir(tmp_path / "run").iteration(0).meta("updates")["policy_digest"]
+    loop.hand_over.sampler_has = RunDir(tmp_path / "run").iteration(0).meta("updates")["policy_digest"]
     with pytest.raises(RlaifError, match="doesn't hold the policy that is trained"):
         loop.run()
 

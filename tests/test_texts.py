@@ -103,10 +103,13 @@ def test_a_broken_text_raises_one_alarm_and_the_last_good_one_stays(tmp_path: Pa
     assert good.hash in notes[0]
 
 
-def test_best_against_worst_needs_a_voice_that_selects(tmp_path: Path) -> None:
+def test_best_against_worst_needs_a_voice_that_selects_or_a_rule_to_derive_one_from(tmp_path: Path) -> None:
     folder = write_texts(tmp_path, 1)
     plain = "".join(line for line in text(1).splitlines(keepends=True) if "use: select" not in line)
     (folder / "v1.yaml").write_text(plain)
+    derived = texts(tmp_path, constitution="rules").in_force(0)[0]
+    assert [v.id for v in derived.voices("select")] == ["wish/derived.1-select1"]
+    (folder / "v1.yaml").write_text(plain.replace("Rule 1.", "1."))  # no word to derive one from
     with pytest.raises(UserError, match=r"rules@1: no contrast has `use: select`.*pairing\.method"):
         texts(tmp_path, constitution="rules")
     assert texts(tmp_path, constitution="rules", pairing={"method": "random"}).in_force(0)[0].version == 1

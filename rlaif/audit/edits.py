@@ -29,7 +29,7 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import decide
 from rlaif.judging.opened import Opened
 from rlaif.judging.verdicts import aggregate, by_pair, jurors_for
-from rlaif.records import Completion, ConstitutionRef, Pair, Prompt, Record, Verdict, Vote
+from rlaif.records import Completion, ConstitutionRef, Pair, Prompt, Record, Verdict, Vote, stored
 from rlaif.store import RunDir, read_rows
 
 EXAMPLES = 10
@@ -410,7 +410,7 @@ def _votes(path: Path, pairs: set[str]) -> dict[str, list[Vote]]:
         for line in f:
             if pair_named(line) in pairs:
                 try:
-                    found.append(Vote.model_validate_json(line))
+                    found.append(stored(Vote, line))
                 except ValidationError:
                     continue
     return by_pair(found)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlaif.audit.index import Index
 from rlaif.errors import RlaifError, UserError
-from rlaif.records import HumanLabel, Preference
+from rlaif.records import HumanLabel, Preference, stored
 from rlaif.review.labels import in_force, labels_noted, read_labels
 from rlaif.store import RunDir, disk_errors
 
@@ -67,7 +67,7 @@ def preference_rows(
         for r in rows:
             messages, chosen, rejected = r.pop("messages"), r.pop("chosen_text"), r.pop("rejected_text")
             line = lines.get(r.pop("line"))
-            own = Preference.model_validate_json(line) if line else None
+            own = stored(Preference, line) if line else None
             label = labels.get(r["pair_id"]) if r["source"] == "human" else None
             asked_text = own.prompt if own else r["prompt_id"]
             yield {

@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from rlaif.audit.tables import EVALUATION_STAGES, FILL_PANELS, SMALL_TABLES, STAGE_TABLES, STAGES, create_statements
+from rlaif.audit.tables import EVALUATION_STAGES, FILL_PANELS, SMALL_TABLES, STAGE_TABLES, create_statements
 from rlaif.errors import RlaifError, UserError
 from rlaif.models import cache_root
-from rlaif.records import Plan, Record, digest
+from rlaif.records import Plan, Record, digest, stored
+from rlaif.stages import NAMES
 from rlaif.store import RunDir, StageDir, disk_errors, meta_missing, read_json, read_record
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ class Index:
         ]
         found = [s for s in found if s.path.exists()]
         for k in self.run.iterations():
-            found += self._stages(self.run.iteration(k).path, STAGES, k, None)
+            found += self._stages(self.run.iteration(k).path, NAMES, k, None)
         for k in self.run.evaluations():
             found += self._stages(self.run.evaluation(k).path, EVALUATION_STAGES, None, k)
         return found
@@ -259,7 +260,7 @@ class Index:
     def _missing(self) -> list[str]:
         """Files that must have been there: what is made from them is."""
         out = []
-        begun = any(self.run.iteration(k).is_complete(STAGES[0]) for k in self.run.iterations())
+        begun = any(self.run.iteration(k).is_complete(NAMES[0]) for k in self.run.iterations())
         for name, lost in (
             ("events.jsonl", "alarms, if there were any, can't be told"),
             ("prompts/train.jsonl", "no prompt's text can be shown or searched"),
@@ -271,14 +272,14 @@ class Index:
             if not copy.exists():
                 out.append(f"{copy}: missing, though iterations were judged under it")
         for numbers, folder, stages in (
-            (self.run.iterations(), self.run.iteration, STAGES),
+            (self.run.iterations(), self.run.iteration, NAMES),
             (self.run.evaluations(), self.run.evaluation, EVALUATION_STAGES),
         ):
             for k in numbers:
                 here = folder(k)
                 there = [here.is_complete(s) for s in stages]
                 last = max((i for i, t in enumerate(there) if t), default=-1)
-                if stages is STAGES and last >= 0 and not (here.path / "plan.json").exists():
+                if stages is NAMES and last >= 0 and not (here.path / "plan.json").exists():
                     out.append(f"{here.path / 'plan.json'}: missing, though {stages[last]}.jsonl is there")
                 out += [
                     f"{here.path / stages[i]}.jsonl: missing, though {stages[last]}.jsonl is there"
@@ -734,7 +735,7 @@ def _mended(path: Path, record: type[Record]) -> Iterator[tuple[Path, list[int]]
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy, path.open("rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                record.model_validate_json(line)
+                stored(record, line)
                 copy.write(line.rstrip(b"\n") + b"\n")
             except ValidationError:
                 damaged.append(number)

@@ -42,6 +42,8 @@ class IterationRow(Record):
     skipped: bool | None
     weights_gap: float | None = None
     """Sampler against learner, nats a token; None where it wasn't measured."""
+    decoding_gap: float | None = None
+    """Answers as they were decoded against the learner, nats a token; None where it wasn't measured."""
 
 
 class EvaluationRow(Record):
@@ -211,6 +213,7 @@ def _iteration_rows(index: Index) -> list[IterationRow]:
                 trained_pairs=trained.get(k, {}).get("n", 0),
                 skipped=r["skipped"],
                 weights_gap=(metrics.get("weights_gap") or {}).get("mean"),
+                decoding_gap=(metrics.get("decoding_gap") or {}).get("mean"),
             )
         )
     return out

@@ -11,6 +11,8 @@ from rlaif.audit.index import Index
 from rlaif.audit.pairs import COLUMNS, PairRow, as_rows
 from rlaif.config import Filters, Job
 from rlaif.constitution import Constitution
+from rlaif.derived import FILE as DERIVED_FILE
+from rlaif.derived import Wordings
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.ballots import GUARD_MEASURES
 from rlaif.judging.calibration import Calibration
@@ -26,6 +28,7 @@ from rlaif.records import (
     Side,
     Vote,
     digest,
+    stored,
 )
 from rlaif.store import RunDir, read_record, read_source
 from rlaif.texts import template_sources
@@ -178,7 +181,7 @@ def _parsed(record: type[Any], line: bytes | None, index: Index, table: str, row
     if line is None:
         raise RlaifError(f"{where}: gone since the index was made; try again")
     try:
-        return record.model_validate_json(line)
+        return stored(record, line)
     except ValidationError as e:
         raise RlaifError(f"{where}: not a {record.__name__} ({e.errors()[0]['msg']}); it was changed") from e
 
@@ -276,7 +279,7 @@ def question_of(run: RunDir, detail: PairDetail, ballot_id: str) -> str:
         raise RlaifError(f"{path}: missing; a question is rendered from the text")
     text = read_record(path, Constitution)
     if vote.ballot.order == "none" and vote.prompt_hash is None:
-        return _likelihood_question(detail, vote, text)
+        return _likelihood_question(run, detail, vote, text)
     return _chat_question(run, detail, vote, text)
 
 
@@ -300,7 +303,7 @@ def _chat_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constituti
     return shown
 
 
-def _likelihood_question(detail: PairDetail, vote: Vote, text: Constitution) -> str:
+def _likelihood_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constitution) -> str:
     prompt = "\n\n".join(f"[{m.role}]\n{m.content}" for m in detail.prompt_messages)
     measure = vote.ballot.voice.rpartition("/")[2]
     if measure in GUARD_MEASURES:
@@ -310,6 +313,9 @@ def _likelihood_question(detail: PairDetail, vote: Vote, text: Constitution) -> 
         }[measure]
         return f"{what}, in nats, of each answer.\n\nThe prompt:\n\n{prompt}"
     voices = {v.id: v for v in text.voices()}
+    if vote.ballot.voice not in voices:  # derived, by wordings of which the run has a copy
+        copies = [read_record(path, Wordings) for path in sorted(run.path.glob(f"constitutions/*/{DERIVED_FILE}"))]
+        voices = {v.id: v for c in copies for v in text.derived_by(c).voices() if v.hash == vote.ballot.template}
     if vote.ballot.voice not in voices:
         return f"The voice `{vote.ballot.voice}` is not in the run's copy of {text.ref}.\n\nThe prompt:\n\n{prompt}"
     voice = voices[vote.ballot.voice]

@@ -30,10 +30,10 @@ from rlaif.judging.numbers import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
 from rlaif.judging.templates import Template, parse_template, template_names
 from rlaif.judging.verdicts import JurorFit, jurors_for
-from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote
+from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote, stored
 from rlaif.review.labels import labels_of
 from rlaif.store import RunDir, StageDir, read_record, read_rows
-from rlaif.texts import template_sources
+from rlaif.texts import derived_copy, template_sources
 
 EXAMPLES = 10
 _PAIR_ID = re.compile(rb'"pair_id":\s*"((?:[^"\\]|\\.)*)"')
@@ -290,7 +290,11 @@ def _unreadable(run: RunDir, k: int) -> str | None:
 
 
 def _text(run: RunDir, plan: Plan) -> Constitution:
-    return read_record(run.path / "constitutions" / plan.constitution.hash / "constitution.json", Constitution)
+    text = read_record(run.path / "constitutions" / plan.constitution.hash / "constitution.json", Constitution)
+    try:
+        return text.derived_by(next((derived_copy(run, hash) for hash in plan.derived.values()), None))
+    except FileNotFoundError:  # `verify` says so; only the order in which votes are summed follows from it
+        return text
 
 
 def _updated_in(here: StageDir, kept: int, own: Job) -> bool:
@@ -400,7 +404,7 @@ class Iteration:
                 for place in places:
                     f.seek(place)
                     try:
-                        mine.append(self._read(Vote.model_validate_json(f.readline())))
+                        mine.append(self._read(stored(Vote, f.readline())))
                     except ValidationError as e:
                         self._problem(f"{path}:{_line_at(path, place)}: not a Vote ({e.errors()[0]['msg']})")
                 if not places:
@@ -555,7 +559,7 @@ def _rows_or_problems(path: Path, record: type[R]) -> Iterator[tuple[R | None, s
     with path.open("rb") as f:
         for line in f:
             try:
-                yield record.model_validate_json(line), ""
+                yield stored(record, line), ""
             except ValidationError as e:
                 yield None, e.errors()[0]["msg"]
 

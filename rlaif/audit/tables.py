@@ -26,10 +26,7 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-
-STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences", "updates")
-"""Of an iteration, in the order of the data flow."""
-EVALUATION_STAGES = ("completions", "quality", "pairs", "votes", "decisions")
+from rlaif.stages import EVALUATION_NAMES
 
 
 class Column(NamedTuple):
@@ -297,6 +294,8 @@ STAGE_TABLES: dict[str, Table] = {
         where=(LINE,),
     ),
 }  # fmt: skip
+EVALUATION_STAGES = tuple(name for name in EVALUATION_NAMES if name in STAGE_TABLES)
+"""Stages of an evaluation that have a table."""
 
 SMALL_TABLES: dict[str, Table] = {
     "iterations": Table(

@@ -17,11 +17,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlaif.constitution import Constitution, parse_constitution
+from rlaif.derived import FILE as DERIVED_FILE
+from rlaif.derived import Wordings
 from rlaif.errors import RlaifError, UserError
 from rlaif.heads import FILE, Head, complete_files, ends_torn, parse_head, read_heads
 from rlaif.judging.templates import parse_template
 from rlaif.models import digest_of
-from rlaif.records import ConstitutionRef, Event, Plan, Record
+from rlaif.records import ConstitutionRef, Event, Plan, Record, stored
 from rlaif.store import ROW_DIGEST_BYTES, RunDir, StageDir, file_digest, read_json, read_record, row_digest
 from rlaif.texts import template_sources
 
@@ -285,7 +287,7 @@ class _Checking:
         path = self.run.path / "events.jsonl"
         for number, line in enumerate(path.open("rb") if path.exists() else (), 1):
             try:
-                yield number, Event.model_validate_json(line)
+                yield number, stored(Event, line)
             except ValidationError:
                 continue
 
@@ -489,13 +491,15 @@ class _Checking:
             self.found(folder, f"its weights have digest {found}, and updates.meta.json says {expected}")
 
     def texts(self) -> None:
-        """The copies of constitutions and templates that plans name: their hash follows from their content."""
+        """The copies of texts, templates and wordings that plans name: their hash follows from their content."""
         constitutions: dict[str, ConstitutionRef] = {}
         templates: dict[str, str] = {}
+        derived: set[str] = set()
         for k in self.iterations:
             if (self.run.iteration(k).path / "plan.json").exists() and (plan := self._plan(k)) is not None:
                 constitutions[plan.constitution.hash] = plan.constitution
                 templates |= {hash: name for name, hash in plan.templates.items()}
+                derived.update(plan.derived.values())
         for hash, ref in constitutions.items():
             folder = self.run.path / "constitutions" / hash
             self._text(folder / "constitution.json", hash, lambda p: read_record(p, Constitution).hash)
@@ -506,7 +510,11 @@ class _Checking:
             )
         for hash, name in templates.items():
             self._text(self.run.path / "constitutions" / hash, hash, lambda p, name=name: _template_hash(p, name))  # type: ignore[misc]
-        named = {*constitutions, *templates, *(Path(name).parts[1] for name in self.covered if name.startswith(_TEXTS))}
+        for hash in sorted(derived):
+            copy = self.run.path / "constitutions" / hash / DERIVED_FILE
+            self._text(copy, hash, lambda p: read_record(p, Wordings).hash)
+        named = {*constitutions, *templates, *derived}
+        named.update(Path(name).parts[1] for name in self.covered if name.startswith(_TEXTS))
         for folder in sorted(p for p in (self.run.path / "constitutions").glob("*") if p.is_dir()):
             if folder.name not in named and folder.suffix != ".partial":
                 self.notes.append(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlaif.cli.beat import VoteCount
-from rlaif.console import inert, stdout_console
+from rlaif.console import inert, stdout_console, visible
 from rlaif.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,8 +46,9 @@ def list_(directory: Directory = DEFAULT, json_: Json = False) -> None:
 
 @app.command()
 def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = False) -> None:
-    """One constitution, principle by principle."""
+    """One constitution, principle by principle, with the contrasts that the likelihood judge derives from its rules."""
     from rlaif.constitution import load_constitution
+    from rlaif.derived import NEWEST
 
     text = load_constitution(directory, reference)
     if json_:
@@ -70,25 +71,47 @@ def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = Fal
             mine = [example for example in p.examples if example.use == use]
             console.print(f"  {len(mine)} examples ({use}), such as {inert(repr(mine[0].prompt))}")
             console.print(f"    better: {inert(_line(mine[0].better))}\n    worse:  {inert(_line(mine[0].worse))}")
+        for voice in p.derived(NEWEST):
+            sides = [" ".join(m.content for m in side) for side in (voice.prefer, voice.avoid)]
+            console.print(
+                f"  derived from the rule ({voice.use}, {inert(voice.id)})\n    prefer: {inert(sides[0])}\n"
+                f"    avoid:  {inert(sides[1])}"
+            )
 
 
 @app.command()
-def check(directory: Directory = DEFAULT) -> None:
-    """Parse all constitutions of a folder; exit code 2 when one is broken, or a file is there that nothing reads."""
+def check(directory: Directory = DEFAULT, json_: Json = False) -> None:
+    """Which judges each text of a folder serves, and what in it was probably not meant. Exit code 2 when one is broken,
+    or a file is there that nothing reads."""
     from rlaif.constitution import constitution_files, load_constitution, misnamed_files
+    from rlaif.constitution_check import services, warnings
+    from rlaif.judging.templates import templates_in
 
     files = constitution_files(directory)
     if not files:
         raise UserError(f"{directory}: no constitution in it; each is a file {directory}/<name>/v<N>.yaml")
+    templates = templates_in(_TEMPLATES) if _TEMPLATES.is_dir() else None
     wrong = [f"{path}: nothing reads it; a version is a file <name>/v<N>.yaml" for path in misnamed_files(directory)]
+    found: list[dict[str, Any]] = []
+    sound: list[str] = []
     for name, versions in files.items():
         for version, path in versions.items():
             try:
                 text = load_constitution(directory, f"{name}@{version}")
                 _check_template(text, path)
-                typer.echo(f"{text.ref} {text.hash} ok")
+                served, odd = services(text, templates), warnings(text)
+                found.append({**text.ref.model_dump(), "judges": [s.model_dump() for s in served], "warnings": odd})
+                sound.append(f"{text.ref} {text.hash} ok")
+                if not json_:
+                    typer.echo(str(text.ref))
+                    for line in [*(s.line() for s in served), *(f"warning: {w}" for w in odd)]:
+                        typer.echo(f"  {visible(line)}")
             except UserError as e:
                 wrong.append(str(e))
+    if json_:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        print(*sound, sep="\n")
     for problem in wrong[:-1]:
         print(f"rlaif: {problem}", file=sys.stderr)
     if wrong:

@@ -1,4 +1,4 @@
-"""`rlaif doctor --deep MODEL`: the hand-over check as a table."""
+"""`rlaif doctor --deep MODEL` and `--job JOB`: the hand-over check as a table."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from typing import Any
 
 import typer
 
-from rlaif.config import apply_override, parse_job
+from rlaif.config import Job, apply_override, parse_job
 from rlaif.errors import UserError
 
 
-def check(model: str, overrides: list[str], as_json: bool) -> None:
-    """Prints a row for each load; exit code 1 when sampler and learner disagree after one."""
+def check(what: str | Job, overrides: list[str], as_json: bool) -> None:
+    """Prints a row for each load; exit code 1 when sampler and learner disagree after one.
+
+    Args:
+        what: a model, with a job's defaults and `overrides`, or a job that has its overrides.
+    """
     from rich.table import Table
 
     from rlaif import models
     from rlaif.console import inert, stdout_console
     from rlaif.hand_over import check_hand_over
+    from rlaif.model_checks import check_policy
 
-    tree: dict[str, Any] = {"constitution": "none", "policy": {"model": model}}
-    for override in overrides:
-        if not override.startswith(("sampling.", "learner.", "devices.", "monitors.max_weights_gap", "seed=")):
-            raise UserError(
-                f"--set {override}: with --deep, only settings of sampling, learner and devices, "
-                "monitors.max_weights_gap and seed count"
-            )
-        apply_override(tree, override)
-    job = parse_job(tree, "doctor --deep")
-    folder = models.resolve(model, progress=lambda message, share: typer.echo(message, err=True))
+    job = what if isinstance(what, Job) else _job_of(what, overrides)
+    model = job.policy.model
+    folder = models.resolve_policy(
+        model, job.policy.adapter, progress=lambda message, share: typer.echo(message, err=True)
+    )
+    check_policy(folder, job)
     rows = []
     for row in check_hand_over(folder, job, note=lambda message: typer.echo(message, err=True)):
         rows.append(row)
@@ -64,3 +65,15 @@ def check(model: str, overrides: list[str], as_json: bool) -> None:
             err=True,
         )
         raise typer.Exit(1)
+
+
+def _job_of(model: str, overrides: list[str]) -> Job:
+    tree: dict[str, Any] = {"constitution": "none", "policy": {"model": model}}
+    for override in overrides:
+        if not override.startswith(("sampling.", "learner.", "devices.", "monitors.max_weights_gap", "seed=")):
+            raise UserError(
+                f"--set {override}: with --deep, only settings of sampling, learner and devices, "
+                "monitors.max_weights_gap and seed count"
+            )
+        apply_override(tree, override)
+    return parse_job(tree, "doctor --deep")

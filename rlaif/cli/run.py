@@ -156,8 +156,12 @@ def doctor(
         str | None,
         typer.Option(metavar="MODEL", help="Check that what is trained of this model reaches what samples (minutes)."),
     ] = None,
+    job: Annotated[
+        Path | None,
+        typer.Option(metavar="JOB", help="The same for the policy of a job (or a run), with all of its settings."),
+    ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --deep, a setting of the job.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --deep or --job, a setting of the job.")
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -166,12 +170,19 @@ def doctor(
     With --deep MODEL: load the model, train two steps, export, load that, load the model again; after each load
     sampler and learner score the same texts, and have to agree. Try it before a run on a model that nobody tried:
     rlaif doctor --deep ./my-model --set sampling.engine=transformers
+
+    With --job JOB the same with what a job says: its model and adapter, engine, precision, LoRA, system prompt and chat
+    template's arguments.
     """
-    if deep is not None:
+    if deep is not None and job is not None:
+        raise UserError("--deep MODEL or --job JOB, not both; a job names its model (policy.model)")
+    if what := deep if job is None else _job_and_run(job, set_ or [], None, Path())[0]:
         from rlaif.cli.doctor_deep import check
 
-        check(deep, set_ or [], json_)
+        check(what, set_ or [], json_)
         return
+    if set_:
+        raise UserError("--set: takes effect with --deep MODEL or --job JOB alone")
     from rich.table import Table
 
     from rlaif.console import inert, stdout_console

@@ -20,6 +20,36 @@ from rlaif.records import Usage
 
 _RETRIED = (408, 409, 425, 429, 498)
 _NOT_NOW = re.compile(r"rate.?limit|overload|too many|capacity|quota|exhausted|unavailable|timed? ?out|try again", re.I)
+# What an error's own words or numbers say, as the HTTP status that others would have answered with.
+_STATUS_WORDS = tuple(
+    (status, re.compile(words, re.I))
+    for status, words in (
+        (401, r"api.?key|unauthori[sz]ed|unauthenticated|authentication|not.?authori[sz]ed"),
+        (403, r"permission|forbidden|access.?denied"),
+        (404, r"not.?found|(?:no.?such|unknown).?model"),
+        (402, r"insufficient.?(?:balance|credit|funds)|payment.?required"),
+        (429, r"rate.?limit|too.?many|exhausted|insufficient.?quota|overload"),
+        (
+            400,
+            r"context.?length|content.?filter|(?:invalid|bad).?(?:request|argument|param)|unsupported|unprocessable"
+            r"|validation",
+        ),
+    )
+)
+_STATUS_SAID = tuple(
+    (status, re.compile(words, re.I))
+    for status, words in (
+        (401, r"\b(?:invalid|incorrect|missing|wrong|no|bad|expired)\s(?:\w+\s)?api[\s_-]?key|unauthori[sz]ed"),
+        (
+            404,
+            r"\bmodel\b.{0,80}\b(?:not found|(?:does not|doesn['’]t|not) exist)|(?:no such|unknown) model",
+        ),
+    )
+)
+# MiniMax's
+_BASE_RESP_KEYS = (("status_code", "statusCode", "StatusCode"), ("status_msg", "statusMsg", "StatusMessage"))
+_BASE_RESP = {"1002": 429, "1004": 401, "1008": 402, "1026": 400, "1027": 400, "2013": 400, "2049": 401}
+_FAILED_STATES = ("error", "failed", "failure", "fail")
 # A verdict stands at the end of its reply; what comes before it needs no probabilities.
 _TOKENS_KEPT = 16
 
@@ -31,11 +61,22 @@ finish. `empty`: a finished reply without a word. `rejected`: the server refuses
 class NoReply(Exception):
     """An attempt without a reply; another may get one, unless the request was rejected."""
 
-    def __init__(self, error: str, kind: FailureKind, retry_after_s: float | None = None):
+    def __init__(
+        self,
+        error: str,
+        kind: FailureKind,
+        retry_after_s: float | None = None,
+        status: int | None = None,
+        said: str = "",
+    ):
         super().__init__(error)
         self.error = error
         self.kind = kind
         self.retry_after_s = retry_after_s
+        self.status = status
+        """Of an error under HTTP 200: the status that it stands for, where it says so."""
+        self.said = said
+        """The error's own sentence."""
 
 
 def asks_again(status: int) -> bool:
@@ -43,22 +84,35 @@ def asks_again(status: int) -> bool:
     return status in _RETRIED or status >= 500
 
 
-_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-_DURATION = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>ms|us|µs|ns|h|m|s)")
+_UNITS_S = {"d": 86_400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_NUMBER, _UNIT = (
+    r"\d+(?:\.\d*)?|\.\d+",
+    (r"milliseconds?|millis|msecs?|ms|us|µs|ns|days?|d|hours?|hrs?|h|minutes?|mins?|m|seconds?|secs?|s"),
+)
+_DURATION = re.compile(rf"(?P<number>{_NUMBER})\s*(?P<unit>{_UNIT})(?![a-zµ])\.?(?:\s*,|\s+and\b)?", re.I)
+# What is to be done ("try again in 20s", "retry after 1 h 2 min", "will reset after 1h2m3s"), unless it is what was
+# done ("gave up after a wait of 120 seconds", "after retrying for 30 s").
 _SAID_TO_WAIT = re.compile(
-    r"(?:try again|retry|retrying|wait)\b[^.\d]{0,30}?"
-    r"(?P<time>(?:\d+(?:\.\d+)?\s*(?:milliseconds?|ms|minutes?|mins?|m|seconds?|secs?|s)\b\s*|\d+m(?=\d))+)",
+    r"(?<!\w)(?:try(?:ing)?(?: \w+){0,3} again|retry(?:ing)?|wait|back[ -]?off|(?:will|to) reset|resets"
+    r"|available again)"
+    r"(?:[\s_:=(~-]+(?:again|after|in|for|at least|about|around|approximately|another|a minimum of|your|this|the"
+    r"|requests?|delay|waiting|later))*[\s_:=(~-]+"
+    rf"(?P<time>(?:(?:{_NUMBER})\s*(?:{_UNIT})(?![a-zµ])(?:\s*,|\s+and\b)?\s*)+)",
     re.I,
 )
-_SAID_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>mil|ms|m|s)", re.I)
+_WAS_DONE = re.compile(
+    r"\b(?:an?|the|its?|after|of|up|each|every|last|first|no|that|without|our|max|maximum|stopped|while|when|were|was"
+    r"|finished|failed to|did not|didn't|could not|couldn't|cannot|can't|not|never|unable to|connection)\s+$",
+    re.I,
+)
 
 
 def retry_after_s(headers: Any, body: Any = None) -> float | None:
     """Seconds that a server asks to wait; None when it doesn't say.
 
     In this order: `retry-after-ms`; `Retry-After` as a number, an HTTP date or a duration; the body's `retryDelay`
-    (Google), `retry_after`, `retry_after_ms` or a sentence ("try again in 20s"); when a rate limit that is used up
-    starts again (`x-ratelimit-reset-…`).
+    (Google), `retry_after`, `retryAfterMs` and the like, `headers` of the server behind it (OpenRouter) or a sentence
+    ("try again in 20s"); when a rate limit that is used up starts again (`x-ratelimit-reset-…`).
     """
     waits = (
         _seconds(headers.get("retry-after-ms"), 1e-3),
@@ -71,7 +125,7 @@ def retry_after_s(headers: Any, body: Any = None) -> float | None:
 
 
 def _seconds(value: Any, unit: float = 1.0) -> float | None:
-    """A wait in one of the forms that servers use: a number, `34s`, `1m30s`, `{seconds: 34}`, a date."""
+    """A wait in one of the forms that servers use: a number, `34s`, `1m30s`, `30 seconds`, `{seconds: 34}`, a date."""
     if isinstance(value, dict):
         whole, rest = _seconds(value.get("seconds", 0)), _seconds(value.get("nanos", 0), 1e-9)
         return None if whole is None or rest is None else whole + rest
@@ -83,15 +137,26 @@ def _seconds(value: Any, unit: float = 1.0) -> float | None:
     except ValueError:
         pass
     text = str(value).strip()
-    parts = list(_DURATION.finditer(text))
-    if parts and not _DURATION.sub("", text).strip():
-        return sum(float(p["number"]) * _UNITS_S[p["unit"]] for p in parts)
+    if _DURATION.search(text) and not _DURATION.sub("", text).strip():
+        return _duration_s(text)
     try:
         if re.match(r"\d{4}-\d\d-\d\d", text):
             return max(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() - time.time(), 0.0)
         return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def _duration_s(text: str) -> float:
+    """The sum of a duration's parts."""
+    return sum(float(part["number"]) * _unit_s(part["unit"].lower()) for part in _DURATION.finditer(text))
+
+
+def _unit_s(unit: str) -> float:
+    return _UNITS_S[unit if unit in _UNITS_S else "ms" if unit.startswith(("mil", "msec")) else unit[0]]
+
+
+_WAIT_KEY = re.compile(r"retry(?:after|delay|in)(?P<ms>ms|millis|milliseconds)?(?:s|secs|seconds)?")
 
 
 def _body_wait_s(body: Any) -> float | None:
@@ -105,26 +170,25 @@ def _body_wait_s(body: Any) -> float | None:
             owed += node
         elif isinstance(node, dict):
             for key, value in node.items():
-                name = str(key).lower().replace("-", "_")
-                unit = 1e-3 if name.endswith("_ms") else 1.0
-                if name in (
-                    "retrydelay",
-                    "retry_delay",
-                    "retry_after",
-                    "retryafter",
-                    "retry_after_ms",
-                    "retry_after_seconds",
-                ):
-                    if (wait := _seconds(value, unit)) is not None:
+                name = re.sub("[-_ ]", "", str(key).lower())
+                if (asked := _WAIT_KEY.fullmatch(name)) and (
+                    wait := _seconds(value, 1e-3 if asked["ms"] else 1.0)
+                ) is not None:
+                    return wait
+                if name == "headers" and isinstance(value, dict):  # of the server behind this one
+                    first = {str(k).lower(): v[0] if isinstance(v, list) and v else v for k, v in value.items()}
+                    if (wait := retry_after_s(first)) is not None:
                         return wait
-                elif isinstance(value, str):
-                    texts.append(value)
-                else:
+                if not isinstance(value, str):
                     owed.append(value)
+                elif value.lstrip()[:1] in ("{", "[") and (inner := tree_of(value.encode(errors="replace"))):
+                    owed.append(inner)  # what the server behind this one said
+                else:
+                    texts.append(value)
     for text in texts:
-        if found := _SAID_TO_WAIT.search(text[:2000]):
-            parts = _SAID_DURATION.finditer(found["time"])
-            return sum(float(m["number"]) * _UNITS_S[m["unit"].lower().replace("mil", "ms")] for m in parts)
+        for found in _SAID_TO_WAIT.finditer(text[:2000]):
+            if not _WAS_DONE.search(text[: found.start()]):
+                return _duration_s(found["time"])
     return None
 
 
@@ -133,7 +197,7 @@ def _resets(headers: Any) -> list[float]:
     found = []
     for name in headers:
         left = str(name).lower()
-        if "ratelimit" not in left or "reset" not in left:
+        if "ratelimit" not in left.replace("-", "") or "reset" not in left:
             continue
         if str(headers.get(left.replace("reset", "remaining"), "0")).strip() not in ("0", "0.0"):
             continue
@@ -164,14 +228,18 @@ def read_reply(content: bytes, model: str, scrub: Any = str) -> Reply:
     for place in (tree, choice, message):
         if not isinstance(place, dict):
             continue
-        if isinstance(place.get("errors"), list) and place["errors"]:  # a list of them
-            place = place | {"error": place.get("error") or place["errors"][0]}
-        if place.get("error"):
-            raise _said_instead(place, scrub)
+        if error := _error_in(place):
+            raise _said_instead(place | {"error": error}, scrub)
     if not isinstance(choice, dict) or not isinstance(message, dict):
         if message_in(tree) or tree.get("code"):
             raise _said_instead({"error": tree}, scrub)
         raise NoReply("an answer without a choice", "broken")
+    for name in ("finish_reason", "native_finish_reason"):
+        if (why := choice.get(name)) is not None:
+            if not isinstance(why, str):
+                said_so = json.dumps(why, default=str)[:80]
+                raise NoReply(scrub(f"a reply whose {name} is no word ({said_so})"), "unfinished")
+            break
     said, refusal = _said(message.get("content"))
     reply = Reply(
         content=said,
@@ -233,19 +301,73 @@ def _said(content: Any) -> tuple[str | None, str | None]:
     return clean("".join(texts)), clean("".join(refusals)) or None
 
 
+def _error_in(place: dict[str, Any]) -> Any:
+    """What a part of an answer says went wrong, whatever it calls it; nothing when all is well."""
+    if place.get("error"):
+        return place["error"]
+    if isinstance(errors := place.get("errors"), list) and errors:
+        return errors[0]
+    for name in ("base_resp", "baseResp", "BaseResp"):
+        if isinstance(base := place.get(name), dict):
+            code, said = (next((base[key] for key in keys if key in base), None) for keys in _BASE_RESP_KEYS)
+            if not _is_fine(code):
+                return {"code": code, "message": said, "stands_for": _BASE_RESP.get(str(code).strip())}
+    state = place.get("status")
+    failed = (
+        place.get("object") == "error"
+        or place.get("type") == "error"
+        or place.get("success") is False
+        or (isinstance(state, str) and state.lower() in _FAILED_STATES)
+        or not _is_fine(place.get("error_code"))
+        or _http_status(place.get("code")) is not None
+    )
+    if not failed:
+        return None
+    said = message_in(place) or place.get("error_msg") or place.get("error_message") or place.get("msg")
+    code = place.get("error_code") or place.get("code") or place.get("status")
+    return {"code": code, "type": place.get("type"), "message": said}
+
+
+def _is_fine(code: Any) -> bool:
+    return str(code).strip().lower() in ("0", "200", "none", "", "ok", "success")
+
+
+def _http_status(code: Any) -> int | None:
+    """A code that is an HTTP status of an error."""
+    number = int(code) if isinstance(code, int) or (isinstance(code, str) and code.strip().isdecimal()) else 0
+    return number if 400 <= number < 600 else None
+
+
+def _stands_for(error: Any, said: str) -> int | None:
+    """The HTTP status that an error stands for: by its numbers, by the names of its kind, by what it says."""
+    if isinstance(error, dict):
+        named = [error.get(name) for name in ("code", "status", "status_code", "http_code", "type")]
+        for code in (error.get("stands_for"), *named):
+            if (status := _http_status(code)) is not None:
+                return status
+        words = " ".join(str(name) for name in named if isinstance(name, str))
+        if found := next((status for status, form in _STATUS_WORDS if form.search(words)), None):
+            return found
+    return next((status for status, form in _STATUS_SAID if form.search(said[:2000])), None)
+
+
 def _said_instead(place: dict[str, Any], scrub: Any) -> NoReply:
     """An error where a reply should be, under HTTP 200: what its code says holds as if it were the status."""
     error = place["error"]
-    said = message_in(place) or json.dumps(error, default=str)
+    said = message_in({"error": error}) or json.dumps(error, default=str)
     code = error.get("code", error.get("status")) if isinstance(error, dict) else None
-    status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
-    rejected = status is not None and 400 <= status < 500 and not asks_again(status) and status != 402
-    if status is None and isinstance(error, dict):  # OpenAI's words instead of a number
-        words = f"{code} {error.get('type')}"
-        rejected = any(word in words for word in ("context_length", "content_filter", "invalid_request"))
-    kind: FailureKind = "rejected" if rejected and not _NOT_NOW.search(said) else "down"
+    status = _stands_for(error, said)
+    rejected = status is not None and status < 500 and not asks_again(status) and status != 402
+    if rejected and status not in (401, 404) and _NOT_NOW.search(said):
+        rejected, status = False, None
     named = f" {code}" if isinstance(code, int | str) else ""
-    return NoReply(scrub(f"an error{named} instead of a reply: {said}"), kind, _body_wait_s(place))
+    return NoReply(
+        scrub(f"an error{named} instead of a reply: {said}"),
+        "rejected" if rejected else "down",
+        _body_wait_s(place),
+        status,
+        scrub(said),
+    )
 
 
 def read_usage(content: bytes) -> Usage:

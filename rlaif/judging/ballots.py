@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from rlaif.config import Filters, Judge, Juror
 from rlaif.constitution import Constitution, Principle, Use
+from rlaif.derived import NEWEST, Wordings
 from rlaif.errors import UserError
 from rlaif.judging import filters as rules
 from rlaif.judging.templates import Template, asks_by_principle
@@ -39,7 +40,7 @@ def selecting_voices(constitution: Constitution) -> list[str]:
 
 
 def check_selects(constitution: Constitution) -> None:
-    """Whether pairs can be chosen under a text.
+    """Whether pairs can be chosen under a text, as its judge asks about it (`asked_by`).
 
     Raises:
         UserError: it has no selecting voice.
@@ -49,6 +50,35 @@ def check_selects(constitution: Constitution) -> None:
             f"constitution {constitution.ref}: no contrast has `use: select`, and pairing.method=best_worst needs one; "
             "add such a paraphrase, or set pairing.method to random or all"
         )
+
+
+def asked_by(judge: Judge, constitution: Constitution, wordings: Wordings | None = NEWEST) -> Constitution:
+    """A text as a job's judge asks about it: a likelihood judge derives the contrasts that it lacks from its rules.
+
+    Raises:
+        UserError: the text doesn't serve this judge.
+    """
+    if judge.kind != "chat":
+        constitution = constitution.derived_by(wordings)
+    for p in constitution.principles:
+        if why := unserved(judge.kind, p):
+            raise UserError(f"constitution {constitution.ref}, principle `{p.id}`: {why}")
+    return constitution
+
+
+def unserved(kind: str, principle: Principle) -> str | None:
+    """Why a kind of judge can't ask about a principle, and the next step; None where it can."""
+    if principle.has_words:
+        return None
+    said = f"its rule is {principle.rule!r}, without a word"
+    if kind == "chat":
+        return f"{said}, and a judge that reads has nothing else to go by; write what an answer should be or do"
+    if "decide" in principle.lacks:
+        return (
+            f"{said}, so the likelihood judge can derive no contrast from it; write what an answer should be or do, or "
+            "give a contrast of your own (`prefer` and `avoid`)"
+        )
+    return None
 
 
 def evaluating_voices(constitution: Constitution) -> list[str]:

@@ -75,10 +75,6 @@ def ends_of(pair: Pair, cut: Collection[str]) -> tuple[FinishReason, FinishReaso
     return ("length" if pair.first in cut else "stop", "length" if pair.second in cut else "stop")
 
 
-CUT_OFF: tuple[FinishReason, FinishReason] = ("stop", "length")
-"""Ends of a pair whose second answer alone was cut off."""
-
-
 class Asked(NamedTuple):
     """How one pair is asked about, beyond its ballots."""
 
@@ -237,6 +233,10 @@ class Calibration(Record):
             "ones ended (--map first_finish=COLUMN,second_finish=COLUMN), or set judge.missing_eos_penalty: 0"
         )
 
+    def ends_mismatch(self, asked: Asked) -> str | None:
+        """The same for one pair, by how its answers ended."""
+        return self.cut_off_mismatch(asked.cut_off_counts) if set(asked.ends) == {"stop", "length"} else None
+
     def panel_mismatch(
         self, ballots: Sequence[Ballot], settings: Filters, slice: str | None = None, asked: Asked | None = None
     ) -> str | None:
@@ -249,7 +249,7 @@ class Calibration(Record):
         if asked is not None:
             if why := self.asked_mismatch(asked):
                 return why
-            if set(asked.ends) == {"stop", "length"} and (why := self.cut_off_mismatch(asked.cut_off_counts)):
+            if why := self.ends_mismatch(asked):
                 return why
         panel = Panel.of(ballots, facts)
         if panel.hash not in {p.hash for p in self.panels}:

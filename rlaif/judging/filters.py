@@ -185,12 +185,16 @@ def trusted(
 ) -> bool:
     """The calibration is about these votes, and the verdict reaches its threshold (`uncalibrated` when not).
 
+    That nothing like a pair was calibrated, since one of its answers was cut off, is no mistake in the job: the pair
+    isn't trusted, and the promise holds for the others.
+
     Raises:
         UserError: the votes aren't those that were calibrated, and `filters.uncalibrated` says stop.
     """
-    difference = calibration.mismatch(votes, settings, slice, asked)
+    difference = calibration.mismatch(votes, settings, slice, asked and asked._replace(ends=(None, None)))
     _refuse(difference, settings)
-    return difference is None and calibration.keeps(verdict, slice)
+    covered = difference is None and (asked is None or calibration.ends_mismatch(asked) is None)
+    return covered and calibration.keeps(verdict, slice)
 
 
 def check_calibrated(
@@ -209,13 +213,12 @@ def check_calibrated(
 
 
 def check_asked(calibration: Calibration, settings: Filters, asked: Asked) -> None:
-    """Refuses how a job asks, before anything is loaded: settings that are not as calibrated, and answers that may be
-    cut off where none was.
+    """Refuses how a job asks, before anything is loaded: settings that are not as calibrated.
 
     Raises:
         UserError: they aren't as calibrated, and `filters.uncalibrated` says stop.
     """
-    _refuse(calibration.asked_mismatch(asked) or calibration.cut_off_mismatch(asked.cut_off_counts), settings)
+    _refuse(calibration.asked_mismatch(asked), settings)
 
 
 def _refuse(difference: str | None, settings: Filters) -> None:

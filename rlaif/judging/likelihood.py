@@ -34,6 +34,7 @@ from rlaif.judging.ballots import GUARD_MEASURES
 from rlaif.judging.cache import LikelihoodCache, likelihood_key
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.numbers import side_of, sigmoid
+from rlaif.models import without_empty_quantisation
 from rlaif.records import (
     Ballot,
     Message,
@@ -113,7 +114,9 @@ class LikelihoodJudge:
         logging.disable_progress_bar()  # who asks this judge has lines of their own for what takes time
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(settings.precision))
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                model_path, dtype=torch_dtype(settings.precision), **without_empty_quantisation(model_path)
+            )
             tokenizer = AutoTokenizer.from_pretrained(model_path)
         except (OSError, ValueError, ImportError, AssertionError) as e:
             raise UserError(f"judge.model {model_path}: can't load the model ({str(e).splitlines()[0]})") from e

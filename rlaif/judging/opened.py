@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from rlaif.config import Job
 from rlaif.constitution import Constitution
-from rlaif.judging.ballots import ballots_for
+from rlaif.judging.ballots import asked_by, ballots_for
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.templates import Template, load_template, template_names
 from rlaif.records import Ballot, Pair, Vote
@@ -38,8 +38,9 @@ def open_with_ballots(job: Job, texts: Iterable[Constitution], base_dir: Path, n
     """Opens the job's judge; `texts` are those that it will be asked about, `note` is told what takes time.
 
     Raises:
-        UserError: the judge can't be asked (a model, a template or a key is missing).
+        UserError: the judge can't be asked (a model, a template or a key is missing), or a text doesn't serve it.
     """
+    texts = [asked_by(job.judge, text) for text in texts]
     return _chat(job, texts, base_dir) if job.judge.kind == "chat" else _likelihood(job, note)
 
 
@@ -78,9 +79,9 @@ def _likelihood(job: Job, note: Callable[[str], None]) -> Opened:
     name = f"{job.judge.kind}:{weights}"
 
     def ballots(pairs: Sequence[Pair], text: Constitution) -> list[Ballot]:
-        return ballots_for(job.judge, pairs, text, seed=job.seed, name=name)
+        return ballots_for(job.judge, pairs, asked_by(job.judge, text), seed=job.seed, name=name)
 
     def ask(pairs: Sequence[Pair], candidates: Sequence[Candidate], text: Constitution) -> Iterator[list[Vote]]:
-        yield from judge.cast(ballots(pairs, text), pairs, candidates, text)
+        yield from judge.cast(ballots(pairs, text), pairs, candidates, asked_by(job.judge, text))
 
     return Opened(ask, ballots)

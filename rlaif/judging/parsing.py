@@ -11,10 +11,12 @@ import ast
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Literal
 
+from rlaif import thoughts
 from rlaif.judging.templates import VerdictKind
 from rlaif.records import AbstainReason, Outcome, Record, Usage
 
@@ -36,41 +38,13 @@ _REFUSED = re.compile(
     r"content_?filter|safety|refus|recitation|blocklist|blocked|prohibited|spii|moderat|guardrail|sensitive|policy"
 )
 
-# A thought's mark: its name between the brackets that models use.
-_THOUGHT = (
-    r"(?:(?!end[_-])[a-z]+[:_-]|ant)?(?P<{0}>think(?:ing)?|thoughts?|reason(?:ing)?|reflect(?:ion)?|analysis|scratch_?pad"
-    r"|cot|chain[_ -]of[_ -]thought|(?:inner|internal)[_ -]monologue|deliberation)(?:[_-]\w+)?"
-)
-_OPENED = re.compile(
-    rf"(?P<mark>[<\[◁])[|｜]?\s?(?:(?:start|begin)[_▁](?:of[_▁])?)?{_THOUGHT.format('name')}(?:\s[^<>\[\]\n]*)?[|｜]?[>\]▷]",
-    re.I,
-)
-_CLOSED = re.compile(
-    rf"(?P<mark>[<\[◁])[|｜]?\s?(?:/\s?|end[_▁](?:of[_▁])?){_THOUGHT.format('name')}\s?[|｜]?[>\]▷]", re.I
-)
-# Marks of other shapes: how a thought begins, where it ends, and how a verdict's part begins after it.
-_OTHER_THOUGHTS = tuple(
-    (re.compile(opened, re.I), re.compile(closed, re.I | re.DOTALL))
-    for opened, closed in (
-        (r"\s*<unused94>", r"<unused95>"),
-        (r"\s*<\|channel>\s*(?:thought|analysis)", r"<channel\|>"),
-        (
-            r"\s*(?:<\|start\|>assistant)?<\|channel\|>",
-            r".*<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>",
-        ),
-        (r"\s*analysis(?-i:(?=[A-Z\"“]))", r".*assistant\s*final"),  # the same, its marks decoded away
-        (r"\s*thinking\.\.\.\s", r"\.\.\.done thinking\."),
-        (r"\s*here(?: is|['’]s) my thought process:?", r"here(?: is|['’]s) my response:?"),
-    )
-)  # fmt: skip
-
 # Not seen by a reader: zero-width characters, a BOM, a soft hyphen.
 _UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 _COLONS = str.maketrans(dict.fromkeys("：﹕∶꞉", ":"))
 _STRAIGHT = _COLONS | str.maketrans(dict.fromkeys("“”„", '"') | {"，": ","})
 # What a template ends a turn with, when a server leaves it in the text; the end of a thought is none.
-_STOP_TOKENS = re.compile(
-    r"(?:\s*(?:<[|｜](?![^<>]*(?:thin|thought|reason|reflect|analysis|channel))[^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|eot|end_of_turn|turn\||pad)>|\[(?:EOS|/INST|/?s)\]))+\s*$",
+_STOP_TOKEN = re.compile(
+    r"(?:<[|｜](?![^<>]*(?:thin|thought|reason|reflect|analysis|channel))[^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|eot|end_of_turn|turn\||pad)>|\[(?:EOS|/INST|/?s)\])\Z",
     re.I,
 )
 _SPECIAL_START = re.compile(r"\s*(?:<[|｜][^<>|｜\s]{1,40}[|｜]>\s*)+")
@@ -98,10 +72,54 @@ _VERDICT_LINE = re.compile(
 )
 _BOXED = re.compile(r"\$*\\(?:boxed|fbox)\s*\{.*\}\$*\.?|\[\[\w+\]\]\.?")
 _BOXED_WORD = re.compile(r"(?P<verdict>[abc]|tie)\.?", re.IGNORECASE)
-_FENCE = re.compile(r"```(?:\w+)?\s*(?P<body>.*?)\s*```", re.DOTALL | re.IGNORECASE)
-_TRAILING_COMMA = re.compile(r'("(?:\\.|[^"\\])*")|,(?=\s*[}\]])', re.DOTALL)
+_FENCE_BEGINS = re.compile(r"```\w*")
+_TRAILING_COMMA = re.compile(r'("(?:\\.|[^"\\])*"|\\.)|,(?=\s*[}\]])', re.DOTALL)
+_BRACES_AND_QUOTES = re.compile(r"\\.|[{}\"']", re.DOTALL)
+_A_KEY_MAY_FOLLOW = re.compile(r"\{\s*[\w\"'“„]")
+_A_KEY_FOLLOWS = re.compile(r"\{\s*[\"'“„][^\"'“”„\n{}]{1,40}[\"'“”]\s*[:：]")
 _ANOTHER_VERDICT = re.compile(r"verdict\W{0,4}(?:is\b|[:=])", re.IGNORECASE)
-_QUOTED_KEY = re.compile(r"['\"]verdict['\"]\s*:", re.IGNORECASE)
+_KEY = re.compile(r"(?:(?:final|overall|corrected|revised|my)[\s_-]?)?verdict", re.I)
+_PYTHON_AT_MOST = 20_000
+
+# What is said after an object: a verdict in words ("My final answer: A", "Correction: A", "I meant A", "A is better.",
+# a letter alone), that it isn't one ("not B"), or that the object doesn't count.
+_SAID = (
+    r"(?:(?:the\s)?(?:answer|option|response|choice|candidate|output)\s)?(?:an?\s)?"
+    r"(?P<{}>(?-i:[ABC])|[abc](?=[^\w\n]*(?:\n|\Z))|tie|draw|neither|both)\b(?=[^\w\n]*(?:\n|\Z)|\s?[.,;:!?)—–-]"
+    r"|\s(?:{})\b)"
+)
+_AND_WHY = "because|since|as|over|instead|rather|not|should|due|for|after|given|here|then|now"
+_REALLY = r"(?:(?:now|actually|really|clearly|therefore|thus|still|in\sfact)\s)?"
+_CLAIMS = re.compile(
+    # My final answer is A. The winner: A. It should be A. That's A.
+    r"(?:\b(?:verdict|answer|choice|decision|judge?ment|pick|preference|vote|winner|correction|corrected|conclusion"
+    r"|result|edit|update|revision|selection|option|response|ruling|one|final|it|that|this)\s?"
+    rf"{_REALLY}(?:should\s(?:be|have\sbeen)|(?:would|must|has\sto)\sbe|changes\sto|becomes|is|was|:|=>|=|->|→|–|—|-|,)"
+    rf"[\s:]{{0,2}}{_REALLY}|\b(?:its|thats)\s{_REALLY}"
+    # I choose A. I meant A. I change my verdict to A.
+    r"|(?<!not\s)(?<!nt\s)(?<!never\s)\b(?:choose|chose|pick(?:ed)?|prefer(?:red)?|select(?:ed)?|go(?:ing)?\swith"
+    r"|went\swith|vote\sfor|meant?|say|believe|think|conclude|decide\s(?:on|for)|in\sfavou?r\sof|(?:change|revise|switch|correct|update)\w*\s(?:\w+\s){0,3}to|make\s(?:it|that)"
+    rf"|opt\sfor|favou?r|settle\son|should\s(?:be|have\sbeen))\s){_SAID.format('said', f'is|was|{_AND_WHY}')}"
+    # Actually, A. No wait, A.
+    r"|\b(?:correction|actually|no|nope|wait|sorry|oops|rather|instead|hmm|i\smean|scratch\sthat"
+    r"|on\s(?:second|further)\sthoughts?|on\sreflection|in\sfact|finally|so|thus|therefore|hence|better)\b"
+    rf"[\s,:;.!–—-]{{0,4}}{_SAID.format('after_all', _AND_WHY)}"
+    # A is better. A wins.
+    r"|\b(?P<better>(?-i:[AB]))\s(?:wins\b|(?:is|was|would\sbe)\s"
+    rf"{_REALLY}(?:the\s)?(?:better|best|winner|superior|stronger|preferable|preferred|correct|right)"
+    r"(?:\s(?:one|answer|option|response|choice))?\s?(?=[.!,;\n]|\Z))"
+    # A > B.
+    r"|\b(?P<over>(?-i:[AB]))\s?(?:>{1,3}|beats|over)\s?(?-i:[AB])\b"
+    # Let me reconsider: A.
+    r"|[:,;>–—-]\s{0,2}(?P<last>(?-i:[ABC])|tie)\b(?=\s?[.!]?\s?(?:\n|\Z))"
+    # A letter alone on its line.
+    r"|^[^\w\n]*(?:(?:answer|option|response)\s)?(?P<alone>[abc]|tie)[^\w\n]*$"
+    r"|\bnot\s(?:(?:answer|option|response)\s)?(?P<isnt>(?-i:[AB]))\b(?=[^\w\n]*(?:\n|\Z)|\s?[.,;!])"
+    r"|\b(?:disregard|ignore|scratch|retract)\s(?:that|this|it|the\sabove|my)\b",
+    re.I | re.M,
+)
+_CLAIMED = ("said", "after_all", "better", "over", "last", "alone")
+_RUN_OF_SPACE = re.compile(r"\s+")
 _OBJECTS_AT_MOST = 50
 _REFUSAL = re.compile(
     r"(?:i(?:['’]m| am)\s+(?:really\s+|very\s+|so\s+)?sorry|sorry,|i\s+(?:can(?:['’]t|not| not)|won['’]t|will not)\b"
@@ -195,10 +213,10 @@ def parse(reply: Reply, kind: VerdictKind, pattern: str | None = None) -> Parsed
     if thinking or (not whole and kind == "last_line" and text):
         return Parsed(abstain_reason="truncated")
     shown = _verdict(text, kind, pattern, whole) if text else None
-    if shown is None and (orphan := list(_CLOSED.finditer(text))):
+    if shown is None and (orphan := thoughts.closings(text)):
         # Some chat templates open the block themselves, so a reply holds its end only. Only what is no verdict as a
         # whole is read so: a JSON reason may quote an answer that holds the mark.
-        text = text[orphan[-1].end() :].strip()
+        text = text[orphan[-1][1] :].strip()
         shown = _verdict(text, kind, pattern, whole) if text else None
     if shown is not None:
         return Parsed(shown=shown)
@@ -241,51 +259,23 @@ def label_mass(tokens: Sequence[ReplyToken], verdict: Shown) -> LabelMass | None
 def _seen(content: str) -> str:
     """A reply without what no reader sees: zero-width characters, and the marks that end or begin a turn."""
     text = content if content.isascii() else _UNSEEN.sub("", content)
-    return _STOP_TOKENS.sub("", text) if text.endswith((">", "]")) or text[-1:].isspace() else text
+    return _without_stop_tokens(text)
+
+
+def _without_stop_tokens(text: str) -> str:
+    while (text := text.rstrip()).endswith((">", "]")) and (found := _STOP_TOKEN.search(text, max(len(text) - 64, 0))):
+        text = text[: found.start()]
+    return text
 
 
 def _without_thoughts(content: str, kind: VerdictKind) -> tuple[str, bool]:
-    """The reply without its thoughts, and whether it ends inside one.
+    """The reply without its thoughts, and whether it ends inside one. A JSON object may quote marks in its strings."""
 
-    A mark that opens a thought begins the reply, or a line. Marks within a line are text: a judge may quote them from
-    an answer. So are all of them within a JSON object.
-    """
-    text = content
-    while True:
-        for opened, closed in _OTHER_THOUGHTS:
-            if opened.match(text):
-                if (end := closed.search(text)) is None:
-                    return "", True
-                text = text[end.end() :]
-                break
-        else:
-            at = 0 if kind == "json" and text.lstrip().startswith("{") else None
-            found = _opened(text) if at is None else None
-            if found is None:
-                break
-            end = next((c for c in _CLOSED.finditer(text, found.end()) if _one_thought(found, c)), None)
-            if end is None:
-                return "", True
-            text = f"{text[: found.start()]}{text[end.end() :]}"
-    return _SPECIAL_START.sub("", text, count=1).strip() if text.lstrip().startswith("<") else text.strip(), False
+    def objects() -> thoughts.Spans:
+        return [(start, end) for start, end, _ in _objects(content)] if kind == "json" else []
 
-
-def _opened(text: str) -> re.Match[str] | None:
-    """The first mark that opens a thought."""
-    if not any(mark in text for mark in "<[◁"):
-        return None
-    for match in _OPENED.finditer(text):
-        if match["mark"] == "[" and match["name"][:3].lower() != "thi" and not match["name"].isupper():
-            continue  # [Analysis] is a heading
-        if not text[text.rfind("\n", 0, match.start()) + 1 : match.start()].strip():
-            return match
-    return None
-
-
-def _one_thought(opened: re.Match[str], closed: re.Match[str]) -> bool:
-    """Whether two marks are of one kind; `<think>` may end as `</thinking>`."""
-    names = [m["name"].lower()[:3].replace("tho", "thi") for m in (opened, closed)]
-    return opened["mark"] == closed["mark"] and names[0] == names[1]
+    text, thinking = thoughts.split(content, objects)
+    return _SPECIAL_START.sub("", text, count=1).strip() if text.lstrip().startswith("<") else text.strip(), thinking
 
 
 def _verdict(text: str, kind: VerdictKind, pattern: str | None, whole: bool) -> Shown | None:
@@ -299,7 +289,7 @@ def _verdict(text: str, kind: VerdictKind, pattern: str | None, whole: bool) -> 
         lines.pop()
     if not lines:
         return None
-    last = _STOP_TOKENS.sub("", lines[-1]).strip()
+    last = _without_stop_tokens(lines[-1]).strip()
     if pattern:
         match = re.search(f"(?:{pattern})\\s*$", last)
         return _WORDS.get((match["verdict"] or "").lower()) if match else None
@@ -314,72 +304,137 @@ def _read(form: re.Pattern[str], text: str) -> Shown | None:
 
 
 def _json_verdict(text: str, whole: bool) -> Shown | None:
-    """The verdict of the one object that has one. Prose may stand around it, unless it names another verdict after
-    it, or something may be missing at the end."""
-    fenced = _FENCE.fullmatch(text)
-    body = fenced["body"] if fenced else text
+    """The verdict of the one object that has one. Prose may stand around it, unless it contradicts it afterwards, or
+    something may be missing at the end."""
+    body = text
+    if (fence := _FENCE_BEGINS.match(text)) and text.endswith("```") and len(text) >= fence.end() + 3:
+        body = text[fence.end() : -3].strip()
     found = list(_objects(body))
     verdicts = [v for _, _, mine in found for v in mine]
-    if not verdicts and (straight := body.translate(_STRAIGHT)) != body:
-        return _json_verdict(straight, whole)
-    if not verdicts and (old := _python_object(body)) is not None:
-        return old
     if len(verdicts) != 1 or not isinstance(verdicts[0], str):
         return None
     start, end = next((start, end) for start, end, mine in found if mine)
     around = body[:start].strip(" \t\r\n["), body[end:].strip(" \t\r\n]")
     if not whole and any(around):
         return None
-    closed = [m for m in _CLOSED.finditer(body) if not any(s <= m.start() < e for s, e, _ in found)]
-    if closed and closed[-1].start() >= end:  # it stands in a thought
+    closed = [at for at, _ in thoughts.closings(body) if not any(s <= at < e for s, e, _ in found)]
+    if closed and closed[-1] >= end:  # it stands in a thought
         return None
-    if _ANOTHER_VERDICT.search(around[1]):
-        return None
-    return _WORDS.get(verdicts[0].strip().lower()) or _read(_LETTER, verdicts[0])
+    shown = _WORDS.get(verdicts[0].strip().lower()) or _read(_LETTER, verdicts[0])
+    return None if around[1] and _contradicts(around[1], shown) else shown
+
+
+def _contradicts(text: str, shown: Shown | None) -> bool:
+    """Whether what is said after a verdict takes it back, or says another one."""
+    text = _RUN_OF_SPACE.sub(lambda m: "\n" if "\n" in m[0] else " ", _undecorated(text).replace("’", ""))
+
+    def agrees(claim: re.Match[str]) -> str:
+        said = next(filter(None, (claim[name] for name in _CLAIMED)), None)
+        same = _WORDS.get(said.lower()) == shown if said else claim["isnt"] not in (None, shown)
+        return "" if same else "verdict: another"
+
+    return _ANOTHER_VERDICT.search(_CLAIMS.sub(agrees, text)) is not None
 
 
 def _objects(text: str) -> Iterator[tuple[int, int, list[object]]]:
-    """The JSON objects in a text, outermost ones: where each begins and ends, and the values of all keys `verdict` in
-    it. Line breaks in strings and commas before a bracket are let pass."""
+    """The objects in a text, outermost ones: where each begins and ends, and the values of all keys `verdict` in it.
+
+    They are JSON, with line breaks in strings and commas before a bracket let pass, or what Python writes. Of one that
+    can't be read nothing within is: it may be a quote.
+    """
     at = text.find("{")
     for _ in range(_OBJECTS_AT_MOST):
         if at < 0:
             return
-        here, end = text[at:], 0
-        for tidied in (False, True):
-            verdicts: list[object] = []
-            try:
-                tree = _TRAILING_COMMA.sub(lambda m: m[1] or " ", here) if tidied else here
-                _, end = _decoder(verdicts).raw_decode(tree)
-            except (ValueError, RecursionError):
-                continue
-            yield at, at + end, verdicts
-            break
-        at = text.find("{", at + max(end, 1))
+        verdicts: list[object] = []
+        end = _json_object(text, at, verdicts)
+        if not end and _A_KEY_MAY_FOLLOW.match(text, at):
+            end = _loose_object(text, at, verdicts)
+        if end:
+            yield at, end, verdicts
+        elif _A_KEY_FOLLOWS.match(text, at):
+            end = _closing_brace(text, at)
+            if not end:
+                yield len(text), len(text), [None]  # cut off, whatever else is in it
+                return
+        at = text.find("{", max(end, at + 1))
     yield len(text), len(text), [None, None]  # nobody counts further: more than one
+
+
+def _json_object(text: str, at: int, verdicts: list[object]) -> int:
+    """Where the JSON object at a place ends, 0 if there is none; its verdicts are added."""
+    found: list[object] = []
+    try:
+        _, end = _decoder(found).raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return 0
+    verdicts += found
+    return end
+
+
+def _loose_object(text: str, at: int, verdicts: list[object]) -> int:
+    """The same for an object that is nearly JSON."""
+    if end := _closing_brace(text, at):
+        tidied = _TRAILING_COMMA.sub(lambda m: m[1] or " ", text[at:end])
+        if _json_object(tidied, 0, verdicts) or _json_object(tidied.translate(_STRAIGHT), 0, verdicts):
+            return end
+    if end := _closing_brace(text, at, "\"'"):
+        found = _python_verdicts(text[at:end])
+        if found is not None:
+            verdicts += found
+            return end
+    return 0
+
+
+def _closing_brace(text: str, at: int, quotes: str = '"') -> int:
+    """Where what an opening brace begins ends, braces in strings aside; 0 if it doesn't."""
+    depth, quote = 0, ""
+    for found in _BRACES_AND_QUOTES.finditer(text, at):
+        sign = found[0]
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in quotes:
+            quote = sign
+        elif sign in "{}":
+            depth += 1 if sign == "{" else -1
+            if not depth:
+                return found.end()
+    return 0
 
 
 def _decoder(verdicts: list[object]) -> json.JSONDecoder:
     def keep(items: list[tuple[str, object]]) -> None:
         # json keeps the last of two equal keys: which one the judge meant is not ours to say.
-        verdicts.extend(value for key, value in items if key.strip().lower() == "verdict")
+        verdicts.extend(value for key, value in items if _KEY.fullmatch(key.strip()))
 
     return json.JSONDecoder(strict=False, object_pairs_hook=keep)
 
 
-def _python_object(text: str) -> Shown | None:
-    """The verdict of `{'verdict': 'A'}`, as Python writes an object."""
-    if not text.startswith("{'") or len(_QUOTED_KEY.findall(text)) != 1 or len(text) > 20_000:
+def _python_verdicts(text: str) -> list[object] | None:
+    """The verdicts in `{'verdict': 'A'}` or `{verdict: 'A'}`; None when it is nothing that Python could read."""
+    if len(text) > _PYTHON_AT_MOST:
         return None
     try:
-        tree = ast.literal_eval(text)
+        with warnings.catch_warnings(action="ignore"):  # of a backslash in a text
+            tree = ast.parse(" ".join(text.splitlines()), mode="eval")
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
-    verdict = tree.get("verdict") if isinstance(tree, dict) else None
-    return _WORDS.get(verdict.strip().lower()) if isinstance(verdict, str) else None
+    found: list[object] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) or (isinstance(node, ast.Constant) and node.value is ...):
+            return []  # a form to fill in: {"reason": ..., "verdict": "A" | "B"}
+        for key, value in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
+            name = key.value if isinstance(key, ast.Constant) else key.id if isinstance(key, ast.Name) else None
+            if isinstance(name, str) and _KEY.fullmatch(name.strip()):
+                found.append(value.value if isinstance(value, ast.Constant) else None)
+    return found
 
 
 def _plain(text: str) -> str:
     """Without the decoration that models put around a verdict: headings, emphasis, brackets, quotes, LaTeX."""
-    bare = _DECORATION.sub("", _LATEX.sub("", _TAGS.sub("", text.strip().translate(_COLONS)))).strip()
+    bare = _undecorated(text.strip()).strip()
     return _LEADING.sub("", bare, count=1).strip() if bare[:1] in "#>•-–—0123456789" else bare
+
+
+def _undecorated(text: str) -> str:
+    return _DECORATION.sub("", _LATEX.sub("", _TAGS.sub("", text.translate(_COLONS))))

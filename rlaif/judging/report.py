@@ -146,8 +146,8 @@ def ends_lines(calibration: Calibration, cut_off_counts: bool) -> list[str]:
         return []
     known = f"{seen.answers} of {2 * seen.pairs} labelled answers say how they ended"
     if not seen.answers:
-        return [f"{known}; a run's pairs with one cut-off answer are not calibrated (--map first_finish=COLUMN,"
-                "second_finish=COLUMN)"]  # fmt: skip
+        return [f"{known}; a run drops pairs with one cut-off answer, which nothing is known of (--map "
+                "first_finish=COLUMN,second_finish=COLUMN)"]  # fmt: skip
     return [f"{known}: {seen.cut_off} were cut off, {seen.one_cut_off} of them beside one that ended"]
 
 

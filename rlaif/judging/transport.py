@@ -16,6 +16,7 @@ import re
 import socket
 import ssl
 import time
+import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -98,8 +99,19 @@ _HINTS = tuple(
         ("system.{0,40}(?:role|message|prompt)|(?:role|message).{0,40}system|roles must alternate",
          "judge.system_role: merged"),
         ("api.version", "judge.query: {api-version: ...}"),
+        ("HTTP request.{0,40}HTTPS|speaking plain HTTP", "judge.base_url: https://..."),
     )
 )  # fmt: skip
+
+
+# What a server says of a key under another status than 401: "API key not valid. Please pass a valid API key" (Gemini).
+_KEY = r"(?:x-)?(?:api|access|subscription)[\s_-]?(?:key|token)"
+_WRONG = r"(?:not valid|invalid|incorrect|expired|revoked|disabled|missing|wrong|unknown)"
+_KEY_REFUSED = re.compile(
+    rf"\b{_KEY}\b[^.]{{0,40}}?\b{_WRONG}\b|\b{_WRONG}\s(?:[\w-]+\s)?{_KEY}\b|\bvalid {_KEY}\b|\bno {_KEY}\b"
+    r"|\bapi_?key_?(?:invalid|expired)\b|\binvalid_api_?key\b|\binvalid authentication\b",
+    re.I,
+)
 
 
 class CallFailed(Exception):
@@ -209,12 +221,83 @@ def check_address(juror: Juror) -> None:
     parts = urlsplit(juror.base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"judge.base_url: `{shown_url(juror)}` is no address; expected http(s)://HOST[:PORT]/v1")
+    why = _host_fault(parts.hostname)
+    if re.search(r"\s", juror.base_url):
+        why = "there is a space in it"
+    elif parts.fragment:
+        why = "a `#` is part of no server's address"
+    if why:
+        raise UserError(
+            f"judge.base_url: `{shown_url(juror)}` is no address ({why}); expected http(s)://HOST[:PORT]/v1"
+        )
     if "@" in parts.netloc or parts.query:  # the job, address included, is written into the run
         raise UserError(
             f"judge.base_url: {shown_url(juror)} comes with a user, a password or a query, and would be written into "
             "the run; put the secret into a variable and name it in judge.api_key_env or judge.headers, and what is "
             "none into judge.query"
         )
+    if (proxy := _proxy(juror.base_url)) is not None and (why := _host_fault(proxy.host)):
+        raise UserError(
+            f"{proxy.variable}: `{proxy.shown}` is no address ({why}); name a proxy that there is, or unset it"
+        )
+
+
+def _host_fault(host: str) -> str | None:
+    """Why no host can have this name or number; None when one can."""
+    if ":" in host:  # IPv6, which whoever took the address apart has read
+        return None
+    if re.fullmatch(r"\d+(?:\.\d+){3}", host):
+        return None if all(int(part) < 256 for part in host.split(".")) else f"{host} is no IPv4 address"
+    name = host
+    if not host.isascii():
+        import idna
+
+        try:
+            name = idna.encode(host).decode()
+        except UnicodeError as e:
+            return f"no host is called `{host}`: {e}"
+    labels = name.removesuffix(".").split(".")
+    if "" in labels:
+        return "a dot at its beginning, or two in a row"
+    if long := next((label for label in labels if len(label) > 63), None):
+        return f"a part of a host's name has at most 63 characters, `{long[:20]}...` has {len(long)}"
+    if len(name) > 253:
+        return f"a host's name has at most 253 characters, this one {len(name)}"
+    if odd := re.search(r"[^A-Za-z0-9_.-]", name):
+        return f"no host's name holds `{odd[0]}`"
+    return None
+
+
+class _Proxy(Record):
+    """The proxy that the environment names for an address."""
+
+    variable: str
+    host: str
+    port: int
+
+    @property
+    def shown(self) -> str:
+        """Where it is, without a user and a password."""
+        return f"{self.host}:{self.port}"
+
+
+def _proxy(url: str) -> _Proxy | None:
+    """The proxy that requests to an address go through; None without one."""
+    parts = urlsplit(url)
+    proxies = urllib.request.getproxies_environment()
+    found = proxies.get(parts.scheme) or proxies.get("all")
+    if not found or not parts.hostname or urllib.request.proxy_bypass(parts.hostname):
+        return None
+    wanted = f"{parts.scheme if proxies.get(parts.scheme) else 'all'}_proxy"
+    variable = next(
+        (name for name in os.environ if name.lower() == wanted and os.environ[name] == found), wanted.upper()
+    )
+    try:
+        proxy = urlsplit(found if "://" in found else f"http://{found}")
+        port = proxy.port or (443 if proxy.scheme == "https" else 80)
+    except ValueError:  # the client says so
+        return None
+    return _Proxy(variable=variable, host=proxy.hostname, port=port) if proxy.hostname else None
 
 
 def header_values(juror: Juror) -> dict[str, str]:
@@ -346,6 +429,8 @@ class OpenAIServer:
         """The server takes no system message."""
         self._counted: dict[int, int] = defaultdict(int)
         """Most tokens that the server has counted in prompts of about a length (bytes, by steps of a tenth)."""
+        self._answered = False
+        """Whatever it said, the server has spoken HTTP."""
         self._url = f"{juror.base_url.rstrip('/')}/chat/completions"
         self._made: AsyncOpenAI | None = None
 
@@ -438,7 +523,10 @@ class OpenAIServer:
             self._wasted(read_usage(answer.content))
             if e.retry_after_s is None:
                 e.retry_after_s = retry_after_s(answer.headers)
-            raise
+            failed: Exception = e
+            if e.status is not None and not asks_again(e.status):
+                failed = self._refused(e.status, f"error {e.status} under HTTP 200", e.said)
+            raise self._unless_for_system(failed, body, e.status, e.said) from None
         latency_s = answer.elapsed.total_seconds()
         used = reply.usage.prompt_tokens + reply.usage.completion_tokens
         if not used:  # a budget must hold with servers that don't count, too
@@ -490,14 +578,16 @@ class OpenAIServer:
                 options={"headers": self._left_out},
             )
         except openai.APIStatusError as e:
+            self._answered = True
             failed = self._status_error(e)
-            asked = any(m["role"] == "system" for m in body["messages"])
-            if asked and e.status_code in (400, 422, 500) and _SYSTEM_REFUSED.search(message_in(e.body) or ""):
-                failed = _SystemRefused(failed)
-            raise failed from None
+            raise self._unless_for_system(failed, body, e.status_code, message_in(e.body) or "") from None
         except (openai.APIConnectionError, TimeoutError) as e:
-            fault = connection_fault(e, self._url) or f"no reply within {self._settings.timeout_s:g} s"
+            fault = connection_fault(e, self._url, self._answered)
+            if fault is None:
+                through = f" through the proxy {proxy.shown} ({proxy.variable})" if (proxy := _proxy(self._url)) else ""
+                fault = f"no reply within {self._settings.timeout_s:g} s{through}"
             raise NoReply(self._scrub(fault), "down") from None
+        self._answered = True
         return answer.response
 
     def _client(self) -> AsyncOpenAI:
@@ -534,36 +624,48 @@ class OpenAIServer:
                 self._made = self._connect(http_client=http_client)
         return self._made
 
+    def _unless_for_system(self, failed: Exception, body: dict[str, Any], status: int | None, said: str) -> Exception:
+        """A failure, marked where it may be about the system's message."""
+        asked = any(m["role"] == "system" for m in body["messages"])
+        may_be = asked and status in (400, 422, 500, None) and _SYSTEM_REFUSED.search(said)
+        return _SystemRefused(failed) if may_be else failed
+
     def _status_error(self, error: Any) -> Exception:
-        status, juror, url = error.status_code, self._juror, shown_url(self._juror)
+        status = error.status_code
         said = self._scrub(message_in(error.body) or error.response.text)
-        if status == 401:
-            if juror.api_key_env is None and not juror.headers:
-                return UserError(
-                    f"judge.api_key_env: {url} wants a key (HTTP {status}); name the variable that holds it"
-                )
-            return UserError(
-                f"judge.api_key_env: {url} refused the key in {juror.api_key_env or ', '.join(juror.headers.values())} "
-                f"(HTTP {status}) for model `{juror.model}`; set it to a key of this server that may use this model"
-            )
-        if status == 404:
-            return UserError(
-                f"judge.model, judge.base_url: {url} has no model `{juror.model}`, or no chat completions at this "
-                f"address (HTTP 404: {said}); check both, the address usually ends in /v1"
-            )
         if asks_again(status):
             # A sentence in an error's own form comes from a judge's server, a page from anywhere.
             kind: FailureKind = "down" if status in _DOWN or message_in(tree_of(error.response.content)) else "broken"
             return NoReply(
                 f"HTTP {status}: {said}", kind, retry_after_s(error.response.headers, tree_of(error.response.content))
             )
+        if status == 407 and (proxy := _proxy(self._url)) is not None:
+            return CallFailed(f"the proxy {proxy.shown} wants a user and a password ({proxy.variable})", "down")
+        return self._refused(status, f"HTTP {status}", said)
+
+    def _refused(self, status: int, named: str, said: str) -> Exception:
+        """What comes of a request that another attempt doesn't help, with the setting that may."""
+        juror, url = self._juror, shown_url(self._juror)
+        if status == 401 or (status in (400, 403, 422) and _KEY_REFUSED.search(said)):
+            if juror.api_key_env is None and not juror.headers:
+                return UserError(f"judge.api_key_env: {url} wants a key ({named}); name the variable that holds it")
+            return UserError(
+                f"judge.api_key_env: {url} refused the key in {juror.api_key_env or ', '.join(juror.headers.values())} "
+                f"({named}{'' if status == 401 else f': {said}'}) for model `{juror.model}`; set it to a key of "
+                "this server that may use this model"
+            )
+        if status == 404:
+            return UserError(
+                f"judge.model, judge.base_url: {url} has no model `{juror.model}`, or no chat completions at this "
+                f"address ({named}: {said}); check both, the address usually ends in /v1"
+            )
         if status == 402:  # nothing of the question: no credit
-            return CallFailed(f"HTTP {status}: {said}", "down")
+            return CallFailed(f"{named}: {said}", "down")
         hint = next((f" ({hint})" for found, hint in _HINTS if found.search(said)), "")
         if status == 403:  # the key, or what is asked: which, other questions show
             key = f"key: {juror.api_key_env or 'none'}, judge.api_key_env; model `{juror.model}`"
             hint = f" ({key})" if not hint else f"{hint[:-1]}; {key})"
-        return CallFailed(f"HTTP {status}: {said}{hint}", "rejected")
+        return CallFailed(f"{named}: {said}{hint}", "rejected")
 
     def _scrub(self, text: str) -> str:
         """One line without the key, for logs and errors."""
@@ -582,12 +684,31 @@ def _expected_tokens(request: httpx2.Request) -> float:
     return len(request.content) / _CHARACTERS_PER_TOKEN + 1
 
 
-def connection_fault(error: BaseException, url: str) -> str | None:
-    """Why there was no connection to a server, or none any more; None when it just took too long."""
+# Of OpenSSL: what is wrong with a certificate for whoever asks, and nothing to trust would change.
+_NOT_YET, _EXPIRED, _OTHER_HOST = (9,), (10,), (62, 63, 64)
+_ISSUER_UNKNOWN = (2, 18, 19, 20, 21, 24, 27)
+
+
+def _certificate_fault(code: int, reason: str, place: str) -> str:
+    if code in _OTHER_HOST:
+        return f"the certificate of {place} is for another host ({reason}); give judge.base_url the host that it is for"
+    if code in _EXPIRED:
+        return f"the certificate of {place} has expired; the server needs a new one (or is this machine's clock wrong?)"
+    if code in _NOT_YET:
+        return f"the certificate of {place} isn't valid yet ({reason}); is this machine's clock right?"
+    if code in _ISSUER_UNKNOWN:
+        return f"the certificate of {place} isn't trusted ({reason}); name a CA of your own in judge.ca_file"
+    return f"the certificate of {place} can't be used ({reason}); whoever runs the server needs another"
+
+
+def connection_fault(error: BaseException, url: str, answered: bool = True) -> str | None:
+    """Why there was no connection to a server, or none any more; None when it just took too long. `answered`: it has
+    spoken HTTP before."""
     import aiohttp
 
     parts = urlsplit(url)
     place = parts.netloc.rpartition("@")[2]
+    host = parts.hostname
     chain: list[BaseException] = [error]
     for e in chain:  # grows on its way
         chain += [c for c in (e.__cause__, e.__context__, getattr(e, "os_error", None)) if c and c not in chain]
@@ -596,26 +717,39 @@ def connection_fault(error: BaseException, url: str) -> str | None:
     def has(*kinds: type[BaseException]) -> BaseException | None:
         return next((e for e in chain if isinstance(e, kinds)), None)
 
-    if proxy := has(aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError):
-        name = "HTTPS_PROXY" if parts.scheme == "https" else "HTTP_PROXY"
-        return f"the proxy can't be used ({proxy}); mend or unset {name}, or name {parts.hostname} in NO_PROXY"
+    proxy = _proxy(url)
+    through = f" through the proxy {proxy.shown} ({proxy.variable})" if proxy else ""
+    tried = has(aiohttp.ClientConnectorError, aiohttp.ClientConnectorCertificateError)
+    at = (str(getattr(tried, "host", None)), getattr(tried, "port", None))
+    # aiohttp has a class of its own for a proxy that refuses, none for one that isn't known.
+    of_proxy = has(aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError)
+    if of_proxy is None and proxy is not None and at == (proxy.host, proxy.port):
+        of_proxy = tried
+    if of_proxy is not None:
+        name = proxy.variable if proxy else "HTTPS_PROXY" if parts.scheme == "https" else "HTTP_PROXY"
+        return f"the proxy can't be used ({of_proxy}); mend or unset {name}, or name {host} in NO_PROXY"
+    if tried is not None and at[0] != host and at[1]:  # a redirect led there
+        host, place = at[0], f"{at[0]}:{at[1]}"
     if has(ssl.SSLCertVerificationError):
-        reason = next((m for e in chain if (m := getattr(e, "verify_message", ""))), last)
-        return f"the certificate of {place} isn't trusted ({reason}); name a CA of your own in judge.ca_file"
+        # aiohttp's own class is one without what was verified.
+        found = next((e for e in chain if hasattr(e, "verify_code")), None)
+        return _certificate_fault(getattr(found, "verify_code", 0), getattr(found, "verify_message", last), place)
     if has(ssl.SSLError, aiohttp.ClientConnectorSSLError):
         # aiohttp's own class is an SSLError without a reason.
         reason = next((str(why) for e in chain if (why := getattr(e, "reason", None))), last)
         return f"{place} speaks no TLS that we do ({reason}); is judge.base_url an http:// address?"
     if has(socket.gaierror):
-        return f"no host `{parts.hostname}` is known ({has(socket.gaierror)}); check judge.base_url, or the network"
+        return f"no host `{host}` is known ({has(socket.gaierror)}); check judge.base_url, or the network"
     if has(ConnectionRefusedError) or re.search(r"errno (?:111|61)\b|refused", last, re.I):
         return f"connection refused: nothing listens at {place}; start the server, or check judge.base_url"
     if cut := has(ConnectionResetError, BrokenPipeError, aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError):
-        return f"the connection was cut ({cut})"
+        hint = "; if the server speaks TLS, judge.base_url begins with https://"
+        hint = "" if answered or proxy or parts.scheme == "https" else hint
+        return f"the connection was cut ({cut}){through}{hint}"
     if has(TimeoutError, aiohttp.ServerTimeoutError):
         return f"no connection to {place} in time" if has(aiohttp.ConnectionTimeoutError) else None
-    if found := has(aiohttp.ClientError, OSError):
-        return f"no connection to {place} ({type(found).__name__}: {found})"
+    if other := has(aiohttp.ClientError, OSError):
+        return f"no connection to {place} ({type(other).__name__}: {other})"
     return (
         None
         if "timed out" in last.lower() or "timeout" in type(error).__name__.lower()

@@ -47,6 +47,10 @@ class Learner(Protocol):
         """
         ...
 
+    def export(self, policy_dir: str) -> str:
+        """Writes the policy alone, in `exports_in()`; the same weights give the same files. Returns its digest."""
+        ...
+
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         """log p of each completion token under the master weights, in nats; the sampler's own must equal it."""
         ...
@@ -62,7 +66,7 @@ class Learner(Protocol):
         ...
 
     def exports_in(self) -> str:
-        """The precision that `save` writes the policy in."""
+        """The precision that `save` and `export` write the policy in."""
         ...
 
     def load(self, state_dir: str) -> None:

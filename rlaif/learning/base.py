@@ -48,7 +48,7 @@ from rlaif.learning.as_exported import AsExported
 from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
 from rlaif.learning.export import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
 from rlaif.learning.trackers import Tracker, open_trackers
-from rlaif.models import carry_over, digest_of, name_turn_ends
+from rlaif.models import carry_over, digest_of, name_turn_ends, without_empty_quantisation
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
 _Row = dict[str, Any]
@@ -489,6 +489,10 @@ class TrlLearner(ABC):
             save_file(self._trained(), folder / "weights.safetensors")
             with _no_checksums():
                 torch.save(state, folder / "state.pt")
+        return self.export(policy_dir)
+
+    def export(self, policy_dir: str) -> str:
+        """Writes the policy alone, as `save` does; returns its digest."""
         with _write_errors(Path(policy_dir)):
             return self._export(Path(policy_dir))
 
@@ -637,7 +641,9 @@ def _text(value: Any) -> str:
 
 def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **without_empty_quantisation(path)
+        )
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError, AssertionError, SafetensorError) as e:
         raise UserError(f"policy.model: can't load {path} ({' '.join(str(e).split())})") from e

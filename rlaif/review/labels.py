@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlaif.errors import RlaifError
-from rlaif.records import HumanLabel, Record, Side
+from rlaif.records import HumanLabel, Record, Side, stored
 from rlaif.store import RunDir, StageDir, disk_errors
 
 LOCK_TIMEOUT_S = 30.0
@@ -80,7 +80,7 @@ def read_labels(run: RunDir, size: int | None = None) -> LabelLog:
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                labels.append(HumanLabel.model_validate_json(line))
+                labels.append(stored(HumanLabel, line))
         except ValidationError as e:
             if number == len(lines):
                 content = content[: len(content) - len(line)]
@@ -130,7 +130,7 @@ def _mend(file: int) -> int:
     if not tail:
         return size
     try:
-        HumanLabel.model_validate_json(tail)
+        stored(HumanLabel, tail)
         os.write(file, b"\n")
         return size + 1
     except ValidationError:

@@ -32,6 +32,7 @@ from rlaif.records import (
     Prompt,
     Record,
     digest,
+    stored,
 )
 from rlaif.review import labels as log
 from rlaif.store import RunDir, StageDir, read_record, read_rows, read_source, replacing
@@ -333,7 +334,7 @@ def sent_to_review(here: StageDir, told: Callable[[str], None] = lambda problem:
             if log.REVIEW.search(line) is None:
                 continue
             try:
-                decision = Decision.model_validate_json(line)
+                decision = stored(Decision, line)
             except ValidationError as e:
                 told(f"{path}:{number}: not a Decision ({first_problem(e)}); its pair is left out")
                 continue

@@ -129,7 +129,7 @@ class SamplerRole:
         requests, about, begun = [], {}, {}
         for prompt in prompts:
             ids = render_prompt(self._renderer, prompt)
-            begun[prompt.id] = thoughts.opening(self._renderer.text(prompt.messages)) if self._strip else ""
+            begun[prompt.id] = thoughts.opening(self._renderer.begun(prompt.messages)) if self._strip else ""
             for index in range(completions_per_prompt):
                 request = SampleRequest(
                     id=f"{prefix}-{prompt.id}-{index}",

@@ -51,7 +51,10 @@ class Sampler:
         """
         try:
             self._model: Any = AutoModelForCausalLM.from_pretrained(
-                policy_path, dtype=self._dtype, local_files_only=True
+                policy_path,
+                dtype=self._dtype,
+                local_files_only=True,
+                **models.without_empty_quantisation(policy_path),
             )
         except (OSError, ValueError, ImportError, SafetensorError) as e:
             raise UserError(f"{policy_path}: can't load these weights ({' '.join(str(e).split())})") from e

@@ -89,7 +89,9 @@ class Sampler:
             max_num_seqs=MAX_SEQUENCES,
             tensor_parallel_size=settings.tensor_parallel_size,
             seed=0,
+            logprobs_mode="raw_logprobs",  # before temperature and top-p: comparable with anybody's
             disable_log_stats=True,
+            hf_overrides={"quantization_config": None} if models.has_empty_quantisation(model_path) else None,
             **device,
         )
         check_reloads(self._llm, self._on_cpu)

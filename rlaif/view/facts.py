@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rlaif.audit.index import Index
 from rlaif.audit.overview import Overview, overview
 from rlaif.errors import first_problem
-from rlaif.records import EvaluationMetrics, IterationMetrics, Record, digest
+from rlaif.records import EvaluationMetrics, IterationMetrics, Record, digest, stored
 from rlaif.store import RunDir
 
 R = TypeVar("R", bound=Record)
@@ -107,7 +107,7 @@ def _metrics(index: Index, kind: str, record: type[R], problems: list[str]) -> I
     """The metrics.json files of iterations or evaluations; what is none is left out, and said."""
     for row in index.rows(f"SELECT {kind} AS n, metrics FROM {kind}s WHERE metrics IS NOT NULL ORDER BY n"):
         try:
-            yield record.model_validate_json(row["metrics"])
+            yield stored(record, row["metrics"])
         except ValidationError as e:
             problems.append(f"{kind}s/{row['n']:04d}/metrics.json: not {record.__name__} ({first_problem(e)})")
 

@@ -602,10 +602,12 @@ def test_a_cut_off_answer_is_not_what_was_calibrated_on_ended_ones():
         assert ended.mismatch(votes, Filters(), asked=how) is None
     drop, stop = (Filters(calibration="c.json", uncalibrated=u) for u in ("drop", "stop"))
     row_ = some[0].row.model_copy(update={"first_finish": "stop", "second_finish": "length"})
-    (judged,) = decide_rows([row_], votes, drop, calibration=ended, asked=asked_by())
-    assert judged.decision.reasons == ("uncalibrated",)
-    with pytest.raises(UserError, match=r"filters.calibration c.json: an answer that the length limit cut off"):
-        decide_rows([row_], votes, stop, calibration=ended, asked=asked_by())
+    for settings in (drop, stop):  # no mistake in the job
+        (judged,) = decide_rows([row_], votes, settings, calibration=ended, asked=asked_by())
+        assert judged.decision.reasons == ("uncalibrated",)
+    other = asked_by(policy={"system_prompt": "Be kind."})
+    with pytest.raises(UserError, match=r"filters.calibration c.json: policy.system_prompt is Be kind."):
+        decide_rows([row_], votes, stop, calibration=ended, asked=other)
 
 
 def test_labelled_answers_are_judged_without_their_thoughts():
@@ -613,3 +615,22 @@ def test_labelled_answers_are_judged_without_their_thoughts():
     (found,) = as_judged([thought], Policy())
     assert (found.first, found.second) == ("So.", "No marks")
     assert as_judged([thought], Policy(thinking="judge")) == [thought]
+
+
+def test_a_bench_that_is_made_anew_says_how_its_answers_ended():
+    from benchmarks.make_judge_bench import labelled as made
+
+    long = "Bread keeps fresh when it lies in a cool dry box, wrapped in paper or cloth. " + " ".join(
+        f"Then word{chr(97 + i)} follows." for i in range(12)
+    )
+    short = {"text": "Keep bread in a dry box.", "finish_reason": "stop"}
+    samples = [
+        {"prompt": f"How do I keep bread fresh {'again ' * i}?", "system": None, **side}
+        for i in range(12)
+        for side in (short, {"text": long, "finish_reason": "length"})
+    ]
+    rows = made(samples)
+    assert {r["principle"] for r in rows} >= {"brevity", "thorough"}
+    for r in rows:
+        ends = {"first": r["first_finish_reason"], "second": r["second_finish_reason"]}
+        assert {r[side]: end for side, end in ends.items()} == {short["text"]: "stop", long: "length"}

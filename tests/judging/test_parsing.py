@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,8 @@ def test_last_line(content, expected):
         ('{"verdict": "tie"}', "tie"), ('{"verdict": "A", "verdict": "B"}', "unparsed"),
         ('{"verdict": "D"}', "unparsed"),
         ('{"verdict": ["A"]}', "unparsed"), ('["A"]', "unparsed"), ('"A"', "unparsed"), ("A", "unparsed"),
-        ('{"verdict": "A"} or {"verdict": "B"}', "unparsed"), ('{"reason": "A"}', "unparsed"), ("[" * 9999, "unparsed"),
+        ('{"verdict": "A"} or {"verdict": "B"}', "unparsed"), ('{"reason": "A"}', "unparsed"),
+        ("[" * 9999, "unparsed"),
         ('{"verdict": "A"', "unparsed"), ("1" * 9999, "unparsed"),
         ('<think>{"verdict": "B"}</think>{"verdict": "A"}', "A"),
     ],
@@ -120,6 +122,189 @@ def test_a_last_line_that_was_cut_off_is_no_verdict():
 )
 def test_an_answer_that_is_quoted_with_its_marks_forces_no_abstention(content, kind, expected):
     assert said(content, kind) == expected
+
+
+OPENED = [
+    "＜think＞", "&lt;think&gt;", "\\<think\\>", "<thinking_start>", "<details type=reasoning>",
+    "<think>", "[THINK]", "◁think▷", "<reasoning>", "<scratchpad>", "<|START_THINKING|>",
+    "<|channel|>analysis<|message|>", "<unused94>thought\n", "<|channel>thought\n",
+]  # fmt: skip
+LEANS = {"letter": "A", "last_line": "lean\nVerdict: A", "json": 'lean {"verdict": "A"}'}
+
+
+@pytest.mark.parametrize("kind", ["letter", "last_line", "json"])
+@pytest.mark.parametrize("opened", OPENED)
+@pytest.mark.parametrize(
+    "before",
+    ["", "I see. ", "Okay <", "Sure! ", "- ", "**", "1. ", "> ", "Let me think: ", "# ", "B\n", "\t* ", "I see ",
+     '{"plan": "short"}\n', '{"verdict": "B"}\n', '{"verdict": "B"} ', "Verdict: B\n", "{'verdict': 'B'}\n",
+     "<think>one</think>\n", "<think>one</think> B ", '{"plan": ', '{"plan": "', "```json\n", "(", "B, or "],
+)  # fmt: skip
+def test_no_verdict_is_read_in_a_thought_that_is_not_finished(kind, opened, before):
+    before = before.removesuffix("<")
+    assert said(f"{before}{opened}{LEANS[kind]}", kind) == "truncated"
+    assert said(f"{before}{opened} {LEANS[kind]}", kind) == "truncated"
+
+
+@pytest.mark.parametrize("kind", ["letter", "last_line", "json"])
+@pytest.mark.parametrize(
+    "before",
+    ["thought\n", "think\n", "Thinking Process:\n", "Thinking Process:\n\n1. **Read** it. ", "## Thinking process:\n",
+     "**Thinking Process:** ", "Okay.\n\n**Thinking Process:**\n\n", "Thought process: ", "Thinking...\n",
+     "analysisWe see. ", "Here's a thinking process:\n", "Here is my thought process: ", "**<think>** ",
+     "- <think>\n",
+     "**<think>**\n"],
+)  # fmt: skip
+def test_no_verdict_is_read_after_words_that_begin_a_thought(kind, before):
+    assert said(f"{before}{LEANS[kind]}", kind) == "truncated"
+
+
+@pytest.mark.parametrize("kind", ["letter", "last_line", "json"])
+@pytest.mark.parametrize(
+    "thought",
+    ["thought\nlean {}<channel|>", "Thinking Process:\nlean {}\n</think>\n",
+     "Thinking...\nlean {}\n...done thinking.\n",
+     "- <think>{}</think>\n", "**<think>**{}**</think>**\n",
+     "<think>A writes `</think>`. {}</think>", "<think>A writes </think> and {}</think>\n",
+     "<|channel|>analysis<|message|>lean {}<|channel|>final<|message|>",
+     "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>",
+     "<|channel|>final<|message|>", "lean {}<|end|><|start|>assistant<|channel|>final<|message|>",
+     "lean {}<channel|>",
+     "<think>{}</think>\n<think>{}</think>\n", "<|im_start|>think\n{}\n<|im_start|>answer\n"],
+)  # fmt: skip
+def test_a_verdict_after_a_finished_thought_is_read(kind, thought):
+    plain = {"letter": "B", "last_line": "Well.\nVerdict: B", "json": '{"verdict": "B"}'}[kind]
+    assert said(thought.replace("{}", LEANS[kind]) + plain, kind) == "B"
+    if kind != "letter" and thought.startswith("<"):
+        assert said("I see. " + thought.replace("{}", LEANS[kind]) + plain, kind) == "B"
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["A begins with <think>, which is odd.", "A leaves a <think> tag open.", 'A writes "<think>" first.',
+     "`<think>` stands in A.", "A: “Sure. <think> hm” is all.", 'A says "I see. <think>lean", no more.',
+     "A has the <reasoning> tag and no end.", "A ends in [THINK].", "A quotes '<think>' in code.",
+     "See A's <scratchpad>.", "A shows </think> and no answer.", "The first answer says <think>x</think>."],
+)  # fmt: skip
+def test_a_mark_that_is_spoken_of_costs_no_verdict(sentence):
+    assert said(f"{sentence}\nVerdict: B", "last_line") == "B"
+    assert said(f'{sentence} {{"verdict": "B"}}', "json") == "B"
+    assert said(f'{{"verdict": "B"}}\n{sentence}', "json") == "B"
+    inside = json.dumps({"reason": sentence, "verdict": "B"})
+    assert said(inside, "json") == "B"
+    assert said(f"Sure:\n```json\n{inside}\n```\nDone.", "json") == "B"
+    assert said(f"<think>hm</think>{inside}", "json") == "B"
+
+
+@pytest.mark.parametrize("mark", [m.strip() for m in OPENED])
+@pytest.mark.parametrize(
+    "whole", ['{"reason": "A: MARK lean", "verdict": "B"}', '{"reason": "MARK", "verdict": "B",}',
+              "{'reason': 'MARK lean', 'verdict': 'B'}", '{"thinking": "MARK lean\nto A", "verdict": "B"}',
+              'Here: {"reason": "a MARK", "verdict": "B"} thanks'],
+)  # fmt: skip
+def test_a_mark_in_a_string_of_a_whole_object_is_text(mark, whole):
+    assert said(whole.replace("MARK", mark), "json") == "B"
+    assert said(f"{whole.replace('MARK', mark)}\n<think>so A", "json") == "truncated"
+
+
+def test_words_that_begin_a_thought_in_a_string_are_text():
+    quoted = '{"reason": "A says\nThinking Process:\nso", "verdict": "B"}'
+    assert said(quoted, "json") == "B"
+    assert said(f"{quoted}\n<think>so A", "json") == "truncated"
+
+
+AFTERWARDS = [
+    "Correction: A", "My final answer: A", "My final answer is **A**.", "Actually, A is better.", "A", "-> A",
+    "**A**",
+    "Wait, it should be A.", "I meant A", "Sorry, Answer A.", "On second thought, it's a tie.", "The winner is A.",
+    "Final: A", "I change my verdict to A", "So, not B!", "Scratch that.", "A wins.", "\\boxed{A}", "[[A]]",
+    "No wait, A.",
+    "(should be A)", "The better answer is A, because it is short.", "Edit: A", "I would now pick A instead.",
+    "That's A.",
+    "It’s A.", "Final answer: tie", "Verdict: neither", "No, the correct choice is Response A.", "Rather A.",
+    "Final decision — A", "Therefore A.", "Verdict: A or B", "Ignore the above.", "Preferred response: A",
+    "Let me reconsider: A.", "Looking again, A", "A > B", "A beats B.", "I now believe A.", "P.S. tie: A", "// A",
+    "Hmm, A!",
+    "I decide for A.", "The verdict is in favor of A.", "Revised: A", "On balance, it is Answer A.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("afterwards", AFTERWARDS)
+@pytest.mark.parametrize("whole", ['{"verdict": "B"}', "{'verdict': 'B'}", '```json\n{"verdict": "B"}\n```'])
+def test_an_object_that_is_contradicted_afterwards_is_no_verdict(whole, afterwards):
+    assert said(f"{whole}\n{afterwards}", "json") == "unparsed"
+    assert said(f"{whole} {afterwards}", "json") == "unparsed"
+
+
+@pytest.mark.parametrize(
+    "afterwards",
+    ["My final answer: B", "Verdict: B", "Answer A is too long, so I chose B.", "A better answer would be shorter.",
+    "B",
+     "Correction of A would take long.", "I hope this helps!", "Answer B is concise whereas Answer A rambles.",
+     "B is better than A.", "(not A)", "So A is the longer one.", "Answer A has a factual error.",
+     "I would not pick A.",
+     "A is better written, yet wrong.", "Explanation: a short text wins.", "No explanation is needed.",
+     "I prefer B over A.",
+     "Note: it is a close call.", "B > A", "The order was: B, then A, which rambles.", "Between A and B, B is right.",
+     "**Final verdict: B**", "A's tone is off."],
+)  # fmt: skip
+def test_what_an_object_is_followed_by_may_explain_it(afterwards):
+    assert said(f'{{"verdict": "B"}}\n{afterwards}', "json") == "B"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("Here: {'verdict': 'A'} thanks", "A"), ("I think {'reason': 'it\\'s \"x\"', 'verdict': 'A'}, ok?", "A"),
+        ("```python\n{'verdict': 'A'}\n```", "A"), ("It's {x}, so {'verdict': 'A'}", "A"),
+        ("{'ok': True, 'other': null, 'verdict': 'A'} done", "A"), ("Here: {verdict: 'A'}", "A"),
+        ("{'verdict': \"A\"}", "A"),
+        ("{\"verdict\": 'A'} ok", "A"), ("{'reason': 'a\nline', 'verdict': 'A'}", "A"),
+        ("Well. {'r': {'verdict': 'A'}}", "A"),
+        ("Here: {“verdict”: “A”} thanks", "A"),
+        ("Fill in {\"reason\": ..., \"verdict\": \"A\" | \"B\"}: {'verdict': 'A'}", "A"),
+        ("{'verdict':'A'} no: {\"verdict\":\"B\"}", "unparsed"), ("{\"verdict\":\"B\"} or {'verdict': 'A'}",
+        "unparsed"),
+        ("{'verdict': 'A'} {'verdict': 'A'}", "unparsed"), ("{“verdict”: “A”} no: {\"verdict\":\"B\"}", "unparsed"),
+        ("{verdict: 'A'}, {\"verdict\":\"B\"}", "unparsed"), ("{'verdict': 'A', 'verdict': 'B'} hm", "unparsed"),
+        ("{'a': {'verdict': 'A'}, 'b': {'verdict': 'B'}}", "unparsed"), ("Here: {'verdict': 'A' 'B'}", "unparsed"),
+        ("Here: {'verdict': 'A'", "unparsed"), ("Here: {'verdict': 'A or B'}", "unparsed"), ("{'verdict': f'A'}",
+        "unparsed"),
+        ('{"verdict": "B", "final_verdict": "A"}', "unparsed"), ("{'verdict': '\\d'} x", "unparsed"),
+        # Nothing within an object that can't be read is read: it may be a quote.
+        ('{"reason": "A says {"verdict": "A"}, no less", "verdict": "B"}', "unparsed"),
+        ('{"reason": "A says {"verdict": "A"} and', "unparsed"), ("{'reason': 'A says {\"verdict\": \"A\"} and",
+        "unparsed"),
+        ('{"reason": "A says {\\"verdict\\": \\"A\\"}, no less", "verdict": "B"}', "B"),
+        ("{\"reason\": \"A says {'verdict': 'A'}\", \"verdict\": \"B\"}", "B"),
+        ('{"result": {"verdict": "A"}', "unparsed"),
+    ],
+)  # fmt: skip
+def test_objects_as_python_writes_them_and_what_contradicts_itself(content, expected):
+    assert said(content, "json") == expected
+
+
+@pytest.mark.parametrize("kind", ["letter", "last_line", "json"])
+@pytest.mark.parametrize(
+    "piece",
+    ["<", "<think>", "</think>", "<think></think>", '"<think>" ', "a <think> tag ", "[", "◁", "{", "}", "{}",
+    '{"a":', "{'a':", '"', "'", "<think>process</think>",
+     "\\'", '\\"', '{"verdict": "A"} ', "{'verdict': 'A'} ", "\n", " ", " \n", "\t*", "- ", "analysis",
+     "thinking process:\n",
+     "<|channel|>", "<|channel|>final", "<|start|>assistant", "<|end|>", "assistant final", "Thinking... ", "A ",
+     "not A, ", "so ",
+     "the answer is ", "`", "```\n", "\\boxed{", "<a-", "<think a=", "<|im_end|>", ">", "verdict", ",", "no, wait, "],
+)  # fmt: skip
+def test_long_replies_are_parsed_in_time_that_follows_their_length(kind, piece):
+    def seconds(length):
+        begins, ends = ("", '{"verdict": "A"}\n', '{"reason": "', "<think>"), ("", ">", '{"verdict": "A"}')
+        rows = [f"{begin}{piece * (length // len(piece))}{end}" for begin in begins for end in ends]
+        started = time.process_time()
+        for row in rows:
+            said(row, kind)
+        return time.process_time() - started
+
+    assert seconds(20_000) < 2
 
 
 @given(st.text(), st.sampled_from(["letter", "last_line", "json"]), st.sampled_from(["stop", "length", "odd", None]))

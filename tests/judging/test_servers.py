@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import email.utils
+import ipaddress
 import json
 import re
 import shutil
@@ -175,6 +177,140 @@ def test_a_request_that_is_refused_under_200_is_not_tried_again():
         cast = cast_of(server, n=3)
         assert sorted(v.abstain_reason or "" for v in cast.votes) == ["", "", "", "", "infra_error", "infra_error"]
         assert {v.attempts for v in cast.votes} == {1}
+
+
+USABLE = {"choices": [choice("{W}")]}
+REFUSALS = [
+    (401, {"error": {"code": 401, "message": "no"}}), (401, {"error": {"code": "invalid_api_key", "message": "no"}}),
+    (401, {"error": {"type": "authentication_error", "message": "no"}}), (401, {"error": "Incorrect API key provided"}),
+    (401, {"code": 401, "message": "Unauthorized"}), (401, {"error": {"status": "UNAUTHENTICATED", "message": "no"}}),
+    (401, {"base_resp": {"status_code": 1004, "status_msg": "login fail"}}),
+    (401, {"base_resp": {"status_code": 2049, "status_msg": "invalid api key, try again"}}),
+    (401, {"object": "error", "type": "AuthenticationError", "code": "401", "message": "no"}),
+    (404, {"error": {"code": 404, "message": "no"}}), (404, {"error": {"code": "model_not_found", "message": "no"}}),
+    (404, {"error": {"type": "invalid_request_error", "code": "model_not_found", "message": "no"}}),
+    (404, {"error": "model 'm' not found, try pulling it first"}),
+    (404, {"code": 20012, "message": "Model does not exist"}),
+    (404, {"object": "error", "message": "no", "type": "NotFoundError", "code": 404}),
+    (404, {"error": {"code": "404", "message": "no"}}),
+]  # fmt: skip
+
+
+def no_reply(tree):
+    """Why there is no reply in an answer."""
+    with pytest.raises(NoReply) as found:
+        read_reply(json.dumps(tree).encode(), "m")
+    return found.value
+
+
+@pytest.mark.parametrize(("status", "answer"), REFUSALS)
+def test_a_wrong_key_or_model_under_200_is_known_as_one(status, answer):
+    assert (no_reply(answer).status, no_reply(answer).kind) == (status, "rejected")
+    if answer.get("code") != 20012:  # a number that nobody knows, beside a reply
+        assert no_reply(USABLE | answer).status == status
+
+
+@pytest.mark.parametrize(("status", "answer"), [REFUSALS[n] for n in (0, 6, 9, 12)])
+def test_a_wrong_key_or_model_under_200_says_what_the_status_would(status, answer):
+    with FaultServer(answer=lambda body, times: (200, {}, answer)) as server:
+        cast = cast_of(server)
+    assert isinstance(cast.error, UserError)
+    assert f"error {status} under HTTP 200" in str(cast.error)
+    assert ("in TEST_KEY (" if status == 401 else "judge.model, judge.base_url: ") in str(cast.error)
+    assert server.requests <= 4  # nothing is tried again
+
+
+@pytest.mark.parametrize(
+    ("message", "hint", "answer"),
+    [
+        ("'max_tokens' is not supported with this model", "{max_completion_tokens: 4096}",
+         lambda said: {"error": {"code": 400, "message": said}}),
+        ("temperature does not support 0", "judge.extra_body: {temperature: null}",
+         lambda said: {"error": {"type": "invalid_request_error", "message": said}}),
+        ("You are not allowed to request logprobs", "judge.logprobs: false",
+         lambda said: {"error": {"code": 403, "message": said}}),
+        ("response_format is not supported", "judge.extra_body: {response_format: null}",
+         lambda said: {"base_resp": {"status_code": 2013, "status_msg": said}}),
+        ("Unknown parameter: 'seed'", "judge.extra_body: {seed: null}",
+         lambda said: {"object": "error", "type": "BadRequestError", "message": said}),
+        ("top_logprobs must be at most 5", "judge.extra_body: {top_logprobs: 5}",
+         lambda said: {"code": 422, "message": said}),
+    ],
+)  # fmt: skip
+def test_a_parameter_that_is_refused_under_200_says_how_to_do_without(message, hint, answer):
+    with FaultServer(answer=lambda body, times: (200, {}, answer(message))) as server:
+        cast = cast_of(server)
+    assert isinstance(cast.error, UserError)
+    assert hint in str(cast.error)
+
+
+@pytest.mark.parametrize("error", [{"code": 400, "message": "System role not supported"}, "System role not supported"])
+def test_a_system_message_that_is_refused_under_200_is_merged(error):
+    def answer(body, times):
+        return (200, {}, {"error": error}) if body["messages"][0]["role"] == "system" else None
+
+    with FaultServer(answer=answer) as server:
+        cast = cast_of(server, n=6, concurrency=1)
+    assert outcomes(cast) == {"second"}
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        {"base_resp": {"status_code": 1002, "status_msg": "rate limit"}},
+        {"base_resp": {"status_code": "1013", "status_msg": "internal"}},
+        {"base_resp": {"status_code": 1000}}, {"base_resp": {"status_code": -1, "status_msg": "odd"}},
+        {"BaseResp": {"StatusCode": 1001, "StatusMessage": "timeout"}}, {"success": False, "message": "busy"},
+        {"status": "failed"}, {"object": "error", "message": "busy"}, {"error_code": 18, "error_msg": "qps"},
+        {"code": 503, "message": "busy"}, {"code": "429", "msg": "busy"}, {"type": "error", "message": "busy"},
+    ],
+)  # fmt: skip
+def test_failures_by_other_names_are_no_replies(failure):
+    for beside in ({}, USABLE, {"choices": None}):
+        assert no_reply(beside | failure).kind == "down"
+
+
+def test_a_failure_in_base_resp_is_tried_again():
+    def answer(body, times):
+        failed = filled(USABLE, body) | {"base_resp": {"status_code": 1002, "status_msg": "rate limit"}}
+        return (200, {}, failed) if times == 1 else None
+
+    with FaultServer(answer=answer) as server:
+        cast = cast_of(server, n=1)
+    assert outcomes(cast) == {"second"}
+    assert {v.attempts for v in cast.votes} == {2}
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        {"base_resp": {"status_code": 0, "status_msg": "success"}}, {"base_resp": {"status_code": "0"}},
+        {"base_resp": {}}, {"base_resp": None}, {"code": 0, "message": "success"}, {"code": 200},
+        {"code": "200", "msg": "ok"}, {"success": True}, {"error": None, "errors": []}, {"error_code": 0},
+        {"status": "completed"}, {"object": "chat.completion"}, {"type": "message"},
+    ],
+)  # fmt: skip
+def test_a_reply_that_says_that_all_is_well(fine):
+    tree = {"choices": [choice("A")], **fine}
+    assert read_reply(json.dumps(tree).encode(), "m").content == "A"
+
+
+@pytest.mark.parametrize("finish", [1, 0, 2.5, True, False, ["stop"], [], {"type": "stop"}, {}, {"reason": "length"}])
+def test_a_finish_reason_that_is_no_word_is_a_failure(finish):
+    for name, mine in (("finish_reason", choice("A", finish)),
+                       ("native_finish_reason", choice("A", None) | {"native_finish_reason": finish})):  # fmt: skip
+        found = no_reply({"choices": [mine]})
+        assert found.kind == "unfinished"
+        assert f"{name} is no word" in str(found)
+    said = choice("A") | {"native_finish_reason": finish}
+    assert read_reply(json.dumps({"choices": [said]}).encode(), "m").finish_reason == "stop"
+
+
+def test_a_reply_whose_finish_reason_is_no_word_is_tried_again():
+    with server_of(choice("{W}", 1), choice("{R}")) as server:
+        cast = cast_of(server, n=1)
+    assert outcomes(cast) == {"second"}
+    assert {v.attempts for v in cast.votes} == {2}
 
 
 @pytest.mark.parametrize(
@@ -481,6 +617,28 @@ GOOGLE = [{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "details": [
           "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"}, None, 360),
         ({"x-ratelimit-remaining-requests": "9", "x-ratelimit-reset-requests": "8s"}, None, None),
         ({}, {"error": {"message": "Limit 3, used 3."}}, None), ({}, "<html>", None), ({}, None, None),
+        ({"retry-after": "30 seconds"}, None, 30), ({"retry-after": "1h2m3s"}, None, 3723),
+        ({"retry-after": "2 minutes, 5 secs"}, None, 125), ({"retry-after": "1500 ms"}, None, 1.5),
+        ({}, {"error": {"message": "Please try again in 1h2m3s."}}, 3723),
+        ({}, {"error": {"message": "Your quota will reset after 17h23m50s."}}, 62630),
+        ({}, {"message": "Please retry after 1 hour and 5 minutes."}, 3900),
+        ({}, {"message": "Try your request again in approximately 5.2 seconds"}, 5.2),
+        ({}, {"message": "Too many requests; retry in 2 min"}, 120), ({}, {"message": "Retry-After: 20 seconds"}, 20),
+        ({}, {"message": "Rate limited, wait at least 3s before the next"}, 3),
+        ({}, {"message": "Gave up after 60 s. Please retry after 5 s."}, 5),
+        ({"x-rate-limit-reset": "12"}, None, 12), ({"x-rate-limit-reset-requests": "1m0s"}, None, 60),
+        ({"x-rate-limit-remaining": "4", "x-rate-limit-reset": "12"}, None, None),
+        ({"x-rate-limit-remaining-tokens": "0", "x-rate-limit-reset-tokens": "250ms"}, None, 0.25),
+        ({}, {"retryAfterMs": 1500}, 1.5), ({}, {"retry_after_ms": "1500"}, 1.5), ({}, {"error": {"retryAfter": 7}}, 7),
+        ({}, {"error": {"retryAfterSeconds": 7}}, 7), ({}, {"detail": {"retry-after-ms": 250}}, 0.25),
+        ({}, {"error": {"metadata": {"retry_in": "3s"}}}, 3), ({}, {"retryDelayMs": 20}, 0.02),
+        ({}, {"error": {"message": "Rate limit exceeded: free-models-per-min.", "code": 429, "metadata": {"headers":
+            {"X-RateLimit-Limit": "20", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "41"}}}}, 41),
+        ({}, {"error": {"metadata": {"headers": {"Retry-After": ["9"]}}}}, 9),
+        ({}, {"error": {"message": "Provider returned error", "metadata": {"provider_name": "x", "raw":
+            json.dumps({"error": {"details": [{"retryDelay": "34s"}]}})}}}, 34),
+        ({}, {"error": {"metadata": {"raw": json.dumps([{"message": "Please try again in 620ms."}])}}}, 0.62),
+        ({}, {"error": {"metadata": {"raw": "m is rate-limited upstream. Please retry in 3 s."}}}, 3),
     ],
 )  # fmt: skip
 def test_how_long_a_server_asks_to_wait(headers, body, seconds):
@@ -488,11 +646,36 @@ def test_how_long_a_server_asks_to_wait(headers, body, seconds):
     assert found == (None if seconds is None else pytest.approx(seconds))
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "gave up after a wait of 120 seconds",
+        "Gave up after the wait for 120 seconds.",
+        "The request timed out after retrying for 30 seconds",
+        "no answer, after a retry in 20 s",
+        "Maximum wait 120 s exceeded",
+        "the upstream was stopped while retrying for 20s",
+        "connection reset after 30 seconds",
+        "We could not wait 30 seconds",
+        "waited 120 seconds",
+        "3 retries in 20 s",
+        "the model did not become available after 30 s",
+        "retry limit of 3 in 30 s",
+        "never try again in 10 seconds",
+    ],
+)
+def test_a_wait_that_is_over_is_none(message):
+    for body in ({"error": {"message": message}}, {"error": {"metadata": {"raw": message}}}):
+        assert retry_after_s({}, body) is None
+
+
 def test_times_of_day_to_wait_for():
     in_a_while = time.time() + 20
     assert retry_after_s({"x-ratelimit-reset": str(int(in_a_while * 1000))}) == pytest.approx(20, abs=2)
     assert retry_after_s({"x-ratelimit-reset": str(int(in_a_while))}) == pytest.approx(20, abs=2)
     assert retry_after_s({"retry-after": email.utils.formatdate(in_a_while, usegmt=True)}) == pytest.approx(20, abs=2)
+    behind = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int(in_a_while * 1000))}
+    assert retry_after_s({}, {"error": {"metadata": {"headers": behind}}}) == pytest.approx(20, abs=2)
 
 
 @pytest.mark.parametrize("status", [429, 529, 503, 200])
@@ -542,6 +725,43 @@ def test_connection_faults_are_named(monkeypatch):
         assert f"unset {scheme.upper()}_PROXY" in said
 
 
+@pytest.mark.parametrize(
+    ("scheme", "variable", "proxy"),
+    [
+        ("http", "HTTP_PROXY", "http://no-such-proxy.invalid:3128"),
+        ("https", "HTTPS_PROXY", "http://me:hush@no-such-proxy.invalid:3128"),
+        ("https", "https_proxy", "no-such-proxy.invalid:3128"),
+        ("http", "ALL_PROXY", "http://no-such-proxy.invalid:3128"),
+        ("https", "all_proxy", "http://127.0.0.1:9"),
+    ],
+)
+def test_a_dead_proxy_is_blamed_itself(monkeypatch, scheme, proxy, variable):
+    monkeypatch.setenv(variable, proxy)
+    said = fault_at(f"{scheme}://judge.example/v1")
+    where = proxy.rpartition("/")[2].rpartition("@")[2]
+    assert f"the proxy can't be used (Cannot connect to host {where} " in said
+    assert f"mend or unset {variable}, or name judge.example in NO_PROXY" in said
+    assert "no host" not in said
+    assert "hush" not in said
+
+
+def test_an_unknown_host_beside_a_proxy_is_still_named(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "no-such-host.invalid")
+    assert "no host `no-such-host.invalid` is known" in fault_at("http://no-such-host.invalid/v1")
+
+
+def test_what_a_proxy_says_is_the_proxys(monkeypatch):
+    with FaultServer(status=lambda body: 407) as server:
+        monkeypatch.setenv("HTTP_PROXY", settings(server).base_url.removesuffix("/v1"))
+        said = fault_at("http://judge.example/v1")
+    assert re.search(r"the proxy 127\.0\.0\.1:\d+ wants a user and a password \(HTTP_PROXY\)", said)
+    with FaultServer(share=1.0, faults=("cut",)) as server:
+        monkeypatch.setenv("HTTP_PROXY", settings(server).base_url.removesuffix("/v1"))
+        said = fault_at("http://judge.example/v1")
+    assert re.search(r"the connection was cut .* through the proxy 127\.0\.0\.1:\d+ \(HTTP_PROXY\)", said)
+
+
 def test_a_server_that_takes_too_long_says_so():
     with FaultServer(share=1.0, faults=("hang",)) as server:
         cast = cast_of(server, n=1, max_retries=0, timeout_s=0.5)
@@ -565,6 +785,138 @@ def test_certificates(tmp_path, monkeypatch):
         assert outcomes(cast_of(server)) == {"second"}
     with pytest.raises(UserError, match=r"judge\.ca_file: .*key\.pem can't be used"):
         Cast(settings(server, ca_file=str(key)))
+
+
+def tls_server(folder, name="IP:127.0.0.1", days=(-1, 2)):
+    """What serves with a certificate of its own for this name and these days, and the certificate's file."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    kind, _, value = name.partition(":")
+    alternative = x509.IPAddress(ipaddress.ip_address(value)) if kind == "IP" else x509.DNSName(value)
+    called = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "judge")])
+    builder = x509.CertificateBuilder(called, called, key.public_key(), x509.random_serial_number())
+    made = (
+        builder.not_valid_before(now + datetime.timedelta(days[0]))
+        .not_valid_after(now + datetime.timedelta(days[1]))
+        .add_extension(x509.SubjectAlternativeName([alternative]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, how = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (folder / "own.pem").write_bytes(made.public_bytes(pem))
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, how, serialization.NoEncryption()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "own.pem", folder / "key.pem")
+    return FaultServer(certificate=context), str(folder / "own.pem")
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ({"days": (-9, -2)}, r"of 127.0.0.1:\d+ has expired; the server needs a new one"),
+        ({"days": (2, 9)}, r"of 127.0.0.1:\d+ isn't valid yet .* is this machine's clock right\?"),
+        ({"name": "DNS:other.example"}, r"of 127.0.0.1:\d+ is for another host \(IP address mismatch"),
+        (
+            {"name": "IP:127.0.0.2"},
+            r"of 127.0.0.1:\d+ is for another host .* give judge.base_url the host that it is for",
+        ),
+    ],
+)
+def test_a_certificate_that_no_ca_file_mends_says_what_is_wrong(tmp_path, what, says):
+    server, own = tls_server(tmp_path, **what)
+    with server:
+        said = fault_at(server, ca_file=own)
+    assert re.search(f"the certificate {says}", said)
+    assert "ca_file" not in said
+
+
+def test_another_hosts_certificate_by_name(tmp_path):
+    server, own = tls_server(tmp_path)
+    with server:
+        said = fault_at(settings(server).base_url.replace("127.0.0.1", "localhost"), ca_file=own)
+    assert re.search(r"the certificate of localhost:\d+ is for another host \(Hostname mismatch", said)
+
+
+def test_plain_http_to_a_tls_port_is_named(tmp_path):
+    server, _ = tls_server(tmp_path)
+    with server:
+        said = fault_at(settings(server).base_url.replace("https://", "http://"))
+    assert "judge.base_url begins with https://" in said
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<html><head><title>400 The plain HTTP request was sent to HTTPS port</title></head></html>",
+        "Client sent an HTTP request to an HTTPS server.\n",
+        "Bad Request. You're speaking plain HTTP to an SSL-enabled server port.",
+    ],
+)
+def test_a_tls_server_that_says_so_is_understood(page):
+    with FaultServer(status=lambda body: 400, message=page) as server:
+        assert "judge.base_url: https://..." in str(cast_of(server).error)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://a..b/v1", "http://.a/v1", "https://a..b:8000/v1", "http://" + "a" * 64 + "/v1",
+        "http://x." + "a" * 70 + ".example/v1", "http://" + "ä" * 60 + "/v1", "http://" + ".".join(["a" * 60] * 5),
+        "http://256.1.1.1/v1", "http://ho\u200bst/v1", "http://a。。b/v1", "http://a b/v1", "http://{HOST}/v1",
+        "http://<host>:8000/v1", "http://a\\b/v1", " http://host/v1", "http://host/v1 ", "http://host/v1#x", "host/v1",
+    ],
+)  # fmt: skip
+def test_an_address_that_is_none_is_the_users_mistake(url):
+    with pytest.raises(UserError, match=r"^judge\.base_url: .* is no address") as e:
+        check_address(settings(url).jurors[0])
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://a_b-c/v1", "http://a.b./v1", "http://[::1]:8000/v1", "http://127.0.0.1:8000/v1", "http://bücher.example/v1",
+        "http://" + "a" * 63 + "/v1", "https://generativelanguage.googleapis.com/v1beta/openai/",
+    ],
+)  # fmt: skip
+def test_an_address_that_there_may_be_is_taken(url):
+    check_address(settings(url).jurors[0])
+
+
+@pytest.mark.parametrize("proxy", ["http://a..b:3128", "a" * 64 + ":3128", "http://user:hush@a..b"])
+def test_a_proxys_address_that_is_none(monkeypatch, proxy):
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(UserError, match=r"^HTTPS_PROXY: .* is no address") as e:
+        check_address(settings("https://judge.example/v1").jurors[0])
+    assert "hush" not in str(e.value)
+    check_address(settings("http://judge.example/v1").jurors[0])
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (400, "API key not valid. Please pass a valid API key."), (400, "API key expired. Please renew the API key."),
+        (400, "Incorrect API key provided: sk***. You can obtain an API key from https://console.x.ai."),
+        (403, "Method doesn't allow unregistered callers. Please use a valid API key."), (403, "Invalid API Key"),
+        (422, "invalid x-api-key"), (400, "Your access token is invalid or expired"), (403, "missing API key"),
+        (400, "invalid_api_key"), (400, "API_KEY_INVALID"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_refused_under_another_status(status, message):
+    with FaultServer(status=lambda body: status, message=message) as server:
+        cast = cast_of(server, n=6, concurrency=1)
+        assert len(server.bodies) <= 2
+    assert isinstance(cast.error, UserError)
+    assert "judge.api_key_env: " in str(cast.error)
+    assert f"refused the key in TEST_KEY (HTTP {status}: {message}" in str(cast.error)
+
+
+def test_what_is_said_of_other_things_is_not_about_the_key():
+    for message in ("Invalid value for max_tokens", "the answer about an API is not valid", "unknown parameter `key`"):
+        with FaultServer(status=lambda body: 400, message=message) as server:
+            assert "judge.api_key_env" not in str(cast_of(server).error)
 
 
 @pytest.mark.parametrize("content", [None, "no certificate"])

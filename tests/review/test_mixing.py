@@ -232,7 +232,7 @@ def test_a_label_that_comes_while_the_stage_runs_joins_the_next_update(
             give(run, asked[1], "second")
         return real(run, *read)
 
-    monkeypatch.setattr("rlaif.loop.labelled", labelled)
+    monkeypatch.setattr("rlaif.loop.training.labelled", labelled)
     go_on(tmp_path, 3)
     assert [[p.pair_id for p in preferences(run, k, "human")] for k in (1, 2)] == [[asked[0]], [asked[1]]]
 

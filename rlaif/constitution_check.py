@@ -1,0 +1,132 @@
+"""What `rlaif constitution check` says of a text: which judges it serves, what they derive, what is missing for what,
+and what in it was probably not meant.
+
+In: a parsed constitution, and names of judge templates. Out: records and sentences; a warning refuses nothing. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Literal
+
+from pydantic import Field
+
+from rlaif.checks import count_words, words_of
+from rlaif.constitution import Constitution, Principle
+from rlaif.derived import NEWEST, Use
+from rlaif.judging.ballots import evaluating_voices, selecting_voices, unserved
+from rlaif.judging.templates import evaluating_name
+from rlaif.records import Record
+from rlaif.verbs import could_have_verb
+
+Kind = Literal["likelihood", "chat"]
+_FEWEST_WORDS = 3
+
+
+class Service(Record):
+    """How a text serves one kind of judge."""
+
+    judge: Kind
+    unasked: dict[str, str] = Field(default_factory=dict)
+    """Principle → why this judge can't ask about it; then it serves no job with this judge."""
+    derived: dict[str, tuple[Use, ...]] = Field(default_factory=dict)
+    """Principle → uses whose contrasts are derived from its rule."""
+    missing: dict[str, str] = Field(default_factory=dict)
+    """What for → what is missing for it."""
+
+    def line(self) -> str:
+        """For people."""
+        said = f"{self.judge} judge: "
+        if self.unasked:
+            return f"{said}no; " + "; ".join(
+                f"principle `{principle}`: {why}" for principle, why in self.unasked.items()
+            )
+        if self.derived:
+            each = (f"{principle} ({', '.join(uses)})" for principle, uses in self.derived.items())
+            said += f"yes; {NEWEST.id} derives from the rule: {', '.join(each)}"
+        else:
+            said += "yes, as it is"
+        return "; ".join([said, *(f"missing for {what}: {why}" for what, why in self.missing.items())])
+
+
+def services(text: Constitution, templates: Container[str] | None = None) -> list[Service]:
+    """How a text serves each kind of judge; `templates` are the names in the folder of judge templates, if known."""
+    return [_likelihood(text), _chat(text, templates)]
+
+
+def _likelihood(text: Constitution) -> Service:
+    asked = text.derived_by(NEWEST)
+    missing = {}
+    for what, use, voices in (
+        ("best_worst", "select", selecting_voices(asked)),
+        ("a held-out win rate", "evaluate", evaluating_voices(asked)),
+    ):
+        if not voices:
+            missing[what] = f"a contrast with `use: {use}`, or a rule with words to derive it from"
+    if not any(p.guard for p in text.principles):
+        missing["a veto on nonsense"] = "a principle with `guard: true`"
+    derived = {p.id: p.lacks for p in text.principles if p.lacks and p.has_words}
+    return Service(judge="likelihood", unasked=_unasked("likelihood", text), derived=derived, missing=missing)
+
+
+def _chat(text: Constitution, templates: Container[str] | None) -> Service:
+    missing = {"best_worst": "scores of single answers, which this judge doesn't give (pairing.method: random, all)"}
+    other = evaluating_name(text.template)
+    if templates is not None and other not in templates:
+        missing["a held-out win rate by a question of its own"] = (
+            f"the template `{other}`, or judge.evaluate_templates in the job"
+        )
+    return Service(judge="chat", unasked=_unasked("chat", text), missing=missing)
+
+
+def _unasked(kind: Kind, text: Constitution) -> dict[str, str]:
+    return {p.id: why for p in text.principles if (why := unserved(kind, p)) is not None}
+
+
+def warnings(text: Constitution) -> list[str]:
+    """What in a text was probably not meant, a sentence each."""
+    out: list[str] = []
+    for p in text.principles:
+        out += _of_rule(p)
+        out += _of_examples(p)
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for p in text.principles:
+        alike.setdefault(words_of(p.rule.casefold()), []).append(f"`{p.id}`")
+    out += [
+        f"principles {', '.join(ids[:-1])} and {ids[-1]} have the same rule, which so counts {len(ids)} times; drop "
+        "one, or give one of them a larger `weight`"
+        for words, ids in alike.items()
+        if words and len(ids) > 1
+    ]
+    return out
+
+
+def _of_rule(principle: Principle) -> list[str]:
+    rule, here = principle.rule, f"principle `{principle.id}`"
+    out = []
+    words = count_words(rule)
+    # Chinese, Japanese and Thai put no spaces between words: there a long rule is one of ours.
+    if words < _FEWEST_WORDS and (rule.isascii() or len(rule.strip()) < 2 * _FEWEST_WORDS):
+        counted = f"{words} word{'' if words == 1 else 's'}"
+        out.append(f"{here}: its rule has {counted} ({rule.strip()!r}); a whole sentence leaves less to guess")
+    if principle.has_words and not could_have_verb(rule):
+        out.append(
+            f"{here}: no word of its rule could be an English verb ({rule.strip()!r}); say what an answer should be or "
+            'do ("Be polite.", "The answer should name its source.")'
+        )
+    return out
+
+
+def _of_examples(principle: Principle) -> list[str]:
+    """Only where a mechanical check can tell."""
+    out = []
+    for n, example in enumerate(principle.examples if principle.check else (), start=1):
+        assert principle.check is not None
+        better, worse = (principle.check.results(side) for side in (example.better, example.worse))
+        here = f"principle `{principle.id}`, example {n} ({' '.join(example.prompt.split())[:40]!r})"
+        broken = ", ".join(condition for condition, met in better.items() if not met)
+        if broken and all(worse.values()):
+            out.append(f"{here}: its better side breaks the check ({broken}), and its worse side meets it")
+        elif broken:
+            out.append(f"{here}: both of its sides break the principle's own check ({broken})")
+    return out

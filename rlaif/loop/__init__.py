@@ -1,0 +1,14 @@
+"""The loop: iterations of durable stages, from prompts to the next policy.
+
+In: a resolved job, a run directory, the workers. Out: the run directory, further on. Online DPO follows OAIF (arXiv
+2402.04792) with an update per batch of fresh pairs (arXiv 2506.21495).
+
+Each stage is a function of the run and the iteration: `sampling`, `judging` (score, pair, judge, decide), `training`
+(mix, update), `evaluation`. `hand_over` knows which policy sampler and learner hold. To add a stage: a line in
+`rlaif/stages.py`, a function here, a line in `Loop.iterate`.
+"""
+
+from rlaif.loop.loop import Loop
+from rlaif.loop.running import Iteration, Progress, Running
+
+__all__ = ["Iteration", "Loop", "Progress", "Running"]

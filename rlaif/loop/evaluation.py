@@ -1,0 +1,133 @@
+"""Held-out answers of a policy against the base policy's: sampled, measured, judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from rlaif import monitors, tracking
+from rlaif.constitution import Constitution
+from rlaif.judging.ballots import evaluating_voices
+from rlaif.loop.hand_over import gap_of
+from rlaif.loop.judging import decide, judge
+from rlaif.loop.running import Iteration, Running, candidates, in_order
+from rlaif.records import (
+    Completion,
+    Decision,
+    Divergence,
+    EvaluationMetrics,
+    Pair,
+    Plan,
+    PolicyVersion,
+    Prompt,
+    Quality,
+)
+from rlaif.store import read_record, write_json
+
+BASE_POLICY = 0
+"""The evaluation of the policy before any update."""
+EVAL_SEED_ITERATION = -1
+"""Held-out answers are drawn with the same seeds at every evaluation, so that two differ by the policy only."""
+
+
+def evaluate(run: Running, updates: int, plan: Plan, text: Constitution) -> EvaluationMetrics:
+    """Held-out answers of the policy after `updates` iterations, against the base policy's, under a plan's text."""
+    here = run.dir.evaluation(updates)
+    if (here.path / "metrics.json").exists():
+        return read_record(here.path / "metrics.json", EvaluationMetrics)
+    started = time.monotonic()
+    prompts = run.held_out[: run.job.eval.prompts]
+    it = Iteration(plan, here, text, {p.id: p for p in prompts}, role="evaluate")
+    policy, _ = run.hand_over.policy_before(updates)
+    judged = updates != BASE_POLICY and (run.job.judge.kind == "chat" or bool(evaluating_voices(text)))
+
+    def sample(_: list[Completion]) -> Iterator[list[Completion]]:
+        run.hand_over.load_sampler(updates)
+        shown = max(updates - 1, 0)
+        run.progress.stage(shown, "held-out", len(prompts) * run.job.eval.samples, "answers", str(text.ref))
+        yield from _sampled(run, updates, prompts, policy, run.job.eval.samples, f"eval{updates:04d}",
+                            run.job.eval.temperature, run.job.eval.top_p)  # fmt: skip
+
+    completions = in_order(it.rows("completions", sample, before_commit=run.hand_over.gap_noted), it.prompts)
+
+    def measure(_: list[Quality]) -> Iterator[list[Quality]]:
+        run.progress.stage(max(updates - 1, 0), "sanity", len(completions), "answers", str(text.ref))
+        asked = candidates(completions, it.prompts)
+        yield from run.advancing(run.measurer.stream("quality", candidates=asked, seed=run.job.seed))
+
+    quality = it.rows("quality", measure)
+    drift = _drift(run, it, updates, policy, prompts[: run.job.eval.kl_prompts])
+    decisions: list[Decision] | None = None
+    if updates != BASE_POLICY:
+        base = in_order(run.dir.evaluation(BASE_POLICY).read("completions", Completion), it.prompts)
+        it.pairs = [
+            Pair(id=f"eval{updates:04d}-{c.prompt_id}-{c.index}", prompt_id=c.prompt_id, first=c.id, second=b.id,
+                 method="against_base")
+            for c, b in zip(completions, base, strict=True)
+            if c.text != b.text and judged
+        ]  # fmt: skip
+        it.completions = completions + base
+        it.rows("pairs", lambda _: [it.pairs])
+        it.votes = judge(run, it)
+        it.decisions = decide(run, it)
+        decisions = it.decisions if judged else None
+    seconds = round(time.monotonic() - started, 1)
+    metrics = monitors.evaluation_metrics(
+        updates, text, completions, quality, it.pairs, decisions, seconds, drift, gap=gap_of(here)
+    )
+    write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
+    number = run.text_number(plan.iteration)
+    run.track(max(updates - 1, 0), updates, tracking.of_evaluation(metrics, it.votes, run.job.judge, number))
+    return metrics
+
+
+def _drift(
+    run: Running, it: Iteration, updates: int, policy: PolicyVersion, prompts: list[Prompt]
+) -> list[Divergence] | None:
+    """KL from the base policy, on answers as the policy itself gives them: at temperature 1 and top-p 1. None when
+    the job doesn't want it; empty for the base policy itself, which needs no measuring."""
+    if not prompts:
+        return None
+    if policy.digest == run.base_digest:
+        return []
+    shown, text = max(updates - 1, 0), str(it.text.ref)
+
+    def sample(_: list[Completion]) -> Iterator[list[Completion]]:
+        run.hand_over.load_sampler(updates)
+        run.progress.stage(shown, "untempered", len(prompts), "answers", text)
+        yield from _sampled(run, updates, prompts, policy, 1, f"kl{updates:04d}", 1.0, 1.0)
+
+    sampled = it.rows("kl_completions", sample)
+
+    def measure(_: list[Divergence]) -> Iterator[list[Divergence]]:
+        run.hand_over.load_learner(updates)
+        run.progress.stage(shown, "KL", len(sampled), "answers", text)
+        completions = in_order(sampled, [p.id for p in prompts])
+        yield from run.advancing(run.learner.stream("divergences", completions=completions))
+
+    return it.rows("divergences", measure)
+
+
+def _sampled(
+    run: Running,
+    updates: int,
+    prompts: list[Prompt],
+    policy: PolicyVersion,
+    samples: int,
+    prefix: str,
+    temperature: float | None,
+    top_p: float | None,
+) -> Iterator[list[Completion]]:
+    return run.advancing(
+        run.sampler.stream(
+            "sample",
+            prompts=prompts,
+            completions_per_prompt=samples,
+            policy=policy,
+            seed=run.job.seed,
+            iteration=EVAL_SEED_ITERATION,
+            prefix=prefix,
+            temperature=temperature,
+            top_p=top_p,
+        )
+    )

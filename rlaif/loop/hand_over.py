@@ -1,0 +1,184 @@
+"""Which policy the sampler and the learner hold, how it gets to them, and whether both hold the same one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rlaif.errors import RlaifError
+from rlaif.records import Completion, DecodingGap, PolicyVersion, TokenSequence, WeightsGap
+from rlaif.store import StageDir, replace_dir
+from rlaif.weights import WRONG, decoding_gap, to_score_again, weights_gap
+
+if TYPE_CHECKING:
+    from rlaif.loop.running import Running
+
+
+class _Export(NamedTuple):
+    """In what precision the sampler gets a policy, and whether it has to be written in it first."""
+
+    precision: str
+    anew: bool
+
+
+class HandOver:
+    """Brings sampler and learner to the policy that an iteration starts from, and compares them."""
+
+    def __init__(self, run: Running) -> None:
+        self._run = run
+        self.sampler_has: str | None = None
+        """Digest of the policy in the sampler; None until something was loaded: it starts with the base policy."""
+        self._fixed: list[TokenSequence] = []  # texts that weights are compared by; made once
+        self._gap: tuple[str, WeightsGap] | None = None  # of the policy with that digest
+        self._learner_at: int | None = None  # iterations that the learner has behind it; None until that is known
+
+    def policy_before(self, k: int) -> tuple[PolicyVersion, Path]:
+        """The policy that iteration k samples from: version and folder."""
+        run = self._run
+        for i in range(k - 1, -1, -1):
+            if (made := run.dir.iteration(i).policy_made()) is not None:
+                version = PolicyVersion(iteration=i + 1, digest=made)
+                return version, run.dir.iteration(i).path / "policy"
+        return PolicyVersion(iteration=0, digest=run.base_digest), run.base_model
+
+    def load_sampler(self, k: int) -> None:
+        """Gives the sampler the policy that iteration k samples from, and compares it with the learner's.
+
+        Raises:
+            RlaifError: the policy's files are gone, or the sampler doesn't hold it after all.
+        """
+        version, path = self.policy_before(k)
+        has = self.sampler_has or self._run.base_digest
+        if has != version.digest:
+            if not path.exists():
+                raise RlaifError(f"{path}: the policy's weights are gone; restore them, or start a new run")
+            if self._export_of(version).anew:
+                self._load_anew(k, version)
+            else:
+                self._run.sampler.call("load", policy_path=str(path))
+        self.sampler_has = version.digest
+        self._compare(k, version)
+
+    def load_learner(self, k: int) -> None:
+        """Brings the learner to the state before iteration k, unless it is there already."""
+        updated = [i for i in range(k) if self._run.dir.iteration(i).policy_made() is not None]
+        behind = updated[-1] + 1 if updated else 0
+        if self._learner_at == behind:
+            return
+        if behind:
+            self._run.learner.call("load", state_dir=str(self._state(behind - 1)))
+        self._learner_at = behind
+
+    def learner_moves(self) -> None:
+        """An update begins: until it is committed, the learner's weights belong to no version."""
+        self._learner_at = None
+
+    def commit(self, k: int, policy: Path) -> dict[str, Any]:
+        """Writes the learner's state and the policy that iteration k made, each with one rename; for the meta file."""
+        run, state = self._run, self._state(k)
+        for folder in (state, policy):
+            shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+        made = run.learner.call("save", state_dir=f"{state}.partial", policy_dir=f"{policy}.partial")
+        replace_dir(Path(f"{policy}.partial"), policy)
+        replace_dir(Path(f"{state}.partial"), state)
+        self._learner_at = k + 1
+        return {"policy_digest": made, "exported": run.learner.call("exports_in")}
+
+    def prune(self, k: int) -> None:
+        """Keeps the weights of evaluated policies and of the newest; each costs the size of the model."""
+        run = self._run
+        newest = self.policy_before(k + 1)[1]
+        for i in range(k):
+            policy = run.dir.iteration(i).path / "policy"
+            if policy.exists() and policy != newest and not run.dir.evaluation(i + 1).path.exists():
+                shutil.rmtree(policy)
+
+    def prune_states(self, k: int) -> None:
+        """Keeps the learner's state after iteration k alone."""
+        for old in (self._run.dir.path / "learner").glob("*"):
+            if old.name != f"{k:04d}":
+                shutil.rmtree(old, ignore_errors=True)
+
+    # ---- do both hold the same policy?
+
+    def gap_noted(self) -> dict[str, Any]:
+        """For the meta file of what was just sampled."""
+        return {"weights_gap": self._gap[1].model_dump(mode="json")} if self._gap else {}
+
+    def score_again(self, k: int, sampled: list[Completion]) -> dict[str, Any]:
+        """Some of what was just sampled, scored by the learner: the sampler reads the fixed texts in one pass, and they
+        say nothing about its way of decoding. For the meta file."""
+        some = to_score_again(sampled, seed=self._run.job.seed * 1_000_003 + k)
+        if not some:  # an engine that records no log p
+            return {}
+        self.load_learner(k)
+        texts = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in some]
+        gap = decoding_gap(some, self._run.learner.call("logprobs", sequences=texts))
+        return {"decoding_gap": gap.model_dump(mode="json")}
+
+    def _compare(self, k: int, version: PolicyVersion) -> None:
+        """After every load, and before the first sample: do sampler and learner hold the same policy?
+
+        Raises:
+            RlaifError: they plainly don't; whatever was sampled would be another model's.
+        """
+        if self._gap is not None and self._gap[0] == version.digest:
+            return
+        run = self._run
+        self.load_learner(k)
+        if not self._fixed:
+            self._fixed = run.sampler.call("sequences_of", prompts=run.held_out)
+        if not self._fixed:  # a tokenizer that knows no word of the prompts
+            return
+        ours = run.sampler.call("logprobs", sequences=self._fixed)
+        theirs = run.learner.call("logprobs", sequences=self._fixed)
+        gap = weights_gap(ours, theirs, run.sampler.call("computes_in"), self._export_of(version).precision)
+        if gap.typical > WRONG:
+            raise RlaifError(
+                f"the sampler ({gap.sampler}) doesn't hold the policy that is trained: log-probabilities of fixed "
+                f"texts differ by {gap.typical:.2f} nats a token. `rlaif doctor --deep {run.job.policy.model}` says "
+                "where it happens; sampling.engine: transformers may be safe"
+            )
+        self._gap = (version.digest, gap)
+
+    def _export_of(self, version: PolicyVersion) -> _Export:
+        if not version.iteration:
+            return _Export("as given", anew=False)
+        # What it was written in then: this process may compute in something else.
+        written = self._run.dir.iteration(version.iteration - 1).meta("updates").get("exported", "bf16")
+        anew = written == "fp32" and self._run.learner.call("exports_in") == "bf16"
+        return _Export("bf16" if anew else written, anew)
+
+    def _load_anew(self, k: int, version: PolicyVersion) -> None:
+        """Gives a bf16 sampler the newest policy, which was written in fp32: a plain load would round it to the
+        nearest, and lose most of its last updates. The learner's state, which is the same policy, is written once more,
+        as every export of this process will be. The log knows the policy by its own digest; the event has the copy's.
+        """
+        run = self._run
+        self.load_learner(k)
+        copy = run.dir.path / "learner" / "for_sampler.partial"
+        shutil.rmtree(copy, ignore_errors=True)
+        rounded = run.learner.call("export", policy_dir=str(copy))
+        message = (
+            f"policy {version.digest} was written in fp32, and {run.sampler.call('computes_in')} samples from a copy "
+            f"({rounded}) that was rounded at random from the learner's weights"
+        )
+        run.tell_once("policy_rounded", message, k, policy=version.digest, copy=rounded)
+        run.sampler.call("load", policy_path=str(copy))
+        shutil.rmtree(copy, ignore_errors=True)  # it follows from state and seed
+
+    def _state(self, k: int) -> Path:
+        return self._run.dir.path / "learner" / f"{k:04d}"
+
+
+def gap_of(here: StageDir) -> WeightsGap | None:
+    """What was noted when the stage's completions were sampled."""
+    found = here.meta("completions").get("weights_gap")
+    return WeightsGap.model_validate(found) if found else None
+
+
+def decoding_of(here: StageDir) -> DecodingGap | None:
+    """The same, of the completions themselves."""
+    found = here.meta("completions").get("decoding_gap")
+    return DecodingGap.model_validate(found) if found else None

@@ -1,0 +1,173 @@
+"""The stages that judge: scores of single completions, pairs of them, votes on pairs, decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlaif.errors import RlaifError
+from rlaif.judging.ballots import Role, ballots_for, rounds, selecting_voices, settled
+from rlaif.judging.calibration import EVERYTHING, Asked, ends_of
+from rlaif.judging.filters import check_calibrated, decide_votes, to_review
+from rlaif.judging.templates import Template, template_names
+from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
+from rlaif.loop.running import Iteration, Running, candidates
+from rlaif.pairing import make_pairs
+from rlaif.records import Ballot, Decision, Pair, Score, Vote
+from rlaif.store import write_json
+
+
+def score(run: Running, it: Iteration) -> list[Score]:
+    """Every completion by every selecting voice, where pairs are chosen by scores."""
+    voices = selecting_voices(it.text) if run.job.pairing.method == "best_worst" else []
+
+    def produce(done: list[Score]) -> Iterator[list[Score]]:
+        have = {(s.completion_id, s.voice) for s in done}
+        owed = [c for c in it.completions if any((c.id, v) not in have for v in voices)]
+        if not owed:
+            return
+        run.progress.stage(it.k, "score", len(owed) * len(voices), "scores", str(it.text.ref))
+        asked = {"candidates": candidates(owed, it.prompts), "constitution": it.text, "voices": voices}
+        for chunk in run.advancing(run.judge.stream("score", **asked)):
+            yield [s for s in chunk if (s.completion_id, s.voice) not in have]
+
+    return it.rows("scores", produce)
+
+
+def pair(run: Running, it: Iteration) -> list[Pair]:
+    """Which completions are compared."""
+    pairing, seed = run.job.pairing, run.job.seed * 1_000_003 + it.k
+    return it.rows(
+        "pairs",
+        lambda _: [make_pairs(it.completions, pairing.method, pairing.max_pairs_per_prompt, seed, it.scores)],
+    )
+
+
+def judge(run: Running, it: Iteration) -> list[Vote]:
+    """Every ballot's vote, in the order of the ballots."""
+    asked: dict[str, Any] = {"constitution": it.text}
+    journal = it.dir.path / "votes.asked"
+    if run.job.judge.kind == "chat":
+        asked |= {"templates": _templates(run, it, it.role), "journal": journal}
+    ballots = _ballots(run, it, it.role, it.pairs)
+    # Held-out pairs count by their verdict, kept or not, so every vote on them counts.
+    early_stop = run.job.judge.early_stop and it.role == "decide"
+    in_rounds = rounds(ballots) if early_stop else [ballots]
+
+    def produce(done: list[Vote]) -> Iterator[list[Vote]]:
+        _tell_interrupted(run, it.k, done, ballots, journal)
+        votes = list(done)
+        wanted = {c for p in it.pairs for c in (p.first, p.second)}
+        asked["candidates"] = candidates((c for c in it.completions if c.id in wanted), it.prompts)
+        for number, this_round in enumerate(in_rounds):
+            have = {v.ballot.id for v in votes}
+            decided = _settled(run, it, votes, in_rounds, number) if number else set()
+            owed = [b for b in this_round if b.id not in have and b.pair_id not in decided]
+            if not owed:
+                continue
+            name = "judge" if it.role == "decide" else "evaluate"
+            run.progress.stage(it.k, name, len(owed), "votes", str(it.text.ref))
+            for chunk in run.advancing(run.judge.stream("cast", ballots=owed, pairs=it.pairs, **asked)):
+                votes += chunk
+                yield chunk
+
+    votes = it.rows("votes", produce, before_commit=lambda: {"ballots": len(ballots)})
+    journal.unlink(missing_ok=True)
+    return _as_cast(votes, ballots, complete=not early_stop)
+
+
+def decide(run: Running, it: Iteration) -> list[Decision]:
+    """The filters' word on every pair."""
+    texts = {c.id: c.text for c in it.completions}
+    cut = {c.id for c in it.completions if c.cut_off}
+    filters, of_pair = run.job.filters, by_pair(it.votes)
+    # A calibration is a promise about pairs that train; held-out pairs only measure.
+    calibration = run.calibration if it.role == "decide" else None
+    how = Asked.by(run.job) if calibration else None
+
+    def produce(_: list[Decision]) -> Iterator[list[Decision]]:
+        jurors = _jurors(run, it)
+        made = []
+        for p in it.pairs:
+            part = it.prompts[p.prompt_id].category or EVERYTHING
+            asked = how and how._replace(ends=ends_of(p, cut))
+            made.append(
+                decide_votes(p, of_pair[p.id], filters, texts, it.text.weights, jurors, calibration, part, cut, asked)
+            )
+        # Held-out pairs are never labelled: they only measure.
+        yield to_review(made, filters) if it.role == "decide" else made
+
+    return it.rows("decisions", produce)
+
+
+def check_calibration(run: Running, it: Iteration) -> None:
+    """Before anything is sampled: what any pair would be asked must be what was calibrated.
+
+    Raises:
+        UserError: it isn't, and `filters.uncalibrated` says stop.
+    """
+    if run.calibration:
+        any_pair = Pair(id="any", prompt_id="any", first="first", second="second", method="check")
+        ballots, asked = _ballots(run, it, "decide", [any_pair]), Asked.by(run.job)
+        check_calibrated(ballots, run.calibration, run.job.filters, asked=asked)
+        if why := run.calibration.cut_off_mismatch(asked.cut_off_counts):
+            # Whether an answer is cut off is known once it is sampled; an hour later is too late to say so.
+            message = f"pairs with one answer that is cut off will be dropped (uncalibrated): {why}"
+            if run.event_once("cut_off_uncalibrated", message, 0):
+                run.progress.note(f"filters.calibration {run.job.filters.calibration}: {message}")
+
+
+def _templates(run: Running, it: Iteration, role: Role) -> list[Template]:
+    names = template_names(run.job.judge, it.text, role, it.plan.templates)
+    return [run.texts.load_template(name, it.plan.templates[name]) for name in names]
+
+
+def _ballots(run: Running, it: Iteration, role: Role, pairs: list[Pair]) -> list[Ballot]:
+    templates = _templates(run, it, role) if run.job.judge.kind == "chat" else []
+    return ballots_for(run.job.judge, pairs, it.text, role, run.job.seed, run.judge_name, templates)
+
+
+def _settled(run: Running, it: Iteration, votes: list[Vote], in_rounds: list[list[Ballot]], number: int) -> set[str]:
+    """Pairs that round `number` can leave out, by the votes of the rounds before it."""
+    earlier = {b.id for ballots in in_rounds[:number] for b in ballots}
+    of_pair = by_pair([v for v in votes if v.ballot.id in earlier])
+    left: dict[str, list[Ballot]] = {}
+    for ballot in (b for ballots in in_rounds[number:] for b in ballots):
+        left.setdefault(ballot.pair_id, []).append(ballot)
+    filters, weights = run.job.filters, it.text.weights
+    return {p for p, mine in of_pair.items() if settled(mine, left.get(p, []), filters, weights)}
+
+
+def _tell_interrupted(run: Running, k: int, done: list[Vote], ballots: list[Ballot], journal: Path) -> None:
+    """Notes an earlier attempt at this judging, and which ballots it may have had asked for nothing."""
+    asked = set(journal.read_text().split()) if journal.exists() else set()
+    asked -= {v.ballot.id for v in done}
+    again = [b.id for b in ballots if b.id in asked]
+    if done or again:
+        under_way = run.job.judge.concurrency if run.job.judge.kind == "chat" else 1
+        message = f"judging was interrupted with {len(done)} of {len(ballots)} votes durable; "
+        if run.job.judge.kind == "chat":
+            message += f"{len(again)} ballots that had been sent off have no vote, and may be asked twice"
+        else:
+            message += "the call that was in flight is made again"
+        data = {"durable": len(done), "ballots": len(ballots), "in_flight_at_most": under_way, "asked_again": again}
+        run.dir.event("judging_interrupted", message, k, **data)
+    journal.unlink(missing_ok=True)
+
+
+def _jurors(run: Running, it: Iteration) -> JurorFit | None:
+    """What each juror's votes weigh; written beside the decisions that follow from it."""
+    calibrated = run.calibration.jurors if run.calibration else None
+    fit = jurors_for(run.job.filters.aggregate, it.votes, calibrated)
+    if fit is not None:
+        write_json(it.dir.path / "jurors.json", fit.model_dump(mode="json"))
+    return fit
+
+
+def _as_cast(votes: list[Vote], ballots: list[Ballot], complete: bool) -> list[Vote]:
+    """Votes in the order of their ballots, whatever order they arrived in; `complete` when none may be left out."""
+    by_ballot = {v.ballot.id: v for v in votes}
+    if complete and (missing := [b for b in ballots if b.id not in by_ballot]):
+        raise RlaifError(f"the judge left {len(missing)} of {len(ballots)} ballots unanswered, first {missing[0].id}")
+    return [by_ballot[b.id] for b in ballots if b.id in by_ballot]

@@ -1,0 +1,153 @@
+"""The loop itself: plan, sample, score, pair, judge, decide, mix, update, evaluate; each a durable stage.
+
+It holds no model: it talks to its workers (sampler, judge, learner, measurer) in records and paths.
+"""
+
+from __future__ import annotations
+
+from rlaif import monitors, tracking
+from rlaif.errors import RlaifError
+from rlaif.heads import Head, write_head
+from rlaif.judging.calibration import judged_stats
+from rlaif.judging.verdicts import JurorFit
+from rlaif.loop.evaluation import BASE_POLICY, evaluate
+from rlaif.loop.hand_over import decoding_of, gap_of
+from rlaif.loop.judging import check_calibration, decide, judge, pair, score
+from rlaif.loop.running import Iteration, Running
+from rlaif.loop.sampling import sample
+from rlaif.loop.training import mix, update
+from rlaif.prompts import prompts_for
+from rlaif.records import EvaluationMetrics, IterationMetrics, Plan
+from rlaif.stages import NAMES
+from rlaif.store import read_record, write_json
+
+
+class Loop(Running):
+    """`run()` continues at the first incomplete stage."""
+
+    def run(self) -> Head:
+        """All iterations that are still owed; returns the head of the whole."""
+        for k in range(self.job.iterations):
+            if not (self.dir.iteration(k).path / "metrics.json").exists():
+                self.iterate(k)
+        self._evaluate_after(self.job.iterations - 1)  # planned already, unless a resumed run has fewer iterations
+        return write_head(self.dir)  # a new one where a kill came between an iteration's metrics and its head
+
+    def iterate(self, k: int) -> None:
+        """One iteration, from its first incomplete stage on."""
+        it = self._begin(k)
+        it.completions = sample(self, it)
+        it.scores = score(self, it)
+        it.pairs = pair(self, it)
+        it.votes = judge(self, it)
+        it.decisions = decide(self, it)
+        it.preferences = mix(self, it)
+        it.steps = update(self, it)
+        self._end(it, evaluate(self, k + 1, it.plan, it.text) if it.plan.evaluate else None)
+
+    def _begin(self, k: int) -> Iteration:
+        """The plan and the text in force; what a first iteration and a change of text owe before they sample."""
+        plan = self._plan(k)
+        text = self.texts.load(plan.constitution, plan.derived)
+        it = Iteration(plan, self.dir.iteration(k), text, {p.id: p for p in self.train})
+        changed = k > 0 and self.dir.plan(k - 1).constitution.hash != text.hash
+        if changed:  # not told when the plan is written: a run killed in between would never tell it
+            message = f"after {k} iterations, {text.ref} ({text.hash}) is in force"
+            if self.event_once("constitution_changed", message, k, **text.ref.model_dump()):
+                self.progress.note(f"constitution changed: {message}")
+        check_calibration(self, it)
+        if k == 0:
+            evaluate(self, BASE_POLICY, plan, text)
+        elif changed:
+            self._evaluate_after(k - 1)
+        return it
+
+    def _plan(self, k: int) -> Plan:
+        here = self.dir.iteration(k)
+        path = here.path / "plan.json"
+        if path.exists():
+            return self.dir.plan(k)
+        text, templates = self.texts.in_force(k)
+        last = k + 1 == self.job.iterations
+        plan = Plan(
+            iteration=k,
+            seed=self.job.seed,
+            constitution=text.ref,
+            templates=templates,
+            derived={text.wordings.id: text.wordings.hash} if text.wordings else {},
+            policy=self.hand_over.policy_before(k)[0],
+            prompt_ids=tuple(p.id for p in prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)),
+            evaluate=last or (k + 1) % self.job.eval.every == 0,
+        )
+        here.path.mkdir(parents=True, exist_ok=True)
+        write_json(path, plan.model_dump(mode="json"))
+        return plan
+
+    def _end(self, it: Iteration, evaluation: EvaluationMetrics | None) -> None:
+        """The iteration in numbers, its alarms, its head."""
+        ends, texts = {c.id: c.finish_reason for c in it.completions}, {c.id: c.text for c in it.completions}
+        metrics = monitors.iteration_metrics(
+            it.plan,
+            it.completions,
+            it.pairs,
+            it.votes,
+            it.decisions,
+            it.preferences,
+            it.steps,
+            ballots=it.dir.meta("votes").get("ballots", len(it.votes)),
+            seconds={stage: it.dir.meta(stage)["seconds"] for stage in NAMES},
+            jurors=self._tell_jurors(it),
+            judged=judged_stats(list(zip(it.pairs, it.decisions, strict=True)), texts, ends),
+            gap=gap_of(it.dir),
+            decoding=decoding_of(it.dir),
+        )
+        # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
+        alarms = self._alarms(it.k, metrics, evaluation)
+        write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
+        number, events = self.text_number(it.k), self.dir.events()
+        self.track(it.k, it.k + 1, tracking.of_iteration(metrics, it.votes, self.job.judge, number, events))
+        self.hand_over.prune(it.k)
+        head = write_head(self.dir)
+        self.progress.iteration_done(it.k, metrics)
+        self.progress.note(f"head {head.name}")
+        self._stop_at(it.k, alarms)
+
+    def _evaluate_after(self, k: int) -> None:
+        """Evaluates what iteration k made under its text, unless its plan had that done, and tells the alarms."""
+        plan = self.dir.plan(k)
+        evaluation = evaluate(self, k + 1, plan, self.texts.load(plan.constitution, plan.derived))
+        ended = read_record(self.dir.iteration(k).path / "metrics.json", IterationMetrics)
+        self._stop_at(k, self._alarms(k, ended, evaluation))  # its own alarms were told when it ended
+
+    def _tell_jurors(self, it: Iteration) -> JurorFit | None:
+        """Notes what a jury's weights are and how its jurors agree; the weights, where it has such."""
+        path = it.dir.path / "jurors.json"
+        fit = read_record(path, JurorFit) if path.exists() else None
+        agreement = monitors.juror_agreement(it.votes, it.decisions)
+        if fit is None and not agreement:
+            return None
+        said = []
+        for juror in sorted({*agreement, *(fit.weights if fit else ())}):
+            weight = f"weight {fit.weights.get(juror, 1.0):.2f}, " if fit else ""
+            share = agreement.get(juror)
+            said.append(f"{juror} ({weight}agrees on {'no pair' if share is None else f'{share:.0%}'})")
+        message = "jurors and how often they name the verdict's side: " + ", ".join(said)
+        if fit is not None and not fit.fitted:
+            message += f"; no weights were fitted on {fit.pairs} pairs"
+        data = {"weights": fit.weights if fit else {}, "fitted": bool(fit and fit.fitted), "agreement": agreement}
+        self.tell_once("jurors", message, it.k, **data)
+        return fit
+
+    def _alarms(self, k: int, metrics: IterationMetrics, evaluation: EvaluationMetrics | None) -> list[str]:
+        """Tells the alarms of an iteration, and returns those that weren't told before."""
+        calibrated = self.calibration.judged if self.calibration else None
+        learned = bool(self.calibration and self.calibration.jurors and self.calibration.jurors.source == "labels")
+        alarms = monitors.alarms(self.job.monitors, metrics, evaluation, calibrated, learned)
+        new = [alarm for alarm in alarms if self.event_once("alarm", alarm, k)]
+        for alarm in new:
+            self.progress.note(f"alarm in iteration {k + 1}: {alarm}")
+        return new
+
+    def _stop_at(self, k: int, alarms: list[str]) -> None:
+        if alarms and self.job.monitors.stop_on_alarm:
+            raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarms[0]} (monitors.stop_on_alarm)")

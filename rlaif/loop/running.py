@@ -1,0 +1,150 @@
+"""What the stages share: the run on its way (`Running`), and what one iteration has so far (`Iteration`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlaif.config import Job
+from rlaif.constitution import Constitution
+from rlaif.judging.ballots import Role
+from rlaif.judging.calibration import Calibration
+from rlaif.judging.candidates import Candidate
+from rlaif.loop.hand_over import HandOver
+from rlaif.records import (
+    Completion,
+    Decision,
+    IterationMetrics,
+    Pair,
+    Plan,
+    Preference,
+    Prompt,
+    Score,
+    UpdateStep,
+    Vote,
+)
+from rlaif.stages import EVALUATION, ITERATION
+from rlaif.store import RunDir, StageDir
+from rlaif.texts import Texts
+from rlaif.workers import WorkerLike
+
+
+class Progress(Protocol):
+    """Where the loop says what it is doing."""
+
+    def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None: ...
+    def advance(self, n: int) -> None: ...
+    def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+@dataclass
+class Iteration:
+    """One iteration, or one evaluation: what it follows, and what its stages have made so far."""
+
+    plan: Plan
+    dir: StageDir
+    text: Constitution
+    """In force."""
+    prompts: dict[str, Prompt]
+    """By id; more than it asks for an iteration, just those asked for an evaluation."""
+    role: Role = "decide"
+    """`evaluate`: pairs are held against the base policy's answers, and only measure."""
+    completions: list[Completion] = field(default_factory=list)
+    """By prompt, then by sample; an evaluation's are followed by the base policy's."""
+    scores: list[Score] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    votes: list[Vote] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    preferences: list[Preference] = field(default_factory=list)
+    steps: list[UpdateStep] = field(default_factory=list)
+
+    @property
+    def k(self) -> int:
+        """The iteration's number, from 0; of an evaluation, that whose plan it follows."""
+        return self.plan.iteration
+
+    def rows(
+        self,
+        stage: str,
+        produce: Callable[[list[Any]], Iterable[list[Any]]],
+        before_commit: Callable[[], dict[str, Any]] | None = None,
+    ) -> list[Any]:
+        """The stage's rows: read when complete, else produced; see `StageDir.rows`."""
+        of = next(s for s in (ITERATION if self.role == "decide" else EVALUATION) if s.name == stage)
+        return self.dir.rows(
+            of.name, of.record, produce, inputs=of.inputs, resumable=of.resumable, before_commit=before_commit
+        )
+
+
+@dataclass
+class Running:
+    """A run on its way: its job, its directory, its texts and prompts, its workers."""
+
+    job: Job
+    dir: RunDir
+    texts: Texts
+    train: list[Prompt]
+    held_out: list[Prompt]
+    base_model: Path
+    base_digest: str
+    judge_name: str
+    """Kind and weights' digest: votes of other weights are other votes."""
+    sampler: WorkerLike
+    judge: WorkerLike
+    learner: WorkerLike
+    measurer: WorkerLike
+    """Who says how sane an answer is: a likelihood judge on the base policy, often the judge itself."""
+    progress: Progress
+    calibration: Calibration | None = None
+    """In force for the whole run (`filters.calibration`)."""
+    hand_over: HandOver = field(init=False)
+    """Which policy sampler and learner hold."""
+
+    def __post_init__(self) -> None:
+        self.hand_over = HandOver(self)
+
+    def event_once(self, kind: str, message: str, k: int, **data: Any) -> bool:
+        """Notes an event unless an earlier, interrupted attempt at this iteration did; whether it was new."""
+        if any((e.kind, e.iteration, e.message) == (kind, k, message) for e in self.dir.events()):
+            return False
+        self.dir.event(kind, message, k, **data)
+        return True
+
+    def tell_once(self, kind: str, message: str, k: int, **data: Any) -> None:
+        """`event_once`, and says it when it is new."""
+        if self.event_once(kind, message, k, **data):
+            self.progress.note(f"iteration {k + 1}: {message}")
+
+    def track(self, k: int, updates: int, values: dict[str, float | str]) -> None:
+        """Gives trackers what is in a metrics.json that was just written, at the optimizer step after so many
+        iterations. After, not before: a run that goes on never gives them twice. Tells which trackers failed."""
+        made = (self.dir.iteration(i).read("updates", UpdateStep) for i in range(updates - 1, -1, -1))
+        step = next((steps[-1].step for steps in made if steps), 0)
+        for failed in self.learner.call("track", values=values, step=step):
+            self.dir.event("tracker_failed", failed, k)
+            self.progress.note(failed)
+
+    def text_number(self, k: int) -> int:
+        """The text of iteration k, counted through the run's different texts from 1."""
+        hashes = [self.dir.plan(i).constitution.hash for i in range(k + 1)]
+        return list(dict.fromkeys(hashes)).index(hashes[-1]) + 1
+
+    def advancing(self, chunks: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        """The chunks, counted by the progress."""
+        for chunk in chunks:
+            yield chunk
+            self.progress.advance(len(chunk))
+
+
+def candidates(completions: Iterable[Completion], prompts: dict[str, Prompt]) -> list[Candidate]:
+    """Completions as a judge needs them."""
+    return [Candidate.of(c, prompts[c.prompt_id]) for c in completions]
+
+
+def in_order(completions: list[Completion], prompt_ids: Iterable[str]) -> list[Completion]:
+    """By prompt, then by sample: the order in which they finished must not decide anything."""
+    rank = {p: i for i, p in enumerate(prompt_ids)}
+    return sorted(completions, key=lambda c: (rank[c.prompt_id], c.index))

@@ -1,0 +1,61 @@
+"""Which stages there are: the one place that loop, store, audit and pages read.
+
+A stage is a file of rows of one record, made from the rows of the stages before it. To add one: a line here, a function
+in `rlaif/loop/` that makes its rows, and a line in `Loop.iterate` that calls it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rlaif.records import (
+    Completion,
+    Decision,
+    Divergence,
+    Pair,
+    Preference,
+    Quality,
+    Record,
+    Score,
+    UpdateStep,
+    Vote,
+)
+
+
+class Stage(NamedTuple):
+    """A part of an iteration or an evaluation, with a file of its own."""
+
+    name: str
+    """Of the file, and in metrics and events."""
+    record: type[Record]
+    """What a row is."""
+    inputs: tuple[str, ...] = ()
+    """Stages that the rows are made from; their digests are in the meta file."""
+    resumable: bool = False
+    """Whether the rest can be made later: a vote stands by itself, an answer's sampling depends on its batch."""
+
+
+ITERATION = (
+    Stage("completions", Completion),
+    Stage("scores", Score, ("completions",), resumable=True),
+    Stage("pairs", Pair, ("completions", "scores")),
+    Stage("votes", Vote, ("pairs",), resumable=True),
+    Stage("decisions", Decision, ("votes",)),
+    Stage("preferences", Preference, ("decisions",)),
+    Stage("updates", UpdateStep, ("preferences",)),
+)
+"""Of an iteration, in the order of the data flow."""
+
+EVALUATION = (
+    Stage("completions", Completion),
+    Stage("quality", Quality, ("completions",)),
+    Stage("kl_completions", Completion),
+    Stage("divergences", Divergence, ("kl_completions",)),
+    Stage("pairs", Pair, ("completions",)),
+    Stage("votes", Vote, ("pairs",), resumable=True),
+    Stage("decisions", Decision, ("votes",)),
+)
+"""Of an evaluation, in the same order; those after `completions` are there where they are asked for."""
+
+NAMES = tuple(stage.name for stage in ITERATION)
+EVALUATION_NAMES = tuple(stage.name for stage in EVALUATION)

@@ -1,0 +1,119 @@
+"""A run of a newer rlaif, which added keys to every kind of file: read without them, said once, never "damaged"."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rlaif import records
+from rlaif.cli import app
+from rlaif.errors import RlaifError, UserError
+from rlaif.prompts import load_prompts
+from rlaif.records import Pair, Vote
+from rlaif.store import RunDir, read_grown, read_rows
+from tests.audit.conftest import STORED
+
+NEW = {"added_later": {"x": [1]}}
+NESTED = ("ballot", "verdict", "usage", "asked", "constitution")
+
+
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_TOLD", set())
+
+
+def newer(tree: Any) -> Any:
+    """A record as a later version might write it."""
+    if not isinstance(tree, dict):
+        return tree
+    inner = {k: v | NEW for k, v in tree.items() if k in NESTED and isinstance(v, dict) and v}
+    return tree | inner | NEW
+
+
+@pytest.fixture
+def run(copy: RunDir) -> RunDir:
+    """The stored run, with more keys in every file but the texts'."""
+    for file in copy.path.rglob("*.json*"):
+        if file.suffix == ".jsonl":
+            lines = file.read_text().splitlines()
+            file.write_text("".join(json.dumps(newer(json.loads(line))) + "\n" for line in lines))
+        elif file.parent.parent.name != "constitutions" and file.name != "pins.json":
+            file.write_text(json.dumps(newer(json.loads(file.read_text()))))
+    header = json.loads((copy.path / "run.json").read_text())
+    header["job"] |= {"later_setting": 1}
+    header["job"]["judge"] |= {"later_setting": {"x": 1}}
+    (copy.path / "run.json").write_text(json.dumps(header | {"schema_version": "1.2"}))
+    return RunDir.open(copy.path)
+
+
+def ask(*words: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, list(words))
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status", "RUN"),
+        ("audit", "RUN"),
+        ("audit", "RUN", "list", "--limit", "3"),
+        ("audit", "RUN", "trace", "2"),
+        ("audit", "RUN", "flips"),
+        ("audit", "RUN", "disagree"),
+        ("audit", "RUN", "replay", "--set", "filters.min_agreement=0.9"),
+        ("audit", "RUN", "sql", "SELECT count(*) AS n FROM votes"),
+    ],
+    ids=lambda w: " ".join(w),
+)
+def test_every_question_is_answered_as_before(run: RunDir, words: tuple[str, ...]) -> None:
+    before = ask(*(str(STORED) if w == "RUN" else w for w in words))
+    code, said, told = ask(*(str(run.path) if w == "RUN" else w for w in words))
+    assert code == before[0] == 0, said + told
+    assert said.replace(str(run.path), "RUN") == before[1].replace(str(STORED), "RUN")
+    assert "damaged" not in said + told
+    assert told.count("a newer rlaif wrote this run") <= 1
+
+
+def test_it_is_said_once(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    for k in (0, 1):
+        read_rows(run.iteration(k).path / "votes.jsonl", Vote)
+        read_rows(run.iteration(k).path / "pairs.jsonl", Pair)
+        run.plan(k)
+    assert run.job().judge.kind
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("note: a newer rlaif wrote this run: its Vote has `")
+    assert [v.model_dump() for v in read_rows(run.iteration(0).path / "votes.jsonl", Vote)] == [
+        v.model_dump() for v in read_rows(STORED / "iterations" / "0000" / "votes.jsonl", Vote)
+    ]
+
+
+def test_what_is_wrong_beside_new_keys_is_still_an_error(run: RunDir) -> None:
+    path = run.iteration(0).path / "pairs.jsonl"
+    row = json.loads(path.read_text().splitlines()[0])
+    path.write_text(json.dumps({k: v for k, v in row.items() if k != "id"}) + "\n")
+    with pytest.raises(RlaifError, match=r"pairs\.jsonl:1: not a Pair"):
+        read_rows(path, Pair)
+    assert read_grown(path, Pair) == []
+
+
+@pytest.mark.parametrize(("version", "reads"), [(1, True), ("1.7", True), (1.5, True), (2, False), ("2.0", False)])
+def test_only_a_newer_major_schema_is_refused(copy: RunDir, version: Any, reads: bool) -> None:
+    file = copy.path / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": version}))
+    if reads:
+        RunDir.open(copy.path)
+        return
+    with pytest.raises(UserError, match="this rlaif reads up to 1; upgrade") as e:
+        RunDir.open(copy.path)
+    assert "damaged" not in str(e.value)
+
+
+def test_what_people_write_stays_strict(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "Why?", "added_later": 1}]}\n')
+    with pytest.raises(UserError, match="added_later"):
+        load_prompts("p.jsonl", tmp_path)
