@@ -45,11 +45,11 @@ def main() -> None:
     options = parser.parse_args()
     job = load_job(options.job)
     prompts = with_system(load_prompts(job.prompts.train, Path()), job.policy.system_prompt)[: options.prompts]
-    sampler = role.make(str(models.resolve(job.policy.model)), job.sampling)
+    model = str(models.resolve(job.policy.model))
     columns = ("limit", "cut off", "pairs", "one cut", "judge likes", "told", "cut_off", "kept", "winner cut off")
     print("  ".join(f"{c:<12}" for c in columns))
     for limit in options.limits:
-        sampler._settings = job.sampling.model_copy(update={"max_tokens": limit})
+        sampler = role.make(model, job.sampling.model_copy(update={"max_tokens": limit}))
         version = PolicyVersion(iteration=0, digest="")
         sampled = [
             c

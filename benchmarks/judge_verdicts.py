@@ -89,13 +89,13 @@ def measure(path: Path) -> dict[str, float]:
             raise SystemExit(f"{v.ballot.id}: parsed again, the reply means something else")
     at = lap("parse", at)
     pairs = by_pair(votes)
-    verdicts = {id: aggregate(mine, {"brief": 1.0, "plain": 2.0}) for id, mine in pairs.items()}
+    verdicts = {i: aggregate(mine, {"brief": 1.0, "plain": 2.0}) for i, mine in pairs.items()}
     at = lap("verdicts", at)
     for mine in pairs.values():
         Panel.of([v.ballot for v in mine])
     at = lap("panels", at)
-    for id, verdict in verdicts.items():
-        pair = Pair(id=id, prompt_id=id, first="a", second="b", method="all")
+    for i, verdict in verdicts.items():
+        pair = Pair(id=i, prompt_id=i, first="a", second="b", method="all")
         decide(verdict, pair, Filters(), {"a": "one", "b": "two"})
     lap("decisions", at)
     return seconds

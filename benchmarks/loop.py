@@ -500,11 +500,11 @@ def _plain_writes(path: Path, size: int) -> float:
 def part_vllm(work: Path, model: Path, prompts: list[Prompt]) -> VllmTimes:
     """The loop's own requests, in the loop's order, through `LLM.generate`. Same engine settings as the sampler."""
     from rlaif.sampling.vllm import ENVIRONMENT, MAX_SEQUENCES
+    from rlaif.sampling.vllm_compat import on_cpu
     from rlaif.store import RunDir
 
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
-    from vllm.platforms import current_platform
 
     settings = job_for(len(prompts)).sampling
     cpu = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "block_size": 32, "enforce_eager": True}
@@ -515,7 +515,7 @@ def part_vllm(work: Path, model: Path, prompts: list[Prompt]) -> VllmTimes:
         max_model_len=settings.max_model_len,
         max_num_seqs=MAX_SEQUENCES,
         disable_log_stats=True,
-        **(cpu if current_platform.is_cpu() else gpu),
+        **(cpu if on_cpu() else gpu),
     )
     completions = RunDir(work / "run").iteration(1).read("completions", Completion)
 
@@ -627,13 +627,11 @@ def part_trl(work: Path, model: Path, prompts: list[Prompt], precision: str | No
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    # By way of it, so that TRL doesn't import vLLM: 15 s, and threads that its trainer has no use for.
-    from rlaif.learning import online_dpo
+    from rlaif.learning.trl_compat import online_dpo, time_sampling
 
-    stock: Any = online_dpo
-
+    stock_config, stock_trainer = online_dpo()
     rows = [{"prompt": [m.model_dump() for m in p.messages]} for p in (*prompts[:BATCH], *prompts)]
-    args = stock.OnlineDPOConfig(
+    args = stock_config(
         output_dir=str(work / "trl"),
         per_device_train_batch_size=BATCH,
         num_train_epochs=1,
@@ -651,7 +649,7 @@ def part_trl(work: Path, model: Path, prompts: list[Prompt], precision: str | No
     def reward(completions: list[Any], **_: Any) -> list[float]:
         return [int(preference_of(c[0]["content"])[:8], 16) / 2**32 for c in completions]
 
-    trainer = stock.OnlineDPOTrainer(
+    trainer = stock_trainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         reward_funcs=reward,
         args=args,
@@ -660,20 +658,13 @@ def part_trl(work: Path, model: Path, prompts: list[Prompt], precision: str | No
     )
     generated: list[tuple[float, int]] = []
     ends: list[float] = []
-    generate = trainer._generate
-
-    def timed_generate(*a: Any, **kw: Any) -> Any:
-        started = time.perf_counter()
-        out = generate(*a, **kw)
-        generated.append((time.perf_counter() - started, int(out[3].sum())))
-        return out
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
             print(f"step {len(ends)}", flush=True)
 
-    trainer._generate = timed_generate
+    time_sampling(trainer, lambda seconds, tokens: generated.append((seconds, tokens)))
     trainer.add_callback(Clock())
     trainer.train()
     return TrlTimes(

@@ -190,9 +190,9 @@ class Constitution(Record):
         """Principle id → weight."""
         return {p.id: p.weight for p in self.principles}
 
-    def principle(self, id: str) -> Principle:
+    def principle(self, principle_id: str) -> Principle:
         """The principle of this id; KeyError when there is none."""
-        return {p.id: p for p in self.principles}[id]
+        return {p.id: p for p in self.principles}[principle_id]
 
     @property
     def wordings(self) -> Wordings | None:
@@ -219,9 +219,9 @@ class Constitution(Record):
             if use is None or v.use == use
         )
 
-    def voice(self, id: str) -> Voice:
+    def voice(self, voice_id: str) -> Voice:
         """The voice of this id; KeyError when there is none."""
-        return {v.id: v for v in self.voices()}[id]
+        return {v.id: v for v in self.voices()}[voice_id]
 
 
 class Change(Record):
@@ -243,16 +243,16 @@ def diff(a: Constitution, b: Constitution) -> list[Change]:
     ]
     old = {p.id: p.model_dump(mode="json") for p in a.principles}
     new = {p.id: p.model_dump(mode="json") for p in b.principles}
-    for id in [*old, *(k for k in new if k not in old)]:
-        if id not in new:
-            changes.append(Change(principle=id, kind="removed", before=old[id]))
-        elif id not in old:
-            changes.append(Change(principle=id, kind="added", after=new[id]))
+    for name in [*old, *(k for k in new if k not in old)]:
+        if name not in new:
+            changes.append(Change(principle=name, kind="removed", before=old[name]))
+        elif name not in old:
+            changes.append(Change(principle=name, kind="added", after=new[name]))
         else:
             changes += [
-                Change(principle=id, kind="changed", field=f, before=old[id][f], after=new[id][f])
-                for f in old[id]
-                if old[id][f] != new[id][f]
+                Change(principle=name, kind="changed", field=f, before=old[name][f], after=new[name][f])
+                for f in old[name]
+                if old[name][f] != new[name][f]
             ]
     if not changes and list(old) != list(new):
         changes.append(Change(principle=None, kind="changed", field="order", before=list(old), after=list(new)))

@@ -85,7 +85,7 @@ def export_adapter(run: RunDir, to: Path, iteration: int | None = None) -> Path:
         raise UserError(f"{run.path}: the adapter of `{unlike[0]}` can't be exported alone; leave out --adapter")
     rank, alpha = lora.r, lora.alpha
     if job.policy.adapter is not None:
-        first = _first_adapter(run, job.policy.model, job.policy.adapter)
+        first = first_adapter(run, job.policy.model, job.policy.adapter)
         weights = _side_by_side(first, {name: (v, lora.alpha / lora.r) for name, v in weights.items()})
         rank = alpha = next(v.shape[0] for name, v in weights.items() if ".lora_A." in name)
         modules = {_module(name) for name in weights}
@@ -114,7 +114,7 @@ def _module(name: str) -> str:
     return name.removeprefix("base_model.model.").rpartition(".lora_")[0]
 
 
-def _first_adapter(run: RunDir, model: str, adapter: str) -> _Scaled:
+def first_adapter(run: RunDir, model: str, adapter: str) -> _Scaled:
     """The tensors of the LoRA that a run started from, each with its scale.
 
     Raises:

@@ -14,7 +14,8 @@ from rlaif.config import Precision
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """x86: AVX-512 BF16 or AMX; the last is Arm's name."""
-_CPUINFO = Path("/proc/cpuinfo")
+CPUINFO = Path("/proc/cpuinfo")
+"""What Linux says of the processor."""
 
 
 def gpu_names() -> list[str]:
@@ -49,7 +50,7 @@ def cpu_has_bf16() -> bool:
 
 def _cpuinfo(*keys: str) -> str | None:
     try:
-        text = _CPUINFO.read_text()
+        text = CPUINFO.read_text()
     except OSError:  # not Linux
         return None
     for line in text.splitlines():

@@ -33,11 +33,11 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[flo
         return -math.inf, math.inf
     ratio = math.fsum(parts) / whole
     squares = math.fsum((p - ratio * w) ** 2 for p, w in zip(parts, wholes, strict=True))
-    half = _t(n - 1) * math.sqrt(n / (n - 1) * squares) / whole
+    half = students_t(n - 1) * math.sqrt(n / (n - 1) * squares) / whole
     return ratio - half, ratio + half
 
 
-def _t(degrees: int) -> float:
+def students_t(degrees: int) -> float:
     """Student's t: a value lies within ± this with probability 0.95 (Cornish-Fisher; exact for one and two degrees)."""
     if degrees == 1:
         return 12.706204736

@@ -65,8 +65,8 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         # Everything that can be refused is looked at before run.json says that there is a run.
         texts = Texts(job, run, base_dir, progress.note)
         places: dict[str, str] = {}
-        train, held_out = _prompts(run, job, base_dir, progress.note, places)
-        calibration = _calibration(run, job, base_dir, [p.category or EVERYTHING for p in train], progress.note)
+        train, held_out = prompts_of(run, job, base_dir, progress.note, places)
+        calibration = calibration_of(run, job, base_dir, [p.category or EVERYTHING for p in train], progress.note)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
         base = models.resolve_policy(
             job.policy.model, job.policy.adapter, progress=lambda message, share: progress.note(message)
@@ -83,7 +83,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         _tell_hardware(run, code["hardware"], progress.note)
         last = run.iteration(job.iterations - 1), run.evaluation(job.iterations)
         if all((stages.path / "metrics.json").exists() for stages in last):
-            _write_header(run, job, found, code, changed)
+            write_header(run, job, found, code, changed)
             progress.note(f"{run.path}: all {job.iterations} iterations are done; head {write_head(run).name}")
             return run
         factories: dict[str, tuple[str, dict[str, Any]]] = {
@@ -169,7 +169,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             wait_until_ready(unready, loaded)
             if not asked:  # it was ready before the others began to load
                 check_prompts()
-            _write_header(run, job, found, code, changed)
+            write_header(run, job, found, code, changed)
             resumed = any(e.kind == "started" for e in run.events())
             # run.json has the code that a run was begun with; which code went on with it, these events tell.
             run.event("resumed" if resumed else "started", f"{job.iterations} iterations", seed=job.seed, **code)
@@ -211,10 +211,15 @@ def _likelihood(model: Path, settings: Judge) -> tuple[str, dict[str, Any]]:
     return "rlaif.judging.likelihood:make", {"model_path": str(model), "settings": settings}
 
 
-def _calibration(
+def calibration_of(
     run: RunDir, job: Job, base_dir: Path, categories: Sequence[str], note: Callable[[str], None]
 ) -> Calibration | None:
-    """The run's own copy of the calibration file, made at the start."""
+    """The run's own copy of the calibration file, made at the start; None where the job names none. `categories` are
+    those of the prompts to train on, which a sliced calibration must know.
+
+    Raises:
+        UserError: nothing would be kept by it, or it is another judge's.
+    """
     if job.filters.calibration is None:
         return None
     copy = run.path / "calibration.json"
@@ -316,7 +321,7 @@ def check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
     return named
 
 
-def _prompts(
+def prompts_of(
     run: RunDir,
     job: Job,
     base_dir: Path,
@@ -417,15 +422,19 @@ def _code() -> dict[str, Any]:
         "rlaif": __version__,
         "packages": {name: v for name in PACKAGES if (v := _version(name))},
         "python": platform.python_version(),
-        "revision": _revision(),
+        "revision": revision(),
         "hardware": hardware_facts(),
     }
 
 
-def _write_header(
+def write_header(
     run: RunDir, job: Job, model_digests: dict[str, str], code: dict[str, Any], changed: str | None = None
 ) -> None:
-    """Writes run.json, unless it says the same already; `changed` is what `check_resume` found."""
+    """Writes run.json, unless it says the same already; `changed` is what `check_resume` found.
+
+    Raises:
+        UserError: a model is another one than the run was begun with.
+    """
     path = run.path / "run.json"
     resolved = job.model_dump(mode="json")
     header: dict[str, Any] = {
@@ -474,7 +483,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
     """The code's git revision, where it runs from a checkout."""
     here = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"]

@@ -6,9 +6,6 @@ after an hour of sampling and judging. What only the weights tell is the workers
 
 from __future__ import annotations
 
-import ast
-import functools
-import importlib.util
 import json
 import math
 import re
@@ -24,6 +21,7 @@ from rlaif.constitution import Constitution
 from rlaif.errors import UserError
 from rlaif.models import names_no_quantiser
 from rlaif.rendering import Renderer
+from rlaif.transformers_compat import auto_source, causal_types
 
 _WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length",
             "seq_length", "n_ctx", "max_target_positions")  # fmt: skip
@@ -99,7 +97,7 @@ def check_likelihood_judge(folder: Path, job: Job, texts: Iterable[Constitution]
 def _check_kind(config: dict[str, Any], said: str) -> None:
     """Whether transformers has this architecture, as one that predicts a next token."""
     kind = str(config.get("model_type") or "")
-    known = _causal_types()
+    known = causal_types()
     code = _own_code(config.get("auto_map"), "AutoModelForCausalLM")
     if code and known is not None and kind not in known:
         raise UserError(
@@ -222,7 +220,7 @@ def _check_tokens(folder: Path, config: dict[str, Any], said: str) -> None:
     write."""
     tokenizer = _json(folder / "tokenizer_config.json")
     code, kind = tokenizer.get("auto_map"), tokenizer.get("tokenizer_class")
-    source = _auto_source("tokenization_auto.py")
+    source = auto_source("tokenization_auto.py")
     own_code = code.get("AutoTokenizer") if isinstance(code, dict) else code
     if own_code and isinstance(kind, str) and source is not None:
         names = {kind, kind.removesuffix("Fast"), f"{kind}Fast"}
@@ -355,32 +353,6 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(inner := config.get(key), dict):
             return inner
     return config
-
-
-@functools.cache
-def _causal_types() -> frozenset[str] | None:
-    """The model types that transformers' `AutoModelForCausalLM` takes, read from its source: importing it would bring
-    torch into a process that has no use for it. None where transformers isn't installed, or has changed."""
-    source = _auto_source("modeling_auto.py")
-    if source is None:
-        return None
-    try:
-        tree = ast.parse(source)
-        names = next(
-            node.value
-            for node in tree.body
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
-        )
-        return frozenset(name for name, _ in ast.literal_eval(names.args[0]))  # type: ignore[attr-defined]
-    except (SyntaxError, StopIteration, ValueError, AttributeError, IndexError):
-        return None
-
-
-def _auto_source(name: str) -> str | None:
-    """The source of a module of transformers' that maps names to classes; None where it isn't installed."""
-    spec = importlib.util.find_spec("transformers")
-    file = Path(spec.origin).parent / "models" / "auto" / name if spec is not None and spec.origin else None
-    return file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
 
 
 def _json(path: Path) -> dict[str, Any]:

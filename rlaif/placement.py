@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from rlaif.config import Devices, Job
 from rlaif.errors import UserError
 
-ROLES = ("sampler", "learner", "judge", "measurer")
-
 
 def usable_gpus(count: int, environment: Mapping[str, str] = os.environ) -> list[str]:
     """Names of the GPUs that this process may use, as CUDA takes them: numbers or UUIDs.

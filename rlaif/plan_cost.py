@@ -93,8 +93,8 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     if job.judge.kind == "likelihood":
         judged = (scores * 2 + (ballots + eval_ballots) * 4) * (answer + 15)
     trained = pairs * job.iterations * job.learner.epochs * 2 * (answer + PROMPT_TOKENS)
-    parameters = _parameters(job.policy.model)
-    judge_parameters = _parameters(job.judge.model) if job.judge.kind == "likelihood" else parameters
+    parameters = parameters_of(job.policy.model)
+    judge_parameters = parameters_of(job.judge.model) if job.judge.kind == "likelihood" else parameters
     scale, judge_scale = ((n or REFERENCE_PARAMETERS) / REFERENCE_PARAMETERS for n in (parameters, judge_parameters))
     fast = cpu_has_bf16() or bool(gpu_names())  # as `hardware.precision_here`, without torch
     seconds = (
@@ -128,7 +128,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         if k >= job.iterations
     ]
     named = [job.policy.model, *([job.judge.model] if job.judge.kind == "likelihood" else [])]
-    if unknown := sorted({n for n in named if not n.startswith("embedded:") and _parameters(n) is None}):
+    if unknown := sorted({n for n in named if not n.startswith("embedded:") and parameters_of(n) is None}):
         warnings.append(
             f"{', '.join(unknown)}: of unknown size until it is fetched (rlaif models NAME); time, memory and disk are "
             "those of 135M parameters"
@@ -203,7 +203,7 @@ def _folder(model: str) -> Path:
     return Path(model).expanduser()
 
 
-def _parameters(model: str) -> int | None:
+def parameters_of(model: str) -> int | None:
     """Parameters of a model that is on this machine, from the size of its weights; None when it is not."""
     try:
         path = _folder(model)

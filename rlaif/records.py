@@ -48,7 +48,8 @@ class Record(BaseModel):
 
 
 R = TypeVar("R", bound=BaseModel)
-_TOLD: set[str] = set()
+TOLD: set[str] = set()
+"""Records of which was said that keys were left out, by this process."""
 
 
 def stored(record: type[R], content: Any) -> R:
@@ -65,13 +66,13 @@ def stored(record: type[R], content: Any) -> R:
         if not added:
             raise
         found = read(content, extra="ignore")  # raises when more is wrong than that
-        if not _TOLD:  # once is enough: a run that has one has many
+        if not TOLD:  # once is enough: a run that has one has many
             print(
                 f"note: a newer rlaif wrote this run: its {record.__name__} has `{added[0]}`, which this one doesn't "
                 "know; such keys are left out",
                 file=sys.stderr,
             )
-        _TOLD.add(record.__name__)
+        TOLD.add(record.__name__)
         return found
 
 

@@ -250,7 +250,7 @@ class Renderer:
     @cached_property
     def _added(self) -> dict[str, int]:
         decoder = getattr(self._tokenizer, "added_tokens_decoder", {})
-        return {token.content: id for id, token in decoder.items() if token.content}
+        return {token.content: i for i, token in decoder.items() if token.content}
 
     @cached_property
     def _special(self) -> set[str]:
@@ -262,8 +262,8 @@ class Renderer:
         """Texts that would be read as control tokens: special ones, and others that the template writes."""
         template = str(getattr(self._tokenizer, "chat_template", None) or "")
         found = {
-            text: id
-            for text, id in self._added.items()
+            text: i
+            for text, i in self._added.items()
             if not text.isspace() and (text in self._special or (len(text) > 2 and text in template))
         }
         # Some tokenizers have an ordinary word or sign for padding; it is no less a word for that.
@@ -343,7 +343,7 @@ class _Relabelled(NamedTuple):
         tree["added_tokens"] = [{**t, "content": names.get(t["content"], t["content"])} for t in tree["added_tokens"]]
         model = dict(tree["model"])
         if isinstance(model["vocab"], dict):
-            model["vocab"] = {names.get(piece, piece): id for piece, id in model["vocab"].items()}
+            model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
         else:  # Unigram: pieces with scores, by id
             model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
         if model.get("unk_token") in names:
@@ -352,7 +352,7 @@ class _Relabelled(NamedTuple):
             model["merges"] = [m for m in model["merges"] if _merged(m) not in names]
         tree["model"] = model
         copy = Tokenizer.from_str(json.dumps(tree))
-        original = {copy.token_to_id(names[token]): id for token, id in controls.items()}
+        original = {copy.token_to_id(names[token]): i for token, i in controls.items()}
 
         def encode(text: str) -> tuple[int, ...]:
             return tuple(original.get(i, i) for i in copy.encode(text, add_special_tokens=False).ids)

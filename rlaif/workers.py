@@ -32,7 +32,7 @@ from typing import Any, Literal, Protocol, Self
 from rlaif.errors import RlaifError, UserError, WorkerError, needs_extra
 
 _START = 0  # the id of the answer to construction
-_CLOSE_GRACE_S = 15.0  # a tracker may have something to upload
+CLOSE_GRACE_S = 15.0  # a tracker may have something to upload
 _POLL_S = 1.0
 
 
@@ -205,7 +205,7 @@ class Worker:
         with contextlib.suppress(OSError):
             self._connection.send(None)
         try:
-            self._process.wait(_CLOSE_GRACE_S if self._ready else 0.2)
+            self._process.wait(CLOSE_GRACE_S if self._ready else 0.2)
         except subprocess.TimeoutExpired:
             _kill_group(self._process.pid)
             self._process.wait()
@@ -249,7 +249,7 @@ class Worker:
 
     def _died(self) -> WorkerError:
         try:
-            code = self._process.wait(_CLOSE_GRACE_S)
+            code = self._process.wait(CLOSE_GRACE_S)
         except (subprocess.TimeoutExpired, ValueError):
             _kill_group(self._process.pid)
             return WorkerError(f"{self.name} worker closed its connection; its log is {self.log_path}")
@@ -274,7 +274,8 @@ class InlineWorker:
         self.name = name
         self.log_path = log_path
         self._start = (factory, kwargs)
-        self._target: Any = None
+        self.target: Any = None
+        """The object that is called, once `ready` has built it."""
         self._closed = False
 
     def poll(self, timeout_s: float) -> bool:
@@ -283,22 +284,22 @@ class InlineWorker:
 
     def ready(self) -> None:
         """Builds the object, the first time."""
-        if self._target is None:
+        if self.target is None:
             factory, kwargs = self._start
             with self._errors():
-                self._target = _factory(factory)(**kwargs)
+                self.target = _factory(factory)(**kwargs)
 
     def call(self, method: str, **kwargs: Any) -> Any:
         """As `Worker.call`."""
         self.ready()
         with self._errors():
-            return getattr(self._target, method)(**kwargs)
+            return getattr(self.target, method)(**kwargs)
 
     def stream(self, method: str, **kwargs: Any) -> Iterator[Any]:
         """As `Worker.stream`."""
         self.ready()
         with self._errors():
-            items = iter(getattr(self._target, method)(**kwargs))
+            items = iter(getattr(self.target, method)(**kwargs))
         while True:
             with self._errors():
                 try:
@@ -309,8 +310,8 @@ class InlineWorker:
 
     def close(self) -> None:
         """As `Worker.close`."""
-        if not self._closed and self._target is not None and hasattr(self._target, "close"):
-            self._target.close()
+        if not self._closed and self.target is not None and hasattr(self.target, "close"):
+            self.target.close()
         self._closed = True
 
     def __enter__(self) -> Self:

@@ -65,10 +65,10 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[lis
 
     def merge(arguments: list[str], what: str, progress: models.Progress) -> str:
         calls.append(arguments)
-        models._merge_adapter(*map(Path, arguments[1:]))
+        models.merge_adapter(*map(Path, arguments[1:]))
         return "in this process"
 
-    monkeypatch.setattr(models, "_run_child", merge)
+    monkeypatch.setattr(models, "run_child", merge)
     monkeypatch.setenv("RLAIF_CACHE", str(tmp_path / "cache"))
     return calls
 
@@ -174,7 +174,7 @@ def test_an_adapter_is_exported_alone(trained: RunDir, tiny_model: Path, tmp_pat
     assert "library_name: peft" in (adapter / "README.md").read_text()
     found, merged, base = with_adapter(tiny_model, adapter), plain(policy), plain(tiny_model)
     assert (found - merged).abs().mean() < 0.2 * (found - base).abs().mean(), "as near as the policy's precision"
-    models._check_adapter(adapter, "this")
+    models.check_adapter(adapter, "this")
 
 
 def test_only_the_newest_adapter_is_kept(trained: RunDir, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_what_came_of_an_adapter_is_one_adapter(
 def test_what_came_of_another_kind_of_adapter_is_none(
     tiny_model: Path, tmp_path: Path, in_this_process: list[list[str]]
 ) -> None:
-    from rlaif.export import _first_adapter
+    from rlaif.export import first_adapter
 
     adapter = make_adapter(tiny_model, tmp_path / "adapter", use_dora=True)
     run = RunDir(tmp_path / "run")
@@ -261,4 +261,4 @@ def test_what_came_of_another_kind_of_adapter_is_none(
     for found, message in ((digest, r"no plain LoRA \(use_dora\)"), ("0" * 16, "changed since the run")):
         (run.path / "run.json").write_text(json.dumps({"schema_version": 1, "models": {"policy": found}}))
         with pytest.raises(UserError, match=message):
-            _first_adapter(run, str(tiny_model), str(adapter))
+            first_adapter(run, str(tiny_model), str(adapter))

@@ -30,21 +30,21 @@ def test_bf16_where_the_processor_multiplies_it(
     if torch.cuda.is_available():
         pytest.skip("a GPU computes here")
     (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     assert hardware.cpu_has_bf16() == bf16
     assert hardware.precision_here("auto") == ("bf16" if bf16 else "fp32")
     assert hardware.torch_dtype("auto") == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def test_a_wish_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "nothing")
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "nothing")
     assert hardware.precision_here("bf16") == "bf16"
     assert hardware.precision_here("fp32") == "fp32"
 
 
 def test_the_machine_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(X86.format(flags="avx512_bf16"))
-    monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     assert hardware.facts() | {"gpus": []} == {"cpu": "Some CPU @ 2GHz", "cpu_bf16": True, "gpus": []}
-    monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "nothing")
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "nothing")
     assert hardware.cpu_name() == "unknown"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from scipy.stats import binomtest, t
 
-from rlaif.intervals import _t, ratio_interval, wilson
+from rlaif.intervals import ratio_interval, students_t, wilson
 
 
 def test_wilson_interval() -> None:
@@ -28,7 +28,7 @@ def test_half_a_win_is_half_a_win() -> None:
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 5, 11, 15, 47])
 def test_students_t_is_scipys(degrees: int) -> None:
-    assert _t(degrees) == pytest.approx(t.ppf(0.975, degrees), rel=2e-3)
+    assert students_t(degrees) == pytest.approx(t.ppf(0.975, degrees), rel=2e-3)
 
 
 def test_a_ratio_of_equal_wholes_is_a_mean() -> None:

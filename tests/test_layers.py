@@ -56,6 +56,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.workers",
         "rlaif.prompts",
         "rlaif.rendering",
+        "rlaif.reached",
+        "rlaif.transformers_compat",
         "rlaif.sampling",
         "rlaif.sampling.*",
         "rlaif.judging.likelihood",
@@ -73,7 +75,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.learning.*",
         "rlaif.review.labels",
     ),
-    ("rlaif.loop", "rlaif.loop.*", "rlaif.mixing", "rlaif.monitors", "rlaif.texts", "rlaif.launch", "rlaif.tracking"),
+    (
+        "rlaif.loop",
+        "rlaif.loop.*",
+        "rlaif.mixing",
+        "rlaif.monitors",
+        "rlaif.texts",
+        "rlaif.launch",
+        "rlaif.tracking",
+    ),
     (
         "rlaif.api",
         "rlaif.audit",
@@ -110,9 +120,9 @@ AT_TOP = {
 """Who may import a heavy library when it is imported itself; these modules are loaded by their worker only."""
 ANYWHERE = {
     **AT_TOP,
-    "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm rlaif.judging.likelihood rlaif.models rlaif.hardware",
-    "transformers": f"{AT_TOP['transformers']} rlaif.judging.likelihood rlaif.models",
-    "vllm": "rlaif.sampling.vllm rlaif.sampling.vllm_reload",
+    "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm_compat rlaif.judging.likelihood rlaif.models rlaif.hardware",
+    "transformers": f"{AT_TOP['transformers']} rlaif.judging.likelihood rlaif.models rlaif.transformers_compat",
+    "vllm": "rlaif.sampling.vllm rlaif.sampling.vllm_compat",
     "peft": "rlaif.learning.base rlaif.models",
     "datasets": "rlaif.learning.* rlaif.prompts rlaif.audit.export rlaif.api",
 }

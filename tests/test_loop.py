@@ -431,7 +431,7 @@ def test_a_run_that_goes_on_says_by_which_code(
 
     root, run = copied(finished, tmp_path)
     before = {k: finished.header[k] for k in ("rlaif", "packages", "python", "revision", "hardware")}
-    monkeypatch.setattr(launch, "_revision", lambda: "another")
+    monkeypatch.setattr(launch, "revision", lambda: "another")
     execute(parse_job(run.header["job"] | {"iterations": 4}, "run.json"), run.path, root, Quiet(), allow_change=True)
     begun, gone_on = [e for e in run.events() if e.kind in ("started", "resumed")]
     assert begun.data == {"seed": finished.header["job"]["seed"], **before}
@@ -458,11 +458,11 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_what_is_done(
 
 def test_other_weights_under_the_same_name_are_refused(finished: RunDir, tmp_path: Path) -> None:
     from rlaif.config import parse_job
-    from rlaif.launch import _write_header
+    from rlaif.launch import write_header
 
     job = parse_job(finished.header["job"], "run.json")
     with pytest.raises(UserError, match="the judge model changed since the run was started"):
-        _write_header(finished, job, finished.header["models"] | {"judge": "other"}, {})
+        write_header(finished, job, finished.header["models"] | {"judge": "other"}, {})
 
 
 # The loop's choices, on stubs.
@@ -631,6 +631,6 @@ def test_a_judge_that_leaves_a_ballot_is_an_error_not_a_guess(tmp_path: Path) ->
     judge = StubJudge()
     cast = judge.cast
     judge.cast = lambda ballots, **kwargs: cast(ballots[:-1], **kwargs)  # type: ignore[method-assign,assignment]
-    loop.judge._target = judge  # type: ignore[attr-defined]
+    loop.judge.target = judge  # type: ignore[attr-defined]
     with pytest.raises(RlaifError, match=r"left 1 of .* ballots unanswered"):
         loop.run()

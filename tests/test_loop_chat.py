@@ -19,7 +19,7 @@ from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.calibration import panels_of
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.verdicts import by_pair
-from rlaif.launch import _calibration, execute
+from rlaif.launch import calibration_of, execute
 from rlaif.loop import Loop
 from rlaif.records import Completion, Decision, JudgedStats, Pair, Plan, Vote
 from rlaif.store import RunDir, read_json
@@ -91,7 +91,7 @@ def test_what_measures_is_not_the_question_that_trained(tmp_path: Path) -> None:
 def cutting(loop: Loop, every: Callable[[Completion], bool]) -> None:
     """Lets the stub's answers be cut off."""
     loop.sampler.ready()
-    target: Any = loop.sampler._target  # type: ignore[attr-defined]
+    target: Any = loop.sampler.target  # type: ignore[attr-defined]
     sample = target.sample
 
     def cut(**kwargs: Any) -> Any:
@@ -383,9 +383,9 @@ def test_a_sliced_calibration_must_fit_the_prompts_categories(tmp_path: Path) ->
     run.path.mkdir()
     notes: list[str] = []
     with pytest.raises(UserError, match=r"no threshold .* categories all, b .*, so nothing would be kept; .* \(a, b\)"):
-        _calibration(run, job, tmp_path, ["all", "b", "b"], notes.append)
+        calibration_of(run, job, tmp_path, ["all", "b", "b"], notes.append)
     assert not (run.path / "calibration.json").exists()
-    assert _calibration(run, job, tmp_path, ["a", "b"], notes.append) is not None
+    assert calibration_of(run, job, tmp_path, ["a", "b"], notes.append) is not None
     assert len(notes) == 1
     assert "categories b (`all`: prompts without one): all of them will be dropped" in notes[0]
 
@@ -475,7 +475,7 @@ def test_how_a_job_asks_is_checked_before_a_model_is_loaded(tmp_path: Path) -> N
 
     def start(**changes: Any) -> None:
         filters = {"calibration": "c.json", **changes.pop("filters", {})}
-        _calibration(RunDir(tmp_path / "run"), stub_job(filters=filters, **changes), tmp_path, ["all"], print)
+        calibration_of(RunDir(tmp_path / "run"), stub_job(filters=filters, **changes), tmp_path, ["all"], print)
 
     (tmp_path / "run").mkdir()
     start()  # that no labelled answer was cut off is told when the loop begins

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rlaif import launch, model_checks
+from rlaif import launch, transformers_compat
 from rlaif.cli import app
 from rlaif.config import Job, parse_job
 from rlaif.constitution import Constitution, parse_constitution
@@ -302,7 +302,7 @@ def test_a_judge_is_checked_with_the_texts_in_force(tmp_path: Path, tiny_model: 
 
 def test_no_heavy_library_is_imported() -> None:
     code = (
-        "import sys; from rlaif import model_checks; known = model_checks._causal_types(); "
+        "import sys; from rlaif import transformers_compat; known = transformers_compat.causal_types(); "
         "print([m for m in ('torch', 'transformers') if m in sys.modules], known is None or len(known) > 100)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -311,7 +311,7 @@ def test_no_heavy_library_is_imported() -> None:
 
 def test_the_list_of_transformers_is_read() -> None:
     pytest.importorskip("transformers")
-    known = model_checks._causal_types()
+    known = transformers_compat.causal_types()
     assert known is not None
     assert {"llama", "gpt2", "opt", "gemma3", "qwen3_moe"} <= known
     assert not {"t5", "vit"} & known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import threading
@@ -33,18 +34,19 @@ def fake_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]
     (package / "__init__.py").write_text("raise RuntimeError('must be found without importing it')")
     spec = models.EMBEDDED[KEY]
     (package / spec.file).write_bytes(b"gguf")
-    monkeypatch.setitem(models.EMBEDDED, KEY, spec.model_copy(update={"sha256": models._sha256([package / spec.file])}))
+    monkeypatch.setitem(models.EMBEDDED, KEY, spec.model_copy(update={"sha256": hashlib.sha256(b"gguf").hexdigest()}))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, spec.package, raising=False)
     runs: list[Path] = []
 
-    def convert(source: Path, work: Path, progress: models.Progress) -> str:
+    def convert(arguments: list[str], what: str, progress: models.Progress) -> str:
+        work = Path(arguments[-1])
         runs.append(work)
         time.sleep(0.2)
         make_folder(work, b"converted")
         return "stub"
 
-    monkeypatch.setattr(models, "_run_converter", convert)
+    monkeypatch.setattr(models, "run_child", convert)
     return runs
 
 
@@ -103,12 +105,12 @@ def test_a_killed_conversion_leaves_nothing_that_counts(
     target = models.embedded_path(KEY, tmp_path / "c")
     make_folder(target.parent / f".{target.name}.abc", b"half")  # as SIGKILL leaves it
 
-    def fail(source: Path, work: Path, progress: models.Progress) -> str:
-        make_folder(work, b"half")
+    def fail(arguments: list[str], what: str, progress: models.Progress) -> str:
+        make_folder(Path(arguments[-1]), b"half")
         raise RlaifError("converting failed")
 
     with monkeypatch.context() as m:
-        m.setattr(models, "_run_converter", fail)
+        m.setattr(models, "run_child", fail)
         with pytest.raises(RlaifError, match="converting failed"):
             models.resolve(NAME, tmp_path / "c")
     assert not target.exists()
@@ -135,7 +137,8 @@ def test_a_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest
 def test_a_failing_converter_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"not a gguf file")
     with pytest.raises(RlaifError, match=r"converting x\.gguf failed \(exit code 1\): ") as caught:
-        models._run_converter(tmp_path / "x.gguf", tmp_path, lambda message, share: None)
+        arguments = ["--convert", str(tmp_path / "x.gguf"), str(tmp_path)]
+        models.run_child(arguments, "converting x.gguf", lambda message, share: None)
     assert "\n" not in str(caught.value)
 
 

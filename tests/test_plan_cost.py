@@ -37,7 +37,7 @@ WEIGHTS = 2 * plan_cost.REFERENCE_PARAMETERS
 def test_two_states_of_the_learner_lie_side_by_side_from_the_second_update_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_cost, "_parameters", lambda model: None)
+    monkeypatch.setattr(plan_cost, "parameters_of", lambda model: None)
     schedule = {"schedule": {0: "rules@1"}}
     one, two = (estimate(project_job(tmp_path, "m", iterations=n, **schedule), tmp_path) for n in (1, 2))
     assert one["evaluations"] == two["evaluations"] == 2
@@ -68,7 +68,7 @@ def test_a_plan_that_doesnt_fit_or_isnt_reached_is_a_warning(tmp_path: Path, mon
     unreached, unknown = estimate(job, tmp_path)["warnings"]
     assert unknown.startswith("m: of unknown size")
     assert unreached == "schedule: rules@2 after 2 iterations is never reached, the run ends at 2"
-    monkeypatch.setattr(plan_cost, "_parameters", lambda model: 70e9)
+    monkeypatch.setattr(plan_cost, "parameters_of", lambda model: 70e9)
     memory, disk, _ = estimate(job, tmp_path)["warnings"]
     assert memory.startswith("memory: about ")
     assert disk.startswith("disk: about ")

@@ -242,7 +242,7 @@ def test_a_harmless_change_needs_a_word(begun: Path, key: str) -> None:
 
 def test_a_change_is_logged_once_it_takes_place(begun: Path) -> None:
     from rlaif.config import load_job
-    from rlaif.launch import _write_header, execute
+    from rlaif.launch import execute, write_header
 
     root = begun.parent.parent
     job = load_job(root / "tiny.yaml", ["iterations=9"])
@@ -251,10 +251,10 @@ def test_a_change_is_logged_once_it_takes_place(begun: Path) -> None:
     assert RunDir(begun).events() == []
     assert RunDir(begun).header["job"]["iterations"] == 3
     with pytest.raises(UserError, match="the policy model changed"):
-        _write_header(RunDir(begun), job, {"policy": "other"}, {}, "iterations (3 -> 9)")
+        write_header(RunDir(begun), job, {"policy": "other"}, {}, "iterations (3 -> 9)")
     assert RunDir(begun).events() == []
     for _ in range(2):
-        _write_header(RunDir(begun), job, {}, {}, "iterations (3 -> 9)")
+        write_header(RunDir(begun), job, {}, {}, "iterations (3 -> 9)")
         assert [(e.kind, e.message) for e in RunDir(begun).events()] == [("job_changed", "iterations (3 -> 9)")]
         assert RunDir(begun).header["job"]["iterations"] == 9
 
@@ -290,19 +290,19 @@ def test_a_setting_that_the_run_did_not_know_counts_as_its_default(begun: Path) 
 
 
 def test_prompts_that_vanish_matter_only_before_the_start(tmp_path: Path) -> None:
-    from rlaif.launch import _prompts
+    from rlaif.launch import prompts_of
     from tests.conftest import project_job
 
     job = project_job(tmp_path, "no/such/model")
     run = RunDir(tmp_path / "run")
     (tmp_path / "train.jsonl").rename(tmp_path / "away.jsonl")
     with pytest.raises(UserError, match=r"train\.jsonl"):
-        _prompts(run, job, tmp_path)
+        prompts_of(run, job, tmp_path)
     (tmp_path / "away.jsonl").rename(tmp_path / "train.jsonl")
-    train, held_out = _prompts(run, job, tmp_path)
+    train, held_out = prompts_of(run, job, tmp_path)
     for name in ("train.jsonl", "held_out.jsonl"):
         (tmp_path / name).unlink()
-    assert _prompts(run, job, tmp_path) == (train, held_out)
+    assert prompts_of(run, job, tmp_path) == (train, held_out)
 
 
 # The real workers.

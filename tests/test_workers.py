@@ -268,7 +268,7 @@ def test_close_ends_the_process_and_what_it_started(tmp_path: Path) -> None:
 
 
 def test_close_while_busy_kills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlaif.workers._CLOSE_GRACE_S", 0.2)
+    monkeypatch.setattr("rlaif.workers.CLOSE_GRACE_S", 0.2)
     worker = Worker("echo", FACTORY, {}, tmp_path / "echo.log")
     worker.ready()
     grandchild = worker.call("spawn_child")
@@ -328,7 +328,7 @@ def test_inline_worker_closes_its_object_once(tmp_path: Path) -> None:
     closed = []
     worker = InlineWorker("echo", FACTORY, {})
     worker.ready()
-    worker._target.close = lambda: closed.append(1)
+    worker.target.close = lambda: closed.append(1)
     worker.close()
     worker.close()
     assert closed == [1]

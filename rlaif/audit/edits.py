@@ -153,9 +153,9 @@ def effect_of(
     )
     old, new = asking.verdicts(before, old_votes), asking.verdicts(after, new_votes)
     both = [p.id for p in asking.sample.pairs if p.id in old and p.id in new]
-    decided = [id for id in both if _sides(old[id], new[id])]
-    turned = [id for id in decided if old[id].outcome != new[id].outcome]
-    notes += _repeated([(old_votes[id], new_votes[id]) for id in both if (id in known) != (id in known_after)])
+    decided = [i for i in both if _sides(old[i], new[i])]
+    turned = [i for i in decided if old[i].outcome != new[i].outcome]
+    notes += _repeated([(old_votes[i], new_votes[i]) for i in both if (i in known) != (i in known_after)])
     apart = turned
     alone: dict[str, set[str]] = {}
     needed: dict[str, set[str]] = {}
@@ -164,9 +164,9 @@ def effect_of(
 
         def mixed(text: Constitution, applied: set[str], ids: Sequence[str]) -> Verdicts:
             votes = {
-                id: [v for v in old_votes[id] if v.ballot.principles[0] not in applied]
-                + [v for v in new_votes[id] if v.ballot.principles[0] in applied]
-                for id in ids
+                i: [v for v in old_votes[i] if v.ballot.principles[0] not in applied]
+                + [v for v in new_votes[i] if v.ballot.principles[0] in applied]
+                for i in ids
             }
             return asking.verdicts(text, votes)
     else:
@@ -194,14 +194,14 @@ def effect_of(
     ]
     explained.sort(key=lambda p: (-(p.alone or 0), -(p.needed or 0)))
     texts = {c.completion_id: c for c in asking.sample.candidates}
-    plain = {id: c.text for id, c in texts.items()}
+    plain = {i: c.text for i, c in texts.items()}
     pairs = {row.pair.id: row for row in asking.sample.rows}
     if run_job.filters.calibration:
         notes.append("kept pairs are counted without the run's calibration: it is about the old text")
-    cut = {id for id, c in texts.items() if c.cut_off}
+    cut = {i for i, c in texts.items() if c.cut_off}
 
     def kept(verdicts: Verdicts) -> int:
-        made = (decide(v, pairs[id].pair, run_job.filters, plain, cut=cut) for id, v in verdicts.items())
+        made = (decide(v, pairs[i].pair, run_job.filters, plain, cut=cut) for i, v in verdicts.items())
         return sum(d.status == "kept" for d in made)
 
     return Effect(
@@ -223,20 +223,20 @@ def effect_of(
         kept_after=kept(new),
         parts=tuple(explained),
         taken_apart=len(apart),
-        only_together=sum(not any(id in ids for ids in alone.values()) for id in apart),
+        only_together=sum(not any(i in ids for ids in alone.values()) for i in apart),
         examples=tuple(
             Turned(
-                pair_id=id,
-                iteration=pairs[id].iteration,
-                prompt=texts[pairs[id].pair.first].messages[-1].content,
-                first=plain[pairs[id].pair.first],
-                second=plain[pairs[id].pair.second],
-                before=old[id],
-                after=new[id],
-                alone=tuple(n for n in alone if id in alone[n]),
-                needed=tuple(n for n in needed if id in needed[n]),
+                pair_id=i,
+                iteration=pairs[i].iteration,
+                prompt=texts[pairs[i].pair.first].messages[-1].content,
+                first=plain[pairs[i].pair.first],
+                second=plain[pairs[i].pair.second],
+                before=old[i],
+                after=new[i],
+                alone=tuple(n for n in alone if i in alone[n]),
+                needed=tuple(n for n in needed if i in needed[n]),
             )
-            for id in turned[:EXAMPLES]
+            for i in turned[:EXAMPLES]
         ),
         notes=tuple(notes),
     )
@@ -264,7 +264,7 @@ class _Asking:
         """Votes on pairs under a text, asked now."""
         if not pairs:
             return {}
-        sides = {id for p in pairs for id in (p.first, p.second)}
+        sides = {i for p in pairs for i in (p.first, p.second)}
         candidates = [c for c in self.sample.candidates if c.completion_id in sides]
         votes: list[Vote] = []
         for chunk in self.judge.ask(pairs, candidates, text):
@@ -278,7 +278,7 @@ class _Asking:
         method = self.job.filters.aggregate
         jurors = jurors_for(method, [v for mine in votes.values() for v in mine])
         of_juror = jurors.weights if jurors else None
-        return {id: aggregate(mine, text.weights, method, of_juror) for id, mine in votes.items() if mine}
+        return {i: aggregate(mine, text.weights, method, of_juror) for i, mine in votes.items() if mine}
 
 
 def _explain(
@@ -302,7 +302,7 @@ def _explain(
             return None
         if text.hash not in done:
             verdicts = mixed(text, applied, turned)
-            done[text.hash] = {id for id, v in verdicts.items() if _sides(old[id], v) and v.outcome != old[id].outcome}
+            done[text.hash] = {i for i, v in verdicts.items() if _sides(old[i], v) and v.outcome != old[i].outcome}
         return done[text.hash]
 
     for name in parts:
@@ -383,10 +383,10 @@ def _draw(run: RunDir, wanted: int, seed: int) -> _Sample:
     for k in complete:
         here = run.iteration(k)
         if any(at <= i < at + counts[k] for i in chosen):
-            hash = run.plan(k).constitution.hash
+            text_hash = run.plan(k).constitution.hash
             mine = [p for n, p in enumerate(stage_rows(here, "pairs", Pair)) if at + n in chosen]
-            rows += [_Sampled(p, k, hash) for p in mine]
-            sides = {id for p in mine for id in (p.first, p.second)}
+            rows += [_Sampled(p, k, text_hash) for p in mine]
+            sides = {i for p in mine for i in (p.first, p.second)}
             candidates += [
                 Candidate.of(c, _prompt(prompts, c))
                 for c in stage_rows(here, "completions", Completion)

@@ -47,7 +47,7 @@ def rule_lines(
     # A rule that spoke, by a run whose calibration isn't here any more, is still shown.
     names += [r for r in decision.reasons if r not in names and r not in ("identical", "uncalibrated")]
     for name in names:
-        value, threshold = _rule(name, verdict, settings)
+        value, threshold = rule_in_words(name, verdict, settings)
         lines.append(_line(name, value, threshold, decision))
     if calibration or "uncalibrated" in decision.reasons:
         ends = (first.finish_reason if first else None, second.finish_reason if second else None)
@@ -80,7 +80,7 @@ def _same(first: Completion | None, second: Completion | None) -> str:
     return "the texts are equal" if first.text.strip() == second.text.strip() else "the texts differ"
 
 
-def _rule(name: str, verdict: Verdict, settings: Filters) -> tuple[str, str]:
+def rule_in_words(name: str, verdict: Verdict, settings: Filters) -> tuple[str, str]:
     """A rule's value and threshold, in words."""
     lost, all_votes = verdict.abstained_of
     p = verdict.p_first
@@ -118,17 +118,17 @@ def _calibrated(
     verdict: Verdict,
     votes: Sequence[Vote],
     settings: Filters,
-    slice: str,
+    slice_name: str,
     asked: Asked | None,
 ) -> tuple[str, str]:
     if calibration is None:
         return "the run's calibration is not in the log", "a calibrated judge"
     if votes and (difference := calibration.mismatch(votes, settings, asked=asked)):
         return difference, "the votes that were calibrated"
-    threshold = calibration.threshold_for(slice)
+    threshold = calibration.threshold_for(slice_name)
     if threshold is None:
-        return f"the prompt is of slice {slice}", f"a calibrated slice ({', '.join(calibration.slices)})"
+        return f"the prompt is of slice {slice_name}", f"a calibrated slice ({', '.join(calibration.slices)})"
     value = score_of(verdict, calibration.score, threshold.map)
     least = "nothing passes" if threshold.threshold is None else f"at least {threshold.threshold:g}"
-    of_slice = "" if EVERYTHING in calibration.slices else f" in slice {slice}"
+    of_slice = "" if EVERYTHING in calibration.slices else f" in slice {slice_name}"
     return f"{calibration.score} {value:.3f}", f"{least}{of_slice}"

@@ -443,7 +443,7 @@ class Index:
     ) -> int:
         """Inserts the sound rows of a file; how many there are. `strict` fails at a value of another type."""
         table = STAGE_TABLES[source.table]
-        fields = ", ".join(f"{name}: '{type}'" for name, type in table.json_columns().items())
+        fields = ", ".join(f"{name}: '{kind}'" for name, kind in table.json_columns().items())
         columns = ", ".join(c.source for c in table.columns)
         places = {"iteration": source.iteration, "evaluation": source.evaluation, "held_out": source.iteration == 1}
         where = ", ".join("?" if c.name in places else "? + r.line" for c in table.where)

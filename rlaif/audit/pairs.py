@@ -97,14 +97,14 @@ class Page(Record):
 
 def list_pairs(
     index: Index,
-    filter: PairFilter | None = None,
+    pair_filter: PairFilter | None = None,
     sort: Sort = "log",
     descending: bool = False,
     limit: int = 50,
     offset: int = 0,
 ) -> Page:
     """A page of the pairs that a filter lets through."""
-    where, parameters = _where(filter or PairFilter())
+    where, parameters = _where(pair_filter or PairFilter())
     direction = "DESC" if descending else "ASC"
     order = f"iteration {direction}, evaluation {direction}, line {direction}"
     if sort != "log":
@@ -149,48 +149,48 @@ def pair_rows(index: Index, pair_ids: Sequence[str], problems: list[str]) -> tup
     return as_rows(index, [by_id[i] for i in pair_ids if i in by_id], problems)
 
 
-def _where(filter: PairFilter) -> tuple[str, list[Any]]:
+def _where(pair_filter: PairFilter) -> tuple[str, list[Any]]:
     """An SQL condition on pairs `p` and what `_JOINS` joins to them, and its parameters."""
-    number = "evaluation" if filter.evaluation else "iteration"
+    number = "evaluation" if pair_filter.evaluation else "iteration"
     conditions, parameters = [f"p.{number} IS NOT NULL"], list[Any]()
 
     def add(condition: str, *values: Any) -> None:
         conditions.append(condition)
         parameters.extend(values)
 
-    if filter.iteration is not None:
-        add(f"p.{number} = ?", filter.iteration)
-    if filter.constitution is not None:
+    if pair_filter.iteration is not None:
+        add(f"p.{number} = ?", pair_filter.iteration)
+    if pair_filter.constitution is not None:
         add(
             f"p.{number} IN (SELECT {number} FROM {number}s WHERE text_name = ? OR starts_with(constitution, ?))",
-            filter.constitution,
-            filter.constitution,
+            pair_filter.constitution,
+            pair_filter.constitution,
         )
-    if filter.status is not None:
-        add("d.status = ?", filter.status)
-    if filter.reason is not None:
-        add("list_contains(d.reasons, ?)", filter.reason)
-    if filter.principle is not None:
-        add("list_contains(v.principles, ?)", filter.principle)
-    if filter.judge is not None:
-        add("contains(array_to_string(v.judges, chr(10)), ?)", filter.judge)
-    if filter.min_agreement is not None:
-        add("d.agreement >= ?", filter.min_agreement)
-    if filter.max_agreement is not None:
-        add("d.agreement <= ?", filter.max_agreement)
-    if filter.flipped is not None:
-        add("coalesce(d.order_flip, false) = ?", filter.flipped)
-    if filter.disagreeing is not None:
-        add("coalesce(v.disagreeing, false) = ?", filter.disagreeing)
-    if filter.text is not None:
+    if pair_filter.status is not None:
+        add("d.status = ?", pair_filter.status)
+    if pair_filter.reason is not None:
+        add("list_contains(d.reasons, ?)", pair_filter.reason)
+    if pair_filter.principle is not None:
+        add("list_contains(v.principles, ?)", pair_filter.principle)
+    if pair_filter.judge is not None:
+        add("contains(array_to_string(v.judges, chr(10)), ?)", pair_filter.judge)
+    if pair_filter.min_agreement is not None:
+        add("d.agreement >= ?", pair_filter.min_agreement)
+    if pair_filter.max_agreement is not None:
+        add("d.agreement <= ?", pair_filter.max_agreement)
+    if pair_filter.flipped is not None:
+        add("coalesce(d.order_flip, false) = ?", pair_filter.flipped)
+    if pair_filter.disagreeing is not None:
+        add("coalesce(v.disagreeing, false) = ?", pair_filter.disagreeing)
+    if pair_filter.text is not None:
         # One look at the answers for both sides.
         add(
             "(p.prompt_id IN (SELECT prompt_id FROM (SELECT prompt_id, unnest(messages) AS m FROM prompts) "
             "WHERE contains(lower(m.content), ?)) OR p.pair_id IN ("
             "SELECT s.pair_id FROM (SELECT pair_id, unnest([first, second]) AS id FROM pairs) s "
             "JOIN completions c ON c.completion_id = s.id WHERE contains(lower(c.text), ?)))",
-            filter.text.lower(),
-            filter.text.lower(),
+            pair_filter.text.lower(),
+            pair_filter.text.lower(),
         )
     return " AND ".join(conditions), parameters
 
@@ -249,26 +249,26 @@ def known_names(index: Index) -> dict[str, tuple[str, ...]]:
     }
 
 
-def unknown_values(index: Index, filter: PairFilter) -> list[str]:
+def unknown_values(index: Index, pair_filter: PairFilter) -> list[str]:
     """A line for each field that asks for what the run doesn't have, with what it has."""
     known = known_names(index)
-    kind = "evaluation" if filter.evaluation else "iteration"
+    kind = "evaluation" if pair_filter.evaluation else "iteration"
     numbers = [r["n"] for r in index.rows(f"SELECT {kind} AS n FROM {kind}s ORDER BY n")]
     texts = index.rows("SELECT constitution AS hash, text_name AS name FROM iterations UNION "
                        "SELECT constitution, text_name FROM evaluations")  # fmt: skip
     out = []
-    text = filter.constitution
+    text = pair_filter.constitution
     if text is not None and not any(text == t["name"] or (t["hash"] or "").startswith(text) for t in texts):
         out.append(f"constitution {text}: the run has {_listed(known['constitution'])}")
-    if filter.principle is not None and filter.principle not in known["principle"]:
-        out.append(f"principle {filter.principle}: the run has {_listed(known['principle'])}")
-    if filter.judge is not None and not any(filter.judge in name for name in known["judge"]):
-        out.append(f"judge {filter.judge}: the run has {_listed(known['judge'])}")
-    if filter.iteration is not None and filter.iteration not in numbers:
-        if filter.evaluation:
-            out.append(f"iteration {filter.iteration}: there are evaluations after {_listed(map(str, numbers))}")
+    if pair_filter.principle is not None and pair_filter.principle not in known["principle"]:
+        out.append(f"principle {pair_filter.principle}: the run has {_listed(known['principle'])}")
+    if pair_filter.judge is not None and not any(pair_filter.judge in name for name in known["judge"]):
+        out.append(f"judge {pair_filter.judge}: the run has {_listed(known['judge'])}")
+    if pair_filter.iteration is not None and pair_filter.iteration not in numbers:
+        if pair_filter.evaluation:
+            out.append(f"iteration {pair_filter.iteration}: there are evaluations after {_listed(map(str, numbers))}")
         else:
-            out.append(f"iteration {filter.iteration + 1}: the run has {len(numbers)}")
+            out.append(f"iteration {pair_filter.iteration + 1}: the run has {len(numbers)}")
     return out
 
 
@@ -327,9 +327,9 @@ class SplitPage(Record):
     rows: tuple[Split, ...]
 
 
-def splits(index: Index, filter: PairFilter, limit: int = 50, offset: int = 0) -> SplitPage:
-    """A page of pairs with every voice's word on them; `filter` says `flipped` or `disagreeing`."""
-    page = list_pairs(index, filter, limit=limit, offset=offset)
+def splits(index: Index, pair_filter: PairFilter, limit: int = 50, offset: int = 0) -> SplitPage:
+    """A page of pairs with every voice's word on them; `pair_filter` says `flipped` or `disagreeing`."""
+    page = list_pairs(index, pair_filter, limit=limit, offset=offset)
     voices = voice_sides(index, [r.pair_id for r in page.rows])
     rows = tuple(Split(row=r, voices=tuple(voices.get(r.pair_id, ()))) for r in page.rows)
     return SplitPage(total=page.total, offset=offset, rows=rows)

@@ -292,7 +292,7 @@ def _unreadable(run: RunDir, k: int) -> str | None:
 def _text(run: RunDir, plan: Plan) -> Constitution:
     text = read_record(run.path / "constitutions" / plan.constitution.hash / "constitution.json", Constitution)
     try:
-        return text.derived_by(next((derived_copy(run, hash) for hash in plan.derived.values()), None))
+        return text.derived_by(next((derived_copy(run, text_hash) for text_hash in plan.derived.values()), None))
     except FileNotFoundError:  # `verify` says so; only the order in which votes are summed follows from it
         return text
 
@@ -340,7 +340,7 @@ class Iteration:
 
     def _decided(self) -> Iterator[tuple[Decision, Decision]]:
         filters, calibration = self.settings.job.filters, self.settings.calibration
-        jurors = self._jurors()
+        jurors = self.juror_fit()
         texts, cut = self._completions()
         weights = self.text.weights
         sliced = calibration is not None and EVERYTHING not in calibration.slices
@@ -359,16 +359,16 @@ class Iteration:
                 )
             if mine is None or not {pair.first, pair.second} <= texts.keys():
                 continue
-            slice = categories.get(pair.prompt_id) or EVERYTHING
+            slice_name = categories.get(pair.prompt_id) or EVERYTHING
             if asked is not None:
                 asked = asked._replace(ends=ends_of(pair, cut))
-            yield was, decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice, cut, asked)
+            yield was, decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice_name, cut, asked)
 
     def _categories(self) -> dict[str, str | None]:
         """Prompt → its category: the slice of a calibration."""
         return {p.id: p.category for p in read_rows(self.run.path / "prompts" / "train.jsonl", Prompt)}
 
-    def _jurors(self) -> JurorFit | None:
+    def juror_fit(self) -> JurorFit | None:
         """What each juror's votes weigh, as the loop fits it."""
         method, calibration = self.settings.job.filters.aggregate, self.settings.calibration
         calibrated = calibration.jurors if calibration else None

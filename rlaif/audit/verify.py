@@ -498,21 +498,22 @@ class _Checking:
         for k in self.iterations:
             if (self.run.iteration(k).path / "plan.json").exists() and (plan := self._plan(k)) is not None:
                 constitutions[plan.constitution.hash] = plan.constitution
-                templates |= {hash: name for name, hash in plan.templates.items()}
+                templates |= {text_hash: name for name, text_hash in plan.templates.items()}
                 derived.update(plan.derived.values())
-        for hash, ref in constitutions.items():
-            folder = self.run.path / "constitutions" / hash
-            self._text(folder / "constitution.json", hash, lambda p: read_record(p, Constitution).hash)
+        for text_hash, ref in constitutions.items():
+            folder = self.run.path / "constitutions" / text_hash
+            self._text(folder / "constitution.json", text_hash, lambda p: read_record(p, Constitution).hash)
             self._text(
                 folder / "source.yaml",
-                hash,
+                text_hash,
                 lambda p, ref=ref: parse_constitution(p.read_text(), ref.name, ref.version, str(p)).hash,  # type: ignore[misc]
             )
-        for hash, name in templates.items():
-            self._text(self.run.path / "constitutions" / hash, hash, lambda p, name=name: _template_hash(p, name))  # type: ignore[misc]
-        for hash in sorted(derived):
-            copy = self.run.path / "constitutions" / hash / DERIVED_FILE
-            self._text(copy, hash, lambda p: read_record(p, Wordings).hash)
+        for text_hash, name in templates.items():
+            folder = self.run.path / "constitutions" / text_hash
+            self._text(folder, text_hash, lambda p, name=name: _template_hash(p, name))  # type: ignore[misc]
+        for text_hash in sorted(derived):
+            copy = self.run.path / "constitutions" / text_hash / DERIVED_FILE
+            self._text(copy, text_hash, lambda p: read_record(p, Wordings).hash)
         named = {*constitutions, *templates, *derived}
         named.update(Path(name).parts[1] for name in self.covered if name.startswith(_TEXTS))
         for folder in sorted(p for p in (self.run.path / "constitutions").glob("*") if p.is_dir()):
@@ -522,7 +523,7 @@ class _Checking:
                     "that hasn't begun"
                 )
 
-    def _text(self, path: Path, hash: str, hash_of: Callable[[Path], str]) -> None:
+    def _text(self, path: Path, text_hash: str, hash_of: Callable[[Path], str]) -> None:
         self.counts["texts"] += 1
         if not path.exists():
             self.found(path, "is gone")
@@ -532,7 +533,7 @@ class _Checking:
         except (RlaifError, ValidationError, KeyError, UnicodeDecodeError) as e:
             self.found(path, f"was changed after it was written: it doesn't parse ({str(e).splitlines()[0]})")
             return
-        if found != hash:
+        if found != text_hash:
             self.found(
                 path, f"was changed after it was written: its hash is {found}, its folder's name is the one it had"
             )

@@ -54,7 +54,7 @@ def list_(
     json_: Json = False,
 ) -> None:
     """List pairs with their decisions."""
-    filter = _filter(
+    pair_filter = _filter(
         iteration=iteration if evaluation else from_zero(iteration),
         constitution=constitution,
         status=status,
@@ -68,7 +68,7 @@ def list_(
         text=text,
         evaluation=evaluation,
     )
-    _list(ctx, filter, sort, descending, limit, offset, json_)
+    _list(ctx, pair_filter, sort, descending, limit, offset, json_)
 
 
 def _filter(**fields: Any) -> PairFilter:
@@ -84,13 +84,13 @@ def _filter(**fields: Any) -> PairFilter:
 
 
 def _list(
-    ctx: typer.Context, filter: PairFilter, sort: Any, descending: bool, limit: int, offset: int, json_: bool
+    ctx: typer.Context, pair_filter: PairFilter, sort: Any, descending: bool, limit: int, offset: int, json_: bool
 ) -> None:
     from rlaif.audit.pairs import list_pairs, unknown_values
 
     with opened(ctx) as index:
-        page = list_pairs(index, filter, sort, descending, limit, offset)
-        _warn([*page.problems, *([] if page.total else unknown_values(index, filter))])
+        page = list_pairs(index, pair_filter, sort, descending, limit, offset)
+        _warn([*page.problems, *([] if page.total else unknown_values(index, pair_filter))])
     if json_:
         print_json(page)
     else:
@@ -273,10 +273,10 @@ def _splits(
     from rlaif.audit.pairs import splits, unknown_values
     from rlaif.console import Listing, piped, stdout_console
 
-    filter = _filter(iteration=from_zero(iteration), constitution=constitution, **wanted)
+    pair_filter = _filter(iteration=from_zero(iteration), constitution=constitution, **wanted)
     with opened(ctx) as index:
-        page = splits(index, filter, limit, offset)
-        _warn([] if page.total else unknown_values(index, filter))
+        page = splits(index, pair_filter, limit, offset)
+        _warn([] if page.total else unknown_values(index, pair_filter))
     if json_:
         print_json(page)
         return

@@ -88,11 +88,11 @@ def open_asked(
     texts = {name: loader(directory)(name) for name, _ in some if name is not None}
     opened = open_with_ballots(job, texts.values(), Path.cwd(), lambda message: print(message, file=sys.stderr))
     if calibration is not None:
-        for (name, slice), row in some.items():
+        for (name, slice_name), row in some.items():
             if name is not None:
                 ballots = opened.ballots([row.pair], texts[name])
                 for ends in {(r.first_finish, r.second_finish) for r in rows}:
-                    check_calibrated(ballots, calibration, job.filters, slice, Asked.by(job, ends))
+                    check_calibrated(ballots, calibration, job.filters, slice_name, Asked.by(job, ends))
     each = {name: len(opened.ballots([row.pair], texts[name])) for (name, _), row in some.items() if name is not None}
     names = (r.constitution or job.constitution for r in rows)
     total = sum(each[name] for name in names if name is not None)

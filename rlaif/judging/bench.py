@@ -356,7 +356,7 @@ def decide_rows(
     for row in rows:
         if not (mine := of_pair.get(row.id)):
             continue
-        cut = {id for id, end in row.ends.items() if end == "length"}
+        cut = {i for i, end in row.ends.items() if end == "length"}
         how = asked and asked._replace(ends=(row.end("first"), row.end("second")))
         decision = decide_votes(
             row.pair, mine, filters, row.texts, weights(row), jurors, calibration, row.slice, cut, how
@@ -491,12 +491,12 @@ def _learn(judged: Sequence[Judged]) -> JurorFit:
     return learn_jurors([v for j in judged for v in j.votes], {j.row.id: j.row.label for j in judged})
 
 
-def _try(rule: _Rule, slice: str | None, others: Sequence[Judged], kind: ScoreKind) -> _Tried:
+def _try(rule: _Rule, slice_name: str | None, others: Sequence[Judged], kind: ScoreKind) -> _Tried:
     """A rule on the pairs of one slice, or of all: those that it was fitted to, and others."""
-    threshold = rule.thresholds.get(slice or EVERYTHING)
+    threshold = rule.thresholds.get(slice_name or EVERYTHING)
 
     def counted(judged: Sequence[Judged]) -> tuple[int, int, int]:
-        mine = [j for j in judged if slice in (None, j.row.slice)]
+        mine = [j for j in judged if slice_name in (None, j.row.slice)]
         kept = [j for j in mine if threshold and j.eligible and passes(j.decision.verdict, threshold, kind)]
         return len(mine), len(kept), sum(not j.correct for j in kept)
 
@@ -584,8 +584,8 @@ def calibrate(
     )
     stats = judged_stats(
         [(j.row.pair, j.decision) for j in rule.judged],
-        {id: text for j in judged for id, text in j.row.texts.items()},
-        {id: end for j in judged for id, end in j.row.ends.items()},
+        {i: text for j in judged for i, text in j.row.texts.items()},
+        {i: end for j in judged for i, end in j.row.ends.items()},
         kept=sum(keeps(j, found) for j in rule.judged),
     )
     return found.model_copy(update={"judged": stats})

@@ -191,13 +191,13 @@ class Calibration(Record):
         """Some slice can be used."""
         return any(t.accepted for t in self.slices.values())
 
-    def threshold_for(self, slice: str) -> Threshold | None:
+    def threshold_for(self, slice_name: str) -> Threshold | None:
         """What decides a slice's pairs; None for a slice that was not calibrated."""
-        return self.slices.get(EVERYTHING if set(self.slices) == {EVERYTHING} else slice)
+        return self.slices.get(EVERYTHING if set(self.slices) == {EVERYTHING} else slice_name)
 
-    def keeps(self, verdict: Verdict, slice: str = EVERYTHING) -> bool:
+    def keeps(self, verdict: Verdict, slice_name: str = EVERYTHING) -> bool:
         """The verdict scores enough for its slice; a slice that was not calibrated keeps nothing."""
-        found = self.threshold_for(slice)
+        found = self.threshold_for(slice_name)
         return found is not None and passes(verdict, found, self.score)
 
     def unknown_slices(self, categories: Iterable[str]) -> set[str]:
@@ -205,11 +205,11 @@ class Calibration(Record):
         return {c for c in categories if (found := self.threshold_for(c)) is None or not found.accepted}
 
     def mismatch(
-        self, votes: Sequence[Vote], settings: Filters, slice: str | None = None, asked: Asked | None = None
+        self, votes: Sequence[Vote], settings: Filters, slice_name: str | None = None, asked: Asked | None = None
     ) -> str | None:
         """What about a pair's votes, how they were asked, or the filter is not what was calibrated for its slice; None
         when all of it is. Without a slice: for any of them; without `asked`: nobody knows how."""
-        difference = self.panel_mismatch([v.ballot for v in votes], settings, slice, asked)
+        difference = self.panel_mismatch([v.ballot for v in votes], settings, slice_name, asked)
         unknown = {v.model for v in votes if v.outcome != "abstain"} - set(self.models)
         if difference is None and unknown:
             return f"the judge's model is {_listed(tuple(sorted(unknown)))}, calibrated was {_listed(self.models)}"
@@ -238,7 +238,7 @@ class Calibration(Record):
         return self.cut_off_mismatch(asked.cut_off_counts) if set(asked.ends) == {"stop", "length"} else None
 
     def panel_mismatch(
-        self, ballots: Sequence[Ballot], settings: Filters, slice: str | None = None, asked: Asked | None = None
+        self, ballots: Sequence[Ballot], settings: Filters, slice_name: str | None = None, asked: Asked | None = None
     ) -> str | None:
         """The same of the questions alone, before anybody was asked."""
         for name in ("aggregate", "min_votes", "max_abstention_share", "guards", "cut_off"):
@@ -259,10 +259,10 @@ class Calibration(Record):
                 if calibrated != found and not any(getattr(p, field) == found for p in self.panels):
                     return f"{name} {_listed(found)}, calibrated was {_listed(calibrated)}"
             return "other voices, orders or samples than were calibrated"
-        found = None if slice is None else self.threshold_for(slice)
+        found = None if slice_name is None else self.threshold_for(slice_name)
         if found is not None and found.panels and panel.hash not in found.panels:
             names = [name for name, t in self.slices.items() if panel.hash in t.panels]
-            return f"slice {slice} was calibrated on other questions (these are of {_listed(tuple(names))})"
+            return f"slice {slice_name} was calibrated on other questions (these are of {_listed(tuple(names))})"
         return None
 
 
@@ -478,14 +478,14 @@ def judged_stats(
     if not decided:
         return None
     agreements = [d.verdict.agreement for _, d in decided if d.verdict.agreement is not None]
-    sides = [id for pair, _ in decided for id in (pair.first, pair.second)]
-    known = [end for id in sides if (end := ends.get(id)) is not None]
+    sides = [i for pair, _ in decided for i in (pair.first, pair.second)]
+    known = [end for i in sides if (end := ends.get(i)) is not None]
     return JudgedStats(
         pairs=len(decided),
         kept=sum(d.status == "kept" for _, d in decided) if kept is None else kept,
         mean_agreement=fmean(agreements) if agreements else None,
         agreement_sd=pstdev(agreements) if agreements else None,
-        mean_words=fmean(count_words(texts[id]) for id in sides),
+        mean_words=fmean(count_words(texts[i]) for i in sides),
         answers=len(known),
         cut_off=known.count("length"),
         one_cut_off=sum({ends.get(p.first), ends.get(p.second)} == {"stop", "length"} for p, _ in decided),

@@ -66,20 +66,20 @@ def decide_votes(
     weights: Mapping[str, float] | None = None,
     jurors: JurorFit | None = None,
     calibration: Calibration | None = None,
-    slice: str = EVERYTHING,
+    slice_name: str = EVERYTHING,
     cut: Collection[str] = (),
     asked: Asked | None = None,
 ) -> Decision:
     """A pair's decision from the votes on it: added up, held against the calibration where there is one, filtered.
 
-    `weights` are the constitution's, `jurors` what `jurors_for` says of all votes, `slice` the pair's, `cut` as in
+    `weights` are the constitution's, `jurors` what `jurors_for` says of all votes, `slice_name` the pair's, `cut` as in
     `decide`, `asked` how it was asked about (None: nobody knows).
 
     Raises:
         UserError: the votes aren't those that were calibrated, and `filters.uncalibrated` says stop.
     """
     verdict = aggregate(votes, weights, settings.aggregate, jurors.weights if jurors else None)
-    promised = trusted(verdict, votes, calibration, settings, slice, asked) if calibration else None
+    promised = trusted(verdict, votes, calibration, settings, slice_name, asked) if calibration else None
     return decide(verdict, pair, settings, texts, promised, cut)
 
 
@@ -180,7 +180,7 @@ def trusted(
     votes: Sequence[Vote],
     calibration: Calibration,
     settings: Filters,
-    slice: str = EVERYTHING,
+    slice_name: str = EVERYTHING,
     asked: Asked | None = None,
 ) -> bool:
     """The calibration is about these votes, and the verdict reaches its threshold (`uncalibrated` when not).
@@ -191,17 +191,17 @@ def trusted(
     Raises:
         UserError: the votes aren't those that were calibrated, and `filters.uncalibrated` says stop.
     """
-    difference = calibration.mismatch(votes, settings, slice, asked and asked._replace(ends=(None, None)))
+    difference = calibration.mismatch(votes, settings, slice_name, asked and asked._replace(ends=(None, None)))
     _refuse(difference, settings)
     covered = difference is None and (asked is None or calibration.ends_mismatch(asked) is None)
-    return covered and calibration.keeps(verdict, slice)
+    return covered and calibration.keeps(verdict, slice_name)
 
 
 def check_calibrated(
     ballots: Sequence[Ballot],
     calibration: Calibration,
     settings: Filters,
-    slice: str | None = None,
+    slice_name: str | None = None,
     asked: Asked | None = None,
 ) -> None:
     """Refuses a pair's questions before anybody is asked them.
@@ -209,7 +209,7 @@ def check_calibrated(
     Raises:
         UserError: they aren't those that were calibrated, and `filters.uncalibrated` says stop.
     """
-    _refuse(calibration.panel_mismatch(ballots, settings, slice, asked), settings)
+    _refuse(calibration.panel_mismatch(ballots, settings, slice_name, asked), settings)
 
 
 def check_asked(calibration: Calibration, settings: Filters, asked: Asked) -> None:

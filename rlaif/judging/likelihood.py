@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rlaif import transformers_compat
 from rlaif.config import Judge
 from rlaif.constitution import Constitution, Voice
 from rlaif.errors import UserError
@@ -165,7 +166,7 @@ class LikelihoodJudge:
             "class": type(self.model).__name__,
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,
-            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "attention": transformers_compat.attention_of(self.model),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -179,8 +180,8 @@ class LikelihoodJudge:
         A score is the summed log-ratio divided by the square root of its number of tokens, so that the best
         and the worst of several samples are not simply the longest ones.
         """
-        for id in voices:
-            voice = constitution.voice(id)
+        for name in voices:
+            voice = constitution.voice(name)
             for chunk in self._chunks(candidates, lambda c: len(self._answer(c))):
                 scored = [c for c in chunk if self._answer(c)]
                 values = self._contrast(voice, scored)
@@ -188,7 +189,7 @@ class LikelihoodJudge:
                     Score(
                         completion_id=c.completion_id,
                         prompt_id=c.prompt_id,
-                        voice=id,
+                        voice=name,
                         value=value / math.sqrt(len(self._answer(c))),
                     )
                     for c, value in zip(scored, values, strict=True)
@@ -527,8 +528,7 @@ class LikelihoodJudge:
         cache = DynamicCache()
         tokens = torch.tensor([ids], device=self.model.device)
         self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        layers: list[Any] = cache.layers
-        return [(layer.keys, layer.values) for layer in layers]
+        return transformers_compat.keys_and_values(cache)
 
     def _forward(
         self,
@@ -561,12 +561,12 @@ class LikelihoodJudge:
                 past_key_values=cache,
                 use_cache=True,
             )
-        layers: list[Any] = cache.layers
+        layers = transformers_compat.keys_and_values(cache)
         for rows in self._row_batches([(i, r) for i, p in enumerate(batch) for r in requests[p]]):
             index = torch.tensor([i for i, _ in rows], device=device)
             gathered = DynamicCache()
-            for i, layer in enumerate(layers):
-                gathered.update(layer.keys[index], layer.values[index], i)
+            for i, (keys, values) in enumerate(layers):
+                gathered.update(keys[index], values[index], i)
             # Inputs are the last prompt token and the answer but its last token: logits then stand for the answer.
             inputs = [(batch[i][-1], *r.token_ids[:-1]) for i, r in rows]
             width = max(map(len, inputs))
@@ -659,7 +659,7 @@ def _other_prompt(
     prompt_id: str, messages: tuple[Message, ...], prompts: dict[str, tuple[Message, ...]], seed: int
 ) -> tuple[str, tuple[Message, ...]]:
     """Another prompt x', seeded; a fixed one when the batch has a single prompt."""
-    others = [(id, m) for id, m in prompts.items() if id != prompt_id and m != messages]
+    others = [(i, m) for i, m in prompts.items() if i != prompt_id and m != messages]
     return random.Random(f"{seed}:{prompt_id}").choice(others) if others else _FALLBACK
 
 

@@ -29,11 +29,6 @@ class Opened(NamedTuple):
     ballots: Callable[[Sequence[Pair], Constitution], list[Ballot]]
 
 
-def open_judge(job: Job, texts: Iterable[Constitution], base_dir: Path, note: Callable[[str], None]) -> Ask:
-    """`open_with_ballots`, for who only asks."""
-    return open_with_ballots(job, texts, base_dir, note).ask
-
-
 def open_with_ballots(job: Job, texts: Iterable[Constitution], base_dir: Path, note: Callable[[str], None]) -> Opened:
     """Opens the job's judge; `texts` are those that it will be asked about, `note` is told what takes time.
 

@@ -185,7 +185,7 @@ def join_recorded(found: Sequence[Recorded], labelled: Sequence[Labelled]) -> Re
     votes = [v for one in found for v in one.votes]
     if not votes:
         raise UserError("--where: no row of any --votes file fits; leave a condition out")
-    if twice := [id for id, n in Counter(v.ballot.id for v in votes).items() if n > 1]:
+    if twice := [i for i, n in Counter(v.ballot.id for v in votes).items() if n > 1]:
         raise UserError(
             f"--votes: two files have a vote on one question ({twice[0]}); leave one out, or give that of the other "
             "order as --votes-reversed"
@@ -415,15 +415,16 @@ class _Table:
             sample = self.samples[_sample(_cell(row, of["sample"]))] if of["sample"] else 0
             for order, column, slots in _columns(row, of):
                 cell = _cell(row, column)
-                id = f"{pair.id}|{judge}|{voice}|{order}" + (f"|{sample}" if sample else "")
-                if id in seen:
+                vote_id = f"{pair.id}|{judge}|{voice}|{order}" + (f"|{sample}" if sample else "")
+                if vote_id in seen:
                     others = [c for c in self.head if c not in set(of.values())] + ([of["set"]] if of["set"] else [])
                     raise UserError(
-                        f"{row.where}: a second vote of {judge}/{voice} on {pair.id} ({order}; the first: {seen[id]}); "
-                        f"narrow with --where COLUMN=VALUE ({', '.join(map(str, others)) or 'no other column'}), or "
-                        "say what tells them apart: --votes-map sample=COLUMN, voice=COLUMN or order=COLUMN"
+                        f"{row.where}: a second vote of {judge}/{voice} on {pair.id} ({order}; the first: "
+                        f"{seen[vote_id]}); narrow with --where COLUMN=VALUE "
+                        f"({', '.join(map(str, others)) or 'no other column'}), or say what tells them apart: "
+                        "--votes-map sample=COLUMN, voice=COLUMN or order=COLUMN"
                     )
-                seen[id] = row.where
+                seen[vote_id] = row.where
                 outcome = self.sides.outcome(cell)
                 meant = _MIRROR[outcome or "abstain"] if slots else outcome or "abstain"
                 self.cells.append((cell, meant))
@@ -433,7 +434,7 @@ class _Table:
                     strays.setdefault(column, (row.where, cell))
                 said = None if cell is None or not str(cell).strip() else str(cell).strip()
                 per_column.setdefault(column, Counter())["a side" if outcome in ("first", "second") else said] += 1
-                yield _vote(id, pair.id, judge, voice, order, sample, cell, meant)
+                yield _vote(vote_id, pair.id, judge, voice, order, sample, cell, meant)
         for column, said_in in per_column.items():
             if "a side" in said_in and column in strays:
                 where, cell = strays[column]
@@ -596,17 +597,17 @@ class _Table:
             return
         files = {r.file for r in rows}
         for row in self.rows:
-            id = str(_cell(row, column))
-            if (self.by_set and self._file(row) not in files) or id in keys:
+            named = str(_cell(row, column))
+            if (self.by_set and self._file(row) not in files) or named in keys:
                 continue
             if numbers:
                 raise UserError(
-                    f"{row.where}: `{column}` is {id}, and the labelled file's rows are counted from 0 to "
+                    f"{row.where}: `{column}` is {named}, and the labelled file's rows are counted from 0 to "
                     f"{max(map(int, keys))}; give both files an id, or count from 0"
                 )
             theirs = " or ".join(f"`{name}`" if name else "row number" for name in sorted(own, key=str))
             raise UserError(
-                f"{row.where}: `{column}` {id} is no labelled pair's {theirs}; say which columns are the same ids "
+                f"{row.where}: `{column}` {named} is no labelled pair's {theirs}; say which columns are the same ids "
                 f"(--votes-map id={column}, --map id=COLUMN)"
             )
 
@@ -679,11 +680,11 @@ def _columns(row: Any, of: Mapping[str, str | None]) -> Iterator[tuple[_Order, s
 
 
 def _vote(
-    id: str, pair_id: str, judge: str, voice: str, order: _Order, sample: int, cell: Any, outcome: Outcome
+    vote_id: str, pair_id: str, judge: str, voice: str, order: _Order, sample: int, cell: Any, outcome: Outcome
 ) -> Vote:
     # Built without validation: every field is made here, and a table may have a million cells.
     ballot = Ballot.model_construct(
-        id=id, pair_id=pair_id, judge=judge, voice=voice, principles=(), order=order, sample_index=sample,
+        id=vote_id, pair_id=pair_id, judge=judge, voice=voice, principles=(), order=order, sample_index=sample,
         constitution="", template=voice,
     )  # fmt: skip
     return Vote.model_construct(

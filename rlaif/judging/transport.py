@@ -518,7 +518,7 @@ class OpenAIServer:
         expected = _expected_tokens((answer.history or [answer])[0].request)
         try:
             reply = read_reply(answer.content, self._juror.model, self._scrub)
-            self._check_whole(reply.usage.prompt_tokens, (expected - 1) * _CHARACTERS_PER_TOKEN)
+            self.check_whole(reply.usage.prompt_tokens, (expected - 1) * _CHARACTERS_PER_TOKEN)
         except NoReply as e:
             self._wasted(read_usage(answer.content))
             if e.retry_after_s is None:
@@ -536,7 +536,7 @@ class OpenAIServer:
         self._tokens.correct(used - expected)
         return reply, latency_s
 
-    def _check_whole(self, counted: int, sent: float) -> None:
+    def check_whole(self, counted: int, sent: float) -> None:
         """Whether the server can have read all that was sent, by its own count.
 
         Raises:

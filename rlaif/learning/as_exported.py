@@ -14,12 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
-from rlaif.learning.export import adapted, kept_in_fp32, plain
+from rlaif.learning.export import kept_in_fp32
+from rlaif.learning.peft_compat import (
+    adapted,
+    holds_a_parameter,
+    is_adapters,
+    is_on_a_weight,
+    plain,
+    product,
+    straight_through,
+)
 from rlaif.learning.rounding import on_grid
 
 
@@ -29,18 +37,22 @@ class AsExported:
     def __init__(self, model: nn.Module, seed: int, adapters: bool = True) -> None:
         """`adapters=False` leaves a LoRA out: for the untrained policy, while its adapters are off."""
         self._seed = seed
-        # An adapter on an embedding adds in fp32 as it is.
-        found = {name: [x for x in on if "default" in x.lora_A] for name, on in adapted(model).items()}
+        found = {name: [x for x in on if is_on_a_weight(x)] for name, on in adapted(model).items()}
         self._adapters = {name: on for name, on in found.items() if on} if adapters else {}
         as_it_is = kept_in_fp32(model)
         self._weights = {
             name: p
             for key, p in model.named_parameters()
-            if ".lora_" not in key and (name := plain(key)) not in as_it_is and p.dtype == torch.float32
+            if not is_adapters(key) and (name := plain(key)) not in as_it_is and p.dtype == torch.float32
             # What is frozen and on the grid needs nothing.
             if p.requires_grad or name in self._adapters or not torch.equal(p.to(torch.bfloat16).float(), p)
         }  # fmt: skip
         self._masters: dict[str, torch.Tensor] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weights that are others inside, as the untrained model names them."""
+        return tuple(self._weights)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -51,7 +63,7 @@ class AsExported:
                 p.data = self._exported(name, p.data)
             with ExitStack() as undo:
                 for layer in {id(x): x for on in self._adapters.values() for x in on}.values():
-                    (_straight_through_parameter if _holds_a_parameter(layer) else _straight_through)(layer, undo)
+                    straight_through(layer, undo)
                 yield
         finally:
             for name, p in self._weights.items():
@@ -62,38 +74,7 @@ class AsExported:
     def _exported(self, name: str, value: torch.Tensor) -> torch.Tensor:
         on = self._adapters.get(name, [])
         for layer in on:
-            value = value + layer.get_delta_weight("default").to(value.dtype)
+            value = value + product(layer).to(value.dtype)
         rounded = on_grid(value, self._seed, name)
         # A layer's own weight gets no gradient under a LoRA, so it may take half the memory.
-        return rounded.to(torch.bfloat16) if on and not any(map(_holds_a_parameter, on)) else rounded
-
-
-def _holds_a_parameter(layer: Any) -> bool:
-    """peft's wrapper for a bare parameter (a stack of experts), not for a layer."""
-    return hasattr(layer, "parameter_name")
-
-
-def _straight_through(layer: Any, undo: ExitStack) -> None:
-    """The layer's own weight has the LoRA's product in it already: what the LoRA adds is 0, its gradient stays. The
-    input's gradient goes through that weight, so it must not go through the LoRA as well."""
-    a, b = layer.lora_A["default"], layer.lora_B["default"]
-    undo.callback(a.register_forward_pre_hook(lambda _, x: (x[0].detach(), *x[1:])).remove)
-    undo.callback(b.register_forward_hook(lambda _, x, out: out - out.detach()).remove)
-
-
-def _straight_through_parameter(layer: Any, undo: ExitStack) -> None:
-    """The same, where peft adds the product to the weight: once as a matrix, once as its two factors."""
-    whole, factors = layer.get_delta_weight, layer.get_delta_factors
-
-    def delta_weight(*args: Any, **kwargs: Any) -> torch.Tensor:
-        delta = whole(*args, **kwargs)
-        return delta - delta.detach()
-
-    def delta_factors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
-        left, right, scale = factors(*args, **kwargs)
-        # [L L'] [R; -R'] = LR - L'R': 0, up to fp32's own rounding, with the gradients of LR
-        return torch.cat((left, left.detach()), -1), torch.cat((right, -right.detach()), -2), scale
-
-    layer.get_delta_weight, layer.get_delta_factors = delta_weight, delta_factors
-    undo.callback(vars(layer).pop, "get_delta_weight")
-    undo.callback(vars(layer).pop, "get_delta_factors")
+        return rounded.to(torch.bfloat16) if on and not any(map(holds_a_parameter, on)) else rounded

@@ -35,11 +35,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
-from trl.trainer.base_config import _BaseConfig
-from trl.trainer.base_trainer import _BaseTrainer
 
 from rlaif import config
 from rlaif.errors import RlaifError, UserError
@@ -48,6 +47,18 @@ from rlaif.learning.as_exported import AsExported
 from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
 from rlaif.learning.export import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
 from rlaif.learning.trackers import Tracker, open_trackers
+from rlaif.learning.trl_compat import (
+    TrlConfig,
+    TrlTrainer,
+    divide_losses_by,
+    go_on_after,
+    log_step,
+    metric,
+    on_one_gpu,
+    set_learning_rate,
+    start_counting,
+    tell,
+)
 from rlaif.models import carry_over, digest_of, name_turn_ends, without_empty_quantisation
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
 
@@ -83,7 +94,7 @@ _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 class TrlLearner(ABC):
     """A TRL trainer driven one step at a time. Subclasses say which trainer, and how it takes a batch."""
 
-    config_class: type[_BaseConfig]
+    config_class: type[TrlConfig]
     """TRL's config; `learner.args` may set any of its fields that no other setting owns."""
 
     def __init__(
@@ -113,7 +124,7 @@ class TrlLearner(ABC):
         self._exported_config = copy.deepcopy(policy.config)  # before we and TRL write our own choices into it
         # Nothing here generates. transformers refuses to save some that it loads: the base's own file is carried over.
         self._generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
-        _no_dropout(policy)
+        no_dropout(policy)
         names = set(policy.state_dict())
         reported, args.report_to = args.report_to, []  # the trainer's own would end a run that they fail in
         with _settings_errors():
@@ -122,17 +133,18 @@ class TrlLearner(ABC):
         args.report_to = reported
         self._attach(self._trackers)
         self._check_export(names)
-        self._adapt(self._unwrapped())
+        self._adapt(self.policy)
         self._base = self._load_base(model_path)
         with _settings_errors():
             self._prepare(args)
-        # fp32 sees the masters as they are.
-        self._policy_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._base_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.policy_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
+        """`with` it, the policy computes with the weights of its export; in fp32 those are the masters."""
+        self.base_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
+        """The same of the untrained policy."""
         if self._precision == "bf16":
-            self._policy_as_exported = AsExported(self._unwrapped(), seed)
-            base = self._unwrapped() if self._base is None else self.trainer.accelerator.unwrap_model(self._base)
-            self._base_as_exported = AsExported(base, seed, adapters=False)
+            self.policy_as_exported = AsExported(self.policy, seed)
+            base = self.policy if self._base is None else self.trainer.accelerator.unwrap_model(self._base)
+            self.base_as_exported = AsExported(base, seed, adapters=False)
         if state_dir is not None:
             self.load(state_dir)
 
@@ -141,7 +153,7 @@ class TrlLearner(ABC):
         """Fields of `config_class` that this learner sets and `learner.args` may override."""
 
     @abstractmethod
-    def _make_trainer(self, policy: PreTrainedModel, args: _BaseConfig, peft_config: Any) -> _BaseTrainer:
+    def _make_trainer(self, policy: PreTrainedModel, args: TrlConfig, peft_config: Any) -> TrlTrainer:
         """The trainer. It holds no reference model: references are scored once an update, see `_reference`."""
 
     @abstractmethod
@@ -151,10 +163,6 @@ class TrlLearner(ABC):
     @abstractmethod
     def _batch(self, rows: list[_Row]) -> dict[str, Any]:
         """What the trainer's `training_step` takes."""
-
-    @abstractmethod
-    def _metric(self, name: str) -> list[float]:
-        """The values of one of TRL's metrics since the last log, one a `training_step`."""
 
     # ---- training
 
@@ -189,36 +197,31 @@ class TrlLearner(ABC):
 
     def _step(self, rows: list[_Row], iteration: int) -> UpdateStep:
         trainer, started = self.trainer, time.perf_counter()
-        handler, args, state = trainer.callback_handler, trainer.args, trainer.state
-        trainer.control = handler.on_step_begin(args, state, trainer.control)
+        args, state = trainer.args, trainer.state
+        tell(trainer, "on_step_begin")
         parts = _chunks(rows, args.per_device_train_batch_size)
         losses = []
-        with self._policy_as_exported():
+        with self.policy_as_exported():
             for part in parts:
-                # accelerate divides a loss by this: each part counts by its share of the step's pairs.
-                trainer.accelerator.gradient_accumulation_steps = len(rows) / len(part)
+                divide_losses_by(trainer, len(rows) / len(part))  # each counts by its share of the step's pairs
                 losses.append(float(trainer.training_step(trainer.model_wrapped, self._batch(part))))
         shares = [len(part) / len(rows) for part in parts]
         loss = _weighted(losses, shares)
-        margin = _weighted(self._metric("rewards/margins")[-len(parts) :], shares)
-        accuracy = _weighted(self._metric("rewards/accuracies")[-len(parts) :], shares)
+        margin = _weighted(metric(trainer, "rewards/margins")[-len(parts) :], shares)
+        accuracy = _weighted(metric(trainer, "rewards/accuracies")[-len(parts) :], shares)
         grad_norm = float(trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), args.max_grad_norm))
         learning_rate = float(trainer.lr_scheduler.get_last_lr()[0])
         self._refuse_not_finite(loss, grad_norm, rows)
 
-        trainer.control = handler.on_pre_optimizer_step(args, state, trainer.control)
+        tell(trainer, "on_pre_optimizer_step")
         trainer.optimizer.step()
-        trainer.control = handler.on_optimizer_step(args, state, trainer.control)
+        tell(trainer, "on_optimizer_step")
         if state.global_step < self._horizon:  # its last value stays: a cosine would rise again
             trainer.lr_scheduler.step()
         trainer.model.zero_grad()
         state.global_step += 1
-        trainer.control = handler.on_step_end(args, state, trainer.control)
-        trainer._tr_loss += loss
-        # TRL's own logging: what a TRL user's trackers and callbacks expect to see, under the names they know.
-        trainer._maybe_log_save_evaluate(
-            trainer._tr_loss, grad_norm, trainer.model, None, state.epoch, None, started, learning_rate=learning_rate
-        )
+        tell(trainer, "on_step_end")
+        log_step(trainer, loss, grad_norm, learning_rate, started)
         return UpdateStep(
             step=state.global_step,
             iteration=iteration,
@@ -246,7 +249,7 @@ class TrlLearner(ABC):
 
     def divergences(self, completions: list[Completion]) -> Iterator[list[Divergence]]:
         """How far the master weights are from the untrained policy; see `Learner`."""
-        policy = self._unwrapped()
+        policy = self.policy
         was_training = policy.training
         policy.eval()
         try:
@@ -260,7 +263,7 @@ class TrlLearner(ABC):
     def _untrained(self) -> Asked:
         """The base policy, whatever `reference` is."""
         if self.settings.lora is not None:
-            return Asked(self._unwrapped(), self.trainer.model.disable_adapter)
+            return Asked(self.policy, self.trainer.model.disable_adapter)
         if self._base is None:  # `reference: previous` keeps no copy of it: read once an evaluation
             base, _ = _load(self._model_path)
             return Asked(base.requires_grad_(False).eval().to(self.trainer.args.device))
@@ -280,10 +283,10 @@ class TrlLearner(ABC):
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
         """The model that KL is measured against, before the update changes anything."""
-        model, within = self.trainer.model_wrapped, self._policy_as_exported
+        model, within = self.trainer.model_wrapped, self.policy_as_exported
         adapter_off: AbstractContextManager[Any] = nullcontext()
         if self.settings.reference == "base":
-            within = self._base_as_exported
+            within = self.base_as_exported
             if self.settings.lora is None:
                 model = self._base
             else:
@@ -318,7 +321,7 @@ class TrlLearner(ABC):
 
     # ---- building
 
-    def _trainer_args(self) -> _BaseConfig:
+    def _trainer_args(self) -> TrlConfig:
         known = {f.name for f in dataclasses.fields(self.config_class) if f.init}
         for name in self.settings.args:
             if name in _SET_ELSEWHERE:
@@ -351,8 +354,7 @@ class TrlLearner(ABC):
         }
         with _settings_errors():
             args = self.config_class(**values)
-            if args.n_gpu > 1:  # in a process that sees several, TRL would spread a model over them, and refuses to
-                args._n_gpu = 1
+            on_one_gpu(args)
         for name, needs in (
             ("lr_scheduler_type", args.lr_scheduler_type not in _ENDLESS_SCHEDULES),
             ("warmup_steps", 0 < args.warmup_steps < 1),
@@ -376,7 +378,7 @@ class TrlLearner(ABC):
                     raise UserError(f"learner.args.{name}: expected a number, found {args[name]!r}") from e
         return out
 
-    def _prepare(self, args: _BaseConfig) -> None:
+    def _prepare(self, args: TrlConfig) -> None:
         """What `Trainer.train()` does before its first step, once."""
         trainer = self.trainer
         for callback in (PrinterCallback, ProgressCallback):
@@ -390,17 +392,10 @@ class TrlLearner(ABC):
         horizon = args.max_steps if args.max_steps > 0 else sys.maxsize
         trainer.create_scheduler(num_training_steps=horizon)
         self._horizon = horizon
-        trainer.state.compute_steps(args, horizon)
-        trainer.state.init_training_references(trainer, horizon, self.settings.epochs, None)
+        start_counting(trainer, horizon, self.settings.epochs)
         trainer.state.max_steps = sys.maxsize  # the horizon is the schedule's; it ends no run
-        trainer.current_gradient_accumulation_steps = 1
-        trainer._tr_loss = torch.tensor(0.0)
-        trainer._total_loss_scalar = 0.0
-        trainer._globalstep_last_logged = 0
-        for name in ("model", "optimizer", "lr_scheduler"):
-            setattr(trainer.callback_handler, name, getattr(trainer, name))
         trainer.model.zero_grad()
-        trainer.control = trainer.callback_handler.on_train_begin(args, trainer.state, trainer.control)
+        tell(trainer, "on_train_begin")
 
     def _attach(self, trackers: list[Tracker]) -> None:
         """What a trainer does with trackers when it is built. Not by its `add_callback`: that one warns of two of a
@@ -414,10 +409,9 @@ class TrlLearner(ABC):
 
     def close(self) -> list[str]:
         """Tells trackers and callbacks that training has ended; see `Learner`."""
-        trainer = self.trainer
         if not self._closed:
             self._closed = True
-            trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+            tell(self.trainer, "on_train_end")
             for tracker in self._trackers:
                 tracker.end()
             self._scratch.cleanup()
@@ -441,7 +435,7 @@ class TrlLearner(ABC):
 
         Neither autocast nor padding nor our own scoring is in the way: the model's plain forward, row by row.
         """
-        plain = self._unwrapped()
+        plain = self.policy
         was_training = plain.training
         plain.eval()
         out = []
@@ -486,7 +480,7 @@ class TrlLearner(ABC):
         }
         with _write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(self._trained(), folder / "weights.safetensors")
+            save_file(self.trained(), folder / "weights.safetensors")
             with _no_checksums():
                 torch.save(state, folder / "state.pt")
         return self.export(policy_dir)
@@ -512,7 +506,7 @@ class TrlLearner(ABC):
                 f"{folder}: can't read the learner's state ({why}); restore it, or start a new run from a policy of "
                 "this one (policy.model: RUN/iterations/.../policy)"
             ) from e
-        mine = self._trained()
+        mine = self.trained()
         differing = sorted(set(mine) ^ set(weights)) or [n for n in mine if mine[n].shape != weights[n].shape]
         if differing:
             raise UserError(f"{folder}: the state of another model (they differ in `{differing[0]}`); was it changed?")
@@ -522,24 +516,17 @@ class TrlLearner(ABC):
         _set_rng_state(state["rng"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.lr_scheduler.load_state_dict(state["scheduler"])
-        self._keep_learning_rate()
-        trainer.state.global_step = trainer._globalstep_last_logged = state["global_step"]
+        # A state brings its learning rate along; a job resumed with another one (`--allow-change`) means that one.
+        set_learning_rate(trainer, self.settings.learning_rate)
+        go_on_after(trainer, state["global_step"])
 
-    def _keep_learning_rate(self) -> None:
-        """A state brings its learning rate along; a job resumed with another one (`--allow-change`) means that one."""
-        optimizer, scheduler, wanted = self.trainer.optimizer, self.trainer.lr_scheduler, self.settings.learning_rate
-        for group, before in zip(optimizer.param_groups, list(scheduler.base_lrs), strict=True):
-            group["lr"] *= wanted / before
-            group["initial_lr"] = wanted
-        scheduler.base_lrs = [wanted] * len(optimizer.param_groups)
-        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-
-    def _trained(self) -> dict[str, torch.Tensor]:
-        """The parameters that training changes, by name; tied ones once."""
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The parameters that training changes, by name, tied ones once; themselves, not copies."""
         return {n: p.data for n, p in self.trainer.model.named_parameters() if p.requires_grad}
 
-    def _unwrapped(self) -> PreTrainedModel:
-        """The policy as transformers knows it: no accelerate, no peft around it."""
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The policy as transformers knows it: no accelerate, no peft around it, though its layers may hold a LoRA."""
         model = self.trainer.model
         return model if self.settings.lora is None else model.get_base_model()
 
@@ -549,7 +536,7 @@ class TrlLearner(ABC):
         Raises:
             UserError: the adapters can't be merged back into weights of the model's own names.
         """
-        plain = self._unwrapped()
+        plain = self.policy
         check_mergeable(plain)
         if differing := sorted(plain_names(plain) ^ names):
             raise UserError(
@@ -558,7 +545,7 @@ class TrlLearner(ABC):
             )
 
     def _export(self, folder: Path) -> str:
-        plain = self._unwrapped()
+        plain = self.policy
         state = in_precision(merged(plain), self._export_precision, self.seed, kept_in_fp32(plain))
         plain.save_pretrained(folder, state_dict=state)
         # save_pretrained writes the master weights' dtype and TRL's settings into config.json
@@ -670,7 +657,7 @@ def _choose_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end if end is not None and end < rows else 0)
 
 
-def _no_dropout(model: PreTrainedModel) -> None:
+def no_dropout(model: PreTrainedModel) -> None:
     """The log-probabilities that are compared must be those of the policy that samples. TRL turns `nn.Dropout` off;
     others keep theirs as a number, of a module (OPT's `dropout`, `layerdrop`) or of the configuration that a forward
     pass reads (Falcon), and routers of experts shake their input.
@@ -678,7 +665,7 @@ def _no_dropout(model: PreTrainedModel) -> None:
     Raises:
         UserError: the model still computes something else in training; every loss would be compared with noise.
     """
-    in_use = _probe_logits(model, training=False)
+    in_use = probe_logits(model, training=False)
     named = (getattr(m, "config", None) for m in model.modules())
     configs = {id(c): c for c in named if isinstance(c, PreTrainedConfig)}
     owed = list(configs.values())
@@ -692,7 +679,7 @@ def _no_dropout(model: PreTrainedModel) -> None:
             if isinstance(value, float) and (all_of_it or "drop" in name or "jitter" in name):
                 setattr(holder, name, 0.0)
     # Twice: what is random, and what only differs.
-    off = max(float((_probe_logits(model, training=True) - in_use).abs().max()) for _ in range(2))
+    off = max(float((probe_logits(model, training=True) - in_use).abs().max()) for _ in range(2))
     if not off <= 1e-4 * (1 + float(in_use.abs().max())):
         raise UserError(
             f"policy.model: {type(model).__name__} computes something else in training than in use (logits differ by "
@@ -701,7 +688,7 @@ def _no_dropout(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _probe_logits(model: PreTrainedModel, training: bool) -> torch.Tensor:
+def probe_logits(model: PreTrainedModel, training: bool) -> torch.Tensor:
     """Logits of some tokens, [2, 32, vocabulary], in fp32."""
     ids = torch.arange(64, device=model.device).remainder(model.get_input_embeddings().weight.size(0)).view(2, 32)
     was_training = model.training

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from rlaif.errors import RlaifError
 from rlaif.records import Completion, Divergence
 
-_PLACES = 1024
+PLACES = 1024
 """Places whose logits are held at once, of both models: 1.2 GB with a vocabulary of 150,000."""
 _SLICE = 4 * 2**20
 """Logits looked at together (16 MiB in fp32)."""
@@ -75,7 +75,7 @@ def divergences(
     Raises:
         RlaifError: a divergence is not finite.
     """
-    for batch in _batches(completions, batch_size):
+    for batch in batches(completions, batch_size):
         width = max(len(c.prompt_token_ids) + len(c.token_ids) for c in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         mask, places = torch.zeros_like(ids), torch.zeros(len(batch), width, dtype=torch.bool)
@@ -103,11 +103,11 @@ def divergences(
         ]
 
 
-def _batches(completions: list[Completion], most: int) -> Iterator[list[Completion]]:
+def batches(completions: list[Completion], most: int) -> Iterator[list[Completion]]:
     """By length, so many at a time, and no more tokens than whose logits fit (one completion in any case)."""
     batch: list[Completion] = []
     for c in sorted(completions, key=lambda c: (len(c.prompt_token_ids) + len(c.token_ids), c.id)):
-        if batch and (len(batch) == most or sum(len(b.token_ids) for b in (*batch, c)) > _PLACES):
+        if batch and (len(batch) == most or sum(len(b.token_ids) for b in (*batch, c)) > PLACES):
             yield batch
             batch = []
         batch.append(c)

@@ -14,12 +14,19 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.base_config import _BaseConfig
-from trl.trainer.utils import add_fused_lm_head
 
 from rlaif.errors import UserError
 from rlaif.learning.base import TrlLearner, _Row
 from rlaif.learning.scoring import score_completions_only
+from rlaif.learning.trl_compat import (
+    GivenTokens,
+    TrlConfig,
+    add_fused_lm_head,
+    needs_squared_probabilities,
+    no_reference_model,
+    on_its_device,
+    reference_logps,
+)
 
 _LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -28,14 +35,8 @@ _LOSSES = (
 """TRL 1.16's; TRL itself checks the name only when the first step is on its way."""
 
 
-class _TokenDPOTrainer(DPOTrainer):
+class _TokenDPOTrainer(GivenTokens, DPOTrainer):
     """`DPOTrainer` that is given token ids, and reference log-probabilities with each batch."""
-
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset  # nothing to tokenise
-
-    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset  # scored once an update, not once a trainer
 
 
 class DpoLearner(TrlLearner):
@@ -52,7 +53,7 @@ class DpoLearner(TrlLearner):
         # Nor does a mixture's balancing loss join the preference loss unasked; without experts it would be no number.
         return {"max_length": None, "precompute_ref_log_probs": True, "router_aux_loss_coef": 0.0}
 
-    def _make_trainer(self, policy: PreTrainedModel, args: _BaseConfig, peft_config: Any) -> DPOTrainer:
+    def _make_trainer(self, policy: PreTrainedModel, args: TrlConfig, peft_config: Any) -> DPOTrainer:
         # The trainer insists on a dataset; steps are fed one by one.
         placeholder = Dataset.from_list([{"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]}])
         trainer = _TokenDPOTrainer(
@@ -62,24 +63,21 @@ class DpoLearner(TrlLearner):
             processing_class=self.tokenizer,
             peft_config=peft_config,
         )
-        # Which model is the reference is ours to say (`_reference`): with one set, TRL doesn't switch adapters.
-        trainer.ref_model = nn.Identity()
+        no_reference_model(trainer)  # `_reference` says which it is
         return trainer
 
     def _adapt(self, model: PreTrainedModel) -> None:
-        is_policy = model is self._unwrapped()
+        is_policy = model is self.policy
         if self.trainer.args.device.type == "cpu":
-            score_completions_only(model, metrics=is_policy, sum_sq_probs=is_policy and self.trainer.use_weighting)
+            weighted = is_policy and needs_squared_probabilities(self.trainer)
+            score_completions_only(model, metrics=is_policy, sum_sq_probs=weighted)
         elif not is_policy:  # the policy has it from TRL
             add_fused_lm_head(model)
 
     def _score_reference(self, model: nn.Module, rows: list[_Row]) -> None:
-        chosen, rejected = self.trainer.compute_ref_log_probs(model, self._batch(rows))
+        chosen, rejected = reference_logps(self.trainer, model, self._batch(rows))
         for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=True):
             row["ref_chosen_logps"], row["ref_rejected_logps"] = c, r
 
     def _batch(self, rows: list[_Row]) -> dict[str, torch.Tensor]:
-        return self.trainer._prepare_inputs(self.trainer.data_collator(rows))
-
-    def _metric(self, name: str) -> list[float]:
-        return self.trainer._metrics["train"][name]
+        return on_its_device(self.trainer, rows)

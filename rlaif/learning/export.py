@@ -10,18 +10,20 @@ rounding would throw most of an update away (`rounding`).
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
+from rlaif import transformers_compat
 from rlaif.errors import UserError
+from rlaif.learning.peft_compat import adapted, is_adapters, plain, product
 from rlaif.learning.rounding import round_stochastically
 
 
 def plain_names(model: nn.Module) -> set[str]:
     """The names of the state that `merged` gives; the untrained model's own, or nobody can load the export."""
-    return {plain(key) for key in model.state_dict() if ".lora_" not in key}
+    return {plain(key) for key in model.state_dict() if not is_adapters(key)}
 
 
 def check_mergeable(model: nn.Module) -> None:
@@ -49,20 +51,19 @@ def merged(model: nn.Module) -> dict[str, torch.Tensor]:
     adapters = adapted(model)
     state = {}
     for key, value in model.state_dict().items():
-        if ".lora_" in key:
+        if is_adapters(key):
             continue
         name = plain(key)
         for layer in adapters.get(name, ()):
             # On the CPU, one by one: together they would be as large as the model, beside it.
-            value = (value + layer.get_delta_weight("default").to(value.dtype)).cpu()
+            value = (value + product(layer).to(value.dtype)).cpu()
         state[name] = value
     return state
 
 
 def kept_in_fp32(model: nn.Module) -> set[str]:
     """Names of what stays in fp32 in a bf16 model: buffers, and what its class names (biases that choose experts)."""
-    named = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
-    named |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    named = transformers_compat.kept_in_fp32(model)
     buffers = {plain(name) for name, _ in model.named_buffers()}
     return buffers | {plain(name) for name in model.state_dict() if named & set(name.split("."))}
 
@@ -80,18 +81,3 @@ def in_precision(
             rounds = value.is_floating_point() and name not in as_it_is
             copies[value.data_ptr()] = round_stochastically(value, seed, name) if rounds else value
     return {name: copies[value.data_ptr()] for name, value in state.items()}
-
-
-def plain(key: str) -> str:
-    """A parameter's name without the wrappers around its layer: an expert layer has one for each of its parameters."""
-    return key.replace(".base_layer", "")
-
-
-def adapted(model: nn.Module) -> dict[str, list[Any]]:
-    """Names of the weights that have an adapter (as the untrained model has them), with the layers that hold it."""
-    found: dict[str, list[Any]] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            leaf = getattr(module, "parameter_name", "weight")  # peft's wrapper for a bare parameter names it
-            found.setdefault(f"{plain(name)}.{leaf}", []).append(module)
-    return found

@@ -7,23 +7,19 @@ TRL's. The default, `dpo`, computes the same loss with more choice of losses; th
 
 from __future__ import annotations
 
-import os
 from typing import Any
-from unittest import mock
 
 import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.base_config import _BaseConfig
 
 from rlaif.errors import UserError
 from rlaif.learning.base import TrlLearner, _Row, pad
+from rlaif.learning.trl_compat import GivenCompletions, TrlConfig, online_dpo
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the warning is in this file's first line
-# TRL imports vLLM here when it is installed: 15 s, and threads that the trainer doesn't want. Sampling is not its job.
-with mock.patch("trl.import_utils.is_vllm_available", return_value=False):
-    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+# The warning is in this file's first line; and sampling is not the trainer's job.
+OnlineDPOConfig, OnlineDPOTrainer = online_dpo()
 
 _Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -34,7 +30,7 @@ _NO_EFFECT = {
 }
 
 
-class _GivenPairsTrainer(OnlineDPOTrainer):
+class _GivenPairsTrainer(GivenCompletions, OnlineDPOTrainer):  # type: ignore[misc, valid-type]
     """`OnlineDPOTrainer` on completions and verdicts that exist: chosen in the first half, rejected in the second."""
 
     rows: list[_Row]
@@ -43,14 +39,15 @@ class _GivenPairsTrainer(OnlineDPOTrainer):
         self.rows = inputs["rows"]
         return super().training_step(model, {"prompt": [row["prompt"] for row in self.rows]}, num_items_in_batch)
 
-    def _generate(self, model: nn.Module, prompts: list[str], images: Any = None) -> tuple[Any, ...]:
-        return *self.tokens(self.rows), None
+    def sampled(self) -> _Tokens:
+        """What exists, as if it had just been sampled."""
+        return self.tokens(self.rows)
 
     def tokens(self, rows: list[_Row]) -> _Tokens:
         """Prompt ids and mask [2 rows, longest prompt], padded left; completions likewise, padded right."""
         prompts = [row["prompt_ids"] for row in rows] * 2
         completions = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
-        fill, device = self._tokenizer.pad_token_id, self.args.device
+        fill, device = self.processing_class.pad_token_id, self.args.device
         return (
             pad(prompts, fill, "left").to(device),
             pad([[1] * len(p) for p in prompts], 0, "left").to(device),
@@ -58,20 +55,15 @@ class _GivenPairsTrainer(OnlineDPOTrainer):
             pad([[1] * len(c) for c in completions], 0, "right").to(device),
         )
 
-    def _forward(
+    def logps(
         self,
         model: nn.Module,
         prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
         completion_ids: torch.Tensor,
         completion_mask: torch.Tensor,
-        vision_inputs: Any = None,
     ) -> torch.Tensor:
-        """log p of each completion token, [2 rows, longest completion]; TRL's, but the vocabulary is projected for
-        completions only, positions don't count padding, and the reference is not asked again."""
-        if model is self.ref_model:
-            logps = [row["ref_chosen"] for row in self.rows] + [row["ref_rejected"] for row in self.rows]
-            return pad(logps, 0.0, "right").to(self.args.device)
+        """As TRL's, but the vocabulary is projected for completions only, and positions don't count padding."""
         mask = torch.cat((prompt_mask, completion_mask), dim=1)
         logits = model(
             input_ids=torch.cat((prompt_ids, completion_ids), dim=1),
@@ -81,6 +73,11 @@ class _GivenPairsTrainer(OnlineDPOTrainer):
             use_cache=False,
         ).logits[:, :-1]  # [2 rows, longest completion, vocabulary]
         return logits.log_softmax(-1).gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)
+
+    def reference_logps(self) -> torch.Tensor:
+        """As they were scored before the update."""
+        logps = [row["ref_chosen"] for row in self.rows] + [row["ref_rejected"] for row in self.rows]
+        return pad(logps, 0.0, "right").to(self.args.device)
 
 
 def _verdict(prompts: list[str], **_: Any) -> list[float]:
@@ -104,7 +101,7 @@ class OnlineDpoLearner(TrlLearner):
             )
         return {}
 
-    def _make_trainer(self, policy: PreTrainedModel, args: _BaseConfig, peft_config: Any) -> OnlineDPOTrainer:
+    def _make_trainer(self, policy: PreTrainedModel, args: TrlConfig, peft_config: Any) -> _GivenPairsTrainer:
         return _GivenPairsTrainer(
             model=policy,
             # Stands for the log-probabilities that each row brings: without one, TRL would copy the policy.
@@ -117,13 +114,9 @@ class OnlineDpoLearner(TrlLearner):
         )
 
     def _score_reference(self, model: nn.Module, rows: list[_Row]) -> None:
-        prompt_ids, prompt_mask, completion_ids, completion_mask = self.trainer.tokens(rows)
-        logps = self.trainer._forward(model, prompt_ids, prompt_mask, completion_ids, completion_mask).tolist()
+        logps = self.trainer.logps(model, *self.trainer.tokens(rows)).tolist()
         for row, c, r in zip(rows, logps[: len(rows)], logps[len(rows) :], strict=True):
             row["ref_chosen"], row["ref_rejected"] = c[: len(row["chosen_ids"])], r[: len(row["rejected_ids"])]
 
     def _batch(self, rows: list[_Row]) -> dict[str, Any]:
         return {"rows": rows}
-
-    def _metric(self, name: str) -> list[float]:
-        return self.trainer.stats[name]

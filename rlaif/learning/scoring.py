@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
+
+from rlaif.learning.trl_compat import FusedCausalLMOutput
 
 
 def score_completions_only(model: PreTrainedModel, metrics: bool = True, sum_sq_probs: bool = False) -> None:

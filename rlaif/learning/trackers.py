@@ -14,11 +14,10 @@ from typing import Any
 
 from transformers.integrations import get_reporting_integration_callbacks
 
+from rlaif.learning.trl_compat import TRACKER_ENDS
+
 _TAKE_TEXT = frozenset({"tensorboard", "trackio", "wandb"})
 """Trackers whose callback passes on text among the numbers. The others warn about it, or drop it."""
-_ENDS = (("_wandb", "finish"), ("_experiment", "end"), ("_swanlab", "finish"))
-"""W&B, Comet and SwanLab upload the rest at the interpreter's exit, which a worker skips: attribute of the callback,
-and what ends it."""
 _MOST_FAILURES = 3
 
 
@@ -53,7 +52,7 @@ class Tracker:
 
     def end(self) -> None:
         """After `on_train_end`: sends what is still to be sent."""
-        for attribute, method in _ENDS:
+        for attribute, method in TRACKER_ENDS:
             if (held := getattr(self._callback, attribute, None)) is not None:
                 self._try(f"{method} failed", getattr(held, method))
 

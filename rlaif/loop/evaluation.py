@@ -76,8 +76,8 @@ def evaluate(run: Running, updates: int, plan: Plan, text: Constitution) -> Eval
         updates, text, completions, quality, it.pairs, decisions, seconds, drift, gap=gap_of(here)
     )
     write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
-    number = run.text_number(plan.iteration)
-    run.track(max(updates - 1, 0), updates, tracking.of_evaluation(metrics, it.votes, run.job.judge, number))
+    values = tracking.of_evaluation(metrics, it.votes, run.job.judge, run.text_number(it.k))
+    run.track(max(updates - 1, 0), updates, values)
     return metrics
 
 

@@ -89,14 +89,14 @@ def agreement(pairs: Sequence[Reviewed]) -> list[Agreement]:
     return out
 
 
-def measure(pairs: Sequence[Reviewed], slice: str, value: str) -> Agreement:
+def measure(pairs: Sequence[Reviewed], slice_name: str, value: str) -> Agreement:
     """Accuracy and kappa of some pairs."""
     sided = [x for x in pairs if x.label.outcome in ("first", "second")]
     decided = [x for x in sided if x.decision.verdict.outcome in ("first", "second")]
     human, judge = [x.label.outcome for x in decided], [x.decision.verdict.outcome for x in decided]
     same = sum(a == b for a, b in zip(human, judge, strict=True))
     return Agreement(
-        slice=slice,
+        slice=slice_name,
         value=value,
         labels=len(pairs),
         human_ties=sum(x.label.outcome == "tie" for x in pairs),

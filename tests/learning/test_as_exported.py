@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlaif import config
 from rlaif.learning import make_learner
 from rlaif.learning.as_exported import AsExported
-from rlaif.learning.export import adapted, plain
+from rlaif.learning.peft_compat import adapted, plain, product
 from rlaif.learning.rounding import round_stochastically
 from tests.architectures import make_model as make_architecture
 from tests.learning.conftest import make_preferences
@@ -55,7 +55,7 @@ def test_the_margin_is_the_whole_moves(
         made = learner(on_grid, precision, **more)
         made.load(str(tmp_path / "state"))
         if nearest:  # as autocast does it
-            made._policy_as_exported = made._base_as_exported = nullcontext
+            made.policy_as_exported = made.base_as_exported = nullcontext
         # `previous` starts every update at 0: what moves within one is to be seen.
         steps = list(made.update(pairs * (8 if reference == "previous" else 1), 10))
         return steps[-1].margin
@@ -81,9 +81,9 @@ def test_inside_are_the_weights_of_the_export(name: str, lora: bool, tmp_path: P
     list(made.update(make_preferences(8), 0))
     made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
     exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype="auto").named_parameters())
-    model = made._unwrapped()
+    model = made.policy
     masters = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(RuntimeError, match="in the middle"), made._policy_as_exported():
+    with pytest.raises(RuntimeError, match="in the middle"), made.policy_as_exported():
         inside = {plain(name): p.detach().clone() for name, p in model.named_parameters() if ".lora_" not in name}
         raise RuntimeError("in the middle")
     assert inside.keys() == exported.keys()
@@ -126,7 +126,7 @@ def test_a_loras_gradients_are_those_through_the_merged_weights(name: str, tmp_p
     for key, layers in adapted(wrapped.get_base_model()).items():
         merged = state[key]
         for layer in layers:
-            merged = merged + layer.get_delta_weight("default")
+            merged = merged + product(layer)
         state[key] = merged + (round_stochastically(merged, 7, key).float() - merged).detach()
     for key, value in state.items():
         if key not in adapted(wrapped.get_base_model()) and key in dict(plain_model.named_parameters()):
@@ -142,7 +142,7 @@ def test_a_loras_gradients_are_those_through_the_merged_weights(name: str, tmp_p
 def test_an_untrained_base_needs_no_rounding(on_grid: str) -> None:
     """Nothing is copied where a frozen weight lies on the grid."""
     base = AutoModelForCausalLM.from_pretrained(on_grid, dtype=torch.float32).requires_grad_(False)
-    assert not AsExported(base, seed=7)._weights
+    assert AsExported(base, seed=7).names == ()
     with torch.no_grad():
         base.model.norm.weight.add_(1e-5)
-    assert list(AsExported(base, seed=7)._weights) == ["model.norm.weight"]
+    assert AsExported(base, seed=7).names == ("model.norm.weight",)

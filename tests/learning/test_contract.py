@@ -17,8 +17,9 @@ from rlaif.constitution import parse_constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.learning import make_learner
 from rlaif.learning.base import _row, epoch_order
-from rlaif.learning.divergence import _batches, kl
+from rlaif.learning.divergence import batches, kl
 from rlaif.learning.export import merged
+from rlaif.learning.trl_compat import metric
 from rlaif.mixing import preferences_of
 from rlaif.records import Completion, Decision, Message, Pair, PolicyVersion, Preference, Prompt, Verdict
 from tests.learning.conftest import make_preferences
@@ -36,12 +37,12 @@ def disturb(made: Any) -> None:
     """Makes the policy differ from its reference."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in made._trained().values():
+        for p in made.trained().values():
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
 
 
 def weights(made: Any) -> dict[str, torch.Tensor]:
-    return {n: p.clone() for n, p in made._trained().items()}
+    return {n: p.clone() for n, p in made.trained().items()}
 
 
 def moments(made: Any) -> list[torch.Tensor]:
@@ -92,7 +93,7 @@ def test_log_ratios_loss_and_gradients_are_the_formulas(kind: str, model_path: s
     pairs = make_preferences(4)
     reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    policy.load_state_dict(made._unwrapped().state_dict())
+    policy.load_state_dict(made.policy.state_dict())
     expected_loss, expected_ratios = by_hand(policy, reference, pairs)
     expected_loss.backward()
 
@@ -103,7 +104,7 @@ def test_log_ratios_loss_and_gradients_are_the_formulas(kind: str, model_path: s
     close(grads, {n: p.grad for n, p in policy.named_parameters()}, atol=1e-4)
     for pair, row in zip(pairs, expected_ratios, strict=True):
         gradients(made, [pair])
-        found = [made._metric("rewards/chosen")[-1] / BETA, made._metric("rewards/rejected")[-1] / BETA]
+        found = [metric(made.trainer, "rewards/chosen")[-1] / BETA, metric(made.trainer, "rewards/rejected")[-1] / BETA]
         assert found == pytest.approx(row.tolist(), abs=1e-4)
 
 
@@ -120,7 +121,7 @@ def some_completions() -> list[Completion]:
 def kl_by_hand(made: Any, base_path: str, asked: list[Completion]) -> list[float]:
     """KL(policy, base) over the vocabulary, summed over each completion's places: the definition, in fp32."""
     base, policy = (AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32).eval() for _ in range(2))
-    policy.load_state_dict(merged(made._unwrapped()))
+    policy.load_state_dict(merged(made.policy))
     out = []
     with torch.no_grad():
         for c in asked:
@@ -178,7 +179,7 @@ def test_an_untrained_policy_has_not_diverged(model_path: str, settings: config.
     ((found,),) = made.divergences([sampled])
     assert found.kl == 0.0
     disturb(made)
-    next(iter(made._trained().values())).fill_(float("nan"))
+    next(iter(made.trained().values())).fill_(float("nan"))
     with pytest.raises(RlaifError, match="not finite"):
         list(made.divergences([sampled]))
 
@@ -191,9 +192,9 @@ def test_divergences_hold_no_more_logits_than_fit(monkeypatch: pytest.MonkeyPatc
         )
         for n in (1, 2, 3, 9, 4, 5)
     ]  # fmt: skip
-    monkeypatch.setattr("rlaif.learning.divergence._PLACES", 8)
-    assert [[c.id for c in batch] for batch in _batches(asked, 2)] == [["1", "2"], ["3", "4"], ["5"], ["9"]]
-    assert [[c.id for c in batch] for batch in _batches(asked, 9)] == [["1", "2", "3"], ["4"], ["5"], ["9"]]
+    monkeypatch.setattr("rlaif.learning.divergence.PLACES", 8)
+    assert [[c.id for c in batch] for batch in batches(asked, 2)] == [["1", "2"], ["3", "4"], ["5"], ["9"]]
+    assert [[c.id for c in batch] for batch in batches(asked, 9)] == [["1", "2", "3"], ["4"], ["5"], ["9"]]
 
 
 def test_kl_of_a_token_that_nobody_says() -> None:
@@ -214,9 +215,8 @@ def test_the_learners_agree_on_several_steps(model_path: str, settings: config.L
 
 def test_our_scoring_is_trls(model_path: str) -> None:
     """The CPU replacement of TRL's fused head gives every field that TRL's gives."""
-    from trl.trainer.utils import add_fused_lm_head
-
     from rlaif.learning.scoring import score_completions_only
+    from rlaif.learning.trl_compat import add_fused_lm_head
 
     ours, theirs = (AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32) for _ in range(2))
     fields = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -484,7 +484,7 @@ def test_nan_is_refused_before_it_reaches_the_weights(kind: str, model_path: str
     made = learner(kind, model_path, settings)
     list(made.update(make_preferences(4), 0))
     before, step = weights(made), made.global_step
-    hook = made._unwrapped().get_output_embeddings().register_forward_hook(lambda m, i, o: o * float("nan"))
+    hook = made.policy.get_output_embeddings().register_forward_hook(lambda m, i, o: o * float("nan"))
     with pytest.raises(RlaifError, match=r"update step 2: the loss is nan .*0-\d.* not taken"):
         list(made.update(make_preferences(4), 1))
     hook.remove()

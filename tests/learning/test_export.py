@@ -149,7 +149,7 @@ def test_the_move_arrives_at_realistic_rates(rate: float, tmp_path: Path) -> Non
     list(made.update(make_preferences(12, vocabulary=40_000), 0))
     made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
     assert json.loads((tmp_path / "policy" / "config.json").read_text())["dtype"] == "bfloat16"
-    state = merged(made._unwrapped())
+    state = merged(made.policy)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     ids = torch.randint(10, 40_000, (4, 24), generator=torch.Generator().manual_seed(5))
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from rlaif import config
 from rlaif.errors import UserError
 from rlaif.learning import make_learner
-from rlaif.learning.base import _no_dropout, _probe_logits
+from rlaif.learning.base import no_dropout, probe_logits
 from rlaif.models import tokenizer_identity
 from tests.learning.conftest import END, VOCABULARY, make_model, make_preferences
 
@@ -53,7 +53,7 @@ def make_random(kind: str, folder: Path) -> Any:
 @pytest.mark.parametrize("kind", DROPOUT)
 def test_nothing_is_random_in_training(kind: str, tmp_path: Path, settings: config.Learner) -> None:
     model = make_random(kind, tmp_path / "base")
-    assert not torch.allclose(_probe_logits(model, True), _probe_logits(model, False), atol=1e-3), "it would be random"
+    assert not torch.allclose(probe_logits(model, True), probe_logits(model, False), atol=1e-3), "it would be random"
     made = make_learner("dpo", str(tmp_path / "base"), settings, seed=0)
     step = next(made.update(make_preferences(4), 0))
     assert step.margin == pytest.approx(0, abs=1e-6)
@@ -82,7 +82,7 @@ def test_a_model_that_stays_random_is_refused_by_name(tmp_path: Path) -> None:
 
     model.model.layers[0].mlp.register_forward_hook(noise)
     with pytest.raises(UserError, match="LlamaForCausalLM computes something else in training"):
-        _no_dropout(model)
+        no_dropout(model)
 
 
 def test_a_router_that_draws_in_training_is_refused_by_name(tmp_path: Path, settings: config.Learner) -> None:

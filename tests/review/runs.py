@@ -8,7 +8,7 @@ from typing import Any
 from rlaif.config import Job
 from rlaif.loop import Loop
 from rlaif.records import HumanLabel
-from rlaif.review.queue import Queue, Shown, _swapped
+from rlaif.review.queue import Queue, Shown, shown_swapped
 from rlaif.store import RunDir, write_json
 from tests.stubs import stub_job, stub_loop
 
@@ -44,7 +44,7 @@ def reviewed(root: Path, **changes: Any) -> RunDir:
 
 def key_for(pair_id: str, author: str, outcome: str) -> Shown:
     """The key with which an author says `first` or `second`: which one it is depends on the order shown."""
-    return "1" if (outcome == "first") != _swapped(pair_id, author) else "2"
+    return "1" if (outcome == "first") != shown_swapped(pair_id, author) else "2"
 
 
 def give(run: RunDir, pair_id: str, outcome: str, author: str = "ann") -> HumanLabel:

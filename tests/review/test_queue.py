@@ -352,10 +352,10 @@ def test_a_label_that_is_stored_is_no_failure(run: RunDir, monkeypatch: pytest.M
     question = queue.next("ann")
     assert question is not None
 
-    def full(claims: object) -> None:
-        raise RlaifError("claims.json: no space left on the disk")
+    def full(path: Path) -> None:
+        raise RlaifError(f"{path.name}: no space left on the disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(queue, "_write_claims", full)
+        patch.setattr(queue_module, "replacing", full)
         queue.answer(question.pair_id, "1", "ann")
     assert [x.pair_id for x in read_labels(run).labels] == [question.pair_id]

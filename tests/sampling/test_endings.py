@@ -63,7 +63,7 @@ def say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
 
 def script(monkeypatch: pytest.MonkeyPatch, token_ids: list[int]) -> None:
     at = iter(range(10_000))
-    monkeypatch.setattr(engine, "_draw", lambda *_: token_ids[next(at)])
+    monkeypatch.setattr(engine, "draw", lambda *_: token_ids[next(at)])
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])

@@ -161,10 +161,10 @@ def test_the_version_is_json(address: str) -> None:
 
 
 def test_a_voice_is_shown_as_flipped_by_the_rule_that_drops_its_pair() -> None:
-    from rlaif.view.app import _by_voice
+    from rlaif.view.app import votes_by_voice
 
     votes = [make_vote("first", 0, voice="v", order="forward"), make_vote("tie", 1, voice="v", order="reversed")]
-    (voice,) = _by_voice(SimpleNamespace(votes=votes, vote_lines=["1", "2"]))  # type: ignore[arg-type]
+    (voice,) = votes_by_voice(SimpleNamespace(votes=votes, vote_lines=["1", "2"]))  # type: ignore[arg-type]
     assert voice["flipped"] is aggregate(votes).order_flip is True
 
 
