@@ -40,7 +40,7 @@ def run(root: Path, tracked: Tracked, **changes: Any) -> RunDir:
     """A stub run to its end; adds what its learner was given to `tracked`."""
     loop = stub_loop(root, stub_job(**changes))
     loop.learner.ready()
-    learner: StubLearner = loop.learner._target
+    learner: StubLearner = loop.learner.target
     learner.tracked = tracked
     loop.run()
     return loop.dir
