@@ -19,8 +19,10 @@ from rlaif.records import AbstainReason, ConstitutionRef, DropReason, Evaluation
 
 _PIPELINE = "pipeline"
 _HELD_OUT = f"{_PIPELINE}/held_out"
-_NO_NUMBERS = frozenset({"iteration", "updates", "policy", "constitution", "weights_gap"})
-"""Fields that say what was measured, and the one that has names of its own."""
+_GAPS = ("weights_gap", "decoding_gap")
+"""Fields with names of their own: of the hand-over, not of iteration or evaluation."""
+_NO_NUMBERS = frozenset({"iteration", "updates", "policy", "constitution", *_GAPS})
+"""Fields that say what was measured, and those."""
 
 
 def of_iteration(
@@ -72,8 +74,9 @@ def _fields(name: str, metrics: IterationMetrics | EvaluationMetrics) -> dict[st
     for field, value in metrics:
         if field not in _NO_NUMBERS:
             out.update(_numbers(f"{name}/{field}", _all_reasons(field, value)))
-    if gap := metrics.weights_gap:
-        out |= {"weights_gap/mean": gap.mean, "weights_gap/typical": gap.typical, "weights_gap/worst": gap.worst}
+    for field in _GAPS:
+        if gap := getattr(metrics, field, None):
+            out |= {f"{field}/{name}": getattr(gap, name) for name in ("mean", "typical", "worst")}
     return out
 
 

@@ -567,7 +567,7 @@ def test_what_a_tracker_writes_outlives_the_learner(
     changed = settings.model_copy(update={"args": {"report_to": ["tensorboard"]}})
     made = make_learner("dpo", model_path, changed, seed=7, output_dir=str(tmp_path / "out"))
     list(made.update(make_preferences(8), 0))
-    made.track({"weights_gap/mean": 0.1})
+    made.track({"weights_gap/mean": 0.1}, 2)
     made.close()
     assert (tmp_path / "out" / "runs" / "log").read_text() == "1 2 2['weights_gap/mean']"
 
