@@ -32,6 +32,21 @@ DropReason = Literal[
     "cut_off",
 ]
 
+AlarmKind = Literal[
+    "short_answers",
+    "equal_answers",
+    "weights_gap",
+    "decoding_gap",
+    "cut_off",
+    "cut_off_won",
+    "kl",
+    "abstained",
+    "calibration_shift",
+    "juror",
+    "labels",
+    "constitution",
+]
+
 ReviewRule = Literal["below_agreement", "top_uncertain"]
 
 
@@ -568,6 +583,22 @@ class EvaluationMetrics(AnswerStats):
     def kl_by_older_version(self) -> bool:
         """`kl_per_token` is the biased estimate of older versions."""
         return self.kl_answers is None and self.kl_per_token is not None
+
+
+class Alarm(Record):
+    """A finding that somebody should look at, with its numbers: the `data` of an event of kind `alarm`."""
+
+    kind: AlarmKind
+    iteration: int
+    """The one that it was found in, from 0."""
+    message: str
+    """One sentence."""
+    measured: float | None = None
+    """What was found, where it is one number."""
+    limit: float | None = None
+    """What it was held against, as the setting has it."""
+    action: Literal["warn", "stop"] = "warn"
+    """What the run does: notes it and goes on, or stops (`monitors.stop_on_alarm`)."""
 
 
 class Event(Record):

@@ -378,7 +378,7 @@ class RunDir:
         finally:
             lock.release()
 
-    def event(self, kind: str, message: str, iteration: int | None = None, **data: Any) -> Event:
+    def event(self, kind: str, message: str, iteration: int | None = None, /, **data: Any) -> Event:
         """Appends one line to events.jsonl."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         event = Event(time=now, kind=kind, iteration=iteration, message=message, data=data)

@@ -83,7 +83,7 @@ class Texts:
                 self._alarmed = str(e)
                 text, _ = self._last_good
                 message = f"{e}; {text.ref} ({text.hash}) stays in force"
-                self._run.event("alarm", message, iteration)
+                self._run.event("alarm", message, iteration, kind="constitution", action="warn")
                 self._note(f"alarm in iteration {iteration + 1}: {message}")
         return self._last_good
 

@@ -80,6 +80,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.loop.*",
         "rlaif.mixing",
         "rlaif.monitors",
+        "rlaif.monitors.*",
         "rlaif.texts",
         "rlaif.launch",
         "rlaif.tracking",

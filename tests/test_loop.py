@@ -222,7 +222,8 @@ def test_a_gap_beyond_the_limit_is_an_alarm(tmp_path: Path) -> None:
     metrics = read_record(RunDir(tmp_path / "exact" / "run").iteration(0).path / "metrics.json", IterationMetrics)
     gap = WeightsGap(tokens=10, mean=0.06, typical=0.1, worst=0.3, sampler="vllm bf16", exported="bf16")
     said = alarms(Monitors(), metrics.model_copy(update={"weights_gap": gap}), None)
-    assert any("0.060 nats a token" in alarm for alarm in said)
+    assert [(a.kind, a.measured, a.limit) for a in said if a.kind == "weights_gap"] == [("weights_gap", 0.06, 0.02)]
+    assert any("0.060 nats a token" in alarm.message for alarm in said)
     noise = gap.model_copy(update={"mean": 0.0, "typical": 0.3})  # errors that cancel are errors
     assert alarms(Monitors(), metrics.model_copy(update={"weights_gap": noise}), None)
 

@@ -13,7 +13,9 @@ from rlaif.config import Monitors
 from rlaif.constitution import parse_constitution
 from rlaif.errors import RlaifError
 from rlaif.intervals import wilson
-from rlaif.monitors import alarms, answer_stats, evaluation_metrics, iteration_metrics, juror_agreement, shifted
+from rlaif.monitors import alarms as all_alarms
+from rlaif.monitors import answer_stats, evaluation_metrics, iteration_metrics, juror_agreement
+from rlaif.monitors.alarms import shifted as all_shifts
 from rlaif.records import (
     Completion,
     Decision,
@@ -31,6 +33,15 @@ from rlaif.records import (
 from rlaif.store import read_record
 from tests.judging.vote_makers import make_vote
 from tests.stubs import text
+
+
+def alarms(*args: Any, **kwargs: Any) -> list[str]:
+    """What the alarms say."""
+    return [alarm.message for alarm in all_alarms(*args, **kwargs)]
+
+
+def shifted(*args: Any) -> list[str]:
+    return [finding.message for finding in all_shifts(*args)]
 
 
 def completion(n: int, words: str, *, ended: bool = True, logprob: float | None = -4.0) -> Completion:
@@ -326,3 +337,12 @@ def test_how_often_a_juror_names_the_verdicts_side() -> None:
     decisions = [decision(0, "first"), decision(1, "second"), decision(2, "tie")]
     assert juror_agreement(votes, decisions) == {"a": 1.0, "b": 0.5}
     assert juror_agreement(votes[:3], decisions) == {}
+
+
+def test_an_alarm_is_a_record_with_its_numbers() -> None:
+    metrics = measured(sampled=answer_stats([completion(0, "a b")]))
+    (alarm,) = all_alarms(Monitors(min_mean_words=3, stop_on_alarm=True), metrics, None)
+    assert (alarm.kind, alarm.measured, alarm.limit, alarm.action) == ("short_answers", 2.0, 3.0, "stop")
+    assert alarm.iteration == metrics.iteration
+    (warned,) = all_alarms(Monitors(min_mean_words=3), metrics, None)
+    assert warned == alarm.model_copy(update={"action": "warn"})

@@ -17,7 +17,7 @@ from rlaif.loop.running import Iteration, Running
 from rlaif.loop.sampling import sample
 from rlaif.loop.training import mix, update
 from rlaif.prompts import prompts_for
-from rlaif.records import EvaluationMetrics, IterationMetrics, Plan
+from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan
 from rlaif.stages import NAMES
 from rlaif.store import read_record, write_json
 
@@ -102,7 +102,7 @@ class Loop(Running):
             decoding=decoding_of(it.dir),
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
-        alarms = self._alarms(it.k, metrics, evaluation)
+        alarms = self._alarms(metrics, evaluation)
         write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
         told = tracking.of_iteration(metrics, it.votes, self.job.judge, self.text_number(it.k), self.dir.events())
         self.track(it.k, it.k + 1, told)
@@ -117,7 +117,7 @@ class Loop(Running):
         plan = self.dir.plan(k)
         evaluation = evaluate(self, k + 1, plan, self.texts.load(plan.constitution, plan.derived))
         ended = read_record(self.dir.iteration(k).path / "metrics.json", IterationMetrics)
-        self._stop_at(k, self._alarms(k, ended, evaluation))  # its own alarms were told when it ended
+        self._stop_at(k, self._alarms(ended, evaluation))  # its own alarms were told when it ended
 
     def _tell_jurors(self, it: Iteration) -> JurorFit | None:
         """Notes what a jury's weights are and how its jurors agree; the weights, where it has such."""
@@ -138,16 +138,15 @@ class Loop(Running):
         self.tell_once("jurors", message, it.k, **data)
         return fit
 
-    def _alarms(self, k: int, metrics: IterationMetrics, evaluation: EvaluationMetrics | None) -> list[str]:
+    def _alarms(self, metrics: IterationMetrics, evaluation: EvaluationMetrics | None) -> list[Alarm]:
         """Tells the alarms of an iteration, and returns those that weren't told before."""
         calibrated = self.calibration.judged if self.calibration else None
         learned = bool(self.calibration and self.calibration.jurors and self.calibration.jurors.source == "labels")
         alarms = monitors.alarms(self.job.monitors, metrics, evaluation, calibrated, learned)
-        new = [alarm for alarm in alarms if self.event_once("alarm", alarm, k)]
-        for alarm in new:
-            self.progress.note(f"alarm in iteration {k + 1}: {alarm}")
-        return new
+        return [alarm for alarm in alarms if self.raise_alarm(alarm)]
 
-    def _stop_at(self, k: int, alarms: list[str]) -> None:
-        if alarms and self.job.monitors.stop_on_alarm:
-            raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarms[0]} (monitors.stop_on_alarm)")
+    @staticmethod
+    def _stop_at(k: int, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            if alarm.action == "stop":
+                raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarm.message} (monitors.stop_on_alarm)")

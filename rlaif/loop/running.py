@@ -14,6 +14,7 @@ from rlaif.judging.calibration import Calibration
 from rlaif.judging.candidates import Candidate
 from rlaif.loop.hand_over import HandOver
 from rlaif.records import (
+    Alarm,
     Completion,
     Decision,
     IterationMetrics,
@@ -106,17 +107,25 @@ class Running:
     def __post_init__(self) -> None:
         self.hand_over = HandOver(self)
 
-    def event_once(self, kind: str, message: str, k: int, **data: Any) -> bool:
+    def event_once(self, kind: str, message: str, k: int, /, **data: Any) -> bool:
         """Notes an event unless an earlier, interrupted attempt at this iteration did; whether it was new."""
         if any((e.kind, e.iteration, e.message) == (kind, k, message) for e in self.dir.events()):
             return False
         self.dir.event(kind, message, k, **data)
         return True
 
-    def tell_once(self, kind: str, message: str, k: int, **data: Any) -> None:
+    def tell_once(self, kind: str, message: str, k: int, /, **data: Any) -> None:
         """`event_once`, and says it when it is new."""
         if self.event_once(kind, message, k, **data):
             self.progress.note(f"iteration {k + 1}: {message}")
+
+    def raise_alarm(self, alarm: Alarm) -> bool:
+        """Notes and tells an alarm, unless an earlier attempt at the iteration did; whether it was new."""
+        data = alarm.model_dump(mode="json", exclude={"message", "iteration"})
+        new = self.event_once("alarm", alarm.message, alarm.iteration, **data)
+        if new:
+            self.progress.note(f"alarm in iteration {alarm.iteration + 1}: {alarm.message}")
+        return new
 
     def track(self, k: int, updates: int, values: dict[str, float | str]) -> None:
         """Gives trackers what is in a metrics.json that was just written, at the optimizer step after so many

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlaif.loop.running import Iteration, Running
 from rlaif.mixing import labelled, preferences_of, read_now, replayed
-from rlaif.records import Preference, UpdateStep
+from rlaif.records import Alarm, Preference, UpdateStep
 from rlaif.review.labels import labels_noted
 
 
@@ -62,7 +62,7 @@ def _tell_labels(run: Running, k: int) -> None:
     found = labels_noted(run.dir.iteration(k))
     before = labels_noted(run.dir.iteration(k - 1)) if k else {}
     for problem in found.get("problems", []):
-        run.tell_once("alarm", problem, k)
+        run.raise_alarm(Alarm(kind="labels", iteration=k, message=problem))
     if joined := found.get("joined"):
         message = f"{len(joined)} pairs join the update as people labelled them"
         run.tell_once("labels_joined", message, k, pairs=joined)

@@ -1,14 +1,12 @@
-"""Numbers about an iteration and an evaluation, and the alarms that follow from them. Pure, no torch."""
+"""Numbers about an iteration and an evaluation. Pure, no torch."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from statistics import fmean
 from typing import Any
 
 from rlaif.checks import count_list_items, count_words
-from rlaif.config import Monitors
 from rlaif.constitution import Constitution
 from rlaif.intervals import ratio_interval, wilson
 from rlaif.judging.filters import cut_off_won
@@ -209,99 +207,3 @@ def _won_by_prompt(completions: list[Completion], outcomes: list[Outcome]) -> li
         if outcome != "abstain":
             won.setdefault(completion.prompt_id, []).append(_WON[outcome])
     return [fmean(of_prompt) for of_prompt in won.values()]
-
-
-def shifted(limits: Monitors, now: JudgedStats, calibrated: JudgedStats) -> list[str]:
-    """In what the judged pairs are not like those that were calibrated, one sentence each: its promise is about pairs
-    like those. Only what is more than chance in so few pairs is told."""
-    out = []
-    counts = (
-        ("pairs kept", limits.max_kept_shift, (now.kept, now.pairs), (calibrated.kept, calibrated.pairs)),
-        # A labelled answer of which nothing says how it ended was judged as one that ended by itself.
-        (
-            "answers cut off",
-            limits.max_cut_off_shift,
-            (now.cut_off, now.answers),
-            (calibrated.cut_off, 2 * calibrated.pairs),
-        ),
-    )
-    for what, limit, (some, of), (before, of_before) in counts:
-        if of and of_before:
-            share, was = some / of, before / of_before
-            low, high = wilson(some, of)
-            if abs(share - was) > limit and not low <= was <= high:
-                out.append(f"{what}: {share:.0%}, {was:.0%} when calibrated")
-    if now.mean_agreement is not None and calibrated.mean_agreement is not None:
-        by = now.mean_agreement - calibrated.mean_agreement
-        error = max(now.agreement_sd or 0.0, calibrated.agreement_sd or 0.0) / math.sqrt(now.pairs)
-        if abs(by) > limits.max_agreement_shift and abs(by) > 2 * error:
-            out.append(
-                f"the votes' mean agreement: {now.mean_agreement:.2f}, {calibrated.mean_agreement:.2f} when calibrated"
-            )
-    longest, shortest = sorted((now.mean_words, calibrated.mean_words), reverse=True)
-    if longest > limits.max_length_ratio * shortest:
-        out.append(f"words an answer: {now.mean_words:.0f}, {calibrated.mean_words:.0f} when calibrated")
-    return [f"judged pairs are unlike the calibrated ones, so its promise may not hold: {said}" for said in out]
-
-
-def doubtful_jurors(metrics: IterationMetrics) -> list[str]:
-    """Jurors whose votes weigh nothing although no label says so, one sentence each."""
-    out = []
-    for juror, weight in metrics.juror_weights.items():
-        agreement = metrics.juror_agreement.get(juror)
-        if weight == 0:
-            often = "on no pair" if agreement is None else f"on {agreement:.0%} of the pairs"
-            out.append(
-                f"juror {juror} weighs nothing and agrees with the verdict {often}; either it or the others are wrong "
-                "(`rlaif judge calibrate` learns weights from labels)"
-            )
-    return out
-
-
-def alarms(
-    limits: Monitors,
-    metrics: IterationMetrics,
-    evaluation: EvaluationMetrics | None,
-    calibrated: JudgedStats | None = None,
-    learned: bool = False,
-) -> list[str]:
-    """What somebody should look at, one sentence each. `calibrated` are the labelled pairs of the calibration that is
-    in force; the juror weights are `learned` from labels, or fitted without any."""
-    out = []
-    sampled = metrics.sampled
-    if sampled.mean_words < limits.min_mean_words:
-        least = limits.min_mean_words
-        out.append(f"sampled answers have {sampled.mean_words:.1f} words on average, under {least:g}")
-    if sampled.distinct_share < limits.min_distinct_share:
-        out.append(f"only {sampled.distinct_share:.0%} of the sampled answers are distinct")
-    for gap, of in ((metrics.weights_gap, "sampled"), (evaluation.weights_gap if evaluation else None, "evaluated")):
-        if gap is not None and not gap.within(limits.max_weights_gap):
-            out.append(
-                f"the policy that was {of} is {gap.mean:.3f} nats a token from the one that is trained "
-                f"({gap.sampler}; typically {gap.typical:.3f}, at worst {gap.worst:.2f}), over "
-                f"monitors.max_weights_gap={limits.max_weights_gap:g}"
-            )
-    decoding = metrics.decoding_gap
-    if decoding is not None and not decoding.within(limits.max_weights_gap):
-        out.append(
-            f"answers as they were sampled are {decoding.mean:.3f} nats a token from what the policy that is trained "
-            f"says of them ({decoding.answers} answers; typically {decoding.typical:.3f}, at worst "
-            f"{decoding.worst:.2f}), over monitors.max_weights_gap={limits.max_weights_gap:g}"
-        )
-    if 1 - sampled.ended_share > limits.max_cut_off_share:
-        share = f"{1 - sampled.ended_share:.0%} of the sampled answers, over {limits.max_cut_off_share:.0%}"
-        out.append(f"the length limit cut off {share}: raise sampling.max_tokens, or ask for shorter answers")
-    if metrics.one_cut_off and wilson(metrics.cut_off_won, metrics.one_cut_off)[0] > limits.max_cut_off_won:
-        some = f"{metrics.cut_off_won} of {metrics.one_cut_off} pairs with one such answer"
-        out.append(f"the judge prefers answers that were cut off, in {some}; with filters.cut_off: keep they train")
-    kl = evaluation.kl_per_token if evaluation else None
-    if kl is not None and limits.max_kl is not None and kl > limits.max_kl:
-        out.append(f"KL from the base policy is {kl:.2f} nats a token, over {limits.max_kl:g}")
-    if evaluation and evaluation.abstained > limits.max_abstained_share * evaluation.answers:
-        some = f"{evaluation.abstained} of {evaluation.answers}"
-        out.append(f"the judge abstained on {some} held-out answers, over {limits.max_abstained_share:.0%}")
-    if calibrated is not None and metrics.judged is not None:
-        out += shifted(limits, metrics.judged, calibrated)
-    if not learned:
-        out += doubtful_jurors(metrics)
-    return out

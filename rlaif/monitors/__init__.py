@@ -1,0 +1,9 @@
+"""What a run says of itself: each iteration and evaluation in numbers (`metrics`), and what to look at (`alarms`).
+
+In: the rows of an iteration's or an evaluation's stages. Out: the records of `metrics.json`, and `Alarm`s. Pure.
+"""
+
+from rlaif.monitors.alarms import alarms
+from rlaif.monitors.metrics import answer_stats, evaluation_metrics, iteration_metrics, juror_agreement
+
+__all__ = ["alarms", "answer_stats", "evaluation_metrics", "iteration_metrics", "juror_agreement"]
