@@ -425,9 +425,9 @@ class Learner(Section):
     loss_type: str | list[str] = "sigmoid"
     """As in TRL: one, or with `kind: dpo` several (`args.loss_weights`)."""
     learning_rate: Adjustable[float] = Field(1e-5, gt=0)
-    """Adam's learning rate after the warm-up, constant by default (`args.lr_scheduler_type`). Found on 135M parameters
-    (docs/experiments.md). Untried: a third of it for 1B, a tenth for 7B, ten times it for LoRA. Watch
-    `monitors.max_kl`."""
+    """Adam's learning rate after the warm-up, constant by default (`args.lr_scheduler_type`). Found on 135M parameters;
+    the shipped jobs take half as much again (docs/experiments.md). Untried: a third of it for 1B, a tenth for 7B, ten
+    times it for LoRA. Watch `monitors.max_kl`."""
     warmup_steps: int = Field(4, ge=0)
     """Optimizer steps over which the rate rises from 0, once a run: Adam's first steps are as large as its later ones,
     and know less."""
