@@ -8,9 +8,13 @@ from typing import Any
 
 from rlaif.config import Learner, Lora, Precision, Sampling
 from rlaif.hand_over import QUESTIONS, Trained, settings_for, train
-from rlaif.workers import InlineWorker
+from rlaif.learning import make
+from rlaif.records import DecodingGap, Message, PolicyVersion, Prompt, TokenSequence
+from rlaif.weights import decoding_gap, to_score_again
+from rlaif.workers import InlineWorker, start_worker
 from tests.architectures import make_model
 
+PROMPTS = [Prompt(id=str(i), messages=(Message(role="user", content="why? " * (i + 1)),)) for i in range(3)]
 SAMPLING: dict[str, Any] = {"max_tokens": 8, "max_model_len": 256, "kv_cache_gib": 0.05}
 
 
@@ -29,6 +33,30 @@ class Maker:
         learner = InlineWorker("learner", "rlaif.learning:make", kwargs)
         texts = fixed_texts(Renderer(load_tokenizer(model)), list(QUESTIONS), SAMPLING["max_model_len"])
         return train(learner, texts, Path(folder))
+
+    def decoded(self, name: str, folder: str, engine: Any, **sampling: Any) -> DecodingGap:
+        """The gap of a real engine's answers against a real learner that holds the same weights. Here, too: vLLM gets a
+        process of its own."""
+        model = make_model(name, Path(folder) / "model")
+        settings = Sampling(engine=engine, precision="fp32", max_model_len=256, kv_cache_gib=0.05, **sampling)
+        learner = make(model_path=str(model), settings=Learner(precision="fp32"), seed=0)
+        kwargs = {"model_path": str(model), "settings": settings}
+        mode: Any = "process" if engine == "vllm" else "inline"
+        with start_worker(mode, "sampler", "rlaif.sampling.role:make", kwargs, Path(folder) / "log") as worker:
+            chunks = worker.stream(
+                "sample",
+                prompts=PROMPTS,
+                completions_per_prompt=4,
+                policy=PolicyVersion(iteration=0, digest="d"),
+                seed=0,
+                iteration=0,
+                prefix="0",
+            )
+            some = to_score_again([c for chunk in chunks for c in chunk], seed=0)
+        texts = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in some]
+        scored = learner.logprobs(texts)
+        learner.close()
+        return decoding_gap(some, scored)
 
 
 def sampler(engine: Any, model: Path, precision: Precision = "fp32", **more: Any) -> InlineWorker:

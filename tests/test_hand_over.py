@@ -13,9 +13,9 @@ import pytest
 from rlaif.config import Job, parse_job
 from rlaif.errors import RlaifError, UserError
 from rlaif.hand_over import HandOver, check_hand_over, compare
-from rlaif.records import Completion, Message, PolicyVersion, Prompt, TokenSequence
+from rlaif.records import Completion, PolicyVersion
 from rlaif.weights import decoding_gap, to_score_again, weights_gap
-from rlaif.workers import Worker, start_worker
+from rlaif.workers import Worker
 from tests.architectures import ARCHITECTURES, MIXTURES, make_model
 from tests.conftest import project_job
 from tests.hand_over_makers import sampler
@@ -131,34 +131,6 @@ def test_a_gap_is_the_mean_over_tokens_and_the_worst_of_them() -> None:
         weights_gap([], [], "x", "y")
 
 
-PROMPTS = [Prompt(id=str(i), messages=(Message(role="user", content="why? " * (i + 1)),)) for i in range(3)]
-
-
-def decoded(model: Path, engine: str, mode: Any, log: Path, **sampling: Any) -> Any:
-    """The gap of a real engine's answers against a real learner that holds the same weights."""
-    from rlaif.config import Learner, Sampling
-    from rlaif.learning import make
-
-    settings = Sampling(engine=engine, precision="fp32", max_model_len=256, kv_cache_gib=0.05, **sampling)
-    kwargs = {"model_path": str(model), "settings": settings}
-    learner = make(model_path=str(model), settings=Learner(precision="fp32"), seed=0)
-    with start_worker(mode, "sampler", "rlaif.sampling.role:make", kwargs, log) as engine_worker:
-        chunks = engine_worker.stream(
-            "sample",
-            prompts=PROMPTS,
-            completions_per_prompt=4,
-            policy=PolicyVersion(iteration=0, digest="d"),
-            seed=0,
-            iteration=0,
-            prefix="0",
-        )
-        some = to_score_again([c for chunk in chunks for c in chunk], seed=0)
-    texts = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in some]
-    scored = learner.logprobs(texts)
-    learner.close()
-    return decoding_gap(some, scored)
-
-
 SETTINGS = (
     {"max_tokens": 80, "temperature": 0.7, "top_p": 0.8},  # longer than gemma3's window of 32
     {"max_tokens": 40, "temperature": 0.05},
@@ -167,27 +139,27 @@ SETTINGS = (
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_answers_are_scored_as_they_were_decoded(name: str, tmp_path: Path) -> None:
+def test_answers_are_scored_as_they_were_decoded(name: str, maker: Worker, tmp_path: Path) -> None:
     """Whatever temperature and top-p: the raw log p is recorded."""
-    gap = decoded(make_model(name, tmp_path / "model"), "transformers", "inline", tmp_path / "log", **SETTINGS[0])
+    gap = maker.call("decoded", name=name, folder=str(tmp_path), engine="transformers", **SETTINGS[0])
     assert gap.answers == 8
     assert gap.tokens > 100
     assert gap.typical < 1e-4, gap
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_so_are_cold_and_stopped_ones(number: int, tmp_path: Path) -> None:
-    model = make_model("llama-tied", tmp_path / "model")
-    assert decoded(model, "transformers", "inline", tmp_path / "log", **SETTINGS[number]).typical < 1e-4
+def test_so_are_cold_and_stopped_ones(number: int, maker: Worker, tmp_path: Path) -> None:
+    kwargs = {"name": "llama-tied", "folder": str(tmp_path), "engine": "transformers"}
+    assert maker.call("decoded", **kwargs, **SETTINGS[number]).typical < 1e-4
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("number", range(3))
-def test_vllm_records_the_raw_log_p(number: int, tmp_path: Path) -> None:
-    model = make_model("gemma3", tmp_path / "model")
-    assert decoded(model, "vllm", "process", tmp_path / "log", **SETTINGS[number]).typical < 1e-3
+def test_vllm_records_the_raw_log_p(number: int, maker: Worker, tmp_path: Path) -> None:
+    kwargs = {"name": "gemma3", "folder": str(tmp_path), "engine": "vllm"}
+    assert maker.call("decoded", **kwargs, **SETTINGS[number]).typical < 1e-3
 
 
 def answer(name: str, tokens: int, logprob: float | None) -> Completion:

@@ -73,7 +73,9 @@ def test_every_question_is_answered_as_before(run: RunDir, words: tuple[str, ...
     before = ask(*(str(STORED) if w == "RUN" else w for w in words))
     code, said, told = ask(*(str(run.path) if w == "RUN" else w for w in words))
     assert code == before[0] == 0, said + told
-    assert said.replace(str(run.path), "RUN") == before[1].replace(str(STORED), "RUN")
+    # Where a line is folded depends on how long the run's path is.
+    one, other = said.replace(str(run.path), "RUN"), before[1].replace(str(STORED), "RUN")
+    assert one.split() == other.split()
     assert "damaged" not in said + told
     assert told.count("a newer rlaif wrote this run") <= 1
 
