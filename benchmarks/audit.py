@@ -33,7 +33,7 @@ from rlaif.audit.pair import show
 from rlaif.audit.pairs import PairFilter, list_pairs, splits
 from rlaif.audit.trace import trace
 from rlaif.records import Record
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 from rlaif.view.app import make_app
 
 BUILD_S, OVERVIEW_S, LIST_S, SHOW_S, PAGE_S, MEMORY_GIB = 90.0, 3.0, 2.0, 1.0, 1.0, 2.0

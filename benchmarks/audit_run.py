@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from rlaif.config import Filters, parse_job
-from rlaif.constitution import Constitution, parse_constitution
+from rlaif.constitutions.constitution import Constitution, parse_constitution
+from rlaif.constitutions.templates import load_template
 from rlaif.intervals import wilson
 from rlaif.judging.filters import decide
-from rlaif.judging.templates import load_template
 from rlaif.judging.verdicts import aggregate
 from rlaif.records import SCHEMA_VERSION, Ballot, Decision, EvaluationMetrics, IterationMetrics, Pair, Vote, digest
-from rlaif.store import row_digest, write_json
+from rlaif.rundir.store import row_digest, write_json
 
 VOTES_PER_PAIR = 5
 PAIRS_PER_STEP = 8

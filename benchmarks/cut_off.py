@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rlaif import models
 from rlaif.config import Filters, load_job
+from rlaif.data.prompts import load_prompts, with_system
 from rlaif.judging.filters import cut_off_won, decide
-from rlaif.pairing import make_pairs
-from rlaif.prompts import load_prompts, with_system
+from rlaif.loop.pairing import make_pairs
 from rlaif.records import Completion, Pair, PolicyVersion, Verdict
 from rlaif.sampling import role
 

@@ -27,13 +27,13 @@ import yaml
 
 from rlaif.cli.beat import VoteCount
 from rlaif.cli.judge_common import job_of
-from rlaif.constitution import Constitution, Example, Paraphrase, Principle, list_constitutions
-from rlaif.derived import WORDINGS, Sides, Use, Wordings
+from rlaif.constitutions.constitution import Constitution, Example, Paraphrase, Principle, list_constitutions
+from rlaif.constitutions.derived import WORDINGS, Sides, Use, Wordings
+from rlaif.data.labelled import Labelled, read_labelled
 from rlaif.errors import UserError
-from rlaif.judging.attacks import evenly
-from rlaif.judging.bench import Slice, cast_votes, decide_rows, slices
-from rlaif.judging.labelled import Labelled, read_labelled
 from rlaif.judging.opened import Ask, open_with_ballots
+from rlaif.trust.attacks import evenly
+from rlaif.trust.bench import Slice, cast_votes, decide_rows, slices
 
 LABELLED = Path("prompts/judge_bench.jsonl")
 TEXTS = Path("constitutions")
@@ -137,7 +137,7 @@ CANDIDATES: tuple[Wordings, ...] = (
         ),
     ),
 )
-"""Sets to compare. The one that wins becomes the newest of `rlaif.derived.WORDINGS`."""
+"""Sets to compare. The one that wins becomes the newest of `rlaif.constitutions.derived.WORDINGS`."""
 
 PHRASINGS: dict[str, dict[str, str]] = {
     "prefer": {},

@@ -81,7 +81,7 @@ def numbers(folder: Path) -> dict[str, list[float]]:
 
 def hand_overs(engine: str, trained: Path) -> dict[str, float]:
     """The largest `typical` gap of three loads, by what was trained (`tests/hand_over_makers.py`)."""
-    from rlaif.hand_over import Trained, compare
+    from rlaif.loop.hand_over_check import Trained, compare
     from tests.hand_over_makers import sampler
 
     found: dict[str, float] = {}

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from rlaif.config import Judge
-from rlaif.constitution import load_constitution
+from rlaif.constitutions.constitution import load_constitution
+from rlaif.constitutions.templates import load_template
 from rlaif.judging.ballots import make_chat_ballots
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.chat import ChatJudge
 from rlaif.judging.parsing import Reply
-from rlaif.judging.templates import load_template
 from rlaif.judging.transport import Answer
 from rlaif.records import Ballot, Message, Pair, Usage
 

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlaif.config import Filters
+from rlaif.data.recorded import read_votes_log
 from rlaif.judging.calibration import Panel
 from rlaif.judging.filters import decide
 from rlaif.judging.parsing import Reply, parse
 from rlaif.judging.parsing import outcome as heard
-from rlaif.judging.recorded import read_votes_log
 from rlaif.judging.verdicts import aggregate, by_pair
 from rlaif.records import Ballot, Outcome, Pair, Usage, Vote, digest
 

@@ -60,7 +60,7 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-from rlaif.workers import WorkerLike
+from rlaif.workers.process import WorkerLike
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "embedded:smollm2-135m-instruct"
@@ -422,10 +422,10 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
     from contextlib import ExitStack, closing
 
     from rlaif.loop import Loop
+    from rlaif.loop.in_force import Texts
     from rlaif.models import digest_of
-    from rlaif.store import RunDir
-    from rlaif.texts import Texts
-    from rlaif.workers import start_worker
+    from rlaif.rundir.store import RunDir
+    from rlaif.workers.process import start_worker
 
     job = job_for(len(prompts))
     warm_up = job.model_copy(update={"prompts": Prompts(per_iteration=BATCH)})
@@ -499,9 +499,9 @@ def _plain_writes(path: Path, size: int) -> float:
 
 def part_vllm(work: Path, model: Path, prompts: list[Prompt]) -> VllmTimes:
     """The loop's own requests, in the loop's order, through `LLM.generate`. Same engine settings as the sampler."""
+    from rlaif.rundir.store import RunDir
     from rlaif.sampling.vllm import ENVIRONMENT, MAX_SEQUENCES
     from rlaif.sampling.vllm_compat import on_cpu
-    from rlaif.store import RunDir
 
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
@@ -540,7 +540,7 @@ def part_bare(work: Path, model: Path, prompts: list[Prompt]) -> BareTimes:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
 
     here = RunDir(work / "run").iteration(1)
     by_id = {p.pair_id: p for p in here.read("preferences", Preference)}
@@ -785,8 +785,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--limit {options.limit:g}: expected seconds above 0")
         if options.work and options.work.exists() and any(options.work.iterdir()):
             raise UserError(f"{options.work}: not empty; a measurement starts from nothing, give --work a new folder")
+        from rlaif.data.prompts import load_prompts
         from rlaif.models import resolve
-        from rlaif.prompts import load_prompts
 
         model = resolve(options.model, progress=lambda message, share: print(message, file=sys.stderr))
         prompts = load_prompts("prompts/everyday.jsonl", ROOT)[: BATCH if options.quick else 4 * BATCH]
@@ -804,7 +804,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main_part(part: str, work: Path, model: Path) -> int:
-    from rlaif.store import read_rows
+    from rlaif.rundir.store import read_rows
 
     try:
         said = PARTS[part](work, model, read_rows(work / "prompts.jsonl", Prompt)).model_dump_json()

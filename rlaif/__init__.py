@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlaif.api import Judge, Opinion, Run, load_constitution, open_run, run
     from rlaif.config import Job, load_job, parse_job
-    from rlaif.constitution import Constitution, parse_constitution
+    from rlaif.constitutions.constitution import Constitution, parse_constitution
     from rlaif.errors import RlaifError, UserError
 
 __version__ = "0.1.0"
@@ -40,7 +40,7 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(("Judge", "Opinion", "Run", "load_constitution", "open_run", "run"), "rlaif.api"),
     **dict.fromkeys(("Job", "load_job", "parse_job"), "rlaif.config"),
-    **dict.fromkeys(("Constitution", "parse_constitution"), "rlaif.constitution"),
+    **dict.fromkeys(("Constitution", "parse_constitution"), "rlaif.constitutions.constitution"),
     **dict.fromkeys(("RlaifError", "UserError"), "rlaif.errors"),
 }
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rlaif.config import Job, parse_job
-from rlaif.constitution import Constitution, parse_constitution
-from rlaif.constitution import load_constitution as load_by_name
+from rlaif.constitutions.constitution import Constitution, parse_constitution
+from rlaif.constitutions.constitution import load_constitution as load_by_name
 from rlaif.errors import UserError
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import decide_votes
@@ -33,7 +33,7 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-from rlaif.store import RunDir, StageDir, read_record, read_rows
+from rlaif.rundir.store import RunDir, StageDir, read_record, read_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -94,7 +94,7 @@ def run(
     """
     from rlaif.cli.progress import make_progress
     from rlaif.config import load_job
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
 
     chosen = name
     if not isinstance(job, Job):

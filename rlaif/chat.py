@@ -9,10 +9,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from rlaif import models
 from rlaif.console import inert
+from rlaif.data.prompts import with_system
 from rlaif.export import policy_path
-from rlaif.prompts import with_system
 from rlaif.records import Message, PolicyVersion, Prompt
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 
 def conversation(run: RunDir, question: str | None, max_tokens: int, temperature: float, seed: int) -> None:

@@ -27,7 +27,13 @@ from rlaif.config import Job, MayChange
 from rlaif.errors import UserError
 
 _BLOCK = re.compile(r"(<!-- generated: (?P<what>[\w ]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
-_MODULES = ("rlaif.config", "rlaif.records", "rlaif.constitution", "rlaif.checks", "rlaif.heads")
+_MODULES = (
+    "rlaif.config",
+    "rlaif.records",
+    "rlaif.constitutions.constitution",
+    "rlaif.constitutions.checks",
+    "rlaif.rundir.heads",
+)
 _NAMES = {
     str: "text",
     int: "whole number",

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rlaif import models
+from rlaif.audit.summary import summarise
 from rlaif.errors import UserError
 from rlaif.models import hub_id
-from rlaif.store import RunDir, disk_errors, make_folder, replace_dir
-from rlaif.summary import summarise
+from rlaif.rundir.store import RunDir, disk_errors, make_folder, replace_dir
 
 _Scaled = dict[str, tuple[Any, float]]
 """An adapter's tensors by name, each with the scale of its product."""

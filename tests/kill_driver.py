@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 from tests.stubs import stub_loop, write_texts
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rlaif.config import Job, parse_job
-from rlaif.constitution import Constitution
+from rlaif.constitutions.constitution import Constitution
 from rlaif.loop import Loop
+from rlaif.loop.in_force import Texts
 from rlaif.records import (
     Ballot,
     Completion,
@@ -31,9 +32,8 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-from rlaif.store import RunDir
-from rlaif.texts import Texts
-from rlaif.workers import InlineWorker
+from rlaif.rundir.store import RunDir
+from rlaif.workers.process import InlineWorker
 
 BASE_DIGEST = "base-weights"
 

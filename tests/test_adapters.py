@@ -13,7 +13,7 @@ from rlaif import models
 from rlaif.config import load_job
 from rlaif.errors import UserError
 from rlaif.export import export_adapter, export_policy
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 from tests.conftest import make_project, project_job
 from tests.stubs import Quiet
 
@@ -126,7 +126,7 @@ def test_adapters_that_fit_nothing_are_refused(tiny_model: Path, tmp_path: Path,
     ],
 )
 def test_folders_that_hold_no_adapter(tiny_model: Path, tmp_path: Path, files: dict[str, Any], says: str) -> None:
-    from rlaif.plan_cost import estimate
+    from rlaif.loop.cost import estimate
 
     (tmp_path / "adapter").mkdir()
     for name, content in files.items():
@@ -154,7 +154,7 @@ def test_merging_runs_in_a_process_of_its_own(
 @pytest.fixture(scope="module")
 def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Two iterations of a LoRA."""
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
 
     root = tmp_path_factory.mktemp("lora")
     job = project_job(
@@ -193,7 +193,7 @@ def test_a_run_of_full_weights_has_no_adapter(trained: RunDir, tmp_path: Path) -
 
 
 def test_a_run_starts_from_an_adapter(tiny_model: Path, tmp_path: Path, in_this_process: list[list[str]]) -> None:
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
 
     adapter = make_adapter(tiny_model, tmp_path / "adapter")
     job = project_job(
@@ -227,7 +227,7 @@ def test_what_came_of_an_adapter_is_one_adapter(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
 
     adapter = make_adapter(tiny_model, tmp_path / "adapter", **first)
     file = adapter / "adapter_model.safetensors"

@@ -97,7 +97,7 @@ def test_a_run_under_way_gives_what_is_complete(tmp_path: Path) -> None:
     job = stub_job()
     loop = stub_loop(tmp_path, job)
     loop.run()
-    from rlaif.store import write_json
+    from rlaif.rundir.store import write_json
 
     write_json(loop.dir.path / "run.json", {"schema_version": 1, "job": job.model_dump(mode="json")})
     (loop.dir.path / "iterations/0001/votes.jsonl").unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from rlaif.checks import Check, count_list_items, count_words, reading_ease
+from rlaif.constitutions.checks import Check, count_list_items, count_words, reading_ease
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ AT_WORK = {  # what only a command that does something needs
     "accelerate", "asyncio", "datasets", "diskcache", "duckdb", "fastapi", "filelock", "httpx", "jinja2", "matplotlib",
     "numpy", "openai", "peft", "psutil", "scipy", "sklearn", "torch", "transformers", "trl", "uvicorn", "vllm",
 }  # fmt: skip
-TO_READ = {"rich", "rlaif.config", "rlaif.records", "rlaif.store", "yaml"}
+TO_READ = {"rich", "rlaif.config", "rlaif.records", "rlaif.rundir.store", "yaml"}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlaif.constitution import (
+from rlaif.constitutions.constitution import (
     Constitution,
     constitution_files,
     diff,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rlaif.constitution import Constitution, list_constitutions, parse_constitution
-from rlaif.constitution_check import services, warnings
-from rlaif.judging.templates import templates_in
-from rlaif.verbs import could_have_verb
+from rlaif.constitutions.constitution import Constitution, list_constitutions, parse_constitution
+from rlaif.constitutions.templates import templates_in
+from rlaif.constitutions.verbs import could_have_verb
+from rlaif.judging.services import services, warnings
 from tests.conftest import ROOT
 from tests.test_derived import SIX_LINES
 

@@ -11,21 +11,22 @@ from typing import Any
 import pytest
 
 from benchmarks import derived as bench
-from rlaif import derived, texts
 from rlaif.audit.index import Index
 from rlaif.audit.pair import question
 from rlaif.audit.verify import verify
 from rlaif.config import Judge
-from rlaif.constitution import Constitution, diff, list_constitutions, parse_constitution
-from rlaif.derived import NEWEST, WORDINGS, Sides, Use, Wordings
+from rlaif.constitutions import derived
+from rlaif.constitutions.constitution import Constitution, diff, list_constitutions, parse_constitution
+from rlaif.constitutions.derived import NEWEST, WORDINGS, Sides, Use, Wordings
 from rlaif.errors import UserError
 from rlaif.judging.ballots import asked_by, evaluating_voices, make_ballots, selecting_voices
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.opened import open_with_ballots
 from rlaif.loop import Loop
+from rlaif.loop import in_force as texts
+from rlaif.loop.in_force import Texts
 from rlaif.records import Decision, Message, Pair, Vote
-from rlaif.store import RunDir, write_json
-from rlaif.texts import Texts
+from rlaif.rundir.store import RunDir, write_json
 from tests.conftest import ROOT, project_job
 from tests.judging.fault_server import FaultServer
 from tests.stubs import BASE_DIGEST, Quiet, stub_job, stub_loop, write_texts
@@ -300,7 +301,7 @@ def test_six_lines_and_a_judge_behind_a_server(tmp_path: Path) -> None:
 
 def test_six_lines_and_a_tiny_model(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
 
     write(tmp_path)
     job = project_job(tmp_path, tiny_model, constitution="support", iterations=1, eval={"every": 1, "prompts": 2})

@@ -14,7 +14,7 @@ import yaml
 from rlaif import docs
 from rlaif.cli import app
 from rlaif.config import Job, apply_override, load_job, parse_job
-from rlaif.constitution import Constitution, Example, Paraphrase, Principle, parse_constitution
+from rlaif.constitutions.constitution import Constitution, Example, Paraphrase, Principle, parse_constitution
 from rlaif.errors import UserError
 from rlaif.records import DropReason
 

@@ -12,10 +12,10 @@ import pytest
 
 from rlaif.config import Job, parse_job
 from rlaif.errors import RlaifError, UserError
-from rlaif.hand_over import HandOver, check_hand_over, compare
+from rlaif.loop.hand_over_check import HandOver, check_hand_over, compare
+from rlaif.loop.weights import decoding_gap, to_score_again, weights_gap
 from rlaif.records import Completion, PolicyVersion
-from rlaif.weights import decoding_gap, to_score_again, weights_gap
-from rlaif.workers import Worker
+from rlaif.workers.process import Worker
 from tests.architectures import ARCHITECTURES, MIXTURES, make_model
 from tests.conftest import project_job
 from tests.hand_over_makers import sampler
@@ -81,7 +81,7 @@ def test_the_command_takes_a_job_or_a_model(tmp_path: Path, monkeypatch: pytest.
         gap = weights_gap([(0.0,)], [(0.0,)], "x", "fp32")
         yield HandOver(weights="as given", gap=gap, moved=0, holds=True)
 
-    monkeypatch.setattr("rlaif.hand_over.check_hand_over", checked)
+    monkeypatch.setattr("rlaif.loop.hand_over_check.check_hand_over", checked)
     command = ["doctor", "--job", str(tmp_path / "tiny.yaml")]
     assert CliRunner().invoke(app, command).exit_code == 0
     assert CliRunner().invoke(app, [*command, "--set", "policy.system_prompt=w2"]).exit_code == 0

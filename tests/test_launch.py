@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from rlaif import launch
 from rlaif.config import load_job
 from rlaif.errors import RunInterrupted, UserError, WorkerError
+from rlaif.loop import launch
 from rlaif.records import Completion, Prompt
-from rlaif.store import RunDir, read_rows
+from rlaif.rundir.store import RunDir, read_rows
 from tests.conftest import make_project, project_job
 from tests.stubs import Quiet, text
 

@@ -30,7 +30,7 @@ from rlaif.records import (
     Vote,
     WeightsGap,
 )
-from rlaif.store import RunDir, read_record, read_rows
+from rlaif.rundir.store import RunDir, read_record, read_rows
 from tests.conftest import make_project, project_job
 from tests.stubs import Quiet, stub_job, stub_loop, text, write_texts
 
@@ -49,7 +49,7 @@ STAGES: dict[str, type[Any]] = {
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Three iterations with a change of text before the last, on the tiny model."""
     pytest.importorskip("trl")
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
 
     root = tmp_path_factory.mktemp("loop")
     return execute(project_job(root, tiny_model), root / "runs" / "tiny", root, Quiet())
@@ -132,7 +132,7 @@ def test_real_weights_are_compared_again_when_a_run_goes_on(
 ) -> None:
     """An engine that goes on with the weights that it started from."""
     pytest.importorskip("trl")
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
     from rlaif.sampling.role import SamplerRole
 
     def job(iterations: int) -> Job:
@@ -148,7 +148,7 @@ def test_real_weights_are_compared_again_when_a_run_goes_on(
 
 def test_a_run_that_goes_on_with_a_shorter_window_is_told_at_once(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
 
     def job(iterations: int, room: int) -> Job:
         changes = {"iterations": iterations, "schedule": {0: "rules@1"}}
@@ -187,8 +187,8 @@ def test_the_copy_is_the_learners_export(
     """In bf16, at a rate of which rounding to the nearest would leave little."""
     pytest.importorskip("trl")
     from rlaif.config import Learner
-    from rlaif.launch import execute
     from rlaif.learning import make
+    from rlaif.loop.launch import execute
     from rlaif.models import digest_of
 
     def job(precision: str, iterations: int) -> Job:
@@ -386,7 +386,7 @@ def test_kl_is_not_measured_where_nobody_wants_it(tmp_path: Path) -> None:
 
 
 def test_held_out_answers_have_a_temperature_of_their_own(tmp_path: Path, tiny_model: Path) -> None:
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
 
     def answers(seed: int, **decoding: float) -> list[list[str]]:
         where = tmp_path / f"{seed}{decoding}"
@@ -408,7 +408,7 @@ def test_held_out_answers_have_a_temperature_of_their_own(tmp_path: Path, tiny_m
 
 def test_running_it_again_says_that_it_is_done(finished: RunDir) -> None:
     from rlaif.config import parse_job
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
 
     progress = Quiet()
     execute(parse_job(finished.header["job"], "run.json"), finished.path, finished.path.parent.parent, progress)
@@ -426,9 +426,9 @@ def copied(finished: RunDir, tmp_path: Path) -> tuple[Path, RunDir]:
 def test_a_run_that_goes_on_says_by_which_code(
     finished: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlaif import launch
     from rlaif.config import parse_job
-    from rlaif.launch import execute
+    from rlaif.loop import launch
+    from rlaif.loop.launch import execute
 
     root, run = copied(finished, tmp_path)
     before = {k: finished.header[k] for k in ("rlaif", "packages", "python", "revision", "hardware")}
@@ -443,8 +443,8 @@ def test_a_run_that_goes_on_says_by_which_code(
 def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_what_is_done(
     finished: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlaif import launch
     from rlaif.config import parse_job
+    from rlaif.loop import launch
 
     root, run = copied(finished, tmp_path)
     monkeypatch.setattr(launch, "hardware_facts", lambda: run.header["hardware"] | {"cpu": "another"})
@@ -459,7 +459,7 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_what_is_done(
 
 def test_other_weights_under_the_same_name_are_refused(finished: RunDir, tmp_path: Path) -> None:
     from rlaif.config import parse_job
-    from rlaif.launch import write_header
+    from rlaif.loop.launch import write_header
 
     job = parse_job(finished.header["job"], "run.json")
     with pytest.raises(UserError, match="the judge model changed since the run was started"):
@@ -555,7 +555,7 @@ def test_a_text_that_breaks_in_the_middle_leaves_the_last_good_one(tmp_path: Pat
 
 
 def test_a_broken_text_at_the_start_is_the_users_error(tmp_path: Path, tiny_model: Path) -> None:
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
 
     make_project(tmp_path, tiny_model, constitution="rules")
     (tmp_path / "constitutions/rules/v2.yaml").write_text("summary: [")

@@ -19,11 +19,11 @@ from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.calibration import panels_of
 from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.verdicts import by_pair
-from rlaif.launch import calibration_of, execute
 from rlaif.loop import Loop
+from rlaif.loop.launch import calibration_of, execute
 from rlaif.records import Completion, Decision, JudgedStats, Pair, Plan, Vote
-from rlaif.store import RunDir, read_json
-from rlaif.workers import InlineWorker
+from rlaif.rundir.store import RunDir, read_json
+from rlaif.workers.process import InlineWorker
 from tests.judging.fault_server import FaultServer
 from tests.judging.test_calibration import ACCEPTED, REFUSED, calibration
 from tests.stubs import StubSampler, stub_job, stub_loop

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rlaif import launch, transformers_compat
+from rlaif import transformers_compat
 from rlaif.cli import app
 from rlaif.config import Job, parse_job
-from rlaif.constitution import Constitution, parse_constitution
+from rlaif.constitutions.constitution import Constitution, parse_constitution
 from rlaif.errors import UserError
-from rlaif.model_checks import check_likelihood_judge, check_policy
+from rlaif.loop import launch
+from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.models import without_empty_quantisation
 from tests.conftest import make_project, project_job
 from tests.stubs import Quiet, text

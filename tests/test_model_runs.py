@@ -11,7 +11,7 @@ import pytest
 
 from rlaif.errors import RlaifError
 from rlaif.export import export_policy
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 from tests.conftest import project_job
 from tests.stubs import Quiet
 
@@ -23,7 +23,7 @@ GENERATION = {"temperature": 0.7, "top_p": 0.9, "do_sample": False, "eos_token_i
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> RunDir:
     """One iteration of a model with several chat templates, a processor, a generation config that can't be saved."""
     pytest.importorskip("trl")
-    from rlaif.launch import execute
+    from rlaif.loop.launch import execute
 
     root = tmp_path_factory.mktemp("kinds")
     base = Path(shutil.copytree(tiny_model, root / "base"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlaif.config import Monitors
-from rlaif.constitution import parse_constitution
+from rlaif.constitutions.constitution import parse_constitution
 from rlaif.errors import RlaifError
 from rlaif.intervals import wilson
 from rlaif.monitors import alarms as all_alarms
@@ -30,7 +30,7 @@ from rlaif.records import (
     Quality,
     Verdict,
 )
-from rlaif.store import read_record
+from rlaif.rundir.store import read_record
 from tests.judging.vote_makers import make_vote
 from tests.stubs import text
 

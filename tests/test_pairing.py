@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif.pairing import make_pairs
+from rlaif.loop.pairing import make_pairs
 from rlaif.records import Completion, PolicyVersion, Score
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from rlaif.config import Job, parse_job
 from rlaif.errors import UserError
-from rlaif.placement import place, usable_gpus
+from rlaif.workers.placement import place, usable_gpus
 
 
 def job(**changes: Any) -> Job:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rlaif import plan_cost
 from rlaif.config import load_job
 from rlaif.errors import UserError
-from rlaif.plan_cost import GIB, estimate
+from rlaif.loop import cost as plan_cost
+from rlaif.loop.cost import GIB, estimate
 from tests.conftest import project_job
 
 ROOT = Path(__file__).resolve().parent.parent

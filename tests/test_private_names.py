@@ -67,7 +67,7 @@ def test_the_reader_sees_what_it_should() -> None:
     code = """
 from rlaif.audit.explain import _rule, show
 monkeypatch.setattr(models, "_run", None)
-monkeypatch.setattr("rlaif.workers._GRACE", 1)
+monkeypatch.setattr("rlaif.workers.process._GRACE", 1)
 judge._cache.close()
 self._mine
 getattr(x, "public")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from rlaif.data.prompts import exclude_held_out, load_prompts
 from rlaif.errors import UserError
-from rlaif.prompts import exclude_held_out, load_prompts
 from rlaif.records import Prompt
 
 PROMPTS = Path(__file__).resolve().parent.parent / "prompts"

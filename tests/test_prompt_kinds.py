@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from rlaif.config import Columns
+from rlaif.data.prompts import load_prompts
 from rlaif.errors import UserError
-from rlaif.prompts import load_prompts
 from rlaif.records import Prompt
 
 CHAT = [

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from rlaif.config import Prompts
+from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, prompts_for, with_system
 from rlaif.errors import UserError, needs_extra
-from rlaif.prompts import check_enough, exclude_held_out, load_prompts, prompts_for, with_system
 from rlaif.records import Message, Prompt
 
 ROWS = [

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import yaml
 
-from rlaif import store
 from rlaif.errors import RlaifError, UserError, WorkerError
 from rlaif.records import Decision, Preference
-from rlaif.store import RunDir
-from rlaif.workers import Worker
+from rlaif.rundir import store
+from rlaif.rundir.store import RunDir
+from rlaif.workers.process import Worker
 from tests.stubs import Quiet, stub_job, stub_loop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,7 +230,7 @@ def test_a_changed_job_is_refused_by_naming_the_keys(begun: Path) -> None:
                                  "learner.args.gradient_checkpointing=true"])  # fmt: skip
 def test_a_harmless_change_needs_a_word(begun: Path, key: str) -> None:
     from rlaif.config import load_job
-    from rlaif.launch import check_resume
+    from rlaif.loop.launch import check_resume
 
     job = load_job(begun.parent.parent / "tiny.yaml", [key])
     with pytest.raises(UserError, match=rf"{key.partition('=')[0]}.*harmless: add --allow-change"):
@@ -242,7 +242,7 @@ def test_a_harmless_change_needs_a_word(begun: Path, key: str) -> None:
 
 def test_a_change_is_logged_once_it_takes_place(begun: Path) -> None:
     from rlaif.config import load_job
-    from rlaif.launch import execute, write_header
+    from rlaif.loop.launch import execute, write_header
 
     root = begun.parent.parent
     job = load_job(root / "tiny.yaml", ["iterations=9"])
@@ -262,7 +262,7 @@ def test_a_change_is_logged_once_it_takes_place(begun: Path) -> None:
 @pytest.mark.parametrize("key", ["eval.prompts=2", "seed=1", "sampling.max_tokens=9", "schedule.1=rules@2"])
 def test_what_would_make_a_run_incomparable_is_refused(begun: Path, key: str) -> None:
     from rlaif.config import load_job
-    from rlaif.launch import check_resume
+    from rlaif.loop.launch import check_resume
 
     with pytest.raises(UserError, match="A run keeps its job"):
         check_resume(RunDir(begun), load_job(begun.parent.parent / "tiny.yaml", [key]), allow_change=True)
@@ -270,7 +270,7 @@ def test_what_would_make_a_run_incomparable_is_refused(begun: Path, key: str) ->
 
 def test_an_unchanged_job_with_a_schedule_is_not_a_change(begun: Path) -> None:
     from rlaif.config import load_job
-    from rlaif.launch import check_resume
+    from rlaif.loop.launch import check_resume
 
     check_resume(RunDir(begun), load_job(begun.parent.parent / "tiny.yaml"), allow_change=False)
     assert RunDir(begun).events() == []
@@ -278,7 +278,7 @@ def test_an_unchanged_job_with_a_schedule_is_not_a_change(begun: Path) -> None:
 
 def test_a_setting_that_the_run_did_not_know_counts_as_its_default(begun: Path) -> None:
     from rlaif.config import load_job
-    from rlaif.launch import check_resume
+    from rlaif.loop.launch import check_resume
 
     header = json.loads((begun / "run.json").read_text())
     del header["job"]["judge"]["early_stop"], header["job"]["filters"]["aggregate"]
@@ -290,7 +290,7 @@ def test_a_setting_that_the_run_did_not_know_counts_as_its_default(begun: Path) 
 
 
 def test_prompts_that_vanish_matter_only_before_the_start(tmp_path: Path) -> None:
-    from rlaif.launch import prompts_of
+    from rlaif.loop.launch import prompts_of
     from tests.conftest import project_job
 
     job = project_job(tmp_path, "no/such/model")

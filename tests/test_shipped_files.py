@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from rlaif.config import load_job
-from rlaif.constitution import constitution_files, list_constitutions, load_constitution
+from rlaif.constitutions.constitution import constitution_files, list_constitutions, load_constitution
+from rlaif.data.prompts import FORMATS, load_prompts
 from rlaif.judging.ballots import evaluating_voices, selecting_voices
-from rlaif.plan_cost import estimate
-from rlaif.prompts import FORMATS, load_prompts
+from rlaif.loop.cost import estimate
 from tests.conftest import shipped
 
 # Not what is in the folders: you may have added files of your own, as docs/quickstart.md says.

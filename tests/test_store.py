@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rlaif import store
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import Score
-from rlaif.store import (
+from rlaif.rundir import store
+from rlaif.rundir.store import (
     RunDir,
     StageDir,
     file_digest,

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from rlaif.audit.index import Index
+from rlaif.audit.summary import final_tables, held_out_answers, status_of, status_table, write_summary
 from rlaif.export import model_card
 from rlaif.records import Preference
-from rlaif.report import make_report
-from rlaif.store import RunDir
-from rlaif.summary import final_tables, held_out_answers, status_of, status_table, write_summary
+from rlaif.rundir.store import RunDir
 from rlaif.view.facts import read_facts
 from rlaif.view.rendering import render
+from rlaif.view.report import make_report
 from tests.data.make_run import write_header
 from tests.stubs import stub_job, stub_loop, stub_prompts
 

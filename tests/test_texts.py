@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rlaif import constitution
+from rlaif.constitutions import constitution
 from rlaif.errors import UserError
-from rlaif.store import RunDir, write_json
-from rlaif.texts import Texts
+from rlaif.loop.in_force import Texts
+from rlaif.rundir.store import RunDir, write_json
 from tests.conftest import ROOT
 from tests.stubs import stub_job, text, write_texts
 

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import pytest
 
-from rlaif import tracking
 from rlaif.config import Judge, parse_job
+from rlaif.monitors import tracking
 from rlaif.records import (
     Ballot,
     ConstitutionRef,
@@ -21,7 +21,7 @@ from rlaif.records import (
     Usage,
     Vote,
 )
-from rlaif.store import RunDir, read_record
+from rlaif.rundir.store import RunDir, read_record
 from tests.stubs import Quiet, StubLearner, stub_job, stub_loop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,8 +123,8 @@ def test_a_resumed_run_tells_nothing_twice(tmp_path: Path, monkeypatch: pytest.M
     """Stopped at a write, as by a kill; a new process, whose learner has no state yet, goes on."""
     whole: Tracked = []
     run(tmp_path / "whole", whole)
-    from rlaif import store
     from rlaif.loop import evaluation, loop
+    from rlaif.rundir import store
 
     def dies(write: Any) -> Any:
         def writing(path: Path, value: Any) -> None:

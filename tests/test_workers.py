@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from rlaif.errors import UserError, WorkerError
-from rlaif.workers import InlineWorker, Worker, WorkerLike, start_worker, wait_until_ready
+from rlaif.workers.process import InlineWorker, Worker, WorkerLike, start_worker, wait_until_ready
 
 
 class Echo:
@@ -268,7 +268,7 @@ def test_close_ends_the_process_and_what_it_started(tmp_path: Path) -> None:
 
 
 def test_close_while_busy_kills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlaif.workers.CLOSE_GRACE_S", 0.2)
+    monkeypatch.setattr("rlaif.workers.process.CLOSE_GRACE_S", 0.2)
     worker = Worker("echo", FACTORY, {}, tmp_path / "echo.log")
     worker.ready()
     grandchild = worker.call("spawn_child")
@@ -284,7 +284,7 @@ _PARENT = """
 import signal, sys, time
 # A shell that started the tests in the background has told them to ignore Ctrl-C; a user's terminal has not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from rlaif.workers import Worker
+from rlaif.workers.process import Worker
 worker = Worker("echo", {factory!r}, {{}}, __import__("pathlib").Path({log!r}))
 worker.ready()
 print(worker.pid, worker.call("spawn_child"), flush=True)

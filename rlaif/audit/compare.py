@@ -8,7 +8,7 @@ from rlaif.audit.index import Index
 from rlaif.audit.overview import EvaluationRow, TextChange, Totals, overview
 from rlaif.config import changed_keys
 from rlaif.records import Outcome, Record
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 
 class Setting(Record):

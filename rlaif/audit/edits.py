@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from rlaif.audit.replay import pair_named, stage_rows
 from rlaif.config import Job
-from rlaif.constitution import Constitution, Principle, diff
+from rlaif.constitutions.constitution import Constitution, Principle, diff
 from rlaif.errors import RlaifError, UserError
 from rlaif.intervals import wilson
 from rlaif.judging.candidates import Candidate
@@ -30,7 +30,7 @@ from rlaif.judging.filters import decide
 from rlaif.judging.opened import Opened
 from rlaif.judging.verdicts import aggregate, by_pair, jurors_for
 from rlaif.records import Completion, ConstitutionRef, Pair, Prompt, Record, Verdict, Vote, stored
-from rlaif.store import RunDir, read_rows
+from rlaif.rundir.store import RunDir, read_rows
 
 EXAMPLES = 10
 FEW_PARTS = 4

@@ -15,7 +15,7 @@ from rlaif.audit.index import Index
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import HumanLabel, Preference, stored
 from rlaif.review.labels import in_force, labels_noted, read_labels
-from rlaif.store import RunDir, disk_errors
+from rlaif.rundir.store import RunDir, disk_errors
 
 SUFFIXES = (".parquet", ".jsonl")
 

@@ -31,8 +31,8 @@ from rlaif.audit.tables import EVALUATION_STAGES, FILL_PANELS, SMALL_TABLES, STA
 from rlaif.errors import RlaifError, UserError
 from rlaif.models import cache_root
 from rlaif.records import Plan, Record, digest, stored
-from rlaif.stages import NAMES
-from rlaif.store import RunDir, StageDir, disk_errors, meta_missing, read_json, read_record
+from rlaif.rundir.stages import NAMES
+from rlaif.rundir.store import RunDir, StageDir, disk_errors, meta_missing, read_json, read_record
 
 if TYPE_CHECKING:
     import duckdb

@@ -9,7 +9,7 @@ from rlaif.audit.index import Index
 from rlaif.config import Price
 from rlaif.judging.spending import cost
 from rlaif.records import Record, Usage
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 
 class IterationRow(Record):

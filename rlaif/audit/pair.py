@@ -10,13 +10,14 @@ from rlaif.audit.explain import RuleLine, rule_lines
 from rlaif.audit.index import Index
 from rlaif.audit.pairs import COLUMNS, PairRow, as_rows
 from rlaif.config import Filters, Job
-from rlaif.constitution import Constitution
-from rlaif.derived import FILE as DERIVED_FILE
-from rlaif.derived import Wordings
+from rlaif.constitutions.constitution import Constitution
+from rlaif.constitutions.derived import FILE as DERIVED_FILE
+from rlaif.constitutions.derived import Wordings
+from rlaif.constitutions.templates import parse_template, render
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.ballots import GUARD_MEASURES
 from rlaif.judging.calibration import Calibration
-from rlaif.judging.templates import parse_template, render
+from rlaif.loop.in_force import template_sources
 from rlaif.records import (
     Completion,
     ConstitutionRef,
@@ -30,8 +31,7 @@ from rlaif.records import (
     digest,
     stored,
 )
-from rlaif.store import RunDir, read_record, read_source
-from rlaif.texts import template_sources
+from rlaif.rundir.store import RunDir, read_record, read_source
 
 
 class Training(Record):

@@ -21,19 +21,19 @@ import yaml
 from pydantic import ValidationError
 
 from rlaif.config import Filters, Job, apply_override, changed_keys, parse_job
-from rlaif.constitution import Constitution
+from rlaif.constitutions.constitution import Constitution
+from rlaif.constitutions.templates import Template, parse_template, template_names
 from rlaif.errors import RlaifError, UserError, said
 from rlaif.judging.ballots import ballots_for
 from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, ends_of, read_calibration
 from rlaif.judging.filters import decide_votes, to_review
 from rlaif.judging.numbers import side_of, sigmoid
 from rlaif.judging.parsing import Reply, outcome, parse
-from rlaif.judging.templates import Template, parse_template, template_names
 from rlaif.judging.verdicts import JurorFit, jurors_for
+from rlaif.loop.in_force import derived_copy, template_sources
 from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote, stored
 from rlaif.review.labels import labels_of
-from rlaif.store import RunDir, StageDir, read_record, read_rows
-from rlaif.texts import derived_copy, template_sources
+from rlaif.rundir.store import RunDir, StageDir, read_record, read_rows
 
 EXAMPLES = 10
 _PAIR_ID = re.compile(rb'"pair_id":\s*"((?:[^"\\]|\\.)*)"')

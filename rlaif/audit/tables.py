@@ -26,7 +26,7 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-from rlaif.stages import EVALUATION_NAMES
+from rlaif.rundir.stages import EVALUATION_NAMES
 
 
 class Column(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rlaif.audit.index import Index
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import Record
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 
 class TracedText(Record):

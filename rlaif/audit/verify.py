@@ -16,16 +16,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlaif.constitution import Constitution, parse_constitution
-from rlaif.derived import FILE as DERIVED_FILE
-from rlaif.derived import Wordings
+from rlaif.constitutions.constitution import Constitution, parse_constitution
+from rlaif.constitutions.derived import FILE as DERIVED_FILE
+from rlaif.constitutions.derived import Wordings
+from rlaif.constitutions.templates import parse_template
 from rlaif.errors import RlaifError, UserError
-from rlaif.heads import FILE, Head, complete_files, ends_torn, parse_head, read_heads
-from rlaif.judging.templates import parse_template
+from rlaif.loop.in_force import template_sources
 from rlaif.models import digest_of
 from rlaif.records import ConstitutionRef, Event, Plan, Record, stored
-from rlaif.store import ROW_DIGEST_BYTES, RunDir, StageDir, file_digest, read_json, read_record, row_digest
-from rlaif.texts import template_sources
+from rlaif.rundir.heads import FILE, Head, complete_files, ends_torn, parse_head, read_heads
+from rlaif.rundir.store import ROW_DIGEST_BYTES, RunDir, StageDir, file_digest, read_json, read_record, row_digest
 
 _READ = 1 << 20
 _NAMED_LINES = 10

@@ -44,7 +44,7 @@ def overview(
     json_: Json = False,
 ) -> None:
     """Without a command: the run on one screen."""
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
 
     ctx.obj = RunDir.open(run)
     if ctx.invoked_subcommand is None:

@@ -12,7 +12,7 @@ from rlaif.cli.audit_common import run_of
 from rlaif.console import Listing, piped, stdout_console
 
 if TYPE_CHECKING:
-    from rlaif.review.agreement import Agreement
+    from rlaif.trust.agreement import Agreement
 
 
 def agreement(
@@ -23,8 +23,8 @@ def agreement(
 
     The labels are those of `rlaif review`. A pair on which a person, or the judge, named no side is counted apart.
     """
-    from rlaif.review.agreement import agreement as measured
-    from rlaif.review.agreement import labelled_pairs
+    from rlaif.trust.agreement import agreement as measured
+    from rlaif.trust.agreement import labelled_pairs
 
     run = run_of(ctx)
     pairs, problems = labelled_pairs(run)

@@ -14,7 +14,7 @@ from rlaif.errors import UserError
 if TYPE_CHECKING:
     from rlaif.audit.index import Index
     from rlaif.records import Record
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Limit = Annotated[int, typer.Option(min=1, help="Most rows to print.")]

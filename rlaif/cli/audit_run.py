@@ -239,7 +239,7 @@ def compare(
 ) -> None:
     """Two runs side by side: settings, texts, kept share, agreement, evaluations, pairs decided differently."""
     from rlaif.audit.compare import compare as ask
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
 
     with opened(ctx) as first, opened(ctx, RunDir.open(other)) as second:
         found = ask(first, second, limit)

@@ -15,7 +15,7 @@ from rlaif.errors import UserError
 
 if TYPE_CHECKING:
     from rlaif.audit.edits import Effect
-    from rlaif.constitution import Constitution
+    from rlaif.constitutions.constitution import Constitution
 
 app = typer.Typer(help="List, show, check and compare constitutions.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -32,7 +32,7 @@ def list_(directory: Directory = DEFAULT, json_: Json = False) -> None:
     """All constitutions and their versions."""
     from rich.table import Table
 
-    from rlaif.constitution import list_constitutions
+    from rlaif.constitutions.constitution import list_constitutions
 
     found = list_constitutions(directory)
     if json_:
@@ -47,8 +47,8 @@ def list_(directory: Directory = DEFAULT, json_: Json = False) -> None:
 @app.command()
 def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = False) -> None:
     """One constitution, principle by principle, with the contrasts that the likelihood judge derives from its rules."""
-    from rlaif.constitution import load_constitution
-    from rlaif.derived import NEWEST
+    from rlaif.constitutions.constitution import load_constitution
+    from rlaif.constitutions.derived import NEWEST
 
     text = load_constitution(directory, reference)
     if json_:
@@ -83,9 +83,9 @@ def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = Fal
 def check(directory: Directory = DEFAULT, json_: Json = False) -> None:
     """Which judges each text of a folder serves, and what in it was probably not meant. Exit code 2 when one is broken,
     or a file is there that nothing reads."""
-    from rlaif.constitution import constitution_files, load_constitution, misnamed_files
-    from rlaif.constitution_check import services, warnings
-    from rlaif.judging.templates import templates_in
+    from rlaif.constitutions.constitution import constitution_files, load_constitution, misnamed_files
+    from rlaif.constitutions.templates import templates_in
+    from rlaif.judging.services import services, warnings
 
     files = constitution_files(directory)
     if not files:
@@ -119,7 +119,7 @@ def check(directory: Directory = DEFAULT, json_: Json = False) -> None:
 
 
 def _check_template(text: Constitution, path: Path) -> None:
-    from rlaif.judging.templates import load_template
+    from rlaif.constitutions.templates import load_template
 
     if _TEMPLATES.is_dir():
         try:
@@ -152,8 +152,8 @@ def diff(
     json_: Json = False,
 ) -> None:
     """What changes between two texts, principle by principle; with --run also which verdicts it turns round."""
-    from rlaif.constitution import diff as diff_constitutions
-    from rlaif.constitution import load_constitution
+    from rlaif.constitutions.constitution import diff as diff_constitutions
+    from rlaif.constitutions.constitution import load_constitution
 
     before, after = load_constitution(directory, a), load_constitution(directory, b)
     changes = diff_constitutions(before, after)
@@ -188,7 +188,7 @@ def _effect(
     from rlaif.audit.edits import effect_of
     from rlaif.config import apply_override, load_job, parse_job
     from rlaif.judging.opened import open_with_ballots
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
 
     run = RunDir.open(where)
     own = run.job()

@@ -21,8 +21,8 @@ def check(what: str | Job, overrides: list[str], as_json: bool) -> None:
 
     from rlaif import models
     from rlaif.console import inert, stdout_console
-    from rlaif.hand_over import check_hand_over
-    from rlaif.model_checks import check_policy
+    from rlaif.loop.hand_over_check import check_hand_over
+    from rlaif.loop.model_checks import check_policy
 
     job = what if isinstance(what, Job) else _job_of(what, overrides)
     model = job.policy.model

@@ -30,12 +30,12 @@ from rlaif.errors import UserError
 
 if TYPE_CHECKING:
     from rlaif.config import Job
-    from rlaif.judging.bench import Judged, Promise, Redecide
+    from rlaif.data.labelled import Labelled, LabelledSet
+    from rlaif.data.recorded import Recorded
     from rlaif.judging.calibration import Calibration
-    from rlaif.judging.labelled import Labelled, LabelledSet
-    from rlaif.judging.recorded import Recorded
     from rlaif.judging.verdicts import JurorFit
     from rlaif.records import Vote
+    from rlaif.trust.bench import Judged, Promise, Redecide
 
 _LEFT_OUT = {
     "tie": "labelled a tie",
@@ -129,7 +129,7 @@ class _Votes:
 
     def lines(self) -> list[str]:
         """How the files were read, and what was left out."""
-        from rlaif.judging.sides import cell_lines
+        from rlaif.data.sides import cell_lines
 
         out = cell_lines(self.labelled.labels, "labels")
         if self.recorded is not None:
@@ -151,8 +151,8 @@ class _Votes:
 
     def judged(self, votes: list[Vote], calibration: Calibration | None = None) -> tuple[list[Judged], JurorFit | None]:
         """One judge's decisions, and its juror weights."""
-        from rlaif.judging import bench
         from rlaif.judging.calibration import Asked
+        from rlaif.trust import bench
 
         weights = self._weights()
         jurors = bench.jurors_of(votes, self.job.filters, calibration)
@@ -162,7 +162,7 @@ class _Votes:
     @property
     def redecide(self) -> Redecide | None:
         """Decides pairs again with other juror weights, where the job's filter has such weights."""
-        from rlaif.judging import bench
+        from rlaif.trust import bench
 
         if self.job.filters.aggregate != "dawid_skene":
             return None
@@ -215,8 +215,8 @@ def bench(
     json_: Json = False,
 ) -> None:
     """Accuracy of a judge, or of recorded votes, on labelled pairs: by slice, before and after each filter."""
-    from rlaif.judging import bench as judge_bench
-    from rlaif.judging import report
+    from rlaif.trust import bench as judge_bench
+    from rlaif.trust import report
 
     kind = _score_kind(score)
     _check_risk(alpha, delta)
@@ -311,10 +311,10 @@ def calibrate(
 
     The promise is about pairs like the labelled ones. With --by, each slice has a threshold and a promise of its own.
     """
-    from rlaif.judging import bench as judge_bench
-    from rlaif.judging import report
     from rlaif.judging.calibration import asked_as, cut_off_counts
-    from rlaif.store import replacing
+    from rlaif.rundir.store import replacing
+    from rlaif.trust import bench as judge_bench
+    from rlaif.trust import report
 
     kind = _score_kind(score)
     _check_risk(alpha, delta)
@@ -386,9 +386,9 @@ def _votes(
     annotators: str,
 ) -> _Votes:
     """`filtered`: the job's calibration is to be used, not made."""
-    from rlaif.judging import bench as judge_bench
-    from rlaif.judging.labelled import parse_map, read_labelled
-    from rlaif.judging.recorded import join_recorded, narrow, parse_votes_map, parse_where, read_recorded
+    from rlaif.data.labelled import parse_map, read_labelled
+    from rlaif.data.recorded import join_recorded, narrow, parse_votes_map, parse_where, read_recorded
+    from rlaif.trust import bench as judge_bench
 
     if split not in (None, "dev", "test", "all"):
         raise UserError(f"--split {split}: expected dev, test or all")
@@ -431,7 +431,7 @@ def _votes(
 
 def _of_earlier(found: _Votes, votes: list[Vote]) -> list[Promise]:
     """What the calibration that the job has already promised, on these labels; nothing where it has none."""
-    from rlaif.judging import bench as judge_bench
+    from rlaif.trust import bench as judge_bench
 
     name = found.job.filters.calibration
     if name is None or not Path(name).is_file():

@@ -32,10 +32,10 @@ def attack(
     json_: Json = False,
 ) -> None:
     """How often each attack on the losing answer flips a verdict that was stable, with Wilson 95 % intervals."""
-    from rlaif.judging import attacks
-    from rlaif.judging.bench import as_judged
+    from rlaif.data.labelled import read_labelled
     from rlaif.judging.calibration import Asked
-    from rlaif.judging.labelled import read_labelled
+    from rlaif.trust import attacks
+    from rlaif.trust.bench import as_judged
 
     settings = job_of(job, set_)
     rows = read_labelled([labelled]).rows

@@ -17,9 +17,9 @@ from rlaif.errors import BudgetSpent, JudgeUnavailable
 
 if TYPE_CHECKING:
     from rlaif.config import Job
-    from rlaif.constitution import Constitution
+    from rlaif.constitutions.constitution import Constitution
+    from rlaif.data.labelled import Labelled
     from rlaif.judging.calibration import Calibration
-    from rlaif.judging.labelled import Labelled
     from rlaif.judging.opened import Ask
 
 DEFAULT_LABELLED = Path("prompts/judge_bench.jsonl")
@@ -54,7 +54,7 @@ def calibration_of(job: Job) -> Calibration | None:
 @lru_cache
 def loader(directory: Path) -> Callable[[str], Constitution]:
     """Reads each constitution of the folder once."""
-    from rlaif.constitution import load_constitution
+    from rlaif.constitutions.constitution import load_constitution
 
     return lru_cache(lambda reference: load_constitution(directory, reference))
 

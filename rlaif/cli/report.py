@@ -24,8 +24,8 @@ def report(
     One file with its pictures in it; it needs no network and no script.
     """
     from rlaif.audit.index import Index
-    from rlaif.report import make_report, write_report
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
+    from rlaif.view.report import make_report, write_report
 
     opened = RunDir.open(run)
     with Building() as building, Index.open(opened, building.told) as index:

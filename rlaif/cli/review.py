@@ -42,7 +42,7 @@ def review(
     be piped in; what stands after a key is its reason.
     """
     from rlaif.review.queue import Queue
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
 
     queue = Queue(RunDir.open(run))
     if json_:

@@ -49,9 +49,9 @@ def run(
     """
     settings, where = _job_and_run(job, set_ or [], name, runs)
     # After that: a mistake in the job is told at once.
+    from rlaif.audit.summary import final_tables, write_summary
     from rlaif.cli.progress import make_progress
-    from rlaif.launch import execute
-    from rlaif.summary import final_tables, write_summary
+    from rlaif.loop.launch import execute
 
     if dry_run:
         _print_plan(settings, where, json_, allow_change)
@@ -67,7 +67,7 @@ def run(
 
 def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) -> tuple[Job, Path]:
     from rlaif.config import apply_override, load_job, parse_job
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
 
     if (job / "run.json").exists():
         tree: dict[str, Any] = RunDir.open(job).header["job"]
@@ -85,11 +85,11 @@ def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) 
 
 
 def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> None:
+    from rlaif.audit.summary import status_of
     from rlaif.config import Columns
-    from rlaif.launch import check_resume
-    from rlaif.plan_cost import estimate, table
-    from rlaif.store import RunDir
-    from rlaif.summary import status_of
+    from rlaif.loop.cost import estimate, table
+    from rlaif.loop.launch import check_resume
+    from rlaif.rundir.store import RunDir
 
     check_resume(RunDir(where), job, allow_change)
     copies = {name: (where / "prompts" / f"{name}.jsonl").resolve() for name in ("train", "held_out")}
@@ -109,8 +109,8 @@ def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> Non
 
 def status(run: RunPath, json_: Json = False) -> None:
     """Say where a run stands: iteration, stage, text in force, alarms."""
-    from rlaif.store import RunDir
-    from rlaif.summary import status_of, status_table
+    from rlaif.audit.summary import status_of, status_table
+    from rlaif.rundir.store import RunDir
 
     directory = RunDir.open(run)
     if json_:
@@ -130,7 +130,7 @@ def export(
     """Write a policy as plain transformers files, with a model card."""
 
     from rlaif.export import export_adapter, export_policy
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
 
     typer.echo(str((export_adapter if adapter else export_policy)(RunDir.open(run), to, iteration)))
 
@@ -144,7 +144,7 @@ def chat(
 ) -> None:
     """Talk to the newest policy of a run, beside the base policy."""
     from rlaif.chat import conversation
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
 
     if not 0 < temperature < math.inf:
         raise UserError(f"--temperature {temperature}: expected a number above 0; 0.01 takes the likeliest words")

@@ -25,7 +25,7 @@ def view(
     """
     import socket
 
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
 
     opened = RunDir.open(run)
     try:

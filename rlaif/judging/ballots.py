@@ -14,11 +14,11 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rlaif.config import Filters, Judge, Juror
-from rlaif.constitution import Constitution, Principle, Use
-from rlaif.derived import NEWEST, Wordings
+from rlaif.constitutions.constitution import Constitution, Principle, Use
+from rlaif.constitutions.derived import NEWEST, Wordings
+from rlaif.constitutions.templates import Template, asks_by_principle
 from rlaif.errors import UserError
 from rlaif.judging import filters as rules
-from rlaif.judging.templates import Template, asks_by_principle
 from rlaif.judging.verdicts import aggregate
 from rlaif.records import Ballot, Outcome, Pair, Side, VoiceKey, Vote, digest
 

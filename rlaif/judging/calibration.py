@@ -26,8 +26,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from rlaif.checks import count_words
 from rlaif.config import Filters, Job, Judge
+from rlaif.constitutions.checks import count_words
 from rlaif.errors import UserError, first_problem
 from rlaif.judging.numbers import sigmoid
 from rlaif.judging.verdicts import JurorFit

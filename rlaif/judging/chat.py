@@ -26,17 +26,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from rlaif.config import Judge, Juror
-from rlaif.constitution import Constitution
+from rlaif.constitutions.constitution import Constitution
+from rlaif.constitutions.templates import Template, render
 from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.ballots import juror_names, request_parameters
 from rlaif.judging.cache import ReplyCache, reply_key
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.parsing import Reply, label_mass, outcome, parse
 from rlaif.judging.spending import Spent, Wasted
-from rlaif.judging.templates import Template, render
 from rlaif.judging.transport import Answer, CallFailed, OpenAIServer, Pace, Server, merge_system, shown_url
 from rlaif.records import Ballot, Message, Pair, Usage, Vote, digest
-from rlaif.store import append_line
+from rlaif.rundir.store import append_line
 
 # What a server says of a question that it can't take for its length, or won't for what it holds.
 _OF_THE_QUESTION = re.compile(

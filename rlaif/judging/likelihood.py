@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlaif import transformers_compat
 from rlaif.config import Judge
-from rlaif.constitution import Constitution, Voice
+from rlaif.constitutions.constitution import Constitution, Voice
 from rlaif.errors import UserError
 from rlaif.hardware import torch_dtype
 from rlaif.judging.ballots import GUARD_MEASURES

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlaif.config import Job
-from rlaif.constitution import Constitution
+from rlaif.constitutions.constitution import Constitution
+from rlaif.constitutions.templates import Template, load_template, template_names
 from rlaif.judging.ballots import asked_by, ballots_for
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.templates import Template, load_template, template_names
 from rlaif.records import Ballot, Pair, Vote
 
 Ask = Callable[[Sequence[Pair], Sequence[Candidate], Constitution], Iterator[list[Vote]]]

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Literal
 
 from rlaif import thoughts
-from rlaif.judging.templates import VerdictKind
+from rlaif.constitutions.templates import VerdictKind
 from rlaif.records import AbstainReason, Outcome, Record, Usage
 
 Shown = Literal["A", "B", "tie"]

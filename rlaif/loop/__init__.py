@@ -5,7 +5,7 @@ In: a resolved job, a run directory, the workers. Out: the run directory, furthe
 
 Each stage is a function of the run and the iteration: `sampling`, `judging` (score, pair, judge, decide), `training`
 (mix, update), `evaluation`. `hand_over` knows which policy sampler and learner hold. To add a stage: a line in
-`rlaif/stages.py`, a function here, a line in `Loop.iterate`.
+`rlaif/rundir/stages.py`, a function here, a line in `Loop.iterate`.
 """
 
 from rlaif.loop.loop import Loop

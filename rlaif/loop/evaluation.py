@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from rlaif import monitors, tracking
-from rlaif.constitution import Constitution
+from rlaif import monitors
+from rlaif.constitutions.constitution import Constitution
 from rlaif.judging.ballots import evaluating_voices
 from rlaif.loop.hand_over import gap_of
 from rlaif.loop.judging import decide, judge
 from rlaif.loop.running import Iteration, Running, candidates, in_order
+from rlaif.monitors import tracking
 from rlaif.records import (
     Completion,
     Decision,
@@ -22,7 +23,7 @@ from rlaif.records import (
     Prompt,
     Quality,
 )
-from rlaif.store import read_record, write_json
+from rlaif.rundir.store import read_record, write_json
 
 BASE_POLICY = 0
 """The evaluation of the policy before any update."""

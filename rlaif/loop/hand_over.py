@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlaif.errors import RlaifError
+from rlaif.loop.weights import WRONG, decoding_gap, to_score_again, weights_gap
 from rlaif.records import Completion, DecodingGap, PolicyVersion, TokenSequence, WeightsGap
-from rlaif.store import StageDir, replace_dir
-from rlaif.weights import WRONG, decoding_gap, to_score_again, weights_gap
+from rlaif.rundir.store import StageDir, replace_dir
 
 if TYPE_CHECKING:
     from rlaif.loop.running import Running

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlaif.constitutions.templates import Template, template_names
 from rlaif.errors import RlaifError
 from rlaif.judging.ballots import Role, ballots_for, rounds, selecting_voices, settled
 from rlaif.judging.calibration import EVERYTHING, Asked, ends_of
 from rlaif.judging.filters import check_calibrated, decide_votes, to_review
-from rlaif.judging.templates import Template, template_names
 from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
+from rlaif.loop.pairing import make_pairs
 from rlaif.loop.running import Iteration, Running, candidates
-from rlaif.pairing import make_pairs
 from rlaif.records import Ballot, Decision, Pair, Score, Vote
-from rlaif.store import write_json
+from rlaif.rundir.store import write_json
 
 
 def score(run: Running, it: Iteration) -> list[Score]:

@@ -5,9 +5,9 @@ It holds no model: it talks to its workers (sampler, judge, learner, measurer) i
 
 from __future__ import annotations
 
-from rlaif import monitors, tracking
+from rlaif import monitors
+from rlaif.data.prompts import prompts_for
 from rlaif.errors import RlaifError
-from rlaif.heads import Head, write_head
 from rlaif.judging.calibration import judged_stats
 from rlaif.judging.verdicts import JurorFit
 from rlaif.loop.evaluation import BASE_POLICY, evaluate
@@ -16,10 +16,11 @@ from rlaif.loop.judging import check_calibration, decide, judge, pair, score
 from rlaif.loop.running import Iteration, Running
 from rlaif.loop.sampling import sample
 from rlaif.loop.training import mix, update
-from rlaif.prompts import prompts_for
+from rlaif.monitors import tracking
 from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan
-from rlaif.stages import NAMES
-from rlaif.store import read_record, write_json
+from rlaif.rundir.heads import Head, write_head
+from rlaif.rundir.stages import NAMES
+from rlaif.rundir.store import read_record, write_json
 
 
 class Loop(Running):

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlaif.config import Job
-from rlaif.constitution import Constitution
+from rlaif.constitutions.constitution import Constitution
 from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Calibration
 from rlaif.judging.candidates import Candidate
 from rlaif.loop.hand_over import HandOver
+from rlaif.loop.in_force import Texts
 from rlaif.records import (
     Alarm,
     Completion,
@@ -26,10 +27,9 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-from rlaif.stages import EVALUATION, ITERATION
-from rlaif.store import RunDir, StageDir
-from rlaif.texts import Texts
-from rlaif.workers import WorkerLike
+from rlaif.rundir.stages import EVALUATION, ITERATION
+from rlaif.rundir.store import RunDir, StageDir
+from rlaif.workers.process import WorkerLike
 
 
 class Progress(Protocol):

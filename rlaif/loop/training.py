@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rlaif.learning.mixing import labelled, preferences_of, read_now, replayed
 from rlaif.loop.running import Iteration, Running
-from rlaif.mixing import labelled, preferences_of, read_now, replayed
 from rlaif.records import Alarm, Preference, UpdateStep
 from rlaif.review.labels import labels_noted
 

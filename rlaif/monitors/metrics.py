@@ -6,8 +6,8 @@ from collections import Counter
 from statistics import fmean
 from typing import Any
 
-from rlaif.checks import count_list_items, count_words
-from rlaif.constitution import Constitution
+from rlaif.constitutions.checks import count_list_items, count_words
+from rlaif.constitutions.constitution import Constitution
 from rlaif.intervals import ratio_interval, wilson
 from rlaif.judging.filters import cut_off_won
 from rlaif.judging.verdicts import JurorFit, juror_verdicts

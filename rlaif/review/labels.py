@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from rlaif.errors import RlaifError
 from rlaif.records import HumanLabel, Record, Side, stored
-from rlaif.store import RunDir, StageDir, disk_errors
+from rlaif.rundir.store import RunDir, StageDir, disk_errors
 
 LOCK_TIMEOUT_S = 30.0
 REVIEW = re.compile(rb'"status":\s*"review"')

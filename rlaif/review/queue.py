@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from rlaif.constitution import Constitution
+from rlaif.constitutions.constitution import Constitution
 from rlaif.errors import RlaifError, UserError, first_problem, said
 from rlaif.judging.filters import certainty
 from rlaif.records import (
@@ -35,7 +35,7 @@ from rlaif.records import (
     stored,
 )
 from rlaif.review import labels as log
-from rlaif.store import RunDir, StageDir, read_record, read_rows, read_source, replacing
+from rlaif.rundir.store import RunDir, StageDir, read_record, read_rows, read_source, replacing
 
 CLAIM_S = 600.0
 """How long a pair that is shown to one reviewer is kept from the others."""

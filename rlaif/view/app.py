@@ -22,12 +22,12 @@ from starlette.exceptions import HTTPException
 from rlaif.audit.index import Index
 from rlaif.audit.pair import PairDetail, question_of, show
 from rlaif.audit.pairs import known_names, list_pairs
+from rlaif.audit.summary import status_of
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.verdicts import flips
 from rlaif.records import VoiceKey, Vote
 from rlaif.review.queue import Queue
-from rlaif.store import RunDir
-from rlaif.summary import status_of
+from rlaif.rundir.store import RunDir
 from rlaif.view.browse import CHOICES, Asked
 from rlaif.view.facts import read_facts, version_of
 from rlaif.view.pictures import pictures

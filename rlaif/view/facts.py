@@ -17,7 +17,7 @@ from rlaif.audit.index import Index
 from rlaif.audit.overview import Overview, overview
 from rlaif.errors import first_problem
 from rlaif.records import EvaluationMetrics, IterationMetrics, Record, digest, stored
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 R = TypeVar("R", bound=Record)
 

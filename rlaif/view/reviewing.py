@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from rlaif.review.queue import Queue, Shown
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 SESSION_COOKIE = "rlaif_session"
 AUTHOR_COOKIE = "rlaif_author"

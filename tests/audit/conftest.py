@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 STORED = Path(__file__).resolve().parent.parent / "data" / "run_schema1"
 

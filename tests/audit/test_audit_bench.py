@@ -11,7 +11,7 @@ from rlaif.config import parse_job
 from rlaif.judging.filters import decide
 from rlaif.judging.verdicts import aggregate, by_pair
 from rlaif.records import Completion, Decision, Pair, Plan, Preference, Score, UpdateStep, Vote
-from rlaif.store import RunDir, file_digest, read_json, row_digests
+from rlaif.rundir.store import RunDir, file_digest, read_json, row_digests
 
 RECORDS = {
     "completions": Completion, "scores": Score, "pairs": Pair, "votes": Vote, "decisions": Decision,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.audit_run import write_run
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 from tests.audit.conftest import STORED
 from tests.test_layers import main, without_heavy
 

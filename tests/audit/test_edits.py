@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from rlaif.audit.edits import Effect, edited, effect_of
 from rlaif.cli import app
 from rlaif.config import Job, Judge, apply_override, parse_job
-from rlaif.constitution import Constitution, load_constitution, parse_constitution
+from rlaif.constitutions.constitution import Constitution, load_constitution, parse_constitution
 from rlaif.errors import UserError
 from rlaif.intervals import wilson
 from rlaif.judging.ballots import likelihood_parameters, make_ballots
@@ -22,8 +22,8 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.opened import Opened, open_with_ballots
 from rlaif.judging.verdicts import aggregate, by_pair
 from rlaif.records import Ballot, Completion, Pair, Vote
-from rlaif.store import RunDir, write_json
-from rlaif.workers import InlineWorker
+from rlaif.rundir.store import RunDir, write_json
+from rlaif.workers.process import InlineWorker
 from tests.judging.fault_server import FaultServer
 from tests.stubs import BASE_DIGEST, StubJudge, fraction, stub_job, stub_loop, stub_prompts, write_texts
 from tests.test_loop_chat import chat_job, chat_loop, greater_number

@@ -13,7 +13,7 @@ from rlaif.audit.export import export_preferences, preference_rows
 from rlaif.audit.index import Index
 from rlaif.errors import UserError
 from rlaif.records import Preference
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 datasets = pytest.importorskip("datasets")
 

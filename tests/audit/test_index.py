@@ -20,7 +20,7 @@ from rlaif.audit.pairs import PairFilter, list_pairs
 from rlaif.audit.tables import STAGE_TABLES, duckdb_type
 from rlaif.errors import UserError
 from rlaif.records import Vote
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -216,7 +216,7 @@ import sys, time
 from pathlib import Path
 from rlaif.audit.index import Index
 from rlaif.audit.overview import overview
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 run = RunDir.open(Path({str(copy.path)!r}))
 seen = 0
 with Index.open(run) as index:

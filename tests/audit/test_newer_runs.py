@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from rlaif import records
 from rlaif.cli import app
+from rlaif.data.prompts import load_prompts
 from rlaif.errors import RlaifError, UserError
-from rlaif.prompts import load_prompts
 from rlaif.records import Pair, Vote
-from rlaif.store import RunDir, read_grown, read_rows
+from rlaif.rundir.store import RunDir, read_grown, read_rows
 from tests.audit.conftest import STORED
 
 NEW = {"added_later": {"x": [1]}}

@@ -23,7 +23,7 @@ from rlaif.errors import UserError
 from rlaif.judging.calibration import Calibration, panels_of
 from rlaif.judging.verdicts import by_pair
 from rlaif.records import Completion, Decision, Pair, Preference, Prompt, UpdateStep, Verdict, Vote
-from rlaif.store import RunDir, read_json, read_rows, write_json
+from rlaif.rundir.store import RunDir, read_json, read_rows, write_json
 from tests.data.make_run import write_header
 from tests.review.runs import reviewed
 from tests.stubs import stub_job, stub_loop

@@ -22,7 +22,7 @@ from rlaif.errors import UserError
 from rlaif.judging.calibration import Calibration, Threshold, panels_of
 from rlaif.judging.verdicts import by_pair
 from rlaif.records import Decision, Pair, Vote
-from rlaif.store import RunDir, write_json
+from rlaif.rundir.store import RunDir, write_json
 from tests.judging.fault_server import FaultServer
 from tests.stubs import BASE_DIGEST, stub_job, stub_loop
 from tests.test_loop_chat import chat_job, chat_loop, cutting, greater_number

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from rlaif.audit.verify import line_changes, verify
 from rlaif.errors import RlaifError, UserError
-from rlaif.heads import read_heads, write_head
-from rlaif.store import RunDir, write_json
+from rlaif.rundir.heads import read_heads, write_head
+from rlaif.rundir.store import RunDir, write_json
 from tests.stubs import BASE_DIGEST, Quiet, stub_job, stub_loop
 
 STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences")

@@ -15,8 +15,8 @@ from typing import Any
 
 from rlaif.config import Job
 from rlaif.records import digest
-from rlaif.store import write_json
-from rlaif.workers import InlineWorker
+from rlaif.rundir.store import write_json
+from rlaif.workers.process import InlineWorker
 from tests.judging.fault_server import FaultServer
 from tests.stubs import BASE_DIGEST, fraction, stub_job, stub_loop, stub_prompts
 
@@ -79,7 +79,7 @@ def make_run(root: Path, **changes: Any) -> Path:
 
 
 def write_header(run: Path, job: Job) -> None:
-    """run.json and the prompts, which `rlaif.launch` writes and the stub loop doesn't."""
+    """run.json and the prompts, which `rlaif.loop.launch` writes and the stub loop doesn't."""
     (run / "prompts").mkdir(parents=True, exist_ok=True)
     for name, prompts in (("train", stub_prompts(20, "train")), ("held_out", stub_prompts(4, "held"))):
         (run / "prompts" / f"{name}.jsonl").write_text("".join(p.model_dump_json() + "\n" for p in prompts))

@@ -11,10 +11,10 @@ import pytest
 
 from rlaif import cli
 from rlaif.config import Filters
-from rlaif.constitution import load_constitution
+from rlaif.constitutions.constitution import load_constitution
+from rlaif.data.labelled import read_labelled
 from rlaif.errors import UserError
-from rlaif.judging.attacks import ATTACKS, attack_judge, evenly
-from rlaif.judging.labelled import read_labelled
+from rlaif.trust.attacks import ATTACKS, attack_judge, evenly
 from tests.conftest import make_checkout
 from tests.judging.fault_server import FaultServer, longer
 from tests.judging.test_calibration import calibration

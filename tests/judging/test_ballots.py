@@ -11,7 +11,8 @@ from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
 from rlaif.config import Filters, Judge, Juror
-from rlaif.constitution import parse_constitution
+from rlaif.constitutions.constitution import parse_constitution
+from rlaif.constitutions.templates import parse_template
 from rlaif.errors import UserError
 from rlaif.judging.ballots import (
     evaluating_voices,
@@ -25,7 +26,6 @@ from rlaif.judging.ballots import (
 )
 from rlaif.judging.calibration import Panel
 from rlaif.judging.filters import decide
-from rlaif.judging.templates import parse_template
 from rlaif.judging.verdicts import aggregate
 from rlaif.records import Pair, Vote
 from tests.judging.vote_makers import WEIGHTS, make_vote, vote_lists

@@ -9,10 +9,15 @@ import pytest
 from scipy.stats import binomtest
 
 from rlaif.config import Filters, Judge, Policy, Price, parse_job
-from rlaif.constitution import parse_constitution
+from rlaif.constitutions.constitution import parse_constitution
+from rlaif.data.labelled import Labelled, read_labelled
+from rlaif.data.recorded import parse_where, read_recorded
 from rlaif.errors import UserError
 from rlaif.judging.ballots import make_ballots
-from rlaif.judging.bench import (
+from rlaif.judging.calibration import Asked
+from rlaif.judging.verdicts import learn_jurors
+from rlaif.records import Message, Usage, Vote
+from rlaif.trust.bench import (
     Share,
     alpha_interval,
     as_judged,
@@ -30,10 +35,7 @@ from rlaif.judging.bench import (
     split_trials,
     summarise,
 )
-from rlaif.judging.calibration import Asked
-from rlaif.judging.labelled import Labelled, read_labelled
-from rlaif.judging.recorded import parse_where, read_recorded
-from rlaif.judging.report import (
+from rlaif.trust.report import (
     calibration_lines,
     draw_risk_coverage,
     juror_lines,
@@ -42,8 +44,6 @@ from rlaif.judging.report import (
     tables,
     trial_table,
 )
-from rlaif.judging.verdicts import learn_jurors
-from rlaif.records import Message, Usage, Vote
 from tests.judging.vote_makers import make_vote
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 from rlaif.config import Judge
-from rlaif.constitution import load_constitution
+from rlaif.constitutions.constitution import load_constitution
+from rlaif.constitutions.templates import load_template
 from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.ballots import juror_names, make_chat_ballots
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.chat import ChatJudge
 from rlaif.judging.spending import Spent, Wasted, spent_on
-from rlaif.judging.templates import load_template
 from rlaif.judging.transport import Answer, OpenAIServer, Pace, read_reply, read_usage, retry_after_s
 from rlaif.records import Message, Pair, Usage
-from rlaif.store import read_grown
+from rlaif.rundir.store import read_grown
 from tests.judging.fault_server import FAULTS, FaultServer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from rlaif.config import parse_job
-from rlaif.constitution import load_constitution
-from rlaif.judging.bench import cast_votes
-from rlaif.judging.labelled import read_labelled
+from rlaif.constitutions.constitution import load_constitution
+from rlaif.data.labelled import read_labelled
 from rlaif.judging.opened import open_with_ballots
 from rlaif.judging.verdicts import aggregate, by_pair
+from rlaif.trust.bench import cast_votes
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 400

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rlaif.constitution import load_constitution
+from rlaif.constitutions.constitution import load_constitution
+from rlaif.data.labelled import parse_map, read_labelled
+from rlaif.data.sides import cell_lines
 from rlaif.errors import UserError
-from rlaif.judging.labelled import parse_map, read_labelled
-from rlaif.judging.sides import cell_lines
 from rlaif.records import digest
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from rlaif.config import Judge
-from rlaif.constitution import parse_constitution
+from rlaif.constitutions.constitution import parse_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import make_ballots, selecting_voices
 from rlaif.judging.cache import LikelihoodCache, likelihood_key

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rlaif.data.labelled import Labelled, read_labelled
+from rlaif.data.recorded import join_recorded, parse_votes_map, parse_where, read_recorded, read_votes_log
+from rlaif.data.sides import cell_lines
 from rlaif.errors import UserError
-from rlaif.judging.labelled import Labelled, read_labelled
-from rlaif.judging.recorded import join_recorded, parse_votes_map, parse_where, read_recorded, read_votes_log
-from rlaif.judging.sides import cell_lines
 from tests.judging.vote_makers import make_vote
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rlaif.data.labelled import parse_map, read_labelled
+from rlaif.data.tables import at_path, file_names, read_table
 from rlaif.errors import UserError
-from rlaif.judging.labelled import parse_map, read_labelled
-from rlaif.judging.tables import at_path, file_names, read_table
 
 ROWS = [{"prompt": f"q{n}", "first": "x", "second": "y", "label": 1 + n % 2} for n in range(4)]
 LIST, LINES = json.dumps(ROWS), "\n".join(map(json.dumps, ROWS)) + "\n"

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlaif.config import Judge
-from rlaif.constitution import load_constitution
-from rlaif.errors import UserError
-from rlaif.judging.attacks import ATTACKS
-from rlaif.judging.templates import (
+from rlaif.constitutions.constitution import load_constitution
+from rlaif.constitutions.templates import (
     asks_by_principle,
     evaluating_name,
     load_template,
@@ -19,7 +17,9 @@ from rlaif.judging.templates import (
     render,
     template_names,
 )
+from rlaif.errors import UserError
 from rlaif.records import Message
+from rlaif.trust.attacks import ATTACKS
 
 ROOT = Path(__file__).resolve().parents[2]
 

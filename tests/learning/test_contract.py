@@ -13,14 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rlaif import config
-from rlaif.constitution import parse_constitution
+from rlaif.constitutions.constitution import parse_constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.learning import make_learner
 from rlaif.learning.base import _row, epoch_order
 from rlaif.learning.divergence import batches, kl
 from rlaif.learning.export import merged
+from rlaif.learning.mixing import preferences_of
 from rlaif.learning.trl_compat import metric
-from rlaif.mixing import preferences_of
 from rlaif.records import Completion, Decision, Message, Pair, PolicyVersion, Preference, Prompt, Verdict
 from tests.learning.conftest import make_preferences
 from tests.stubs import text as rules

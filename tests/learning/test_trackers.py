@@ -10,11 +10,12 @@ import pytest
 import transformers.integrations.integration_utils as integrations
 from transformers import TrainerCallback
 
-from rlaif import config, launch
+from rlaif import config
 from rlaif.config import load_job
 from rlaif.errors import UserError
 from rlaif.learning import make_learner
 from rlaif.learning.trackers import Tracker
+from rlaif.loop import launch
 from rlaif.records import UpdateStep
 from tests.conftest import make_project
 from tests.learning.conftest import make_preferences
@@ -92,7 +93,7 @@ def test_a_run_reports_to_tensorboard_and_mlflow(tmp_path: Path, tiny_model: Pat
 
 def test_a_worker_that_ends_has_sent_everything(tmp_path: Path, model_path: str, mlflow_store: Any) -> None:
     """A worker's process ends without exit handlers, and MLflow's callback hands numbers to a thread."""
-    from rlaif.workers import Worker
+    from rlaif.workers.process import Worker
 
     settings = config.Learner(precision="fp32", args={"report_to": ["tensorboard", "mlflow"]})
     kwargs = {"model_path": model_path, "settings": settings, "seed": 1, "output_dir": str(tmp_path / "out")}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rlaif.review import labels
 from rlaif.review.queue import Queue
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 
 def main(run: Path, author: str, torn_at: int) -> None:

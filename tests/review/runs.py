@@ -9,7 +9,7 @@ from rlaif.config import Job
 from rlaif.loop import Loop
 from rlaif.records import HumanLabel
 from rlaif.review.queue import Queue, Shown, shown_swapped
-from rlaif.store import RunDir, write_json
+from rlaif.rundir.store import RunDir, write_json
 from tests.stubs import stub_job, stub_loop
 
 

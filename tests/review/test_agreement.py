@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlaif.records import Decision, HumanLabel
-from rlaif.review.agreement import Reviewed, agreement, band, cohens_kappa, labelled_pairs, measure
 from rlaif.review.labels import labels_path
 from rlaif.review.queue import Queue, sent_to_review
+from rlaif.trust.agreement import Reviewed, agreement, band, cohens_kappa, labelled_pairs, measure
 from tests.review.runs import give, reviewed
 from tests.test_cli import rlaif  # noqa: F401  a fixture
 

@@ -20,7 +20,7 @@ from rlaif.records import HumanLabel
 from rlaif.review import labels as log
 from rlaif.review.labels import append, in_force, joining, labels_path, read_labels, review_lock
 from rlaif.review.queue import Queue
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 from tests.review.runs import reviewed
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from rlaif import mixing
+from rlaif.learning import mixing
 from rlaif.records import Completion, Decision, Pair, Preference, Side, UpdateStep
 from rlaif.review.labels import labels_path, read_labels
 from rlaif.review.queue import Queue, sent_to_review
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 from tests.kill_driver import in_child
 from tests.review.runs import give, loop_of, review_job, reviewed
 

@@ -14,7 +14,7 @@ from rlaif.records import Completion, Decision, Pair
 from rlaif.review import queue as queue_module
 from rlaif.review.labels import labels_path, read_labels
 from rlaif.review.queue import Question, Queue, sent_to_review
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 from tests.review.runs import give, review_job, reviewed
 
 

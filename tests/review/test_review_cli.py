@@ -18,7 +18,7 @@ from rlaif.console import visible
 from rlaif.records import Completion
 from rlaif.review.labels import labels_path, read_labels
 from rlaif.review.queue import Queue
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 from tests.review.runs import reviewed
 from tests.test_cli import rlaif  # noqa: F401  a fixture
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from rlaif.data.prompts import with_system
 from rlaif.errors import UserError
-from rlaif.prompts import with_system
 from rlaif.records import Message, Prompt
 from rlaif.rendering import Renderer
 from rlaif.sampling import SampleRequest

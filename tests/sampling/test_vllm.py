@@ -19,7 +19,7 @@ from rlaif.models import load_tokenizer
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.endings import Endings
 from rlaif.sampling.requests import seed_for
-from rlaif.workers import Worker
+from rlaif.workers.process import Worker
 from tests.sampling.conftest import END
 
 pytestmark = [

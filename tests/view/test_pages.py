@@ -17,7 +17,7 @@ import pytest
 
 from rlaif.judging.verdicts import aggregate
 from rlaif.review.queue import Queue
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 from tests.judging.vote_makers import make_vote
 from tests.view.conftest import served
 from tests.view.runs import make_run, reviewed_job
@@ -132,7 +132,7 @@ def test_an_unknown_pair_or_text_is_a_line(address: str) -> None:
 
 
 def test_a_version_changes_when_something_is_written(stub_run: Path, tmp_path: Path) -> None:
-    from rlaif.store import RunDir
+    from rlaif.rundir.store import RunDir
     from rlaif.view.facts import version_of
 
     run = RunDir(tmp_path / "run")
@@ -186,7 +186,7 @@ def test_a_damaged_decision_is_named_on_its_pages(tmp_path: Path) -> None:
 def test_a_principle_is_measured_by_votes_about_it_alone(stub_run: Path, tmp_path: Path) -> None:
     from rlaif.audit.index import Index
     from rlaif.records import Vote
-    from rlaif.store import RunDir, read_rows
+    from rlaif.rundir.store import RunDir, read_rows
     from rlaif.view.facts import read_facts
 
     run = RunDir(tmp_path / "run")

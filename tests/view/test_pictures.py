@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from rlaif.audit.index import Index
-from rlaif.report import make_report
-from rlaif.store import RunDir
-from rlaif.summary import status_of
+from rlaif.audit.summary import status_of
+from rlaif.rundir.store import RunDir
 from rlaif.view.facts import Facts, read_facts
 from rlaif.view.pictures import MOST_POINTS, Picture, nice, pictures
 from rlaif.view.rendering import render
+from rlaif.view.report import make_report
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.003), (-3.2, 5), (0, 12345), (2, 2), (0, 0)])

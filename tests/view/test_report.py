@@ -17,8 +17,8 @@ import pytest
 from rlaif.audit.index import Index
 from rlaif.errors import UserError
 from rlaif.records import Decision, HumanLabel
-from rlaif.report import EXAMPLES, Report, make_report, write_report
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
+from rlaif.view.report import EXAMPLES, Report, make_report, write_report
 from tests.stubs import stub_job
 from tests.test_layers import main, without_heavy
 from tests.view.runs import HOSTILE, make_run, reviewed_job

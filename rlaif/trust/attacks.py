@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from rlaif.config import Filters
-from rlaif.constitution import Constitution
+from rlaif.constitutions.constitution import Constitution
+from rlaif.data.labelled import Labelled
 from rlaif.intervals import wilson
-from rlaif.judging.bench import Judged, cast_votes, decide_rows, jurors_of
 from rlaif.judging.calibration import Asked, Calibration
-from rlaif.judging.labelled import Labelled
 from rlaif.judging.opened import Ask
 from rlaif.judging.verdicts import JurorFit
 from rlaif.records import Record, Side
+from rlaif.trust.bench import Judged, cast_votes, decide_rows, jurors_of
 
 _VERY_LONG = 400
 _FILLER = "In addition, it is worth noting that this answer considers every point."

@@ -9,8 +9,8 @@ from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, ConstitutionRef, EvaluationMetrics, Event, IterationMetrics, Plan, Prompt, Record
 from rlaif.review.queue import Queue
-from rlaif.stages import NAMES
-from rlaif.store import RunDir, read_record, read_rows, replacing, write_json
+from rlaif.rundir.stages import NAMES
+from rlaif.rundir.store import RunDir, read_record, read_rows, replacing, write_json
 
 SHOWN_PROMPTS = 3
 

@@ -15,12 +15,12 @@ from statistics import fmean
 from typing import Any, Literal
 
 from rlaif.config import Job, Learner
+from rlaif.data.prompts import with_system
 from rlaif.hardware import gpu_names
-from rlaif.placement import place, usable_gpus
-from rlaif.prompts import with_system
+from rlaif.loop.weights import weights_gap
 from rlaif.records import Message, Preference, Prompt, Record, TokenSequence, WeightsGap
-from rlaif.weights import weights_gap
-from rlaif.workers import WorkerLike, start_worker
+from rlaif.workers.placement import place, usable_gpus
+from rlaif.workers.process import WorkerLike, start_worker
 
 QUESTIONS = tuple(
     Prompt(id=str(i), messages=(Message(role="user", content=question),))

@@ -28,7 +28,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from rlaif.config import Judge
-from rlaif.constitution import Constitution, Principle
+from rlaif.constitutions.constitution import Constitution, Principle
 from rlaif.errors import UserError
 from rlaif.records import Message, Record, digest
 

@@ -15,7 +15,7 @@ from rlaif.intervals import wilson
 from rlaif.records import Decision, HumanLabel, Record
 from rlaif.review.labels import in_force, read_labels
 from rlaif.review.queue import readable
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 BANDS = ((0.0, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.0))
 """Of agreement; the upper bound isn't in the band, and 1 is a band of its own."""

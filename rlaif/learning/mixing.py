@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlaif.config import Replay
-from rlaif.constitution import Constitution
+from rlaif.constitutions.constitution import Constitution
 from rlaif.records import Completion, Decision, Pair, Preference, Prompt, Side
 from rlaif.review.labels import (
     REVIEW,
@@ -23,7 +23,7 @@ from rlaif.review.labels import (
     read_labels,
     review_lock,
 )
-from rlaif.store import RunDir
+from rlaif.rundir.store import RunDir
 
 
 def preferences_of(

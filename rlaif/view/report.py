@@ -15,14 +15,14 @@ from pydantic import Field
 
 from rlaif.audit.index import Index
 from rlaif.audit.overview import Overview
-from rlaif.constitution import Constitution
+from rlaif.audit.summary import held_out_answers
+from rlaif.constitutions.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
-from rlaif.heads import read_heads
 from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.records import EvaluationMetrics, Record
-from rlaif.review.agreement import Agreement, agreement, labelled_pairs
-from rlaif.store import RunDir, file_digest, read_record, read_source, replacing
-from rlaif.summary import held_out_answers
+from rlaif.rundir.heads import read_heads
+from rlaif.rundir.store import RunDir, file_digest, read_record, read_source, replacing
+from rlaif.trust.agreement import Agreement, agreement, labelled_pairs
 from rlaif.view.facts import Facts, read_facts
 from rlaif.view.pictures import percent, pictures
 

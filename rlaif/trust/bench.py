@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import Field
 
 from rlaif.config import Filters, Judge, Policy
-from rlaif.constitution import Constitution
+from rlaif.constitutions.constitution import Constitution
+from rlaif.data.labelled import Labelled
 from rlaif.errors import UserError
 from rlaif.intervals import wilson
 from rlaif.judging.ballots import juror_names
@@ -36,7 +37,6 @@ from rlaif.judging.calibration import (
 )
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import CONSISTENCY, RULES, decide_votes
-from rlaif.judging.labelled import Labelled
 from rlaif.judging.opened import Ask
 from rlaif.judging.spending import spent_on
 from rlaif.judging.verdicts import (

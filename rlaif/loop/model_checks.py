@@ -17,7 +17,7 @@ import jinja2
 import jinja2.sandbox
 
 from rlaif.config import Job
-from rlaif.constitution import Constitution
+from rlaif.constitutions.constitution import Constitution
 from rlaif.errors import UserError
 from rlaif.models import names_no_quantiser
 from rlaif.rendering import Renderer

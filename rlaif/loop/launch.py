@@ -15,24 +15,24 @@ from typing import Any
 
 from rlaif import __version__, models
 from rlaif.config import Job, Judge, changed_keys, may_change, parse_job
+from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
 from rlaif.errors import RlaifError, RunInterrupted, UserError
 from rlaif.hardware import facts as hardware_facts
 from rlaif.hardware import gpu_names
-from rlaif.heads import write_head
 from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calibration
 from rlaif.judging.filters import check_asked
 from rlaif.judging.spending import Spent, Wasted, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.loop import Loop, Progress
-from rlaif.model_checks import check_likelihood_judge, check_policy
-from rlaif.pairing import check_can_update
-from rlaif.placement import place, usable_gpus
-from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
+from rlaif.loop.in_force import Texts
+from rlaif.loop.model_checks import check_likelihood_judge, check_policy
+from rlaif.loop.pairing import check_can_update
 from rlaif.records import SCHEMA_VERSION, Message, Prompt, Vote, digest
+from rlaif.rundir.heads import write_head
+from rlaif.rundir.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
 from rlaif.sampling import PromptProblem
-from rlaif.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
-from rlaif.texts import Texts
-from rlaif.workers import InlineWorker, Worker, WorkerLike, start_worker, wait_until_ready
+from rlaif.workers.placement import place, usable_gpus
+from rlaif.workers.process import InlineWorker, Worker, WorkerLike, start_worker, wait_until_ready
 
 _STARTING = ".starting"
 """Marks a folder in which a start writes and that has no run.json yet."""

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rlaif.data.sides import NAME_KEYS, Cell, Sides, count_cells
+from rlaif.data.tables import Row, columns_of, file_names, read_table, with_paths
 from rlaif.errors import UserError
-from rlaif.judging.sides import NAME_KEYS, Cell, Sides, count_cells
-from rlaif.judging.tables import Row, columns_of, file_names, read_table, with_paths
 from rlaif.records import FinishReason, Message, Outcome, Pair, Record, Side
 
 Split = Literal["dev", "test"]

@@ -20,10 +20,10 @@ from typing import IO, Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from rlaif.data.labelled import ID_COLUMNS, ROW_NUMBERS, Labelled, find_column, parse_columns
+from rlaif.data.sides import NAME_KEYS, Cell, Sides, count_cells
+from rlaif.data.tables import Row, columns_of, file_names, read_table, read_text, with_paths
 from rlaif.errors import UserError
-from rlaif.judging.labelled import ID_COLUMNS, ROW_NUMBERS, Labelled, find_column, parse_columns
-from rlaif.judging.sides import NAME_KEYS, Cell, Sides, count_cells
-from rlaif.judging.tables import Row, columns_of, file_names, read_table, read_text, with_paths
 from rlaif.records import Ballot, Outcome, Usage, Vote
 
 _COLUMNS: dict[str, tuple[str, ...]] = {

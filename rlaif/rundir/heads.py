@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from rlaif.errors import UserError
 from rlaif.records import Record, digest, stored
-from rlaif.store import RunDir, append_line, file_digest, row_digests
+from rlaif.rundir.store import RunDir, append_line, file_digest, row_digests
 
 FILE = "heads.jsonl"
 DIGITS = 32

@@ -13,16 +13,16 @@ from rich.table import Table
 from rlaif import models
 from rlaif.config import Job, Precision
 from rlaif.console import inert, stdout_console
-from rlaif.constitution import Constitution, load_constitution
+from rlaif.constitutions.constitution import Constitution, load_constitution
+from rlaif.constitutions.templates import load_template, template_names, templates_in
+from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out
 from rlaif.errors import UserError
 from rlaif.hardware import cpu_has_bf16, gpu_names
 from rlaif.judging.ballots import Role, asked_by, ballots_for, check_selects, selecting_voices
 from rlaif.judging.calibration import Asked, read_calibration
 from rlaif.judging.filters import check_asked
-from rlaif.judging.templates import load_template, template_names, templates_in
-from rlaif.model_checks import check_likelihood_judge, check_policy
-from rlaif.pairing import check_can_update, pairs_at_most
-from rlaif.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out
+from rlaif.loop.model_checks import check_likelihood_judge, check_policy
+from rlaif.loop.pairing import check_can_update, pairs_at_most
 from rlaif.records import Pair
 
 PROMPT_TOKENS = 40

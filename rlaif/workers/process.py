@@ -123,7 +123,7 @@ class Worker:
             # A new interpreter rather than multiprocessing's spawn: that one runs the caller's __main__ again, and
             # can't redirect what is printed while it does. A new session: Ctrl-C in the terminal is the parent's.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rlaif.workers", name, str(theirs.fileno())],
+                [sys.executable, "-m", "rlaif.workers.process", name, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -25,10 +25,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
-from rlaif.checks import Check
 from rlaif.config import refuse_duplicate_keys
-from rlaif.derived import Use as Use
-from rlaif.derived import Wordings
+from rlaif.constitutions.checks import Check
+from rlaif.constitutions.derived import Use as Use
+from rlaif.constitutions.derived import Wordings
 from rlaif.errors import UserError
 from rlaif.records import ConstitutionRef, Message, Record, digest
 

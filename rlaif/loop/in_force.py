@@ -16,14 +16,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from rlaif.config import Job
-from rlaif.constitution import Constitution, load_with_source
-from rlaif.derived import FILE as DERIVED_FILE
-from rlaif.derived import NEWEST, Wordings
+from rlaif.constitutions.constitution import Constitution, load_with_source
+from rlaif.constitutions.derived import FILE as DERIVED_FILE
+from rlaif.constitutions.derived import NEWEST, Wordings
+from rlaif.constitutions.templates import Template, evaluating_name, load_template, parse_template, template_names
 from rlaif.errors import UserError
 from rlaif.judging.ballots import asked_by, check_selects
-from rlaif.judging.templates import Template, evaluating_name, load_template, parse_template, template_names
 from rlaif.records import ConstitutionRef
-from rlaif.store import RunDir, disk_errors, read_json, read_record, replace_dir, write_json
+from rlaif.rundir.store import RunDir, disk_errors, read_json, read_record, replace_dir, write_json
 
 _DERIVED_PIN = "derived wordings"
 """In pins.json; with a space, so that it is no text's name."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlaif.errors import UserError
-from rlaif.judging.bench import Cost, JurorCheck, Promise, Share, Slice, SplitTrial
 from rlaif.judging.calibration import Calibration, least_pairs
 from rlaif.judging.verdicts import LEAST_FIT, JurorFit
+from rlaif.trust.bench import Cost, JurorCheck, Promise, Share, Slice, SplitTrial
 
 _PICTURES = (".png", ".svg")
 _NUMBER_COLUMNS_FROM = 2

@@ -11,13 +11,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlaif.checks import count_words, words_of
-from rlaif.constitution import Constitution, Principle
-from rlaif.derived import NEWEST, Use
+from rlaif.constitutions.checks import count_words, words_of
+from rlaif.constitutions.constitution import Constitution, Principle
+from rlaif.constitutions.derived import NEWEST, Use
+from rlaif.constitutions.templates import evaluating_name
+from rlaif.constitutions.verbs import could_have_verb
 from rlaif.judging.ballots import evaluating_voices, selecting_voices, unserved
-from rlaif.judging.templates import evaluating_name
 from rlaif.records import Record
-from rlaif.verbs import could_have_verb
 
 Kind = Literal["likelihood", "chat"]
 _FEWEST_WORDS = 3
