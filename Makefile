@@ -43,7 +43,7 @@ bench-judge: $(STAMP) ## speed of a judge behind a server, of parsing and verdic
 bench-audit: $(STAMP) ## speed and memory of the audit on a run of a million votes
 	@$(BIN)/python -m benchmarks.audit $(ARGS)
 
-bench-derived: $(STAMP) ## how good contrasts derived from rules are (ARGS="--sets derived.1")
+bench-derived: $(STAMP) ## how good contrasts derived from rules are (ARGS="--sets derived.2")
 	@$(BIN)/python -m benchmarks.derived $(ARGS)
 
 gpu-check: $(STAMP) ## do learner, judge and hand-over compute on a GPU what they compute on the CPU? (no network)

@@ -27,7 +27,7 @@ import yaml
 
 from rlaif.cli.beat import VoteCount
 from rlaif.cli.judge_common import job_of
-from rlaif.constitutions.constitution import Constitution, Example, Paraphrase, Principle, list_constitutions
+from rlaif.constitutions.constitution import Constitution, Principle, list_constitutions
 from rlaif.constitutions.derived import WORDINGS, Sides, Use, Wordings
 from rlaif.data.labelled import Labelled, read_labelled
 from rlaif.errors import UserError
@@ -41,82 +41,9 @@ HANDWRITTEN = "handwritten"
 
 CANDIDATES: tuple[Wordings, ...] = (
     *WORDINGS,
-    # The rule is quoted, and what is done with it said around it.
+    # What seemed natural at first: the rule, and a "not".
     Wordings(
-        id="quoted",
-        select=(Sides(prefer="You keep this rule: {rule}", avoid="You never keep this rule: {rule}"),),
-        decide=(
-            Sides(prefer="You follow this rule: {rule}", avoid="You do the opposite of this rule: {rule}"),
-            Sides(
-                prefer="Rule: {rule} Keep it in your answer.",
-                avoid="Rule: {rule} Break it all through your answer.",
-            ),
-            Sides(prefer="This is true of your answer: {rule}", avoid="This is not true of your answer: {rule}"),
-        ),
-        evaluate=(
-            Sides(prefer="Here is what matters: {rule}", avoid="Here is what must not happen: {rule}"),
-            Sides(
-                prefer="Your answer is graded by this rule: {rule} Get full marks.",
-                avoid="Your answer is graded by this rule: {rule} Get no marks.",
-            ),
-        ),
-    ),
-    # The wanted side is the rule and nothing else.
-    Wordings(
-        id="bare",
-        select=(Sides(prefer="{rule} Always.", avoid="{rule} Never do so."),),
-        decide=(
-            Sides(prefer="{rule}", avoid="Do the opposite of this: {rule}"),
-            Sides(prefer="Instruction: {rule}", avoid="Forbidden: {rule}"),
-            Sides(prefer="Please note: {rule}", avoid="Please do not do this: {rule}"),
-        ),
-        evaluate=(
-            Sides(prefer="Remember: {rule}", avoid="Ignore this, and do the reverse: {rule}"),
-            Sides(prefer="Your task: {rule}", avoid="Whatever you do, avoid this: {rule}"),
-        ),
-    ),
-    # The other side says nothing of the rule: a small model that is told what not to do may do it.
-    Wordings(
-        id="neutral",
-        select=(Sides(prefer="Keep to this rule: {rule}", avoid="Answer as you like."),),
-        decide=(
-            Sides(prefer="Give {answer}.", avoid="Give an answer."),
-            Sides(prefer="Follow this rule: {rule}", avoid="There is no rule to follow."),
-            Sides(prefer="A good answer is {one}.", avoid="Any answer is a good one."),
-        ),
-        evaluate=(
-            Sides(prefer="People want this from you: {rule}", avoid="People want an answer from you."),
-            Sides(prefer="You are an assistant whose answer is always {one}.", avoid="You are an assistant."),
-        ),
-    ),
-    # Who answers, instead of how to.
-    Wordings(
-        id="persona",
-        select=(
-            Sides(
-                prefer="You are praised for keeping this rule: {rule}",
-                avoid="You are known for breaking this rule: {rule}",
-            ),
-        ),
-        decide=(
-            Sides(
-                prefer="You are an assistant who always keeps this rule: {rule}",
-                avoid="You are an assistant who always breaks this rule: {rule}",
-            ),
-            Sides(prefer="You like to give {answer}.", avoid="You hate to give {answer}."),
-            Sides(
-                prefer="You are a careful writer and do as you are told: {rule}",
-                avoid="You are a stubborn writer and do the reverse of what you are told: {rule}",
-            ),
-        ),
-        evaluate=(
-            Sides(prefer="Everybody who asks you gets {answer}.", avoid="Nobody who asks you gets {answer}."),
-            Sides(prefer="You believe in this rule: {rule}", avoid="You despise this rule: {rule}"),
-        ),
-    ),
-    # One frame of each kind: what agrees across them is less about a wording.
-    Wordings(
-        id="mixed",
+        id="negated",
         select=(
             Sides(
                 prefer="Keep to this rule in all that you write: {rule}",
@@ -125,15 +52,15 @@ CANDIDATES: tuple[Wordings, ...] = (
         ),
         decide=(
             Sides(prefer="Give {answer}.", avoid="Do not give {answer}. Do the opposite."),
-            Sides(prefer="You follow this rule: {rule}", avoid="There is no rule to follow."),
-            Sides(
-                prefer="You are an assistant who always keeps this rule: {rule}",
-                avoid="You are an assistant who always breaks this rule: {rule}",
-            ),
+            Sides(prefer="Follow this rule: {rule}", avoid="Break this rule: {rule}"),
+            Sides(prefer="A good answer is {one}.", avoid="A bad answer is wanted: not {one}."),
         ),
         evaluate=(
             Sides(prefer="People want this from you: {rule}", avoid="People want the reverse of this from you: {rule}"),
-            Sides(prefer="You are an assistant whose answer is always {one}.", avoid="You are an assistant."),
+            Sides(
+                prefer="You are an assistant whose answer is always {one}.",
+                avoid="You are an assistant whose answer is never {one}.",
+            ),
         ),
     ),
 )
@@ -185,22 +112,19 @@ def rules_only(text: Constitution, phrasing: str = "prefer") -> Constitution:
 
 
 def voting(text: Constitution, wordings: Wordings | None, use: Use) -> Constitution:
-    """A text whose contrasts for one use vote, written out; derived from its rules by `wordings`, or its own."""
+    """A text whose contrasts for one use vote; derived from its rules by `wordings`, or its own."""
+    if wordings:
+        voting = wordings.model_copy(update={"decide": getattr(wordings, use)})
+        return rules_only(text).derived_by(voting)
 
     def of(p: Principle) -> Principle:
         if p.guard:
             return p
-        voices = rules_only(text).principle(p.id).derived(wordings) if wordings else ()
-        if wordings:
-            paraphrases = [
-                Paraphrase(prefer=v.prefer[0].content, avoid=v.avoid[0].content) for v in voices if v.use == use
-            ]
-            examples: list[Example] = []
-        else:
-            paraphrases = [x.model_copy(update={"use": "decide"}) for x in p.paraphrases if x.use == use]
-            examples = [x.model_copy(update={"use": "decide"}) for x in p.examples if x.use == use]
-        main = {} if wordings is None and use == "decide" else {"prefer": None, "avoid": None}
-        return p.model_copy(update={"paraphrases": tuple(paraphrases), "examples": tuple(examples), **main})
+        own = {
+            "paraphrases": tuple(x.model_copy(update={"use": "decide"}) for x in p.paraphrases if x.use == use),
+            "examples": tuple(x.model_copy(update={"use": "decide"}) for x in p.examples if x.use == use),
+        }
+        return p.model_copy(update=own if use == "decide" else {**own, "prefer": None, "avoid": None})
 
     return text.model_copy(update={"principles": tuple(map(of, text.principles))})
 

@@ -272,7 +272,7 @@ def test_constitution_check_and_show_say_what_is_derived(tmp_path: Path, rlaif) 
     )
     code, out, _ = rlaif("constitution", "check", cwd=tmp_path)
     assert code == 0
-    assert "  likelihood judge: yes; derived.1 derives from the rule: polite (select, decide, evaluate), kind" in out
+    assert "  likelihood judge: yes; derived.2 derives from the rule: polite (select, decide, evaluate), kind" in out
     assert "  chat judge: yes, as it is; missing for best_worst: scores of single answers" in out
     assert "  warning: principles `polite` and `kind` have the same rule" in out
     code, out, _ = rlaif("constitution", "check", "--json", cwd=tmp_path)
@@ -280,8 +280,8 @@ def test_constitution_check_and_show_say_what_is_derived(tmp_path: Path, rlaif) 
     assert [j["judge"] for j in text["judges"]] == ["likelihood", "chat"]
     assert len(text["warnings"]) == 1
     code, out, _ = rlaif("constitution", "show", "support", cwd=tmp_path)
-    assert "derived from the rule (evaluate, polite/derived.1-evaluate1)" in out
-    assert "prefer: Follow this rule: The answer should be polite." in out
+    assert "derived from the rule (evaluate, polite/derived.2-evaluate1)" in out
+    assert "prefer: You are a helpful assistant. The answer should be polite." in out
 
 
 @pytest.mark.parametrize("arguments", [("run", "tiny.yaml"), ("run", "tiny.yaml", "--dry-run")])

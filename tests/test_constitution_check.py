@@ -24,10 +24,14 @@ def test_six_lines_serve_both_judges() -> None:
     assert likelihood.derived == dict.fromkeys(("polite", "no_promises"), ("select", "decide", "evaluate"))
     assert (likelihood.unasked, list(likelihood.missing)) == ({}, ["a veto on nonsense"])
     assert likelihood.line().startswith(
-        "likelihood judge: yes; derived.1 derives from the rule: polite (select, decide, evaluate), no_promises ("
+        "likelihood judge: yes; derived.2 derives from the rule: polite (select, decide, evaluate), no_promises ("
     )
+    assert likelihood.negated == ("no_promises",)
+    assert "; weak, since only negated: no_promises (write `opposite:` beside the rule); missing" in likelihood.line()
     assert chat.line().startswith("chat judge: yes, as it is; missing for best_worst: ")
     assert warnings(text) == []
+    own = parse("  - {id: a, rule: Make no promises., opposite: Promise a date.}\n")
+    assert services(own, TEMPLATES)[0].negated == ()
 
 
 def test_shipped_texts_serve_both_as_they_are_and_nothing_warns() -> None:

@@ -19,11 +19,11 @@ from rlaif.constitutions import derived
 from rlaif.constitutions.constitution import Constitution, diff, list_constitutions, parse_constitution
 from rlaif.constitutions.derived import NEWEST, WORDINGS, Sides, Use, Wordings
 from rlaif.errors import UserError
+from rlaif.judging import ballots
 from rlaif.judging.ballots import asked_by, evaluating_voices, make_ballots, selecting_voices
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.opened import open_with_ballots
 from rlaif.loop import Loop
-from rlaif.loop import in_force as texts
 from rlaif.loop.in_force import Texts
 from rlaif.records import Decision, Message, Pair, Vote
 from rlaif.rundir.store import RunDir, write_json
@@ -51,6 +51,10 @@ def parse(text: str = SIX_LINES) -> Constitution:
     return parse_constitution(text, "support", 1, "v1.yaml")
 
 
+ASKED = NEWEST.of_rules(p.rule for p in parse().principles)
+"""The set as a run of the six lines keeps it."""
+
+
 def write(root: Path, text: str = SIX_LINES) -> Path:
     folder = root / "constitutions" / "support"
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,8 +62,14 @@ def write(root: Path, text: str = SIX_LINES) -> Path:
     return folder
 
 
-def sides(rule: str, wordings: Wordings = NEWEST) -> list[str]:
-    return [s for use in typing.get_args(Use) for _, *both in wordings.contrasts(rule, use) for s in both]
+def sides(rule: str, wordings: Wordings = NEWEST, opposite: str | None = None) -> list[str]:
+    """Wanted, opposite, wanted, …"""
+    return [
+        " | ".join(side)
+        for use in typing.get_args(Use)
+        for _, *both in wordings.contrasts(rule, use, opposite)
+        for side in both
+    ]
 
 
 def test_id_and_rule_are_a_principle() -> None:
@@ -80,7 +90,7 @@ def test_derivation_is_no_content() -> None:
 def test_a_text_cannot_bring_its_own_wordings() -> None:
     for key in ("wordings", "_wordings", "derived"):
         with pytest.raises(UserError, match=f"unknown key `{key}`"):
-            parse(SIX_LINES + f"{key}: derived.1\n")
+            parse(SIX_LINES + f"{key}: derived.2\n")
 
 
 @pytest.mark.parametrize("wordings", bench.CANDIDATES, ids=lambda w: w.id)
@@ -95,8 +105,8 @@ def test_uses_and_sides_never_share_a_wording(wordings: Wordings) -> None:
 
 def test_a_set_that_changes_gets_a_new_id() -> None:
     # A run records id and hash; another content under an old id would make its log say what isn't so.
-    assert {w.id: w.hash for w in WORDINGS} == {"derived.1": "8231437935929378"}
-    assert len({w.id for w in bench.CANDIDATES}) == len(bench.CANDIDATES) >= 4
+    assert {w.id: w.hash for w in WORDINGS} == {"derived.2": "a3eba05e467f49a4"}
+    assert len({w.id for w in bench.CANDIDATES}) == len(bench.CANDIDATES)
 
 
 @pytest.mark.parametrize(
@@ -120,15 +130,44 @@ def test_a_set_that_changes_gets_a_new_id() -> None:
 )
 def test_any_phrasing_of_a_rule_is_said_or_quoted_whole(rule: str, answer: str) -> None:
     found = sides(rule)
-    assert found[2].startswith(f"Give {answer}")
+    assert found[0].startswith(f"Give {answer}")
     plain = " ".join(rule.split())
     plain += "" if plain[-1] in ".?" else "."
-    assert f"Follow this rule: {plain}" in found
+    assert f"You are a helpful assistant. {plain}" in found
     assert not any(".." in s or "  " in s for s in found)
 
 
 def test_a_rule_is_data() -> None:
-    assert "Follow this rule: Write {answer}, {one} and {rule}." in sides("Write {answer}, {one} and {rule}.")
+    rule = "Write {answer}, {opposite_one} and {rule}."
+    assert f"You are a helpful assistant. {rule}" in sides(rule)
+    assert f"You are a helpful assistant. {rule}" in sides("Be polite.", opposite=rule)
+
+
+def test_the_opposite_is_the_principles_own_or_the_rule_turned_around() -> None:
+    assert sides("Be polite.")[2:4] == [
+        "You are a helpful assistant. Be polite.",
+        "You are a helpful assistant. Be rude.",
+    ]
+    own = parse(SIX_LINES + "  - {id: own, rule: Be polite., opposite: Insult everybody.}\n")
+    (voice, *_) = (v for v in own.derived_by(NEWEST).voices("decide") if v.principle == "own")
+    assert [m.content for m in voice.avoid] == ["You are a helpful assistant. Insult everybody."]
+    plain = parse(SIX_LINES + "  - {id: own, rule: Be polite.}\n")
+    assert own.hash != plain.hash
+    with pytest.raises(UserError, match=r"v1\.yaml:7: .*opposite: it says the same as the rule"):
+        parse(SIX_LINES + "  - {id: own, rule: Be polite., opposite: 'Be  polite.'}\n")
+
+
+def test_what_was_turned_once_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = parse().derived_by(NEWEST)
+    copy = Wordings.model_validate_json(asked.wordings.model_dump_json())  # type: ignore[union-attr]
+    monkeypatch.setattr(derived, "turned", lambda rule: pytest.fail("turned again"))
+    again = parse().derived_by(copy)
+    assert again.voices() == asked.voices()
+    assert again.wordings == copy
+
+
+def test_sets_that_say_no_opposite_keep_none() -> None:
+    assert parse().derived_by(OTHERS).wordings == OTHERS
 
 
 def test_a_contrast_of_its_own_goes_before_derived_ones_for_its_use() -> None:
@@ -138,9 +177,9 @@ def test_a_contrast_of_its_own_goes_before_derived_ones_for_its_use() -> None:
     )
     asked = asked_by(Judge(), text)
     ids = [v.id for v in asked.voices() if v.principle == "own"]
-    assert ids == ["own/main", "own/paraphrase1", "own/derived.1-evaluate1", "own/derived.1-evaluate2"]
+    assert ids == ["own/main", "own/paraphrase1", "own/derived.2-evaluate1", "own/derived.2-evaluate2"]
     assert not [v for v in asked.voices() if v.guard]  # measured, not derived
-    assert selecting_voices(asked) == ["polite/derived.1-select1", "no_promises/derived.1-select1", "own/paraphrase1"]
+    assert selecting_voices(asked) == ["polite/derived.2-select1", "no_promises/derived.2-select1", "own/paraphrase1"]
     assert len(evaluating_voices(asked)) == 6
 
 
@@ -188,7 +227,7 @@ def test_a_judge_outside_of_a_run_derives_and_refuses_alike(tiny_model: Path) ->
     votes = [v for chunk in opened.ask([PAIR], candidates, parse()) for v in chunk]
     assert [v.ballot.id for v in votes] == [b.id for b in opened.ballots([PAIR], parse())]
     assert {v.ballot.voice for v in votes} == {
-        f"{p}/derived.1-decide{n}" for p in ("polite", "no_promises") for n in (1, 2, 3)
+        f"{p}/derived.2-decide{n}" for p in ("polite", "no_promises") for n in (1, 2, 3)
     }
 
 
@@ -202,6 +241,8 @@ def rules_job(reference: str = "support", **changes: Any) -> Any:
 def finished(root: Path, reference: str = "support") -> Loop:
     write(root)
     job = rules_job(reference)
+    # The stub's votes are hashes: among so few pairs none might be of one mind.
+    job = job.model_copy(update={"filters": job.filters.model_copy(update={"min_agreement": 0.0})})
     (root / "run").mkdir()
     header = {"schema_version": 1, "job": job.model_dump(mode="json"), "models": {"policy": BASE_DIGEST}}
     write_json(root / "run" / "run.json", header)
@@ -215,12 +256,13 @@ def test_six_lines_get_to_kept_pairs_and_the_log_says_derived(tmp_path: Path, re
     loop = finished(tmp_path, reference)
     here = loop.dir.iteration(0)
     plan = loop.dir.plan(0)
-    assert plan.derived == {NEWEST.id: NEWEST.hash}
-    assert any(d.status == "kept" for d in here.read("decisions", Decision))
+    assert plan.derived == {NEWEST.id: ASKED.hash}
+    decided = [d for k in range(2) for d in loop.dir.iteration(k).read("decisions", Decision)]
+    assert any(d.status == "kept" for d in decided)
     voices = {v.ballot.voice for v in here.read("votes", Vote)}
-    assert voices == {f"{p}/derived.1-decide{n}" for p in ("polite", "no_promises") for n in (1, 2, 3)}
+    assert voices == {f"{p}/derived.2-decide{n}" for p in ("polite", "no_promises") for n in (1, 2, 3)}
     measured = {v.ballot.voice for v in loop.dir.evaluation(2).read("votes", Vote)}
-    assert measured == {f"{p}/derived.1-evaluate{n}" for p in ("polite", "no_promises") for n in (1, 2)}
+    assert measured == {f"{p}/derived.2-evaluate{n}" for p in ("polite", "no_promises") for n in (1, 2)}
     assert json.loads((loop.dir.evaluation(2).path / "metrics.json").read_text())["win_rate"] is not None
     report = verify(RunDir.open(loop.dir.path))
     assert (report.findings, report.notes) == ((), ())
@@ -235,15 +277,15 @@ def test_the_question_of_a_derived_voice_is_shown_from_the_runs_copy(
     vote = run.iteration(0).read("votes", Vote)[0]
     with Index.open(run) as index:
         shown = question(index, run, vote.ballot.pair_id, vote.ballot.id)
-    assert "Give an answer that is polite and never blames the customer." in shown
-    assert "Do not give an answer that is polite and never blames the customer. Do the opposite." in shown
+    assert "You are a helpful assistant. Prefer the answer that is polite and never blames the customer." in shown
+    assert "You are a helpful assistant. Prefer the answer that is rude and always blames the customer." in shown
 
 
 def test_changed_wordings_are_found(tmp_path: Path) -> None:
     run = finished(tmp_path).dir
-    copy = run.path / "constitutions" / NEWEST.hash / "derived.json"
-    copy.write_text(copy.read_text().replace("Break this rule", "Bend this rule"))
-    assert f"constitutions/{NEWEST.hash}/derived.json" in {f.file for f in verify(run).findings}
+    copy = run.path / "constitutions" / ASKED.hash / "derived.json"
+    copy.write_text(copy.read_text().replace("rude", "crude"))
+    assert f"constitutions/{ASKED.hash}/derived.json" in {f.file for f in verify(run).findings}
 
 
 def test_a_pinned_run_keeps_its_wordings_and_one_that_follows_takes_the_newest(
@@ -252,14 +294,14 @@ def test_a_pinned_run_keeps_its_wordings_and_one_that_follows_takes_the_newest(
     write(tmp_path)
     runs = {ref: RunDir(tmp_path / ref) for ref in ("support", "support@1")}
     before = {ref: Texts(rules_job(ref), run, tmp_path).in_force(0)[0] for ref, run in runs.items()}
-    monkeypatch.setattr(texts, "NEWEST", OTHERS)
+    monkeypatch.setattr(ballots, "NEWEST", OTHERS)
     after = {ref: Texts(rules_job(ref), run, tmp_path) for ref, run in runs.items()}
     assert after["support@1"].in_force(1)[0] == before["support@1"]
     follows = after["support"].in_force(1)[0]
     assert follows.wordings == OTHERS
     assert follows.hash == before["support"].hash
     # What was planned goes on as planned.
-    for wordings in (NEWEST, OTHERS):
+    for wordings in (ASKED, OTHERS):
         loaded = after["support"].load(follows.ref, {wordings.id: wordings.hash})
         assert loaded.wordings == wordings
 
@@ -272,7 +314,8 @@ def test_a_run_from_before_goes_on_without(tmp_path: Path) -> None:
     Texts(rules_job("support@1"), run, tmp_path)
     pins = run.path / "constitutions" / "pins.json"
     known = json.loads(pins.read_text())
-    assert known.pop("derived wordings") == NEWEST.hash
+    (pin,) = (key for key in known if key.startswith("derived wordings "))
+    assert known.pop(pin) == NEWEST.of_rules(["Be kind."]).hash
     pins.write_text(json.dumps(known))
     text = Texts(rules_job("support@1"), run, tmp_path).in_force(0)[0]
     assert [v.id for v in text.voices()] == ["a/main", "a/paraphrase1"]
@@ -284,7 +327,20 @@ def test_nothing_is_kept_of_wordings_that_nobody_asks_with(tmp_path: Path) -> No
     plan = RunDir(tmp_path / "run").plan(0)
     assert plan.derived == {}
     assert not list((tmp_path / "run").glob("constitutions/*/derived.json"))
-    assert "derived wordings" not in json.loads((tmp_path / "run/constitutions/pins.json").read_text())
+    assert "derived wordings" not in (tmp_path / "run/constitutions/pins.json").read_text()
+
+
+def test_texts_of_a_schedule_keep_wordings_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "constitutions/support/v2.yaml").write_text(SIX_LINES.replace("is polite and", "is patient and"))
+    job = rules_job("support@1").model_copy(update={"constitution": None, "schedule": {0: "support@1", 1: "support@2"}})
+    run = RunDir(tmp_path / "run")
+    first, second = (Texts(job, run, tmp_path).in_force(k)[0] for k in (0, 1))
+    assert first.wordings != second.wordings
+    for text in (first, second):
+        assert text.wordings is not None
+        loaded = Texts(job, run, tmp_path).load(text.ref, {text.wordings.id: text.wordings.hash})
+        assert loaded.voices() == text.voices() != ()
 
 
 def test_six_lines_and_a_judge_behind_a_server(tmp_path: Path) -> None:
@@ -303,15 +359,19 @@ def test_six_lines_and_a_tiny_model(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from rlaif.loop.launch import execute
 
-    write(tmp_path)
+    # To the tiny model words that it doesn't know are all alike, so the sides need different lengths.
+    write(tmp_path, SIX_LINES.replace("is polite and never blames", "gives one or two sentences to"))
     job = project_job(tmp_path, tiny_model, constitution="support", iterations=1, eval={"every": 1, "prompts": 2})
+    # The model's weights are random: that a majority agrees is enough here.
+    job = job.model_copy(update={"filters": job.filters.model_copy(update={"min_agreement": 0.0})})
     run = execute(job, tmp_path / "runs" / "six", tmp_path, Quiet())
     here = run.iteration(0)
     assert job.pairing.method == "best_worst"
-    assert any(d.status == "kept" for d in here.read("decisions", Decision))
+    decided = here.read("decisions", Decision)
+    assert any(d.status == "kept" for d in decided), [d.reasons for d in decided]
     assert {s["voice"] for s in map(json.loads, (here.path / "scores.jsonl").read_text().splitlines())} == {
-        "polite/derived.1-select1",
-        "no_promises/derived.1-select1",
+        "polite/derived.2-select1",
+        "no_promises/derived.2-select1",
     }
 
 
@@ -348,11 +408,11 @@ def test_the_benchmark_prints_a_row_a_set(
 ) -> None:
     pytest.importorskip("torch")
     monkeypatch.chdir(checkout)
-    arguments = ["--rows", "5", "--sets", "handwritten", "derived.1", "--phrasings", "prefer", "never", "--set"]
+    arguments = ["--rows", "5", "--sets", "handwritten", "derived.2", "--phrasings", "prefer", "never", "--set"]
     monkeypatch.setattr("sys.argv", ["derived", *arguments, f"judge.model={tiny_model}", "--set", "judge.cache=null"])
     bench.main()
     rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert rows[1:] == [["| handwritten", "-"], ["| derived.1", "prefer"], ["| derived.1", "never"]]
+    assert rows[1:] == [["| handwritten", "-"], ["| derived.2", "prefer"], ["| derived.2", "never"]]
     monkeypatch.setattr("sys.argv", ["derived", "--sets", "crude"])
-    with pytest.raises(SystemExit, match=r"--sets crude: expected all, or some of handwritten, derived\.1"):
+    with pytest.raises(SystemExit, match=r"--sets crude: expected all, or some of handwritten, derived\.2"):
         bench.main()

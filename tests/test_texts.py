@@ -108,7 +108,7 @@ def test_best_against_worst_needs_a_voice_that_selects_or_a_rule_to_derive_one_f
     plain = "".join(line for line in text(1).splitlines(keepends=True) if "use: select" not in line)
     (folder / "v1.yaml").write_text(plain)
     derived = texts(tmp_path, constitution="rules").in_force(0)[0]
-    assert [v.id for v in derived.voices("select")] == ["wish/derived.1-select1"]
+    assert [v.id for v in derived.voices("select")] == ["wish/derived.2-select1"]
     (folder / "v1.yaml").write_text(plain.replace("Rule 1.", "1."))  # no word to derive one from
     with pytest.raises(UserError, match=r"rules@1: no contrast has `use: select`.*pairing\.method"):
         texts(tmp_path, constitution="rules")

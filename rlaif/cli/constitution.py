@@ -71,6 +71,8 @@ def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = Fal
             mine = [example for example in p.examples if example.use == use]
             console.print(f"  {len(mine)} examples ({use}), such as {inert(repr(mine[0].prompt))}")
             console.print(f"    better: {inert(_line(mine[0].better))}\n    worse:  {inert(_line(mine[0].worse))}")
+        if p.opposite:
+            console.print(f"  opposite: {inert(p.opposite)}")
         for voice in p.derived(NEWEST):
             sides = [" ".join(m.content for m in side) for side in (voice.prefer, voice.avoid)]
             console.print(

@@ -27,8 +27,8 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 
 from rlaif.config import refuse_duplicate_keys
 from rlaif.constitutions.checks import Check
+from rlaif.constitutions.derived import Side, Wordings
 from rlaif.constitutions.derived import Use as Use
-from rlaif.constitutions.derived import Wordings
 from rlaif.errors import UserError
 from rlaif.records import ConstitutionRef, Message, Record, digest
 
@@ -66,6 +66,8 @@ class Principle(Record):
     id: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     rule: str = Field(min_length=1)
     """What a person, and a judge that reads, is told."""
+    opposite: str | None = Field(None, min_length=1)
+    """The rule turned around, for a judge that compares the two; where it is absent, by the words of the rule."""
     weight: float = Field(1.0, gt=0)
     guard: bool = False
     """A guard without contrasts is measured by the judge itself: relevance and fluency, for the likelihood judge."""
@@ -95,11 +97,11 @@ class Principle(Record):
         return any(character.isalpha() for character in self.rule)
 
     def derived(self, wordings: Wordings) -> tuple[Voice, ...]:
-        """Voices for the uses that it lacks, by the rule."""
+        """Voices for the uses that it lacks, by the rule and its opposite."""
         return tuple(
-            self._instruction(label, use, prefer, avoid)
+            self._voice(label, use, prefer, avoid)
             for use in (self.lacks if self.has_words else ())
-            for label, prefer, avoid in wordings.contrasts(self.rule, use)
+            for label, prefer, avoid in wordings.contrasts(self.rule, use, self.opposite)
         )
 
     @property
@@ -107,9 +109,9 @@ class Principle(Record):
         """The contrasts as voices: the main wording, the paraphrases, the examples two by two."""
         out: list[Voice] = []
         if self.prefer is not None and self.avoid is not None:
-            out.append(self._instruction("main", "decide", self.prefer, self.avoid))
+            out.append(self._voice("main", "decide", (self.prefer,), (self.avoid,)))
         for n, p in enumerate(self.paraphrases, 1):
-            out.append(self._instruction(f"paraphrase{n}", p.use, p.prefer, p.avoid))
+            out.append(self._voice(f"paraphrase{n}", p.use, (p.prefer,), (p.avoid,)))
         for use in typing.get_args(Use):
             mine = [e for e in self.examples if e.use == use]
             for n, at in enumerate(range(0, len(mine), _EXAMPLES_PER_VOICE), 1):
@@ -126,14 +128,14 @@ class Principle(Record):
                 )
         return tuple(out)
 
-    def _instruction(self, label: str, use: Use, prefer: str, avoid: str) -> Voice:
+    def _voice(self, label: str, use: Use, prefer: Side, avoid: Side) -> Voice:
         return Voice(
             id=f"{self.id}/{label}",
             principle=self.id,
             use=use,
             guard=self.guard,
-            prefer=(Message(role="system", content=prefer),),
-            avoid=(Message(role="system", content=avoid),),
+            prefer=_before(prefer),
+            avoid=_before(avoid),
         )
 
 
@@ -200,9 +202,11 @@ class Constitution(Record):
         return self._wordings
 
     def derived_by(self, wordings: Wordings | None) -> Constitution:
-        """The same text, with voices derived from its rules where it lacks contrasts; the hash stays."""
+        """The same text, with voices derived from its rules where it lacks contrasts; the hash stays. A text that lacks
+        none has no use for wordings."""
         text = self.model_copy()
-        text._wordings = wordings
+        rules = [p.rule for p in self.principles if p.lacks and p.has_words and p.opposite is None]
+        text._wordings = wordings.of_rules(rules) if wordings and self.derives else None
         return text
 
     @property
@@ -305,6 +309,8 @@ def _without_effect(text: Constitution) -> Iterator[tuple[tuple[str | int, ...],
         here = ("principles", i)
         if not math.isfinite(p.weight):
             yield (*here, "weight"), f"a weight is a finite number, found {p.weight}"
+        if p.opposite is not None and p.opposite.split() == p.rule.split():
+            yield (*here, "opposite"), "it says the same as the rule"
         if p.prefer is not None and p.avoid is not None and p.prefer.strip() == p.avoid.strip():
             yield (*here, "avoid"), same
         for n, other in enumerate(p.paraphrases):
@@ -378,6 +384,10 @@ def _read(path: Path, name: str, version: int) -> tuple[Constitution, bytes]:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: can't read the constitution ({e})") from e
     return parse_constitution(text, name, version, str(path)), source
+
+
+def _before(side: Side) -> tuple[Message, ...]:
+    return _turn(*side) if len(side) > 1 else (Message(role="system", content=side[0]),)
 
 
 def _turn(prompt: str, answer: str) -> tuple[Message, Message]:

@@ -91,6 +91,17 @@ def could_have_verb(rule: str) -> bool:
     return any(_could_be(tokens, i) for i, token in enumerate(tokens) if token[0].isalpha())
 
 
+def begins_with_verb(part: str) -> bool:
+    """Whether a part of a sentence begins with a verb, after adverbs; what could be a noun ("names") is one."""
+    words = [t.lower() for t in _TOKEN.findall(part) if t[0].isalpha()]
+    while len(words) > 1 and (words[0] in ("never", "always", "only", "also", "not") or words[0].endswith("ly")):
+        words = words[1:]
+    lemmas = _lemmas(words[0]) if words else set()
+    if not words or words[0] in _AUXILIARIES or lemmas & _VERBS - _ALSO_NOUNS:
+        return bool(words)
+    return bool(lemmas & _ALSO_NOUNS) and words[1:2] != [] and words[1] in _DETERMINERS | {"with", "to"}
+
+
 def _could_be(tokens: list[str], i: int) -> bool:
     word = tokens[i]
     before = tokens[i - 1] if i else ""

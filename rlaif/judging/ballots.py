@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from rlaif.config import Filters, Judge, Juror
 from rlaif.constitutions.constitution import Constitution, Principle, Use
-from rlaif.constitutions.derived import NEWEST, Wordings
+from rlaif.constitutions.derived import NEWEST
 from rlaif.constitutions.templates import Template, asks_by_principle
 from rlaif.errors import UserError
 from rlaif.judging import filters as rules
@@ -52,14 +52,15 @@ def check_selects(constitution: Constitution) -> None:
         )
 
 
-def asked_by(judge: Judge, constitution: Constitution, wordings: Wordings | None = NEWEST) -> Constitution:
-    """A text as a job's judge asks about it: a likelihood judge derives the contrasts that it lacks from its rules.
+def asked_by(judge: Judge, constitution: Constitution) -> Constitution:
+    """A text as a job's judge asks about it: a likelihood judge derives the contrasts that it lacks from its rules, by
+    the newest wordings where the text has none yet.
 
     Raises:
         UserError: the text doesn't serve this judge.
     """
     if judge.kind != "chat":
-        constitution = constitution.derived_by(wordings)
+        constitution = constitution.derived_by(constitution.wordings or NEWEST)
     for p in constitution.principles:
         if why := unserved(judge.kind, p):
             raise UserError(f"constitution {constitution.ref}, principle `{p.id}`: {why}")

@@ -14,6 +14,7 @@ from pydantic import Field
 from rlaif.constitutions.checks import count_words, words_of
 from rlaif.constitutions.constitution import Constitution, Principle
 from rlaif.constitutions.derived import NEWEST, Use
+from rlaif.constitutions.opposites import turned
 from rlaif.constitutions.templates import evaluating_name
 from rlaif.constitutions.verbs import could_have_verb
 from rlaif.judging.ballots import evaluating_voices, selecting_voices, unserved
@@ -31,6 +32,8 @@ class Service(Record):
     """Principle → why this judge can't ask about it; then it serves no job with this judge."""
     derived: dict[str, tuple[Use, ...]] = Field(default_factory=dict)
     """Principle → uses whose contrasts are derived from its rule."""
+    negated: tuple[str, ...] = ()
+    """Of these, principles whose opposite differs by a "not" alone, which a small model hardly reads."""
     missing: dict[str, str] = Field(default_factory=dict)
     """What for → what is missing for it."""
 
@@ -44,6 +47,8 @@ class Service(Record):
         if self.derived:
             each = (f"{principle} ({', '.join(uses)})" for principle, uses in self.derived.items())
             said += f"yes; {NEWEST.id} derives from the rule: {', '.join(each)}"
+            if self.negated:
+                said += f"; weak, since only negated: {', '.join(self.negated)} (write `opposite:` beside the rule)"
         else:
             said += "yes, as it is"
         return "; ".join([said, *(f"missing for {what}: {why}" for what, why in self.missing.items())])
@@ -66,7 +71,11 @@ def _likelihood(text: Constitution) -> Service:
     if not any(p.guard for p in text.principles):
         missing["a veto on nonsense"] = "a principle with `guard: true`"
     derived = {p.id: p.lacks for p in text.principles if p.lacks and p.has_words}
-    return Service(judge="likelihood", unasked=_unasked("likelihood", text), derived=derived, missing=missing)
+    negated = tuple(
+        p.id for p in text.principles if p.id in derived and p.opposite is None and not turned(p.rule).known
+    )
+    unasked = _unasked("likelihood", text)
+    return Service(judge="likelihood", unasked=unasked, derived=derived, negated=negated, missing=missing)
 
 
 def _chat(text: Constitution, templates: Container[str] | None) -> Service:

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from rlaif.config import Job
 from rlaif.constitutions.constitution import Constitution, load_with_source
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
-from rlaif.constitutions.derived import NEWEST, Wordings
+from rlaif.constitutions.derived import Wordings
 from rlaif.constitutions.templates import Template, evaluating_name, load_template, parse_template, template_names
 from rlaif.errors import UserError
 from rlaif.judging.ballots import asked_by, check_selects
@@ -153,20 +153,22 @@ class Texts:
             # A reference without a version is pinned to one with, and that one to its text.
             known |= {reference: str(ref), str(ref): ref.hash}
             if newest.wordings is not None:
-                known.setdefault(_DERIVED_PIN, newest.wordings.hash)
+                known.setdefault(f"{_DERIVED_PIN} {ref.hash}", newest.wordings.hash)
             write_json(pins, known)
         if known[reference] in known:
             reference = known[reference]
         text = self._copy_of(known[reference])
         name, _, version = reference.partition("@")
         text = text.model_copy(update={"name": name, "version": int(version)}) if version else text
-        # Without a pin the run is from before contrasts were derived, and goes on without.
-        pin = known.get(_DERIVED_PIN) if self._judge.kind != "chat" and text.derives else None
+        # Without a pin the run is from before contrasts were derived, and goes on without; one without a text's name is
+        # from before opposites were, which are a text's own.
+        pin = known.get(f"{_DERIVED_PIN} {text.hash}", known.get(_DERIVED_PIN))
+        pin = pin if self._judge.kind != "chat" and text.derives else None
         return text.derived_by(derived_copy(self._run, pin) if pin else None)
 
     def _newest(self, reference: str) -> Constitution:
         text, source = load_with_source(self._directory, reference)
-        text = asked_by(self._judge, text, NEWEST if text.derives else None)
+        text = asked_by(self._judge, text)
         if self._selects:
             check_selects(text)
         if text.wordings is not None:
