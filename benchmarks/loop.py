@@ -60,7 +60,7 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-from rlaif.workers.process import WorkerLike
+from rlaif.workers.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "embedded:smollm2-135m-instruct"
@@ -357,7 +357,7 @@ def make_judge() -> FreeJudge:
 class _Timed:
     """A worker, and how long its caller waited for each method."""
 
-    def __init__(self, worker: WorkerLike, waited: dict[str, float]) -> None:
+    def __init__(self, worker: Worker, waited: dict[str, float]) -> None:
         self.name = worker.name
         self._worker = worker
         self._waited = waited
@@ -425,7 +425,7 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
     from rlaif.loop.in_force import Texts
     from rlaif.models import digest_of
     from rlaif.rundir.store import RunDir
-    from rlaif.workers.process import start_worker
+    from rlaif.workers.start import start_worker
 
     job = job_for(len(prompts))
     warm_up = job.model_copy(update={"prompts": Prompts(per_iteration=BATCH)})

@@ -11,7 +11,8 @@ from rlaif.learning import make
 from rlaif.loop.hand_over_check import QUESTIONS, Trained, settings_for, train
 from rlaif.loop.weights import decoding_gap, to_score_again
 from rlaif.records import DecodingGap, Message, PolicyVersion, Prompt, TokenSequence
-from rlaif.workers.process import InlineWorker, start_worker
+from rlaif.workers.inline import InlineWorker
+from rlaif.workers.start import start_worker
 from tests.architectures import make_model
 
 PROMPTS = [Prompt(id=str(i), messages=(Message(role="user", content="why? " * (i + 1)),)) for i in range(3)]

@@ -33,7 +33,7 @@ from rlaif.records import (
     Vote,
 )
 from rlaif.rundir.store import RunDir
-from rlaif.workers.process import InlineWorker
+from rlaif.workers.inline import InlineWorker
 
 BASE_DIGEST = "base-weights"
 

@@ -15,7 +15,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.loop.hand_over_check import HandOver, check_hand_over, compare
 from rlaif.loop.weights import decoding_gap, to_score_again, weights_gap
 from rlaif.records import Completion, PolicyVersion
-from rlaif.workers.process import Worker
+from rlaif.workers.process import ProcessWorker
 from tests.architectures import ARCHITECTURES, MIXTURES, make_model
 from tests.conftest import project_job
 from tests.hand_over_makers import sampler
@@ -99,9 +99,9 @@ def test_the_command_takes_a_job_or_a_model(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.fixture(scope="module")
-def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessWorker]:
     log = tmp_path_factory.mktemp("logs") / "maker.log"
-    with Worker("maker", "tests.hand_over_makers:Maker", {}, log) as made:
+    with ProcessWorker("maker", "tests.hand_over_makers:Maker", {}, log) as made:
         yield made
 
 
@@ -109,7 +109,7 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *(f"{name} with adapters" for name in MIXTURES)])
-def test_vllm(name: str, maker: Worker, tmp_path: Path) -> None:
+def test_vllm(name: str, maker: ProcessWorker, tmp_path: Path) -> None:
     """Engines in one process: each starts in a second once vLLM is imported."""
     architecture, _, lora = name.partition(" ")
     trained = maker.call("make", name=architecture, folder=str(tmp_path), lora=bool(lora))
@@ -139,7 +139,7 @@ SETTINGS = (
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_answers_are_scored_as_they_were_decoded(name: str, maker: Worker, tmp_path: Path) -> None:
+def test_answers_are_scored_as_they_were_decoded(name: str, maker: ProcessWorker, tmp_path: Path) -> None:
     """Whatever temperature and top-p: the raw log p is recorded."""
     gap = maker.call("decoded", name=name, folder=str(tmp_path), engine="transformers", **SETTINGS[0])
     assert gap.answers == 8
@@ -148,7 +148,7 @@ def test_answers_are_scored_as_they_were_decoded(name: str, maker: Worker, tmp_p
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_so_are_cold_and_stopped_ones(number: int, maker: Worker, tmp_path: Path) -> None:
+def test_so_are_cold_and_stopped_ones(number: int, maker: ProcessWorker, tmp_path: Path) -> None:
     kwargs = {"name": "llama-tied", "folder": str(tmp_path), "engine": "transformers"}
     assert maker.call("decoded", **kwargs, **SETTINGS[number]).typical < 1e-4
 
@@ -157,7 +157,7 @@ def test_so_are_cold_and_stopped_ones(number: int, maker: Worker, tmp_path: Path
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("number", range(3))
-def test_vllm_records_the_raw_log_p(number: int, maker: Worker, tmp_path: Path) -> None:
+def test_vllm_records_the_raw_log_p(number: int, maker: ProcessWorker, tmp_path: Path) -> None:
     kwargs = {"name": "gemma3", "folder": str(tmp_path), "engine": "vllm"}
     assert maker.call("decoded", **kwargs, **SETTINGS[number]).typical < 1e-3
 

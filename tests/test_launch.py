@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rlaif.records import Completion, Prompt
 from rlaif.rundir.store import RunDir, read_rows
 from tests.conftest import make_project, project_job
 from tests.stubs import Quiet, text
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class NoLoop:
@@ -55,6 +58,14 @@ def only_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(launch, "start_worker", NoWorker)
     monkeypatch.setattr(launch, "gpu_names", list)
     return calls
+
+
+def test_the_code_of_a_checkout_is_known_by_its_revision() -> None:
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("no git checkout; there the header of a run would name the revision")
+    assert launch.revision() == done.stdout.strip()
 
 
 def start(root: Path, **changes: Any) -> RunDir:

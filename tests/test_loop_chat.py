@@ -23,7 +23,7 @@ from rlaif.loop import Loop
 from rlaif.loop.launch import calibration_of, execute
 from rlaif.records import Completion, Decision, JudgedStats, Pair, Plan, Vote
 from rlaif.rundir.store import RunDir, read_json
-from rlaif.workers.process import InlineWorker
+from rlaif.workers.inline import InlineWorker
 from tests.judging.fault_server import FaultServer
 from tests.judging.test_calibration import ACCEPTED, REFUSED, calibration
 from tests.stubs import StubSampler, stub_job, stub_loop

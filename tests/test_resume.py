@@ -21,7 +21,7 @@ from rlaif.errors import RlaifError, UserError, WorkerError
 from rlaif.records import Decision, Preference
 from rlaif.rundir import store
 from rlaif.rundir.store import RunDir
-from rlaif.workers.process import Worker
+from rlaif.workers.process import ProcessWorker
 from tests.stubs import Quiet, stub_job, stub_loop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +153,7 @@ class DyingJudge:
 
 def test_a_worker_that_dies_is_one_line_and_the_run_goes_on(tmp_path: Path) -> None:
     loop = stub_loop(tmp_path)
-    with Worker("judge", "tests.test_resume:DyingJudge", {}, tmp_path / "judge.log") as judge:
+    with ProcessWorker("judge", "tests.test_resume:DyingJudge", {}, tmp_path / "judge.log") as judge:
         loop.judge = judge
         with pytest.raises(WorkerError, match=r"^judge worker died \(killed by SIGKILL.*its log is .*judge.log") as e:
             loop.run()

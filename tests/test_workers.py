@@ -15,7 +15,10 @@ import psutil
 import pytest
 
 from rlaif.errors import UserError, WorkerError
-from rlaif.workers.process import InlineWorker, Worker, WorkerLike, start_worker, wait_until_ready
+from rlaif.workers.inline import InlineWorker
+from rlaif.workers.process import ProcessWorker
+from rlaif.workers.start import start_worker, wait_until_ready
+from rlaif.workers.worker import Worker
 
 
 class Echo:
@@ -75,15 +78,15 @@ FACTORY = f"{__name__}:Echo"
 
 
 @pytest.fixture(params=["process", "inline"])
-def both(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[WorkerLike]:
+def both(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Worker]:
     worker = start_worker(request.param, "echo", FACTORY, {"greeting": "hi"}, tmp_path / "echo.log")
     yield worker
     worker.close()
 
 
 @pytest.fixture
-def worker(tmp_path: Path) -> Iterator[Worker]:
-    with Worker("echo", FACTORY, {}, tmp_path / "logs" / "echo.log", {"RLAIF_TEST_ENV": "set"}) as w:
+def worker(tmp_path: Path) -> Iterator[ProcessWorker]:
+    with ProcessWorker("echo", FACTORY, {}, tmp_path / "logs" / "echo.log", {"RLAIF_TEST_ENV": "set"}) as w:
         yield w
 
 
@@ -96,7 +99,7 @@ def _gone(pid: int, within_s: float = 5.0) -> bool:
     return False
 
 
-def test_call_and_stream(both: WorkerLike) -> None:
+def test_call_and_stream(both: Worker) -> None:
     both.ready()
     assert both.call("greet", name="Ada") == "hi Ada"
     assert list(both.stream("count", n=3)) == [0, 1, 2]
@@ -112,8 +115,8 @@ def test_each_is_told_when_it_is_ready_whatever_their_order(tmp_path: Path) -> N
         seconds.append(after_s)
 
     with (
-        Worker("slow", FACTORY, {"delay_s": 1.5}, tmp_path / "slow.log") as slow,
-        Worker("quick", FACTORY, {}, tmp_path / "quick.log") as quick,
+        ProcessWorker("slow", FACTORY, {"delay_s": 1.5}, tmp_path / "slow.log") as slow,
+        ProcessWorker("quick", FACTORY, {}, tmp_path / "quick.log") as quick,
         InlineWorker("here", FACTORY, {}) as here,
     ):
         wait_until_ready([slow, quick, here], tell)
@@ -123,8 +126,8 @@ def test_each_is_told_when_it_is_ready_whatever_their_order(tmp_path: Path) -> N
         assert seconds == sorted(seconds)
         wait_until_ready([slow], tell)  # again: at once
     with (
-        Worker("slow", FACTORY, {"delay_s": 60}, tmp_path / "slow.log") as slow,
-        Worker("dies", FACTORY, {"fail": "exit"}, tmp_path / "dies.log") as dies,
+        ProcessWorker("slow", FACTORY, {"delay_s": 60}, tmp_path / "slow.log") as slow,
+        ProcessWorker("dies", FACTORY, {"fail": "exit"}, tmp_path / "dies.log") as dies,
     ):
         started = time.monotonic()
         with pytest.raises(WorkerError, match="dies worker died"):
@@ -132,20 +135,20 @@ def test_each_is_told_when_it_is_ready_whatever_their_order(tmp_path: Path) -> N
         assert time.monotonic() - started < 30, "one that died isn't told only after those that load"
 
 
-def test_user_error_stays_one_and_the_worker_goes_on(both: WorkerLike) -> None:
+def test_user_error_stays_one_and_the_worker_goes_on(both: Worker) -> None:
     with pytest.raises(UserError, match=r"prompts\.jsonl:3: not JSON"):
         both.call("user_error")
     assert both.call("greet", name="Ada") == "hi Ada"
 
 
-def test_exception_becomes_one_line(both: WorkerLike) -> None:
+def test_exception_becomes_one_line(both: Worker) -> None:
     with pytest.raises(WorkerError, match="echo worker failed: ZeroDivisionError: nought") as caught:
         both.call("crash")
     assert "\n" not in str(caught.value)
     assert both.call("greet", name="Ada") == "hi Ada"
 
 
-def test_exception_in_a_stream_comes_after_its_items(both: WorkerLike) -> None:
+def test_exception_in_a_stream_comes_after_its_items(both: Worker) -> None:
     seen = []
     with pytest.raises(WorkerError, match="KeyError"):
         for item in both.stream("count", n=5, fail_at=2):
@@ -154,7 +157,7 @@ def test_exception_in_a_stream_comes_after_its_items(both: WorkerLike) -> None:
     assert both.call("greet", name="Ada") == "hi Ada"
 
 
-def test_unknown_method_is_a_worker_error(both: WorkerLike) -> None:
+def test_unknown_method_is_a_worker_error(both: Worker) -> None:
     with pytest.raises(WorkerError, match="AttributeError"):
         both.call("nothing")
 
@@ -173,13 +176,13 @@ def test_errors_while_building(mode: Any, tmp_path: Path) -> None:
 
 def test_starting_does_not_wait(tmp_path: Path) -> None:
     began = time.monotonic()
-    with Worker("echo", FACTORY, {"delay_s": 1.0}, tmp_path / "echo.log") as worker:
+    with ProcessWorker("echo", FACTORY, {"delay_s": 1.0}, tmp_path / "echo.log") as worker:
         assert time.monotonic() - began < 0.5
         worker.ready()
         assert time.monotonic() - began > 1.0
 
 
-def test_output_and_traceback_go_to_the_log(worker: Worker, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_and_traceback_go_to_the_log(worker: ProcessWorker, capfd: pytest.CaptureFixture[str]) -> None:
     worker.call("greet", name="Ada")
     with pytest.raises(WorkerError):
         worker.call("crash")
@@ -189,13 +192,13 @@ def test_output_and_traceback_go_to_the_log(worker: Worker, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
 
 
-def test_environment_is_set_in_the_child_only(worker: Worker) -> None:
+def test_environment_is_set_in_the_child_only(worker: ProcessWorker) -> None:
     assert worker.call("env", key="RLAIF_TEST_ENV") == "set"
     assert "RLAIF_TEST_ENV" not in os.environ
 
 
 @pytest.mark.parametrize(("sig", "reason"), [(signal.SIGKILL, "memory"), (signal.SIGSEGV, "SIGSEGV")])
-def test_a_killed_worker_is_one_clear_line(worker: Worker, sig: int, reason: str) -> None:
+def test_a_killed_worker_is_one_clear_line(worker: ProcessWorker, sig: int, reason: str) -> None:
     with pytest.raises(WorkerError) as caught:
         worker.call("kill_self", sig=int(sig))
     message = str(caught.value)
@@ -213,20 +216,20 @@ def test_death_while_building_names_the_last_line(tmp_path: Path) -> None:
     log = tmp_path / "echo.log"
     log.write_text("ValueError: from an earlier worker\n")
     with (
-        Worker("echo", FACTORY, {"fail": "exit"}, log) as worker,
+        ProcessWorker("echo", FACTORY, {"fail": "exit"}, log) as worker,
         pytest.raises(WorkerError, match=r"exit code 7.*OutOfCheese"),
     ):
         worker.ready()
     assert log.read_text().startswith("ValueError: from an earlier worker\n")
 
 
-def test_unpicklable_result_is_an_error_not_a_hang(worker: Worker) -> None:
+def test_unpicklable_result_is_an_error_not_a_hang(worker: ProcessWorker) -> None:
     with pytest.raises(WorkerError, match="pickle"):
         worker.call("unpicklable")
     assert worker.call("greet", name="Ada") == "hello Ada"
 
 
-def test_a_stream_closed_early_stops_and_the_next_call_is_right(worker: Worker) -> None:
+def test_a_stream_closed_early_stops_and_the_next_call_is_right(worker: ProcessWorker) -> None:
     items = worker.stream("count", n=10_000_000)
     assert [next(items), next(items)] == [0, 1]
     items.close()  # type: ignore[attr-defined]
@@ -234,7 +237,7 @@ def test_a_stream_closed_early_stops_and_the_next_call_is_right(worker: Worker) 
     assert worker.call("how_many") < 10_000_000
 
 
-def test_a_call_inside_an_open_stream_is_refused(worker: Worker) -> None:
+def test_a_call_inside_an_open_stream_is_refused(worker: ProcessWorker) -> None:
     items = worker.stream("count", n=3)
     next(items)
     with pytest.raises(RuntimeError, match="stream"):
@@ -242,23 +245,29 @@ def test_a_call_inside_an_open_stream_is_refused(worker: Worker) -> None:
     assert list(items) == [1, 2]
 
 
-def test_a_call_given_up_does_not_answer_the_next(worker: Worker) -> None:
+def give_up(worker: ProcessWorker, sleeping_s: float) -> None:
+    """Ctrl-C in a call: the child is still at it."""
+
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    worker.ready()
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
-        worker.ready()
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
-            worker.call("sleep", seconds=0.6)
+            worker.call("sleep", seconds=sleeping_s)
     finally:
         signal.signal(signal.SIGALRM, old)
+
+
+def test_a_call_given_up_does_not_answer_the_next(worker: ProcessWorker) -> None:
+    give_up(worker, sleeping_s=0.6)
     assert worker.call("greet", name="Ada") == "hello Ada"
 
 
 def test_close_ends_the_process_and_what_it_started(tmp_path: Path) -> None:
-    worker = Worker("echo", FACTORY, {}, tmp_path / "echo.log")
+    worker = ProcessWorker("echo", FACTORY, {}, tmp_path / "echo.log")
     worker.ready()
     pid = worker.pid
     worker.close()
@@ -269,10 +278,10 @@ def test_close_ends_the_process_and_what_it_started(tmp_path: Path) -> None:
 
 def test_close_while_busy_kills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlaif.workers.process.CLOSE_GRACE_S", 0.2)
-    worker = Worker("echo", FACTORY, {}, tmp_path / "echo.log")
+    worker = ProcessWorker("echo", FACTORY, {}, tmp_path / "echo.log")
     worker.ready()
     grandchild = worker.call("spawn_child")
-    worker._send("sleep", {"seconds": 60}, stream=False)
+    give_up(worker, sleeping_s=60)
     began = time.monotonic()
     worker.close()
     assert time.monotonic() - began < 3
@@ -284,8 +293,8 @@ _PARENT = """
 import signal, sys, time
 # A shell that started the tests in the background has told them to ignore Ctrl-C; a user's terminal has not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from rlaif.workers.process import Worker
-worker = Worker("echo", {factory!r}, {{}}, __import__("pathlib").Path({log!r}))
+from rlaif.workers.process import ProcessWorker
+worker = ProcessWorker("echo", {factory!r}, {{}}, __import__("pathlib").Path({log!r}))
 worker.ready()
 print(worker.pid, worker.call("spawn_child"), flush=True)
 worker.call("sleep", seconds=60)

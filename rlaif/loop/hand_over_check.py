@@ -20,7 +20,8 @@ from rlaif.hardware import gpu_names
 from rlaif.loop.weights import weights_gap
 from rlaif.records import Message, Preference, Prompt, Record, TokenSequence, WeightsGap
 from rlaif.workers.placement import place, usable_gpus
-from rlaif.workers.process import WorkerLike, start_worker
+from rlaif.workers.start import start_worker
+from rlaif.workers.worker import Worker
 
 QUESTIONS = tuple(
     Prompt(id=str(i), messages=(Message(role="user", content=question),))
@@ -70,7 +71,7 @@ def settings_for(learner: Learner) -> Learner:
     return learner.model_copy(update=changes)
 
 
-def train(learner: WorkerLike, texts: list[TokenSequence], to: Path) -> Trained:
+def train(learner: Worker, texts: list[TokenSequence], to: Path) -> Trained:
     """Two steps of a learner made with `settings_for`, exported to a folder."""
     given = learner.call("logprobs", sequences=texts)
     list(learner.stream("update", preferences=_preferences(texts), iteration=0))
@@ -84,7 +85,7 @@ def train(learner: WorkerLike, texts: list[TokenSequence], to: Path) -> Trained:
     )
 
 
-def compare(sampler: WorkerLike, model: Path, trained: Trained, limit: float) -> Iterator[HandOver]:
+def compare(sampler: Worker, model: Path, trained: Trained, limit: float) -> Iterator[HandOver]:
     """Three loads of a sampler that was started on `model`, each compared with the learner's own scores."""
     computes_in = sampler.call("computes_in")
     loads: list[tuple[Any, str | None, Logprobs, str]] = [
@@ -118,7 +119,7 @@ def check_hand_over(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlaif-hand-over-")))
         devices = place(job, usable_gpus(len(gpu_names()))) if mode == "process" else {}
 
-        def start(name: str, factory: str, **kwargs: Any) -> WorkerLike:
+        def start(name: str, factory: str, **kwargs: Any) -> Worker:
             note(f"loading the {name}")
             env = {"CUDA_VISIBLE_DEVICES": devices[name]} if name in devices else None
             worker = start_worker(mode, name, factory, kwargs, scratch / f"{name}.log", env)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import rlaif
 from rlaif import __version__, models
 from rlaif.config import Job, Judge, changed_keys, may_change, parse_job
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
@@ -32,7 +33,8 @@ from rlaif.rundir.heads import write_head
 from rlaif.rundir.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
 from rlaif.sampling import PromptProblem
 from rlaif.workers.placement import place, usable_gpus
-from rlaif.workers.process import InlineWorker, Worker, WorkerLike, start_worker, wait_until_ready
+from rlaif.workers.start import start_worker, wait_until_ready
+from rlaif.workers.worker import Worker
 
 _STARTING = ".starting"
 """Marks a folder in which a start writes and that has no run.json yet."""
@@ -138,9 +140,9 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
                 _check_still_askable(job, workers["sampler"], [*train, *held_out])
             loop.train, loop.held_out = asked
 
-        workers: dict[str, Worker | InlineWorker] = {}
+        workers: dict[str, Worker] = {}
         devices = place(job, usable_gpus(len(gpu_names())))
-        unready: list[Worker | InlineWorker] = []
+        unready: list[Worker] = []
         for name, (factory, kwargs) in factories.items():
             env = {"CUDA_VISIBLE_DEVICES": devices[name]} if name in devices else None
             worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log", env)
@@ -198,7 +200,7 @@ def _tell_trackers(run: RunDir, failed: list[str], note: Callable[[str], None]) 
         note(message)
 
 
-def _close_trackers(run: RunDir, learner: WorkerLike, note: Callable[[str], None]) -> None:
+def _close_trackers(run: RunDir, learner: Worker, note: Callable[[str], None]) -> None:
     """Lets trackers send the rest, however long it takes, and tells what failed: of a worker that ends nobody hears."""
     try:
         failed = learner.call("close")
@@ -364,7 +366,7 @@ def _copy_prompts(run: RunDir, train: list[Prompt], held_out: list[Prompt]) -> N
 def _askable(
     run: RunDir,
     job: Job,
-    sampler: WorkerLike,
+    sampler: Worker,
     train: list[Prompt],
     held_out: list[Prompt],
     places: dict[str, str],
@@ -403,7 +405,7 @@ def _askable(
     return train, held_out
 
 
-def _check_still_askable(job: Job, sampler: WorkerLike, prompts: list[Prompt]) -> None:
+def _check_still_askable(job: Job, sampler: Worker, prompts: list[Prompt]) -> None:
     """The same for a run that goes on with other settings, say another `sampling.max_model_len`.
 
     Raises:
@@ -485,7 +487,7 @@ def _version(package: str) -> str | None:
 
 def revision() -> str | None:
     """The code's git revision, where it runs from a checkout."""
-    here = Path(__file__).resolve().parents[1]
+    here = Path(rlaif.__file__).resolve().parents[1]
     command = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()

@@ -29,7 +29,7 @@ from rlaif.records import (
 )
 from rlaif.rundir.stages import EVALUATION, ITERATION
 from rlaif.rundir.store import RunDir, StageDir
-from rlaif.workers.process import WorkerLike
+from rlaif.workers.worker import Worker
 
 
 class Progress(Protocol):
@@ -93,10 +93,10 @@ class Running:
     base_digest: str
     judge_name: str
     """Kind and weights' digest: votes of other weights are other votes."""
-    sampler: WorkerLike
-    judge: WorkerLike
-    learner: WorkerLike
-    measurer: WorkerLike
+    sampler: Worker
+    judge: Worker
+    learner: Worker
+    measurer: Worker
     """Who says how sane an answer is: a likelihood judge on the base policy, often the judge itself."""
     progress: Progress
     calibration: Calibration | None = None

@@ -1,6 +1,8 @@
-"""Where a role runs: sampler, judge and learner behind one narrow interface.
+"""Where a role runs, and how weights reach it: sampler, judge and learner behind one narrow interface.
 
-In: `"module:callable"` and its arguments. Out: an object whose methods are called by name with records and paths, in
-this process (`inline`) or in one of its own (`process`); a crash is one line in the loop. `placement` says which GPUs a
-role sees. To run roles elsewhere: another class with `WorkerLike`'s methods, and a name for it in `start_worker`.
+In: `"module:callable"` and its arguments. Out: an object (`worker.Worker`) whose methods are called by name with
+records and references, in this process (`inline`) or in one of its own (`process`, whose other side is `child`); a
+crash is one line in the loop. `placement` says how each role runs and which GPUs it sees, `start` starts it, `weights`
+is what roles hand each other instead of a policy's weights. To run roles elsewhere: another class with `Worker`'s
+methods, and a name for it in `start_worker`.
 """

@@ -23,7 +23,7 @@ from rlaif.judging.opened import Opened, open_with_ballots
 from rlaif.judging.verdicts import aggregate, by_pair
 from rlaif.records import Ballot, Completion, Pair, Vote
 from rlaif.rundir.store import RunDir, write_json
-from rlaif.workers.process import InlineWorker
+from rlaif.workers.inline import InlineWorker
 from tests.judging.fault_server import FaultServer
 from tests.stubs import BASE_DIGEST, StubJudge, fraction, stub_job, stub_loop, stub_prompts, write_texts
 from tests.test_loop_chat import chat_job, chat_loop, greater_number

@@ -16,7 +16,7 @@ from typing import Any
 from rlaif.config import Job
 from rlaif.records import digest
 from rlaif.rundir.store import write_json
-from rlaif.workers.process import InlineWorker
+from rlaif.workers.inline import InlineWorker
 from tests.judging.fault_server import FaultServer
 from tests.stubs import BASE_DIGEST, fraction, stub_job, stub_loop, stub_prompts
 

@@ -93,11 +93,11 @@ def test_a_run_reports_to_tensorboard_and_mlflow(tmp_path: Path, tiny_model: Pat
 
 def test_a_worker_that_ends_has_sent_everything(tmp_path: Path, model_path: str, mlflow_store: Any) -> None:
     """A worker's process ends without exit handlers, and MLflow's callback hands numbers to a thread."""
-    from rlaif.workers.process import Worker
+    from rlaif.workers.process import ProcessWorker
 
     settings = config.Learner(precision="fp32", args={"report_to": ["tensorboard", "mlflow"]})
     kwargs = {"model_path": model_path, "settings": settings, "seed": 1, "output_dir": str(tmp_path / "out")}
-    with Worker("learner", "rlaif.learning:make", kwargs, tmp_path / "learner.log") as worker:
+    with ProcessWorker("learner", "rlaif.learning:make", kwargs, tmp_path / "learner.log") as worker:
         for n in range(20):
             assert worker.call("track", values={"pipeline/iteration": n}, step=n) == []
     (tracked,) = mlflow_store.search_runs([e.experiment_id for e in mlflow_store.search_experiments()])

@@ -19,7 +19,7 @@ from rlaif.models import load_tokenizer
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.endings import Endings
 from rlaif.sampling.requests import seed_for
-from rlaif.workers.process import Worker
+from rlaif.workers.process import ProcessWorker
 from tests.sampling.conftest import END
 
 pytestmark = [
@@ -43,20 +43,22 @@ def make_requests(count: int = 40, temperature: float = 1.0, top_p: float = 1.0)
     ]
 
 
-def run(worker: Worker, requests: list[SampleRequest]) -> dict[str, Sample]:
+def run(worker: ProcessWorker, requests: list[SampleRequest]) -> dict[str, Sample]:
     return {s.id: s for batch in worker.stream("sample", requests=requests) for s in batch}
 
 
 @pytest.fixture(scope="module")
-def worker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def worker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessWorker]:
     settings = config.Sampling(max_tokens=24, max_model_len=64, kv_cache_gib=0.05)
     log = tmp_path_factory.mktemp("logs") / "sampler.log"
-    with Worker("sampler", "rlaif.sampling.vllm:Sampler", {"model_path": str(tiny), "settings": settings}, log) as w:
+    with ProcessWorker(
+        "sampler", "rlaif.sampling.vllm:Sampler", {"model_path": str(tiny), "settings": settings}, log
+    ) as w:
         w.ready()
         yield w
 
 
-def test_answers_are_complete_and_repeat(worker: Worker) -> None:
+def test_answers_are_complete_and_repeat(worker: ProcessWorker) -> None:
     first = run(worker, make_requests())
     assert sorted(first) == sorted(r.id for r in make_requests())
     assert run(worker, make_requests()) == first
@@ -70,7 +72,7 @@ def test_answers_are_complete_and_repeat(worker: Worker) -> None:
     assert run(worker, reseeded) != first
 
 
-def test_logprobs_and_nucleus_are_the_models_own(worker: Worker, tiny: Path) -> None:
+def test_logprobs_and_nucleus_are_the_models_own(worker: ProcessWorker, tiny: Path) -> None:
     """Against a plain forward pass: raw log-probabilities, and no token from outside the tempered nucleus."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -87,13 +89,13 @@ def test_logprobs_and_nucleus_are_the_models_own(worker: Worker, tiny: Path) -> 
             assert float(row[row > row[token]].sum()) < 0.6 + 0.03  # what is likelier doesn't fill the nucleus
 
 
-def test_greedy_ignores_seeds(worker: Worker) -> None:
+def test_greedy_ignores_seeds(worker: ProcessWorker) -> None:
     greedy = make_requests(temperature=0.0)
     reseeded = [r.model_copy(update={"seed": r.seed ^ 1}) for r in greedy]
     assert run(worker, greedy) == run(worker, reseeded)
 
 
-def test_new_weights_by_path_and_back(worker: Worker, tiny: Path, other_tiny: Path) -> None:
+def test_new_weights_by_path_and_back(worker: ProcessWorker, tiny: Path, other_tiny: Path) -> None:
     before = run(worker, make_requests())
     worker.call("load", policy_path=str(other_tiny))
     changed = run(worker, make_requests())
@@ -102,7 +104,7 @@ def test_new_weights_by_path_and_back(worker: Worker, tiny: Path, other_tiny: Pa
     assert run(worker, make_requests()) == before
 
 
-def test_a_batch_given_up_leaves_nothing_behind(worker: Worker) -> None:
+def test_a_batch_given_up_leaves_nothing_behind(worker: ProcessWorker) -> None:
     whole = run(worker, make_requests())
     stream = worker.stream("sample", requests=make_requests())
     next(stream)
@@ -110,13 +112,13 @@ def test_a_batch_given_up_leaves_nothing_behind(worker: Worker) -> None:
     assert run(worker, make_requests()) == whole
 
 
-def test_a_prompt_that_leaves_no_room_is_a_user_error(worker: Worker) -> None:
+def test_a_prompt_that_leaves_no_room_is_a_user_error(worker: ProcessWorker) -> None:
     long = make_requests(1)[0].model_copy(update={"prompt_token_ids": (3,) * 60})
     with pytest.raises(UserError, match="max_model_len is 64"):
         run(worker, [long])
 
 
-def test_nothing_of_vllms_output_is_seen(worker: Worker, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_of_vllms_output_is_seen(worker: ProcessWorker, capfd: pytest.CaptureFixture[str]) -> None:
     run(worker, make_requests(2))
     assert capfd.readouterr() == ("", "")
 
@@ -141,7 +143,7 @@ def test_stops_are_those_of_the_other_engine(tiny: Path, tmp_path: Path) -> None
     settings = config.Sampling(max_tokens=24, max_model_len=64, kv_cache_gib=0.05, precision="fp32", stop=stop)
     other = Sampler(str(folder), settings)
     wanted = run_inline(other, requests)
-    with Worker(
+    with ProcessWorker(
         "sampler", "rlaif.sampling.vllm:Sampler", {"model_path": str(folder), "settings": settings}, tmp_path / "log"
     ) as worker:
         found = run(worker, requests)
@@ -182,5 +184,5 @@ def test_prompts_that_fill_more_than_one_step(tiny: Path, tmp_path: Path) -> Non
         for i in range(96)
     ]
     kwargs = {"model_path": str(tiny), "settings": settings}
-    with Worker("sampler", "rlaif.sampling.vllm:Sampler", kwargs, tmp_path / "log") as worker:
+    with ProcessWorker("sampler", "rlaif.sampling.vllm:Sampler", kwargs, tmp_path / "log") as worker:
         assert len(run(worker, requests)) == 96

@@ -9,7 +9,7 @@ from typing import Any
 from rlaif.config import Job
 from rlaif.records import Completion
 from rlaif.rundir.store import write_json
-from rlaif.workers.process import InlineWorker
+from rlaif.workers.inline import InlineWorker
 from tests.stubs import BASE_DIGEST, StubSampler, stub_job, stub_loop, stub_prompts
 
 HOSTILE = (

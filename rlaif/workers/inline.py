@@ -1,0 +1,81 @@
+"""A worker in the caller's own process: what it is asked to do happens here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from rlaif.errors import UserError, WorkerError
+from rlaif.workers.worker import built, one_line
+
+
+class InlineWorker:
+    """A `Worker` without a process. `env` is ignored: this process is already running."""
+
+    def __init__(
+        self,
+        name: str,
+        factory: str,
+        kwargs: dict[str, Any],
+        log_path: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._start = (factory, kwargs)
+        self.target: Any = None
+        """The object that is called, once `ready` has built it."""
+        self._closed = False
+
+    def poll(self, timeout_s: float) -> bool:
+        """As `ProcessWorker.poll`: building happens in `ready`."""
+        return True
+
+    def ready(self) -> None:
+        """Builds the object, the first time."""
+        if self.target is None:
+            factory, kwargs = self._start
+            with self._errors():
+                self.target = built(factory, kwargs)
+
+    def call(self, method: str, **kwargs: Any) -> Any:
+        """As `ProcessWorker.call`."""
+        self.ready()
+        with self._errors():
+            return getattr(self.target, method)(**kwargs)
+
+    def stream(self, method: str, **kwargs: Any) -> Iterator[Any]:
+        """As `ProcessWorker.stream`."""
+        self.ready()
+        with self._errors():
+            items = iter(getattr(self.target, method)(**kwargs))
+        while True:
+            with self._errors():
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+    def close(self) -> None:
+        """As `ProcessWorker.close`."""
+        if not self._closed and self.target is not None and hasattr(self.target, "close"):
+            self.target.close()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as e:
+            raise WorkerError(f"{self.name} worker failed: {one_line(e)}") from e

@@ -1,0 +1,44 @@
+"""Starting workers of the kind that a job asks for, and waiting for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rlaif.workers.inline import InlineWorker
+from rlaif.workers.process import ProcessWorker
+from rlaif.workers.worker import Worker
+
+
+def start_worker(
+    mode: Literal["process", "inline"],
+    name: str,
+    factory: str,
+    kwargs: dict[str, Any],
+    log_path: Path,
+    env: Mapping[str, str] | None = None,
+) -> Worker:
+    """A worker of the kind that the job's `workers` names."""
+    if mode == "process":
+        return ProcessWorker(name, factory, kwargs, log_path, env)
+    return InlineWorker(name, factory, kwargs, log_path, env)
+
+
+def wait_until_ready(
+    workers: Iterable[Worker], told: Callable[[str, float, list[str]], None], poll_s: float = 0.1
+) -> None:
+    """Waits until all are built; the first that fails raises what it failed with.
+
+    Args:
+        told: Called for each as soon as it is built: its name, seconds since the call, and who is still awaited.
+    """
+    started = time.monotonic()
+    waiting = list(workers)
+    while waiting:
+        for worker in list(waiting):
+            if worker.poll(poll_s):
+                worker.ready()
+                waiting.remove(worker)
+                told(worker.name, time.monotonic() - started, [w.name for w in waiting])

@@ -1,0 +1,52 @@
+"""What the loop knows of a worker, and what every kind of worker does: build the object, say what went wrong."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+
+class Worker(Protocol):
+    """A long-lived object that is called by name, in whichever process it is.
+
+    Starting returns at once, so that several workers can load while the loop does something else. Not for use by
+    several threads at once.
+    """
+
+    name: str
+    """For messages: `sampler`, `judge`, `learner`."""
+
+    def poll(self, timeout_s: float) -> bool:
+        """Whether `ready` has an answer, good or bad, after at most so many seconds."""
+
+    def ready(self) -> None:
+        """Waits until the object is built. Raises what building it raised."""
+
+    def call(self, method: str, **kwargs: Any) -> Any:
+        """Calls a method and waits for its result."""
+
+    def stream(self, method: str, **kwargs: Any) -> Iterator[Any]:
+        """Calls a method that returns an iterator; its items arrive one by one."""
+
+    def close(self) -> None:
+        """Ends the worker. Closing twice does nothing."""
+
+
+def built(factory: str, kwargs: dict[str, Any]) -> Any:
+    """The object that a worker holds.
+
+    Args:
+        factory: `"module:callable"`.
+        kwargs: what it is called with.
+    """
+    module, _, attribute = factory.partition(":")
+    return getattr(importlib.import_module(module), attribute)(**kwargs)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's kind and message, cut to a line."""
+    text = " ".join(str(error).split())
+    if len(text) > 400:
+        text = text[:400] + " …"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
