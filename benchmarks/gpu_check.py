@@ -29,6 +29,7 @@ from rlaif.config import Judge, Learner
 from rlaif.hardware import facts, gpu_names
 from rlaif.judging.candidates import Candidate
 from rlaif.records import Message, Preference, TokenSequence
+from rlaif.workers.weights import WeightsRef
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_VLLM = ("llama-tied", "qwen3-tied", "gemma3", "gpt2", "mixtral", "qwen3-moe")
@@ -61,8 +62,9 @@ def numbers(folder: Path) -> dict[str, list[float]]:
             learner = make_learner(kind, str(folder), settings, seed=7, export_precision="fp32")
             out[f"{kind} as given"] = [v for row in learner.logprobs(texts) for v in row]
             out[f"{kind} losses"] = [step.loss for step in learner.update(pairs, 0)]
-            learner.save(f"{scratch}/state", f"{scratch}/policy")
-            again = make_learner(kind, str(folder), settings, seed=7, state_dir=f"{scratch}/state")
+            made = learner.save(Path(scratch, "state"), Path(scratch, "policy"))
+            again = make_learner(kind, str(folder), settings, seed=7)
+            again.load(WeightsRef(digest=made.digest, path=Path(scratch, "state")))
             out[f"{kind} after"] = [v for row in again.logprobs(texts) for v in row]
             out[f"{kind} goes on"] = [step.loss for step in again.update(pairs, 1)]
     judge = LikelihoodJudge(str(folder), Judge(precision="fp32"))
@@ -81,7 +83,7 @@ def numbers(folder: Path) -> dict[str, list[float]]:
 
 def hand_overs(engine: str, trained: Path) -> dict[str, float]:
     """The largest `typical` gap of three loads, by what was trained (`tests/hand_over_makers.py`)."""
-    from rlaif.loop.hand_over_check import Trained, compare
+    from rlaif.loop.deep_check import Trained, compare
     from tests.hand_over_makers import sampler
 
     found: dict[str, float] = {}

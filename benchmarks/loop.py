@@ -426,6 +426,7 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
     from rlaif.models import digest_of
     from rlaif.rundir.store import RunDir
     from rlaif.workers.start import start_worker
+    from rlaif.workers.weights import WeightsRef
 
     job = job_for(len(prompts))
     warm_up = job.model_copy(update={"prompts": Prompts(per_iteration=BATCH)})
@@ -452,8 +453,7 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
             Texts(job, run, ROOT),
             train=prompts,
             held_out=prompts[:1],
-            base_model=model,
-            base_digest=digest_of(model),
+            base=WeightsRef(digest=digest_of(model), path=model),
             judge_name="hash",
             measurer=workers["judge"],
             progress=_Notes(),

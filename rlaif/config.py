@@ -513,24 +513,27 @@ class Monitors(Section):
     """Stop the run at an alarm (it can be resumed) instead of noting it and going on."""
 
 
-class Devices(Section):
-    """Which GPUs each role uses, counted from 0 among those that the process sees. Absent: all roles share one GPU;
-    of several, the sampler takes the first, the learner the next, the judge the one after (untried here)."""
+WorkerKind = Literal["process", "inline"]
+PlacedRole = Literal["sampler", "learner", "judge"]
 
-    sampler: list[int] | None = None
-    """As many as `sampling.tensor_parallel_size`."""
-    learner: list[int] | None = Field(None, min_length=1, max_length=1)
-    """One."""
-    judge: list[int] | None = Field(None, min_length=1, max_length=1)
-    """One, for a likelihood judge; who measures relevance and base log p uses it too."""
 
-    @model_validator(mode="after")
-    def _counted_from_0(self) -> Devices:
-        for role in Devices.model_fields:
-            numbers = getattr(self, role) or []
-            if min(numbers, default=0) < 0 or len(set(numbers)) != len(numbers):
-                raise ValueError(f"devices.{role}: {numbers} are no GPUs; for example [0]")
-        return self
+class Place(Section):
+    """Where a role runs: `sampler`, `learner`, or `judge`, which takes along who measures relevance and base log p.
+    Absent: as `workers` says, all roles on one GPU; of several, the sampler takes the first, the learner the next, the
+    judge the one after (untried on several GPUs)."""
+
+    worker: WorkerKind | None = None
+    """In place of the job's `workers`, for this role."""
+    devices: list[int] | None = Field(None, min_length=1)
+    """Its GPUs, counted from 0 among those that the process sees: as many as `sampling.tensor_parallel_size` for the
+    sampler, one for others. Not for an `inline` worker, which sees what the loop's process sees."""
+
+    @field_validator("devices")
+    @classmethod
+    def _counted_from_0(cls, devices: list[int] | None) -> list[int] | None:
+        if devices and (min(devices) < 0 or len(set(devices)) != len(devices)):
+            raise ValueError("these are no GPUs; for example [0]")
+        return devices
 
 
 class Job(Section):
@@ -558,9 +561,33 @@ class Job(Section):
     replay: Replay = Replay()
     eval: Eval = Eval()
     monitors: Adjustable[Monitors] = Monitors()
-    devices: Adjustable[Devices] = Devices()
-    workers: Adjustable[Literal["process", "inline"]] = "process"
-    """Sampler, judge and learner each in a process of its own, or (tests) in the loop's."""
+    placement: Adjustable[dict[PlacedRole, Place]] = Field(default_factory=dict)
+    workers: Adjustable[WorkerKind] = "process"
+    """Sampler, judge and learner each in a process of its own, or (tests) in the loop's; `placement` says it of one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _devices_of_older_jobs(cls, tree: Any) -> Any:
+        """Before `placement` there was `devices`: a role's GPUs, or null."""
+        if not isinstance(tree, dict) or not isinstance(older := tree.get("devices"), dict):
+            return tree
+        rest = {key: value for key, value in tree.items() if key != "devices"}
+        places = {role: {"devices": devices} for role, devices in older.items() if devices is not None}
+        if not places:
+            return rest
+        placement = tree.get("placement") or {}
+        if not isinstance(placement, dict):  # what is wrong with it is said of it
+            return rest
+        if twice := [role for role in places if role in placement]:
+            raise ValueError(f"devices: placement.{twice[0]} says it too; remove `devices`, its older name")
+        return rest | {"placement": placement | places}
+
+    @model_validator(mode="after")
+    def _one_gpu_for_one(self) -> Job:
+        for role, place in self.placement.items():
+            if role != "sampler" and len(place.devices or [0]) > 1:
+                raise ValueError(f"placement.{role}.devices: {place.devices}, but it runs on one; for example [0]")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -8,8 +8,8 @@ from typing import Any
 
 from rlaif.config import Learner, Lora, Precision, Sampling
 from rlaif.learning import make
-from rlaif.loop.hand_over_check import QUESTIONS, Trained, settings_for, train
-from rlaif.loop.weights import decoding_gap, to_score_again
+from rlaif.loop.deep_check import QUESTIONS, Trained, settings_for, train
+from rlaif.loop.gaps import decoding_gap, to_score_again
 from rlaif.records import DecodingGap, Message, PolicyVersion, Prompt, TokenSequence
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.start import start_worker

@@ -34,6 +34,7 @@ from rlaif.records import (
 )
 from rlaif.rundir.store import RunDir
 from rlaif.workers.inline import InlineWorker
+from rlaif.workers.weights import WeightsRef
 
 BASE_DIGEST = "base-weights"
 
@@ -89,8 +90,8 @@ class StubSampler:
         self._digest = self._computes_with = BASE_DIGEST
         self._forgetful, self._decodes_with = forgetful, decodes_with
 
-    def load(self, policy_path: str) -> None:
-        self._digest = (Path(policy_path) / "weights.txt").read_text()
+    def load(self, weights: WeightsRef) -> None:
+        self._digest = (weights.folder() / "weights.txt").read_text()
         if not self._forgetful:
             self._computes_with = self._digest
 
@@ -216,12 +217,12 @@ class StubLearner:
             kl = fraction("kl", c.text)
             yield [Divergence(completion_id=c.id, prompt_id=c.prompt_id, tokens=len(c.token_ids), kl=kl)]
 
-    def save(self, state_dir: str, policy_dir: str) -> str:
-        Path(state_dir).mkdir(parents=True)
-        Path(policy_dir).mkdir(parents=True)
-        (Path(state_dir) / "state.json").write_text(json.dumps([self._weights, self._step]))
-        (Path(policy_dir) / "weights.txt").write_text(self._weights)
-        return self._weights
+    def save(self, state_dir: Path, policy_dir: Path) -> WeightsRef:
+        state_dir.mkdir(parents=True)
+        policy_dir.mkdir(parents=True)
+        (state_dir / "state.json").write_text(json.dumps([self._weights, self._step]))
+        (policy_dir / "weights.txt").write_text(self._weights)
+        return WeightsRef(digest=self._weights, path=policy_dir)
 
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         return stub_logprobs(self._weights, sequences)
@@ -230,16 +231,16 @@ class StubLearner:
         self.tracked.append((step, values))
         return []
 
-    def export(self, policy_dir: str) -> str:
-        Path(policy_dir).mkdir(parents=True)
-        (Path(policy_dir) / "weights.txt").write_text(self._weights)
-        return f"rounded {self._weights}"
+    def export(self, policy_dir: Path) -> WeightsRef:
+        policy_dir.mkdir(parents=True)
+        (policy_dir / "weights.txt").write_text(self._weights)
+        return WeightsRef(digest=f"rounded {self._weights}", path=policy_dir)
 
     def exports_in(self) -> str:
         return "fp32"
 
-    def load(self, state_dir: str) -> None:
-        self._weights, self._step = json.loads((Path(state_dir) / "state.json").read_text())
+    def load(self, state: WeightsRef) -> None:
+        self._weights, self._step = json.loads((state.path / "state.json").read_text())
 
 
 class Quiet:
@@ -304,8 +305,7 @@ def stub_loop(
         Texts(job, run, root, progress.note),
         stub_prompts(20, "train"),
         stub_prompts(4, "held"),
-        root / "base",
-        base_digest=BASE_DIGEST,
+        WeightsRef(digest=BASE_DIGEST, path=root / "base"),
         judge_name="stub",
         sampler=worker("sampler", "StubSampler", forgetful=forgetful, decodes_with=decodes_with),
         judge=(judge := worker("judge", "StubJudge", casts=str(root / "casts.log"))),

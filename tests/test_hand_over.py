@@ -12,8 +12,8 @@ import pytest
 
 from rlaif.config import Job, parse_job
 from rlaif.errors import RlaifError, UserError
-from rlaif.loop.hand_over_check import HandOver, check_hand_over, compare
-from rlaif.loop.weights import decoding_gap, to_score_again, weights_gap
+from rlaif.loop.deep_check import CheckedLoad, check_hand_over, compare
+from rlaif.loop.gaps import decoding_gap, to_score_again, weights_gap
 from rlaif.records import Completion, PolicyVersion
 from rlaif.workers.process import ProcessWorker
 from tests.architectures import ARCHITECTURES, MIXTURES, make_model
@@ -76,12 +76,12 @@ def test_the_command_takes_a_job_or_a_model(tmp_path: Path, monkeypatch: pytest.
     job = project_job(tmp_path, model, policy={"model": str(model), "system_prompt": "w1"}, sampling={"top_p": 0.5})
     asked = []
 
-    def checked(folder: Path, job: Job, **_: Any) -> Iterator[HandOver]:
+    def checked(folder: Path, job: Job, **_: Any) -> Iterator[CheckedLoad]:
         asked.append((folder, job))
         gap = weights_gap([(0.0,)], [(0.0,)], "x", "fp32")
-        yield HandOver(weights="as given", gap=gap, moved=0, holds=True)
+        yield CheckedLoad(weights="as given", gap=gap, moved=0, holds=True)
 
-    monkeypatch.setattr("rlaif.loop.hand_over_check.check_hand_over", checked)
+    monkeypatch.setattr("rlaif.loop.deep_check.check_hand_over", checked)
     command = ["doctor", "--job", str(tmp_path / "tiny.yaml")]
     assert CliRunner().invoke(app, command).exit_code == 0
     assert CliRunner().invoke(app, [*command, "--set", "policy.system_prompt=w2"]).exit_code == 0

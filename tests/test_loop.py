@@ -31,6 +31,7 @@ from rlaif.records import (
     WeightsGap,
 )
 from rlaif.rundir.store import RunDir, read_record, read_rows
+from rlaif.workers.weights import WeightsRef
 from tests.conftest import make_project, project_job
 from tests.stubs import Quiet, stub_job, stub_loop, text, write_texts
 
@@ -140,7 +141,7 @@ def test_real_weights_are_compared_again_when_a_run_goes_on(
         return project_job(tmp_path, tiny_model, iterations=iterations, schedule={0: "rules@1"}, learner=learner)
 
     run = execute(job(1), tmp_path / "run", tmp_path, Quiet())
-    monkeypatch.setattr(SamplerRole, "load", lambda self, policy_path: None)
+    monkeypatch.setattr(SamplerRole, "load", lambda self, weights: None)
     with pytest.raises(RlaifError, match="doesn't hold the policy that is trained"):
         execute(job(2), tmp_path / "run", tmp_path, Quiet(), allow_change=True)
     assert not any(p.stat().st_size for p in run.iteration(1).path.glob("completions*"))
@@ -210,8 +211,8 @@ def test_the_copy_is_the_learners_export(
     assert run.iteration(1).meta("updates")["exported"] == after
     if rounded:
         learner = make(str(tiny_model), Learner(precision="fp32"), seed=0, export_precision="bf16")
-        learner.load(str(state))
-        assert learner.export(str(tmp_path / "copy")) == said[0].data["copy"] == digest_of(tmp_path / "copy")
+        learner.load(WeightsRef(digest=digest, path=state))
+        assert learner.export(tmp_path / "copy").digest == said[0].data["copy"] == digest_of(tmp_path / "copy")
         learner.close()
 
 

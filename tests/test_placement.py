@@ -8,15 +8,20 @@ import pytest
 
 from rlaif.config import Job, parse_job
 from rlaif.errors import UserError
-from rlaif.workers.placement import place, usable_gpus
+from rlaif.workers.placement import Placed, place, usable_gpus
 
 
 def job(**changes: Any) -> Job:
     return parse_job({"constitution": "rules", **changes}, "test")
 
 
-def roles(placed: dict[str, str]) -> tuple[str, ...]:
-    return placed["sampler"], placed["learner"], placed["judge"]
+def roles(placed: dict[str, Placed]) -> tuple[str, ...]:
+    return tuple(",".join(placed[role].gpus) for role in ("sampler", "learner", "judge"))
+
+
+def on(**devices: list[int]) -> dict[str, Any]:
+    """A job's placement by GPUs alone."""
+    return {"placement": {role: {"devices": numbers} for role, numbers in devices.items()}}
 
 
 @pytest.mark.parametrize(
@@ -34,29 +39,53 @@ def test_roles_are_spread(gpus: int, span: int, wanted: tuple[str, ...]) -> None
     placed = place(job(sampling={"tensor_parallel_size": span}), [str(i) for i in range(gpus)])
     assert roles(placed) == wanted
     assert placed["measurer"] == placed["judge"]
-    assert "," not in placed["learner"], "TRL's trainers refuse where they see several"
+    assert len(placed["learner"].gpus) == 1, "TRL's trainers refuse where they see several"
 
 
 @pytest.mark.parametrize("gpus", [[], ["0"], ["GPU-3f"]])
 def test_one_gpu_or_none_is_shared(gpus: list[str]) -> None:
-    assert place(job(), gpus) == {}
+    assert set(place(job(), gpus).values()) == {Placed("process")}
+    assert Placed("process").environment is None
 
 
 def test_a_job_may_say_where() -> None:
-    devices = {"sampler": [2, 3], "learner": [0], "judge": [1]}
-    placed = place(job(devices=devices, sampling={"tensor_parallel_size": 2}), ["4", "5", "6", "7"])
+    places = on(sampler=[2, 3], learner=[0], judge=[1])
+    placed = place(job(**places, sampling={"tensor_parallel_size": 2}), ["4", "5", "6", "7"])
     assert roles(placed) == ("6,7", "4", "5")
-    assert roles(place(job(devices={"learner": [0]}), ["0", "1"])) == ("1", "0", "1")
-    assert roles(place(job(devices={"learner": [0]}), ["0", "1", "2"])) == ("1", "0", "2")
-    assert roles(place(job(devices={"judge": [0]}), ["0", "1", "2"])) == ("1", "2", "0")
+    assert placed["sampler"].environment == {"CUDA_VISIBLE_DEVICES": "6,7"}
+    assert roles(place(job(**on(learner=[0])), ["0", "1"])) == ("1", "0", "1")
+    assert roles(place(job(**on(learner=[0])), ["0", "1", "2"])) == ("1", "0", "2")
+    assert roles(place(job(**on(judge=[0])), ["0", "1", "2"])) == ("1", "2", "0")
+
+
+def test_one_role_may_run_elsewhere_than_the_others() -> None:
+    one = place(job(placement={"judge": {"worker": "inline"}}), ["0", "1", "2"])
+    assert {role: placed.worker for role, placed in one.items()} == {
+        "sampler": "process", "learner": "process", "judge": "inline", "measurer": "inline",
+    }  # fmt: skip
+    assert roles(one) == ("0", "1", "")
+    assert [str(one[role]) for role in ("sampler", "judge")] == ["process on GPU 0", "inline"]
+    all_but_one = place(job(workers="inline", placement={"learner": {"worker": "process"}}), [])
+    assert [all_but_one[role].worker for role in ("sampler", "learner", "judge")] == ["inline", "process", "inline"]
+
+
+def test_a_job_from_before_there_was_a_placement_is_read() -> None:
+    older = {"sampler": None, "learner": [1], "judge": None}
+    assert job(devices=older).placement == job(**on(learner=[1])).placement
+    assert job(devices={"sampler": None, "learner": None, "judge": None}) == job()
+    mixed = job(devices=older, placement={"judge": {"worker": "inline"}})
+    assert set(mixed.placement) == {"learner", "judge"}
+    with pytest.raises(UserError, match=r"devices: placement\.learner says it too"):
+        job(devices=older, **on(learner=[0]))
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"sampling": {"tensor_parallel_size": 4}}, "tensor_parallel_size: 4, but this process can use 2 GPUs"),
-        ({"devices": {"judge": [2]}}, r"devices\.judge: no GPU 2"),
-        ({"devices": {"sampler": [0, 1]}}, r"devices\.sampler: 2 GPUs for sampling\.tensor_parallel_size: 1"),
+        (on(judge=[2]), r"placement\.judge\.devices: no GPU 2"),
+        (on(sampler=[0, 1]), r"placement\.sampler\.devices: 2 GPUs for sampling\.tensor_parallel_size: 1"),
+        ({"workers": "inline", **on(judge=[1])}, r"placement\.judge\.devices: an inline worker sees every GPU"),
     ],
 )
 def test_what_is_not_there_is_refused(changes: dict[str, Any], said: str) -> None:
@@ -64,10 +93,12 @@ def test_what_is_not_there_is_refused(changes: dict[str, Any], said: str) -> Non
         place(job(**changes), ["0", "1"])
 
 
-@pytest.mark.parametrize("devices", [{"learner": [0, 1]}, {"judge": []}, {"sampler": [0, 0]}, {"learner": [-1]}])
-def test_what_makes_no_sense_is_refused(devices: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"devices\."):
-        job(devices=devices)
+@pytest.mark.parametrize(
+    "places", [on(learner=[0, 1]), on(judge=[]), on(sampler=[0, 0]), on(learner=[-1]), on(measurer=[0])]
+)
+def test_what_makes_no_sense_is_refused(places: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"test: placement\."):
+        job(**places)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rlaif.export import model_card
 from rlaif.records import Preference
 from rlaif.rundir.store import RunDir
 from rlaif.view.facts import read_facts
-from rlaif.view.rendering import render
+from rlaif.view.html import render
 from rlaif.view.report import make_report
 from tests.data.make_run import write_header
 from tests.stubs import stub_job, stub_loop, stub_prompts

@@ -21,7 +21,7 @@ def check(what: str | Job, overrides: list[str], as_json: bool) -> None:
 
     from rlaif import models
     from rlaif.console import inert, stdout_console
-    from rlaif.loop.hand_over_check import check_hand_over
+    from rlaif.loop.deep_check import check_hand_over
     from rlaif.loop.model_checks import check_policy
 
     job = what if isinstance(what, Job) else _job_of(what, overrides)
@@ -70,9 +70,11 @@ def check(what: str | Job, overrides: list[str], as_json: bool) -> None:
 def _job_of(model: str, overrides: list[str]) -> Job:
     tree: dict[str, Any] = {"constitution": "none", "policy": {"model": model}}
     for override in overrides:
-        if not override.startswith(("sampling.", "learner.", "devices.", "monitors.max_weights_gap", "seed=")):
+        if not override.startswith(
+            ("sampling.", "learner.", "placement.", "devices.", "monitors.max_weights_gap", "seed=")
+        ):
             raise UserError(
-                f"--set {override}: with --deep, only settings of sampling, learner and devices, "
+                f"--set {override}: with --deep, only settings of sampling, learner and placement, "
                 "monitors.max_weights_gap and seed count"
             )
         apply_override(tree, override)

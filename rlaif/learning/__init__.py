@@ -7,11 +7,13 @@ tests hold the second to the first. Nothing heavy is imported before `make_learn
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from rlaif import config
 from rlaif.errors import UserError
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
+from rlaif.workers.weights import WeightsRef
 
 
 class Learner(Protocol):
@@ -39,16 +41,16 @@ class Learner(Protocol):
         """
         ...
 
-    def save(self, state_dir: str, policy_dir: str) -> str:
+    def save(self, state_dir: Path, policy_dir: Path) -> WeightsRef:
         """Writes everything needed to go on (`state_dir`) and the policy that will sample (`policy_dir`).
 
         Returns:
-            The policy's digest: sha256 of its weights, first 16 hex digits.
+            The policy, where it was written.
         """
         ...
 
-    def export(self, policy_dir: str) -> str:
-        """Writes the policy alone, in `exports_in()`; the same weights give the same files. Returns its digest."""
+    def export(self, policy_dir: Path) -> WeightsRef:
+        """Writes the policy alone, in `exports_in()`, and says where; the same weights give the same files."""
         ...
 
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
@@ -69,8 +71,8 @@ class Learner(Protocol):
         """The precision that `save` and `export` write the policy in."""
         ...
 
-    def load(self, state_dir: str) -> None:
-        """Goes on from what `save` wrote.
+    def load(self, state: WeightsRef) -> None:
+        """Goes on from the state that `save` wrote.
 
         Raises:
             UserError: the folder holds no learner state, or one of another model.
@@ -88,7 +90,6 @@ def make_learner(
     model_path: str,
     settings: config.Learner,
     seed: int,
-    state_dir: str | None = None,
     output_dir: str | None = None,
     export_precision: config.Precision = "auto",
 ) -> Learner:
@@ -99,7 +100,6 @@ def make_learner(
         model_path: folder of the *untrained* policy; it is also the base reference.
         settings: the job's `learner` section.
         seed: everything random follows from this.
-        state_dir: what an earlier `save` wrote, to go on from; None starts from `model_path`.
         output_dir: where trackers and callbacks write; None gives them a folder that goes with the learner.
         export_precision: what the sampler computes in, and so what the policy is written in.
 
@@ -110,11 +110,11 @@ def make_learner(
     if kind == "dpo":
         from rlaif.learning.dpo import DpoLearner
 
-        return DpoLearner(model_path, settings, seed, state_dir, output_dir, export_precision)
+        return DpoLearner(model_path, settings, seed, output_dir, export_precision)
     if kind == "online_dpo":
         from rlaif.learning.online_dpo import OnlineDpoLearner
 
-        return OnlineDpoLearner(model_path, settings, seed, state_dir, output_dir, export_precision)
+        return OnlineDpoLearner(model_path, settings, seed, output_dir, export_precision)
     raise UserError(f"learner.kind: no learner is called {kind!r}; there are `dpo` and `online_dpo`")
 
 

@@ -18,7 +18,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from rlaif.learning.export import kept_in_fp32
 from rlaif.learning.peft_compat import (
     adapted,
     holds_a_parameter,
@@ -28,6 +27,7 @@ from rlaif.learning.peft_compat import (
     product,
     straight_through,
 )
+from rlaif.learning.policy_state import kept_in_fp32
 from rlaif.learning.rounding import on_grid
 
 

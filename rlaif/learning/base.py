@@ -45,7 +45,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
 from rlaif.learning.as_exported import AsExported
 from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
-from rlaif.learning.export import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
+from rlaif.learning.policy_state import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
 from rlaif.learning.trackers import open_trackers
 from rlaif.learning.trl_compat import (
     TrlConfig,
@@ -63,6 +63,7 @@ from rlaif.learning.trl_compat import (
 )
 from rlaif.models import carry_over, digest_of, name_turn_ends, without_empty_quantisation
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
+from rlaif.workers.weights import WeightsRef
 
 _Row = dict[str, Any]
 """A preference as the trainer takes it: `pair_id`, `prompt`, `prompt_ids`, `chosen_ids`, `rejected_ids`, and the
@@ -104,7 +105,6 @@ class TrlLearner(ABC):
         model_path: str,
         settings: config.Learner,
         seed: int,
-        state_dir: str | None = None,
         output_dir: str | None = None,
         export_precision: config.Precision = "auto",
     ) -> None:
@@ -147,8 +147,6 @@ class TrlLearner(ABC):
             self.policy_as_exported = AsExported(self.policy, seed)
             base = self.policy if self._base is None else self.trainer.accelerator.unwrap_model(self._base)
             self.base_as_exported = AsExported(base, seed, adapters=False)
-        if state_dir is not None:
-            self.load(state_dir)
 
     @abstractmethod
     def _defaults(self) -> dict[str, Any]:
@@ -448,47 +446,46 @@ class TrlLearner(ABC):
 
     # ---- state
 
-    def save(self, state_dir: str, policy_dir: str) -> str:
+    def save(self, state_dir: Path, policy_dir: Path) -> WeightsRef:
         """Writes the learner's state (fp32 weights, optimizer, schedule, RNG, step), and the policy in the precision
         that it samples in.
 
         Both folders are made if missing; whoever calls decides when they become the run's (one rename).
 
         Returns:
-            sha256 of the policy's weights, first 16 hex digits.
+            The policy, where it was written.
 
         Raises:
             UserError: the disk is full.
         """
-        folder = Path(state_dir)
         state = {
             "global_step": self.global_step,
             "optimizer": self.trainer.optimizer.state_dict(),
             "scheduler": self.trainer.lr_scheduler.state_dict(),
             "rng": _rng_state(),
         }
-        with _write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.trained(), folder / "weights.safetensors")
+        with _write_errors(state_dir):
+            state_dir.mkdir(parents=True, exist_ok=True)
+            save_file(self.trained(), state_dir / "weights.safetensors")
             with _no_checksums():
-                torch.save(state, folder / "state.pt")
+                torch.save(state, state_dir / "state.pt")
         return self.export(policy_dir)
 
-    def export(self, policy_dir: str) -> str:
-        """Writes the policy alone, as `save` does; returns its digest."""
-        with _write_errors(Path(policy_dir)):
-            return self._export(Path(policy_dir))
+    def export(self, policy_dir: Path) -> WeightsRef:
+        """Writes the policy alone, as `save` does."""
+        with _write_errors(policy_dir):
+            return WeightsRef(digest=self._export(policy_dir), path=policy_dir)
 
-    def load(self, state_dir: str) -> None:
-        """Goes on from what `save` wrote; the next step is the one an uninterrupted run would take.
+    def load(self, state: WeightsRef) -> None:
+        """Goes on from the state that `save` wrote; the next step is the one an uninterrupted run would take.
 
         Raises:
             UserError: no state there, or the state of another model or another kind of learner.
         """
-        folder, trainer = Path(state_dir), self.trainer
+        folder, trainer = state.path, self.trainer
         try:
             weights = load_file(folder / "weights.safetensors")
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            rest = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
             why = " ".join(str(e).split())
             raise UserError(
@@ -502,12 +499,12 @@ class TrlLearner(ABC):
         with torch.no_grad():
             for name, value in mine.items():
                 value.copy_(weights[name])
-        _set_rng_state(state["rng"])
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.lr_scheduler.load_state_dict(state["scheduler"])
+        _set_rng_state(rest["rng"])
+        trainer.optimizer.load_state_dict(rest["optimizer"])
+        trainer.lr_scheduler.load_state_dict(rest["scheduler"])
         # A state brings its learning rate along; a job resumed with another one (`--allow-change`) means that one.
         set_learning_rate(trainer, self.settings.learning_rate)
-        go_on_after(trainer, state["global_step"])
+        go_on_after(trainer, rest["global_step"])
 
     def trained(self) -> dict[str, torch.Tensor]:
         """The parameters that training changes, by name, tied ones once; themselves, not copies."""

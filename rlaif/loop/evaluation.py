@@ -89,7 +89,7 @@ def _drift(
     the job doesn't want it; empty for the base policy itself, which needs no measuring."""
     if not prompts:
         return None
-    if policy.digest == run.base_digest:
+    if policy.digest == run.base.digest:
         return []
     shown, text = max(updates - 1, 0), str(it.text.ref)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlaif.errors import RlaifError
-from rlaif.loop.weights import WRONG, decoding_gap, to_score_again, weights_gap
+from rlaif.loop.gaps import WRONG, decoding_gap, to_score_again, weights_gap
 from rlaif.records import Completion, DecodingGap, PolicyVersion, TokenSequence, WeightsGap
 from rlaif.rundir.store import StageDir, replace_dir
+from rlaif.workers.weights import WeightsRef
 
 if TYPE_CHECKING:
     from rlaif.loop.running import Running
@@ -33,30 +34,30 @@ class HandOver:
         self._gap: tuple[str, WeightsGap] | None = None  # of the policy with that digest
         self._learner_at: int | None = None  # iterations that the learner has behind it; None until that is known
 
-    def policy_before(self, k: int) -> tuple[PolicyVersion, Path]:
-        """The policy that iteration k samples from: version and folder."""
+    def policy_before(self, k: int) -> tuple[PolicyVersion, WeightsRef]:
+        """The policy that iteration k samples from, and where its weights are."""
         run = self._run
         for i in range(k - 1, -1, -1):
             if (made := run.dir.iteration(i).policy_made()) is not None:
-                version = PolicyVersion(iteration=i + 1, digest=made)
-                return version, run.dir.iteration(i).path / "policy"
-        return PolicyVersion(iteration=0, digest=run.base_digest), run.base_model
+                weights = WeightsRef(digest=made, path=run.dir.iteration(i).path / "policy")
+                return PolicyVersion(iteration=i + 1, digest=made), weights
+        return PolicyVersion(iteration=0, digest=run.base.digest), run.base
 
     def load_sampler(self, k: int) -> None:
         """Gives the sampler the policy that iteration k samples from, and compares it with the learner's.
 
         Raises:
-            RlaifError: the policy's files are gone, or the sampler doesn't hold it after all.
+            UserError: the policy's files are gone.
+            RlaifError: the sampler doesn't hold it after all.
         """
-        version, path = self.policy_before(k)
-        has = self.sampler_has or self._run.base_digest
+        version, weights = self.policy_before(k)
+        has = self.sampler_has or self._run.base.digest
         if has != version.digest:
-            if not path.exists():
-                raise RlaifError(f"{path}: the policy's weights are gone; restore them, or start a new run")
+            weights.folder()  # gone, they are missed before a worker misses them
             if self._export_of(version).anew:
                 self._load_anew(k, version)
             else:
-                self._run.sampler.call("load", policy_path=str(path))
+                self._run.sampler.call("load", weights=weights)
         self.sampler_has = version.digest
         self._compare(k, version)
 
@@ -67,7 +68,8 @@ class HandOver:
         if self._learner_at == behind:
             return
         if behind:
-            self._run.learner.call("load", state_dir=str(self._state(behind - 1)))
+            made = self.policy_before(behind)[1].digest
+            self._run.learner.call("load", state=WeightsRef(digest=made, path=self._state(behind - 1)))
         self._learner_at = behind
 
     def learner_moves(self) -> None:
@@ -77,18 +79,19 @@ class HandOver:
     def commit(self, k: int, policy: Path) -> dict[str, Any]:
         """Writes the learner's state and the policy that iteration k made, each with one rename; for the meta file."""
         run, state = self._run, self._state(k)
-        for folder in (state, policy):
-            shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
-        made = run.learner.call("save", state_dir=f"{state}.partial", policy_dir=f"{policy}.partial")
-        replace_dir(Path(f"{policy}.partial"), policy)
-        replace_dir(Path(f"{state}.partial"), state)
+        partial = {folder: folder.with_name(folder.name + ".partial") for folder in (state, policy)}
+        for folder in partial.values():
+            shutil.rmtree(folder, ignore_errors=True)
+        made: WeightsRef = run.learner.call("save", state_dir=partial[state], policy_dir=partial[policy])
+        replace_dir(partial[policy], policy)
+        replace_dir(partial[state], state)
         self._learner_at = k + 1
-        return {"policy_digest": made, "exported": run.learner.call("exports_in")}
+        return {"policy_digest": made.digest, "exported": run.learner.call("exports_in")}
 
     def prune(self, k: int) -> None:
         """Keeps the weights of evaluated policies and of the newest; each costs the size of the model."""
         run = self._run
-        newest = self.policy_before(k + 1)[1]
+        newest = self.policy_before(k + 1)[1].path
         for i in range(k):
             policy = run.dir.iteration(i).path / "policy"
             if policy.exists() and policy != newest and not run.dir.evaluation(i + 1).path.exists():
@@ -159,13 +162,13 @@ class HandOver:
         self.load_learner(k)
         copy = run.dir.path / "learner" / "for_sampler.partial"
         shutil.rmtree(copy, ignore_errors=True)
-        rounded = run.learner.call("export", policy_dir=str(copy))
+        rounded: WeightsRef = run.learner.call("export", policy_dir=copy)
         message = (
             f"policy {version.digest} was written in fp32, and {run.sampler.call('computes_in')} samples from a copy "
-            f"({rounded}) that was rounded at random from the learner's weights"
+            f"({rounded.digest}) that was rounded at random from the learner's weights"
         )
-        run.tell_once("policy_rounded", message, k, policy=version.digest, copy=rounded)
-        run.sampler.call("load", policy_path=str(copy))
+        run.tell_once("policy_rounded", message, k, policy=version.digest, copy=rounded.digest)
+        run.sampler.call("load", weights=rounded)
         shutil.rmtree(copy, ignore_errors=True)  # it follows from state and seed
 
     def _state(self, k: int) -> Path:

@@ -34,6 +34,7 @@ from rlaif.rundir.store import RunDir, read_grown, read_json, read_rows, replaci
 from rlaif.sampling import PromptProblem
 from rlaif.workers.placement import place, usable_gpus
 from rlaif.workers.start import start_worker, wait_until_ready
+from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
 
 _STARTING = ".starting"
@@ -55,6 +56,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
     if job.judge.kind == "chat":
         for juror in job.judge.jurors:  # before minutes of sampling
             check_address(juror)
+    places = place(job, usable_gpus(len(gpu_names())))
     run = RunDir(run_dir)
     with ExitStack() as stack:
         stack.enter_context(run.lock())
@@ -66,8 +68,8 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             (run.path / _STARTING).touch()
         # Everything that can be refused is looked at before run.json says that there is a run.
         texts = Texts(job, run, base_dir, progress.note)
-        places: dict[str, str] = {}
-        train, held_out = prompts_of(run, job, base_dir, progress.note, places)
+        rows: dict[str, str] = {}
+        train, held_out = prompts_of(run, job, base_dir, progress.note, rows)
         calibration = calibration_of(run, job, base_dir, [p.category or EVERYTHING for p in train], progress.note)
         progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
         base = models.resolve_policy(
@@ -135,17 +137,16 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         def check_prompts() -> None:
             asked.extend((train, held_out))
             if not _begun(run):
-                asked[:] = _askable(run, job, workers["sampler"], train, held_out, places, progress.note)
+                asked[:] = _askable(run, job, workers["sampler"], train, held_out, rows, progress.note)
             elif changed:
                 _check_still_askable(job, workers["sampler"], [*train, *held_out])
             loop.train, loop.held_out = asked
 
         workers: dict[str, Worker] = {}
-        devices = place(job, usable_gpus(len(gpu_names())))
         unready: list[Worker] = []
         for name, (factory, kwargs) in factories.items():
-            env = {"CUDA_VISIBLE_DEVICES": devices[name]} if name in devices else None
-            worker = start_worker(job.workers, name, factory, kwargs, run.path / "logs" / f"{name}.log", env)
+            at, log = places[name], run.path / "logs" / f"{name}.log"
+            worker = start_worker(at.worker, name, factory, kwargs, log, at.environment)
             workers[name] = stack.enter_context(closing(worker))
             if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
                 # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile.
@@ -159,8 +160,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             texts,
             train,
             held_out,
-            base,
-            base_digest=digests["policy"],
+            WeightsRef(digest=digests["policy"], path=base),
             judge_name=f"{job.judge.kind}:{digests.get('judge', job.judge.model)}",
             progress=progress,
             calibration=calibration,
@@ -328,9 +328,9 @@ def prompts_of(
     job: Job,
     base_dir: Path,
     note: Callable[[str], None] | None = None,
-    places: dict[str, str] | None = None,
+    rows: dict[str, str] | None = None,
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """The run's own copies, made at the start: a prompt file that changes or vanishes can't change a run. `places`
+    """The run's own copies, made at the start: a prompt file that changes or vanishes can't change a run. `rows`
     gets where each prompt stands in its file, by id, when they are made."""
     folder = run.path / "prompts"
     files = folder / "train.jsonl", folder / "held_out.jsonl"
@@ -349,8 +349,8 @@ def prompts_of(
         check_enough(train, job.prompts)
         if note and (hint := shipped_held_out(job.prompts)):
             note(hint)
-        if places is not None:
-            places |= {p.id: found[p.messages] for p in (*train, *held_out)}
+        if rows is not None:
+            rows |= {p.id: found[p.messages] for p in (*train, *held_out)}
         _copy_prompts(run, train, held_out)
     return read_rows(files[0], Prompt), read_rows(files[1], Prompt)
 
@@ -369,7 +369,7 @@ def _askable(
     sampler: Worker,
     train: list[Prompt],
     held_out: list[Prompt],
-    places: dict[str, str],
+    rows: dict[str, str],
     note: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Every prompt rendered and measured before one is sampled: those that can be asked.
@@ -387,8 +387,8 @@ def _askable(
         first = refused[0]
         more = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
         advice = "; raise it, shorten the prompt, or set prompts.too_long=drop" if first.too_long else ""
-        raise UserError(f"{places.get(first.prompt_id, f'prompt {first.prompt_id}')}: {first.problem}{advice}{more}")
-    named = ", ".join(places.get(p.prompt_id, p.prompt_id) for p in problems[:3])
+        raise UserError(f"{rows.get(first.prompt_id, f'prompt {first.prompt_id}')}: {first.problem}{advice}{more}")
+    named = ", ".join(rows.get(p.prompt_id, p.prompt_id) for p in problems[:3])
     note(f"{len(problems)} prompts are too long and left out: {named}{', ...' if len(problems) > 3 else ''}")
     gone = {p.prompt_id for p in problems}
     train, held_out = ([p for p in prompts if p.id not in gone] for prompts in (train, held_out))

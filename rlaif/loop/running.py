@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from rlaif.config import Job
@@ -29,6 +28,7 @@ from rlaif.records import (
 )
 from rlaif.rundir.stages import EVALUATION, ITERATION
 from rlaif.rundir.store import RunDir, StageDir
+from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
 
 
@@ -89,8 +89,8 @@ class Running:
     texts: Texts
     train: list[Prompt]
     held_out: list[Prompt]
-    base_model: Path
-    base_digest: str
+    base: WeightsRef
+    """The untrained policy."""
     judge_name: str
     """Kind and weights' digest: votes of other weights are other votes."""
     sampler: Worker

@@ -1,4 +1,4 @@
-"""The sampler as the loop sees it: prompts in, completions out, new weights by path.
+"""The sampler as the loop sees it: prompts in, completions out, new weights by reference.
 
 The engine (vLLM or transformers) knows token ids only; prompts are rendered here with the policy's own
 chat template, once per prompt, and thoughts are taken out of what was said.
@@ -18,6 +18,7 @@ from rlaif.rendering import Renderer
 from rlaif.sampling import PromptProblem, Sample, SampleRequest
 from rlaif.sampling.endings import Endings
 from rlaif.sampling.requests import needs_more_than, render_prompt, seed_for
+from rlaif.workers.weights import WeightsRef
 
 
 def make(model_path: str, settings: Sampling, policy: Policy | None = None) -> SamplerRole:
@@ -80,9 +81,16 @@ class SamplerRole:
         self._endings = Endings(model_path, self._tokenizer, settings)
         self._engine = _engine(model_path, settings)
 
-    def load(self, policy_path: str) -> None:
-        """New weights, by folder."""
-        self._engine.load(policy_path)
+    def load(self, weights: WeightsRef) -> None:
+        """New weights.
+
+        Raises:
+            UserError: there are none where the reference says.
+        """
+        folder = weights.folder()
+        if not models.weight_files(folder):
+            raise UserError(f"{folder}: no weights of a policy in this folder; restore them, or start a new run")
+        self._engine.load(str(folder))
 
     def problems(self, prompts: list[Prompt]) -> list[PromptProblem]:
         """What keeps prompts from being sampled, before any is: each that its template can't render as it was given, or

@@ -30,8 +30,8 @@ from rlaif.review.queue import Queue
 from rlaif.rundir.store import RunDir
 from rlaif.view.browse import CHOICES, Asked
 from rlaif.view.facts import read_facts, version_of
+from rlaif.view.html import HERE, render
 from rlaif.view.pictures import pictures
-from rlaif.view.rendering import HERE, render
 from rlaif.view.reviewing import add_review
 
 REFRESH_MS = 3000

@@ -188,7 +188,7 @@ def _make(index: Index, run: RunDir) -> Report:
 
 def write_report(report: Report, to: Path) -> Path:
     """Writes the HTML file, whole or not at all."""
-    from rlaif.view.rendering import render, style
+    from rlaif.view.html import render, style
 
     html = render(
         "report.html",

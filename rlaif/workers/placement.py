@@ -1,21 +1,38 @@
-"""Which GPUs each role sees. Pure.
+"""Where each role runs, and which GPUs it sees. Pure.
 
-In: the GPUs that this process may use, and the job. Out: for each role, the value of `CUDA_VISIBLE_DEVICES` that its
-worker starts with. Without it every worker would see every GPU: TRL's trainers refuse to train where they see several,
-and sampler and judge would crowd on the first.
+In: the GPUs that this process may use, and the job. Out: for each role the kind of its worker, and the value of
+`CUDA_VISIBLE_DEVICES` that it starts with. Without that every worker would see every GPU: TRL's trainers refuse to train
+where they see several, and sampler and judge would crowd on the first.
 
 With one GPU all roles share it. With more, the sampler takes the first `sampling.tensor_parallel_size`, the learner the
 next one, the judge the one after; where they run out, the learner shares the last and the judge the first. (Untried on
-real GPUs here: checked by its table alone.)
+several GPUs: checked by its table alone.)
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple, get_args
 
-from rlaif.config import Devices, Job
+from rlaif.config import Job, PlacedRole, WorkerKind
 from rlaif.errors import UserError
+
+
+class Placed(NamedTuple):
+    """Where one role runs."""
+
+    worker: WorkerKind
+    gpus: tuple[str, ...] = ()
+    """Those it sees, as CUDA names them; none: whatever this process sees."""
+
+    @property
+    def environment(self) -> dict[str, str] | None:
+        """What its process starts with beside ours."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else None
+
+    def __str__(self) -> str:
+        return self.worker + (f" on GPU {', '.join(self.gpus)}" if self.gpus else "")
 
 
 def usable_gpus(count: int, environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -36,37 +53,60 @@ def usable_gpus(count: int, environment: Mapping[str, str] = os.environ) -> list
     return usable
 
 
-def place(job: Job, gpus: Sequence[str]) -> dict[str, str]:
-    """Role → `CUDA_VISIBLE_DEVICES` of its worker; empty where there is nothing to divide.
+def place(job: Job, gpus: Sequence[str]) -> dict[str, Placed]:
+    """The place of each role; `measurer` says how sane answers are, and goes with the judge.
 
     Raises:
-        UserError: the job names a GPU that isn't there, or spans more than there are.
+        UserError: the job names a GPU that isn't there, or spans more than there are, or names one for a worker that
+            can't be kept to it.
     """
+    kinds: dict[str, WorkerKind] = {}
+    asked: dict[str, list[int] | None] = {}
+    for role in get_args(PlacedRole):
+        of = job.placement.get(role)
+        kinds[role] = (of and of.worker) or job.workers
+        asked[role] = of.devices if of else None
+    _check(job, gpus, kinds, asked)
+    numbers = _shared_out(asked, job.sampling.tensor_parallel_size, len(gpus)) if len(gpus) > 1 else {}
+    placed = {
+        role: Placed(kind, tuple(gpus[n] for n in numbers.get(role, ())) if kind == "process" else ())
+        for role, kind in kinds.items()
+    }
+    return placed | {"measurer": placed["judge"]}
+
+
+def _check(
+    job: Job, gpus: Sequence[str], kinds: Mapping[str, WorkerKind], asked: Mapping[str, list[int] | None]
+) -> None:
     span = job.sampling.tensor_parallel_size
     if gpus and span > len(gpus):
         raise UserError(
             f"sampling.tensor_parallel_size: {span}, but this process can use {len(gpus)} GPU{'s' * (len(gpus) != 1)}"
         )
-    asked = {role: getattr(job.devices, role) for role in Devices.model_fields}
     for role, numbers in asked.items():
         if missing := [n for n in numbers or () if n >= len(gpus)]:
             raise UserError(
-                f"devices.{role}: no GPU {missing[0]}; this process can use {len(gpus)}, counted from 0"
+                f"placement.{role}.devices: no GPU {missing[0]}; this process can use {len(gpus)}, counted from 0"
                 + (" (CUDA_VISIBLE_DEVICES narrows them)" if "CUDA_VISIBLE_DEVICES" in os.environ else "")
+            )
+        if numbers and kinds[role] == "inline":
+            raise UserError(
+                f"placement.{role}.devices: an inline worker sees every GPU that this process sees; give it "
+                "`worker: process`, or leave `devices` out"
             )
     if asked["sampler"] is not None and len(asked["sampler"]) != span:
         raise UserError(
-            f"devices.sampler: {len(asked['sampler'])} GPUs for sampling.tensor_parallel_size: {span}; give as many"
+            f"placement.sampler.devices: {len(asked['sampler'])} GPUs for sampling.tensor_parallel_size: {span}; give "
+            "as many"
         )
-    if len(gpus) < 2:
-        return {}
-    last = len(gpus) - 1
+
+
+def _shared_out(asked: Mapping[str, list[int] | None], span: int, count: int) -> dict[str, list[int]]:
+    """Role → its GPUs, of at least two; those that the job gave to others come last."""
     named = {n for numbers in asked.values() for n in numbers or ()}
-    # GPUs that the job gave to others come last.
-    sampler = asked["sampler"] or sorted(range(len(gpus)), key=lambda n: (n in named, n))[:span]
-    free = [n for n in range(len(gpus)) if n not in sampler and n not in named]
-    learner = asked["learner"] or [free[0] if free else last]
+    sampler = asked["sampler"] or sorted(range(count), key=lambda n: (n in named, n))[:span]
+    free = [n for n in range(count) if n not in sampler and n not in named]
+    learner = asked["learner"] or [free[0] if free else count - 1]
     free = [n for n in free if n not in learner]
     judge = asked["judge"] or [free[0] if free else sampler[0]]
-    numbers = {"sampler": sampler, "learner": learner, "judge": judge, "measurer": judge}
-    return {role: ",".join(gpus[n] for n in mine) for role, mine in numbers.items()}
+    return {"sampler": sampler, "learner": learner, "judge": judge}

@@ -5,23 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from rlaif.config import WorkerKind
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.process import ProcessWorker
 from rlaif.workers.worker import Worker
 
 
 def start_worker(
-    mode: Literal["process", "inline"],
+    kind: WorkerKind,
     name: str,
     factory: str,
     kwargs: dict[str, Any],
     log_path: Path,
     env: Mapping[str, str] | None = None,
 ) -> Worker:
-    """A worker of the kind that the job's `workers` names."""
-    if mode == "process":
+    """A worker of that kind; its arguments are those of `ProcessWorker`."""
+    if kind == "process":
         return ProcessWorker(name, factory, kwargs, log_path, env)
     return InlineWorker(name, factory, kwargs, log_path, env)
 

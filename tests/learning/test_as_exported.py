@@ -16,6 +16,7 @@ from rlaif.learning import make_learner
 from rlaif.learning.as_exported import AsExported
 from rlaif.learning.peft_compat import adapted, plain, product
 from rlaif.learning.rounding import round_stochastically
+from rlaif.workers.weights import WeightsRef
 from tests.architectures import make_model as make_architecture
 from tests.learning.conftest import make_preferences
 
@@ -49,11 +50,11 @@ def test_the_margin_is_the_whole_moves(
     exact = learner(on_grid, "fp32", **more)
     for k in range(10):
         list(exact.update(pairs, k))
-    exact.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    digest = exact.save(tmp_path / "state", tmp_path / "policy").digest
 
     def margin(precision: config.Precision, nearest: bool = False) -> float:
         made = learner(on_grid, precision, **more)
-        made.load(str(tmp_path / "state"))
+        made.load(WeightsRef(digest=digest, path=tmp_path / "state"))
         if nearest:  # as autocast does it
             made.policy_as_exported = made.base_as_exported = nullcontext
         # `previous` starts every update at 0: what moves within one is to be seen.
@@ -79,7 +80,7 @@ def test_inside_are_the_weights_of_the_export(name: str, lora: bool, tmp_path: P
     path = str(make_architecture(name, tmp_path / "base"))
     made = learner(path, "bf16", learning_rate=1e-3, lora=LORA if lora else None)
     list(made.update(make_preferences(8), 0))
-    made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    made.save(tmp_path / "state", tmp_path / "policy")
     exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype="auto").named_parameters())
     model = made.policy
     masters = {name: p.clone() for name, p in model.named_parameters()}

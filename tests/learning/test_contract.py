@@ -18,10 +18,11 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.learning import make_learner
 from rlaif.learning.base import _row, epoch_order
 from rlaif.learning.divergence import batches, kl
-from rlaif.learning.export import merged
 from rlaif.learning.mixing import preferences_of
+from rlaif.learning.policy_state import merged
 from rlaif.learning.trl_compat import metric
 from rlaif.records import Completion, Decision, Message, Pair, PolicyVersion, Preference, Prompt, Verdict
+from rlaif.workers.weights import WeightsRef
 from tests.learning.conftest import make_preferences
 from tests.stubs import text as rules
 
@@ -370,14 +371,13 @@ def test_save_and_load_go_on_as_if_nothing_happened(
     changes = {"lora": lora, "args": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4}}
     made = learner(kind, model_path, settings, **changes)
     list(made.update(make_preferences(6, seed=1), 0))
-    digest = made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    digest = made.save(tmp_path / "state", tmp_path / "policy").digest
     expected = list(made.update(make_preferences(6, seed=2), 1))
 
-    again = make_learner(
-        kind, model_path, settings.model_copy(update=changes), seed=7, state_dir=str(tmp_path / "state")
-    )
+    again = make_learner(kind, model_path, settings.model_copy(update=changes), seed=7)
+    again.load(WeightsRef(digest=digest, path=tmp_path / "state"))
     assert again.global_step == 2
-    assert again.save(str(tmp_path / "state2"), str(tmp_path / "policy2")) == digest
+    assert again.save(tmp_path / "state2", tmp_path / "policy2").digest == digest
     found = list(again.update(make_preferences(6, seed=2), 1))
     assert [s.model_copy(update={"seconds": 0}) for s in found] == [
         s.model_copy(update={"seconds": 0}) for s in expected
@@ -396,9 +396,9 @@ def test_another_learning_rate_counts_from_where_it_is_given(
     pairs = make_preferences(8)
     first = learner("dpo", model_path, settings, args=args)
     before = [step.learning_rate for step in first.update(pairs, 0)]
-    first.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    digest = first.save(tmp_path / "state", tmp_path / "policy").digest
     slower = learner("dpo", model_path, settings, args=args, learning_rate=settings.learning_rate / 4)
-    slower.load(str(tmp_path / "state"))
+    slower.load(WeightsRef(digest=digest, path=tmp_path / "state"))
     after = [step.learning_rate for step in slower.update(pairs, 1)]
     going_on = [step.learning_rate for step in first.update(pairs, 1)]
     assert after == pytest.approx([rate / 4 for rate in going_on])
@@ -413,7 +413,7 @@ def test_the_exported_policy_is_the_trained_one(
     made: Any = make_learner("dpo", model_path, changed, seed=7, export_precision="bf16")
     list(made.update(make_preferences(8), 0))
     before = weights(made)
-    digest = made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    digest = made.save(tmp_path / "state", tmp_path / "policy").digest
     close(before, weights(made))
 
     assert len(digest) == 16
@@ -608,7 +608,7 @@ def test_args_reach_trl(model_path: str, settings: config.Learner) -> None:
 
 
 def test_state_of_another_model_is_refused(model_path: str, settings: config.Learner, tmp_path: Path) -> None:
-    learner("dpo", model_path, settings).save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    learner("dpo", model_path, settings).save(tmp_path / "state", tmp_path / "policy")
     with pytest.raises(UserError, match="another model"):
         make_learner("dpo", model_path, settings.model_copy(update={"lora": config.Lora()}), 7, str(tmp_path / "state"))
     with pytest.raises(UserError, match="can't read the learner's state"):
@@ -625,7 +625,7 @@ def test_a_full_disk_is_named(
         (tmp_path / "a").mkdir()
         (tmp_path / "a/state.pt").symlink_to("/dev/full")
         with pytest.raises(UserError, match=r"/a: no space left on the disk; free some and run the same") as e:
-            learner.save(str(tmp_path / "a"), str(tmp_path / "policy"))
+            learner.save(tmp_path / "a", tmp_path / "policy")
         assert "\n" not in str(e.value)
 
     def fail(*_: object, **__: object) -> None:
@@ -633,7 +633,7 @@ def test_a_full_disk_is_named(
 
     monkeypatch.setattr("rlaif.learning.base.save_file", fail)
     with pytest.raises(UserError, match=r"/b: no space left on the disk"):
-        learner.save(str(tmp_path / "b"), str(tmp_path / "policy"))
+        learner.save(tmp_path / "b", tmp_path / "policy")
 
 
 def test_importing_the_package_is_light() -> None:

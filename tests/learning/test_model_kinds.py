@@ -59,7 +59,7 @@ def test_nothing_is_random_in_training(kind: str, tmp_path: Path, settings: conf
     assert step.margin == pytest.approx(0, abs=1e-6)
     if kind != "mixtral":  # TRL adds the loss that balances its experts
         assert step.loss == pytest.approx(math.log(2), abs=1e-6)
-    made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    made.save(tmp_path / "state", tmp_path / "policy")
     base, policy = (transformers.AutoConfig.from_pretrained(tmp_path / f).to_dict() for f in ("base", "policy"))
     assert {k: v for k, v in base.items() if "drop" in k} == {k: v for k, v in policy.items() if "drop" in k}
 
@@ -113,7 +113,7 @@ def test_a_generation_config_is_exported_as_it_was_found(
     make_model(tmp_path / "base")
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(found))
     made = make_learner("dpo", str(tmp_path / "base"), settings, seed=0)
-    made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    made.save(tmp_path / "state", tmp_path / "policy")
     assert json.loads((tmp_path / "policy" / "generation_config.json").read_text()) == found
     base, policy = (GenerationConfig.from_pretrained(tmp_path / f).to_dict() for f in ("base", "policy"))
     assert base == policy
@@ -125,7 +125,7 @@ def test_generation_settings_of_an_old_config_are_kept(tmp_path: Path, settings:
     tree = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(tree | {"temperature": 0.7, "top_p": 0.9, "max_length": 50}))
     made = make_learner("dpo", str(base), settings, seed=0)
-    made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    made.save(tmp_path / "state", tmp_path / "policy")
     before, after = (AutoModelForCausalLM.from_pretrained(p).generation_config for p in (base, tmp_path / "policy"))
     for name in ("temperature", "top_p", "max_length", "eos_token_id", "do_sample"):
         assert getattr(before, name) == getattr(after, name), name
@@ -141,7 +141,7 @@ def test_a_policy_has_the_files_of_its_base(tmp_path: Path, settings: config.Lea
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text("{}" if name.endswith("json") else f"of the base: {name}")
     made = make_learner("dpo", str(base), settings, seed=0)
-    made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    made.save(tmp_path / "state", tmp_path / "policy")
     found = {str(p.relative_to(tmp_path / "policy")) for p in (tmp_path / "policy").rglob("*") if p.is_file()}
     assert set(kept) <= found
     assert not found & set(left)
@@ -165,5 +165,5 @@ def test_a_pad_beyond_the_embedding(kind: str, pad: int | None, tmp_path: Path, 
     made = make_learner(kind, str(base), settings, seed=0)
     a, b = ([s.loss for s in m.update(make_preferences(8), 0)] for m in (expected, made))
     assert a == pytest.approx(b)
-    made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    made.save(tmp_path / "state", tmp_path / "policy")
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").pad_token_id == pad

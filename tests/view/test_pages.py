@@ -208,7 +208,7 @@ def test_a_principle_is_measured_by_votes_about_it_alone(stub_run: Path, tmp_pat
 
 
 def test_money_keeps_digits_that_say_something() -> None:
-    from rlaif.view.rendering import money
+    from rlaif.view.html import money
 
     assert [money(x) for x in (0, 0.0067, 0.00012, 0.1, 12.345)] == ["0.00", "0.0067", "0.00012", "0.10", "12.35"]
 

@@ -14,8 +14,8 @@ from rlaif.audit.index import Index
 from rlaif.audit.summary import status_of
 from rlaif.rundir.store import RunDir
 from rlaif.view.facts import Facts, read_facts
+from rlaif.view.html import render
 from rlaif.view.pictures import MOST_POINTS, Picture, nice, pictures
-from rlaif.view.rendering import render
 from rlaif.view.report import make_report
 
 

@@ -14,13 +14,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from rlaif.config import Job, Learner
+from rlaif import models
+from rlaif.config import Job, Learner, WorkerKind
 from rlaif.data.prompts import with_system
 from rlaif.hardware import gpu_names
-from rlaif.loop.weights import weights_gap
+from rlaif.loop.gaps import weights_gap
 from rlaif.records import Message, Preference, Prompt, Record, TokenSequence, WeightsGap
 from rlaif.workers.placement import place, usable_gpus
 from rlaif.workers.start import start_worker
+from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
 
 QUESTIONS = tuple(
@@ -43,8 +45,8 @@ Logprobs = tuple[tuple[float, ...], ...]
 class Trained(Record):
     """What the learner made of a model, and how it scores the texts before and after."""
 
-    policy: str
-    """Folder of the exported policy."""
+    policy: WeightsRef
+    """What it exported."""
     exported: str
     """Its precision."""
     texts: tuple[TokenSequence, ...]
@@ -52,7 +54,7 @@ class Trained(Record):
     after: Logprobs
 
 
-class HandOver(Record):
+class CheckedLoad(Record):
     """One load, and how far sampler and learner were apart after it."""
 
     weights: Literal["as given", "after an update", "as given again"]
@@ -75,9 +77,8 @@ def train(learner: Worker, texts: list[TokenSequence], to: Path) -> Trained:
     """Two steps of a learner made with `settings_for`, exported to a folder."""
     given = learner.call("logprobs", sequences=texts)
     list(learner.stream("update", preferences=_preferences(texts), iteration=0))
-    learner.call("save", state_dir=str(to / "state"), policy_dir=str(to / "policy"))
     return Trained(
-        policy=str(to / "policy"),
+        policy=learner.call("save", state_dir=to / "state", policy_dir=to / "policy"),
         exported=learner.call("exports_in"),
         texts=tuple(texts),
         given=given,
@@ -85,31 +86,34 @@ def train(learner: Worker, texts: list[TokenSequence], to: Path) -> Trained:
     )
 
 
-def compare(sampler: Worker, model: Path, trained: Trained, limit: float) -> Iterator[HandOver]:
+def compare(sampler: Worker, model: Path, trained: Trained, limit: float) -> Iterator[CheckedLoad]:
     """Three loads of a sampler that was started on `model`, each compared with the learner's own scores."""
     computes_in = sampler.call("computes_in")
-    loads: list[tuple[Any, str | None, Logprobs, str]] = [
+    given = WeightsRef(digest=models.digest_of(model), path=model)
+    loads: list[tuple[Any, WeightsRef | None, Logprobs, str]] = [
         ("as given", None, trained.given, "as given"),
         ("after an update", trained.policy, trained.after, trained.exported),
-        ("as given again", str(model), trained.given, "as given"),
+        ("as given again", given, trained.given, "as given"),
     ]
-    for weights, path, wanted, precision in loads:
-        if path is not None:
-            sampler.call("load", policy_path=path)
+    for weights, ref, wanted, precision in loads:
+        if ref is not None:
+            sampler.call("load", weights=ref)
         scored = sampler.call("logprobs", sequences=list(trained.texts))
         gap = weights_gap(scored, list(wanted), computes_in, precision)
         pairs = zip(wanted, trained.given, strict=True)
         moved = fmean(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
-        yield HandOver(weights=weights, gap=gap, moved=moved, holds=gap.within(limit))
+        yield CheckedLoad(weights=weights, gap=gap, moved=moved, holds=gap.within(limit))
 
 
 def check_hand_over(
     model: Path,
     job: Job,
     note: Callable[[str], None] = lambda message: None,
-    mode: Literal["process", "inline"] = "process",
-) -> Iterator[HandOver]:
+    mode: WorkerKind = "process",
+) -> Iterator[CheckedLoad]:
     """Loads, trains, exports, reloads and compares; yields each row as it is known. Nothing is kept.
+
+    `mode` takes the place of the job's `workers`.
 
     Raises:
         UserError: sampler or learner refuse the model or the settings; this is what they would say to a job.
@@ -117,12 +121,12 @@ def check_hand_over(
     """
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlaif-hand-over-")))
-        devices = place(job, usable_gpus(len(gpu_names()))) if mode == "process" else {}
+        places = place(job.model_copy(update={"workers": mode}), usable_gpus(len(gpu_names())))
 
         def start(name: str, factory: str, **kwargs: Any) -> Worker:
             note(f"loading the {name}")
-            env = {"CUDA_VISIBLE_DEVICES": devices[name]} if name in devices else None
-            worker = start_worker(mode, name, factory, kwargs, scratch / f"{name}.log", env)
+            at = places[name]
+            worker = start_worker(at.worker, name, factory, kwargs, scratch / f"{name}.log", at.environment)
             stack.enter_context(closing(worker)).ready()
             return worker
 

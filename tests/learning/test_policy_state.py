@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from rlaif import config, models
 from rlaif.errors import UserError
 from rlaif.learning import make_learner
-from rlaif.learning.export import in_precision, kept_in_fp32, merged
+from rlaif.learning.policy_state import in_precision, kept_in_fp32, merged
 from rlaif.learning.rounding import round_stochastically
 from rlaif.records import Preference, TokenSequence
 from tests.architectures import ARCHITECTURES, END, MIXTURES, VOCABULARY, make_model
@@ -65,7 +65,7 @@ def trained(path: Path, lora: config.Lora | None = None, **changes: Any) -> Any:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_full_weights_arrive(name: str, tmp_path: Path) -> None:
     made = trained(make_model(name, tmp_path / "base"))
-    made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    made.save(tmp_path / "state", tmp_path / "policy")
     master = flat(made.logprobs(SEQUENCES))
     assert (scored(tmp_path / "policy") - master).abs().max() < 1e-3
     assert (scored(tmp_path / "base") - master).abs().mean() > 0.1, "it has moved"
@@ -74,7 +74,7 @@ def test_full_weights_arrive(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [*MIXTURES, "llama-tied", "gpt2", "phi3"])
 def test_adapters_arrive_merged(name: str, tmp_path: Path) -> None:
     made = trained(make_model(name, tmp_path / "base"), config.Lora(r=4, alpha=8))
-    made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    made.save(tmp_path / "state", tmp_path / "policy")
     master = flat(made.logprobs(SEQUENCES))
     for _ in range(2):  # what a name doesn't match is filled at random, so that two loads differ
         assert (scored(tmp_path / "policy") - master).abs().max() < 1e-3
@@ -147,7 +147,7 @@ def test_the_move_arrives_at_realistic_rates(rate: float, tmp_path: Path) -> Non
     settings = config.Learner(precision="fp32", batch_size=2, learning_rate=rate, warmup_steps=0)
     made: Any = make_learner("dpo", str(path), settings, seed=7, export_precision="bf16")
     list(made.update(make_preferences(12, vocabulary=40_000), 0))
-    made.save(str(tmp_path / "state"), str(tmp_path / "policy"))
+    made.save(tmp_path / "state", tmp_path / "policy")
     assert json.loads((tmp_path / "policy" / "config.json").read_text())["dtype"] == "bfloat16"
     state = merged(made.policy)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
