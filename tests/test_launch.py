@@ -249,3 +249,45 @@ def test_a_prompt_that_the_template_cant_show_is_named_at_the_start(tmp_path: Pa
     run = launch.execute(load_job(tmp_path / "tiny.yaml", ["iterations=1"]), tmp_path / "run", tmp_path, Quiet())
     asked = {c.prompt_id: c.prompt_token_ids for c in run.iteration(0).read("completions", Completion)}
     assert len(set(asked.values())) == len(asked) == 6
+
+
+def test_each_role_runs_where_the_job_places_it(
+    tmp_path: Path, only_start, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: dict[str, Any] = {}
+    no_worker = launch.start_worker
+
+    def noted(kind: str, name: str, *more: Any) -> Any:
+        places[name] = kind, more[-1]
+        return no_worker(kind, name, *more)
+
+    monkeypatch.setattr(launch, "start_worker", noted)
+    monkeypatch.setattr(launch, "gpu_names", lambda: ["one", "two"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    make_project(tmp_path, tiny_model)
+    where = {"judge": {"worker": "inline"}, "learner": {"devices": [0]}}
+    start(tmp_path, workers="process", placement=where)
+    assert places == {
+        "sampler": ("process", {"CUDA_VISIBLE_DEVICES": "1"}),
+        "learner": ("process", {"CUDA_VISIBLE_DEVICES": "0"}),
+        "judge": ("inline", None),
+    }
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything(tmp_path: Path, only_start, tiny_model: Path) -> None:
+    make_project(tmp_path, tiny_model)
+    job = load_job(tmp_path / "tiny.yaml", ["placement.judge.devices=[0]"])
+    with pytest.raises(UserError, match=r"placement\.judge\.devices: no GPU 0; this process can use 0"):
+        launch.execute(job, tmp_path / "run", tmp_path, Quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_vllm_loads_alone_on_a_gpu(
+    tmp_path: Path, only_start: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "gpu_names", lambda: ["one"])
+    make_project(tmp_path, tiny_model)
+    start(tmp_path, **{"sampling.engine": "vllm"})
+    assert only_start == [
+        "start sampler", "ready sampler", "start learner", "start judge", "ready learner", "ready judge",
+    ]  # fmt: skip

@@ -72,3 +72,13 @@ def test_a_plan_that_doesnt_fit_or_isnt_reached_is_a_warning(tmp_path: Path, mon
     memory, disk, _ = estimate(job, tmp_path)["warnings"]
     assert memory.startswith("memory: about ")
     assert disk.startswith("disk: about ")
+
+
+def test_the_plan_says_where_each_role_runs_and_refuses_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_cost, "gpu_names", lambda: ["one", "two"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    job = ROOT / "jobs" / "quickstart.yaml"
+    found = estimate(load_job(job, ["placement.judge.worker=inline"]), ROOT)
+    assert found["placement"] == {"sampler": "process on GPU 0", "learner": "process on GPU 1", "judge": "inline"}
+    with pytest.raises(UserError, match=r"placement\.judge\.devices: no GPU 2"):
+        estimate(load_job(job, ["placement.judge.devices=[2]"]), ROOT)

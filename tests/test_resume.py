@@ -227,7 +227,8 @@ def test_a_changed_job_is_refused_by_naming_the_keys(begun: Path) -> None:
 @pytest.mark.parametrize("key", ["iterations=9", "eval.every=1", "monitors.min_mean_words=3", "workers=process",
                                  "learner.learning_rate=1e-6", "sampling.gpu_memory_utilization=0.5",
                                  "sampling.tensor_parallel_size=2", "learner.args.per_device_train_batch_size=1",
-                                 "learner.args.gradient_checkpointing=true"])  # fmt: skip
+                                 "learner.args.gradient_checkpointing=true",
+                                 "placement={judge: {worker: inline}}"])  # fmt: skip
 def test_a_harmless_change_needs_a_word(begun: Path, key: str) -> None:
     from rlaif.config import load_job
     from rlaif.loop.launch import check_resume

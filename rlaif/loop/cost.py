@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import psutil
 from rich.table import Table
 
 from rlaif import models
-from rlaif.config import Job, Precision
+from rlaif.config import Job, PlacedRole, Precision
 from rlaif.console import inert, stdout_console
 from rlaif.constitutions.constitution import Constitution, load_constitution
 from rlaif.constitutions.templates import load_template, template_names, templates_in
@@ -23,7 +23,8 @@ from rlaif.judging.calibration import Asked, read_calibration
 from rlaif.judging.filters import check_asked
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update, pairs_at_most
-from rlaif.records import Pair
+from rlaif.records import Pair, Prompt
+from rlaif.workers.placement import place, usable_gpus
 
 PROMPT_TOKENS = 40
 """A rendered prompt with its chat template, tokens: typical for one-sentence questions."""
@@ -40,11 +41,98 @@ START_S = 45.0
 GIB = 2**30
 
 
+class _Read(NamedTuple):
+    """What a job names, read and checked."""
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    texts: dict[str, Constitution]
+    """By how the job refers to them; as the judge is asked with them."""
+
+
+class _Counts(NamedTuple):
+    """How much of what, over all iterations; of pairs and ballots at most."""
+
+    samples: int
+    pairs: int
+    scores: int
+    ballots: int
+    evaluations: int
+    held_out_answers: int
+    evaluation_ballots: int
+    untempered: int
+    """Answers that KL is measured on."""
+
+
+class _Tokens(NamedTuple):
+    """About how many tokens are sampled, looked at and trained on."""
+
+    sampled: float
+    judged: float
+    """By a judge that runs here."""
+    measured: float
+    """Sanity is measured here, whoever judges."""
+    trained: float
+
+
+class _Needed(NamedTuple):
+    """Bytes, at the same time."""
+
+    memory: float
+    disk: float
+
+
 def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     """Counts (exact) and time, memory, disk (rough, for the reference machine).
 
     Raises:
-        UserError: a model, a prompt file or a text is missing or broken: a dry run finds it too.
+        UserError: a model, a prompt file or a text is missing or broken, or a GPU: a dry run finds it too.
+    """
+    places = place(job, usable_gpus(len(gpu_names())))
+    read = _read(job, base_dir)
+    counts = _count(job, base_dir, read)
+    tokens = _tokens(job, counts)
+    fast = cpu_has_bf16() or bool(gpu_names())  # as `hardware.precision_here`, without torch
+    needed = _needed(job, counts, fast)
+    disk_free = shutil.disk_usage(base_dir).free
+    return {
+        "iterations": job.iterations,
+        "constitutions": {str(k): str(read.texts[ref].ref) for k, ref in _schedule(job).items()},
+        "train_prompts": len(read.train),
+        "held_out_prompts": len(read.held_out),
+        "samples": counts.samples,
+        "pairs_at_most": counts.pairs,
+        "scores": counts.scores,
+        "ballots_at_most": counts.ballots,
+        "judge": job.judge.kind,
+        "evaluations": counts.evaluations,
+        "held_out_answers": counts.held_out_answers,
+        "evaluation_ballots_at_most": counts.evaluation_ballots,
+        "tokens": {
+            "sampled": round(tokens.sampled),
+            "judged": round(tokens.judged + tokens.measured),
+            "trained": round(tokens.trained),
+        },
+        "minutes_on_reference_machine": round(_seconds(job, tokens, fast) / 60, 1),
+        "placement": {role: str(places[role]) for role in get_args(PlacedRole)},
+        "memory_gib": round(needed.memory / GIB, 1),
+        "memory_here_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "disk_gib": round(needed.disk / GIB, 1),
+        "disk_free_gib": round(disk_free / GIB, 1),
+        "warnings": _warnings(job, needed, disk_free),
+        "parameters": parameters_of(job.policy.model),
+    }
+
+
+def _schedule(job: Job) -> dict[int, str]:
+    return job.schedule or {0: job.constitution or ""}
+
+
+def _read(job: Job, base_dir: Path) -> _Read:
+    """Reads everything that the job names and that is here, and checks it.
+
+    Raises:
+        UserError: it can't be used.
     """
     models.check_name(job.policy.model)
     if job.policy.adapter is not None:
@@ -60,22 +148,27 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     check_enough(train, job.prompts)
     if job.filters.calibration:
         check_asked(read_calibration(base_dir / job.filters.calibration), job.filters, Asked.by(job))
-    schedule = job.schedule or {0: job.constitution or ""}
     texts = {
-        ref: asked_by(job.judge, load_constitution(base_dir / job.constitutions_dir, ref)) for ref in schedule.values()
+        ref: asked_by(job.judge, load_constitution(base_dir / job.constitutions_dir, ref))
+        for ref in _schedule(job).values()
     }
     if job.judge.kind == "likelihood" and (judge := _folder(job.judge.model)).is_dir():
         check_likelihood_judge(judge, job, texts.values())
     if job.pairing.method == "best_worst":
         for text in texts.values():
             check_selects(text)
+    return _Read(train, held_out, texts)
+
+
+def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
     samples = job.prompts.per_iteration * job.sampling.completions_per_prompt
     pairs = pairs_at_most(job)
-    held = min(job.eval.prompts, len(held_out)) * job.eval.samples
+    held = min(job.eval.prompts, len(read.held_out)) * job.eval.samples
+    schedule = _schedule(job)
     ballots = scores = eval_ballots = 0
     evaluations = 1  # of the base policy
     for k in range(job.iterations):
-        text = texts[schedule[max(i for i in schedule if i <= k)]]
+        text = read.texts[schedule[max(i for i in schedule if i <= k)]]
         ballots += pairs * _ballots_a_pair(job, text, "decide", base_dir)
         if job.pairing.method == "best_worst":
             scores += samples * len(selecting_voices(text))
@@ -83,48 +176,79 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         if last or (k + 1) % job.eval.every == 0 or (k + 1) in schedule:
             evaluations += 1
             eval_ballots += held * _ballots_a_pair(job, text, "evaluate", base_dir)
+    return _Counts(
+        samples=samples * job.iterations,
+        pairs=pairs * job.iterations,
+        scores=scores,
+        ballots=ballots,
+        evaluations=evaluations,
+        held_out_answers=held * evaluations,
+        evaluation_ballots=eval_ballots,
+        untempered=min(job.eval.kl_prompts, job.eval.prompts, len(read.held_out)) * (evaluations - 1),
+    )
+
+
+def _tokens(job: Job, counts: _Counts) -> _Tokens:
     answer = job.sampling.max_tokens * 0.8
-    untempered = min(job.eval.kl_prompts, job.eval.prompts, len(held_out)) * (evaluations - 1)
-    sampled = (samples * job.iterations + held * evaluations + untempered) * answer
-    # Sanity is measured here, whoever judges. Each side of a contrast is one pass over question and answer; a ballot
-    # looks at two answers. A judge behind a server takes its own time.
-    measured = (held * evaluations + untempered) * 2 * (answer + 40)
+    # Each side of a contrast is one pass over question and answer; a ballot looks at two answers. A judge behind a
+    # server takes its own time.
     judged = 0.0
     if job.judge.kind == "likelihood":
-        judged = (scores * 2 + (ballots + eval_ballots) * 4) * (answer + 15)
-    trained = pairs * job.iterations * job.learner.epochs * 2 * (answer + PROMPT_TOKENS)
-    parameters = parameters_of(job.policy.model)
-    judge_parameters = parameters_of(job.judge.model) if job.judge.kind == "likelihood" else parameters
-    scale, judge_scale = ((n or REFERENCE_PARAMETERS) / REFERENCE_PARAMETERS for n in (parameters, judge_parameters))
-    fast = cpu_has_bf16() or bool(gpu_names())  # as `hardware.precision_here`, without torch
-    seconds = (
-        START_S
-        + scale * sampled / _rate("sample", job.sampling.precision, fast)
-        + (scale * measured + judge_scale * judged) / _rate("score", job.judge.precision, fast)
-        + scale * trained / _rate("train", job.learner.precision, fast)
+        judged = (counts.scores * 2 + (counts.ballots + counts.evaluation_ballots) * 4) * (answer + 15)
+    return _Tokens(
+        sampled=(counts.samples + counts.held_out_answers + counts.untempered) * answer,
+        judged=judged,
+        measured=(counts.held_out_answers + counts.untempered) * 2 * (answer + 40),
+        trained=counts.pairs * job.learner.epochs * 2 * (answer + PROMPT_TOKENS),
     )
-    weights = 2 * (parameters or REFERENCE_PARAMETERS)  # bf16
+
+
+def _judge_parameters(job: Job) -> float:
+    """Of the model that scores here: the judge's, or the policy's where the judge is behind a server."""
+    return parameters_of(job.judge.model if job.judge.kind == "likelihood" else job.policy.model) or (
+        REFERENCE_PARAMETERS
+    )
+
+
+def _seconds(job: Job, tokens: _Tokens, fast: bool) -> float:
+    scale = (parameters_of(job.policy.model) or REFERENCE_PARAMETERS) / REFERENCE_PARAMETERS
+    judge_scale = _judge_parameters(job) / REFERENCE_PARAMETERS
+    return (
+        START_S
+        + scale * tokens.sampled / _rate("sample", job.sampling.precision, fast)
+        + (scale * tokens.measured + judge_scale * tokens.judged) / _rate("score", job.judge.precision, fast)
+        + scale * tokens.trained / _rate("train", job.learner.precision, fast)
+    )
+
+
+def _needed(job: Job, counts: _Counts, fast: bool) -> _Needed:
+    weights = 2 * (parameters_of(job.policy.model) or REFERENCE_PARAMETERS)  # bf16
     trained_share = _trained_share(job)
     # fp32 weights, and for what is trained a gradient, Adam's two moments and the reference or what a step needs.
     learner = weights * (2 + (5.5 + _width(job.learner.precision, fast)) * trained_share)
     # The sampler, the measurer on the base policy, and a judge of its own where that isn't the same model.
     frozen = weights * (_width(job.sampling.precision, fast) + _width(job.judge.precision, fast))
     if job.judge.kind == "likelihood" and job.judge.model != job.policy.model:
-        frozen += 2 * judge_scale * REFERENCE_PARAMETERS * _width(job.judge.precision, fast)
-    memory = frozen + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB
+        frozen += 2 * _judge_parameters(job) * _width(job.judge.precision, fast)
     # fp32 weights and Adam's moments of what is trained; the old state goes when the next one is complete.
     states = weights * 6 * trained_share * min(job.iterations, 2)
-    # A policy is exported in what the sampler computes in.
-    disk = weights * _width(job.sampling.precision, fast) * (evaluations + 1) + states
-    memory_free, disk_free = psutil.virtual_memory().available, shutil.disk_usage(base_dir).free
+    return _Needed(
+        memory=frozen + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB,
+        # A policy is exported in what the sampler computes in.
+        disk=weights * _width(job.sampling.precision, fast) * (counts.evaluations + 1) + states,
+    )
+
+
+def _warnings(job: Job, needed: _Needed, disk_free: int) -> list[str]:
+    memory_free = psutil.virtual_memory().available
     warnings = [
-        f"{name}: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} free"
-        for name, needed, free in (("memory", memory, memory_free), ("disk", disk, disk_free))
-        if needed > free
+        f"{name}: about {wanted / GIB:.1f} GiB needed, {free / GIB:.1f} free"
+        for name, wanted, free in (("memory", needed.memory, memory_free), ("disk", needed.disk, disk_free))
+        if wanted > free
     ]
     warnings += [
         f"schedule: {reference} after {k} iterations is never reached, the run ends at {job.iterations}"
-        for k, reference in schedule.items()
+        for k, reference in _schedule(job).items()
         if k >= job.iterations
     ]
     named = [job.policy.model, *([job.judge.model] if job.judge.kind == "likelihood" else [])]
@@ -135,28 +259,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         )
     if hint := shipped_held_out(job.prompts):
         warnings.append(hint)
-    return {
-        "iterations": job.iterations,
-        "constitutions": {str(k): str(texts[ref].ref) for k, ref in schedule.items()},
-        "train_prompts": len(train),
-        "held_out_prompts": len(held_out),
-        "samples": samples * job.iterations,
-        "pairs_at_most": pairs * job.iterations,
-        "scores": scores,
-        "ballots_at_most": ballots,
-        "judge": job.judge.kind,
-        "evaluations": evaluations,
-        "held_out_answers": held * evaluations,
-        "evaluation_ballots_at_most": eval_ballots,
-        "tokens": {"sampled": round(sampled), "judged": round(judged + measured), "trained": round(trained)},
-        "minutes_on_reference_machine": round(seconds / 60, 1),
-        "memory_gib": round(memory / GIB, 1),
-        "memory_here_gib": round(psutil.virtual_memory().total / GIB, 1),
-        "disk_gib": round(disk / GIB, 1),
-        "disk_free_gib": round(disk_free / GIB, 1),
-        "warnings": warnings,
-        "parameters": parameters,
-    }
+    return warnings
 
 
 def _computes(precision: Precision, fast: bool) -> str:
@@ -228,6 +331,7 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "tokens": f"about {tokens['sampled']:,} sampled, {tokens['judged']:,} judged, {tokens['trained']:,} trained on",
         "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores like these, without a GPU, after set-up"
         + (", and the judge's own" if costs["judge"] == "chat" else ""),
+        "placement": ", ".join(f"{role}: {where}" for role, where in costs["placement"].items()),
         "memory": f"about {costs['memory_gib']} GiB ({costs['memory_here_gib']} GiB here)",
         "disk": f"about {costs['disk_gib']} GiB ({costs['disk_free_gib']} GiB free)",
     }

