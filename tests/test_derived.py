@@ -105,7 +105,7 @@ def test_uses_and_sides_never_share_a_wording(wordings: Wordings) -> None:
 
 def test_a_set_that_changes_gets_a_new_id() -> None:
     # A run records id and hash; another content under an old id would make its log say what isn't so.
-    assert {w.id: w.hash for w in WORDINGS} == {"derived.2": "a3eba05e467f49a4"}
+    assert {w.id: w.hash for w in WORDINGS} == {"derived.2": "3d095c7d7f3dc4ee"}
     assert len({w.id for w in bench.CANDIDATES}) == len(bench.CANDIDATES)
 
 
@@ -130,7 +130,7 @@ def test_a_set_that_changes_gets_a_new_id() -> None:
 )
 def test_any_phrasing_of_a_rule_is_said_or_quoted_whole(rule: str, answer: str) -> None:
     found = sides(rule)
-    assert found[0].startswith(f"Give {answer}")
+    assert found[0].startswith(f"I want {answer}")
     plain = " ".join(rule.split())
     plain += "" if plain[-1] in ".?" else "."
     assert f"You are a helpful assistant. {plain}" in found

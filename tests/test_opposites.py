@@ -27,6 +27,7 @@ from rlaif.constitutions.opposites import third_person, turned
         ("Answers must be in British English.", "Answers must be in American English."),
         ("Be polite", "Be rude"),
         ("List the steps.", "Leave out the steps."),
+        ("Give one or two sentences, or use a list.", "Give many long sentences, or use no list."),
         # A refusal is lifted, and what it refused stays, as far as it goes.
         ("Avoid jargon and long sentences.", "Use jargon and long sentences."),
         ("Prefer the answer that avoids long words.", "Prefer the answer that uses long words."),

@@ -128,11 +128,11 @@ def _said(rule: str) -> dict[str, str]:
 WORDINGS: tuple[Wordings, ...] = (
     Wordings(
         id="derived.2",
-        select=(frame("Give {answer}."),),
+        select=(frame("I want {answer}.", "I will give you {answer}."),),
         decide=(
             frame("You are a helpful assistant. {rule}"),
             frame("{rule}", "Okay, I will."),
-            frame("How should you answer?", "With {answer}."),
+            frame("Give {answer}."),
         ),
         evaluate=(
             frame("You are an assistant whose answer is always {one}."),

@@ -120,6 +120,10 @@ _TAKES_NO = re.compile(
     r"(?:(?:a|an|the|any|some) )?",
     re.IGNORECASE,
 )
+_HAS_LAYOUT = re.compile(
+    rf"{_TAKES_NO.pattern}(?:\w+ )?(?:lists?|tables?|headings?|bullet.points|bullets|paragraphs?)\b", re.IGNORECASE
+)
+"""To use a list is one thing among others, and its opposite is to use none; to be one is the whole answer's layout."""
 
 
 class Turned(NamedTuple):
@@ -176,6 +180,9 @@ def turned(rule: str) -> Turned:
         elif (refused := _refused(part)) is not None:
             new, by_word = refused
             known, before = known or by_word, "refused"
+            out.append(new)
+        elif _HAS_LAYOUT.match(part):
+            (new, before), known = _negated(part, before), True
             out.append(new)
         elif (replaced := _replaced(part)) is not None:
             new, by_word = replaced
