@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.hardware",
         "rlaif.intervals",
         "rlaif.models",
+        "rlaif.plotting",
         "rlaif.reached",
         "rlaif.rendering",
         "rlaif.thoughts",
