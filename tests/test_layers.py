@@ -127,6 +127,13 @@ def test_a_rich_console_gets_inert_text_only(module: str) -> None:
     assert "rich.markup" not in imports(module) or module == "rlaif.console"
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_one_module_draws_with_matplotlib(module: str) -> None:
+    drawing = {i.partition(".")[0] for i in imports(module)} & {"matplotlib"}
+    assert not drawing or module == "rlaif.plotting"
+    assert "matplotlib" not in {i.partition(".")[0] for i in imports(module, top_only=True)}
+
+
 def test_the_import_reader_sees_what_it_should() -> None:
     assert "torch" in imports("rlaif.learning.base", top_only=True)
     assert "rlaif.models" in imports("rlaif.sampling.role")

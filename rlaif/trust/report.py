@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlaif.console import inert
 from rlaif.errors import UserError
 from rlaif.judging.calibration import Calibration, least_pairs
 from rlaif.judging.verdicts import LEAST_FIT, JurorFit
@@ -231,15 +232,14 @@ def _draw_curves(axis: Any, results: Sequence[Slice], alpha: float | None) -> No
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     from rich.table import Table
-    from rich.text import Text
 
-    out = Table(title=title, title_justify="left")
+    out = Table(title=inert(title), title_justify="left")
     for n, heading in enumerate(headings):
         text = n < _NUMBER_COLUMNS_FROM or heading in _TEXT_COLUMNS
         out.add_column(heading, justify="left" if text else "right")
     for row in rows:
-        # A reply may hold what would be markup: [[A]].
-        out.add_row(*(Text(cell) if name == "reply" else cell for name, cell in zip(headings, row, strict=True)))
+        # A reply may hold what would be markup, [[A]], and so may the name of a judge or a slice.
+        out.add_row(*map(inert, row))
     return out
 
 
