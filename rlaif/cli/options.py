@@ -37,7 +37,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return spread
 
 
-def _of_fields(group: type) -> list[inspect.Parameter]:
+def _of_fields(group: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(
