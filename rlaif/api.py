@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from rlaif.config import Job, parse_job
 from rlaif.constitutions.constitution import Constitution, parse_constitution
 from rlaif.constitutions.constitution import load_constitution as load_by_name
-from rlaif.errors import UserError
+from rlaif.errors import UserError, cant_read
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import decide_votes
 from rlaif.judging.verdicts import jurors_for
@@ -61,7 +61,7 @@ def load_constitution(name: str | Path, folder: str | Path = "constitutions") ->
         try:
             return parse_constitution(path.read_text(encoding="utf-8"), path.parent.name or path.stem, 0, str(path))
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{path}: can't read the constitution ({e})") from e
+            raise cant_read(path, "the constitution", e) from e
     return load_by_name(folder, str(name))
 
 

@@ -664,6 +664,11 @@ def load_job(path: Path | str, overrides: list[str] | None = None) -> Job:
         raise UserError(f"{path}: nested too deeply; a job is a mapping of settings, see docs/job.md") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
+    except IsADirectoryError as e:
+        raise UserError(
+            f"{path}: can't read the job file (this is a folder, and no run: it has no run.json); name a file, for "
+            "example jobs/quickstart.yaml"
+        ) from e
     except OSError as e:
         raise UserError(
             f"{path}: can't read the job file ({e.strerror}); `ls jobs` shows the shipped ones, "

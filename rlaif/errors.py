@@ -85,3 +85,21 @@ def to_install(*extras: str) -> str:
 def said(e: RlaifError | OSError) -> str:
     """An error in one line that names the file."""
     return f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
+
+
+SHIPPED = ("constitutions", "prompts", "jobs")
+"""The folders of a project, which `rlaif init` fills."""
+
+
+def cant_read(path: Path, what: str, e: OSError | UnicodeDecodeError) -> UserError:
+    """The user's mistake of naming a file that can't be read, with the next step where one is known."""
+    if isinstance(e, UnicodeDecodeError):
+        return UserError(f"{path}: can't read {what} ({e.reason} at byte {e.start}); save it as UTF-8")
+    step = ""
+    if isinstance(e, IsADirectoryError):
+        step = "; this is a folder: name a file in it"
+    elif isinstance(e, FileNotFoundError):
+        here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        shipped = here.parts[0] in SHIPPED if here.parts else False
+        step = f"; `rlaif init DIR` writes the shipped {here.parts[0]}" if shipped else "; check the name"
+    return UserError(f"{path}: can't read {what} ({e.strerror or e}){step}")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rlaif.errors import RlaifError, UserError, checkout
+from rlaif.errors import SHIPPED, RlaifError, UserError, checkout
 from rlaif.records import Record
 
-FOLDERS = ("constitutions", "prompts", "jobs")
+FOLDERS = SHIPPED
 README = "README.md"
 _HERE = Path(__file__).resolve().parent
 _PACKED = _HERE / "shipped"

@@ -165,6 +165,44 @@ def test_a_users_mistake_is_one_line_and_exit_2(rlaif, arguments: list[str], mes
     assert message in err
 
 
+SHIPPED = "`rlaif init DIR` writes the"
+A_FOLDER = "this is a folder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "next_step"),
+    [
+        (["run", "jobs/quickstart.yaml"], SHIPPED),
+        (["run", "jobs/quickstart.yaml", "--dry-run"], SHIPPED),
+        (["doctor", "--job", "jobs/quickstart.yaml"], SHIPPED),
+        (["constitution", "list"], SHIPPED),
+        (["constitution", "list", "--json"], SHIPPED),
+        (["constitution", "check"], SHIPPED),
+        (["constitution", "show", "assistant"], SHIPPED),
+        (["constitution", "diff", "assistant@1", "assistant@2"], SHIPPED),
+        (["judge", "bench"], SHIPPED),
+        (["judge", "attack"], SHIPPED),
+        (["judge", "calibrate", "--to", "c.json"], SHIPPED),
+        (["judge", "bench", "pairs.jsonl"], "check the name"),
+        (["status", "runs/quickstart"], "`rlaif run JOB` makes one"),
+        (["report", "runs/quickstart"], "`rlaif run JOB` makes one"),
+        (["run", "."], A_FOLDER),
+        (["doctor", "--job", "."], A_FOLDER),
+        (["judge", "bench", "."], A_FOLDER),
+        (["judge", "attack", "."], A_FOLDER),
+        (["judge", "calibrate", ".", "--to", "c.json"], A_FOLDER),
+        (["judge", "bench", "--job", "."], A_FOLDER),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_in_an_empty_folder_the_next_step_is_said(rlaif, tmp_path: Path, arguments: list[str], next_step: str) -> None:
+    code, out, err = rlaif(*arguments, cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert next_step in err
+    assert "Errno" not in err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("arguments", [["run"], ["status"], ["run", "a", "--no-such-option"], ["rum"]])
 def test_wrong_usage_is_exit_2(rlaif, arguments: list[str]) -> None:
     code, _, err = rlaif(*arguments)

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.hardware",
         "rlaif.intervals",
         "rlaif.models",
+        "rlaif.plotting",
         "rlaif.reached",
         "rlaif.rendering",
         "rlaif.thoughts",
@@ -124,6 +125,13 @@ def test_heavy_libraries_stay_in_their_modules(module: str) -> None:
 def test_a_rich_console_gets_inert_text_only(module: str) -> None:
     # rich's own `escape` lets through what steers a terminal; `rlaif.console.inert` doesn't.
     assert "rich.markup" not in imports(module) or module == "rlaif.console"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_one_module_draws_with_matplotlib(module: str) -> None:
+    drawing = {i.partition(".")[0] for i in imports(module)} & {"matplotlib"}
+    assert not drawing or module == "rlaif.plotting"
+    assert "matplotlib" not in {i.partition(".")[0] for i in imports(module, top_only=True)}
 
 
 def test_the_import_reader_sees_what_it_should() -> None:

@@ -10,7 +10,9 @@ from rlaif.config import load_job
 from rlaif.errors import UserError
 from rlaif.loop import cost as plan_cost
 from rlaif.loop.cost import GIB, estimate
+from rlaif.records import JudgedStats
 from tests.conftest import project_job
+from tests.judging.test_calibration import calibration
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,6 +21,22 @@ def test_a_calibration_that_is_not_there_is_found() -> None:
     job = load_job(ROOT / "jobs" / "quickstart.yaml", ["filters.calibration=nosuch.json"])
     with pytest.raises(UserError, match=r"nosuch\.json"):
         estimate(job, ROOT)
+
+
+def test_cut_off_pairs_that_no_label_covers_are_told_before_the_run(tmp_path: Path) -> None:
+    job = project_job(tmp_path, "no-such/model", filters={"calibration": "c.json", "uncalibrated": "drop"})
+    ended = JudgedStats(pairs=9, kept=9, mean_agreement=1.0, agreement_sd=0.0, mean_words=3, answers=18, cut_off=0,
+                        one_cut_off=0)  # fmt: skip
+
+    def said(stats: JudgedStats) -> list[str]:
+        (tmp_path / "c.json").write_text(calibration(judged=stats).model_dump_json())
+        return [
+            w for w in estimate(job, tmp_path)["warnings"] if w.startswith("filters.calibration c.json: pairs with")
+        ]
+
+    (warning,) = said(ended)
+    assert "one answer that is cut off will be dropped (uncalibrated): an answer that the length limit" in warning
+    assert not said(ended.model_copy(update={"cut_off": 4, "one_cut_off": 4}))
 
 
 def test_a_judge_behind_a_server_is_asked_by_order_template_sample_and_juror() -> None:

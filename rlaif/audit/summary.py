@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from rlaif.audit.picture import draw
 from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import Completion, ConstitutionRef, EvaluationMetrics, Event, IterationMetrics, Plan, Prompt, Record
 from rlaif.review.queue import Queue
 from rlaif.rundir.stages import NAMES
-from rlaif.rundir.store import RunDir, read_record, read_rows, replacing, write_json
+from rlaif.rundir.store import RunDir, read_record, read_rows, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHOWN_PROMPTS = 3
 
@@ -81,7 +85,7 @@ def status_table(run: RunDir) -> None:
     if status.current_iteration is not None:
         console.print(f"iteration {status.current_iteration + 1} is at stage {status.current_stage}")
     if status.constitution:
-        console.print(f"text in force: {status.constitution} ({status.constitution.hash})")
+        console.print(f"text in force: {inert(str(status.constitution))} ({status.constitution.hash})")
     if event := status.last_event:
         console.print(f"last event: {event.kind} at {event.time}: {inert(event.message)}")
     for alarm in status.alarms:
@@ -122,89 +126,15 @@ def write_summary(run: RunDir) -> Summary:
     if not summary.iterations:
         raise UserError(f"{run.path}: no iteration is finished yet; `rlaif status {run.path}` says where it stands")
     write_json(run.path / "summary.json", summary.model_dump(mode="json"))
-    draw(summary, run.path / "summary.png")
+    draw(summary.iterations, summary.evaluations, run.path / "summary.png")
     return summary
 
 
 def final_tables(run: RunDir, summary: Summary) -> None:
     """Prints the run: iterations, held-out evaluations, answers."""
-    from rich.table import Table
-
     console = stdout_console()
-    table = Table(title="iterations", title_justify="left")
-    for column in (
-        "iteration",
-        "text",
-        "pairs",
-        "kept",
-        "dropped",
-        "loss",
-        "words",
-        "ended",
-        "gap",
-        "decoded",
-        "seconds by stage",
-    ):
-        table.add_column(column, justify="left" if column in ("text", "dropped", "seconds by stage") else "right")
-    for m in summary.iterations:
-        seconds = {s: m.seconds[s] for s in ("completions", "scores", "votes", "updates")}
-        table.add_row(
-            str(m.iteration + 1),
-            str(m.constitution),
-            str(m.pairs),
-            "-" if m.kept_share is None else f"{m.kept_share:.0%}",
-            ", ".join(f"{r} {n}" for r, n in [*sorted(m.dropped_by_first_reason.items()), *_sent(m)]),
-            "-" if m.loss is None else f"{m.loss:.3f}",
-            f"{m.sampled.mean_words:.1f}",
-            f"{m.sampled.ended_share:.0%}",
-            "-" if m.weights_gap is None else f"{m.weights_gap.mean:.4f}",
-            "-" if m.decoding_gap is None else f"{m.decoding_gap.mean:.4f}",
-            "  ".join(
-                f"{name} {seconds[stage]:.0f}"
-                for name, stage in (
-                    ("sample", "completions"),
-                    ("score", "scores"),
-                    ("judge", "votes"),
-                    ("update", "updates"),
-                )
-            ),
-        )
-    console.print(table)
-    table = Table(title="held-out answers, against the base policy's", title_justify="left")
-    columns = (
-        "after",
-        "text",
-        "win rate",
-        "95%",
-        "words",
-        "lists",
-        "ended",
-        "KL/token",
-        "relevance",
-        "base logp",
-        "seconds",
-        "checks",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("text", "checks") else "right")
-    for e in summary.evaluations:
-        base = e.updates == 0
-        low, high = e.win_interval or (0, 1)
-        table.add_row(
-            "base" if base else str(e.updates),
-            "" if base else str(e.constitution),
-            "" if base else "-" if e.win_rate is None else f"{e.win_rate:.2f}",
-            "" if base else "-" if e.win_rate is None else f"{low:.2f}-{high:.2f}",
-            f"{e.mean_words:.1f}",
-            f"{e.list_share:.0%}",
-            f"{e.ended_share:.0%}",
-            "-" if e.kl_per_token is None else f"{e.kl_per_token:.3f}",
-            f"{e.relevance:.2f}",
-            f"{e.base_logprob_per_token:.2f}",
-            f"{e.seconds:.0f}",
-            ", ".join(f"{name} {share:.0%}" for name, share in e.checks.items()),
-        )
-    console.print(table)
+    console.print(_iterations(summary.iterations))
+    console.print(_evaluations(summary.evaluations))
     for e in summary.evaluations:
         if e.updates and (line := kl_line(e)):
             console.print(f"after {e.updates}: {line}")
@@ -216,7 +146,76 @@ def final_tables(run: RunDir, summary: Summary) -> None:
         for updates, answer in row.answers.items():
             label = "base" if updates == 0 else f"after {updates}"
             console.print(f"  [dim]{label}:[/] {inert(' '.join((answer or '').split()))}")
-    console.print(f"\npicture: {run.path / 'summary.png'}   the same for programs: {run.path / 'summary.json'}")
+    picture, numbers = (inert(str(run.path / f"summary.{ending}")) for ending in ("png", "json"))
+    console.print(f"\npicture: {picture}   the same for programs: {numbers}")
+
+
+def _iterations(iterations: Sequence[IterationMetrics]) -> Table:
+    """Every iteration's numbers, a row each."""
+    table = _table(
+        "iterations",
+        ("iteration", "text", "pairs", "kept", "dropped", "loss", "words", "ended", "gap", "decoded",
+         "seconds by stage"),
+        ("text", "dropped", "seconds by stage"),
+    )  # fmt: skip
+    for m in iterations:
+        stages = {"sample": "completions", "score": "scores", "judge": "votes", "update": "updates"}
+        table.add_row(
+            str(m.iteration + 1),
+            inert(str(m.constitution)),
+            str(m.pairs),
+            "-" if m.kept_share is None else f"{m.kept_share:.0%}",
+            ", ".join(f"{r} {n}" for r, n in [*sorted(m.dropped_by_first_reason.items()), *_sent(m)]),
+            _number(m.loss, 3),
+            f"{m.sampled.mean_words:.1f}",
+            f"{m.sampled.ended_share:.0%}",
+            _number(m.weights_gap.mean if m.weights_gap else None, 4),
+            _number(m.decoding_gap.mean if m.decoding_gap else None, 4),
+            "  ".join(f"{name} {m.seconds[stage]:.0f}" for name, stage in stages.items()),
+        )
+    return table
+
+
+def _evaluations(evaluations: Sequence[EvaluationMetrics]) -> Table:
+    """Every evaluation's numbers, a row each; the base policy has no win rate against itself."""
+    table = _table(
+        "held-out answers, against the base policy's",
+        ("after", "text", "win rate", "95%", "words", "lists", "ended", "KL/token", "relevance", "base logp", "seconds",
+         "checks"),
+        ("text", "checks"),
+    )  # fmt: skip
+    for e in evaluations:
+        base = e.updates == 0
+        low, high = e.win_interval or (0, 1)
+        table.add_row(
+            "base" if base else str(e.updates),
+            "" if base else inert(str(e.constitution)),
+            "" if base else _number(e.win_rate, 2),
+            "" if base else "-" if e.win_rate is None else f"{low:.2f}-{high:.2f}",
+            f"{e.mean_words:.1f}",
+            f"{e.list_share:.0%}",
+            f"{e.ended_share:.0%}",
+            _number(e.kl_per_token, 3),
+            f"{e.relevance:.2f}",
+            f"{e.base_logprob_per_token:.2f}",
+            f"{e.seconds:.0f}",
+            inert(", ".join(f"{name} {share:.0%}" for name, share in e.checks.items())),
+        )
+    return table
+
+
+def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
+    """An empty table, numbers on the right of their columns."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def kl_line(e: EvaluationMetrics) -> str | None:
@@ -239,69 +238,3 @@ def kl_line(e: EvaluationMetrics) -> str | None:
 def _sent(metrics: IterationMetrics) -> list[tuple[str, int]]:
     """Pairs that went to review, where some did."""
     return [("to review", metrics.review)] if metrics.review else []
-
-
-def draw(summary: Summary, path: Path) -> None:
-    """The run in one picture: four panels over iterations, changes of text marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    iterations, evaluations = summary.iterations, summary.evaluations
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout="constrained")
-    x_iter = [m.iteration + 1 for m in iterations]
-    x_eval = [e.updates for e in evaluations]
-
-    words, wins, kept, sane = axes.flat
-    # Sampled by the policy that the iteration started from, so one place to the left of its bars.
-    words.plot(
-        [m.iteration for m in iterations],
-        [m.sampled.mean_words for m in iterations],
-        "o-",
-        alpha=0.4,
-        label="sampled",
-    )
-    words.plot(x_eval, [e.mean_words for e in evaluations], "s-", label="held out")
-    words.set(title="words an answer", ylim=(0, None))
-    judged = [(e.updates, e.win_rate, e.win_interval) for e in evaluations if e.win_rate is not None and e.win_interval]
-    middle = [rate for _, rate, _ in judged]
-    errors = [[rate - low for _, rate, (low, _) in judged], [high - rate for _, rate, (_, high) in judged]]
-    at = [updates for updates, _, _ in judged]
-    wins.errorbar(at, middle, yerr=errors, fmt="s-", capsize=3, label="win rate (95 %)")
-    wins.plot(x_eval, [e.ended_share for e in evaluations], "^--", label="ends by itself")
-    wins.plot(x_eval, [e.list_share for e in evaluations], "v--", label="lists")
-    wins.axhline(0.5, color="grey", linewidth=0.8)
-    wins.set(title="held out: against the base policy", ylim=(0, 1))
-    kept.bar(x_iter, [m.kept for m in iterations], label="kept")
-    bottom = [float(m.kept) for m in iterations]
-    for reason in sorted({r for m in iterations for r in m.dropped_by_first_reason}):
-        counts = [m.dropped_by_first_reason.get(reason, 0) for m in iterations]
-        kept.bar(x_iter, counts, bottom=bottom, label=reason, alpha=0.6)
-        bottom = [b + c for b, c in zip(bottom, counts, strict=True)]
-    if any(_sent(m) for m in iterations):
-        kept.bar(x_iter, [m.review for m in iterations], bottom=bottom, label="to review", hatch="//", alpha=0.6)
-    kept.set(title="pairs: kept, and dropped by reason", xlabel="iteration")
-    sane.plot(x_eval, [e.relevance for e in evaluations], "o-", label="relevance (nat a token)")
-    kl = [
-        (e.updates, e.kl_per_token, e.kl_interval or (e.kl_per_token, e.kl_per_token))
-        for e in evaluations
-        if e.kl_per_token is not None and not e.kl_by_older_version
-    ]
-    errors = [[y - low for _, y, (low, _) in kl], [high - y for _, y, (_, high) in kl]]
-    sane.errorbar(
-        [x for x, _, _ in kl], [y for _, y, _ in kl], yerr=errors, fmt="s-", capsize=3, label="KL (nat a token, 95 %)"
-    )
-    surprise = [-e.base_logprob_per_token for e in evaluations]
-    sane.plot(x_eval, surprise, "^-", label="-log p under base (nat a token)")
-    sane.set(title="sanity on held-out answers", xlabel="iteration", ylim=(0, None))
-    for before, after in pairwise(iterations):
-        if before.constitution.hash != after.constitution.hash:
-            for axis in axes.flat:
-                axis.axvline(after.iteration + 0.5, color="crimson", linestyle=":")
-            words.text(after.iteration + 0.55, 1, f"→ {after.constitution}", color="crimson", fontsize=8)
-    for axis in axes.flat:
-        axis.legend(fontsize=7)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlaif.cli.audit_common import run_of
-from rlaif.console import Listing, piped, stdout_console
+from rlaif.console import Listing, inert, piped, stdout_console
 
 if TYPE_CHECKING:
     from rlaif.trust.agreement import Agreement
@@ -47,8 +47,8 @@ def agreement(
         agreed = [row.model_dump(mode="json") for row in rows]
         print(json.dumps({"run": str(run.path), "agreement": agreed, "labels": beside, "problems": problems}))
     elif not pairs:
-        stdout_console().print(f"{run.path}: no pair is labelled yet; rlaif review {run.path} shows those that wait",
-                               markup=False)  # fmt: skip
+        where = inert(str(run.path))
+        stdout_console().print(f"{where}: no pair is labelled yet; rlaif review {where} shows those that wait")
     else:
         _table(rows)
 

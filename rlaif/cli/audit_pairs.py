@@ -23,8 +23,11 @@ from rlaif.cli.audit_common import (
 from rlaif.errors import RlaifError, UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from rlaif.audit.pair import PairDetail
     from rlaif.audit.pairs import Page, PairFilter
+    from rlaif.console import Listing
 
 
 def list_(
@@ -155,19 +158,38 @@ def show(
 
 
 def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
-    from rlaif.console import Listing, inert, piped, stdout_console
+    from rlaif.console import inert, stdout_console
 
     console = stdout_console()
     row = found.row
     where = f"evaluation after {row.iteration}" if row.evaluation else f"iteration {row.iteration + 1}"
     text = f"{found.constitution} ({found.constitution.hash})" if found.constitution else "text unknown"
-    console.print(f"[bold]pair {row.pair_id}[/]  {where}, judged under {inert(text)}, paired by {found.pair.method}")
+    judged = inert(f"judged under {text}, paired by {found.pair.method}")
+    console.print(f"[bold]pair {inert(row.pair_id)}[/]  {where}, {judged}")
     for m in found.prompt_messages:
         console.print(f"[dim]{m.role}:[/] {inert(m.content)}", soft_wrap=True)
+    _print_completions(console, found)
+    _votes(found).print(console)
+    for ballot_id, question in asked.items():
+        console.print(f"\n[bold]question of ballot {inert(ballot_id)}[/]")
+        console.print(inert(question), soft_wrap=True)
+    _print_decision(console, found)
+    for label in found.labels:
+        because = f": {label.reason}" if label.reason else ""
+        console.print(inert(f"label: {label.outcome} by {label.author} at {label.time}{because}"))
+    _print_training(console, found)
+    if found.vote_lines:
+        console.print(inert(f"votes: {found.vote_lines[0]} to line {found.vote_lines[-1].rpartition(':')[2]}"))
+
+
+def _print_completions(console: Console, found: PairDetail) -> None:
+    """Side by side; one below the other when piped."""
+    from rlaif.console import inert, piped
+
     sides = []
     for name, completion in (("first", found.first), ("second", found.second)):
         ended = "not in the log" if completion is None else completion.finish_reason
-        mark = " (chosen)" if row.winner == name else ""
+        mark = " (chosen)" if found.row.winner == name else ""
         text = "-" if completion is None else completion.text
         sides.append((f"{name}{mark}: {getattr(found.pair, name)}, {ended}", text))
     if piped():
@@ -175,6 +197,10 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
             console.print(f"[bold]{inert(heading)}[/]\n{inert(text)}", soft_wrap=True)
     else:
         console.print(_side_by_side(sides))
+
+
+def _votes(found: PairDetail) -> Listing:
+    from rlaif.console import Listing
 
     votes = Listing("ballot", "judge", "voice", "shown", "outcome", "p(first)", "raw reply",
                     right=("p(first)",), whole=("ballot",), title="votes")  # fmt: skip
@@ -189,26 +215,31 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
             number(v.p_first, 3),
             v.raw_reply or v.error or "",
         )
-    votes.print(console)
-    for ballot_id, question in asked.items():
-        console.print(f"\n[bold]question of ballot {ballot_id}[/]")
-        console.print(inert(question), soft_wrap=True)
+    return votes
+
+
+def _print_decision(console: Console, found: PairDetail) -> None:
+    """The verdict, the filter's word, and what each rule said."""
+    from rlaif.console import inert
 
     if found.decision is None:
         console.print("the decision can't be read" if found.problems else "not decided yet")
-    else:
-        verdict = found.decision.verdict
-        sent_by = f" ({found.decision.review_rule})" if found.decision.review_rule else ""
-        console.print(
-            f"verdict: [bold]{verdict.outcome}[/], p(first) {number(verdict.p_first, 3)}, agreement "
-            f"{number(verdict.agreement, 3)}; decision: [bold]{found.decision.status}[/]{sent_by}"
-        )
-        for rule in found.rules:
-            mark = "[green]passed[/]" if rule.passed else "[red]against[/]"
-            console.print(f"  {mark}  {rule.name:13} {inert(rule.sentence)}")
-    for label in found.labels:
-        because = f": {label.reason}" if label.reason else ""
-        console.print(inert(f"label: {label.outcome} by {label.author} at {label.time}{because}"))
+        return
+    verdict = found.decision.verdict
+    sent_by = f" ({found.decision.review_rule})" if found.decision.review_rule else ""
+    console.print(
+        f"verdict: [bold]{verdict.outcome}[/], p(first) {number(verdict.p_first, 3)}, agreement "
+        f"{number(verdict.agreement, 3)}; decision: [bold]{found.decision.status}[/]{sent_by}"
+    )
+    for rule in found.rules:
+        mark = "[green]passed[/]" if rule.passed else "[red]against[/]"
+        console.print(f"  {mark}  {inert(f'{rule.name:13} {rule.sentence}')}")
+
+
+def _print_training(console: Console, found: PairDetail) -> None:
+    """Into which policies it went."""
+    from rlaif.console import inert
+
     for t in found.preferences:
         steps = f"step {', '.join(map(str, t.steps))}" if t.steps else "no step"
         what = f"iteration {t.iteration + 1} as {t.source}, {t.chosen} chosen"
@@ -220,8 +251,6 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
             console.print(f"mixed in {what}: {'update skipped' if t.skipped else 'no policy yet'}")
     if not any(t.policy_after or t.unknown for t in found.preferences):
         console.print("never trained on")
-    if found.vote_lines:
-        console.print(inert(f"votes: {found.vote_lines[0]} to line {found.vote_lines[-1].rpartition(':')[2]}"))
 
 
 def _side_by_side(sides: list[tuple[str, str]]) -> Any:

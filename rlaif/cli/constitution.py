@@ -35,12 +35,14 @@ def list_(directory: Directory = DEFAULT, json_: Json = False) -> None:
     from rlaif.constitutions.constitution import list_constitutions
 
     found = list_constitutions(directory)
+    if not found:
+        raise _none_in(directory)
     if json_:
         typer.echo(json.dumps([{**c.ref.model_dump(), "summary": c.summary} for c in found], indent=1))
         return
     table = Table("constitution", "hash", "principles", "summary")
     for c in found:
-        table.add_row(str(c.ref), c.hash, str(len(c.principles)), inert(c.summary))
+        table.add_row(inert(str(c.ref)), c.hash, str(len(c.principles)), inert(c.summary))
     stdout_console().print(table)
 
 
@@ -55,10 +57,10 @@ def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = Fal
         typer.echo(text.model_dump_json(indent=1))
         return
     console = stdout_console()
-    console.print(f"[bold]{text.ref}[/] {text.hash}  {inert(text.summary)}")
+    console.print(f"[bold]{inert(str(text.ref))}[/] {text.hash}  {inert(text.summary)}")
     for p in text.principles:
         role = "guard" if p.guard else f"weight {p.weight:g}"
-        console.print(f"\n[bold]{p.id}[/] ({role})\n  {inert(p.rule)}")
+        console.print(f"\n[bold]{inert(p.id)}[/] ({role})\n  {inert(p.rule)}")
         if p.prefer:
             console.print(f"  prefer: {inert(p.prefer)}\n  avoid:  {inert(p.avoid or '')}")
         if p.check:
@@ -91,7 +93,7 @@ def check(directory: Directory = DEFAULT, json_: Json = False) -> None:
 
     files = constitution_files(directory)
     if not files:
-        raise UserError(f"{directory}: no constitution in it; each is a file {directory}/<name>/v<N>.yaml")
+        raise _none_in(directory)
     templates = templates_in(_TEMPLATES) if _TEMPLATES.is_dir() else None
     wrong = [f"{path}: nothing reads it; a version is a file <name>/v<N>.yaml" for path in misnamed_files(directory)]
     found: list[dict[str, Any]] = []
@@ -118,6 +120,13 @@ def check(directory: Directory = DEFAULT, json_: Json = False) -> None:
         print(f"rlaif: {problem}", file=sys.stderr)
     if wrong:
         raise UserError(wrong[-1])
+
+
+def _none_in(directory: Path) -> UserError:
+    return UserError(
+        f"{directory}: no constitution in it; each is a file {directory}/<name>/v<N>.yaml (`rlaif init DIR` writes the "
+        "shipped ones)"
+    )
 
 
 def _check_template(text: Constitution, path: Path) -> None:
@@ -169,7 +178,8 @@ def diff(
     if not changes:
         console.print("no difference")
     for c in changes:
-        console.print(f"[bold]{c.principle or 'constitution'}[/] {c.kind}{f': {c.field}' if c.field else ''}")
+        field = f": {inert(c.field)}" if c.field else ""
+        console.print(f"[bold]{inert(c.principle or 'constitution')}[/] {c.kind}{field}")
         for sign, colour, value in (("-", "red", c.before), ("+", "green", c.after)):
             for line in _lines(value):
                 console.print(f"  [{colour}]{sign}[/] {inert(line)}")

@@ -29,7 +29,7 @@ from rlaif.config import refuse_duplicate_keys
 from rlaif.constitutions.checks import Check
 from rlaif.constitutions.derived import Side, Wordings
 from rlaif.constitutions.derived import Use as Use
-from rlaif.errors import UserError
+from rlaif.errors import UserError, cant_read
 from rlaif.records import ConstitutionRef, Message, Record, digest
 
 _EXAMPLES_PER_VOICE = 2
@@ -382,7 +382,7 @@ def _read(path: Path, name: str, version: int) -> tuple[Constitution, bytes]:
         source = path.read_bytes()
         text = source.decode("utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: can't read the constitution ({e})") from e
+        raise cant_read(path, "the constitution", e) from e
     return parse_constitution(text, name, version, str(path)), source
 
 

@@ -29,7 +29,7 @@ from pydantic import Field, ValidationError
 
 from rlaif.config import Judge
 from rlaif.constitutions.constitution import Constitution, Principle
-from rlaif.errors import UserError
+from rlaif.errors import UserError, cant_read
 from rlaif.records import Message, Record, digest
 
 VerdictKind = Literal["letter", "last_line", "json"]
@@ -253,7 +253,7 @@ def _read(root: Path, file: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: can't read the judge template ({e})") from e
+        raise cant_read(path, "the judge template", e) from e
 
 
 def _parse(file: str, text: str, folder: str) -> jinja2.nodes.Template:

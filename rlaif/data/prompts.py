@@ -30,7 +30,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlaif.config import Columns, Prompts
-from rlaif.errors import UserError, first_problem
+from rlaif.errors import UserError, cant_read, first_problem
 from rlaif.records import Message, Prompt, digest
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
@@ -654,7 +654,7 @@ def _text(path: Path) -> str:
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"{path}: not a whole gzip file ({e})") from e
     except OSError as e:
-        raise UserError(f"{path}: can't read the prompts ({e.strerror})") from e
+        raise cant_read(path, "the prompts", e) from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8") from e
 

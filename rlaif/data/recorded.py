@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from rlaif.data.labelled import ID_COLUMNS, ROW_NUMBERS, Labelled, find_column, parse_columns
 from rlaif.data.sides import NAME_KEYS, Cell, Sides, count_cells
 from rlaif.data.tables import Row, columns_of, file_names, read_table, read_text, with_paths
-from rlaif.errors import UserError
+from rlaif.errors import UserError, cant_read
 from rlaif.records import Ballot, Outcome, Usage, Vote
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
@@ -244,7 +244,7 @@ def read_votes_log(path: Path) -> list[Vote]:
         where = ".".join(str(p) for p in error["loc"]) or "row"
         raise UserError(f"{path}:{number}: {where}: {error['msg']}") from e
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: can't read the votes ({e})") from e
+        raise cant_read(path, "the votes", e) from e
     return out
 
 
@@ -256,7 +256,7 @@ def _is_log(path: Path) -> bool:
         with _lines(path) as lines:
             return '"ballot"' in next((line for line in lines if line.strip()), "")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: can't read the votes ({e})") from e
+        raise cant_read(path, "the votes", e) from e
 
 
 def _lines(path: Path) -> IO[str]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlaif.errors import UserError
+from rlaif.errors import UserError, cant_read
 
 _UNPACK: tuple[tuple[bytes, str, Callable[[bytes], bytes]], ...] = (
     (b"\x1f\x8b", "gzip", gzip.decompress),
@@ -73,7 +73,7 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as e:
-        raise UserError(f"{path}: can't read the file ({e})") from e
+        raise cant_read(path, "the file", e) from e
     for magic, name, unpack in _UNPACK:
         if content.startswith(magic):
             try:
@@ -86,7 +86,7 @@ def read_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: can't read the file ({e}); save it as UTF-8") from e
+        raise cant_read(path, "the file", e) from e
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:

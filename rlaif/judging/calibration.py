@@ -233,6 +233,11 @@ class Calibration(Record):
             "ones ended (--map first_finish=COLUMN,second_finish=COLUMN), or set judge.missing_eos_penalty: 0"
         )
 
+    def cut_off_dropped(self, cut_off_counts: bool) -> str | None:
+        """What becomes of a run's cut-off answers, where no label covers them: known before one is sampled."""
+        why = self.cut_off_mismatch(cut_off_counts)
+        return f"pairs with one answer that is cut off will be dropped (uncalibrated): {why}" if why else None
+
     def ends_mismatch(self, asked: Asked) -> str | None:
         """The same for one pair, by how its answers ended."""
         return self.cut_off_mismatch(asked.cut_off_counts) if set(asked.ends) == {"stop", "length"} else None
@@ -432,7 +437,8 @@ def read_calibration(path: Path) -> Calibration:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"filters.calibration {path}: can't read it ({e}); `rlaif judge calibrate` makes one") from e
+        why = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f"filters.calibration {path}: can't read it ({why}); `rlaif judge calibrate` makes one") from e
     return parse_calibration(text, str(path))
 
 

@@ -19,7 +19,7 @@ from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shi
 from rlaif.errors import UserError
 from rlaif.hardware import cpu_has_bf16, gpu_names
 from rlaif.judging.ballots import Role, asked_by, ballots_for, check_selects, selecting_voices
-from rlaif.judging.calibration import Asked, read_calibration
+from rlaif.judging.calibration import Asked, cut_off_counts, read_calibration
 from rlaif.judging.filters import check_asked
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update, pairs_at_most
@@ -119,7 +119,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "memory_here_gib": round(psutil.virtual_memory().total / GIB, 1),
         "disk_gib": round(needed.disk / GIB, 1),
         "disk_free_gib": round(disk_free / GIB, 1),
-        "warnings": _warnings(job, needed, disk_free),
+        "warnings": _warnings(job, base_dir, needed, disk_free),
         "parameters": parameters_of(job.policy.model),
     }
 
@@ -239,7 +239,7 @@ def _needed(job: Job, counts: _Counts, fast: bool) -> _Needed:
     )
 
 
-def _warnings(job: Job, needed: _Needed, disk_free: int) -> list[str]:
+def _warnings(job: Job, base_dir: Path, needed: _Needed, disk_free: int) -> list[str]:
     memory_free = psutil.virtual_memory().available
     warnings = [
         f"{name}: about {wanted / GIB:.1f} GiB needed, {free / GIB:.1f} free"
@@ -259,7 +259,18 @@ def _warnings(job: Job, needed: _Needed, disk_free: int) -> list[str]:
         )
     if hint := shipped_held_out(job.prompts):
         warnings.append(hint)
+    if dropped := _dropped_uncalibrated(job, base_dir):
+        warnings.append(dropped)
     return warnings
+
+
+def _dropped_uncalibrated(job: Job, base_dir: Path) -> str | None:
+    """What the run will say of its calibration, whatever it samples."""
+    if job.filters.calibration is None:
+        return None
+    calibration = read_calibration(base_dir / job.filters.calibration)
+    dropped = calibration.cut_off_dropped(cut_off_counts(job.judge))
+    return f"filters.calibration {job.filters.calibration}: {dropped}" if dropped else None
 
 
 def _computes(precision: Precision, fast: bool) -> str:
@@ -318,7 +329,7 @@ def parameters_of(model: str) -> int | None:
 def table(costs: dict[str, Any], where: Path) -> None:
     """Prints the plan."""
     console = stdout_console()
-    plan = Table(title=f"plan of {where} (nothing was run)", title_justify="left", show_header=False)
+    plan = Table(title=inert(f"plan of {where} (nothing was run)"), title_justify="left", show_header=False)
     texts = ", ".join(f"after {k}: {ref}" if int(k) else f"first {ref}" for k, ref in costs["constitutions"].items())
     tokens = costs["tokens"]
     rows = {
@@ -338,7 +349,7 @@ def table(costs: dict[str, Any], where: Path) -> None:
     if (done := costs.get("iterations_done")) is not None:
         rows["begun"] = f"{done} of these iterations are done, {max(costs['iterations'] - done, 0)} are owed"
     for name, value in rows.items():
-        plan.add_row(name, value)
+        plan.add_row(name, inert(value))
     console.print(plan)
     for warning in costs["warnings"]:
         console.print(f"[yellow]warning[/] {inert(warning)}")

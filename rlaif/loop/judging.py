@@ -111,11 +111,10 @@ def check_calibration(run: Running, it: Iteration) -> None:
         any_pair = Pair(id="any", prompt_id="any", first="first", second="second", method="check")
         ballots, asked = _ballots(run, it, "decide", [any_pair]), Asked.by(run.job)
         check_calibrated(ballots, run.calibration, run.job.filters, asked=asked)
-        if why := run.calibration.cut_off_mismatch(asked.cut_off_counts):
-            # Whether an answer is cut off is known once it is sampled; an hour later is too late to say so.
-            message = f"pairs with one answer that is cut off will be dropped (uncalibrated): {why}"
-            if run.event_once("cut_off_uncalibrated", message, 0):
-                run.progress.note(f"filters.calibration {run.job.filters.calibration}: {message}")
+        # Whether an answer is cut off is known once it is sampled; an hour later is too late to say so.
+        dropped = run.calibration.cut_off_dropped(asked.cut_off_counts)
+        if dropped and run.event_once("cut_off_uncalibrated", dropped, 0):
+            run.progress.note(f"filters.calibration {run.job.filters.calibration}: {dropped}")
 
 
 def _templates(run: Running, it: Iteration, role: Role) -> list[Template]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from rlaif.config import Filters
+from rlaif.console import inert
 from rlaif.constitutions.constitution import Constitution
 from rlaif.data.labelled import Labelled
 from rlaif.intervals import wilson
@@ -183,7 +184,7 @@ def table(report: AttackReport, title: str) -> object:
     from rich.table import Table
 
     caption = f"{report.stable} of {report.pairs} pairs have a stable clean verdict"
-    out = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    out = Table(title=inert(title), title_justify="left", caption=caption, caption_justify="left")
     for heading in ("attack", "pairs", "flipped", "95%", "stopped by the filter", "held"):
         out.add_column(heading, justify="left" if heading == "attack" else "right")
     for r in report.results:

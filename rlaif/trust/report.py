@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlaif.console import inert
 from rlaif.errors import UserError
 from rlaif.judging.calibration import Calibration, least_pairs
 from rlaif.judging.verdicts import LEAST_FIT, JurorFit
+from rlaif.plotting import FORMATS, drawn
 from rlaif.trust.bench import Cost, JurorCheck, Promise, Share, Slice, SplitTrial
 
-_PICTURES = (".png", ".svg")
 _NUMBER_COLUMNS_FROM = 2
 _TEXT_COLUMNS = ("after rule", "abstentions", "reason", "pair", "finish reason", "reply")
 _REPLY_CHARACTERS = 160
@@ -188,10 +189,16 @@ def _tokens(cost: Cost) -> int | None:
     return cost.prompt_tokens + cost.completion_tokens
 
 
-def check_picture(path: Path) -> None:
-    """UserError unless the picture's name says a format that can be drawn."""
-    if path.suffix.lower() not in _PICTURES:
-        raise UserError(f"--picture {path}: the name must end in {' or '.join(_PICTURES)}")
+def check_picture(path: Path) -> str:
+    """The format that the picture's name asks for.
+
+    Raises:
+        UserError: none that can be drawn.
+    """
+    ending = path.suffix.lower().removeprefix(".")
+    if ending not in FORMATS:
+        raise UserError(f"--picture {path}: the name must end in {' or '.join(f'.{f}' for f in FORMATS)}")
+    return ending
 
 
 def draw_risk_coverage(results: Sequence[Slice], path: Path, alpha: float | None = None) -> None:
@@ -200,44 +207,39 @@ def draw_risk_coverage(results: Sequence[Slice], path: Path, alpha: float | None
     Raises:
         UserError: the name has another ending than .png or .svg, or the file can't be written.
     """
-    check_picture(path)
-    import matplotlib
+    ending = check_picture(path)
+    try:
+        with drawn(path, ending, (7, 4.5), 150) as (axis,):
+            _draw_curves(axis, results, alpha)
+    except OSError as e:
+        raise UserError(f"--picture {path}: can't write it ({e.strerror or e})") from e
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+def _draw_curves(axis: Any, results: Sequence[Slice], alpha: float | None) -> None:
     for s in results:
         # A mark at each threshold that exists: between two of them nothing can be kept.
-        axes.step(
+        axis.step(
             [p.coverage for p in s.risk], [p.error for p in s.risk], "o-", ms=3, lw=1, where="pre",
             label=f"{s.judge}, {s.name}",
         )  # fmt: skip
     if alpha is not None:
-        axes.axhline(alpha, color="grey", ls="--", lw=1, label=f"error {alpha:g}")
-    axes.set(
+        axis.axhline(alpha, color="grey", ls="--", lw=1, label=f"error {alpha:g}")
+    axis.set(
         xlabel="coverage (kept pairs, by agreement)", ylabel="error among kept pairs", xlim=(0, 1.02), ylim=(0, None)
     )
-    axes.legend(fontsize=7)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as e:
-        raise UserError(f"--picture {path}: can't write it ({e.strerror or e})") from e
-    finally:
-        plt.close(figure)
+    axis.legend()
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     from rich.table import Table
-    from rich.text import Text
 
-    out = Table(title=title, title_justify="left")
+    out = Table(title=inert(title), title_justify="left")
     for n, heading in enumerate(headings):
         text = n < _NUMBER_COLUMNS_FROM or heading in _TEXT_COLUMNS
         out.add_column(heading, justify="left" if text else "right")
     for row in rows:
-        # A reply may hold what would be markup: [[A]].
-        out.add_row(*(Text(cell) if name == "reply" else cell for name, cell in zip(headings, row, strict=True)))
+        # A reply may hold what would be markup, [[A]], and so may the name of a judge or a slice.
+        out.add_row(*map(inert, row))
     return out
 
 

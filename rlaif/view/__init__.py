@@ -1,5 +1,5 @@
 """A run in a browser and in one file: the pages, their pictures, the report.
 
 In: a run directory, through `rlaif.audit`. Out: HTML from a server on loopback, or one HTML file. To add a page: a
-route in `app`, a template beside it; a picture: a function in `pictures`.
+route in `pages`, a template beside it; a picture: a function in `pictures`.
 """

@@ -152,94 +152,113 @@ def pictures(facts: Facts) -> list[Picture]:
     changes = [(c.iteration, c.constitution) for c in facts.overview.changes[1:]]
     ends = [*(r.iteration + 1 for r in iterations), *(e.updates for e in evaluations), 1]
     time = _Time("iteration", 0, max(ends), [(k + 0.5, name) for k, name in changes])
-
-    def line(key: str, title: str, series: dict[str, list[Spot]], **more: Any) -> Picture:
-        return _line_picture(key, title, series, time, **more)
-
-    def each(get: Callable[[IterationRow], float | None], shift: int = 1) -> list[Spot]:
-        return [(r.iteration + shift, value) for r in iterations if (value := get(r)) is not None]
-
-    def held_out(get: Callable[[EvaluationMetrics], float | None]) -> list[Spot]:
-        return [(e.updates, value) for e in evaluations if (value := get(e)) is not None]
-
-    checks = sorted({name for e in evaluations for name in e.checks})
+    over_time = _OverTime(iterations, evaluations, time)
     return [
         _kept(facts.parts, time),
-        line(
+        *over_time.of_the_judge(),
+        *over_time.of_the_answers(),
+        _loss(facts.losses, changes),
+    ]
+
+
+@dataclass(frozen=True)
+class _OverTime:
+    """The lines over iterations: what each shows, and what it says where there is nothing to show."""
+
+    iterations: Sequence[IterationRow]
+    evaluations: Sequence[EvaluationMetrics]
+    time: _Time
+
+    def of_the_judge(self) -> Iterator[Picture]:
+        """What the judge says, and how far it agrees with itself."""
+        yield self._line(
             "win-rate",
             "Win rate against base",
-            {"held-out answers": held_out(lambda e: e.win_rate)},
-            intervals=[(e.updates, *e.win_interval) for e in evaluations if e.win_interval],
+            {"held-out answers": self._held_out(lambda e: e.win_rate)},
+            intervals=[(e.updates, *e.win_interval) for e in self.evaluations if e.win_interval],
             write=percent,
             y_range=(0, 1),
             reference=0.5,
             joined_across_texts=False,
             note="95 % interval; judged under the text in force",
             empty="nothing was judged against the base policy yet",
-        ),
-        line(
+        )
+        yield self._line(
             "agreement",
             "Agreement of the judge’s voices",
-            {"mean over pairs": each(lambda r: r.agreement)},
+            {"mean over pairs": self._each(lambda r: r.agreement)},
             write=percent,
             y_range=(0, 1),
             note="agreement is not correctness",
             empty="no verdict yet",
-        ),
-        line(
+        )
+        yield self._line(
             "position-bias",
             "Position bias",
-            {"votes for the slot shown first": each(lambda r: r.position_bias)},
+            {"votes for the slot shown first": self._each(lambda r: r.position_bias)},
             write=percent,
             y_range=(0, 1),
             reference=0.5,
             note="50 % is none",
             empty="not measured: no voice was asked in both orders",
-        ),
-        line(
+        )
+
+    def of_the_answers(self) -> Iterator[Picture]:
+        """What is measured without a judge."""
+        yield self._line(
             "length",
             "Mean length of an answer, words",
             {
                 # Sampled by the policy that the iteration started from.
-                "sampled for training": each(lambda r: r.mean_words, shift=0),
-                "held out": held_out(lambda e: e.mean_words),
+                "sampled for training": self._each(lambda r: r.mean_words, shift=0),
+                "held out": self._held_out(lambda e: e.mean_words),
             },
             write=decimals(1),
             empty="no answer yet",
-        ),
-        line(
+        )
+        yield self._line(
             "kl",
             "KL from base, a token",
             {
-                "answers at temperature 1": held_out(lambda e: None if e.kl_by_older_version else e.kl_per_token),
-                "estimate of an older version": held_out(lambda e: e.kl_per_token if e.kl_by_older_version else None),
+                "answers at temperature 1": self._held_out(lambda e: None if e.kl_by_older_version else e.kl_per_token),
+                "estimate of an older version": self._held_out(
+                    lambda e: e.kl_per_token if e.kl_by_older_version else None
+                ),
             },
-            intervals=[(e.updates, *e.kl_interval) for e in evaluations if e.kl_interval],
+            intervals=[(e.updates, *e.kl_interval) for e in self.evaluations if e.kl_interval],
             write=decimals(3),
-            note=_about_kl(evaluations),
+            note=_about_kl(self.evaluations),
             empty="not measured (eval.kl_prompts: 0)",
-        ),
-        line(
+        )
+        yield self._line(
             "sanity",
             "Sanity, nats a token",
             {
-                "relevance to the prompt": held_out(lambda e: e.relevance),
-                "−log p under the base policy": held_out(lambda e: -e.base_logprob_per_token),
+                "relevance to the prompt": self._held_out(lambda e: e.relevance),
+                "−log p under the base policy": self._held_out(lambda e: -e.base_logprob_per_token),
             },
             write=decimals(2),
             empty="no evaluation yet",
-        ),
-        line(
+        )
+        checks = sorted({name for e in self.evaluations for name in e.checks})
+        yield self._line(
             "checks",
             "Checks that held-out answers pass",
-            {name: held_out(lambda e, name=name: e.checks.get(name)) for name in checks},  # type: ignore[misc]
+            {name: self._held_out(lambda e, name=name: e.checks.get(name)) for name in checks},  # type: ignore[misc]
             write=percent,
             y_range=(0, 1),
             note="mechanical, never a training label",
             empty="no principle has a check",
-        ),
-        _loss(facts.losses, changes),
-    ]
+        )
+
+    def _line(self, key: str, title: str, series: dict[str, list[Spot]], **more: Any) -> Picture:
+        return _line_picture(key, title, series, self.time, **more)
+
+    def _each(self, get: Callable[[IterationRow], float | None], shift: int = 1) -> list[Spot]:
+        return [(r.iteration + shift, value) for r in self.iterations if (value := get(r)) is not None]
+
+    def _held_out(self, get: Callable[[EvaluationMetrics], float | None]) -> list[Spot]:
+        return [(e.updates, value) for e in self.evaluations if (value := get(e)) is not None]
 
 
 def _about_kl(evaluations: Sequence[EvaluationMetrics]) -> str:

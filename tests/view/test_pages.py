@@ -161,7 +161,7 @@ def test_the_version_is_json(address: str) -> None:
 
 
 def test_a_voice_is_shown_as_flipped_by_the_rule_that_drops_its_pair() -> None:
-    from rlaif.view.app import votes_by_voice
+    from rlaif.view.pages import votes_by_voice
 
     votes = [make_vote("first", 0, voice="v", order="forward"), make_vote("tie", 1, voice="v", order="reversed")]
     (voice,) = votes_by_voice(SimpleNamespace(votes=votes, vote_lines=["1", "2"]))  # type: ignore[arg-type]
