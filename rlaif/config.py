@@ -297,8 +297,8 @@ class Judge(Juror):
     tokens_per_minute: Adjustable[int | None] = Field(None, ge=1)
     """chat: limit of the server, prompt and completion together."""
     breaker_failures: Adjustable[int] = Field(20, ge=1)
-    """chat: this many ballots in a row that failed after all retries or were left without a word, or pairs that were
-    rejected as a short question is too: the judge is down, and the run pauses."""
+    """chat: after this many in a row the judge is down, and the run pauses. Counted are ballots that failed after all
+    retries or were left without a word, and pairs that were rejected as a short question is too."""
     budget: Adjustable[Budget] = Budget()
     prices: Adjustable[dict[str, Price]] = Field(default_factory=dict)
     """chat: price per model name, for `budget.money`."""
@@ -487,9 +487,9 @@ class Monitors(Section):
     min_distinct_share: float = Field(0.5, ge=0, le=1)
     """Alarm when fewer than this share of an iteration's sampled answers are distinct."""
     max_weights_gap: float = Field(0.02, gt=0)
-    """Alarm when the policy that samples is not the one that is trained: fixed texts, scored by both, differ by more
-    than this on average (nats a token), or by ten times this in absolute value; over 0.5 the run stops. The same for
-    sampled answers, as they were decoded and as the learner scores them (`decoding_gap`), without the stop."""
+    """Alarm when the policy that samples is not the one that is trained. Both score fixed texts, which may differ by no
+    more than this on average (nats a token), and by ten times this in absolute value. Over 0.5 the run stops. The same
+    for sampled answers, as they were decoded and as the learner scores them (`decoding_gap`), without the stop."""
     max_abstained_share: float = Field(0.2, ge=0, le=1)
     """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
     replies)."""
