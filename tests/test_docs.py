@@ -17,6 +17,7 @@ from rlaif.config import Job, apply_override, load_job, parse_job
 from rlaif.constitutions.constitution import Constitution, Example, Paraphrase, Principle, parse_constitution
 from rlaif.errors import UserError
 from rlaif.records import DropReason
+from rlaif.rundir.stages import NAMES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "prompts" / "README.md"]
@@ -153,6 +154,57 @@ def test_yaml_examples_are_valid(page: Path) -> None:
         elif set(tree) <= set(Job.model_fields):
             whole = tree if {"constitution", "schedule"} & set(tree) else {"constitution": "assistant", **tree}
             parse_job(whole, page.name)
+
+
+def code_of(page: Path) -> list[str]:
+    """What a page shows as code: spans and blocks."""
+    text = page.read_text()
+    blocks = re.findall(r"^```.*?^```", text, re.DOTALL | re.MULTILINE)
+    return [*blocks, *re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))]
+
+
+def missing_paths(code: list[str]) -> list[str]:
+    """Files and folders of the repository that are named and not there; a `*` stands for any name."""
+    named = {m for c in code for m in re.findall(r"(?<![\w./~-])(?:rlaif|tests|docs|examples|benchmarks|scripts)/[\w./*-]*", c)}
+    return sorted(n for n in named if not any(ROOT.glob(n.rstrip("./"))))
+
+
+def missing_names(code: list[str]) -> list[str]:
+    """Modules, classes and functions that are named (`rlaif.…`, `python -m …`) and not there."""
+    dotted = {m for c in code for m in re.findall(r"(?<![\w./-])rlaif(?:\.[A-Za-z_]\w*)+", c)}
+    run = {m for c in code for m in re.findall(r"python -m ((?:rlaif|benchmarks)[\w.]*)", c)}
+
+    def absent(name: str) -> bool:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            return True
+        return False
+
+    return sorted(n for n in dotted | run if absent(n))
+
+
+@pages
+def test_paths_and_names_exist(page: Path) -> None:
+    assert missing_paths(code_of(page)) == []
+    assert missing_names(code_of(page)) == []
+
+
+def test_the_test_of_names_sees_mistakes() -> None:
+    assert missing_paths(["rlaif/loop/loop.py", "see tests/test_layers.py.", "rlaif/*/__init__.py", "docs/", "a/docs/b"]) == []
+    assert missing_paths(["rlaif/lop/loop.py", "tests/*.pyx"]) == ["rlaif/lop/loop.py", "tests/*.pyx"]
+    assert missing_names(["rlaif.loop.loop.Loop", "rlaif.Run", "python -m rlaif.docs", "import rlaif"]) == []
+    assert missing_names(["rlaif.loop.lop", "python -m benchmarks.nothing"]) == ["benchmarks.nothing", "rlaif.loop.lop"]
+
+
+def test_every_folder_and_stage_is_in_the_architecture() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    folders = {p.parent.name for p in (ROOT / "rlaif").glob("*/__init__.py")}
+    assert {f for f in folders if f"`rlaif/{f}/`" not in page} == set()
+    picture = (ROOT / "docs" / "images" / "iteration.svg").read_text()
+    assert "images/iteration.svg" in page
+    files = set(re.findall(r"(\w+)\.jsonl", picture))
+    assert files - {"events", "heads", "labels"} == set(NAMES) - {"scores"}, "scores share a box with pairs"
 
 
 def test_what_may_change_in_a_run_is_marked() -> None:
