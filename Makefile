@@ -6,7 +6,7 @@ JOB ?= jobs/quickstart.yaml
 PORT ?= 8000
 export VENV
 
-.PHONY: help setup quickstart test lint format bench bench-judge bench-audit bench-derived gpu-check judge-server clean
+.PHONY: help setup quickstart test lint format bench bench-judge bench-audit bench-derived gpu-check judge-server data-llmbar data-pandalm clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -55,6 +55,12 @@ judge-server: $(STAMP) ## vLLM's OpenAI-compatible server with the embedded mode
 		--dtype "$$($(BIN)/python -m rlaif.hardware)" \
 		--host 127.0.0.1 --port $(PORT) --max-model-len 2048 --enforce-eager
 
-clean: ## removes the virtual environment and caches; runs/ stays
+data-llmbar: $(STAMP) ## LLMBar's pairs and recorded verdicts, from GitHub into data/: figures in docs/trust.md, some tests
+	@$(BIN)/python scripts/public_data.py llmbar
+
+data-pandalm: $(STAMP) ## PandaLM's pairs and verdicts, from GitHub into data/: some tests
+	@$(BIN)/python scripts/public_data.py pandalm
+
+clean: ## removes the virtual environment and caches; runs/ and data/ stay
 	rm -rf $(VENV) .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

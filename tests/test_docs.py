@@ -165,7 +165,11 @@ def code_of(page: Path) -> list[str]:
 
 def missing_paths(code: list[str]) -> list[str]:
     """Files and folders of the repository that are named and not there; a `*` stands for any name."""
-    named = {m for c in code for m in re.findall(r"(?<![\w./~-])(?:rlaif|tests|docs|examples|benchmarks|scripts)/[\w./*-]*", c)}
+    named = {
+        m
+        for c in code
+        for m in re.findall(r"(?<![\w./~-])(?:rlaif|tests|docs|examples|benchmarks|scripts)/[\w./*-]*", c)
+    }
     return sorted(n for n in named if not any(ROOT.glob(n.rstrip("./"))))
 
 
@@ -191,7 +195,10 @@ def test_paths_and_names_exist(page: Path) -> None:
 
 
 def test_the_test_of_names_sees_mistakes() -> None:
-    assert missing_paths(["rlaif/loop/loop.py", "see tests/test_layers.py.", "rlaif/*/__init__.py", "docs/", "a/docs/b"]) == []
+    assert (
+        missing_paths(["rlaif/loop/loop.py", "see tests/test_layers.py.", "rlaif/*/__init__.py", "docs/", "a/docs/b"])
+        == []
+    )
     assert missing_paths(["rlaif/lop/loop.py", "tests/*.pyx"]) == ["rlaif/lop/loop.py", "tests/*.pyx"]
     assert missing_names(["rlaif.loop.loop.Loop", "rlaif.Run", "python -m rlaif.docs", "import rlaif"]) == []
     assert missing_names(["rlaif.loop.lop", "python -m benchmarks.nothing"]) == ["benchmarks.nothing", "rlaif.loop.lop"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 from scipy.stats import binomtest
@@ -45,9 +44,9 @@ from rlaif.trust.report import (
     trial_table,
 )
 from tests.judging.vote_makers import make_vote
+from tests.public_data import folder, needs
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets aren't in ../shared/data")
+LLMBAR = folder("llmbar")
 CONSTITUTION = parse_constitution(
     """
 summary: Test.
@@ -349,12 +348,12 @@ def test_tables_and_picture(tmp_path):
 
 
 def llmbar(subset, *where):
-    rows = read_labelled([DATA / "llmbar" / f"{subset}.json"]).rows
-    rows, votes = read_recorded(DATA / "llmbar" / "recorded_verdicts.csv", rows, where=parse_where(where))[:2]
+    rows = read_labelled([LLMBAR / f"{subset}.json"]).rows
+    rows, votes = read_recorded(LLMBAR / "recorded_verdicts.csv", rows, where=parse_where(where))[:2]
     return decide_rows(rows, votes, Filters())
 
 
-@needs_data
+@needs("llmbar", "GPT-4 and ChatGPT come out as right, and as often kept, as their votes say when counted by hand")
 @pytest.mark.parametrize(("judge", "right", "kept", "right_kept"),
                          [("GPT-4", 0.955, 0.95, 0.979), ("ChatGPT", 0.815, 0.71, 0.944)])  # fmt: skip
 def test_known_figures_of_one_strategy(judge, right, kept, right_kept):
@@ -366,7 +365,7 @@ def test_known_figures_of_one_strategy(judge, right, kept, right_kept):
     assert round(found.kept_accuracy.share, 3) == right_kept
 
 
-@needs_data
+@needs("llmbar", "a calibrated filter keeps GPT-4 on natural pairs, and never accepts ChatGPT on adversarial ones")
 def test_known_figures_of_the_calibrated_filter():
     def trial(judge, subset):
         return split_trial(judge, llmbar(subset, f"judge={judge}"), 200, 0.1, 0.1)
@@ -394,7 +393,7 @@ def test_votes_on_one_pair_are_no_independent_draws():
     assert Share.clustered([]) == Share.count(0, 0)
 
 
-@needs_data
+@needs("llmbar", "the interval of order consistency is wider on real votes than if they were independent")
 def test_the_interval_of_order_consistency_on_real_votes():
     """Fifteen strategies of one judge on a hundred pairs: half again as wide as if votes were independent."""
     found = summarise("GPT-4", "natural", llmbar("natural", "judge=GPT-4")).order_consistency

@@ -12,10 +12,9 @@ from rlaif.data.labelled import parse_map, read_labelled
 from rlaif.data.sides import cell_lines
 from rlaif.errors import UserError
 from rlaif.records import digest
+from tests.public_data import folder, needs
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets aren't in ../shared/data")
 
 
 def row(n, label="first", **more):
@@ -173,14 +172,15 @@ def test_every_shipped_row_names_a_shipped_constitution():
         load_constitution(ROOT / "constitutions", reference)
 
 
-@needs_data
+@needs("llmbar", "LLMBar's two sets are read as they are")
+@needs("pandalm", "PandaLM's ties and disputed pairs are counted and left out")
 def test_public_sets_are_read_as_they_are():
-    llmbar = read_labelled([DATA / "llmbar" / f"{name}.json" for name in ("natural", "adv_neighbor")])
+    llmbar = read_labelled([folder("llmbar") / f"{name}.json" for name in ("natural", "adv_neighbor")])
     assert [r.slice for r in llmbar.rows].count("natural") == 100
     assert len(llmbar.rows) == 234
     natural = [r for r in llmbar.rows if r.slice == "natural"]
     assert sum(r.longer == r.label for r in natural) == 56
-    pandalm = read_labelled([DATA / "pandalm" / "data__testset-v1.json"])
+    pandalm = read_labelled([folder("pandalm") / "data__testset-v1.json"])
     assert len(pandalm.rows) + pandalm.excluded["tie"] == 879
     assert pandalm.excluded == {"tie": 85, "disputed": 120}
 
@@ -495,10 +495,10 @@ def test_a_prompt_that_is_a_chat_stays_one(tmp_path):
     assert found.messages == ()
 
 
-@needs_data
+@needs("pandalm", "two of three annotators make 894 labels")
 def test_the_majority_of_pandalms_annotators():
     """999 rows: 794 unanimous pairs with a better side, and those on which two of three agree."""
-    found = read_labelled([DATA / "pandalm" / "data__testset-v1.json"], annotators="majority")
+    found = read_labelled([folder("pandalm") / "data__testset-v1.json"], annotators="majority")
     assert (len(found.rows), found.excluded) == (894, {"tie": 105})
 
 

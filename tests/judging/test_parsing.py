@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaif.judging.parsing import Reply, ReplyToken, TopToken, label_mass, outcome, parse
+from tests.public_data import folder, needs
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LLMBAR = ROOT.parent / "shared/data/llmbar"
-RAW = sorted(LLMBAR.glob("raw_*.json"))
+RAW = sorted(folder("llmbar").glob("raw_*.json"))
 
 
 def said(content, kind="letter", finish_reason="stop", refusal=None, pattern=None):
@@ -366,7 +366,7 @@ def test_what_follows_a_verdict_is_no_other_letter():
     assert label_mass(reply, "B").p_first_shown == pytest.approx(0.2)
 
 
-@pytest.mark.skipif(not RAW, reason="../shared/data/llmbar is absent")
+@needs("llmbar", "full replies of real judges are read as their authors read them")
 @pytest.mark.parametrize("path", RAW, ids=lambda p: p.stem)
 def test_replies_of_real_judges(path):
     """Reasoned replies that end in `Therefore, Output (a) is better.`; `winner` is what their authors read."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +12,7 @@ from rlaif.data.recorded import join_recorded, parse_votes_map, parse_where, rea
 from rlaif.data.sides import cell_lines
 from rlaif.errors import UserError
 from tests.judging.vote_makers import make_vote
-
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets aren't in ../shared/data")
+from tests.public_data import folder, needs
 
 
 def labelled(n, label="first", file="easy", **columns):
@@ -168,11 +165,11 @@ def test_a_log_of_votes(tmp_path):
         read_recorded(tmp_path / "gone.jsonl", rows)
 
 
-@needs_data
+@needs("pandalm", "GPT-3.5 and PandaLM-7B are right on 628 and 574 of 794 pairs, as recorded")
 @pytest.mark.parametrize(("judge", "right", "unparsed"), [("gpt-3.5-turbo", 628, 8), ("pandalm-7b", 574, 0)])
 def test_pandalm_verdicts_as_they_are(judge, right, unparsed):
-    rows = read_labelled([DATA / "pandalm" / "data__testset-v1.json"]).rows
-    voted, votes = read_recorded(DATA / "pandalm" / f"data__{judge}-testset-v1.json", rows)[:2]
+    rows = read_labelled([folder("pandalm") / "data__testset-v1.json"]).rows
+    voted, votes = read_recorded(folder("pandalm") / f"data__{judge}-testset-v1.json", rows)[:2]
     assert len(voted) == len(votes) == 794
     assert sum(v.outcome == r.label for v, r in zip(votes, voted, strict=True)) == right
     assert sum(v.abstain_reason == "unparsed" for v in votes) == unparsed
@@ -570,15 +567,15 @@ def test_packed_votes_and_logs(tmp_path):
     assert read_recorded(tmp_path / "votes.jsonl.gz", [ROWS[0].model_copy(update={"id": "p"})]).votes == votes
 
 
-@needs_data
+@needs("llmbar", "its raw replies give the votes of the table that was made of them")
 @pytest.mark.parametrize(("set_", "raw", "judge"), [("natural", "Natural", "GPT-4"), ("natural", "Natural", "LLaMA2"),
                                                     ("adv_neighbor", "Neighbor", "Falcon")])  # fmt: skip
 def test_raw_replies_with_nested_winners_and_no_id(set_, raw, judge):
     """LLMBar's own files give the votes of the table that was made of them."""
-    labelled_ = read_labelled([DATA / "llmbar" / f"{set_}.json"])
+    labelled_ = read_labelled([folder("llmbar") / f"{set_}.json"])
     columns = "forward=results.0.swap = False.winner,reversed=results.0.swap = True.winner"
-    found = read(DATA / "llmbar" / f"raw_{raw}_{judge}_CoT.json", labelled_, columns)
-    path = DATA / "llmbar" / "recorded_verdicts.csv"
+    found = read(folder("llmbar") / f"raw_{raw}_{judge}_CoT.json", labelled_, columns)
+    path = folder("llmbar") / "recorded_verdicts.csv"
     tabulated = read(path, labelled_, where=parse_where([f"judge={judge}", "strategy=CoT"]))
 
     def outcomes(votes):
