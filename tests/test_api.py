@@ -178,3 +178,20 @@ def test_the_idea_on_one_page_trains(checkout: Path, tmp_path: Path, monkeypatch
 
 def test_the_example_stays_one_page() -> None:
     assert len((ROOT / "examples/loop.py").read_text().splitlines()) < 200
+
+
+def test_the_cells_on_a_finished_run(
+    checkout: Path, stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """examples/first_run.py on a stored run, in the place of the quickstart's."""
+    monkeypatch.chdir(checkout)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    shutil.copytree(stored, checkout / "runs" / "quickstart")
+    load_example("first_run")
+    said = capsys.readouterr().out
+    assert "1: under rules@1, kept " in said
+    assert "Counter({'dropped': 12, 'kept': 8})" in said
+    assert re.search(r"^pairwise +0\.\d+ +\d+$", said, re.MULTILINE)  # a voice, and how often it agrees
+    assert len(re.findall(r"^step \d+ of iteration \d", said, re.MULTILINE)) == 5
+    assert re.search(r"^after 4: \d+ words, .*, win rate 0\.\d\d", said, re.MULTILINE)
+    assert "\nafter:  " in said

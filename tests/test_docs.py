@@ -156,6 +156,47 @@ def test_yaml_examples_are_valid(page: Path) -> None:
             parse_job(whole, page.name)
 
 
+LONGEST = 35
+"""Words of a sentence. A longer one wants a second reading."""
+
+
+def prose(text: str) -> list[str]:
+    """What is written to be read: paragraphs, items of lists, cells of tables, and what a generated block says of a
+    record's fields (its comments)."""
+    said = re.sub(
+        r"<!-- generated: record .*?<!-- /generated -->",
+        lambda block: "\n\n".join(re.findall(r"^# .*(?:\n# .*)*", block[0], re.MULTILINE)).replace("# ", ""),
+        text,
+        flags=re.DOTALL,
+    )
+    said = re.sub(r"^```.*?^```|<!--.*?-->|^#+ [^\n]*|^!\[[^\n]*", "\n", said, flags=re.DOTALL | re.MULTILINE)
+    lines = (re.split(r"(?<!\\)\|", x) if x.startswith("|") else [x] for x in said.splitlines())
+    parts = "\n".join("\n\n".join(["", *cells, ""]) if len(cells) > 1 else cells[0] for cells in lines)
+    return [" ".join(p.split()) for p in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", parts) if p.strip()]
+
+
+def long_sentences(text: str) -> list[str]:
+    """Sentences of a page with more words than `LONGEST`. A code span is one word, an address none."""
+    plain = (re.sub(r"`[^`]*`", "`x`", re.sub(r"\]\([^)]*\)", "]", part)) for part in prose(text))
+    sentences = (s for part in plain for s in re.split(r"(?<=[.!?])[*\"”)]*\s+(?=[A-Z*`\[\"“(0-9])|\s·\s", part))
+    return [s for s in sentences if sum(bool(re.search(r"\w", word)) for word in s.split()) > LONGEST]
+
+
+@pages
+def test_no_sentence_is_long(page: Path) -> None:
+    assert long_sentences(page.read_text()) == []
+
+
+def test_the_test_of_sentences_counts() -> None:
+    words = "word " * LONGEST
+    assert long_sentences(f"A {words}.") == [f"A {words}."]
+    assert long_sentences(f"{words.strip()}. And {words[5:].strip()}.\n\n- {words.strip()}\n- {words.strip()}") == []
+    assert long_sentences(f"`{words}` [{words[10:].strip()}](https://example.org/a b)\n```sh\n{words}{words}\n```") == []
+    assert len(long_sentences(f"| a | {words}more | c |\n|---|---|---|\n| {words} | {words} | c |")) == 1
+    record = f"<!-- generated: record R -->\n```text\n# {words}\n# more\n\nkey: text\n# short\n```\n<!-- /generated -->"
+    assert len(long_sentences(record)) == 1
+
+
 def code_of(page: Path) -> list[str]:
     """What a page shows as code: spans and blocks."""
     text = page.read_text()
