@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A finished run, read from Python
 #
-# Run these cells from the top, in an editor that knows `# %%` (VS Code, PyCharm, Jupyter with jupytext), or all at once:
-# `.venv/bin/python examples/first_run.py`. `make quickstart` makes the run that they read. Nothing here needs torch;
-# the tables need pandas, the picture matplotlib.
+# Run these cells from the top, in an editor that knows `# %%` (VS Code, PyCharm, Jupyter with jupytext), or all at
+# once: `.venv/bin/python examples/first_run.py`. `make quickstart` makes the run that they read. Nothing here needs
+# torch; the table of voices needs pandas.
 
 # %%
 from collections import Counter
@@ -21,7 +21,9 @@ print(run.job.policy.model, "trained by", run.job.learner.kind, "with a judge of
 # %%
 for m in run.iterations:
     share = "no pair" if m.kept_share is None else f"{m.kept_share:.0%}"
-    print(f"{m.iteration + 1}: under {m.constitution}, kept {share} of {m.pairs} pairs, {m.sampled.mean_words:.0f} words")
+    print(
+        f"{m.iteration + 1}: under {m.constitution}, kept {share} of {m.pairs} pairs, {m.sampled.mean_words:.0f} words"
+    )
 
 # %% [markdown]
 # ## One pair, from the question to the decision
@@ -38,7 +40,7 @@ print("second:", visible(answers[pair.second].text))
 for vote in run.votes(iteration=0):
     if vote.ballot.pair_id == pair.id:
         sure = "not told" if vote.p_first is None else f"{vote.p_first:.2f}"
-        print(f"  {vote.ballot.voice}, order {vote.ballot.order}: {vote.outcome}, p(first) {sure}")
+        print(f"  {vote.model}, {vote.ballot.voice}, order {vote.ballot.order}: {vote.outcome}, p(first) {sure}")
 
 decision = next(d for d in run.decisions(iteration=0) if d.pair_id == pair.id)
 print(decision.status, "winner:", decision.winner, "reasons:", list(decision.reasons))

@@ -110,6 +110,19 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert missing == []
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading may end in, as GitHub names it."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.M), re.M)
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pages
+def test_links_to_headings_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", page.read_text())
+    wrong = [(to, name) for to, name in links if name not in anchors(page.parent / to if to else page)]
+    assert wrong == []
+
+
 @pages
 def test_commands_exist(page: Path) -> None:
     assert {" ".join(words): p for words in commands(page) if (p := problem(words))} == {}
@@ -191,7 +204,9 @@ def test_the_test_of_sentences_counts() -> None:
     words = "word " * LONGEST
     assert long_sentences(f"A {words}.") == [f"A {words}."]
     assert long_sentences(f"{words.strip()}. And {words[5:].strip()}.\n\n- {words.strip()}\n- {words.strip()}") == []
-    assert long_sentences(f"`{words}` [{words[10:].strip()}](https://example.org/a b)\n```sh\n{words}{words}\n```") == []
+    assert (
+        long_sentences(f"`{words}` [{words[10:].strip()}](https://example.org/a b)\n```sh\n{words}{words}\n```") == []
+    )
     assert len(long_sentences(f"| a | {words}more | c |\n|---|---|---|\n| {words} | {words} | c |")) == 1
     record = f"<!-- generated: record R -->\n```text\n# {words}\n# more\n\nkey: text\n# short\n```\n<!-- /generated -->"
     assert len(long_sentences(record)) == 1
