@@ -70,7 +70,8 @@ print(votes.groupby("ballot.voice")["agrees"].agg(["mean", "count"]).round(2))
 
 # %%
 for preference in list(run.preferences())[:3]:
-    print(f"{preference.source}, agreement {preference.agreement}")
+    agreed = "" if preference.agreement is None else f", agreement {preference.agreement:.2f}"
+    print(f"{preference.source}{agreed}")
     print("  chosen:  ", visible(preference.chosen)[:100])
     print("  rejected:", visible(preference.rejected)[:100])
 for step in run.steps():
