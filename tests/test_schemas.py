@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+import rlaif
 from rlaif.audit.index import Index
 from rlaif.audit.verify import verify
 from rlaif.cli import app
@@ -91,6 +92,15 @@ def test_both_stored_runs_took_the_same_steps() -> None:
     old, new = (steps_of(RunDir.open(path)) for path in ALL_STORED)
     assert old == new
     assert new[0].metrics == {"margin": 0.1, "accuracy": 1.0}
+
+
+def test_a_run_of_every_schema_is_read_from_python(run: Path) -> None:
+    pytest.importorskip("pandas")
+    opened = rlaif.open_run(run)
+    assert [*opened.steps()] == steps_of(RunDir.open(run))
+    steps = opened.frame("steps")
+    assert set(steps["metrics.margin"]) == {0.1}
+    assert [m.learner_metrics.get("margin") for m in opened.iterations] == [pytest.approx(0.1)] * 3 + [None]
 
 
 def test_one_query_asks_runs_of_every_schema(run: Path) -> None:
