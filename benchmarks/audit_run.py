@@ -239,8 +239,8 @@ class _Run:
             self.step += 1
             ids = json.dumps(kept[at : at + PAIRS_PER_STEP], separators=(",", ":"))
             updates.add(
-                f'{{"step":{self.step},"iteration":{k},"pair_ids":{ids},"loss":{0.7 - 0.2 * self.rng.random():.6f},'
-                f'"margin":0.1,"accuracy":0.75,"grad_norm":1.5,"learning_rate":0.00005,"seconds":0.5}}'
+                f'{{"step":{self.step},"iteration":{k},"row_ids":{ids},"loss":{0.7 - 0.2 * self.rng.random():.6f},'
+                f'"grad_norm":1.5,"learning_rate":0.00005,"seconds":0.5,"metrics":{{"margin":0.1,"accuracy":0.75}}}}'
             )
         after = digest([self.policy[1], shas["preferences"]])
         updates.done({"preferences": shas["preferences"]}, skipped=False, policy_digest=after)
@@ -250,7 +250,8 @@ class _Run:
             "sampled": _sampled(2 * pairs), "pairs": pairs, "votes": VOTES_PER_PAIR * pairs, "abstentions": {},
             "kept": len(kept), "kept_share": len(kept) / pairs if pairs else None, "dropped_by_first_reason": counted,
             "mean_agreement": None, "trained_pairs": len(kept), "replayed_pairs": 0, "judge_tokens": 0,
-            "steps": -(-len(kept) // PAIRS_PER_STEP), "loss": None, "margin": None, "grad_norm": None, "seconds": {},
+            "steps": -(-len(kept) // PAIRS_PER_STEP), "loss": None, "grad_norm": None, "learner_metrics": {},
+            "seconds": {},
         })  # fmt: skip
         write_json(folder / "metrics.json", metrics.model_dump(mode="json"))
 

@@ -544,7 +544,7 @@ def part_bare(work: Path, model: Path, prompts: list[Prompt]) -> BareTimes:
 
     here = RunDir(work / "run").iteration(1)
     by_id = {p.pair_id: p for p in here.read("preferences", Preference)}
-    batches = [[by_id[i] for i in step.pair_ids] for step in here.read("updates", UpdateStep)]
+    batches = [[by_id[i] for i in step.row_ids] for step in here.read("updates", UpdateStep)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device).train()
     adam = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of what is written. Rows of schema 1 are read as they were: `UpdateStep` and `IterationMetrics` lift them."""
 
 Outcome = Literal["first", "second", "tie", "abstain"]
 Side = Literal["first", "second"]
@@ -382,6 +383,20 @@ class HumanLabel(Record):
     reason: str | None = None
 
 
+class TrainingRow(Protocol):
+    """What the loop asks of a row that trains, whatever its type: `Preference` today."""
+
+    @property
+    def row_id(self) -> str:
+        """What an update step names it by; no two rows of an iteration share one."""
+        ...
+
+    @property
+    def source(self) -> Literal["judge", "replay", "human"]:
+        """Who said so: this iteration's judge, that of an earlier one, or a person."""
+        ...
+
+
 class Preference(Record):
     """Exactly what training saw: token ids as sampled, with their provenance."""
 
@@ -402,21 +417,40 @@ class Preference(Record):
     p_chosen: float | None
     agreement: float | None
 
+    @property
+    def row_id(self) -> str:
+        """The pair's: a pair trains at most once an iteration."""
+        return self.pair_id
+
 
 class UpdateStep(Record):
-    """One optimizer step: which pairs went into it, and what it did."""
+    """One optimizer step: which rows went into it, and what it did."""
 
     step: int
     """Global step over the whole run, from 1."""
     iteration: int
-    pair_ids: tuple[str, ...]
+    row_ids: tuple[str, ...]
+    """A preference's is its `pair_id`. Schema 1 called them `pair_ids`."""
     loss: float
-    margin: float
-    """Mean beta * (log-ratio of chosen - log-ratio of rejected)."""
-    accuracy: float
     grad_norm: float
+    """Before it was clipped."""
     learning_rate: float
     seconds: float
+    metrics: dict[str, float]
+    """What this kind of learner measures beside these. Schema 1 had `margin` and `accuracy` as fields."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, row: Any) -> Any:
+        """A row of schema 1 as one of schema 2."""
+        if not isinstance(row, dict) or not {"pair_ids", *_OF_PAIRS} <= row.keys():
+            return row
+        rest = {key: value for key, value in row.items() if key not in ("pair_ids", *_OF_PAIRS)}
+        return {"row_ids": row["pair_ids"], "metrics": {name: row[name] for name in _OF_PAIRS}} | rest
+
+
+_OF_PAIRS = ("margin", "accuracy")
+"""What every learner measured when schema 1 was written."""
 
 
 class ConstitutionRef(Record):
@@ -509,8 +543,9 @@ class IterationMetrics(Record):
     """Optimizer steps; 0 when the update was skipped."""
     loss: float | None
     """Mean over the steps, as the next two; None without an update."""
-    margin: float | None
     grad_norm: float | None
+    learner_metrics: dict[str, float]
+    """`metrics` of the steps, by name; empty without an update. Schema 1 had `margin` alone, as a field."""
     order_flips: int = 0
     """Pairs on which a voice gave another answer when the order changed."""
     position_bias: float | None = None
@@ -539,6 +574,20 @@ class IterationMetrics(Record):
     """Of the policy that was sampled from; None in a run that didn't measure it."""
     decoding_gap: DecodingGap | None = None
     """Of the answers that were sampled; None in a run that didn't measure it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, metrics: Any) -> Any:
+        """Metrics of schema 1 as those of schema 2."""
+        return lift_metrics(metrics)
+
+
+def lift_metrics(metrics: Any) -> Any:
+    """metrics.json of an iteration, as JSON of either schema, as schema 2 has it."""
+    if not isinstance(metrics, dict) or "margin" not in metrics or "learner_metrics" in metrics:
+        return metrics
+    rest = {key: value for key, value in metrics.items() if key != "margin"}
+    return rest | {"learner_metrics": {} if metrics["margin"] is None else {"margin": metrics["margin"]}}
 
 
 class EvaluationMetrics(AnswerStats):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +188,13 @@ class StubLearner:
         self._weights, self._step, self._nan_at = BASE_DIGEST, 0, nan_at
         self.tracked: list[tuple[int, dict[str, float | str]]] = []
 
-    def update(self, preferences: list[Preference], iteration: int) -> Iterator[UpdateStep]:
+    row_type = Preference
+
+    def update(self, rows: Sequence[Preference], iteration: int) -> Iterator[UpdateStep]:
         from rlaif.errors import RlaifError
 
-        for n in range(0, len(preferences), 2):
-            batch = preferences[n : n + 2]
+        for n in range(0, len(rows), 2):
+            batch = rows[n : n + 2]
             self._step += 1
             if self._step == self._nan_at:
                 raise RlaifError(f"update step {self._step}: the loss is nan; the step was not taken")
@@ -201,13 +203,12 @@ class StubLearner:
             yield UpdateStep(
                 step=self._step,
                 iteration=iteration,
-                pair_ids=tuple(p.pair_id for p in batch),
+                row_ids=tuple(p.row_id for p in batch),
                 loss=0.5,
-                margin=0.1,
-                accuracy=1.0,
                 grad_norm=1.0,
                 learning_rate=1e-5,
                 seconds=0.0,
+                metrics={"margin": 0.1, "accuracy": 1.0},
             )
 
     def divergences(self, completions: list[Completion]) -> Iterator[list[Divergence]]:

@@ -268,7 +268,7 @@ def test_the_digests_in_the_meta_files_hold(finished: RunDir) -> None:
         rows = path.with_name(path.name.replace(".meta.json", ".jsonl"))
         assert meta["sha256"] == hashlib.sha256(rows.read_bytes()).hexdigest(), path
         assert meta["rows"] == len(rows.read_text().splitlines())
-        assert meta["schema_version"] == 1
+        assert meta["schema_version"] == 2
         for name, sha256 in meta["inputs"].items():
             assert sha256 == hashlib.sha256((path.parent / f"{name}.jsonl").read_bytes()).hexdigest()
     inputs = {k for p in metas for k in json.loads(p.read_text())["inputs"]}
@@ -299,7 +299,7 @@ def test_each_row_follows_from_the_rows_before_it(finished: RunDir) -> None:
             assert p.chosen_token_ids == completions[p.chosen_id].token_ids
             assert p.rejected == completions[p.rejected_id].text
         steps = here.read("updates", UpdateStep)
-        assert sorted(i for s in steps for i in s.pair_ids) == sorted(p.pair_id for p in preferences)
+        assert sorted(i for s in steps for i in s.row_ids) == sorted(p.pair_id for p in preferences)
 
 
 def test_steps_are_counted_over_the_whole_run(finished: RunDir) -> None:

@@ -14,7 +14,7 @@ from rlaif.constitutions.constitution import parse_constitution
 from rlaif.errors import RlaifError
 from rlaif.intervals import wilson
 from rlaif.monitors import alarms as all_alarms
-from rlaif.monitors import answer_stats, evaluation_metrics, iteration_metrics, juror_agreement
+from rlaif.monitors import answer_stats, evaluation_metrics, iteration_metrics, juror_agreement, learner_metrics
 from rlaif.monitors.alarms import shifted as all_shifts
 from rlaif.records import (
     Completion,
@@ -28,6 +28,7 @@ from rlaif.records import (
     Plan,
     PolicyVersion,
     Quality,
+    UpdateStep,
     Verdict,
 )
 from rlaif.rundir.store import read_record
@@ -81,17 +82,32 @@ RULES = parse_constitution(text(1), "rules", 1, "test")
 @pytest.mark.parametrize("record", [IterationMetrics, EvaluationMetrics])
 def test_numbers_of_a_stored_run_still_read(record: type[IterationMetrics | EvaluationMetrics]) -> None:
     folder = "iterations" if record is IterationMetrics else "evaluations"
-    files = sorted((Path(__file__).parent / "data" / "run_schema1" / folder).glob("*/metrics.json"))
-    assert files
+    data = Path(__file__).parent / "data"
+    files = [p for run in ("run_schema1", "run_schema2") for p in sorted((data / run / folder).glob("*/metrics.json"))]
+    assert len(files) > 4
     for file in files:
         stored = json.loads(file.read_text())
         read = read_record(file, record).model_dump(mode="json")
+        if "margin" in stored:
+            margin = stored.pop("margin")
+            assert read["learner_metrics"] == ({} if margin is None else {"margin": margin})
         assert {key: read[key] for key in stored} == stored
+
+
+def test_numbers_of_the_learner_are_means_over_the_steps_that_have_them() -> None:
+    def step(**metrics: float) -> UpdateStep:
+        common = {"iteration": 0, "row_ids": ("a",), "loss": 0.5, "grad_norm": 1.0, "learning_rate": 1e-5}
+        return UpdateStep.model_validate({"step": 1, "seconds": 0.0, "metrics": metrics} | common)
+
+    assert learner_metrics([step(margin=0.1, reward=1.0), step(margin=0.3)]) == {
+        "margin": pytest.approx(0.2), "reward": 1.0
+    }  # fmt: skip
+    assert learner_metrics([]) == {}
 
 
 def test_numbers_that_are_none_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text('{"iteration": "one"}')
-    with pytest.raises(RlaifError, match=r"metrics.json: not a IterationMetrics of schema 1 \(iteration: "):
+    with pytest.raises(RlaifError, match=r"metrics.json: not a IterationMetrics of schema 2 or older \(iteration: "):
         read_record(tmp_path / "metrics.json", IterationMetrics)
 
 

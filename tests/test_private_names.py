@@ -12,7 +12,7 @@ LEFT = {
     "judging/test_judge_cli.py": "_check_forward _compute _plain_head",
     "judging/test_likelihood.py": "_Request _answer _compute _computed_by _contrast _forward _join _key _logps "
     "_plain_head _render _write",
-    "learning/test_contract.py": "_batch _row _score_references _step",
+    "learning/test_contract.py": "_batch _score_references _step",
     "review/test_queue.py": "_sent",
     "test_rendering.py": "_controls_in _relabel",
 }

@@ -71,7 +71,7 @@ def test_a_stage_is_written_once_and_read_afterwards(tmp_path: Path) -> None:
     assert never.seen == []
     assert here.is_complete("scores")
     meta = here.meta("scores")
-    assert (meta["rows"], meta["schema_version"]) == (2, 1)
+    assert (meta["rows"], meta["schema_version"]) == (2, 2)
     assert meta["sha256"] == file_digest(tmp_path / "it/scores.jsonl")
 
 
@@ -127,11 +127,11 @@ def test_a_failing_commit_leaves_the_stage_incomplete(tmp_path: Path) -> None:
 
 def test_damaged_files_name_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "scores.jsonl").write_text(score(1).model_dump_json() + "\n{}\n")
-    with pytest.raises(RlaifError, match=r"scores\.jsonl:2: not a Score of schema 1"):
+    with pytest.raises(RlaifError, match=r"scores\.jsonl:2: not a Score of schema 2 or older"):
         StageDir(tmp_path).read("scores", Score)
     (tmp_path / "a.json").write_text("{\n,")
     write_json(tmp_path / "score.json", {"completion_id": "c", "prompt_id": "p"})
-    with pytest.raises(RlaifError, match=r"score\.json: not a Score of schema 1 \(voice: Field required\)"):
+    with pytest.raises(RlaifError, match=r"score\.json: not a Score of schema 2 or older \(voice: Field required\)"):
         read_record(tmp_path / "score.json", Score)
     with pytest.raises(RlaifError, match=r"a\.json:2: not valid JSON"):
         read_json(tmp_path / "a.json")
@@ -181,8 +181,8 @@ def test_one_writer(tmp_path: Path) -> None:
 def test_what_is_no_run_or_a_newer_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run directory"):
         RunDir.open(tmp_path)
-    write_json(tmp_path / "run.json", {"schema_version": 2})
-    with pytest.raises(UserError, match="written with schema 2, this rlaif reads up to 1"):
+    write_json(tmp_path / "run.json", {"schema_version": 3})
+    with pytest.raises(UserError, match="written with schema 3, this rlaif reads up to 2"):
         RunDir.open(tmp_path)
 
 

@@ -185,7 +185,8 @@ METRICS: dict[str, Any] = {
     },
     "pairs": 4, "votes": 16, "abstentions": {"refused": 2}, "kept": 3, "kept_share": 0.75,
     "dropped_by_first_reason": {"tie": 1}, "mean_agreement": 0.9, "trained_pairs": 3, "replayed_pairs": 0, "steps": 2,
-    "loss": 0.5, "margin": 0.1, "grad_norm": 1.0, "position_bias": 0.6, "judge_calls": 16, "judge_tokens": 160,
+    "loss": 0.5, "grad_norm": 1.0, "learner_metrics": {"margin": 0.1, "accuracy": 0.9},
+    "position_bias": 0.6, "judge_calls": 16, "judge_tokens": 160,
     "seconds": {"votes": 3.5}, "juror_weights": {"chat:org/big-1.5@host:8000": 0.8},
     "juror_agreement": {"chat:org/big-1.5@host:8000": 0.9},
     "judged": {
@@ -264,6 +265,16 @@ def test_names_are_such_as_every_store_takes() -> None:
     assert {name for name, value in values.items() if isinstance(value, str)} == {
         "pipeline/constitution", "pipeline/alarm"
     }  # fmt: skip
+
+
+def test_numbers_of_the_learner_have_the_names_that_they_always_had() -> None:
+    values = all_values()
+    assert (values["pipeline/margin"], values["pipeline/accuracy"], values["pipeline/loss"]) == (0.1, 0.9, 0.5)
+    assert not [name for name in values if "learner_metrics" in name]
+    clash = METRICS | {"learner_metrics": {"kept": -1.0, "of its own": 2.0}}
+    found = tracking.of_iteration(IterationMetrics.model_validate(clash), [], chat_judge(), 1, [])
+    assert found["pipeline/kept"] == 3, "a learner's name never hides one of the pipeline's"
+    assert found["pipeline/of_its_own"] == 2.0
 
 
 def test_reasons_that_nothing_had_are_zero() -> None:

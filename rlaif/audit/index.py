@@ -30,14 +30,14 @@ from pydantic import ValidationError
 from rlaif.audit.tables import EVALUATION_STAGES, FILL_PANELS, SMALL_TABLES, STAGE_TABLES, create_statements
 from rlaif.errors import RlaifError, UserError
 from rlaif.models import cache_root
-from rlaif.records import Plan, Record, digest, stored
+from rlaif.records import Plan, Record, digest, lift_metrics, stored
 from rlaif.rundir.stages import NAMES
 from rlaif.rundir.store import RunDir, StageDir, disk_errors, meta_missing, read_json, read_record
 
 if TYPE_CHECKING:
     import duckdb
 
-VERSION = 3
+VERSION = 4
 """Rises when what is taken in changes; an index of another version, other tables or another DuckDB is made anew."""
 
 MEMORY_LIMIT = "1GB"
@@ -449,10 +449,13 @@ class Index:
         where = ", ".join("?" if c.name in places else "? + r.line" for c in table.where)
         values = [places.get(c.name, before) for c in table.where]
         sound = " AND ".join(f"r.{name} IS NOT NULL" for name in (table.key, *(table.required() if strict else ())))
+        read = (
+            f"read_json(?, format = 'newline_delimited', ignore_errors = {'false' if strict else 'true'}, "
+            f"columns = {{{fields}}})"
+        )
         found = connection.execute(
             f"INSERT INTO {table.name} SELECT {where}, {columns} FROM (SELECT row_number() OVER () AS line, * FROM "
-            f"read_json(?, format = 'newline_delimited', ignore_errors = {'false' if strict else 'true'}, "
-            f"columns = {{{fields}}})) r WHERE {sound}",
+            f"{table.rows_of(read)}) r WHERE {sound}",
             [*values, str(path)],
         ).fetchall()
         return int(found[0][0])
@@ -521,7 +524,7 @@ class Index:
             connection.execute(
                 "INSERT INTO iterations VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [k, _of(text, "hash", str), _text_name(text), _of(policy, "iteration", int), _of(policy, "digest", str),
-                 made, skipped, _dumped(metrics)],
+                 made, skipped, _dumped(lift_metrics(metrics))],
             )  # fmt: skip
         for k in self.run.evaluations():
             metrics = read(self.run.evaluation(k).path / "metrics.json")

@@ -203,7 +203,7 @@ def _trained(index: Index, pair: Pair) -> tuple[Training, ...]:
     found = index.rows(
         """SELECT f.iteration, f.source, f.chosen_id, i.policy_after, i.skipped,
             (SELECT list(u.step ORDER BY u.step) FROM updates u
-             WHERE u.iteration = f.iteration AND list_contains(u.pair_ids, f.pair_id)) AS steps
+             WHERE u.iteration = f.iteration AND list_contains(u.row_ids, f.pair_id)) AS steps
         FROM preferences f LEFT JOIN iterations i USING (iteration) WHERE f.pair_id = ? ORDER BY f.iteration""",
         [pair.id],
     )

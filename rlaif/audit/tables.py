@@ -47,6 +47,15 @@ WHERE = (
 )
 
 
+class Older(NamedTuple):
+    """How rows of an older schema become rows of today's, as their record lifts them."""
+
+    fields: dict[str, str]
+    """Field that only they have → its DuckDB type."""
+    lifted: dict[str, str]
+    """Field of today's → SQL over the fields of both."""
+
+
 class Table(NamedTuple):
     """A table of the index."""
 
@@ -63,6 +72,8 @@ class Table(NamedTuple):
     """Columns that say where a row stands."""
     select: str = ""
     """For a view: what it shows of the other tables."""
+    older: Older | None = None
+    """Where rows of an older schema have other fields."""
 
     @property
     def types(self) -> dict[str, str]:
@@ -73,17 +84,27 @@ class Table(NamedTuple):
         """Fields among `json_columns` that every sound row has."""
         assert self.record is not None
         fields = self.record.model_fields
-        return [n for n in self.json_columns() if fields[n].is_required() and not _optional(fields[n].annotation)]
+        own = (n for n in self.json_columns() if n in fields)
+        return [n for n in own if fields[n].is_required() and not _optional(fields[n].annotation)]
+
+    def rows_of(self, read: str) -> str:
+        """SQL for rows in today's fields, whatever schema they were written with; `read` is what reads their file."""
+        lifted = self.older.lifted if self.older else {}
+        if not lifted:
+            return read
+        return f"(SELECT * REPLACE ({', '.join(f'{sql} AS {name}' for name, sql in lifted.items())}) FROM {read})"
 
     def json_columns(self) -> dict[str, str]:
-        """Field → DuckDB type of what has to be read of a row: the fields that some column is made from."""
+        """Field → DuckDB type of what has to be read of a row: the fields that some column is made from, and those that
+        older rows have in their place."""
         assert self.record is not None
         sources = " ".join(c.source for c in self.columns)
-        return {
+        own = {
             name: "JSON" if name in self.as_json else duckdb_type(field.annotation)
             for name, field in self.record.model_fields.items()
             if f"r.{name}" in sources
         }
+        return own | (self.older.fields if self.older else {})
 
 
 def _optional(annotation: Any) -> bool:
@@ -228,16 +249,26 @@ STAGE_TABLES: dict[str, Table] = {
         "one row an optimizer step",
         (
             Column("step", "INTEGER", "r.step", "global, from 1"),
-            Column("pair_ids", "VARCHAR[]", "r.pair_ids"),
+            Column("row_ids", "VARCHAR[]", "r.row_ids", "what it trained on; of a preference: pair_id"),
+            Column("pair_ids", "VARCHAR[]", "r.row_ids", "the same, by its name in schema 1"),
             Column("loss", "DOUBLE", "r.loss"),
-            Column("margin", "DOUBLE", "r.margin"),
-            Column("accuracy", "DOUBLE", "r.accuracy"),
+            Column("margin", "DOUBLE", "r.metrics['margin']", "of a learner from pairs"),
+            Column("accuracy", "DOUBLE", "r.metrics['accuracy']", "of a learner from pairs"),
             Column("grad_norm", "DOUBLE", "r.grad_norm"),
             Column("learning_rate", "DOUBLE", "r.learning_rate"),
             Column("seconds", "DOUBLE", "r.seconds"),
+            Column("metrics", "MAP(VARCHAR, DOUBLE)", "r.metrics", "what only this kind of learner measures"),
         ),
         UpdateStep,
         "step",
+        older=Older(
+            {"pair_ids": "VARCHAR[]", "margin": "DOUBLE", "accuracy": "DOUBLE"},
+            {
+                "row_ids": "coalesce(row_ids, pair_ids)",
+                "metrics": "coalesce(metrics, CASE WHEN margin IS NOT NULL AND accuracy IS NOT NULL "
+                "THEN MAP {'margin': margin, 'accuracy': accuracy} END)",
+            },
+        ),
     ),
     "quality": Table(
         "quality",
@@ -309,7 +340,7 @@ SMALL_TABLES: dict[str, Table] = {
             Column("policy_digest", "VARCHAR", "", "of the policy that sampled"),
             Column("policy_after", "VARCHAR", "", "digest of the policy after it; NULL without an update"),
             Column("skipped", "BOOLEAN", "", "no update: too few kept pairs; NULL until it is known"),
-            Column("metrics", "JSON", "", "metrics.json; NULL until the iteration is done"),
+            Column("metrics", "JSON", "", "metrics.json, as schema 2 has it; NULL until the iteration is done"),
         ),
         where=(),
     ),

@@ -217,7 +217,7 @@ def _rows(index: Index, after: int, limit: int | None, offset: int) -> list[Trac
         """WITH asked AS (SELECT * FROM trained WHERE iteration < ? ORDER BY iteration, line LIMIT ? OFFSET ?),
             steps AS (
                 SELECT iteration, pair_id, list(step ORDER BY step) AS steps
-                FROM (SELECT iteration, step, unnest(pair_ids) AS pair_id FROM updates) GROUP BY ALL),
+                FROM (SELECT iteration, step, unnest(row_ids) AS pair_id FROM updates) GROUP BY ALL),
             cast_votes AS (
                 SELECT pair_id, list(line ORDER BY line) AS lines FROM votes
                 WHERE pair_id IN (SELECT pair_id FROM asked) GROUP BY ALL)

@@ -219,7 +219,7 @@ class _Checking:
             return False
         with path.open("rb") as f:
             f.seek(grown.size)
-            return any(b'"kind":"resumed"' in line for line in f)
+            return any(kind in line for line in f for kind in _WRITES_HEADER)
 
     def _growing(self, name: str) -> None:
         """A file that only grows: what the newest head covers is its beginning still."""
@@ -539,6 +539,8 @@ class _Checking:
             )
 
 
+_WRITES_HEADER = tuple(f'"kind":"{kind}"'.encode() for kind in ("resumed", "job_changed", "schema_raised"))
+"""Events of a run that goes on, which may write run.json anew."""
 _TEXTS = "constitutions/"
 _LOST = "changed, cut or added"
 

@@ -1,31 +1,41 @@
-"""Learners: preferences in, one `UpdateStep` per optimizer step and new policy weights out.
+"""Learners: rows of the type that each declares in, one `UpdateStep` per optimizer step and new policy weights out.
 
 `dpo` is TRL's `DPOTrainer`, `online_dpo` a thin adapter on TRL's experimental `OnlineDPOTrainer`; the contract
-tests hold the second to the first. Nothing heavy is imported before `make_learner` is called.
+tests hold the second to the first. Nothing heavy is imported before `make_learner` is called. To add a learner: a class
+with what `Learner` asks, and a line in `KINDS`; rows of a type that nothing makes yet, a function in
+`rlaif/loop/training.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from rlaif import config
 from rlaif.errors import UserError
-from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
+from rlaif.records import Completion, Divergence, Preference, TokenSequence, TrainingRow, UpdateStep
 from rlaif.workers.weights import WeightsRef
 
+RowT = TypeVar("RowT", bound=TrainingRow)
 
-class Learner(Protocol):
+
+class Learner(Protocol[RowT]):
     """What the loop asks of a learner. One learner lives as long as its process and is reused by all iterations."""
+
+    @property
+    def row_type(self) -> type[RowT]:
+        """What it trains on."""
+        ...
 
     @property
     def global_step(self) -> int:
         """Optimizer steps taken since the untrained policy."""
         ...
 
-    def update(self, preferences: list[Preference], iteration: int) -> Iterator[UpdateStep]:
-        """Trains `learner.epochs` passes over `preferences`, one record per optimizer step, as it happens.
+    def update(self, rows: Sequence[RowT], iteration: int) -> Iterator[UpdateStep]:
+        """Trains `learner.epochs` passes over `rows`, one record per optimizer step, as it happens.
 
         Raises:
             RlaifError: the loss or a gradient is not finite; the weights are still those of the last good step.
@@ -85,6 +95,32 @@ class Learner(Protocol):
         ...
 
 
+class Kind(NamedTuple):
+    """A kind of learner as it is known without importing it: torch, transformers and TRL take seconds."""
+
+    where: str
+    """`module:Class`."""
+    row_type: type[TrainingRow]
+    """The class's own."""
+
+
+KINDS = {
+    "dpo": Kind("rlaif.learning.dpo:DpoLearner", Preference),
+    "online_dpo": Kind("rlaif.learning.online_dpo:OnlineDpoLearner", Preference),
+}
+
+
+def kind_of(name: str) -> Kind:
+    """What `learner.kind` names.
+
+    Raises:
+        UserError: no learner is called that.
+    """
+    if name not in KINDS:
+        raise UserError(f"learner.kind: no learner is called {name!r}; there are {', '.join(f'`{k}`' for k in KINDS)}")
+    return KINDS[name]
+
+
 def make_learner(
     kind: str,
     model_path: str,
@@ -92,11 +128,11 @@ def make_learner(
     seed: int,
     output_dir: str | None = None,
     export_precision: config.Precision = "auto",
-) -> Learner:
+) -> Learner[Any]:
     """The learner that a job names.
 
     Args:
-        kind: `dpo` or `online_dpo`.
+        kind: one of `KINDS`.
         model_path: folder of the *untrained* policy; it is also the base reference.
         settings: the job's `learner` section.
         seed: everything random follows from this.
@@ -106,16 +142,11 @@ def make_learner(
     Raises:
         UserError: an unknown kind, a setting that TRL doesn't know or refuses, or an unreadable folder.
     """
-    # TRL, torch and transformers take seconds to import: only the worker that trains pays for them.
-    if kind == "dpo":
-        from rlaif.learning.dpo import DpoLearner
-
-        return DpoLearner(model_path, settings, seed, output_dir, export_precision)
-    if kind == "online_dpo":
-        from rlaif.learning.online_dpo import OnlineDpoLearner
-
-        return OnlineDpoLearner(model_path, settings, seed, output_dir, export_precision)
-    raise UserError(f"learner.kind: no learner is called {kind!r}; there are `dpo` and `online_dpo`")
+    module, _, name = kind_of(kind).where.partition(":")
+    learner: Learner[Any] = getattr(import_module(module), name)(
+        model_path, settings, seed, output_dir, export_precision
+    )
+    return learner
 
 
 def make(
@@ -124,7 +155,7 @@ def make(
     seed: int,
     output_dir: str | None = None,
     export_precision: config.Precision = "auto",
-) -> Learner:
+) -> Learner[Any]:
     """Factory for a worker process: the learner of the untrained policy."""
     return make_learner(
         settings.kind, model_path, settings, seed, output_dir=output_dir, export_precision=export_precision

@@ -1,6 +1,6 @@
 """What both learners share: one trainer a process, one optimizer state, one step count, whatever the iterations.
 
-In: preferences (token ids as sampled). Out: an `UpdateStep` per optimizer step, and on `save` a state folder and a
+In: rows that train (token ids as sampled). Out: an `UpdateStep` per optimizer step, and on `save` a state folder and a
 policy folder. TRL's trainer computes loss and gradients (`training_step`), keeps the metrics and serves callbacks and
 trackers; the loop over steps is ours, because `Trainer.train()` starts its step count and schedule again on every
 call, wraps the model again, and can't hand out a step while it runs.
@@ -18,11 +18,11 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -62,12 +62,12 @@ from rlaif.learning.trl_compat import (
     tell,
 )
 from rlaif.models import carry_over, digest_of, name_turn_ends, without_empty_quantisation
-from rlaif.records import Completion, Divergence, Preference, TokenSequence, UpdateStep
+from rlaif.records import Completion, Divergence, TokenSequence, TrainingRow, UpdateStep
 from rlaif.workers.weights import WeightsRef
 
-_Row = dict[str, Any]
-"""A preference as the trainer takes it: `pair_id`, `prompt`, `prompt_ids`, `chosen_ids`, `rejected_ids`, and the
-reference's log-probabilities in whatever form the learner's loss wants."""
+Row = dict[str, Any]
+"""A row as the trainer takes it: `row_id`, what `TrlLearner.row` makes of it, and the reference's log-probabilities in
+whatever form the learner's loss wants."""
 
 _SET_ELSEWHERE = {
     "learning_rate": "learner.learning_rate",
@@ -99,6 +99,10 @@ class TrlLearner(ABC):
 
     config_class: type[TrlConfig]
     """TRL's config; `learner.args` may set any of its fields that no other setting owns."""
+    row_type: ClassVar[type[TrainingRow]]
+    """What it trains on."""
+    step_metrics: ClassVar[Mapping[str, str]]
+    """What it measures of a step beside what every learner does: name in the log → TRL's name."""
 
     def __init__(
         self,
@@ -157,11 +161,15 @@ class TrlLearner(ABC):
         """The trainer. It holds no reference model: references are scored once an update, see `_reference`."""
 
     @abstractmethod
-    def _score_reference(self, model: nn.Module, rows: list[_Row]) -> None:
+    def row(self, given: Any) -> Row:
+        """A row of its type as the trainer takes it, still without the reference's log-probabilities."""
+
+    @abstractmethod
+    def _score_reference(self, model: nn.Module, rows: list[Row]) -> None:
         """Adds the reference's log-probabilities to each row; called without gradient."""
 
     @abstractmethod
-    def _batch(self, rows: list[_Row]) -> dict[str, Any]:
+    def _batch(self, rows: list[Row]) -> dict[str, Any]:
         """What the trainer's `training_step` takes."""
 
     # ---- training
@@ -171,31 +179,31 @@ class TrlLearner(ABC):
         """Optimizer steps taken since the untrained policy."""
         return int(self.trainer.state.global_step)
 
-    def update(self, preferences: list[Preference], iteration: int) -> Iterator[UpdateStep]:
-        """One pass over `preferences` an epoch, in a seeded order; yields after each optimizer step.
+    def update(self, rows: Sequence[Any], iteration: int) -> Iterator[UpdateStep]:
+        """One pass over `rows` an epoch, in a seeded order; yields after each optimizer step.
 
         A trainer callback that asks for training to stop ends the update, and all later ones.
 
         Raises:
             RlaifError: the loss or a gradient is not finite. The weights are still those of the last good step.
         """
-        rows = [_row(p) for p in preferences]
-        self._score_references(self._steps(rows, iteration, epoch=0))
+        prepared = [self.row(given) for given in rows]
+        self._score_references(self._steps(prepared, iteration, epoch=0))
         trainer = self.trainer
         trainer.state.log_history.clear()  # trackers have seen it; a long run must not keep it
         for epoch in range(self.settings.epochs):
-            steps = self._steps(rows, iteration, epoch)
+            steps = self._steps(prepared, iteration, epoch)
             for number, step in enumerate(steps, 1):
                 if trainer.control.should_training_stop:
                     return
                 trainer.state.epoch = iteration * self.settings.epochs + epoch + number / len(steps)
                 yield self._step(step, iteration)
 
-    def _steps(self, rows: list[_Row], iteration: int, epoch: int) -> list[list[_Row]]:
+    def _steps(self, rows: list[Row], iteration: int, epoch: int) -> list[list[Row]]:
         order = epoch_order(len(rows), self.seed, iteration, epoch)
         return _chunks([rows[i] for i in order], self.settings.batch_size)
 
-    def _step(self, rows: list[_Row], iteration: int) -> UpdateStep:
+    def _step(self, rows: list[Row], iteration: int) -> UpdateStep:
         trainer, started = self.trainer, time.perf_counter()
         args, state = trainer.args, trainer.state
         tell(trainer, "on_step_begin")
@@ -203,12 +211,14 @@ class TrlLearner(ABC):
         losses = []
         with self.policy_as_exported():
             for part in parts:
-                divide_losses_by(trainer, len(rows) / len(part))  # each counts by its share of the step's pairs
+                divide_losses_by(trainer, len(rows) / len(part))  # each counts by its share of the step's rows
                 losses.append(float(trainer.training_step(trainer.model_wrapped, self._batch(part))))
         shares = [len(part) / len(rows) for part in parts]
         loss = _weighted(losses, shares)
-        margin = _weighted(metric(trainer, "rewards/margins")[-len(parts) :], shares)
-        accuracy = _weighted(metric(trainer, "rewards/accuracies")[-len(parts) :], shares)
+        measured = {
+            name: _weighted(metric(trainer, theirs)[-len(parts) :], shares)
+            for name, theirs in self.step_metrics.items()
+        }
         grad_norm = float(trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), args.max_grad_norm))
         learning_rate = float(trainer.lr_scheduler.get_last_lr()[0])
         self._refuse_not_finite(loss, grad_norm, rows)
@@ -225,23 +235,22 @@ class TrlLearner(ABC):
         return UpdateStep(
             step=state.global_step,
             iteration=iteration,
-            pair_ids=tuple(row["pair_id"] for row in rows),
+            row_ids=tuple(row["row_id"] for row in rows),
             loss=loss,
-            margin=margin,
-            accuracy=accuracy,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             seconds=time.perf_counter() - started,
+            metrics=measured,
         )
 
-    def _refuse_not_finite(self, loss: float, grad_norm: float, rows: list[_Row]) -> None:
+    def _refuse_not_finite(self, loss: float, grad_norm: float, rows: list[Row]) -> None:
         values = torch.tensor([loss, grad_norm])
         if bool(values.isfinite().all()):
             return
         self.trainer.model.zero_grad()
         what = f"the loss is {loss}" if not values[0].isfinite() else f"the gradient norm is {grad_norm}"
         raise RlaifError(
-            f"update step {self.global_step + 1}: {what} (pairs {', '.join(row['pair_id'] for row in rows)}); the step "
+            f"update step {self.global_step + 1}: {what} (rows {', '.join(row['row_id'] for row in rows)}); the step "
             "was not taken. Lower the rate: add --set learner.learning_rate=VALUE --allow-change to the command"
         )
 
@@ -272,7 +281,7 @@ class TrlLearner(ABC):
 
     # ---- the reference policy
 
-    def _score_references(self, steps: list[list[_Row]]) -> None:
+    def _score_references(self, steps: list[list[Row]]) -> None:
         """In the parts that training will take: bf16 rounds differently in another batch, and a policy that equals
         its reference would not start at a log-ratio of 0."""
         with torch.no_grad(), self._reference() as model:
@@ -576,9 +585,9 @@ def _settings_errors() -> Iterator[None]:
         raise UserError(f"learner: TRL refuses these settings: {' '.join(str(e).split())}") from e
 
 
-def epoch_order(pairs: int, seed: int, iteration: int, epoch: int) -> list[int]:
-    """The order in which an epoch takes `pairs` pairs: a permutation that follows from the three numbers alone."""
-    order = list(range(pairs))
+def epoch_order(rows: int, seed: int, iteration: int, epoch: int) -> list[int]:
+    """The order in which an epoch takes so many rows: a permutation that follows from the three numbers alone."""
+    order = list(range(rows))
     random.Random(f"{seed}:{iteration}:{epoch}").shuffle(order)
     return order
 
@@ -590,17 +599,7 @@ def pad(rows: list[list[Any]], value: float, side: str) -> torch.Tensor:
     return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)])
 
 
-def _row(p: Preference) -> _Row:
-    return {
-        "pair_id": p.pair_id,
-        "prompt": p.prompt,
-        "prompt_ids": list(p.prompt_token_ids),
-        "chosen_ids": list(p.chosen_token_ids),
-        "rejected_ids": list(p.rejected_token_ids),
-    }
-
-
-def _chunks(rows: list[_Row], size: int) -> list[list[_Row]]:
+def _chunks(rows: list[Row], size: int) -> list[list[Row]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 

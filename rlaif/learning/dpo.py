@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from rlaif.errors import UserError
-from rlaif.learning.base import TrlLearner, _Row
+from rlaif.learning.base import Row
+from rlaif.learning.pairwise import PairwiseLearner
 from rlaif.learning.scoring import score_completions_only
 from rlaif.learning.trl_compat import (
     GivenTokens,
@@ -39,7 +40,7 @@ class _TokenDPOTrainer(GivenTokens, DPOTrainer):
     """`DPOTrainer` that is given token ids, and reference log-probabilities with each batch."""
 
 
-class DpoLearner(TrlLearner):
+class DpoLearner(PairwiseLearner):
     """`learner.kind: dpo`."""
 
     config_class = DPOConfig
@@ -74,10 +75,10 @@ class DpoLearner(TrlLearner):
         elif not is_policy:  # the policy has it from TRL
             add_fused_lm_head(model)
 
-    def _score_reference(self, model: nn.Module, rows: list[_Row]) -> None:
+    def _score_reference(self, model: nn.Module, rows: list[Row]) -> None:
         chosen, rejected = reference_logps(self.trainer, model, self._batch(rows))
         for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=True):
             row["ref_chosen_logps"], row["ref_rejected_logps"] = c, r
 
-    def _batch(self, rows: list[_Row]) -> dict[str, torch.Tensor]:
+    def _batch(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         return on_its_device(self.trainer, rows)

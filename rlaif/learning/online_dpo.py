@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlaif.errors import UserError
-from rlaif.learning.base import TrlLearner, _Row, pad
+from rlaif.learning.base import Row, pad
+from rlaif.learning.pairwise import PairwiseLearner
 from rlaif.learning.trl_compat import GivenCompletions, TrlConfig, online_dpo
 
 # The warning is in this file's first line; and sampling is not the trainer's job.
@@ -33,7 +34,7 @@ _NO_EFFECT = {
 class _GivenPairsTrainer(GivenCompletions, OnlineDPOTrainer):  # type: ignore[misc, valid-type]
     """`OnlineDPOTrainer` on completions and verdicts that exist: chosen in the first half, rejected in the second."""
 
-    rows: list[_Row]
+    rows: list[Row]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.rows = inputs["rows"]
@@ -43,7 +44,7 @@ class _GivenPairsTrainer(GivenCompletions, OnlineDPOTrainer):  # type: ignore[mi
         """What exists, as if it had just been sampled."""
         return self.tokens(self.rows)
 
-    def tokens(self, rows: list[_Row]) -> _Tokens:
+    def tokens(self, rows: list[Row]) -> _Tokens:
         """Prompt ids and mask [2 rows, longest prompt], padded left; completions likewise, padded right."""
         prompts = [row["prompt_ids"] for row in rows] * 2
         completions = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
@@ -85,7 +86,7 @@ def _verdict(prompts: list[str], **_: Any) -> list[float]:
     return [1.0] * pairs + [0.0] * pairs
 
 
-class OnlineDpoLearner(TrlLearner):
+class OnlineDpoLearner(PairwiseLearner):
     """`learner.kind: online_dpo`."""
 
     config_class = OnlineDPOConfig
@@ -113,10 +114,10 @@ class OnlineDpoLearner(TrlLearner):
             peft_config=peft_config,
         )
 
-    def _score_reference(self, model: nn.Module, rows: list[_Row]) -> None:
+    def _score_reference(self, model: nn.Module, rows: list[Row]) -> None:
         logps = self.trainer.logps(model, *self.trainer.tokens(rows)).tolist()
         for row, c, r in zip(rows, logps[: len(rows)], logps[len(rows) :], strict=True):
             row["ref_chosen"], row["ref_rejected"] = c[: len(row["chosen_ids"])], r[: len(row["rejected_ids"])]
 
-    def _batch(self, rows: list[_Row]) -> dict[str, Any]:
+    def _batch(self, rows: list[Row]) -> dict[str, Any]:
         return {"rows": rows}

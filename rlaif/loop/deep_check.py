@@ -76,7 +76,7 @@ def settings_for(learner: Learner) -> Learner:
 def train(learner: Worker, texts: list[TokenSequence], to: Path) -> Trained:
     """Two steps of a learner made with `settings_for`, exported to a folder."""
     given = learner.call("logprobs", sequences=texts)
-    list(learner.stream("update", preferences=_preferences(texts), iteration=0))
+    list(learner.stream("update", rows=_preferences(texts), iteration=0))
     return Trained(
         policy=learner.call("save", state_dir=to / "state", policy_dir=to / "policy"),
         exported=learner.call("exports_in"),

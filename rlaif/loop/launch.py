@@ -29,6 +29,7 @@ from rlaif.loop import Loop, Progress
 from rlaif.loop.in_force import Texts
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update
+from rlaif.loop.training import mix_for
 from rlaif.records import SCHEMA_VERSION, Message, Prompt, Vote, digest
 from rlaif.rundir.heads import write_head
 from rlaif.rundir.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
@@ -79,6 +80,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
     if job.judge.kind == "chat":
         for juror in job.judge.jurors:  # before minutes of sampling
             check_address(juror)
+    mix_for(job.learner)
     places = place(job, usable_gpus(len(gpu_names())))
     run = RunDir(run_dir)
     with ExitStack() as stack:
@@ -87,7 +89,8 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         start = _look(run, job, base_dir, progress.note, allow_change)
         last = run.iteration(job.iterations - 1), run.evaluation(job.iterations)
         if all((stages.path / "metrics.json").exists() for stages in last):
-            write_header(run, job, start.models, start.code, start.changed)
+            if start.changed:
+                write_header(run, job, start.models, start.code, start.changed)
             progress.note(f"{run.path}: all {job.iterations} iterations are done; head {write_head(run).name}")
             return run
         tracked = bool(job.learner.args.get("report_to"))
@@ -513,6 +516,8 @@ def write_header(
 ) -> None:
     """Writes run.json, unless it says the same already; `changed` is what `check_resume` found.
 
+    A run of an older schema goes on in today's: run.json says so before the first row does, and an event tells it.
+
     Raises:
         UserError: a model is another one than the run was begun with.
     """
@@ -528,8 +533,14 @@ def write_header(
     _check_models(run, model_digests)
     if path.exists():
         before = read_json(path)
-        if before["job"] == resolved:
+        if (run.schema or 0) < SCHEMA_VERSION:
+            was = before["schema_version"]
+            message = f"run.json says schema {SCHEMA_VERSION} from here on (it was {was}): an older rlaif can't read it"
+            run.event("schema_raised", message)
+        elif before["job"] == resolved:
             return
+        else:
+            header["schema_version"] = before["schema_version"]
         header |= {name: before[name] for name in code if name in before}  # the code that it was begun with
     if changed:  # before run.json says it: were the run killed in between, the change would never be told
         run.event("job_changed", changed)

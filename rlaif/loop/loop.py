@@ -42,7 +42,7 @@ class Loop(Running):
         it.pairs = pair(self, it)
         it.votes = judge(self, it)
         it.decisions = decide(self, it)
-        it.preferences = mix(self, it)
+        it.training = mix(self, it)
         it.steps = update(self, it)
         self._end(it, evaluate(self, k + 1, it.plan, it.text) if it.plan.evaluate else None)
 
@@ -93,7 +93,7 @@ class Loop(Running):
             it.pairs,
             it.votes,
             it.decisions,
-            it.preferences,
+            it.training,
             it.steps,
             ballots=it.dir.meta("votes").get("ballots", len(it.votes)),
             seconds={stage: it.dir.meta(stage)["seconds"] for stage in NAMES},

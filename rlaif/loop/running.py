@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,9 +20,9 @@ from rlaif.records import (
     IterationMetrics,
     Pair,
     Plan,
-    Preference,
     Prompt,
     Score,
+    TrainingRow,
     UpdateStep,
     Vote,
 )
@@ -59,7 +59,8 @@ class Iteration:
     pairs: list[Pair] = field(default_factory=list)
     votes: list[Vote] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
-    preferences: list[Preference] = field(default_factory=list)
+    training: Sequence[TrainingRow] = ()
+    """Rows that train, of the type that the learner takes."""
     steps: list[UpdateStep] = field(default_factory=list)
 
     @property

@@ -4,6 +4,12 @@ In: the rows of an iteration's or an evaluation's stages. Out: the records of `m
 """
 
 from rlaif.monitors.alarms import alarms
-from rlaif.monitors.metrics import answer_stats, evaluation_metrics, iteration_metrics, juror_agreement
+from rlaif.monitors.metrics import (
+    answer_stats,
+    evaluation_metrics,
+    iteration_metrics,
+    juror_agreement,
+    learner_metrics,
+)
 
-__all__ = ["alarms", "answer_stats", "evaluation_metrics", "iteration_metrics", "juror_agreement"]
+__all__ = ["alarms", "answer_stats", "evaluation_metrics", "iteration_metrics", "juror_agreement", "learner_metrics"]

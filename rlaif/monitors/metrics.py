@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -23,8 +24,8 @@ from rlaif.records import (
     Outcome,
     Pair,
     Plan,
-    Preference,
     Quality,
+    TrainingRow,
     UpdateStep,
     Vote,
     WeightsGap,
@@ -54,7 +55,7 @@ def iteration_metrics(
     pairs: list[Pair],
     votes: list[Vote],
     decisions: list[Decision],
-    preferences: list[Preference],
+    training: Sequence[TrainingRow],
     steps: list[UpdateStep],
     ballots: int,
     seconds: dict[str, float],
@@ -70,7 +71,7 @@ def iteration_metrics(
     sides = {p.id: p for p in pairs}
     cut = {c.id for c in completions if c.cut_off}
     won = [w for d in decisions if (w := cut_off_won(d.verdict, sides[d.pair_id], cut)) is not None]
-    trained = preferences if steps else []  # a skipped update leaves its preferences where they are
+    trained = training if steps else []  # a skipped update leaves its rows where they are
     return IterationMetrics(
         iteration=plan.iteration,
         constitution=plan.constitution,
@@ -90,8 +91,8 @@ def iteration_metrics(
         replayed_pairs=sum(p.source == "replay" for p in trained),
         steps=len(steps),
         loss=fmean(s.loss for s in steps) if steps else None,
-        margin=fmean(s.margin for s in steps) if steps else None,
         grad_norm=fmean(s.grad_norm for s in steps) if steps else None,
+        learner_metrics=learner_metrics(steps),
         order_flips=sum(d.verdict.order_flip for d in decisions),
         position_bias=_share(
             sum(d.verdict.slot_first for d in decisions), sum(d.verdict.slot_votes for d in decisions)
@@ -109,6 +110,12 @@ def iteration_metrics(
         weights_gap=gap,
         decoding_gap=decoding,
     )
+
+
+def learner_metrics(steps: Sequence[UpdateStep]) -> dict[str, float]:
+    """What only this kind of learner measures: the mean of each number over the steps that have it."""
+    names = dict.fromkeys(name for step in steps for name in step.metrics)
+    return {name: fmean(s.metrics[name] for s in steps if name in s.metrics) for name in names}
 
 
 def juror_agreement(votes: list[Vote], decisions: list[Decision]) -> dict[str, float | None]:

@@ -21,8 +21,8 @@ _PIPELINE = "pipeline"
 _HELD_OUT = f"{_PIPELINE}/held_out"
 _GAPS = ("weights_gap", "decoding_gap")
 """Fields with names of their own: of the hand-over, not of iteration or evaluation."""
-_NO_NUMBERS = frozenset({"iteration", "updates", "policy", "constitution", *_GAPS})
-"""Fields that say what was measured, and those."""
+_NO_NUMBERS = frozenset({"iteration", "updates", "policy", "constitution", "learner_metrics", *_GAPS})
+"""Fields that say what was measured, and those with names of their own."""
 
 
 def of_iteration(
@@ -39,6 +39,8 @@ def of_iteration(
     alarms = [e for e in events if e.kind == "alarm"]
     mine = [e.message for e in alarms if e.iteration == metrics.iteration]
     return {
+        # Before the others: a learner's own number never takes the name of one of the pipeline's.
+        **dict(_numbers(_PIPELINE, metrics.learner_metrics)),
         **_marks(metrics.iteration + 1, metrics.constitution, text_number),
         **_fields(_PIPELINE, metrics),
         **_cost(_PIPELINE, votes, judge),

@@ -111,7 +111,7 @@ def read_record(path: Path, record: type[R]) -> R:
     try:
         return stored(record, read_json(path))
     except ValidationError as e:
-        what = f"not a {record.__name__} of schema {SCHEMA_VERSION}"
+        what = f"not a {record.__name__} of schema {SCHEMA_VERSION} or older"
         raise RlaifError(f"{path}: {what} ({first_problem(e)}); it was damaged after it was written") from e
 
 
@@ -165,7 +165,7 @@ def read_rows(path: Path, record: type[R], only: re.Pattern[bytes] | None = None
                 rows.append(stored(record, line))
             except ValidationError as e:
                 problem = e.errors()[0]["msg"]
-                what = f"not a {record.__name__} of schema {SCHEMA_VERSION}"
+                what = f"not a {record.__name__} of schema {SCHEMA_VERSION} or older"
                 raise RlaifError(f"{path}:{number}: {what} ({problem})") from e
     return rows
 
@@ -303,10 +303,9 @@ class RunDir:
         run = cls(path)
         header = run.header
         version = header.get("schema_version") if isinstance(header, dict) else None
-        major = re.fullmatch(r"(\d+)(?:\.\d+)*", str(version))  # a minor one only adds
-        if major is None:
+        if run.schema is None:
             raise UserError(f"{path / 'run.json'}: not a run's (no schema_version in it); restore the file")
-        if int(major[1]) > SCHEMA_VERSION:
+        if run.schema > SCHEMA_VERSION:
             raise UserError(f"{path}: written with schema {version}, this rlaif reads up to {SCHEMA_VERSION}; upgrade")
         if not isinstance(header.get("job"), dict):
             raise UserError(f"{path / 'run.json'}: not a run's (no job in it); restore the file")
@@ -322,6 +321,15 @@ class RunDir:
         """run.json."""
         header: dict[str, Any] = read_json(self.path / "run.json")
         return header
+
+    @property
+    def schema(self) -> int | None:
+        """The major schema version of run.json: the newest that any of its rows has. A minor one only adds. None where
+        there is none in it."""
+        header = self.header
+        version = header.get("schema_version") if isinstance(header, dict) else None
+        major = re.fullmatch(r"(\d+)(?:\.\d+)*", str(version))
+        return int(major[1]) if major else None
 
     def job(self) -> Job:
         """The job as run.json has it.

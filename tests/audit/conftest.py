@@ -9,7 +9,10 @@ import pytest
 
 from rlaif.rundir.store import RunDir
 
-STORED = Path(__file__).resolve().parent.parent / "data" / "run_schema1"
+DATA = Path(__file__).resolve().parent.parent / "data"
+STORED = DATA / "run_schema1"
+ALL_STORED = [STORED, DATA / "run_schema2"]
+"""One of each schema; the same answers, votes and decisions."""
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +23,14 @@ def index_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture
-def stored() -> RunDir:
-    """The stored run of schema 1, with a chat judge's votes."""
-    return RunDir.open(STORED)
+@pytest.fixture(params=ALL_STORED, ids=lambda path: path.name)
+def stored(request: pytest.FixtureRequest) -> RunDir:
+    """A stored run of each schema, with a chat judge's votes."""
+    return RunDir.open(request.param)
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> RunDir:
-    """A copy of it, to be changed."""
+    """A copy of the run of schema 1, to be changed."""
     shutil.copytree(STORED, tmp_path / "run")
     return RunDir.open(tmp_path / "run")

@@ -42,7 +42,7 @@ def test_a_generated_run_is_a_run(tmp_path: Path) -> None:
         made = [decide(aggregate(votes[p.id]), p, job.filters, texts) for p in rows["pairs"]]
         assert made == rows["decisions"]
         assert [p.pair_id for p in rows["preferences"]] == [d.pair_id for d in made if d.status == "kept"]
-        assert [i for s in rows["updates"] for i in s.pair_ids] == [p.pair_id for p in rows["preferences"]]
+        assert [i for s in rows["updates"] for i in s.row_ids] == [p.pair_id for p in rows["preferences"]]
         kept += len(rows["preferences"])
     assert 0 < kept < 60
     assert verify(run).findings == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rlaif.data.prompts import load_prompts
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import Pair, Vote
 from rlaif.rundir.store import RunDir, read_grown, read_rows
-from tests.audit.conftest import STORED
+from tests.audit.conftest import ALL_STORED
 
 NEW = {"added_later": {"x": [1]}}
 NESTED = ("ballot", "verdict", "usage", "asked", "constitution")
@@ -34,9 +35,18 @@ def newer(tree: Any) -> Any:
     return tree | inner | NEW
 
 
+@pytest.fixture(params=ALL_STORED, ids=lambda path: path.name)
+def stored(request: pytest.FixtureRequest) -> Path:
+    """A stored run of each schema."""
+    path: Path = request.param
+    return path
+
+
 @pytest.fixture
-def run(copy: RunDir) -> RunDir:
+def run(stored: Path, tmp_path: Path) -> RunDir:
     """The stored run, with more keys in every file but the texts'."""
+    shutil.copytree(stored, tmp_path / "run")
+    copy = RunDir(tmp_path / "run")
     for file in copy.path.rglob("*.json*"):
         if file.suffix == ".jsonl":
             lines = file.read_text().splitlines()
@@ -46,7 +56,7 @@ def run(copy: RunDir) -> RunDir:
     header = json.loads((copy.path / "run.json").read_text())
     header["job"] |= {"later_setting": 1}
     header["job"]["judge"] |= {"later_setting": {"x": 1}}
-    (copy.path / "run.json").write_text(json.dumps(header | {"schema_version": "1.2"}))
+    (copy.path / "run.json").write_text(json.dumps(header | {"schema_version": f"{header['schema_version']}.2"}))
     return RunDir.open(copy.path)
 
 
@@ -66,21 +76,22 @@ def ask(*words: str) -> tuple[int, str, str]:
         ("audit", "RUN", "disagree"),
         ("audit", "RUN", "replay", "--set", "filters.min_agreement=0.9"),
         ("audit", "RUN", "sql", "SELECT count(*) AS n FROM votes"),
+        ("audit", "RUN", "sql", "SELECT step, row_ids, margin, accuracy FROM updates"),
     ],
     ids=lambda w: " ".join(w),
 )
-def test_every_question_is_answered_as_before(run: RunDir, words: tuple[str, ...]) -> None:
-    before = ask(*(str(STORED) if w == "RUN" else w for w in words))
+def test_every_question_is_answered_as_before(run: RunDir, stored: Path, words: tuple[str, ...]) -> None:
+    before = ask(*(str(stored) if w == "RUN" else w for w in words))
     code, said, told = ask(*(str(run.path) if w == "RUN" else w for w in words))
     assert code == before[0] == 0, said + told
     # Where a line is folded depends on how long the run's path is.
-    one, other = said.replace(str(run.path), "RUN"), before[1].replace(str(STORED), "RUN")
+    one, other = said.replace(str(run.path), "RUN"), before[1].replace(str(stored), "RUN")
     assert one.split() == other.split()
     assert "damaged" not in said + told
     assert told.count("a newer rlaif wrote this run") <= 1
 
 
-def test_it_is_said_once(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_said_once(run: RunDir, stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for k in (0, 1):
         read_rows(run.iteration(k).path / "votes.jsonl", Vote)
         read_rows(run.iteration(k).path / "pairs.jsonl", Pair)
@@ -90,7 +101,7 @@ def test_it_is_said_once(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Non
     assert said.count("\n") == 1
     assert said.startswith("note: a newer rlaif wrote this run: its Vote has `")
     assert [v.model_dump() for v in read_rows(run.iteration(0).path / "votes.jsonl", Vote)] == [
-        v.model_dump() for v in read_rows(STORED / "iterations" / "0000" / "votes.jsonl", Vote)
+        v.model_dump() for v in read_rows(stored / "iterations" / "0000" / "votes.jsonl", Vote)
     ]
 
 
@@ -103,14 +114,18 @@ def test_what_is_wrong_beside_new_keys_is_still_an_error(run: RunDir) -> None:
     assert read_grown(path, Pair) == []
 
 
-@pytest.mark.parametrize(("version", "reads"), [(1, True), ("1.7", True), (1.5, True), (2, False), ("2.0", False)])
-def test_only_a_newer_major_schema_is_refused(copy: RunDir, version: Any, reads: bool) -> None:
+@pytest.mark.parametrize("version", [1, "1.7", 1.5, 2, "2.0"])
+def test_a_newer_minor_schema_is_read(copy: RunDir, version: Any) -> None:
     file = copy.path / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": version}))
-    if reads:
-        RunDir.open(copy.path)
-        return
-    with pytest.raises(UserError, match="this rlaif reads up to 1; upgrade") as e:
+    assert RunDir.open(copy.path).schema == int(float(version))
+
+
+@pytest.mark.parametrize("version", [3, "3.0"])
+def test_only_a_newer_major_schema_is_refused(copy: RunDir, version: Any) -> None:
+    file = copy.path / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": version}))
+    with pytest.raises(UserError, match="this rlaif reads up to 2; upgrade") as e:
         RunDir.open(copy.path)
     assert "damaged" not in str(e.value)
 

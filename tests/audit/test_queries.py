@@ -225,7 +225,7 @@ def test_show_is_the_log(run: RunDir) -> None:
         for p in run.iteration(k).read("preferences", Preference):
             trained[p.pair_id].append((k, p.source))
         for s in run.iteration(k).read("updates", UpdateStep):
-            for i in s.pair_ids:
+            for i in s.row_ids:
                 steps[k, i].append(s.step)
     assert any(len(v) > 1 for v in trained.values())  # a replayed pair
     with Index.open(run) as index:

@@ -1,4 +1,4 @@
-"""Makes `run_schema1/`: `python -m tests.data.make_run FOLDER`. See README.md beside it.
+"""Makes a stored run, as `run_schema2/`: `python -m tests.data.make_run FOLDER`. See README.md beside it.
 
 The stub loop with a chat judge that is a server on loopback: two jurors, two templates, both orders. Some of what
 they say is position bias, a disagreement, a tie or no verdict at all, so that every query has something to find.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif.config import Job
-from rlaif.records import digest
+from rlaif.records import SCHEMA_VERSION, digest
 from rlaif.rundir.store import write_json
 from rlaif.workers.inline import InlineWorker
 from tests.judging.fault_server import FaultServer
@@ -85,7 +85,7 @@ def write_header(run: Path, job: Job) -> None:
         (run / "prompts" / f"{name}.jsonl").write_text("".join(p.model_dump_json() + "\n" for p in prompts))
     tree = job.model_dump(mode="json")
     header = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "rlaif": "0.1.0",
         "job": tree,
         "job_digest": digest(tree),

@@ -59,7 +59,7 @@ def test_the_margin_is_the_whole_moves(
             made.policy_as_exported = made.base_as_exported = nullcontext
         # `previous` starts every update at 0: what moves within one is to be seen.
         steps = list(made.update(pairs * (8 if reference == "previous" else 1), 10))
-        return steps[-1].margin
+        return steps[-1].metrics["margin"]
 
     whole, seen, lost = margin("fp32"), margin("bf16"), margin("bf16", nearest=True)
     print(f"margin at {rate:g}: in fp32 {whole:.4f}, as exported {seen:.4f}, to the nearest {lost:.4f}")

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from rlaif import config
 from rlaif.constitutions.constitution import parse_constitution
 from rlaif.errors import RlaifError, UserError
-from rlaif.learning import make_learner
-from rlaif.learning.base import _row, epoch_order
+from rlaif.learning import kind_of, make_learner
+from rlaif.learning.base import epoch_order
 from rlaif.learning.divergence import batches, kl
 from rlaif.learning.mixing import preferences_of
 from rlaif.learning.policy_state import merged
@@ -59,7 +59,7 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 
 
 def gradients(made: Any, pairs: list[Preference]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step on `pairs` in their given order, the weights left alone."""
-    rows = [_row(p) for p in pairs]
+    rows = [made.row(p) for p in pairs]
     made._score_references([rows])
     made.trainer.accelerator.gradient_accumulation_steps = 1
     loss = float(made.trainer.training_step(made.trainer.model_wrapped, made._batch(rows)))
@@ -207,11 +207,13 @@ def test_kl_of_a_token_that_nobody_says() -> None:
 
 def test_the_learners_agree_on_several_steps(model_path: str, settings: config.Learner) -> None:
     a, b = (learner(kind, model_path, settings, epochs=2) for kind in KINDS)
+    assert [made.row_type for made in (a, b)] == [kind_of(kind).row_type for kind in KINDS], "told without an import"
     steps_a, steps_b = (list(made.update(make_preferences(6), 0)) for made in (a, b))
     assert len(steps_a) == 4
     for x, y in zip(steps_a, steps_b, strict=True):
-        assert (x.pair_ids, x.step, x.learning_rate) == (y.pair_ids, y.step, y.learning_rate)
-        assert (x.loss, x.margin, x.accuracy) == pytest.approx((y.loss, y.margin, y.accuracy), abs=1e-3)
+        assert (x.row_ids, x.step, x.learning_rate) == (y.row_ids, y.step, y.learning_rate)
+        assert x.metrics.keys() == {"margin", "accuracy"}
+        assert {"loss": x.loss, **x.metrics} == pytest.approx({"loss": y.loss, **y.metrics}, abs=1e-3)
 
 
 def test_our_scoring_is_trls(model_path: str) -> None:
@@ -259,7 +261,7 @@ def test_a_dropped_decision_trains_as_if_the_pair_were_never_there(
     for preferences in (with_it, without, kept):
         made = learner(kind, model_path, settings)
         steps = list(made.update(preferences, 0))
-        trained.append((weights(made), [s.pair_ids for s in steps], [s.loss for s in steps]))
+        trained.append((weights(made), [s.row_ids for s in steps], [s.loss for s in steps]))
     close(trained[0][0], trained[1][0])
     assert trained[0][1:] == trained[1][1:]
     assert any(not torch.equal(trained[0][0][n], trained[2][0][n]) for n in trained[0][0]), "it would have counted"
@@ -289,11 +291,11 @@ def test_two_iterations_of_one_step_are_one_trainer_of_two(
     two, one = (learner(kind, model_path, settings) for _ in range(2))
     steps = [*two.update(first, 0), *two.update(second, 1)]
 
-    rows = {p.pair_id: _row(p) for p in first + second}
+    rows = {p.pair_id: one.row(p) for p in first + second}
     for pairs in (first, second):
         one._score_references([[rows[p.pair_id] for p in pairs]])
     for step in steps:
-        one._step([rows[i] for i in step.pair_ids], 0)
+        one._step([rows[i] for i in step.row_ids], 0)
 
     assert [s.step for s in steps] == [1, 2]
     close(weights(two), weights(one))
@@ -318,8 +320,8 @@ def test_two_iterations_of_one_step_are_trls_own_training(
     pairs = make_preferences(8)
     made = learner("dpo", model_path, settings)
     steps = [*made.update(pairs[:4], 0), *made.update(pairs[4:], 1)]
-    order = {pair_id: i for i, pair_id in enumerate(i for s in steps for i in s.pair_ids)}
-    rows = [_row(p) for p in sorted(pairs, key=lambda p: order[p.pair_id])]
+    order = {pair_id: i for i, pair_id in enumerate(i for s in steps for i in s.row_ids)}
+    rows = [made.row(p) for p in sorted(pairs, key=lambda p: order[p.pair_id])]
     trl = Given(
         model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attention_dropout=0.0),
         ref_model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
@@ -435,7 +437,7 @@ def test_bf16_starts_at_ln_2(kind: str, reference: str, model_path: str, setting
     """Policy and reference round alike: what the loss sees is the update, not bf16's noise."""
     changes = {"precision": "bf16", "reference": reference, "batch_size": 8}
     step = next(learner(kind, model_path, settings, **changes).update(make_preferences(8), 0))
-    assert (step.loss, step.margin) == pytest.approx((math.log(2), 0.0), abs=1e-6)
+    assert (step.loss, step.metrics["margin"]) == pytest.approx((math.log(2), 0.0), abs=1e-6)
 
 
 def test_reference_previous_starts_every_update_at_ln_2(model_path: str, settings: config.Learner) -> None:
@@ -454,7 +456,8 @@ def test_parts_of_a_step_add_up_to_the_step(kind: str, model_path: str, settings
     whole = learner(kind, model_path, settings, batch_size=5)
     parts = learner(kind, model_path, settings, batch_size=5, args={"per_device_train_batch_size": 2})
     a, b = (next(made.update(make_preferences(5), 0)) for made in (whole, parts))
-    assert (a.loss, a.margin, a.grad_norm) == pytest.approx((b.loss, b.margin, b.grad_norm), abs=1e-4)
+    found, expected = ((s.loss, s.metrics["margin"], s.grad_norm) for s in (a, b))
+    assert found == pytest.approx(expected, abs=1e-4)
     close(weights(whole), weights(parts), atol=1e-3)
 
 
@@ -473,9 +476,9 @@ def test_order_is_ours_and_follows_from_its_seed(model_path: str, settings: conf
     made = learner("dpo", model_path, settings, epochs=2, batch_size=3)
     pairs = make_preferences(7)
     steps = list(made.update(pairs, 3))
-    seen = [i for s in steps for i in s.pair_ids]
+    seen = [i for s in steps for i in s.row_ids]
     assert seen == [pairs[i].pair_id for epoch in range(2) for i in epoch_order(7, 7, 3, epoch)]
-    assert [len(s.pair_ids) for s in steps] == [3, 3, 1] * 2
+    assert [len(s.row_ids) for s in steps] == [3, 3, 1] * 2
     assert epoch_order(9, 0, 0, 0) != epoch_order(9, 0, 0, 1) != epoch_order(9, 0, 1, 0)
 
 
@@ -538,7 +541,7 @@ def test_callbacks_see_what_a_trl_user_expects(
     made.close()
     assert [name for name, _ in seen] == ["begin", "log", "log", "end"]
     logs = seen[2][1]
-    assert logs["rewards/margins"] == pytest.approx(step.margin)
+    assert logs["rewards/margins"] == pytest.approx(step.metrics["margin"])
     assert (logs["loss"], logs["grad_norm"]) == pytest.approx((step.loss, step.grad_norm), abs=1e-4)
     assert {"rewards/accuracies", "logps/chosen", "learning_rate", "entropy"} <= logs.keys()
 

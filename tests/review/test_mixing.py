@@ -57,7 +57,7 @@ def test_labels_join_the_next_iteration_ahead_of_the_judges(tmp_path: Path) -> N
     assert rows[: len(human)] == human
     assert {p.source for p in rows[len(human) :]} == {"judge"}
     steps = run.iteration(2).read("updates", UpdateStep)
-    assert set(against) <= {pair for step in steps for pair in step.pair_ids}
+    assert set(against) <= {pair for step in steps for pair in step.row_ids}
     assert metrics(run, 2)["human_pairs"] == len(human)
     assert metrics(run, 2)["trained_pairs"] == len(rows)
     assert ("labels_joined", 2) in kinds(run)

@@ -1,0 +1,25 @@
+"""What learners from pairs share: rows are preferences, and a step knows how far apart their sides are."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rlaif.learning.base import Row, TrlLearner
+from rlaif.records import Preference
+
+
+class PairwiseLearner(TrlLearner):
+    """A TRL trainer that takes a chosen and a rejected completion of one prompt."""
+
+    row_type: ClassVar = Preference
+    step_metrics: ClassVar = {"margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+
+    def row(self, given: Preference) -> Row:
+        """A preference: `prompt`, `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+        return {
+            "row_id": given.row_id,
+            "prompt": given.prompt,
+            "prompt_ids": list(given.prompt_token_ids),
+            "chosen_ids": list(given.chosen_token_ids),
+            "rejected_ids": list(given.rejected_token_ids),
+        }
