@@ -27,8 +27,8 @@ from rlaif.errors import RlaifError, UserError, said
 from rlaif.judging.ballots import ballots_for
 from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, ends_of, read_calibration
 from rlaif.judging.filters import decide_votes, to_review
-from rlaif.judging.numbers import side_of, sigmoid
-from rlaif.judging.parsing import Reply, outcome, parse
+from rlaif.judging.outcomes import Said, said_by_guard, said_by_scores, said_in_reply, tolerances
+from rlaif.judging.parsing import Reply
 from rlaif.judging.verdicts import JurorFit, jurors_for
 from rlaif.loop.in_force import derived_copy, template_sources
 from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote, stored
@@ -482,17 +482,11 @@ class _Named(NamedTuple):
 def _reread(vote: Vote, template: Template, job: Job) -> Vote:
     """A reply parsed again."""
     reply = Reply(content=vote.raw_reply, finish_reason=vote.finish_reason, model=vote.model)
-    parsed = parse(reply, template.verdict, template.pattern)
-    if parsed.shown is None:
+    said = said_in_reply(reply, template, vote.ballot.order, job.judge.clamp, vote.p_first)
+    if said.outcome == "abstain" and vote.abstain_reason == "refused":
         # A server that says by itself that it refused leaves no word of that in the reply's text.
-        reason = "refused" if vote.abstain_reason == "refused" else parsed.abstain_reason
-        found: dict[str, Any] = {"outcome": "abstain", "abstain_reason": reason, "p_first": None}
-    else:
-        found = {"outcome": outcome(parsed.shown, vote.ballot.order), "abstain_reason": None}
-        found["p_first"] = None if parsed.shown == "tie" else vote.p_first
-        if found["p_first"] is not None and job.judge.clamp is not None and template.verdict != "letter":
-            found["p_first"] = min(max(found["p_first"], job.judge.clamp[0]), job.judge.clamp[1])
-    return _updated(vote, found)
+        said = said._replace(abstain_reason="refused")
+    return _updated(vote, said._replace(mass_neither=vote.mass_neither))
 
 
 def _rescored(vote: Vote, job: Job) -> Vote:
@@ -501,19 +495,19 @@ def _rescored(vote: Vote, job: Job) -> Vote:
         return vote
     difference = vote.score_first - vote.score_second
     if vote.p_first is not None:
-        p = sigmoid(difference / job.judge.score_temperature)
-        near = abs(p - vote.p_first) <= _SCORES_ARE_ROUNDED / job.judge.score_temperature
-        return vote if near else _updated(vote, {"p_first": p, "outcome": side_of(difference, 0.0)})
-    measures = {"relevance": job.judge.relevance_tolerance, "fluency": job.judge.fluency_tolerance}
-    tolerance = measures.get(vote.ballot.voice.rpartition("/")[2])
+        said = said_by_scores(difference, job.judge.score_temperature)
+        rounding = _SCORES_ARE_ROUNDED / job.judge.score_temperature
+        near = said.p_first is not None and abs(said.p_first - vote.p_first) <= rounding
+        return vote if near else _updated(vote, said)
+    tolerance = tolerances(job.judge).get(vote.ballot.voice.rpartition("/")[2])
     if tolerance is None or abs(abs(difference) - tolerance) <= _SCORES_ARE_ROUNDED:
         return vote
-    return _updated(vote, {"outcome": side_of(difference, tolerance)})
+    return _updated(vote, said_by_guard(difference, tolerance))
 
 
-def _updated(vote: Vote, found: Mapping[str, Any]) -> Vote:
+def _updated(vote: Vote, said: Said) -> Vote:
     """The vote itself unless something is different."""
-    different = {name: value for name, value in found.items() if getattr(vote, name) != value}
+    different = {name: value for name, value in said._asdict().items() if getattr(vote, name) != value}
     return vote.model_copy(update=different) if different else vote
 
 
