@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
+from rlaif.audit.rows import read_lines
 from rlaif.audit.tables import EVALUATION_STAGES, FILL_PANELS, SMALL_TABLES, STAGE_TABLES, create_statements
 from rlaif.errors import RlaifError, UserError
 from rlaif.models import cache_root
@@ -582,22 +583,6 @@ class Index:
     def _remove(self) -> None:
         for suffix in ("", ".wal"):
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
-
-
-def read_lines(path: Path, numbers: Iterable[int]) -> dict[int, bytes]:
-    """Some lines of a file, by number from 1; reads up to the last of them only."""
-    wanted = sorted(set(numbers))
-    out: dict[int, bytes] = {}
-    if not wanted:
-        return out
-    line = 1
-    with path.open("rb") as f:
-        while wanted and (block := f.readlines(1 << 20)):
-            while wanted and wanted[0] < line + len(block):
-                number = wanted.pop(0)
-                out[number] = block[number - line]
-            line += len(block)
-    return out
 
 
 def _duckdb() -> Any:
