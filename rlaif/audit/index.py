@@ -1,8 +1,11 @@
 """The index of a run: its JSONL files as DuckDB tables (`rlaif.audit.tables`), kept outside the run.
 
 A run directory goes in, SQL answers come out. The index is one file in the user's cache folder and can be thrown away
-at any time. A complete stage is taken in once, and again when its file changes; a file that still grows is taken in
-from where the last look ended. Damaged lines are skipped and named in `problems`.
+at any time. `index_fresh` says what it has still to take in, `index_take` takes it in; damaged lines are skipped and
+named in `problems`.
+
+It is one database, and not a Parquet file for each finished stage with views over them: such views open every stage's
+file anew for every question, which takes three to five times the processor time, and a reader needs the lock as well.
 
 Any number of processes may use it at once: who reads holds a shared lock and a read-only connection for one question,
 who updates holds the lock alone, and everything that it took in of one folder appears at once.
