@@ -1,4 +1,4 @@
-"""Confidence intervals of shares. Pure, standard library."""
+"""Shares, their confidence intervals, and what else turns counts and scores into numbers. Pure, standard library."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from collections.abc import Sequence
 
 _Z = 1.959963984540054
 """A standard normal value lies within ± this with probability 0.95."""
+
+
+def share(part: float | None, whole: float | None) -> float | None:
+    """Part of a whole; None where nothing was counted."""
+    return float(part or 0) / float(whole) if whole else None
+
+
+def sigmoid(x: float) -> float:
+    """The logistic function; 0 where it would overflow."""
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:

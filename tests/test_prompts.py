@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlaif.config import Prompts
+from rlaif.config import Columns, Prompts
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, prompts_for, with_system
 from rlaif.errors import UserError, needs_extra
 from rlaif.records import Message, Prompt
@@ -53,6 +53,28 @@ def test_every_format_gives_the_same_prompts(tmp_path: Path, suffix: str) -> Non
     prompts = load_prompts(f"set{suffix}", tmp_path)
     assert [(p.id, p.category, p.text) for p in prompts] == [(r["id"], r["category"], r["prompt"]) for r in ROWS]
     assert [m.role for m in prompts[0].messages] == ["user"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("set.json", "".join(json.dumps(r) + "\n" for r in ROWS)),  # as datasets' to_json writes it
+        ("set.jsonl", json.dumps(ROWS, indent=1)),
+        ("set.json", json.dumps({key: [r[key] for r in ROWS] for key in ROWS[0]})),
+        ("set.json", json.dumps({"version": 1, "data": ROWS})),
+    ],
+)
+def test_json_as_people_have_it_gives_the_same_prompts(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert [p.model_dump() for p in load_prompts(name, tmp_path)] == [
+        p.model_dump() for p in load_prompts(write(tmp_path / "plain.jsonl", ROWS).name, tmp_path)
+    ]
+
+
+def test_a_single_row_of_lists_is_a_row(tmp_path: Path) -> None:
+    write(tmp_path / "set.jsonl", [{"turns": ["Why?", "How?"]}])
+    (prompt,) = load_prompts("set.jsonl", tmp_path, columns=Columns(prompt="turns.0"))
+    assert prompt.text == "Why?"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

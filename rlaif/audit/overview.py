@@ -8,6 +8,7 @@ from typing import Any
 from rlaif.audit.index import Index
 from rlaif.config import Price
 from rlaif.judging.spending import cost
+from rlaif.judging.verdicts import position_bias
 from rlaif.records import Record, Usage
 from rlaif.rundir.store import RunDir
 
@@ -201,7 +202,7 @@ def _iteration_rows(index: Index) -> list[IterationRow]:
                 reasons=reasons.get(k, {}),
                 review=d.get("review", 0),
                 agreement=d.get("agreement"),
-                position_bias=_share(d.get("slot_first"), d.get("slot_votes")),
+                position_bias=position_bias(d.get("slot_first"), d.get("slot_votes")),
                 order_flips=d.get("order_flips") or 0,
                 votes=v.get("votes", 0),
                 abstentions=v.get("abstentions", 0),
@@ -268,7 +269,7 @@ def _totals(index: Index) -> Totals:
         review=d["review"],
         reasons={r["reason"]: r["n"] for r in reasons},
         agreement=d["agreement"],
-        position_bias=_share(d["slot_first"], d["slot_votes"]),
+        position_bias=position_bias(d["slot_first"], d["slot_votes"]),
         order_flips=d["order_flips"] or 0,
         abstentions={r["reason"]: r["n"] for r in abstentions},
         preferences=p["n"],
@@ -300,7 +301,3 @@ def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
             )
         )
     return out
-
-
-def _share(part: float | None, whole: float | None) -> float | None:
-    return float(part or 0) / float(whole) if whole else None

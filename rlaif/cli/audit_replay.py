@@ -43,7 +43,7 @@ def replay(
     Keys that nobody names stay as the run has them; without any, the run's own decisions come out.
     """
     from rlaif.audit.replay import replay as run_replay
-    from rlaif.audit.replay import settings_of
+    from rlaif.audit.replay_settings import settings_of
 
     run = run_of(ctx)
     settings, changed = settings_of(run, Path.cwd(), filters, set_ or [], calibration, aggregate, parser)

@@ -197,14 +197,13 @@ def _effect(
     seed: int,
     take_apart: bool | None,
 ) -> Effect:
-    from rlaif.audit.edits import effect_of
+    from rlaif.audit.edits import Edit, Options, effect_of
     from rlaif.config import apply_override, load_job, parse_job
     from rlaif.judging.opened import open_with_ballots
     from rlaif.rundir.store import RunDir
 
     run = RunDir.open(where)
-    own = run.job()
-    tree = own.model_dump(mode="json")
+    tree = run.job().model_dump(mode="json")
     if file is not None:
         tree["judge"] = load_job(file).judge.model_dump(mode="json")
     for override in overrides:
@@ -213,7 +212,8 @@ def _effect(
     judge = open_with_ballots(job, [before, after], Path.cwd(), lambda message: print(message, file=sys.stderr))
     count = VoteCount()
     with count.told():
-        return effect_of(run, before, after, job, own, judge, sample, seed, take_apart, lambda new, text: count(new))
+        options = Options(sample, seed, take_apart)
+        return effect_of(run, Edit(before, after), judge, job, options, lambda new, text: count(new))
 
 
 def _show_effect(effect: Effect) -> None:

@@ -14,15 +14,11 @@ The order is a function of the seed and the position alone, so a resumed run con
 from __future__ import annotations
 
 import ast
-import csv
-import gzip
-import io
 import itertools
 import json
 import random
 import re
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,14 +26,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlaif.config import Columns, Prompts
-from rlaif.errors import UserError, cant_read, first_problem
+from rlaif.data.tables import Placed, read_rows, wrong_delimiter
+from rlaif.errors import UserError, first_problem
 from rlaif.records import Message, Prompt, digest
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 DATASETS_PREFIX = "datasets:"
-
-Row = tuple[str, Any]
-"""Where a row was found, as errors name it (`file:line`), and its value."""
 
 
 def load_prompts(
@@ -240,7 +234,7 @@ class _Named:
         if lacking and not self._required:
             return row
         if found.get("prompt") is _ABSENT:
-            hint = f"; {told}" if (told := _wrong_delimiter(row)) else ""
+            hint = f"; {told}" if (told := wrong_delimiter(row)) else ""
             raise UserError(
                 f"{where}: no column `{self._columns['prompt']}` (prompts.columns.prompt), found {_listed(row)}{hint}"
             )
@@ -333,21 +327,13 @@ def _question_column(row: Mapping[str, Any]) -> str | None:
 
 def _columns_hint(row: Mapping[str, Any]) -> str:
     """What to do about a row without a prompt."""
-    if told := _wrong_delimiter(row):
+    if told := wrong_delimiter(row):
         return told
     if any(len(str(name).split()) > 4 or str(name).endswith("?") for name in row):
         return "these are no names of columns: put a line with them (`prompt`) above the first row"
     column = _question_column(row) or "NAME"
     named = column if re.fullmatch(r"[^\W\d][\w.-]*(?: [\w.-]+)*", column) else json.dumps(column, ensure_ascii=False)
     return f"where it is called otherwise, set prompts.columns: {{prompt: {named}}}"
-
-
-def _wrong_delimiter(names: Iterable[Any]) -> str | None:
-    """What is wrong with a header such as `id;prompt`."""
-    for mark, called in ((";", "`;`"), ("\t", "a tab"), ("|", "`|`")):
-        if any(mark in str(name) for name in names):
-            return f"the delimiter looks to be {called}; save the file with commas between its cells"
-    return None
 
 
 def _prompt(row: Any, where: str, foreign: bool, transcripts: list[_Cut]) -> Prompt:
@@ -632,7 +618,7 @@ def _question(messages: list[Message], column: str, where: str) -> tuple[Message
     return tuple(messages)
 
 
-def _rows(source: str, base_dir: Path) -> Iterator[Row]:
+def _rows(source: str, base_dir: Path) -> Iterable[Placed]:
     if source.startswith(DATASETS_PREFIX):
         return _dataset_rows(source)
     path = base_dir / source
@@ -640,78 +626,13 @@ def _rows(source: str, base_dir: Path) -> Iterator[Row]:
         raise UserError(
             f"{path}: no such prompt file; give a {', '.join(FORMATS)} file or `{DATASETS_PREFIX}NAME[:SPLIT]`"
         )
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     kind = "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]).lower()
     if kind not in FORMATS:
         raise UserError(f"{path}: unknown format `{kind}`; prompts are read from {', '.join(FORMATS)}")
-    return readers[kind.removesuffix(".gz")](path)
+    return read_rows(path, f"; a row looks like {_EXAMPLE}")
 
 
-def _text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix.lower() == ".gz" else content).decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise UserError(f"{path}: not a whole gzip file ({e})") from e
-    except OSError as e:
-        raise cant_read(path, "the prompts", e) from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8") from e
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    # Not splitlines(): it also breaks at characters that JSON allows inside a string.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{where}: not valid JSON ({e.msg}, column {e.colno}); one object a line") from e
-        except RecursionError as e:
-            raise UserError(f"{where}: nested too deeply; a row looks like {_EXAMPLE}") from e
-        yield where, row
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    try:
-        rows = json.loads(_text(path))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not valid JSON ({e.msg}, column {e.colno})") from e
-    except RecursionError as e:
-        raise UserError(f"{path}: nested too deeply; a row looks like {_EXAMPLE}") from e
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}; a row looks like {_EXAMPLE}")
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # a prompt may be longer than csv's 128 KiB
-    # Not splitlines(): it also breaks at characters that a cell may hold.
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
-    try:
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row:
-                told = _wrong_delimiter(reader.fieldnames or ()) or "quote text that holds a comma"
-                raise UserError(f"{where}: more cells than the header has columns; {told}")
-            yield where, row
-    except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: not valid CSV ({e})") from e
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    from pyarrow import parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as e:  # pyarrow's errors derive from these two
-        raise UserError(f"{path}: not a readable Parquet file ({_first_line(e)})") from e
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _dataset_rows(source: str) -> Iterator[Row]:
+def _dataset_rows(source: str) -> Iterator[Placed]:
     name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix(DATASETS_PREFIX))  # not in `train[:80%]`
     if not name or len(rest) > 2:
         raise UserError(
@@ -736,7 +657,7 @@ def _dataset_rows(source: str) -> Iterator[Row]:
             f"{source}: datasets can't load it ({_first_line(e)}); "
             "check name, configuration, split and network, or give a file"
         ) from e
-    yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
+    yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows))
 
 
 def _slice(splits: Mapping[str, Any], split: str, source: str) -> Any:

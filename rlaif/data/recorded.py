@@ -24,7 +24,7 @@ from rlaif.data.labelled import ID_COLUMNS, ROW_NUMBERS, Labelled, find_column, 
 from rlaif.data.sides import NAME_KEYS, Cell, Sides, count_cells
 from rlaif.data.tables import Row, columns_of, file_names, read_table, read_text, with_paths
 from rlaif.errors import UserError, cant_read
-from rlaif.records import Ballot, Outcome, Usage, Vote
+from rlaif.records import Ballot, Outcome, Usage, Vote, stored
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "id": ID_COLUMNS,
@@ -238,7 +238,7 @@ def read_votes_log(path: Path) -> list[Vote]:
             for line in lines:
                 number += 1
                 if line.strip():
-                    out.append(Vote.model_validate_json(line))
+                    out.append(stored(Vote, line))
     except ValidationError as e:
         error = e.errors()[0]
         where = ".".join(str(p) for p in error["loc"]) or "row"

@@ -1,8 +1,9 @@
-"""Tables as other people have them: JSON, JSONL, CSV and TSV files, packed or not, as rows of named columns.
+"""Tables as other people have them: JSON, JSONL, CSV, TSV and Parquet files, packed or not, as rows.
 
-In: a file. Out: its rows, each with its place for error messages. A JSON file is a list of objects, an object of lists
-(a list for each column), an object whose one list of objects is the table, or lines of objects under the wrong ending.
-A field within a column has a path: `results.0.winner`, and with `*` all of a list.
+In: a file. Out: its rows, each with its place for error messages: `read_rows` gives them as they stand, `read_table` as
+rows of named columns. A JSON file is a list of objects, an object of lists (a list for each column), an object whose
+one list of objects is the table, or lines of objects under the wrong ending. A field within a column has a path:
+`results.0.winner`, and with `*` all of a list.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ _REFUSED = ((b"PK\x03\x04", "a zip file"), (b"\x28\xb5\x2f\xfd", "packed with zs
 _ALL = "*"
 
 
+Placed = tuple[str, Any]
+"""Where a row was found, as errors name it (`file:line`), and its value."""
+
+
 class Row(NamedTuple):
     """One row of a table."""
 
@@ -41,27 +46,50 @@ class Row(NamedTuple):
     values: Mapping[str, Any]
 
 
+def read_rows(path: Path, hint: str = "") -> list[Placed]:
+    """The rows of a JSON, JSONL, CSV, TSV or Parquet file, whatever they are; a cell that a CSV row lacks is None.
+
+    Args:
+        path: its ending says what it is.
+        hint: what a row looks like, for the end of an error message.
+
+    Raises:
+        UserError: the file can't be read, or a line isn't a row.
+    """
+    if path.suffix.lower() == ".parquet":
+        return _parquet_rows(path)
+    return _text_rows(path, read_text(path), hint)
+
+
 def read_table(path: Path, bare: str | None = None) -> list[Row]:
     """The rows of a JSON, JSONL, CSV or TSV file. Half a surrogate pair, which no other file can hold, is replaced.
-    Where the rows of a JSON file are plain values, `bare` is the column that they are of.
+    Where the rows of a JSON file are plain values, `bare` is the column that they are of. Blank rows of a CSV file, as
+    spreadsheets end a table, are left out.
 
     Raises:
         UserError: the file can't be read, or a row isn't one (with its line).
     """
     text = read_text(path)
-    suffix = _name(path).suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        return list(_csv_rows(path, text, "\t" if suffix == ".tsv" else ","))
-    found = list(_json_rows(path, text, whole=suffix == ".json"))
+    delimiter = _delimiter(path)
+    if delimiter is not None:
+        _check_head(path, _head(text, delimiter))
+    found = _text_rows(path, text)
     if len(found) == 1 and _is_columns(found[0][1]):  # an object of lists, written as one line
-        found = list(_of_value(path, found[0][1]))
-    for n, (where, value) in enumerate(found):
+        found = _of_value(path, found[0][1])
+    rows = []
+    for number, (where, value) in enumerate(found):
         if bare is not None and not isinstance(value, dict | list):
-            found[n] = where, {bare: value}
-        elif not isinstance(value, dict):
-            raise UserError(f"{where}: expected an object with named columns, found {type(value).__name__}")
+            value = {bare: value}
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected an object, found {type(value).__name__}; a row has named columns")
+        if delimiter is not None:
+            if not any((cell or "").strip() for cell in value.values()):
+                continue
+            if None in value.values():
+                raise UserError(f"{where}: the row has another number of columns than the first line")
+        rows.append(Row(where, number, value))
     escaped = "\\ud" in text.lower()
-    return [Row(where, n, _whole(value) if escaped else value) for n, (where, value) in enumerate(found)]
+    return [row._replace(values=_whole(row.values)) for row in rows] if escaped else rows
 
 
 def read_text(path: Path) -> str:
@@ -79,14 +107,16 @@ def read_text(path: Path) -> str:
             try:
                 content = unpack(content)
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as e:
-                raise UserError(f"{path}: can't unpack the file ({name}: {e}); fetch it again") from e
+                raise UserError(
+                    f"{path}: can't unpack the file ({name}: {e}); not a whole {name} file, fetch it again"
+                ) from e
     for magic, what in _REFUSED:
         if content.startswith(magic):
             raise UserError(f"{path}: this is {what}; write it as JSONL, JSON, CSV or TSV (.gz, .bz2 or .xz or not)")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise cant_read(path, "the file", e) from e
+        raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from e
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:
@@ -156,50 +186,57 @@ def _name(path: Path) -> Path:
     return path.with_suffix("") if path.suffix.lower() in _PACKED else path
 
 
-def _json_rows(path: Path, text: str, whole: bool) -> Iterator[tuple[str, Any]]:
-    """(place, value) for each row; `whole` for a file that should be one value, and not lines."""
+def _delimiter(path: Path) -> str | None:
+    """What stands between the cells of a CSV or TSV file; None of any other."""
+    return {".csv": ",", ".tsv": "\t"}.get(_name(path).suffix.lower())
+
+
+def _text_rows(path: Path, text: str, hint: str = "") -> list[Placed]:
+    if (delimiter := _delimiter(path)) is not None:
+        return list(_csv_rows(path, text, delimiter))
+    # A file that should be one value, and not lines.
+    whole = _name(path).suffix.lower() == ".json" or text.lstrip()[:1] == "["
+    readers = (_json_value, _json_lines) if whole else (_json_lines, _json_value)
     try:
-        if whole or text.lstrip()[:1] == "[":
-            yield from _of_value(path, _parsed(path, text))
-        else:
-            yield from list(_json_lines(path, text))
+        return readers[0](path, text, hint)
     except _NotJSON as first:
         try:  # the other way, under the wrong ending
-            other = list(_json_lines(path, text)) if first.whole else list(_of_value(path, _parsed(path, text)))
+            return readers[1](path, text, hint)
         except _NotJSON:
             raise UserError(str(first)) from first
-        yield from other
 
 
 class _NotJSON(Exception):
-    def __init__(self, message: str, whole: bool):
-        super().__init__(message)
-        self.whole = whole
+    """Text isn't JSON in one of the two ways; the message is a user's error."""
 
 
-def _parsed(path: Path, text: str) -> Any:
+def _json_value(path: Path, text: str, hint: str) -> list[Placed]:
+    return _of_value(path, _parsed(text, str(path), None, hint), hint)
+
+
+def _json_lines(path: Path, text: str, hint: str) -> list[Placed]:
+    # Not splitlines(): it also breaks at characters that JSON allows inside a string.
+    lines = ((f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    return [(where, _parsed(line, where, where, hint)) for where, line in lines]
+
+
+def _parsed(text: str, where: str, line: str | None, hint: str) -> Any:
+    """The value of JSON text at a place; `line` is the place of what is wrong in it, by default its own line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        raise _NotJSON(f"{path}:{e.lineno}: not valid JSON ({e.msg})", whole=True) from e
+        raise _NotJSON(f"{line or f'{where}:{e.lineno}'}: not valid JSON ({e.msg}, column {e.colno})") from e
+    except RecursionError as e:
+        raise UserError(f"{where}: nested too deeply{hint}") from e
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as e:
-                raise _NotJSON(f"{path}:{number}: not valid JSON ({e.msg})", whole=False) from e
-
-
-def _of_value(path: Path, tree: Any) -> Iterator[tuple[str, Any]]:
+def _of_value(path: Path, tree: Any, hint: str = "") -> list[Placed]:
     """The rows of one JSON value."""
     if isinstance(tree, dict):
-        tree = _of_object(path, tree)
+        tree = _of_object(path, tree, hint)
     if not isinstance(tree, list):
-        raise UserError(f"{path}: expected a list of rows, found {type(tree).__name__}")
-    yield from ((f"{path}: row {n}", value) for n, value in enumerate(tree))
+        raise UserError(f"{path}: expected a list of rows, found {type(tree).__name__}{hint}")
+    return [(f"{path}: row {n}", value) for n, value in enumerate(tree)]
 
 
 def _is_columns(value: Any) -> bool:
@@ -210,7 +247,7 @@ def _is_columns(value: Any) -> bool:
     return plain and len({len(v) for v in value.values()}) == 1
 
 
-def _of_object(path: Path, tree: Mapping[str, Any]) -> list[Any]:
+def _of_object(path: Path, tree: Mapping[str, Any], hint: str) -> list[Any]:
     """The rows of an object of lists, or of the one list of objects that it holds."""
     tables = [k for k, v in tree.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)]
     columns = [k for k, v in tree.items() if isinstance(v, list)]
@@ -229,35 +266,64 @@ def _of_object(path: Path, tree: Mapping[str, Any]) -> list[Any]:
     listed = ", ".join(f"`{k}`" for k in list(tree)[:5])
     raise UserError(
         f"{path}: expected a list of rows, an object of lists (one for each column), or lines of objects; found an "
-        f"object with {listed or 'nothing in it'}"
+        f"object with {listed or 'nothing in it'}{hint}"
     )
 
 
-def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
+def _head(text: str, delimiter: str) -> list[str]:
+    """The first line of a CSV file."""
+    return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+
+
+def _check_head(path: Path, head: Sequence[str]) -> None:
+    """Whether the names of a table's columns can be that.
+
+    Raises:
+        UserError: the delimiter is another one, or two columns have one name.
+    """
+    names = [name.lstrip() for name in head if name.strip()]
+    if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
+        raise UserError(f"{path}:1: one column, `{names[0]}`; separate columns by commas, or by tabs in a .tsv file")
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
+        raise UserError(f"{path}:1: two columns are called `{twice[0]}`; rename one")
+
+
+def wrong_delimiter(names: Iterable[Any]) -> str | None:
+    """What is wrong with a header such as `id;prompt`."""
+    for mark, called in ((";", "`;`"), ("\t", "a tab"), ("|", "`|`")):
+        if any(mark in str(name) for name in names):
+            return f"the delimiter looks to be {called}; save the file with commas between its cells"
+    return None
+
+
+def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Placed]:
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 128 KiB
     # Not splitlines(): it also breaks at characters that a cell may hold.
     # Spaces after commas are dropped only where the first line has them: a cell may begin with one.
-    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
-    spaced = any(name.startswith(" ") for name in names)
+    spaced = any(name.startswith(" ") for name in _head(text, delimiter))
     lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
-    head = [name for name in lines.fieldnames or () if name]  # pandas writes its index without a name
-    if len(head) == 1 and (";" in head[0] or "\t" in head[0]):
-        raise UserError(f"{path}:1: one column, `{head[0]}`; separate columns by commas, or by tabs in a .tsv file")
-    twice = [name for name, n in Counter(head).items() if n > 1]
-    if twice:
-        raise UserError(f"{path}:1: two columns are called `{twice[0]}`; rename one")
     try:
-        for number, values in enumerate(lines):
+        for values in lines:
             where = f"{path}:{lines.line_num}"
-            values.pop("", None)
+            values.pop("", None)  # pandas writes its index without a name
             extra = values.pop(None, [])
-            if not any((cell or "").strip() for cell in (*values.values(), *extra)):
-                continue  # as spreadsheets end a table
-            if extra or None in values.values():
-                raise UserError(f"{where}: the row has another number of columns than the first line")
-            yield Row(where, number, values)
+            if extra and any((cell or "").strip() for cell in (*values.values(), *extra)):
+                told = wrong_delimiter(lines.fieldnames or ()) or "quote text that holds a comma"
+                raise UserError(f"{where}: more cells than the header has columns; {told}")
+            yield where, values
     except csv.Error as e:
         raise UserError(f"{path}:{lines.line_num}: not valid CSV ({e})") from e
+
+
+def _parquet_rows(path: Path) -> list[Placed]:
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as e:  # pyarrow's errors derive from these two
+        said = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{path}: not a readable Parquet file ({said})") from e
+    return _of_value(path, rows)
 
 
 def _whole(value: Any) -> Any:

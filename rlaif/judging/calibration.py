@@ -29,7 +29,7 @@ from pydantic import Field, ValidationError
 from rlaif.config import Filters, Job, Judge
 from rlaif.constitutions.checks import count_words
 from rlaif.errors import UserError, first_problem
-from rlaif.judging.numbers import sigmoid
+from rlaif.intervals import sigmoid
 from rlaif.judging.verdicts import JurorFit
 from rlaif.records import Ballot, Decision, FinishReason, JudgedStats, Pair, Record, Verdict, Vote, digest
 

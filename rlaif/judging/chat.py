@@ -32,7 +32,8 @@ from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.ballots import juror_names, request_parameters
 from rlaif.judging.cache import ReplyCache, reply_key
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.parsing import Reply, label_mass, outcome, parse
+from rlaif.judging.outcomes import said_in_reply
+from rlaif.judging.parsing import Reply
 from rlaif.judging.spending import Spent, Wasted
 from rlaif.judging.transport import Answer, CallFailed, OpenAIServer, Pace, Server, merge_system, shown_url
 from rlaif.records import Ballot, Message, Pair, Usage, Vote, digest
@@ -647,16 +648,7 @@ def _vote(
     usage: Usage | None = None,
 ) -> Vote:
     """The vote that a reply is; `how` it was got are further fields, `usage` is that of all replies to the ballot."""
-    parsed = parse(reply, template.verdict, template.pattern)
-    found: dict[str, Any] = {"outcome": "abstain", "abstain_reason": parsed.abstain_reason}
-    if parsed.shown is not None:
-        found = {"outcome": outcome(parsed.shown, ballot.order)}
-    # A tie has no side that the labels' masses could speak for.
-    if parsed.shown in ("A", "B") and (mass := label_mass(reply.tokens, parsed.shown)) is not None:
-        p_first = 1 - mass.p_first_shown if ballot.order == "reversed" else mass.p_first_shown
-        if clamp is not None and template.verdict != "letter":
-            p_first = min(max(p_first, clamp[0]), clamp[1])
-        found |= {"p_first": p_first, "mass_neither": mass.neither}
+    said = said_in_reply(reply, template, ballot.order, clamp)
     return Vote(
         ballot=ballot,
         model=reply.model,
@@ -664,6 +656,6 @@ def _vote(
         finish_reason=reply.finish_reason,
         prompt_hash=prompt_hash,
         usage=reply.usage if usage is None else usage,
-        **found,
+        **said._asdict(),
         **how,
     )

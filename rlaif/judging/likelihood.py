@@ -34,7 +34,7 @@ from rlaif.hardware import torch_dtype
 from rlaif.judging.ballots import GUARD_MEASURES
 from rlaif.judging.cache import LikelihoodCache, likelihood_key
 from rlaif.judging.candidates import Candidate
-from rlaif.judging.numbers import side_of, sigmoid
+from rlaif.judging.outcomes import said_by_guard, said_by_scores, tolerances
 from rlaif.models import without_empty_quantisation
 from rlaif.records import (
     Ballot,
@@ -290,11 +290,11 @@ class LikelihoodJudge:
             if not first.text.strip() or not second.text.strip() or 0 in tokens:
                 out.append({"outcome": "abstain", "abstain_reason": "empty", "raw_reply": "{}"})
                 continue
-            difference = a - b
+            said = said_by_scores(a - b, self.settings.score_temperature)
             out.append(
                 {
-                    "outcome": side_of(difference, 0.0),
-                    "p_first": sigmoid(difference / self.settings.score_temperature),
+                    "outcome": said.outcome,
+                    "p_first": said.p_first,
                     "score_first": round(a, 4),
                     "score_second": round(b, 4),
                     "raw_reply": json.dumps({"score": [round(a, 4), round(b, 4)], "tokens": tokens}),
@@ -313,9 +313,8 @@ class LikelihoodJudge:
         """
         asked = [_Request(c.messages, self._answer(c)) for c in sides]
         others: list[str | None] = [None] * len(sides)
-        tolerance = self.settings.fluency_tolerance
+        tolerance = tolerances(self.settings)[measure]
         if measure == "relevance":
-            tolerance = self.settings.relevance_tolerance
             drawn = [_other_prompt(c.prompt_id, c.messages, prompts, seed) for c in sides]
             others = [prompt_id for prompt_id, _ in drawn]
             asked += [_Request(m, self._answer(c)) for c, (_, m) in zip(sides, drawn, strict=True)]
@@ -336,7 +335,7 @@ class LikelihoodJudge:
                 reply["other_prompt"] = others[i]
             out.append(
                 {
-                    "outcome": side_of(a - b, tolerance),
+                    "outcome": said_by_guard(a - b, tolerance).outcome,
                     "score_first": round(a, 4),
                     "score_second": round(b, 4),
                     "raw_reply": json.dumps(reply),

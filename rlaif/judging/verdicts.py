@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Literal
 
+from rlaif.intervals import share
 from rlaif.records import Outcome, Record, Side, Verdict, VoiceKey, Vote
 
 Method = Literal["mean", "majority", "dawid_skene"]
@@ -110,6 +111,12 @@ def aggregate(
         guard_second=guards["second"],
         guard_missing=_silent([v for v in votes if v.ballot.guard]),
     )
+
+
+def position_bias(slot_first: float | None, slot_votes: float | None) -> float | None:
+    """Share of the votes for a slot (`Verdict.slot_votes`, of one verdict or summed) that name the one shown first:
+    0.5 without a bias, None without such votes."""
+    return share(slot_first, slot_votes)
 
 
 def by_pair(votes: Sequence[Vote]) -> dict[str, list[Vote]]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from rlaif.constitutions.checks import count_list_items, count_words
 from rlaif.constitutions.constitution import Constitution
-from rlaif.intervals import ratio_interval, wilson
+from rlaif.intervals import ratio_interval, share, wilson
 from rlaif.judging.filters import cut_off_won
-from rlaif.judging.verdicts import JurorFit, juror_verdicts
+from rlaif.judging.verdicts import JurorFit, juror_verdicts, position_bias
 from rlaif.records import (
     AnswerStats,
     Completion,
@@ -43,10 +43,6 @@ def answer_stats(completions: list[Completion]) -> AnswerStats:
         ended_share=sum(c.finish_reason == "stop" for c in completions) / n,
         distinct_share=len({(c.prompt_id, c.text) for c in completions}) / n,
     )
-
-
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
 
 
 def iteration_metrics(
@@ -82,7 +78,7 @@ def iteration_metrics(
         ballots_saved=ballots - len(votes),
         abstentions=Counter(v.abstain_reason for v in votes if v.abstain_reason),
         kept=kept,
-        kept_share=_share(kept, len(decisions)),
+        kept_share=share(kept, len(decisions)),
         review=sum(d.status == "review" for d in decisions),
         dropped_by_first_reason=Counter(d.reasons[0] for d in decisions if d.status == "dropped"),
         mean_agreement=fmean(agreements) if agreements else None,
@@ -94,7 +90,7 @@ def iteration_metrics(
         grad_norm=fmean(s.grad_norm for s in steps) if steps else None,
         learner_metrics=learner_metrics(steps),
         order_flips=sum(d.verdict.order_flip for d in decisions),
-        position_bias=_share(
+        position_bias=position_bias(
             sum(d.verdict.slot_first for d in decisions), sum(d.verdict.slot_votes for d in decisions)
         ),
         one_cut_off=len(won),
@@ -105,7 +101,7 @@ def iteration_metrics(
         judge_calls=sum(v.attempts for v in votes),
         judge_cached=sum(v.cached for v in votes),
         judge_tokens=tokens,
-        judge_tokens_per_kept_pair=_share(tokens, kept),
+        judge_tokens_per_kept_pair=share(tokens, kept),
         seconds=seconds,
         weights_gap=gap,
         decoding_gap=decoding,
@@ -127,7 +123,7 @@ def juror_agreement(votes: list[Vote], decisions: list[Decision]) -> dict[str, f
     out = {}
     for juror, outcomes in juror_verdicts(votes).items():
         both = [o == verdicts[pair] for pair, o in outcomes.items() if o in ("first", "second") and pair in verdicts]
-        out[juror] = _share(sum(both), len(both))
+        out[juror] = share(sum(both), len(both))
     return out
 
 

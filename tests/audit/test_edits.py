@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rlaif.audit.edits import Effect, edited, effect_of
+from rlaif.audit.edits import Edit, Effect, Options, effect_of
 from rlaif.cli import app
 from rlaif.config import Job, Judge, apply_override, parse_job
 from rlaif.constitutions.constitution import Constitution, load_constitution, parse_constitution
@@ -96,7 +96,7 @@ def measured(root: Path, *override: str, sample: int = 200, seed: int = 0, judge
         apply_override(tree, key)
     before, after = texts(root)
     job = parse_job(tree, "test")
-    return effect_of(run, before, after, job, own, judge or voices(job.judge), sample, seed)
+    return effect_of(run, Edit(before, after), judge or voices(job.judge), job, Options(sample, seed))
 
 
 def outcomes(root: Path, text: Constitution | None) -> dict[str, str]:
@@ -126,7 +126,11 @@ def test_turned_verdicts_and_their_parts_are_those_that_asking_afresh_gives(root
     names = {p.part for p in effect.parts}
     for part in effect.parts:
         by_it, without = (
-            {id for id, outcome in outcomes(root, edited(before, after, s)).items() if outcome not in ("tie", old[id])}
+            {
+                id
+                for id, outcome in outcomes(root, Edit(before, after).applied(s)).items()
+                if outcome not in ("tie", old[id])
+            }
             for s in ({part.part}, names - {part.part})
         )
         assert (part.alone, part.needed) == (len(turned & by_it), len(turned - without)), part
@@ -159,11 +163,11 @@ def test_verdicts_that_the_run_has_under_the_new_text_are_taken_too(root: Path) 
     run = RunDir.open(root / "run")
     own = parse_job(run.header["job"], "run.json")
     before, after = texts(root)
-    back = effect_of(run, after, before, own, own, voices())
+    back = effect_of(run, Edit(after, before), voices(), own)
     assert (back.stored, back.stored_after, back.asked) == (0, 30, 30 * 3)
     assert back.turned == measured(root).turned
     third = after.model_copy(update={"version": 3, "summary": "Another."})
-    neither = effect_of(run, after, third, own, own, voices())
+    neither = effect_of(run, Edit(after, third), voices(), own)
     assert (neither.stored, neither.stored_after, neither.asked) == (0, 0, 30 * 6)
     assert (neither.turned, [p.needed for p in neither.parts]) == (0, [None])
 
@@ -180,7 +184,7 @@ def test_what_cannot_be_asked_is_said(root: Path, tmp_path: Path) -> None:
     own = parse_job(run.header["job"], "run.json")
     before, _ = texts(root)
     with pytest.raises(UserError, match=r"rules@1 and rules@1 say the same"):
-        effect_of(run, before, before, own, own, voices())
+        effect_of(run, Edit(before, before), voices(), own)
     shutil.copytree(root, tmp_path / "x")
     (tmp_path / "x/run/prompts/train.jsonl").unlink()
     with pytest.raises(UserError, match="copy of its prompts is gone"):
@@ -189,14 +193,15 @@ def test_what_cannot_be_asked_is_said(root: Path, tmp_path: Path) -> None:
 
 def test_a_text_with_some_parts_of_an_edit() -> None:
     before, after = (parse_constitution(text, "x", 1, "x") for text in (BEFORE, AFTER))
-    assert edited(before, after, set()) == before
-    whole = edited(before, after, {"b", "c", "d", "(the text's own fields)"})
+    edit = Edit(before, after)
+    assert edit.applied(set()) == before
+    whole = edit.applied({"b", "c", "d", "(the text's own fields)"})
     assert whole is not None
     assert whole.hash == after.hash
-    some = edited(before, after, {"c", "d"})
+    some = edit.applied({"c", "d"})
     assert some is not None
     assert [(p.id, p.prefer) for p in some.principles] == [("a", "wa"), ("b", "wb"), ("d", "wd")]
-    assert edited(before, after.model_copy(update={"principles": after.principles[2:]}), {"a", "b", "c"}) is None
+    assert Edit(before, after.model_copy(update={"principles": after.principles[2:]})).applied({"a", "b", "c"}) is None
 
 
 def by_the_rule(body: dict[str, Any]) -> str:
@@ -223,14 +228,14 @@ def test_a_reading_judge_is_asked_about_each_part(chat: tuple[Path, FaultServer]
     own = parse_job(run.header["job"], "run.json")
     before, after = (load_constitution(root / "constitutions", f"rules@{n}") for n in (1, 2))
     judge = open_with_ballots(own, [before, after], root, lambda message: None)
-    effect = effect_of(run, before, after, own, own, judge, sample=8)
+    effect = effect_of(run, Edit(before, after), judge, own, Options(8))
     assert (effect.stored, effect.turned, effect.taken_apart) == (8, 8, 8)
     assert [(p.part, p.alone, p.needed) for p in effect.parts] == [
         ("wish", 8, 8),
         ("(the text's own fields)", 0, 0),
     ]
     assert effect.asked == 8 * 2 * 3  # the new text and either part, in both orders
-    whole = effect_of(run, before, after, own, own, judge, sample=8, take_apart=False)
+    whole = effect_of(run, Edit(before, after), judge, own, Options(8, take_apart=False))
     assert (whole.taken_apart, whole.asked) == (0, 8 * 2)
     assert whole.notes[-1].startswith("the edit has 2 parts")
 

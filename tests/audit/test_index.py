@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from rlaif.audit.index import Index, read_lines
+from rlaif.audit.index import Index
 from rlaif.audit.overview import overview
 from rlaif.audit.pairs import PairFilter, list_pairs
+from rlaif.audit.rows import read_lines
 from rlaif.audit.tables import STAGE_TABLES, duckdb_type
 from rlaif.errors import UserError
 from rlaif.records import Vote

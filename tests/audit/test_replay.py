@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rlaif.audit.replay import Iteration, replay, settings_of
+from rlaif.audit.replay import replay
+from rlaif.audit.replay_iteration import Iteration
+from rlaif.audit.replay_settings import settings_of
 from rlaif.cli import app
 from rlaif.config import Job
 from rlaif.errors import UserError

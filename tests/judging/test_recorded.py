@@ -165,6 +165,13 @@ def test_a_log_of_votes(tmp_path):
         read_recorded(tmp_path / "gone.jsonl", rows)
 
 
+def test_the_log_of_a_newer_run_is_read(tmp_path):
+    vote = make_vote("first", 0, 0.75, voice="v")
+    path = tmp_path / "votes.jsonl"
+    path.write_text(json.dumps(vote.model_dump(mode="json") | {"mood": "good"}) + "\n")
+    assert read_votes_log(path) == [vote]
+
+
 @needs("pandalm", "GPT-3.5 and PandaLM-7B are right on 628 and 574 of 794 pairs, as recorded")
 @pytest.mark.parametrize(("judge", "right", "unparsed"), [("gpt-3.5-turbo", 628, 8), ("pandalm-7b", 574, 0)])
 def test_pandalm_verdicts_as_they_are(judge, right, unparsed):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlaif.data.labelled import parse_map, read_labelled
-from rlaif.data.tables import at_path, file_names, read_table
+from rlaif.data.tables import at_path, file_names, read_rows, read_table
 from rlaif.errors import UserError
 
 ROWS = [{"prompt": f"q{n}", "first": "x", "second": "y", "label": 1 + n % 2} for n in range(4)]
@@ -83,6 +83,19 @@ def test_what_can_not_be_read_is_one_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as e:
         read_table(path)
     assert "\n" not in str(e.value)
+
+
+def test_rows_as_they_stand_have_their_places(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("id,prompt\na,x\nb\n,\n")
+    places = [(f"{path}:2", {"id": "a", "prompt": "x"}), (f"{path}:3", {"id": "b", "prompt": None})]
+    assert read_rows(path) == [*places, (f"{path}:4", {"id": "", "prompt": ""})]
+    with pytest.raises(UserError, match=r"t.csv:3: the row has another number of columns"):
+        read_table(path)
+    (tmp_path / "t.json").write_text("[" * 100_000)
+    for read in (read_rows, read_table):
+        with pytest.raises(UserError, match=r"t.json: nested too deeply"):
+            read(tmp_path / "t.json")
 
 
 def test_files_of_one_name_are_told_apart(tmp_path):
