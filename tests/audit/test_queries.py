@@ -24,6 +24,7 @@ from rlaif.judging.calibration import Calibration, panels_of
 from rlaif.judging.verdicts import by_pair
 from rlaif.records import Completion, Decision, Pair, Preference, Prompt, UpdateStep, Verdict, Vote
 from rlaif.rundir.store import RunDir, read_json, read_rows, write_json
+from tests.audit.conftest import STORED
 from tests.data.make_run import write_header
 from tests.review.runs import reviewed
 from tests.stubs import stub_job, stub_loop
@@ -302,7 +303,8 @@ def test_questions_are_those_that_were_sent(stored: RunDir) -> None:
         for pair_id in [*facts(stored), *facts(stored, True)]:
             for vote in show(index, stored, pair_id).votes:
                 asked = question(index, stored, pair_id, vote.ballot.id)
-                assert asked.startswith("[system]\nYou compare two answers")  # and its hash is the vote's
+                # By whichever of the two templates it was; its hash is the vote's.
+                assert asked.startswith(("[system]\nYou compare two answers", "[system]\nSomeone wrote these guidelines"))
                 assert "BEGIN ANSWER A" in asked
 
 
@@ -397,7 +399,7 @@ def test_splits_say_what_each_voice_said(stored: RunDir) -> None:
         assert sum(len(v.forward) + len(v.reversed) for v in split.voices) == 8
 
 
-def test_compare_finds_what_differs(copy: RunDir, stored: RunDir) -> None:
+def test_compare_finds_what_differs(copy: RunDir) -> None:
     path = copy.iteration(0).path / "decisions.jsonl"
     decisions = [json.loads(line) for line in path.read_text().splitlines()]
     turned = next(d for d in decisions if d["status"] == "kept")
@@ -407,7 +409,7 @@ def test_compare_finds_what_differs(copy: RunDir, stored: RunDir) -> None:
     header = read_json(copy.path / "run.json")
     header["job"]["filters"]["min_agreement"] = 0.9
     (copy.path / "run.json").write_text(json.dumps(header))
-    with Index.open(stored) as first, Index.open(copy) as second:
+    with Index.open(RunDir.open(STORED)) as first, Index.open(copy) as second:
         found = compare(first, second)
         same = compare(first, first)
     assert [(s.key, s.first, s.second) for s in found.settings] == [("filters.min_agreement", 0.75, 0.9)]
