@@ -2,6 +2,6 @@
 
 In: pairs, a constitution, a judge's settings. Out: votes, verdicts, decisions. `ballots` (who is asked what), `chat`
 and `likelihood` (the judges), `verdicts` (votes added up), `filters` (which labels are trusted), `calibration`. Only
-`likelihood` needs torch, when it is used. To add a filter rule: a function in `filters`; a judge: a class with
-`Judge`'s methods.
+`kv_scoring`, which computes for `likelihood`, needs torch, when it is used. To add a filter rule: a function in
+`filters`; a judge: a class with `Judge`'s methods.
 """
