@@ -99,10 +99,12 @@ class LikelihoodJudge:
         self.name = name
         vocabulary: int = model.get_input_embeddings().num_embeddings
         self.reader = Reader(tokenizer, name, settings.chat_template_args, _end_tokens(model, vocabulary), vocabulary)
+        """What it makes of messages and completions."""
         questions = [(Message(role="user", content=text),) for text in ("Hi", "What is bread made of?")]
         answer = self.reader.context(questions[-1])[:16]
         trial = [Continuation(self.reader.beginning(()), self.reader.context(q), answer) for q in questions]
         self.scorer = KVScorer(model, name, settings.batch_tokens, trial)
+        """What computes; votes ask it through a memory."""
         self._likelihoods = Likelihoods(self.scorer)
 
     def remember(self, store: LikelihoodCache, weights: str) -> None:
