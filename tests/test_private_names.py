@@ -44,9 +44,8 @@ def test_tests_name_nothing_private_of_the_package() -> None:
     for path in sorted((ROOT / "tests").rglob("*.py")):
         tree = ast.parse(path.read_text())
         if names := {*named(tree)} & ours - defined(tree):
-            found[str(path.relative_to(ROOT / "tests"))] = names
-    said = {file: sorted(names) for file, names in found.items()}
-    assert not said, f"{said}: ask through the public function, or make it public with a docstring"
+            found[str(path.relative_to(ROOT / "tests"))] = sorted(names)
+    assert not found, f"{found}: ask through the public function, or make it public with a docstring"
 
 
 def test_the_reader_sees_what_it_should() -> None:
