@@ -9,13 +9,14 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rlaif.reached import Reached
 
 REACHED = (
-    Reached("transformers", "PreTrainedModel._keep_in_fp32_modules", "a bf16 export rounds what should stay in fp32"),
     Reached(
         "transformers",
         "PreTrainedModel._keep_in_fp32_modules_strict",
@@ -41,11 +42,11 @@ REACHED = (
 )
 
 
-def kept_in_fp32(model: Any) -> set[str]:
-    """Parts of names of parameters that a model's class wants in fp32 whatever the rest is in:
-    `PreTrainedModel._keep_in_fp32_modules` and `_strict`, which `from_pretrained` keeps in fp32."""
-    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    return {*strict, *(getattr(model, "_keep_in_fp32_modules", None) or ())}
+def kept_in_fp32(model: Any, names: Iterable[str]) -> set[str]:
+    """Of these names of parameters those that `from_pretrained` keeps in fp32 where the rest is bf16: patterns of
+    `PreTrainedModel._keep_in_fp32_modules_strict`. `_keep_in_fp32_modules` is for fp16 alone."""
+    patterns = [p.replace("*", ".*") for p in getattr(model, "_keep_in_fp32_modules_strict", None) or ()]
+    return {name for name in names if any(re.search(p, name) for p in patterns)}
 
 
 def rows_can_leave(model: Any) -> bool:

@@ -64,8 +64,8 @@ AT_TOP = {
 """Who may import a heavy library when it is imported itself; these modules are loaded by their worker only."""
 ANYWHERE = {
     **AT_TOP,
-    "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm_compat rlaif.judging.likelihood rlaif.models rlaif.hardware",
-    "transformers": f"{AT_TOP['transformers']} rlaif.judging.likelihood rlaif.models rlaif.transformers_compat",
+    "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm_compat rlaif.judging.kv_scoring rlaif.models rlaif.hardware",
+    "transformers": f"{AT_TOP['transformers']} rlaif.judging.kv_scoring rlaif.models rlaif.transformers_compat",
     "vllm": "rlaif.sampling.vllm rlaif.sampling.vllm_compat",
     "peft": "rlaif.learning.base rlaif.models",
     "datasets": "rlaif.learning.* rlaif.data.prompts rlaif.audit.export rlaif.api",
@@ -137,8 +137,8 @@ def test_one_module_draws_with_matplotlib(module: str) -> None:
 def test_the_import_reader_sees_what_it_should() -> None:
     assert "torch" in imports("rlaif.learning.base", top_only=True)
     assert "rlaif.models" in imports("rlaif.sampling.role")
-    assert "torch" in imports("rlaif.judging.likelihood")
-    assert "torch" not in imports("rlaif.judging.likelihood", top_only=True)
+    assert "torch" in imports("rlaif.judging.kv_scoring")
+    assert "torch" not in imports("rlaif.judging.kv_scoring", top_only=True)
     assert "rich.markup" in imports("rlaif.console")
 
 

@@ -7,16 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT = {
-    "judging/test_chat.py": "_cache",
-    "judging/test_judge_cli.py": "_check_forward _compute _plain_head",
-    "judging/test_likelihood.py": "_Request _answer _compute _computed_by _contrast _forward _join _key _logps "
-    "_plain_head _render _write",
-    "learning/test_contract.py": "_batch _score_references _step",
-    "review/test_queue.py": "_sent",
-    "test_rendering.py": "_controls_in _relabel",
-}
-"""What still is named, until those modules have other seams. None may join."""
 
 
 def private(name: str) -> bool:
@@ -54,12 +44,8 @@ def test_tests_name_nothing_private_of_the_package() -> None:
     for path in sorted((ROOT / "tests").rglob("*.py")):
         tree = ast.parse(path.read_text())
         if names := {*named(tree)} & ours - defined(tree):
-            found[str(path.relative_to(ROOT / "tests"))] = names
-    left = {file: set(names.split()) for file, names in LEFT.items()}
-    joined = {file: sorted(more) for file, names in found.items() if (more := names - left.get(file, set()))}
-    assert not joined, f"{joined}: ask through the public function, or make it public with a docstring"
-    gone = {file: sorted(no) for file, names in left.items() if (no := names - found.get(file, set()))}
-    assert not gone, f"{gone} isn't named any more: take it out of LEFT"
+            found[str(path.relative_to(ROOT / "tests"))] = sorted(names)
+    assert not found, f"{found}: ask through the public function, or make it public with a docstring"
 
 
 def test_the_reader_sees_what_it_should() -> None:

@@ -42,12 +42,23 @@ def test_messages_without_control_tokens_are_encoded_with_the_template(tokenizer
 
 
 def test_the_careful_way_cuts_text_as_the_usual_one(tokenizer: Any) -> None:
-    """Around control tokens that the template wrote, and at a text's beginning and end."""
+    """Around control tokens that the template wrote, and at a text's beginning and end. One message that spells one
+    makes it careful; before and after that message the tokens are the usual ones."""
     renderer = Renderer(tokenizer)
-    copy = renderer._relabel(user(PLAIN), "")
-    for messages in (user(PLAIN), chat("Hi", PLAIN, f" {PLAIN} ")):
-        text = renderer._controls_in.sub(lambda found: copy.names[found[0]], renderer.text(messages))
-        assert copy.encode(text) == renderer.ids(messages)
+    control = next(t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content != "<unk>")
+    for at in range(3):
+        said = [PLAIN, f" {PLAIN} ", PLAIN]
+        said[at] = word = "a qxz b"
+        text = renderer.text(chat(*said))
+        usual = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        begins = text.index(word)
+        before = sum(end <= begins for _, end in usual.offset_mapping)
+        after = sum(start >= begins + len(word) for start, _ in usual.offset_mapping)
+        assert before + after > len(usual.input_ids) / 2
+        said[at] = f"a {control} b"
+        careful = renderer.ids(chat(*said))
+        assert careful[:before] == tuple(usual.input_ids[:before])
+        assert careful[-after:] == tuple(usual.input_ids[-after:])
 
 
 @pytest.mark.parametrize("shape", ["{}", "What is {}?", "{}{}", " {}\n", "a{}b", "code: x{} y {}"])

@@ -32,14 +32,15 @@ from rlaif.learning.rounding import on_grid
 
 
 class AsExported:
-    """`with as_exported(): ...`. Inside it takes 4 bytes more for each weight in training, 2 for one under a LoRA."""
+    """`with as_exported(): ...`. Inside it takes 4 bytes more for each weight in training, and for a frozen one off the
+    grid; for one under a LoRA 2, in a stack of experts 4."""
 
     def __init__(self, model: nn.Module, seed: int, adapters: bool = True) -> None:
         """`adapters=False` leaves a LoRA out: for the untrained policy, while its adapters are off."""
         self._seed = seed
         found = {name: [x for x in on if is_on_a_weight(x)] for name, on in adapted(model).items()}
-        self._adapters = {name: on for name, on in found.items() if on} if adapters else {}
-        as_it_is = kept_in_fp32(model)
+        as_it_is = kept_in_fp32(model)  # a LoRA on such a weight adds in fp32 as it is
+        self._adapters = {n: on for n, on in found.items() if on and n not in as_it_is} if adapters else {}
         self._weights = {
             name: p
             for key, p in model.named_parameters()

@@ -318,10 +318,9 @@ class TrlLearner(ABC):
             # grid, since KL is computed from these weights, too.
             embedding = base.get_input_embeddings().weight
             for module in base.modules():
-                if isinstance(module, nn.Linear) and module.weight is not embedding:
-                    half = module.weight.to(torch.bfloat16)
-                    if torch.equal(half.float(), module.weight):
-                        module.to(torch.bfloat16)
+                halves = isinstance(module, nn.Linear) and module.weight is not embedding
+                if halves and all(torch.equal(p.to(torch.bfloat16).float(), p) for p in module.parameters()):
+                    module.to(torch.bfloat16)
         self._adapt(base)
         return self.trainer.accelerator.prepare_model(base, evaluation_mode=True)
 

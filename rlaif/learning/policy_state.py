@@ -63,9 +63,8 @@ def merged(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def kept_in_fp32(model: nn.Module) -> set[str]:
     """Names of what stays in fp32 in a bf16 model: buffers, and what its class names (biases that choose experts)."""
-    named = transformers_compat.kept_in_fp32(model)
     buffers = {plain(name) for name, _ in model.named_buffers()}
-    return buffers | {plain(name) for name in model.state_dict() if named & set(name.split("."))}
+    return buffers | transformers_compat.kept_in_fp32(model, plain_names(model))
 
 
 def in_precision(

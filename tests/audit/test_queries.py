@@ -304,7 +304,8 @@ def test_questions_are_those_that_were_sent(stored: RunDir) -> None:
             for vote in show(index, stored, pair_id).votes:
                 asked = question(index, stored, pair_id, vote.ballot.id)
                 # By whichever of the two templates it was; its hash is the vote's.
-                assert asked.startswith(("[system]\nYou compare two answers", "[system]\nSomeone wrote these guidelines"))
+                assert asked.startswith("[system]\n")
+                assert "You compare two answers" in asked or "Someone wrote these guidelines" in asked
                 assert "BEGIN ANSWER A" in asked
 
 

@@ -677,10 +677,8 @@ def test_answers_without_a_reply_count_against_the_budget_of_the_next_process(tm
 def test_a_cache_that_fails_costs_no_vote(tmp_path, capsys):
     with FaultServer() as server:
         cast = Cast(settings(server, cache=str(tmp_path / "c")), 3)
-        cast.judge._cache._cache.close()
         for file in (tmp_path / "c").glob("cache.db*"):
-            file.unlink()
-        (tmp_path / "c" / "cache.db").mkdir()
+            file.write_bytes(b"no database" * 1000)
         assert {v.outcome for v in cast.run()} == {"second"}
     assert (cast.error, len(cast.votes)) == (None, 6)
     assert "judge.cache: " in (said := capsys.readouterr().err)

@@ -299,27 +299,36 @@ def test_a_bench_shows_a_reply_for_each_reason_to_abstain(
     assert "abstentions: the first of each reason" in out
 
 
+TRIAL = 2
+"""Opening a judge compares two ways of computing on two texts of its own."""
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many likelihoods were computed, call by call."""
+    from rlaif.judging.kv_scoring import KVScorer
+
+    computed: list[int] = []
+    logps = KVScorer.logps
+
+    def counting(self, continuations):
+        computed.append(len(continuations))
+        return logps(self, continuations)
+
+    monkeypatch.setattr(KVScorer, "logps", counting)
+    return computed
+
+
 @pytest.fixture
 def benched(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """`rlaif judge bench` with the likelihood judge and a cache: its report, and how many likelihoods it computed."""
-    from rlaif.judging.likelihood import LikelihoodJudge
-
     labelled_project(tmp_path, tiny_model)
-    computed: list[int] = []
-    compute = LikelihoodJudge._compute
-
-    def counted(self, head, requests):
-        computed.append(len(requests))
-        compute(self, head, requests)
-
-    monkeypatch.setattr(LikelihoodJudge, "_compute", counted)
+    computed = counted(monkeypatch)
 
     def run(*arguments: str, cache: str = "replies") -> tuple[dict, int]:
         computed.clear()
         command = ("bench", "pairs.jsonl", "--job", "tiny.yaml", "--json", "--set", f"judge.cache={cache}")
         judge_command(monkeypatch, *command, *arguments)
-        # Opening a judge compares two ways of computing on two texts of its own.
-        return json.loads(capsys.readouterr().out), sum(computed) - 2
+        return json.loads(capsys.readouterr().out), sum(computed) - TRIAL
 
     return run
 
@@ -381,14 +390,12 @@ def test_a_cache_that_can_not_be_written_is_told_at_the_start(
 
 @pytest.mark.parametrize("command", [("attack", "--limit", "2"), ("calibrate", "--to", "c.json")])
 def test_attacks_and_calibrations_share_what_was_asked(benched, monkeypatch: pytest.MonkeyPatch, command) -> None:
-    from rlaif.judging import likelihood
-
     benched()
     arguments = (*command, "pairs.jsonl", "--job", "tiny.yaml", "--set", "judge.cache=replies")
     judge_command(monkeypatch, *arguments)
-    monkeypatch.setattr(likelihood.LikelihoodJudge, "_check_forward", lambda self: setattr(self, "_plain_head", True))
-    monkeypatch.setattr(likelihood.LikelihoodJudge, "_compute", lambda *_: pytest.fail("asked again"))
+    computed = counted(monkeypatch)
     judge_command(monkeypatch, *arguments)
+    assert sum(computed) == TRIAL, "asked again"
 
 
 def test_a_broken_promise_is_said_and_in_json(rlaif, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import diskcache
 import pytest
 
 from rlaif.config import Judge
@@ -18,7 +19,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from rlaif.judging.candidates import Candidate  # noqa: E402
-from rlaif.judging.likelihood import LikelihoodJudge, _join, _Request  # noqa: E402
+from rlaif.judging.kv_scoring import Continuation, KVScorer  # noqa: E402
+from rlaif.judging.likelihood import LikelihoodJudge, in_context  # noqa: E402
 
 TEXT = """
 summary: Test.
@@ -100,7 +102,7 @@ PAIRS = [
 
 def plain_logp(model, judge, messages, answer):
     """The obvious way: one whole sequence, all logits."""
-    prompt = judge._render(messages)
+    prompt = judge.reader.context(messages)
     ids = torch.tensor([[*prompt, *answer]])
     logp = model(ids).logits[0].log_softmax(-1)
     return sum(logp[len(prompt) + i - 1, t].item() for i, t in enumerate(answer))
@@ -114,12 +116,12 @@ def flat(chunks):
 def test_prefix_cache_equals_plain_path(model, constitution, batch_tokens):
     judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=batch_tokens, missing_eos_penalty=0.0))
     for voice in constitution.voices():
-        got = judge._contrast(voice, CANDIDATES)
-        for c, value in zip(CANDIDATES, got, strict=True):
-            want = plain_logp(model, judge, _join(voice.prefer, c.messages), judge._answer(c))
-            want -= plain_logp(model, judge, _join(voice.avoid, c.messages), judge._answer(c))
+        got = flat(judge.score(CANDIDATES, constitution, [voice.id]))
+        for c, score in zip(CANDIDATES, got, strict=True):
+            want = plain_logp(model, judge, in_context(voice.prefer, c.messages), judge.reader.answer(c))
+            want -= plain_logp(model, judge, in_context(voice.avoid, c.messages), judge.reader.answer(c))
             assert abs(want) > 1e-3, "a contrast without effect tests nothing"
-            assert value == pytest.approx(want, abs=1e-4)
+            assert score.value * math.sqrt(len(judge.reader.answer(c))) == pytest.approx(want, abs=1e-4)
 
 
 SMALL = {
@@ -156,14 +158,14 @@ def of_kind(kind):
 def test_every_kind_of_model_is_scored_as_its_own_forward_pass_does(kind, constitution):
     model = of_kind(kind)
     judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64))
-    assert judge._plain_head == (kind in ("Llama", "GPT2"))
+    assert judge.scorer.plain_head == (kind in ("Llama", "GPT2"))
     for row, c in zip(flat(judge.plain(CANDIDATES)), CANDIDATES, strict=True):
-        assert row.logp == pytest.approx(plain_logp(model, judge, c.messages, judge._answer(c)), rel=1e-5)
+        assert row.logp == pytest.approx(plain_logp(model, judge, c.messages, judge.reader.answer(c)), rel=1e-5)
     voice = constitution.voices()[0]
-    messages = [_join(voice.prefer, c.messages) for c in CANDIDATES]
+    messages = [in_context(voice.prefer, c.messages) for c in CANDIDATES]
     for m, c in zip(messages, CANDIDATES, strict=True):
-        (found,) = judge._logps([_Request(m, judge._answer(c))])
-        assert found == pytest.approx(plain_logp(model, judge, m, judge._answer(c)), rel=1e-5)
+        (found,) = judge.scorer.logps([Continuation((), judge.reader.context(m), judge.reader.answer(c))]).values()
+        assert sum(found) == pytest.approx(plain_logp(model, judge, m, judge.reader.answer(c)), rel=1e-5)
 
 
 def test_a_model_that_forgets_its_cache_is_refused(monkeypatch):
@@ -188,18 +190,18 @@ def test_a_template_without_a_system_role_is_the_users_mistake(model, constituti
 
 def test_end_token_is_scored_iff_the_completion_ended(judge):
     ended, cut = candidate(0, "Hi", "Hello", "stop"), candidate(1, "Hi", "Hello", "length")
-    assert judge._answer(ended) == (*judge._answer(cut), 1)
+    assert judge.reader.answer(ended) == (*judge.reader.answer(cut), 1)
 
 
 def test_sampled_token_ids_are_scored_as_they_are(judge):
-    ids = judge._answer(CANDIDATES[1])
+    ids = judge.reader.answer(CANDIDATES[1])
     cut = CANDIDATES[0].model_copy(update={"token_ids": ids, "text": CANDIDATES[1].text})
-    assert judge._answer(cut) == ids
+    assert judge.reader.answer(cut) == ids
 
 
 def test_another_models_token_ids_are_read_anew(judge):
     c = CANDIDATES[0].model_copy(update={"token_ids": (7, 8, 9)})
-    assert judge._answer(c) == judge._answer(CANDIDATES[0])
+    assert judge.reader.answer(c) == judge.reader.answer(CANDIDATES[0])
 
 
 def test_vote_follows_the_score_difference(judge, constitution):
@@ -266,7 +268,7 @@ def test_a_completion_that_nobody_knows_the_end_of_pays_nothing(model, constitut
     ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if not b.guard]
     scores = [[v.score_first for v in flat(j.cast(ballots, PAIRS, unknown, constitution))] for j in (free, strict)]
     assert scores[0] == scores[1]
-    assert all(strict._answer(c)[-1] != 1 for c in unknown)
+    assert all(strict.reader.answer(c)[-1] != 1 for c in unknown)
 
 
 def test_plain_is_measured_against_another_prompt(model, judge):
@@ -274,7 +276,7 @@ def test_plain_is_measured_against_another_prompt(model, judge):
     assert [r.completion_id for r in rows] == [c.completion_id for c in CANDIDATES]
     for c, r in zip(CANDIDATES, rows, strict=True):
         assert r.other_prompt_id != c.prompt_id
-        assert r.logp == pytest.approx(plain_logp(model, judge, c.messages, judge._answer(c)), abs=1e-4)
+        assert r.logp == pytest.approx(plain_logp(model, judge, c.messages, judge.reader.answer(c)), abs=1e-4)
         assert r.relevance == pytest.approx((r.logp - r.logp_other) / r.tokens)
 
 
@@ -289,7 +291,7 @@ def test_empty_completion_abstains(judge, constitution):
 def test_each_request_is_computed_once(judge, constitution, monkeypatch):
     ballots = make_ballots(PAIRS, constitution, "tiny")
     list(judge.cast(ballots, PAIRS, CANDIDATES, constitution))
-    monkeypatch.setattr(judge, "_compute", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(judge.scorer.model.base_model, "forward", lambda **_: pytest.fail("computed again"))
     list(judge.cast(ballots, PAIRS, CANDIDATES, constitution))
 
 
@@ -321,50 +323,50 @@ def sampled(n, text, token_ids, finish="stop"):
 
 
 def test_an_answer_that_wasnt_sampled_ends_as_the_template_ends_a_turn(chatml):
-    tokenizer = chatml.tokenizer
+    tokenizer = chatml.reader.tokenizer
     assert tokenizer.eos_token == "<|endoftext|>"
     ids = tokenizer.encode("Food.", add_special_tokens=False)
     end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert chatml._answer(candidate(0, "Hi", "Food.")) == (*ids, end)
-    assert chatml._answer(candidate(0, "Hi", "Food.", "length")) == tuple(ids)
-    assert chatml._answer(candidate(0, "Hi", "Food.", None)) == tuple(ids)
+    assert chatml.reader.answer(candidate(0, "Hi", "Food.")) == (*ids, end)
+    assert chatml.reader.answer(candidate(0, "Hi", "Food.", "length")) == tuple(ids)
+    assert chatml.reader.answer(candidate(0, "Hi", "Food.", None)) == tuple(ids)
     for sampled_end in (end, eos):  # what a policy of this family sampled is scored as it is
-        assert chatml._answer(sampled(0, "Food.", (*ids, sampled_end))) == (*ids, sampled_end)
+        assert chatml.reader.answer(sampled(0, "Food.", (*ids, sampled_end))) == (*ids, sampled_end)
 
 
 def test_another_models_end_token_is_replaced_by_the_judges_own(chatml):
-    ids = chatml.tokenizer.encode("Food.", add_special_tokens=False)
-    end, start = chatml.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
-    for foreign in (len(chatml.tokenizer) + 7, start, ids[0]):
-        assert chatml._answer(sampled(0, "Food.", (*ids, foreign))) == (*ids, end)
+    ids = chatml.reader.tokenizer.encode("Food.", add_special_tokens=False)
+    end, start = chatml.reader.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    for foreign in (len(chatml.reader.tokenizer) + 7, start, ids[0]):
+        assert chatml.reader.answer(sampled(0, "Food.", (*ids, foreign))) == (*ids, end)
 
 
 def test_a_stop_string_or_a_thought_is_no_part_of_what_is_judged(chatml):
     def encode(text):
-        return chatml.tokenizer.encode(text, add_special_tokens=False)
+        return chatml.reader.tokenizer.encode(text, add_special_tokens=False)
 
-    end = chatml.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert chatml._answer(sampled(0, "Food.", encode("Food.### Q"))) == (*encode("Food."), end)
-    assert chatml._answer(sampled(0, "Food.", (*encode("<think>a</think>Food."), end))) == (*encode("Food."), end)
+    end = chatml.reader.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chatml.reader.answer(sampled(0, "Food.", encode("Food.### Q"))) == (*encode("Food."), end)
+    assert chatml.reader.answer(sampled(0, "Food.", (*encode("<think>a</think>Food."), end))) == (*encode("Food."), end)
 
 
 def test_control_tokens_that_an_answer_or_a_question_spells_are_text(chatml):
-    tokenizer = chatml.tokenizer
+    tokenizer = chatml.reader.tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    answer = chatml._answer(candidate(0, "Hi", "It is <|im_end|>, so.", "length"))
+    answer = chatml.reader.answer(candidate(0, "Hi", "It is <|im_end|>, so.", "length"))
     assert end not in answer
     assert tokenizer.decode(answer) == "It is <|im_end|>, so."
     asked = candidate(0, "What does <|im_end|> do?", "Food.").messages
-    assert chatml._render(asked).count(end) == 1
+    assert chatml.reader.context(asked).count(end) == 1
 
 
 @pytest.mark.parametrize("end", [2, 10_000])
 @pytest.mark.parametrize("text", ["", " \n"])
 def test_empty_answers_have_no_score_whatever_ended_them(chatml, constitution, text, end):
     """An end token beyond the judge's vocabulary stopped a run for good."""
-    ids = chatml.tokenizer.encode(text, add_special_tokens=False)
+    ids = chatml.reader.tokenizer.encode(text, add_special_tokens=False)
     empty = sampled(1, text, (*ids, end))
-    candidates = [sampled(0, "Food.", (*chatml.tokenizer.encode("Food.", add_special_tokens=False), 2)), empty]
+    candidates = [sampled(0, "Food.", (*chatml.reader.tokenizer.encode("Food.", add_special_tokens=False), 2)), empty]
     scores = flat(chatml.score(candidates, constitution, selecting_voices(constitution)))
     assert {s.completion_id for s in scores} == {"c0"}
     pair = Pair(id="p", prompt_id=empty.prompt_id, first="c0", second="c1", method="all")
@@ -375,35 +377,56 @@ def test_empty_answers_have_no_score_whatever_ended_them(chatml, constitution, t
 
 def test_arguments_of_the_judges_template_are_in_force():
     judge = of_tokenizer("qwen", Judge(chat_template_args={"enable_thinking": False}))
-    rendered = judge.tokenizer.decode(judge._render(CANDIDATES[0].messages))
+    rendered = judge.reader.tokenizer.decode(judge.reader.context(CANDIDATES[0].messages))
     assert rendered.endswith("<think>\n\n</think>\n\n")
     with pytest.raises(UserError, match=r"chat_template_args\.thinking: judge\.model qwen: its chat template doesn't"):
         of_tokenizer("qwen", Judge(chat_template_args={"thinking": False}))
 
 
 @pytest.mark.parametrize("guard", [False, True])
-def test_a_prompt_is_read_once_however_many_ask_about_it(model, constitution, monkeypatch, guard):
+def test_a_prompt_is_read_once_however_many_ask_about_it(model, constitution, guard):
     judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(), "tiny")
     alike = CANDIDATES[:4]  # two prompts without a system message: each is the other's x'
     read = []
-    forward = judge._forward
-    monkeypatch.setattr(judge, "_forward", lambda batch, *rest: (read.extend(batch), forward(batch, *rest))[1])
+
+    def note(_module, _args, inputs):
+        read.extend(judge.reader.tokenizer.decode(row, True) for row in inputs["input_ids"].tolist())
+
+    hook = judge.scorer.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     if guard:
         ballots = [b for b in make_ballots(PAIRS[:2], constitution, "tiny") if b.voice == "answers/relevance"]
         assert flat(judge.cast(ballots, PAIRS[:2], alike, constitution))
     else:
         list(judge.quality(alike))
-    assert len(read) == len(set(read)) == 2
+    hook.remove()  # the model is the module's
+    for prompt in {c.prompt_id for c in alike}:
+        assert sum(prompt in text for text in read) == 1
 
 
-def remembering(model, folder, weights="w", **settings):
-    """A judge with a cache, and the requests that it computes."""
-    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64, **settings), name="tiny")
-    judge.remember(LikelihoodCache(folder), weights)
-    computed = []
-    compute = judge._compute
-    judge._compute = lambda head, requests: (computed.extend(requests), compute(head, requests))
-    return judge, computed
+class Counted(KVScorer):
+    """Keeps what it was asked to compute."""
+
+    def __init__(self, *args):
+        self.asked = []
+        super().__init__(*args)
+        self.asked.clear()  # that of its trial
+
+    def logps(self, continuations):
+        self.asked.extend(continuations)
+        return super().logps(continuations)
+
+
+@pytest.fixture
+def remembering(model, tmp_path, monkeypatch):
+    """Makes a judge with a cache, and the list of what it computes."""
+    monkeypatch.setattr("rlaif.judging.likelihood.KVScorer", Counted)
+
+    def make(weights="w", model=model, **settings):
+        judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64, **settings), name="tiny")
+        judge.remember(LikelihoodCache(tmp_path), weights)
+        return judge, judge.scorer.asked
+
+    return make
 
 
 def said(judge, constitution, candidates=CANDIDATES):
@@ -412,12 +435,12 @@ def said(judge, constitution, candidates=CANDIDATES):
     return [v.model_copy(update={"latency_s": 0.0, "cached": False}) for v in votes], {v.cached for v in votes}
 
 
-def test_what_a_frozen_judge_computed_is_kept_to_the_last_bit(model, constitution, judge, tmp_path):
+def test_what_a_frozen_judge_computed_is_kept_to_the_last_bit(constitution, judge, remembering):
     plain = said(judge, constitution)
-    first, computed = remembering(model, tmp_path)
+    first, computed = remembering()
     assert said(first, constitution) == plain
     assert computed
-    again, computed = remembering(model, tmp_path)
+    again, computed = remembering()
     votes, cached = said(again, constitution)
     assert (votes, cached, computed) == (plain[0], {True}, [])
 
@@ -427,11 +450,11 @@ def test_what_a_frozen_judge_computed_is_kept_to_the_last_bit(model, constitutio
     [("missing_eos_penalty", 3.0), ("score_temperature", 7.0), ("relevance_tolerance", 0.001),
      ("fluency_tolerance", 0.001)],
 )  # fmt: skip
-def test_a_setting_of_votes_makes_other_votes_of_the_same_likelihoods(model, constitution, tmp_path, setting, value):
-    first, _ = remembering(model, tmp_path)
+def test_a_setting_of_votes_makes_other_votes_of_the_same_likelihoods(model, constitution, remembering, setting, value):
+    first, _ = remembering()
     before, _ = said(first, constitution)
     fresh = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64, **{setting: value}), name="tiny")
-    again, computed = remembering(model, tmp_path, **{setting: value})
+    again, computed = remembering(**{setting: value})
     votes, _ = said(again, constitution)
     assert votes == said(fresh, constitution)[0] != before
     assert computed == []
@@ -447,11 +470,11 @@ def other_candidates(**change):
      {"messages": (Message(role="user", content="Why sleep, and for how long each day?"),)}],
     ids=["cut off", "text", "prompt"],
 )  # fmt: skip
-def test_another_answer_or_prompt_is_computed(model, constitution, tmp_path, change):
-    first, _ = remembering(model, tmp_path)
+def test_another_answer_or_prompt_is_computed(model, constitution, remembering, change):
+    first, _ = remembering()
     said(first, constitution)
     changed = other_candidates(**change)
-    again, computed = remembering(model, tmp_path)
+    again, computed = remembering()
     fresh = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64), name="tiny")
     votes, cached = said(again, constitution, changed)
     for vote, wanted in zip(votes, said(fresh, constitution, changed)[0], strict=True):
@@ -461,34 +484,38 @@ def test_another_answer_or_prompt_is_computed(model, constitution, tmp_path, cha
     assert False in cached
 
 
-def test_other_wording_weights_or_precision_are_computed(model, constitution, tmp_path):
-    first, everything = remembering(model, tmp_path)
+def test_other_wording_weights_or_precision_are_computed(model, constitution, remembering):
+    first, everything = remembering()
     said(first, constitution)
     reworded = parse_constitution(TEXT.replace("prefer: Be brief.", "prefer: Be short."), "test", 1, "test.yaml")
-    again, computed = remembering(model, tmp_path)
+    again, computed = remembering()
     said(again, reworded)
-    assert {r.messages[0].content for r in computed} >= {"Be short."}
+    assert any("Be short." in again.reader.tokenizer.decode(c.context, True) for c in computed)
+    assert not any("Be brief." in again.reader.tokenizer.decode(c.context, True) for c in computed)
     assert len(computed) < len(everything)
-    weights, computed = remembering(model, tmp_path, weights="v")
+    weights, computed = remembering(weights="v")
     said(weights, constitution)
     assert len(computed) == len(everything)
     import copy
 
-    half, computed = remembering(copy.deepcopy(model).bfloat16(), tmp_path)
+    half, computed = remembering(model=copy.deepcopy(model).bfloat16())
     said(half, constitution)
     assert len(computed) == len(everything)
-    assert first._computed_by != half._computed_by
+    assert first.scorer.computed_by("w") != half.scorer.computed_by("w")
 
 
-def test_a_damaged_likelihood_is_computed_again(model, constitution, tmp_path, capsys):
-    first, everything = remembering(model, tmp_path)
+def test_a_damaged_likelihood_is_computed_again(constitution, remembering, tmp_path):
+    first, everything = remembering()
     before = said(first, constitution)
-    store = LikelihoodCache(tmp_path)
-    keys = [first._key(r) for r in everything]
-    store._write([(keys[0], b"abc"), (keys[1], "text"), (keys[2], b"")])
-    again, computed = remembering(model, tmp_path)
+    by_key = {likelihood_key(first.scorer.computed_by("w"), c.context, c.token_ids): c for c in everything}
+    damaged = dict(zip(by_key, (b"abc", "text", b""), strict=False))
+    with diskcache.Cache(str(tmp_path)) as store:
+        assert by_key.keys() == set(store)
+        for key, value in damaged.items():
+            store[key] = value
+    again, computed = remembering()
     assert said(again, constitution)[0] == before[0]
-    assert {again._key(r) for r in computed} == set(keys[:3])
+    assert set(computed) == {by_key[key] for key in damaged}
 
 
 def test_a_key_tells_context_and_answer_apart():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rlaif import config
 from rlaif.learning import make_learner
@@ -138,6 +138,36 @@ def test_a_loras_gradients_are_those_through_the_merged_weights(name: str, tmp_p
     assert max(float(g.abs().max()) for g in found.values()) > 1e-3
     for key, p in adapters.items():
         torch.testing.assert_close(found[key], p.grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_starts_as_its_reference_with_biases_off_the_grid(kind: str, tmp_path: Path) -> None:
+    """Weights on bf16's grid and biases that aren't: both are rounded alike on both sides."""
+    path = make_architecture("qwen2", tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.copy_(p.to(torch.bfloat16))
+    assert any(not torch.equal(p, p.to(torch.bfloat16).float()) for n, p in model.named_parameters() if "bias" in n)
+    model.save_pretrained(path)
+    (step,) = learner(str(path), "bf16", kind).update(make_preferences(8), 0)
+    assert step.margin == 0
+
+
+def test_a_lora_on_what_stays_in_fp32_adds_to_it(on_grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a weight isn't rounded, so no LoRA is merged into it either."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["o_proj"])
+    made = learner(on_grid, "bf16", lora=config.Lora(r=4, alpha=8, target_modules=["o_proj"]))
+    with torch.no_grad():
+        for p in made.trained().values():
+            p.add_(0.1)
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        outside = made.policy(ids).logits
+        with made.policy_as_exported():
+            inside = made.policy(ids).logits
+    torch.testing.assert_close(inside, outside, atol=0, rtol=0)
 
 
 def test_an_untrained_base_needs_no_rounding(on_grid: str) -> None:

@@ -57,15 +57,36 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0)
 
 
-def gradients(made: Any, pairs: list[Preference]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of one step on `pairs` in their given order, the weights left alone."""
-    rows = [made.row(p) for p in pairs]
-    made._score_references([rows])
-    made.trainer.accelerator.gradient_accumulation_steps = 1
-    loss = float(made.trainer.training_step(made.trainer.model_wrapped, made._batch(rows)))
-    grads = {n: p.grad.clone() for n, p in made.trainer.model.named_parameters() if p.requires_grad}
-    made.trainer.model.zero_grad()
-    return loss, grads
+class BeforeTheStep(TrainerCallback):
+    """What a step is about to be taken with: gradients, and the rewards of the last part of the batch."""
+
+    def __init__(self, made: Any) -> None:
+        self._trainer = made.trainer
+        made.trainer.add_callback(self)
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        trained = [(n, p) for n, p in self._trainer.model.named_parameters() if p.requires_grad]
+        self.gradients = {n: p.grad.clone() for n, p in trained}
+        self.rewards = [metric(self._trainer, f"rewards/{side}")[-1] for side in ("chosen", "rejected")]
+
+
+def gradients(made: Any, pairs: list[Preference]) -> tuple[float, dict[str, torch.Tensor], list[float]]:
+    """Loss, gradients and rewards of one step on `pairs`, the weights left alone. The learner mustn't clip."""
+    assert len(pairs) <= made.settings.batch_size
+    before, seen = weights(made), BeforeTheStep(made)
+    (step,) = made.update(pairs, 0)
+    made.trainer.remove_callback(seen)
+    assert step.grad_norm < made.settings.max_grad_norm, "clipped"
+    with torch.no_grad():
+        for name, p in made.trained().items():
+            p.copy_(before[name])
+    return step.loss, seen.gradients, seen.rewards
+
+
+def in_the_order(pairs: list[Preference], iteration: int) -> list[Preference]:
+    """What an update with the seed 7 has to be given, to take the pairs in this order."""
+    order = epoch_order(len(pairs), 7, iteration, 0)
+    return [pairs[order.index(i)] for i in range(len(pairs))]
 
 
 def sequence_logp(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
@@ -89,7 +110,7 @@ def by_hand(policy: Any, reference: Any, pairs: list[Preference]) -> tuple[torch
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_ratios_loss_and_gradients_are_the_formulas(kind: str, model_path: str, settings: config.Learner) -> None:
-    made = learner(kind, model_path, settings)
+    made = learner(kind, model_path, settings, max_grad_norm=1e6)
     disturb(made)
     pairs = make_preferences(4)
     reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
@@ -98,15 +119,14 @@ def test_log_ratios_loss_and_gradients_are_the_formulas(kind: str, model_path: s
     expected_loss, expected_ratios = by_hand(policy, reference, pairs)
     expected_loss.backward()
 
-    loss, grads = gradients(made, pairs)
+    loss, grads, _ = gradients(made, pairs)
 
     assert abs(expected_loss.item() - math.log(2)) > 0.01, "the policy must differ from its reference"
     assert loss == pytest.approx(expected_loss.item(), abs=1e-4)
     close(grads, {n: p.grad for n, p in policy.named_parameters()}, atol=1e-4)
     for pair, row in zip(pairs, expected_ratios, strict=True):
-        gradients(made, [pair])
-        found = [metric(made.trainer, "rewards/chosen")[-1] / BETA, metric(made.trainer, "rewards/rejected")[-1] / BETA]
-        assert found == pytest.approx(row.tolist(), abs=1e-4)
+        _, _, rewards = gradients(made, [pair])
+        assert [reward / BETA for reward in rewards] == pytest.approx(row.tolist(), abs=1e-4)
 
 
 def some_completions() -> list[Completion]:
@@ -271,13 +291,13 @@ def test_a_dropped_decision_trains_as_if_the_pair_were_never_there(
 def test_a_pair_of_an_earlier_step_leaves_no_gradient_behind(
     kind: str, model_path: str, settings: config.Learner
 ) -> None:
-    made = learner(kind, model_path, settings)
+    made = learner(kind, model_path, settings, max_grad_norm=1e6)
     disturb(made)
     some, another = make_preferences(3), make_preferences(1, seed=9)
-    loss, grads = gradients(made, some)
+    loss, grads, _ = gradients(made, some)
     gradients(made, another)
-    again, grads_again = gradients(made, some)
-    _, grads_with = gradients(made, some + another)
+    again, grads_again, _ = gradients(made, some)
+    _, grads_with, _ = gradients(made, some + another)
     assert loss == again
     close(grads, grads_again)
     assert any(not torch.allclose(grads[n], grads_with[n]) for n in grads)
@@ -287,17 +307,17 @@ def test_a_pair_of_an_earlier_step_leaves_no_gradient_behind(
 def test_two_iterations_of_one_step_are_one_trainer_of_two(
     kind: str, model_path: str, settings: config.Learner
 ) -> None:
-    first, second = make_preferences(4, seed=1), make_preferences(4, seed=2)
+    pairs = {p.pair_id: p for p in make_preferences(8)}
     two, one = (learner(kind, model_path, settings) for _ in range(2))
-    steps = [*two.update(first, 0), *two.update(second, 1)]
+    steps = list(one.update(list(pairs.values()), 0))
+    again = [
+        step
+        for k, taken in enumerate(steps)
+        for step in two.update(in_the_order([pairs[i] for i in taken.row_ids], k), k)
+    ]
 
-    rows = {p.pair_id: one.row(p) for p in first + second}
-    for pairs in (first, second):
-        one._score_references([[rows[p.pair_id] for p in pairs]])
-    for step in steps:
-        one._step([rows[i] for i in step.row_ids], 0)
-
-    assert [s.step for s in steps] == [1, 2]
+    assert [s.step for s in steps] == [s.step for s in again] == [1, 2]
+    assert [s.row_ids for s in steps] == [s.row_ids for s in again]
     close(weights(two), weights(one))
     for a, b in zip(moments(two), moments(one), strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
@@ -321,7 +341,14 @@ def test_two_iterations_of_one_step_are_trls_own_training(
     made = learner("dpo", model_path, settings)
     steps = [*made.update(pairs[:4], 0), *made.update(pairs[4:], 1)]
     order = {pair_id: i for i, pair_id in enumerate(i for s in steps for i in s.row_ids)}
-    rows = [made.row(p) for p in sorted(pairs, key=lambda p: order[p.pair_id])]
+    rows = [
+        {
+            "prompt_ids": list(p.prompt_token_ids),
+            "chosen_ids": list(p.chosen_token_ids),
+            "rejected_ids": list(p.rejected_token_ids),
+        }
+        for p in sorted(pairs, key=lambda p: order[p.pair_id])
+    ]
     trl = Given(
         model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attention_dropout=0.0),
         ref_model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
@@ -464,7 +491,7 @@ def test_parts_of_a_step_add_up_to_the_step(kind: str, model_path: str, settings
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_off_completion_gets_no_end_token(kind: str, model_path: str, settings: config.Learner) -> None:
     """Without the end token's gradient, the loss must change when one is added."""
-    made = learner(kind, model_path, settings)
+    made = learner(kind, model_path, settings, max_grad_norm=1e6)
     disturb(made)
     pair = make_preferences(1)[0]
     assert pair.chosen_token_ids[-1] != 2

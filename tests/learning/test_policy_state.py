@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rlaif import config, models
 from rlaif.errors import UserError
@@ -116,6 +116,18 @@ def test_what_a_model_keeps_in_fp32_stays(tmp_path: Path) -> None:
     kept = in_precision(state, "bf16", 0, kept_in_fp32(model))
     assert kept["w"].dtype == torch.bfloat16
     assert torch.equal(kept["router.e_score_correction_bias"], torch.tensor([5.0001]))
+
+
+def test_what_stays_in_fp32_is_what_a_reader_keeps_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 `from_pretrained` keeps what its class strictly wants in fp32, by parts of names, dots included, and
+    nothing else: anything more in the export would be rounded to the nearest by whoever reads it."""
+    path = make_model("llama", tmp_path / "base")
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["input_layernorm", "norm"])
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["gate_proj.weight", "1.self_attn.o_"])
+    read = LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    wanted = {name for name, p in read.named_parameters() if p.dtype == torch.float32}
+    assert len(wanted) == 3
+    assert kept_in_fp32(read) - {name for name, _ in read.named_buffers()} == wanted
 
 
 def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.filters import certainty
-from rlaif.records import Completion, Decision, Pair
+from rlaif.records import Completion, Decision, Pair, Plan
 from rlaif.review import queue as queue_module
 from rlaif.review.labels import labels_path, read_labels
 from rlaif.review.queue import Question, Queue, sent_to_review
-from rlaif.rundir.store import RunDir
+from rlaif.rundir.store import RunDir, StageDir
 from tests.review.runs import give, review_job, reviewed
 
 
@@ -64,22 +65,32 @@ def test_waiting_is_what_counts_say(run: RunDir) -> None:
         assert queue.waiting() == queue.counts().waiting == len(sent(run)) - n
 
 
-def test_requests_on_many_threads_read_a_growing_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    queue, ids = Queue(run), [d.pair_id for d in sent(run)]
-    queue.counts()
-    looked = queue_module.sent_to_review(run.iteration(0))
-    more = itertools.count(1000)
+class Growing(RunDir):
+    """A run with one iteration more at every look; each is the first one over again, without its decisions' pairs."""
 
-    class Growing(dict[int, list[Decision]]):
-        """Another request finds a new iteration whenever this one has looked at one."""
+    grown = 0
 
-        def items(self):  # type: ignore[no-untyped-def]
-            for item in super().items():
-                yield item
-                self[next(more)] = looked
+    def iterations(self) -> list[int]:
+        self.grown += 1
+        return [*super().iterations(), *range(1000, 1000 + self.grown)]
 
-    queue._sent = Growing(queue._sent)
-    assert queue.question(ids[-1], "ann").pair_id == ids[-1]
+    def iteration(self, k: int) -> StageDir:
+        return super().iteration(k if k < 1000 else 0)
+
+    def plan(self, k: int) -> Plan:
+        return super().plan(k if k < 1000 else 0)
+
+
+def test_requests_on_many_threads_read_a_growing_run(run: RunDir) -> None:
+    queue, ids = Queue(Growing.open(run.path)), [d.pair_id for d in sent(run)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # another request finds a new iteration while this one looks at those that are known
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            asked = list(threads.map(lambda n: queue.question(ids[n % len(ids)], "ann").pair_id, range(160)))
+    finally:
+        sys.setswitchinterval(before)
+    assert asked == [ids[n % len(ids)] for n in range(160)]
 
 
 def test_held_out_pairs_are_never_asked_about(run: RunDir) -> None:
