@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkout(tmp_path_factory.mktemp("checkout"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: `make test` hands out files, and the last one must not be a long one."""
+    for item in items:
+        if item.get_closest_marker("nightly"):  # left out by `-m "not slow"` as well
+            item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -94,6 +100,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.sampling.conftest import make_model
 
     return make_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+def rlaif_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in this process, as a pipe would get it: a start of Python takes longer than most commands."""
+    from rlaif import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["rlaif", *arguments])
+        try:
+            cli.main()
+        except SystemExit as e:
+            code = e.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def make_project(root: Path, model: Path | str, **changes: Any) -> Path:

@@ -1,4 +1,4 @@
-"""`rlaif audit` as people and programs call it: in a process of its own, without torch and its kin."""
+"""`rlaif audit` as people and programs call it; each command also in a process of its own, without heavy libraries."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from benchmarks.audit_run import write_run
 from rlaif.rundir.store import RunDir
 from tests.audit.conftest import STORED
+from tests.conftest import rlaif_here
 from tests.test_layers import main, without_heavy
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -21,9 +22,7 @@ PAIR = "a75b1dfe68c748c8"
 
 
 def audit(*arguments: str, run: Path = STORED) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rlaif", "audit", str(run), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return rlaif_here("audit", str(run), *arguments)
 
 
 def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
