@@ -16,7 +16,7 @@ from rlaif.loop.deep_check import CheckedLoad, check_hand_over, compare
 from rlaif.loop.gaps import decoding_gap, to_score_again, weights_gap
 from rlaif.records import Completion, PolicyVersion
 from rlaif.workers.process import ProcessWorker
-from tests.architectures import ARCHITECTURES, MIXTURES, make_model
+from tests.architectures import ARCHITECTURES, MIXTURES, each, make_model
 from tests.conftest import project_job
 from tests.hand_over_makers import answers_of, sampler
 
@@ -38,12 +38,12 @@ def check(rows: list[Any], limit: float = 1e-3) -> None:
     assert rows[1].moved > 0.05, "so small a move would hide a load that does nothing"
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", each(ARCHITECTURES))
 def test_transformers(name: str, tmp_path: Path) -> None:
     check(rows_of(make_model(name, tmp_path / "model"), "transformers"))
 
 
-@pytest.mark.parametrize("name", [*MIXTURES, "llama-tied", "gpt2"])
+@pytest.mark.parametrize("name", each([*MIXTURES, "llama-tied", "gpt2"]))
 def test_transformers_with_adapters(name: str, tmp_path: Path) -> None:
     check(rows_of(make_model(name, tmp_path / "model"), "transformers", lora=True))
 
@@ -152,7 +152,7 @@ SETTINGS = (
 )
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", each(ARCHITECTURES))
 def test_answers_are_scored_as_they_were_decoded(name: str, maker: ProcessWorker, tmp_path: Path) -> None:
     """Whatever temperature and top-p: the raw log p is recorded."""
     gap = maker.call("decoded", name=name, folder=str(tmp_path), **SETTINGS[0])

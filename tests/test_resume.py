@@ -49,6 +49,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return root, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_kills_reach_every_stage(killed: tuple[Path, dict[str, Any]]) -> None:
     _, said = killed
     assert len(said["kills"]) == KILLS
@@ -56,6 +57,7 @@ def test_the_kills_reach_every_stage(killed: tuple[Path, dict[str, Any]]) -> Non
     assert {"iterations/votes", "iterations/policy", "learner/state", "evaluations/votes"} < set(said["stages"])
 
 
+@pytest.mark.slow
 def test_every_killed_run_was_killed_and_finished(killed: tuple[Path, dict[str, Any]]) -> None:
     _, said = killed
     for kill in said["kills"]:
@@ -63,6 +65,7 @@ def test_every_killed_run_was_killed_and_finished(killed: tuple[Path, dict[str, 
         assert kill["exits"][-1] == 0, kill
 
 
+@pytest.mark.slow
 def test_a_killed_run_decides_and_trains_as_an_unkilled_one(killed: tuple[Path, dict[str, Any]]) -> None:
     root, said = killed
     expected = outcome(root / "whole" / "run")
@@ -72,6 +75,7 @@ def test_a_killed_run_decides_and_trains_as_an_unkilled_one(killed: tuple[Path, 
         assert not list((root / kill["folder"] / "run").rglob("*.partial")), kill["label"]
 
 
+@pytest.mark.slow
 def test_no_ballot_with_a_durable_vote_is_cast_again(killed: tuple[Path, dict[str, Any]]) -> None:
     root, said = killed
     assert {k["label"]: k["again"] for k in said["kills"] if k["again"]} == {}
@@ -80,6 +84,7 @@ def test_no_ballot_with_a_durable_vote_is_cast_again(killed: tuple[Path, dict[st
     assert any(max(c.values()) > 1 for c in counts)
 
 
+@pytest.mark.slow
 def test_the_stub_run_has_what_resuming_can_get_wrong(killed: tuple[Path, dict[str, Any]]) -> None:
     root, _ = killed
     kinds = {e.kind for e in RunDir(root / "whole" / "run").events()}

@@ -42,6 +42,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "expected"), COMMANDS, ids=lambda c: c[0] if c and isinstance(c, tuple) else "")
 def test_commands_without_heavy_libraries(arguments: tuple[str, ...], expected: str) -> None:
     done = without_heavy(main("audit", str(STORED), *arguments))
@@ -97,6 +98,7 @@ def test_a_terminal_gets_a_rich_table_and_a_pipe_lines() -> None:
     assert not any("┃" in line or "│" in line for line in audit("show", PAIR).stdout.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "lines"), [(80, 24), (100, 30), (200, 60)])
 def test_the_overview_of_a_long_run_fits_the_screen(tmp_path: Path, columns: int, lines: int) -> None:
     write_run(tmp_path / "run", pairs=100, iterations=50)
@@ -114,6 +116,7 @@ LONG = "x" * 299 + "."
 CHINESE = "天地玄黄宇宙洪荒" * 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [LONG, CHINESE])
 @pytest.mark.parametrize("columns", [60, 100, None])
 def test_text_without_spaces_is_shown_whole(copy: RunDir, text: str, columns: int | None) -> None:
