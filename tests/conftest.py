@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from rlaif.config import Job, load_job
+from rlaif.hardware import gpu_names
 from tests.stubs import write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,10 +59,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process takes all files that start a vLLM engine, one after another: each wants the device to itself."""
+    """With a GPU, one process takes all files that start a vLLM engine, one after another: each wants it to itself."""
     from xdist.scheduler import LoadFileScheduling
 
-    engines = {p.name for p in Path(__file__).parent.rglob("test_*.py") if "pytest.mark.vllm" in p.read_text()}
+    found = Path(__file__).parent.rglob("test_*.py") if gpu_names() else ()
+    engines = {p.name for p in found if "pytest.mark.vllm" in p.read_text()}
 
     class OneEngine(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
