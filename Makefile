@@ -6,7 +6,7 @@ JOB ?= jobs/quickstart.yaml
 PORT ?= 8000
 export VENV
 
-.PHONY: help setup quickstart test lint format bench bench-judge bench-audit bench-derived gpu-check judge-server data-llmbar data-pandalm clean
+.PHONY: help setup quickstart test test-all lint format bench bench-judge bench-audit bench-derived gpu-check judge-server data-llmbar data-pandalm clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -21,8 +21,13 @@ $(STAMP): pyproject.toml scripts/setup.sh
 quickstart: $(STAMP) ## sets up, then runs jobs/quickstart.yaml (or JOB=...)
 	@$(BIN)/rlaif run $(JOB)
 
+PYTEST = $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
 test: $(STAMP) ## sets up, then runs the test suite (ARGS="-m 'not slow'" for the quick part, ARGS=-n0 in one process)
-	@$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-all: $(STAMP) ## the test suite with what is marked `nightly`
+	@$(PYTEST) -m "" $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

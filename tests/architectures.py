@@ -6,6 +6,7 @@ hidden size 64: small enough for a table of all of them, large enough to have op
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name → transformers' config class, and what it takes beside the common sizes; None takes a common one away."""
 
 MIXTURES = ("mixtral", "qwen3-moe", "olmoe")
+_QUICK = ("llama-tied", "gpt2", "mixtral")
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    """A test's parameters: those names. The quick part of the suite takes a few of them; a table is slow as a whole."""
+    import pytest
+
+    return [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in names]
 
 
 def make_model(name: str, folder: Path, seed: int = 0) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import yaml
 
 from rlaif.config import Job, load_job
+from rlaif.hardware import gpu_names
 from tests.stubs import write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,18 +47,23 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkout(tmp_path_factory.mktemp("checkout"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: `make test` hands out files, and the last one must not be a long one."""
+    for item in items:
+        if item.get_closest_marker("nightly"):  # left out by `-m "not slow"` as well
+            item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process takes all files that start a vLLM engine, one after another: each wants the device to itself."""
+    """With a GPU, one process takes all files that start a vLLM engine, one after another: each wants it to itself."""
     from xdist.scheduler import LoadFileScheduling
 
-    engines = {p.name for p in Path(__file__).parent.rglob("test_*.py") if "pytest.mark.vllm" in p.read_text()}
+    found = Path(__file__).parent.rglob("test_*.py") if gpu_names() else ()
+    engines = {p.name for p in found if "pytest.mark.vllm" in p.read_text()}
 
     class OneEngine(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
@@ -94,6 +102,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.sampling.conftest import make_model
 
     return make_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+def rlaif_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in this process, as a pipe would get it: a start of Python takes longer than most commands."""
+    from rlaif import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["rlaif", *arguments])
+        try:
+            cli.main()
+        except SystemExit as e:
+            code = e.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def make_project(root: Path, model: Path | str, **changes: Any) -> Path:

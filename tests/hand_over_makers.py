@@ -10,9 +10,9 @@ from rlaif.config import Learner, Lora, Precision, Sampling
 from rlaif.learning import make
 from rlaif.loop.deep_check import QUESTIONS, Trained, settings_for, train
 from rlaif.loop.gaps import decoding_gap, to_score_again
-from rlaif.records import DecodingGap, Message, PolicyVersion, Prompt, TokenSequence
+from rlaif.records import Completion, DecodingGap, Message, PolicyVersion, Prompt, TokenSequence
 from rlaif.workers.inline import InlineWorker
-from rlaif.workers.start import start_worker
+from rlaif.workers.worker import Worker
 from tests.architectures import make_model
 
 PROMPTS = [Prompt(id=str(i), messages=(Message(role="user", content="why? " * (i + 1)),)) for i in range(3)]
@@ -35,26 +35,21 @@ class Maker:
         texts = fixed_texts(Renderer(load_tokenizer(model)), list(QUESTIONS), SAMPLING["max_model_len"])
         return train(learner, texts, Path(folder))
 
-    def decoded(self, name: str, folder: str, engine: Any, **sampling: Any) -> DecodingGap:
-        """The gap of a real engine's answers against a real learner that holds the same weights. Here, too: vLLM gets a
-        process of its own."""
-        model = make_model(name, Path(folder) / "model")
-        settings = Sampling(engine=engine, precision="fp32", max_model_len=256, kv_cache_gib=0.05, **sampling)
-        learner = make(model_path=str(model), settings=Learner(precision="fp32"), seed=0)
-        kwargs = {"model_path": str(model), "settings": settings}
-        mode: Any = "process" if engine == "vllm" else "inline"
-        with start_worker(mode, "sampler", "rlaif.sampling.role:make", kwargs, Path(folder) / "log") as worker:
-            chunks = worker.stream(
-                "sample",
-                prompts=PROMPTS,
-                completions_per_prompt=4,
-                policy=PolicyVersion(iteration=0, digest="d"),
-                seed=0,
-                iteration=0,
-                prefix="0",
-            )
-            some = to_score_again([c for chunk in chunks for c in chunk], seed=0)
+    def model(self, name: str, folder: str) -> str:
+        """A model in `folder/model`, not trained."""
+        return str(make_model(name, Path(folder) / "model"))
+
+    def decoded(self, name: str, folder: str, **sampling: Any) -> DecodingGap:
+        """The gap of transformers' answers against a real learner that holds the same weights."""
+        model = self.model(name, folder)
+        with sampler("transformers", Path(model), **sampling) as engine:
+            return self.gap(model, answers_of(engine))
+
+    def gap(self, model: str, answers: list[Completion]) -> DecodingGap:
+        """The same for answers that were made elsewhere: vLLM gets a process of its own."""
+        some = to_score_again(answers, seed=0)
         texts = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in some]
+        learner = make(model_path=model, settings=Learner(precision="fp32"), seed=0)
         scored = learner.logprobs(texts)
         learner.close()
         return decoding_gap(some, scored)
@@ -62,8 +57,22 @@ class Maker:
 
 def sampler(engine: Any, model: Path, precision: Precision = "fp32", **more: Any) -> InlineWorker:
     """A sampler in this process."""
-    settings = Sampling(engine=engine, precision=precision, **SAMPLING, **more)
+    settings = Sampling(engine=engine, precision=precision, **SAMPLING | more)
     return InlineWorker("sampler", "rlaif.sampling.role:make", {"model_path": str(model), "settings": settings})
+
+
+def answers_of(engine: Worker) -> list[Completion]:
+    """Four answers to each of `PROMPTS`."""
+    chunks = engine.stream(
+        "sample",
+        prompts=PROMPTS,
+        completions_per_prompt=4,
+        policy=PolicyVersion(iteration=0, digest="d"),
+        seed=0,
+        iteration=0,
+        prefix="0",
+    )
+    return [c for chunk in chunks for c in chunk]
 
 
 if __name__ == "__main__":  # every architecture's policies into a folder, a line of JSON for each

@@ -213,6 +213,7 @@ def test_a_run_starts_from_an_adapter(tiny_model: Path, tmp_path: Path, in_this_
     assert len(in_this_process) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

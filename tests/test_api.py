@@ -111,6 +111,7 @@ def test_a_job_needs_a_name() -> None:
         rlaif.run(rlaif.parse_job({"constitution": "assistant"}, "here"))
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_a_judge_is_asked_in_one_call(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)

@@ -84,6 +84,7 @@ AT_WORK = {  # what only a command that does something needs
 TO_READ = {"rich", "rlaif.config", "rlaif.records", "rlaif.rundir.store", "yaml"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected", "needless"),
     [

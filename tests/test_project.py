@@ -267,6 +267,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 Installed = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.mark.slow
 def test_a_wheel_in_an_empty_folder_gets_to_the_plan(installed: Installed, tmp_path: Path) -> None:
     done = installed("rlaif", "init", ".", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -282,6 +283,7 @@ def test_a_wheel_in_an_empty_folder_gets_to_the_plan(installed: Installed, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_wheel_brings_all_that_commands_read(installed: Installed, tmp_path: Path) -> None:
     installed("rlaif", "init", ".", cwd=tmp_path)
     texts = json.loads(installed("rlaif", "constitution", "list", "--json", cwd=tmp_path).stdout)
@@ -296,6 +298,7 @@ def test_a_wheel_brings_all_that_commands_read(installed: Installed, tmp_path: P
     assert not [c["mend"] for c in said.values() if "make " in (c["mend"] or "")]
 
 
+@pytest.mark.slow
 def test_a_wheel_carries_every_file_of_the_package_once(installed: Installed, tmp_path: Path) -> None:
     code = "import importlib.metadata as m; print(*sorted(map(str, m.files('rlaif'))), sep='\\n')"
     held = set(installed("python", "-c", code, cwd=tmp_path).stdout.splitlines())

@@ -49,6 +49,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return root, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_kills_reach_every_stage(killed: tuple[Path, dict[str, Any]]) -> None:
     _, said = killed
     assert len(said["kills"]) == KILLS
@@ -56,6 +57,7 @@ def test_the_kills_reach_every_stage(killed: tuple[Path, dict[str, Any]]) -> Non
     assert {"iterations/votes", "iterations/policy", "learner/state", "evaluations/votes"} < set(said["stages"])
 
 
+@pytest.mark.slow
 def test_every_killed_run_was_killed_and_finished(killed: tuple[Path, dict[str, Any]]) -> None:
     _, said = killed
     for kill in said["kills"]:
@@ -63,6 +65,7 @@ def test_every_killed_run_was_killed_and_finished(killed: tuple[Path, dict[str, 
         assert kill["exits"][-1] == 0, kill
 
 
+@pytest.mark.slow
 def test_a_killed_run_decides_and_trains_as_an_unkilled_one(killed: tuple[Path, dict[str, Any]]) -> None:
     root, said = killed
     expected = outcome(root / "whole" / "run")
@@ -72,6 +75,7 @@ def test_a_killed_run_decides_and_trains_as_an_unkilled_one(killed: tuple[Path, 
         assert not list((root / kill["folder"] / "run").rglob("*.partial")), kill["label"]
 
 
+@pytest.mark.slow
 def test_no_ballot_with_a_durable_vote_is_cast_again(killed: tuple[Path, dict[str, Any]]) -> None:
     root, said = killed
     assert {k["label"]: k["again"] for k in said["kills"] if k["again"]} == {}
@@ -80,6 +84,7 @@ def test_no_ballot_with_a_durable_vote_is_cast_again(killed: tuple[Path, dict[st
     assert any(max(c.values()) > 1 for c in counts)
 
 
+@pytest.mark.slow
 def test_the_stub_run_has_what_resuming_can_get_wrong(killed: tuple[Path, dict[str, Any]]) -> None:
     root, _ = killed
     kinds = {e.kind for e in RunDir(root / "whole" / "run").events()}
@@ -351,7 +356,47 @@ def test_whole_lines_leave_a_torn_one_out(tmp_path: Path) -> None:
     assert whole_lines(tmp_path / "votes.jsonl.partial") == ['{"a": 1}\n', '{"a": 2}\n']
 
 
+# A loop that dies with its first durable step of iteration 1's update, and its workers with it.
+_KILLED = """
+import os, signal
+from rlaif.cli import main
+real = os.fsync
+def fsync(fd):
+    real(fd)
+    if os.readlink(f"/proc/self/fd/{fd}").endswith("iterations/0001/updates.jsonl.partial"):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = fsync
+main()
+"""
+
+
 @pytest.mark.slow
+def test_a_kill_on_small_workers_of_their_own(tiny_model: Path, tmp_path: Path) -> None:
+    """Three processes, killed in the middle of an update and started again, end where one process does that wasn't."""
+    pytest.importorskip("trl")
+    from rlaif.loop.launch import execute
+    from tests.conftest import project_job
+
+    job = project_job(tmp_path, tiny_model, iterations=2, schedule={0: "rules@1"}, eval={"every": 2, "prompts": 2})
+    whole = execute(job, tmp_path / "runs" / "whole", tmp_path, Quiet())
+    arguments = ("run", "tiny.yaml", "--name", "killed", "--set", "workers=process")
+    command = [sys.executable, "-c", _KILLED, *arguments]
+    died = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    killed = RunDir(tmp_path / "runs" / "killed")
+    assert whole_lines(killed.iteration(1).path / "updates.jsonl.partial")
+    votes = {v for p in killed.path.rglob("votes.jsonl") for v in whole_lines(p)}
+    done = rlaif(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for k in range(2):
+        for name, record in (("decisions", Decision), ("preferences", Preference)):
+            assert killed.iteration(k).read(name, record) == whole.iteration(k).read(name, record)
+    # The vote itself, with the time that it took: one that is cast again has another.
+    assert votes < {v for p in killed.path.rglob("votes.jsonl") for v in whole_lines(p)}
+    assert outcome(killed.path)["rows"].keys() == outcome(whole.path)["rows"].keys()
+
+
+@pytest.mark.nightly
 @pytest.mark.vllm
 @pytest.mark.model
 @pytest.mark.timeout(1800)

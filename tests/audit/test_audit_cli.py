@@ -1,4 +1,4 @@
-"""`rlaif audit` as people and programs call it: in a process of its own, without torch and its kin."""
+"""`rlaif audit` as people and programs call it; each command also in a process of its own, without heavy libraries."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from benchmarks.audit_run import write_run
 from rlaif.rundir.store import RunDir
 from tests.audit.conftest import STORED
+from tests.conftest import rlaif_here
 from tests.test_layers import main, without_heavy
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -21,9 +22,7 @@ PAIR = "a75b1dfe68c748c8"
 
 
 def audit(*arguments: str, run: Path = STORED) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rlaif", "audit", str(run), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return rlaif_here("audit", str(run), *arguments)
 
 
 def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -43,6 +42,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "expected"), COMMANDS, ids=lambda c: c[0] if c and isinstance(c, tuple) else "")
 def test_commands_without_heavy_libraries(arguments: tuple[str, ...], expected: str) -> None:
     done = without_heavy(main("audit", str(STORED), *arguments))
@@ -98,6 +98,7 @@ def test_a_terminal_gets_a_rich_table_and_a_pipe_lines() -> None:
     assert not any("┃" in line or "│" in line for line in audit("show", PAIR).stdout.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "lines"), [(80, 24), (100, 30), (200, 60)])
 def test_the_overview_of_a_long_run_fits_the_screen(tmp_path: Path, columns: int, lines: int) -> None:
     write_run(tmp_path / "run", pairs=100, iterations=50)
@@ -115,6 +116,7 @@ LONG = "x" * 299 + "."
 CHINESE = "天地玄黄宇宙洪荒" * 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [LONG, CHINESE])
 @pytest.mark.parametrize("columns", [60, 100, None])
 def test_text_without_spaces_is_shown_whole(copy: RunDir, text: str, columns: int | None) -> None:

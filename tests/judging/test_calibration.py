@@ -224,6 +224,7 @@ MARGINS = (np.arange(500) + 0.5) / 500
 OF_MARGIN = [Verdict(pair_id="p", outcome="first", p_first=0.5 + m / 2, agreement=1.0, valid_votes=2) for m in MARGINS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [100, 200])
 def test_a_fitted_map_keeps_the_promise(n):
     rng = np.random.default_rng(n)

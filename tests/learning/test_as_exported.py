@@ -17,6 +17,7 @@ from rlaif.learning.as_exported import AsExported
 from rlaif.learning.peft_compat import adapted, plain, product
 from rlaif.learning.rounding import round_stochastically
 from rlaif.workers.weights import WeightsRef
+from tests.architectures import each
 from tests.architectures import make_model as make_architecture
 from tests.learning.conftest import make_preferences
 
@@ -38,6 +39,7 @@ def learner(path: str, precision: config.Precision, kind: str = "dpo", **changes
     return make_learner(kind, path, settings, seed=7, export_precision="bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reference", ["base", "previous"])
 @pytest.mark.parametrize(("rate", "lora"), [(3e-6, None), (5e-5, LORA)], ids=["full", "lora"])
@@ -75,6 +77,7 @@ def test_the_margin_is_the_whole_moves(
         *[(name, True) for name in ("llama", "gpt2", "gemma3", "qwen3-moe")],
     ],
 )
+@pytest.mark.slow
 def test_inside_are_the_weights_of_the_export(name: str, lora: bool, tmp_path: Path) -> None:
     """To the bit, whether the base lies on the grid or not; outside again are the masters."""
     path = str(make_architecture(name, tmp_path / "base"))
@@ -96,7 +99,7 @@ def test_inside_are_the_weights_of_the_export(name: str, lora: bool, tmp_path: P
         assert any(not torch.equal(inside[n], masters[m]) for m in masters if (n := plain(m)) in inside)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "qwen3-moe", "olmoe"])
+@pytest.mark.parametrize("name", each(["llama", "gpt2", "mixtral", "qwen3-moe", "olmoe"]))
 def test_a_loras_gradients_are_those_through_the_merged_weights(name: str, tmp_path: Path) -> None:
     """By plain autograd: the untrained model with W + sBA in the place of W, rounded, the rounding without gradient."""
     from peft import LoraConfig, get_peft_model

@@ -17,7 +17,7 @@ from rlaif.learning import make_learner
 from rlaif.learning.policy_state import in_precision, kept_in_fp32, merged
 from rlaif.learning.rounding import round_stochastically
 from rlaif.records import Preference, TokenSequence
-from tests.architectures import ARCHITECTURES, END, MIXTURES, VOCABULARY, make_model
+from tests.architectures import ARCHITECTURES, END, MIXTURES, VOCABULARY, each, make_model
 
 
 def make_preferences(count: int, vocabulary: int = VOCABULARY) -> list[Preference]:
@@ -62,7 +62,7 @@ def trained(path: Path, lora: config.Lora | None = None, **changes: Any) -> Any:
     return made
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", each(ARCHITECTURES))
 def test_full_weights_arrive(name: str, tmp_path: Path) -> None:
     made = trained(make_model(name, tmp_path / "base"))
     made.save(tmp_path / "state", tmp_path / "policy")
@@ -71,7 +71,7 @@ def test_full_weights_arrive(name: str, tmp_path: Path) -> None:
     assert (scored(tmp_path / "base") - master).abs().mean() > 0.1, "it has moved"
 
 
-@pytest.mark.parametrize("name", [*MIXTURES, "llama-tied", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", each([*MIXTURES, "llama-tied", "gpt2", "phi3"]))
 def test_adapters_arrive_merged(name: str, tmp_path: Path) -> None:
     made = trained(make_model(name, tmp_path / "base"), config.Lora(r=4, alpha=8))
     made.save(tmp_path / "state", tmp_path / "policy")
@@ -152,7 +152,7 @@ def test_rounding_follows_the_weight_not_the_step(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("rate", [1e-6, 3e-5])
+@pytest.mark.parametrize("rate", [1e-6, pytest.param(3e-5, marks=pytest.mark.nightly)])
 def test_the_move_arrives_at_realistic_rates(rate: float, tmp_path: Path) -> None:
     """The share of the master's move in all logits that arrives, and what is left beside its direction."""
     path = models.resolve("embedded:smollm2-135m-instruct")

@@ -25,6 +25,8 @@ from tests.test_cli import rlaif  # noqa: F401  a fixture
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE_S = 120.0
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:

@@ -1,4 +1,4 @@
-"""The real engine, in a worker, on a tiny random model: one engine for all tests here."""
+"""The real engine, in a worker, on a tiny random model: one engine for most tests here, one process for all."""
 
 from __future__ import annotations
 
@@ -49,13 +49,22 @@ def run(worker: ProcessWorker, requests: list[SampleRequest]) -> dict[str, Sampl
 
 @pytest.fixture(scope="module")
 def worker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessWorker]:
-    settings = config.Sampling(max_tokens=24, max_model_len=64, kv_cache_gib=0.05)
     log = tmp_path_factory.mktemp("logs") / "sampler.log"
-    with ProcessWorker(
-        "sampler", "rlaif.sampling.vllm:Sampler", {"model_path": str(tiny), "settings": settings}, log
-    ) as w:
-        w.ready()
+    with ProcessWorker("sampler", "tests.sampling.engines:Engines", {}, log) as w:
+        start(w, tiny)
         yield w
+
+
+@pytest.fixture
+def bare(worker: ProcessWorker, tiny: Path) -> Iterator[ProcessWorker]:
+    """The same process, for an engine of one's own; the others' is started again afterwards."""
+    yield worker
+    start(worker, tiny)
+
+
+def start(worker: ProcessWorker, model: Path, **changes: Any) -> None:
+    settings = config.Sampling(**{"max_tokens": 24, "max_model_len": 64, "kv_cache_gib": 0.05} | changes)
+    worker.call("start", model_path=str(model), settings=settings)
 
 
 def test_answers_are_complete_and_repeat(worker: ProcessWorker) -> None:
@@ -123,7 +132,7 @@ def test_nothing_of_vllms_output_is_seen(worker: ProcessWorker, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
-def test_stops_are_those_of_the_other_engine(tiny: Path, tmp_path: Path) -> None:
+def test_stops_are_those_of_the_other_engine(bare: ProcessWorker, tiny: Path, tmp_path: Path) -> None:
     """Strings of one and of two tokens, a token id, the tokenizer's end token that the model's own list lacks."""
     from rlaif.sampling.transformers import Sampler
 
@@ -143,10 +152,8 @@ def test_stops_are_those_of_the_other_engine(tiny: Path, tmp_path: Path) -> None
     settings = config.Sampling(max_tokens=24, max_model_len=64, kv_cache_gib=0.05, precision="fp32", stop=stop)
     other = Sampler(str(folder), settings)
     wanted = run_inline(other, requests)
-    with ProcessWorker(
-        "sampler", "rlaif.sampling.vllm:Sampler", {"model_path": str(folder), "settings": settings}, tmp_path / "log"
-    ) as worker:
-        found = run(worker, requests)
+    bare.call("start", model_path=str(folder), settings=settings)
+    found = run(bare, requests)
     endings = Endings(str(folder), load_tokenizer(folder), settings)
     assert endings.token_ids == {END, 60, stop[-1]}
     by_string = 0
@@ -169,9 +176,9 @@ def run_inline(sampler: Any, requests: list[SampleRequest]) -> dict[str, Sample]
     return {s.id: s for batch in sampler.sample(requests) for s in batch}
 
 
-def test_prompts_that_fill_more_than_one_step(tiny: Path, tmp_path: Path) -> None:
+def test_prompts_that_fill_more_than_one_step(bare: ProcessWorker, tiny: Path) -> None:
     """More tokens than vLLM reads in a step: a request that is cut in two can't rewind its seed on the CPU."""
-    settings = config.Sampling(max_tokens=4, max_model_len=256, kv_cache_gib=0.2)
+    start(bare, tiny, max_tokens=4, max_model_len=256, kv_cache_gib=0.2)
     requests = [
         SampleRequest(
             id=f"r{i}",
@@ -183,6 +190,4 @@ def test_prompts_that_fill_more_than_one_step(tiny: Path, tmp_path: Path) -> Non
         )
         for i in range(96)
     ]
-    kwargs = {"model_path": str(tiny), "settings": settings}
-    with ProcessWorker("sampler", "rlaif.sampling.vllm:Sampler", kwargs, tmp_path / "log") as worker:
-        assert len(run(worker, requests)) == 96
+    assert len(run(bare, requests)) == 96

@@ -20,6 +20,8 @@ from tests.view.runs import HOSTILE, make_run, reviewed_job
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+pytestmark = pytest.mark.slow
+
 
 def wide(page: Page) -> int:
     """By how many pixels the page is wider than the window."""
