@@ -620,7 +620,7 @@ def test_what_a_tracker_writes_outlives_the_learner(
         ({"loss_type": "nonsense"}, "nonsense"),
         ({"kind": "online_dpo", "loss_type": "hinge"}, "learner.kind=dpo"),
         ({"kind": "online_dpo", "args": {"missing_eos_penalty": 1.0}}, "flip verdicts"),
-        ({"kind": "ppo"}, "`dpo` and `online_dpo`"),
+        ({"kind": "ppo"}, "there are `dpo`, `online_dpo`"),
     ],
 )
 def test_a_users_mistake_is_named(
