@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlaif import transformers_compat
-from rlaif.config import Judge
+from rlaif.config import LikelihoodSettings
 from rlaif.constitutions.constitution import Constitution, Voice
 from rlaif.errors import UserError
 from rlaif.hardware import torch_dtype
@@ -60,7 +60,7 @@ _ALLOWED_ERROR = 0.5
 """Nats a token, on average: far more than bf16's rounding, far less than a wrong mask or a lost scale."""
 
 
-def make(model_path: str, settings: Judge) -> LikelihoodJudge:
+def make(model_path: str, settings: LikelihoodSettings) -> LikelihoodJudge:
     """Factory for a worker process."""
     return LikelihoodJudge(model_path, settings)
 
@@ -102,7 +102,7 @@ class LikelihoodJudge:
     A vote's p(first) is sigmoid((score(first) - score(second)) / `settings.score_temperature`).
     """
 
-    def __init__(self, model_path: str, settings: Judge, name: str | None = None):
+    def __init__(self, model_path: str, settings: LikelihoodSettings, name: str | None = None):
         """Loads a local model folder on the GPU or the CPU. `name` is recorded in votes.
 
         Raises:
@@ -124,13 +124,13 @@ class LikelihoodJudge:
         self._setup(model.to(device), tokenizer, settings, name or Path(model_path).name)
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, settings: Judge, name: str = "given") -> LikelihoodJudge:
+    def of(cls, model: Any, tokenizer: Any, settings: LikelihoodSettings, name: str = "given") -> LikelihoodJudge:
         """A judge of a model and tokenizer that are already loaded (tests, notebooks)."""
         judge = cls.__new__(cls)
         judge._setup(model, tokenizer, settings, name)
         return judge
 
-    def _setup(self, model: Any, tokenizer: Any, settings: Judge, name: str) -> None:
+    def _setup(self, model: Any, tokenizer: Any, settings: LikelihoodSettings, name: str) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(f"judge.model {name}: its tokenizer has no chat template; take an instruction-tuned model")
         self.model = model.eval().requires_grad_(False)
