@@ -180,6 +180,7 @@ class OwnSampling(Sampling):
     model_config = ConfigDict(extra="allow")
 
     engine: CodeName  # type: ignore[assignment]
+    """The class, as `module:Class`."""
 
 
 class Pairing(Section):
@@ -306,6 +307,7 @@ class LikelihoodSettings(Judge):
     """A frozen model in a worker compares how likely an answer is under `prefer` and under `avoid`."""
 
     kind: Literal["likelihood"] = "likelihood"
+    """A frozen model in a worker."""
     model: str = "embedded:smollm2-135m-instruct"
     """The frozen model that judges: a hub id, a local folder, or `embedded:smollm2-135m-instruct`."""
     chat_template_args: dict[str, Any] = Field(default_factory=dict)
@@ -353,6 +355,7 @@ class ChatSettings(Judge, Juror):
     """Any OpenAI-compatible server answers a question rendered from a template."""
 
     kind: Literal["chat"] = "chat"
+    """A server."""
     model: str
     """The name that the server knows."""
     templates: list[str] = Field(default_factory=list)
@@ -456,6 +459,7 @@ class OwnJudge(Judge):
     model_config = ConfigDict(extra="allow")
 
     kind: CodeName
+    """The class, as `module:Class`."""
     model: str = ""
     """For the class to read, and what tables call the judge; the class's name when absent."""
 
@@ -640,6 +644,7 @@ class OwnLearner(Learner):
     model_config = ConfigDict(extra="allow")
 
     kind: CodeName  # type: ignore[assignment]
+    """The class, as `module:Class`."""
 
 
 class Replay(Section):
@@ -761,6 +766,7 @@ class Job(Section):
     eval: Eval = Eval()
     monitors: Adjustable[Monitors] = Monitors()
     placement: Adjustable[dict[PlacedRole, Place]] = Field(default_factory=dict)
+    """By role, where it runs."""
     workers: Adjustable[WorkerKind] = "process"
     """Sampler, judge and learner each in a process of its own, or (tests) in the loop's; `placement` says it of one."""
 

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from rlaif import own_code
-from rlaif.audit.replay import replay, settings_of
+from rlaif.audit.replay import replay
+from rlaif.audit.replay_settings import settings_of
 from rlaif.config import Job, load_job
 from rlaif.errors import UserError
 from rlaif.loop.cost import estimate
@@ -128,7 +129,10 @@ for words in (["status", "RUN"], ["audit", "RUN"], ["audit", "RUN", "verify"], [
         assert e.code in (None, 0), (words, e.code)
 from rlaif.view.app import make_app
 from starlette.testclient import TestClient
-client = TestClient(make_app(Path({str(run.path)!r})), base_url="http://127.0.0.1")
+from rlaif.audit.index import Index
+from rlaif.rundir.store import RunDir
+run = RunDir.open(Path({str(run.path)!r}))
+client = TestClient(make_app(run, Index.open(run)), base_url="http://127.0.0.1")
 for address in ("/", "/pairs", "/pairs?reason=rules:sure"):
     assert client.get(address).status_code == 200, address
 assert "shorter" not in sys.modules and "rules" not in sys.modules

@@ -43,7 +43,7 @@ def rule_lines(
     """
     verdict = decision.verdict
     lines = [_line("identical", _same(first, second), "two different texts", decision)]
-    names = [*rules.VALIDITY] if calibration else [*rules.RULES]
+    names: list[Reason] = [*rules.VALIDITY] if calibration else [*rules.RULES]
     # A rule that spoke, by a run whose calibration isn't here any more, is still shown.
     names += [r for r in decision.reasons if r not in names and r not in ("identical", "uncalibrated")]
     for name in names:

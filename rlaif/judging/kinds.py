@@ -8,7 +8,7 @@ a change here: docs/extend.md.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -47,8 +47,10 @@ _SCORES_ARE_ROUNDED = 1.1e-4
 class Casts(Protocol):
     """A judge that is open."""
 
-    def cast(self, ballots: Any, pairs: Any, candidates: Any, constitution: Constitution, **more: Any) -> Any:
-        """Votes on ballots, in chunks."""
+    @property
+    def cast(self) -> Callable[..., Iterator[list[Vote]]]:
+        """Votes on ballots about pairs of candidates under a constitution, in chunks; with what `cast_with` says."""
+        ...
 
 
 class JudgeKind(Generic[S]):
