@@ -31,6 +31,7 @@ from rlaif.constitutions.constitution import Constitution, Principle, list_const
 from rlaif.constitutions.derived import WORDINGS, Sides, Use, Wordings
 from rlaif.data.labelled import Labelled, read_labelled
 from rlaif.errors import UserError
+from rlaif.judging.kinds import kind_of
 from rlaif.judging.opened import Ask, open_with_ballots
 from rlaif.trust.attacks import evenly
 from rlaif.trust.bench import Slice, cast_votes, decide_rows, slices
@@ -225,7 +226,7 @@ def main() -> None:
 
 def _measured(options: argparse.Namespace, wanted: Sequence[str]) -> list[dict[str, Any]]:
     job = job_of(options.job, options.overrides)
-    if job.judge.kind != "likelihood":
+    if not kind_of(job.judge).derives:
         raise UserError(f"judge.kind {job.judge.kind}: only the likelihood judge has contrasts")
     labelled = read_labelled([LABELLED], split=options.split).rows
     if options.rows:

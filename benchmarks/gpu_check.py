@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlaif.config import Judge, Learner
+from rlaif.config import Learner, LikelihoodSettings
 from rlaif.hardware import facts, gpu_names
 from rlaif.judging.candidates import Candidate
 from rlaif.records import Message, Preference, TokenSequence
@@ -67,7 +67,7 @@ def numbers(folder: Path) -> dict[str, list[float]]:
             again.load(WeightsRef(digest=made.digest, path=Path(scratch, "state")))
             out[f"{kind} after"] = [v for row in again.logprobs(texts) for v in row]
             out[f"{kind} goes on"] = [step.loss for step in again.update(pairs, 1)]
-    judge = LikelihoodJudge(str(folder), Judge(precision="fp32"))
+    judge = LikelihoodJudge(str(folder), LikelihoodSettings(precision="fp32"))
     answers = [
         Candidate(
             completion_id=str(i), prompt_id=str(i), messages=(Message(role="user", content=f"Question {i}?"),),

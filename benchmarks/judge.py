@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from rlaif.config import Judge
+from rlaif.config import ChatSettings
 from rlaif.constitutions.constitution import load_constitution
 from rlaif.constitutions.templates import load_template
 from rlaif.judging.ballots import make_chat_ballots
@@ -144,7 +144,7 @@ class Work:
             for side in "ab"
         ]  # fmt: skip
 
-    def ballots(self, settings: Judge, n: int) -> Iterator[Ballot]:
+    def ballots(self, settings: ChatSettings, n: int) -> Iterator[Ballot]:
         """The first `n` ballots on the pairs, which come again when they are used up."""
         pairs = itertools.cycle(self.pairs)
         return itertools.islice(make_chat_ballots(pairs, self.constitution, settings.jurors, [self.template]), n)
@@ -164,7 +164,7 @@ def throughput(ballots: int) -> dict[str, float]:
     server.start()
     try:
         with tempfile.TemporaryDirectory() as cache:
-            settings = Judge(
+            settings = ChatSettings(
                 kind="chat", model="m", base_url=f"http://127.0.0.1:{here.recv()}/v1", api_key_env=None,
                 concurrency=CONCURRENCY, cache=cache,
             )  # fmt: skip
@@ -185,7 +185,7 @@ def throughput(ballots: int) -> dict[str, float]:
 def memory(sizes: list[int]) -> list[dict[str, float]]:
     """Peak memory of this process after each number of ballots, from the smallest."""
     work = Work(100)
-    settings = Judge(kind="chat", model="m", base_url="http://127.0.0.1:1/v1", api_key_env=None, cache=None)
+    settings = ChatSettings(kind="chat", model="m", base_url="http://127.0.0.1:1/v1", api_key_env=None, cache=None)
     out = []
     for size in sorted(sizes):
         started = time.perf_counter()

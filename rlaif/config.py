@@ -6,22 +6,26 @@ is generated from them.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import difflib
 import types
 import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StrictInt,
     StrictStr,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -43,6 +47,10 @@ class MayChange:
 
 
 Adjustable = Annotated[_T, MayChange()]
+
+
+CodeName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+"""`module:Class` or `module:function`: code of the user's own (extend.md)."""
 
 
 class Section(BaseModel):
@@ -121,7 +129,8 @@ class Sampling(Section):
     """How the policy answers."""
 
     engine: Literal["vllm", "transformers"] = "vllm"
-    """`vllm`, or `transformers` where vLLM isn't installed."""
+    """`vllm`, or `transformers` where vLLM isn't installed; or `module:Class`, a class of yours
+    ([extend.md](extend.md)), whose own settings stand beside these."""
     completions_per_prompt: int = Field(4, ge=2)
     """Completions sampled for each prompt."""
     max_tokens: int = Field(64, ge=1)
@@ -162,6 +171,16 @@ class Sampling(Section):
                 f"max_tokens={self.max_tokens}; give a larger max_model_len or a smaller max_tokens"
             )
         return self
+
+
+class OwnSampling(Sampling):
+    """Sampling by a class of the user's own. Its `Settings` are a subclass of this one; until they are checked, keys
+    that they add are kept as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    engine: CodeName  # type: ignore[assignment]
+    """The class, as `module:Class`."""
 
 
 class Pairing(Section):
@@ -245,72 +264,139 @@ class Price(Section):
     """A million prompt tokens that the server had cached; `prompt` when absent."""
 
 
-class Judge(Juror):
-    """Who compares: `likelihood` (a frozen model in a worker) or `chat` (a server)."""
+class Judge(Section):
+    """Who compares. What all kinds of judge share; each has settings of its own, and refuses those of another."""
 
-    kind: Literal["likelihood", "chat"] = "likelihood"
-    """`likelihood`: a frozen model compares how likely an answer is under `prefer` and under `avoid`. `chat`: any
-    OpenAI-compatible server answers a question rendered from a template."""
-    model: str = "embedded:smollm2-135m-instruct"
-    """likelihood: the frozen model that judges. chat: the name that the server knows."""
+    kind: str
+    """`likelihood` (a frozen model in a worker), `chat` (a server), or `module:Class`, a class of yours
+    ([extend.md](extend.md)) with settings of its own. `likelihood` when absent."""
+    model: str
+    """What judges, as its kind says."""
     precision: Adjustable[Precision] = "auto"
-    """likelihood: what the frozen model computes in; `auto` as in `sampling.precision`."""
+    """What frozen models compute in: a likelihood judge, and, whoever judges, who measures how sane answers are. `auto`
+    as in `sampling.precision`."""
+
+    asked_as: ClassVar[tuple[str, ...]] = ()
+    """Settings that change what it is asked, or how it answers, and that ballots name by a digest alone."""
+
+    @property
+    def cut_off_counts(self) -> bool:
+        """Whether it matters to this judge that an answer was cut off, and not only how it reads."""
+        return False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_runs(cls, tree: Any) -> Any:
+        """Older runs have the keys of all kinds in run.json, and `votes`, which no run could use: those at their
+        defaults said nothing."""
+        if not isinstance(tree, dict):
+            return tree
+        silent = {"votes": None} | _foreign(cls) if cls in JUDGES.values() else {}
+        return {k: v for k, v in tree.items() if k not in silent or v != silent[k]}
+
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """A job with what follows from a judge of this kind where the job doesn't say it. `tree` isn't checked yet."""
+        return tree
+
+    def check_in(self, job: Job) -> None:
+        """Raises a ValueError where the rest of the job doesn't fit this judge."""
+
+
+class LikelihoodSettings(Judge):
+    """A frozen model in a worker compares how likely an answer is under `prefer` and under `avoid`."""
+
+    kind: Literal["likelihood"] = "likelihood"
+    """A frozen model in a worker."""
+    model: str = "embedded:smollm2-135m-instruct"
+    """The frozen model that judges: a hub id, a local folder, or `embedded:smollm2-135m-instruct`."""
     chat_template_args: dict[str, Any] = Field(default_factory=dict)
-    """likelihood: given to its chat template; the policy's when absent and both are one model. A server gets them by
-    `extra_body` (`{chat_template_kwargs: {...}}`)."""
+    """Given to its chat template; the policy's when absent and both are one model."""
     batch_tokens: Adjustable[int] = Field(1024, ge=64)
-    """likelihood: tokens of one forward pass."""
+    """Tokens of one forward pass."""
     score_temperature: float = Field(4.0, gt=0)
-    """likelihood: p(first) = sigmoid(score difference / this). In nats; larger is less sure."""
+    """p(first) = sigmoid(score difference / this). In nats; larger is less sure."""
     missing_eos_penalty: float = Field(20.0, ge=0)
-    """likelihood: taken from the score of a completion that the length limit cut off, in nats; as in TRL, for half an
-    answer."""
+    """Taken from the score of a completion that the length limit cut off, in nats; as in TRL, for half an answer."""
     relevance_tolerance: float = Field(0.3, ge=0)
-    """likelihood: the guard votes against a side that is less relevant than the other by more than this (nat a
-    token)."""
+    """The guard votes against a side that is less relevant than the other by more than this (nat a token)."""
     fluency_tolerance: float = Field(0.5, ge=0)
-    """likelihood: the guard votes against a side that the frozen base finds less likely by more than this (nat a
-    token)."""
+    """The guard votes against a side that the frozen base finds less likely by more than this (nat a token)."""
+    cache: Adjustable[str | None] = "~/.cache/rlaif/replies"
+    """Folder of stored likelihoods (`rlaif judge`, `rlaif constitution diff --run`); null for none."""
+
+    asked_as: ClassVar[tuple[str, ...]] = ("missing_eos_penalty", "chat_template_args")
+
+    @property
+    def cut_off_counts(self) -> bool:
+        """It takes the penalty from such an answer's score."""
+        return self.missing_eos_penalty > 0
+
+    _template_args = field_validator("chat_template_args")(_no_reserved_template_args)
+
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """A judge that is the policy's own model reads answers as the policy was asked for them."""
+        judge, policy = tree.get("judge") or {}, tree.get("policy")
+        if not isinstance(judge, dict) or not isinstance(policy, dict):
+            return tree
+        if not policy.get("chat_template_args") or "chat_template_args" in judge:
+            return tree
+        asked = policy.get("model", Policy.model_fields["model"].default)
+        if judge.get("model", cls.model_fields["model"].default) != asked:
+            return tree
+        return tree | {"judge": judge | {"chat_template_args": policy["chat_template_args"]}}
+
+
+_NO_SERVERS_NAME = "judge.model: a chat judge needs the name that its server knows, for example gpt-4.1-mini"
+
+
+class ChatSettings(Judge, Juror):
+    """Any OpenAI-compatible server answers a question rendered from a template."""
+
+    kind: Literal["chat"] = "chat"
+    """A server."""
+    model: str
+    """The name that the server knows."""
     templates: list[str] = Field(default_factory=list)
-    """chat: judge templates (`prompts/judge/<name>.jinja`), each a voice; the constitution's own when empty."""
+    """Judge templates (`prompts/judge/<name>.jinja`), each a voice; the constitution's own when empty."""
     evaluate_templates: list[str] = Field(default_factory=list)
-    """chat: templates for held-out evaluation, so that a policy isn't measured with the question that trained it.
-    When empty, for each template NAME that decides NAME_evaluate; NAME itself where there is no such file."""
+    """Templates for held-out evaluation, so that a policy isn't measured with the question that trained it. When empty,
+    for each template NAME that decides NAME_evaluate; NAME itself where there is no such file."""
     templates_dir: str = "prompts/judge"
-    """chat: folder of the templates."""
+    """Folder of the templates."""
     votes_per_principle: bool = False
-    """chat: one question for each principle instead of one for all; a guard's question can then veto."""
+    """One question for each principle instead of one for all; a guard's question can then veto."""
     jury: list[Juror] = Field(default_factory=list)
-    """chat: more judges beside this one; each is a voice."""
+    """More judges beside this one; each is a voice."""
     clamp: tuple[float, float] | None = None
-    """chat: bounds of p(first) for templates that reason first, as in Constitutional AI: `[0.4, 0.6]`."""
+    """Bounds of p(first) for templates that reason first, as in Constitutional AI: `[0.4, 0.6]`."""
     concurrency: Adjustable[int] = Field(16, ge=1)
-    """chat: requests under way at once, all judges together."""
+    """Requests under way at once, all judges together."""
     timeout_s: Adjustable[float] = Field(120.0, gt=0)
-    """chat: longest wait for one reply."""
+    """Longest wait for one reply."""
     max_retries: Adjustable[int] = Field(5, ge=0)
-    """chat: further attempts after a 429, a 5xx, a timeout or a cut connection, with jittered exponential waits."""
+    """Further attempts after a 429, a 5xx, a timeout or a cut connection, with jittered exponential waits."""
     reask: Adjustable[int] = Field(1, ge=0)
-    """chat: how often a question is asked again whose reply is empty or unreadable; each costs a call."""
+    """How often a question is asked again whose reply is empty or unreadable; each costs a call."""
     requests_per_minute: Adjustable[int | None] = Field(None, ge=1)
-    """chat: limit of the server."""
+    """Limit of the server."""
     tokens_per_minute: Adjustable[int | None] = Field(None, ge=1)
-    """chat: limit of the server, prompt and completion together."""
+    """Limit of the server, prompt and completion together."""
     breaker_failures: Adjustable[int] = Field(20, ge=1)
-    """chat: after this many in a row the judge is down, and the run pauses. Counted are ballots that failed after all
-    retries or were left without a word, and pairs that were rejected as a short question is too."""
+    """After this many in a row the judge is down, and the run pauses. Counted are ballots that failed after all retries
+    or were left without a word, and pairs that were rejected as a short question is too."""
     budget: Adjustable[Budget] = Budget()
     prices: Adjustable[dict[str, Price]] = Field(default_factory=dict)
-    """chat: price per model name, for `budget.money`."""
+    """Price per model name, for `budget.money`."""
     cache: Adjustable[str | None] = "~/.cache/rlaif/replies"
-    """Folder of stored replies (chat), shared between runs, and of likelihoods (`rlaif judge`, `rlaif constitution
-    diff --run`); null for none."""
+    """Folder of stored replies, shared between runs; null for none."""
     fingerprint: Adjustable[bool] = True
-    """chat: stored replies count only for the model that gave them: what the server's list of models says of it (asked
-    at the start), and its `system_fingerprint` where it gives one."""
+    """Stored replies count only for the model that gave them: what the server's list of models says of it (asked at the
+    start), and its `system_fingerprint` where it gives one."""
     early_stop: bool = False
-    """chat: cast ballots in rounds, and leave out a pair whose decision can't change any more. Never with a
-    calibrated filter."""
+    """Cast ballots in rounds, and leave out a pair whose decision can't change any more. Never with a calibrated
+    filter."""
 
     @property
     def jurors(self) -> tuple[Juror, ...]:
@@ -318,29 +404,39 @@ class Judge(Juror):
         mine = {name: getattr(self, name) for name in Juror.model_fields}
         return (Juror.model_validate(mine), *self.jury)
 
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """It compares two answers and scores none, and its winners may be cut off."""
+        return _paired_at_random(_without_cut_off_winners(tree))
+
+    def check_in(self, job: Job) -> None:
+        """Raises a ValueError where the rest of the job doesn't fit this judge."""
+        if job.pairing.method == "best_worst":
+            raise ValueError(
+                f"pairing.method: `best_worst` needs a judge that scores single answers, `{self.kind}` compares "
+                "two; set random or all"
+            )
+        if self.early_stop and job.filters.calibration:
+            raise ValueError("judge.early_stop: never with filters.calibration, which counts on every vote; drop one")
+        if self.early_stop and job.filters.review:
+            raise ValueError("judge.early_stop: never with filters.review, which compares pairs by all votes; drop one")
+
     @model_validator(mode="before")
     @classmethod
-    def _of_older_runs(cls, tree: Any) -> Any:
-        """`votes` was a setting that no run could use; run.json of older ones has it, as null."""
-        if isinstance(tree, dict) and "votes" in tree and tree["votes"] is None:
-            return {key: value for key, value in tree.items() if key != "votes"}
-        return tree
-
-    _template_args = field_validator("chat_template_args")(_no_reserved_template_args)
-
-    @model_validator(mode="after")
-    def _complete(self) -> Judge:
-        if self.kind == "chat" and self.chat_template_args:
+    def _a_servers_own(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("chat_template_args"):
             raise ValueError(
                 "judge.chat_template_args: a server renders its own template; set judge.extra_body: "
                 "{chat_template_kwargs: {...}}, if it takes that"
             )
-        if self.kind == "chat" and self.model.startswith("embedded:"):
-            raise ValueError("judge.model: a chat judge needs the name that its server knows, for example gpt-4.1-mini")
+        return tree
+
+    @model_validator(mode="after")
+    def _complete(self) -> ChatSettings:
+        if self.model.startswith("embedded:"):
+            raise ValueError(_NO_SERVERS_NAME)
         if self.clamp is not None and not 0 <= self.clamp[0] < self.clamp[1] <= 1:
             raise ValueError(f"judge.clamp: {list(self.clamp)} are no bounds of a probability; for example [0.4, 0.6]")
-        if self.kind != "chat" and self.jury:
-            raise ValueError("judge.jury: a jury sits behind servers; set judge.kind: chat")
         for juror in self.jurors:
             if juror.samples > 1 and juror.temperature == 0:
                 raise ValueError("judge.samples: equal requests at temperature 0 are one voice; raise the temperature")
@@ -354,6 +450,85 @@ class Judge(Juror):
                 "one voice; take one out, or let them differ"
             )
         return self
+
+
+class OwnJudge(Judge):
+    """A judge of the user's own. Its `Settings` are a subclass of this one; until they are checked, keys that they add
+    are kept as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: CodeName
+    """The class, as `module:Class`."""
+    model: str = ""
+    """For the class to read, and what tables call the judge; the class's name when absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, tree: Any) -> Any:
+        own = isinstance(tree, dict) and "model" not in tree and not cls.model_fields["model"].default
+        return tree | {"model": str(tree.get("kind")).rpartition(":")[2]} if own else tree
+
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """Whether it scores single answers, and what it makes of one that was cut off, nobody knows yet."""
+        return _paired_at_random(_without_cut_off_winners(tree))
+
+
+JUDGES: dict[str, type[Judge]] = {"likelihood": LikelihoodSettings, "chat": ChatSettings}
+"""The settings of each kind of judge that rlaif has."""
+
+
+def _judge_class(judge: Any) -> type[Judge] | None:
+    """The settings' class of a judge that isn't checked yet; None where it names no kind that there is."""
+    kind = judge.get("kind", "likelihood") if isinstance(judge, dict) else getattr(judge, "kind", "likelihood")
+    return JUDGES.get(str(kind), OwnJudge if isinstance(kind, str) and ":" in kind else None)
+
+
+def _tag_of_judge(judge: Any) -> str:
+    found = _judge_class(judge)
+    return _tag_of(found) if found else "[unknown]"
+
+
+def _tag_of(section: type[BaseModel]) -> str:
+    return f"[{section.__name__}]"
+
+
+def _foreign(cls: type[Judge]) -> dict[str, Any]:
+    """The keys that other kinds of judge have and this one lacks, with their defaults as run.json has them."""
+    out: dict[str, Any] = {}
+    for other in JUDGES.values() if cls in JUDGES.values() else ():  # of a class of the user's own, nobody knows
+        for name, field in other.model_fields.items():
+            if name not in cls.model_fields:
+                default = field.get_default(call_default_factory=True)
+                out[name] = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+    return out
+
+
+def _paired_at_random(tree: dict[str, Any]) -> dict[str, Any]:
+    """A job's default where nobody scores single answers."""
+    pairing = tree.get("pairing")
+    if pairing is None:
+        return tree | {"pairing": {"method": "random"}}
+    if isinstance(pairing, dict) and "method" not in pairing:
+        return tree | {"pairing": pairing | {"method": "random"}}
+    return tree
+
+
+def _without_cut_off_winners(tree: dict[str, Any]) -> dict[str, Any]:
+    """A job's default where the judge takes no penalty from such an answer."""
+    filters = tree.get("filters", {})
+    if isinstance(filters, dict) and "cut_off" not in filters:
+        return tree | {"filters": filters | {"cut_off": "drop"}}
+    return tree
+
+
+AnyJudge = Annotated[
+    Annotated[LikelihoodSettings, Tag("[LikelihoodSettings]")]
+    | Annotated[ChatSettings, Tag("[ChatSettings]")]
+    | Annotated[OwnJudge, Tag("[OwnJudge]")],
+    Discriminator(_tag_of_judge),
+]
 
 
 class Review(Section):
@@ -395,13 +570,26 @@ class Filters(Section):
     """|p(first) - 0.5|, at least (`low_margin`)."""
     cut_off: Literal["keep", "drop"] = "keep"
     """A pair whose winner the length limit cut off, while the loser ended by itself (`cut_off`). In a job `drop` by
-    default with a judge behind a server; a likelihood judge has `judge.missing_eos_penalty`."""
+    default but with a likelihood judge, which has `judge.missing_eos_penalty`."""
+    rules: list[CodeName] = Field(default_factory=list)
+    """Rules of yours beside the others, each `module:function` ([extend.md](extend.md)): a pair that one has something
+    to say against is dropped, with the rule's name as the reason."""
     guards: bool = True
     """A guard's vote against the winner drops the pair (`guard`)."""
     min_kept_pairs: int = Field(4, ge=1)
     """Fewer kept pairs than this, human labels included: no update in this iteration, recorded as `skipped_update`."""
     review: Review | None = None
     """Pairs to ask a person about; absent: no review."""
+
+
+def _tag_by(key: str, ours: type[BaseModel], own: type[BaseModel]) -> Callable[[Any], str]:
+    """Which of two sections a tree is: that of rlaif, or the one with code of the user's own under `key`."""
+
+    def tag(tree: Any) -> str:
+        named = tree.get(key) if isinstance(tree, dict) else getattr(tree, key, None)
+        return _tag_of(own if isinstance(named, str) and ":" in named else ours)
+
+    return tag
 
 
 class Lora(Section):
@@ -419,7 +607,8 @@ class Learner(Section):
     """How preferences become an update."""
 
     kind: Literal["dpo", "online_dpo"] = "dpo"
-    """TRL's `DPOTrainer`, or a thin adapter on its experimental `OnlineDPOTrainer`."""
+    """TRL's `DPOTrainer`, or a thin adapter on its experimental `OnlineDPOTrainer`; or `module:Class`, a class of yours
+    ([extend.md](extend.md)), whose own settings stand beside these."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference policy."""
     loss_type: str | list[str] = "sigmoid"
@@ -447,6 +636,15 @@ class Learner(Section):
         dict[str, Any], MayChange(("per_device_train_batch_size", "gradient_checkpointing", "report_to", "run_name"))
     ] = Field(default_factory=dict)
     """Passed to TRL's config as they are (`report_to: wandb`, `weight_decay: 0.01`, ...); trackers: view.md."""
+
+
+class OwnLearner(Learner):
+    """Learning by a class of the user's own; as `OwnSampling`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: CodeName  # type: ignore[assignment]
+    """The class, as `module:Class`."""
 
 
 class Replay(Section):
@@ -553,15 +751,22 @@ class Job(Section):
     """Folder that holds the constitutions."""
     policy: Policy = Policy()
     prompts: Prompts = Prompts()
-    sampling: Sampling = Sampling()
+    sampling: Annotated[
+        Annotated[Sampling, Tag("[Sampling]")] | Annotated[OwnSampling, Tag("[OwnSampling]")],
+        Discriminator(_tag_by("engine", Sampling, OwnSampling)),
+    ] = Sampling()
     pairing: Pairing = Pairing()
-    judge: Judge = Judge()
+    judge: AnyJudge = LikelihoodSettings()
     filters: Filters = Filters()
-    learner: Learner = Learner()
+    learner: Annotated[
+        Annotated[Learner, Tag("[Learner]")] | Annotated[OwnLearner, Tag("[OwnLearner]")],
+        Discriminator(_tag_by("kind", Learner, OwnLearner)),
+    ] = Learner()
     replay: Replay = Replay()
     eval: Eval = Eval()
     monitors: Adjustable[Monitors] = Monitors()
     placement: Adjustable[dict[PlacedRole, Place]] = Field(default_factory=dict)
+    """By role, where it runs."""
     workers: Adjustable[WorkerKind] = "process"
     """Sampler, judge and learner each in a process of its own, or (tests) in the loop's; `placement` says it of one."""
 
@@ -591,51 +796,14 @@ class Job(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _pairs_for_a_judge_without_scores(cls, tree: Any) -> Any:
-        if isinstance(tree, dict):
-            judge, pairing = tree.get("judge"), tree.get("pairing")
-            scores = not isinstance(judge, dict) or judge.get("kind", "likelihood") == "likelihood"
-            if not scores and pairing is None:
-                return tree | {"pairing": {"method": "random"}}
-            if not scores and isinstance(pairing, dict) and "method" not in pairing:
-                return tree | {"pairing": pairing | {"method": "random"}}
-        return tree
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_model_one_template(cls, tree: Any) -> Any:
-        """A judge that is the policy's own model reads answers as the policy was asked for them."""
-        if not isinstance(tree, dict) or not isinstance(policy := tree.get("policy"), dict):
-            return tree
-        judge = tree.get("judge") or {}
-        if not isinstance(judge, dict) or not policy.get("chat_template_args") or "chat_template_args" in judge:
-            return tree
-        asked = policy.get("model", Policy.model_fields["model"].default)
-        judging = judge.get("model", Judge.model_fields["model"].default)
-        if judge.get("kind", "likelihood") != "likelihood" or asked != judging:
-            return tree
-        return tree | {"judge": judge | {"chat_template_args": policy["chat_template_args"]}}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _cut_off_winners_of_a_judge_that_reads(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and isinstance(judge := tree.get("judge"), dict) and judge.get("kind") == "chat":
-            filters = tree.get("filters", {})
-            if isinstance(filters, dict) and "cut_off" not in filters:
-                return tree | {"filters": filters | {"cut_off": "drop"}}
+    def _completed_by_its_judge(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and (judge := _judge_class(tree.get("judge") or {})):
+            return judge.completed(tree)
         return tree
 
     @model_validator(mode="after")
-    def _judge_that_scores(self) -> Job:
-        if self.pairing.method == "best_worst" and self.judge.kind != "likelihood":
-            raise ValueError(
-                f"pairing.method: `best_worst` needs a judge that scores single answers, `{self.judge.kind}` compares "
-                "two; set random or all"
-            )
-        if self.judge.early_stop and self.filters.calibration:
-            raise ValueError("judge.early_stop: never with filters.calibration, which counts on every vote; drop one")
-        if self.judge.early_stop and self.filters.review:
-            raise ValueError("judge.early_stop: never with filters.review, which compares pairs by all votes; drop one")
+    def _fits_its_judge(self) -> Job:
+        self.judge.check_in(self)
         return self
 
     @model_validator(mode="after")
@@ -735,6 +903,23 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: the value is not valid YAML") from e
 
 
+def of_run(tree: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A job as a run stored it, with overrides. A key that only another kind of judge knows is left out: older runs
+    have all of them, and an override may name another kind than the run's.
+
+    Raises:
+        UserError: an override isn't KEY=VALUE.
+    """
+    tree = copy.deepcopy(tree)
+    for override in overrides:
+        apply_override(tree, override)
+    if not isinstance(judge := tree.get("judge"), dict) or (kind := _judge_class(judge)) is None:
+        return tree
+    said = {override.partition("=")[0] for override in overrides}
+    foreign = {key for key in _foreign(kind) if not any(f"{s}.".startswith(f"judge.{key}.") for s in said)}
+    return tree | {"judge": {key: value for key, value in judge.items() if key not in foreign}}
+
+
 _YAML_READS = {
     datetime.date: "a date",
     datetime.datetime: "a time",
@@ -746,10 +931,15 @@ _YAML_READS = {
 
 
 def _explain(error: Any) -> str:
-    where = ".".join(str(p) for p in error["loc"] if p != "[key]")
+    where = ".".join(str(p) for p in error["loc"] if not _is_tag(p))
+    if error["type"] == "union_tag_invalid":
+        found, kinds = error["input"].get("kind"), ", ".join(f"`{kind}`" for kind in JUDGES)
+        return f"{where}.kind: no judge is called {found!r}; there are {kinds}, and `module:Class` for one of yours"
+    if error["type"] == "missing" and where == "judge.model":
+        return _NO_SERVERS_NAME
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")
-        if error["type"] in ("model_type", "dict_type"):
+        if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
             message = "expected a section, `key: value` lines below it"
         if not where:
             return str(message)
@@ -761,6 +951,9 @@ def _explain(error: Any) -> str:
         silent = where.endswith("base_url") or isinstance(error["input"], dict)
         return f"{where}: {message}" + ("" if silent else f" (found {error['input']!r})")
     key, known = str(error["loc"][-1]), _known_keys(error["loc"][:-1])
+    if where == f"judge.{key}" and (knowing := [kind for kind, cls in JUDGES.items() if key in cls.model_fields]):
+        mine = next(kind for kind, cls in JUDGES.items() if error["loc"][1] == _tag_of(cls))
+        return f"unknown key `{where}` for `judge.kind: {mine}`; it is known to `{'`, `'.join(knowing)}`"
     elsewhere = [path for path in _paths(Job) if path.rpartition(".")[2] == key]  # right, but in another section
     near = elsewhere or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else f"known keys: {', '.join(known)}"
@@ -769,48 +962,58 @@ def _explain(error: Any) -> str:
     return f"unknown key `{where}`; {hint}"
 
 
+def _is_tag(part: Any) -> bool:
+    """Not a key of the job: pydantic's own word in a place, as which section of a union it is."""
+    return isinstance(part, str) and part.startswith("[") and part.endswith("]")
+
+
 def _paths(section: type[BaseModel], prefix: str = "") -> list[str]:
     """All dotted keys of a section, but for those of lists and free mappings."""
     out = []
     for name, field in section.model_fields.items():
         out.append(f"{prefix}{name}")
-        if inner := _section_in(field.annotation):
+        for inner in sections_in(field.annotation):
             out += _paths(inner, f"{prefix}{name}.")
-    return out
+    return list(dict.fromkeys(out))
 
 
 def _known_keys(loc: tuple[Any, ...]) -> list[str]:
     """The keys of the section at a place of the job; none when there is no section."""
     at: Any = Job
     for part in loc:
-        if section := _section_in(at):
-            field = section.model_fields.get(str(part))
+        found = sections_in(at)
+        if _is_tag(part):
+            at = next((s for s in found if part == _tag_of(s)), at)
+        elif found:
+            field = next((s.model_fields[str(part)] for s in found if str(part) in s.model_fields), None)
             at = field.annotation if field else None
         else:  # an index of a list, or a key of a mapping
             at = next(iter(typing.get_args(at)[-1:]), None)
-    found = _section_in(at)
-    return sorted(found.model_fields) if found else []
+    return sorted({name for section in sections_in(at) for name in section.model_fields})
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field can hold; none for a plain value, and for a list or mapping of sections."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return [annotation]
+    if typing.get_origin(annotation) is Annotated:
+        return sections_in(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next((s for a in typing.get_args(annotation) if (s := _section_in(a))), None)
-    return None
+        return [s for a in typing.get_args(annotation) for s in sections_in(a)]
+    return []
 
 
 def may_change(key: str) -> bool:
     """Whether a run may go on with another value of a dotted key of the job."""
-    section: type[BaseModel] | None = Job
+    sections: list[type[BaseModel]] = [Job]
     parts = key.split(".")
     for number, part in enumerate(parts):
-        field = section.model_fields.get(part) if section else None
+        field = next((s.model_fields[part] for s in sections if part in s.model_fields), None)
         if field is None:
             return False
         if marks := [m for m in field.metadata if isinstance(m, MayChange)]:
             return not marks[0].keys or bool({*parts[number + 1 :]} & {*marks[0].keys})
-        section = _section_in(field.annotation)
+        sections = sections_in(field.annotation)
     return False
 
 

@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlaif.config import Job, MayChange
+from rlaif.config import JUDGES, Job, Judge, MayChange, sections_in
 from rlaif.errors import UserError
 
 _BLOCK = re.compile(r"(<!-- generated: (?P<what>[\w ]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
@@ -80,25 +80,36 @@ def _model(name: str) -> type[BaseModel]:
 
 def _job() -> str:
     """Every section of the job, the job's own keys first."""
-    sections: list[tuple[str, type[BaseModel], str]] = [("", Job, "")]
+    sections: list[tuple[str, str, type[BaseModel], str]] = [("", "", Job, "")]
     parts = []
-    for prefix, model, adjustable in sections:  # grows while it is read: a section can hold sections
-        own = {k: f for k, f in model.model_fields.items() if (inner := _section(f)) is None or inner[1]}
+    for prefix, more, model, adjustable in sections:  # grows while it is read: a section can hold sections
+        shown = model.model_fields.keys() - (Judge.model_fields.keys() - {"model"} if more else ())
+        own = {k: f for k, f in model.model_fields.items() if k in shown and not (_sections(f) and not _optional(f))}
         sections += [
-            (f"{prefix}.{k}".lstrip("."), inner[0], _adjustable(f))
+            (f"{prefix}.{k}".lstrip("."), more, section, _adjustable(f))
             for k, f in model.model_fields.items()
-            if (inner := _section(f))
+            for more, section in _sections(f)
+            if k in shown
         ]
-        title = f"## `{prefix}`\n\n{_first_paragraph(model)} {adjustable}".rstrip() if prefix else "## The job itself"
+        about = f"`{prefix}`{more}\n\n{_first_paragraph(model)} {adjustable}".rstrip()
+        title = f"## {about if prefix else 'The job itself'}"
         parts.append(f"{title}\n\n{_table(model, own)}")
     return "\n\n".join(parts)
 
 
-def _section(field: FieldInfo) -> tuple[type[BaseModel], bool] | None:
-    """The section that a field holds, and whether it may be absent; None for a plain value."""
-    options = typing.get_args(field.annotation) or (field.annotation,)
-    found = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    return (found, type(None) in options) if found else None
+def _sections(field: FieldInfo) -> list[tuple[str, type[BaseModel]]]:
+    """The sections that a field, or a list or mapping in it, can hold, and what a title says of each; none for a plain
+    value."""
+    found = sections_in(field.annotation)
+    if typing.get_origin(field.annotation) in (list, dict):
+        found = [s for a in typing.get_args(field.annotation) for s in sections_in(a)]
+    if found and issubclass(found[0], Judge):  # what all have in common, then each kind's own
+        return [("", Judge), *((f" with `kind: {kind}`", section) for kind, section in JUDGES.items())]
+    return [("", found[0])] if found else []  # another one, for code of the user's own, has the same keys
+
+
+def _optional(field: FieldInfo) -> bool:
+    return type(None) in typing.get_args(field.annotation)
 
 
 def _table(model: type[BaseModel], fields: dict[str, FieldInfo] | None = None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -32,6 +32,10 @@ DropReason = Literal[
     "uncalibrated",
     "cut_off",
 ]
+
+RuleName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+"""A filter rule of the user's own, as `filters.rules` names it."""
+Reason = DropReason | RuleName
 
 AlarmKind = Literal[
     "short_answers",
@@ -78,7 +82,9 @@ def stored(record: type[R], content: Any) -> R:
     try:
         return read(content)
     except ValidationError as e:
-        added = [".".join(map(str, p["loc"])) for p in e.errors() if p["type"] == "extra_forbidden"]
+        extra = [p["loc"] for p in e.errors() if p["type"] == "extra_forbidden"]
+        # Without what pydantic calls the member of a union.
+        added = [".".join(str(k) for k in loc if not str(k).startswith("[")) for loc in extra]
         if not added:
             raise
         found = read(content, extra="ignore")  # raises when more is wrong than that
@@ -363,9 +369,11 @@ class Decision(Record):
 
     pair_id: str
     status: Literal["kept", "dropped", "review"]
-    reasons: tuple[DropReason, ...]
+    reasons: tuple[Reason, ...]
     winner: Side | None
     verdict: Verdict
+    said: dict[RuleName, str] = Field(default_factory=dict)
+    """What rules of the job's own (`filters.rules`) said against it, by rule."""
     review_rule: ReviewRule | None = None
     """The setting of `filters.review` that sent the pair to review."""
 
@@ -474,6 +482,8 @@ class Plan(Record):
     """Judge templates in force, for a judge that reads: name → hash."""
     derived: dict[str, str] = Field(default_factory=dict)
     """Wordings by which contrasts that the text lacks are derived from its rules, for a likelihood judge: id → hash."""
+    code: dict[str, str] = Field(default_factory=dict)
+    """Code of the user's own that the job names: `module:name` → sha256 of its source."""
     policy: PolicyVersion
     prompt_ids: tuple[str, ...]
     evaluate: bool
@@ -531,7 +541,7 @@ class IterationMetrics(Record):
     """None without a pair."""
     review: int = 0
     """Pairs sent to people."""
-    dropped_by_first_reason: dict[DropReason, int]
+    dropped_by_first_reason: dict[Reason, int]
     mean_agreement: float | None
     """None without a valid vote."""
     trained_pairs: int

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
 
-from rlaif.config import Job, apply_override, changed_keys, load_job, may_change, parse_job
+from rlaif.config import Job, apply_override, changed_keys, load_job, may_change, parse_job, sections_in
 from rlaif.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_a_schedule_survives_the_run_directory(tmp_path: Path) -> None:
         ("constitution: a\nlearner: {lora: {rank: 1}}", r"unknown key `learner\.lora\.rank`; known keys: alpha, r, "),
         ("constitution: a\njudge: {kind: chat, model: m, jury: [{model: n, api_key: k}]}",
          r"unknown key `judge\.jury\.0\.api_key`; did you mean `api_key_env`\?"),
-        ("constitution: a\njudge: {prices: {m: {promt: 1}}}",
+        ("constitution: a\njudge: {kind: chat, model: m, prices: {m: {promt: 1}}}",
          r"unknown key `judge\.prices\.m\.promt`; did you mean `prompt`\?"),
         ("constitution: a\njudge: {kind: chat, model: m, templates: [pairwise, other, pairwise]}",
          "judge.templates: `pairwise` is named twice"),
@@ -136,10 +136,9 @@ def test_every_field_has_a_docstring() -> None:
     def undocumented(section: type[BaseModel], prefix: str = "") -> list[str]:
         out = []
         for name, field in section.model_fields.items():
-            annotation = field.annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                out += undocumented(annotation, f"{prefix}{name}.")
-            elif not field.description:
+            for inner in (sections := sections_in(field.annotation)):
+                out += undocumented(inner, f"{prefix}{name}.")
+            if not field.description and (not sections or type(None) in get_args(field.annotation)):
                 out.append(prefix + name)
         return out
 
@@ -156,7 +155,7 @@ def test_every_field_has_a_docstring() -> None:
         ),
         ({"filters": {"review": {"below_agrement": 1}}}, "did you mean `below_agreement`"),
         (
-            {"filters": {"review": {"top_uncertain": 3}}, "judge": {"early_stop": True}},
+            {"filters": {"review": {"top_uncertain": 3}}, "judge": {"kind": "chat", "model": "m", "early_stop": True}},
             r"judge\.early_stop: never with filters\.review",
         ),
     ],
@@ -181,7 +180,8 @@ def test_a_judge_that_is_the_policys_model_has_its_template_arguments() -> None:
     assert parse_job(tree, "job").judge.chat_template_args == args
     assert parse_job({**tree, "judge": {"model": "other/model"}}, "job").judge.chat_template_args == {}
     assert parse_job({**tree, "judge": {"chat_template_args": {}}}, "job").judge.chat_template_args == {}
-    assert parse_job({**tree, "judge": {"kind": "chat", "model": "m"}}, "job").judge.chat_template_args == {}
+    chat = parse_job({**tree, "judge": {"kind": "chat", "model": "m"}}, "job").judge
+    assert getattr(chat, "chat_template_args", {}) == {}
     with pytest.raises(UserError, match="a server renders its own template"):
         parse_job({**tree, "judge": {"kind": "chat", "model": "m", "chat_template_args": args}}, "job")
     with pytest.raises(UserError, match="`tokenize` is no argument of a chat template that a job may set"):

@@ -14,14 +14,15 @@ from benchmarks import derived as bench
 from rlaif.audit.index import Index
 from rlaif.audit.pair import question
 from rlaif.audit.verify import verify
-from rlaif.config import Judge
+from rlaif.config import ChatSettings, Judge, LikelihoodSettings
 from rlaif.constitutions import derived
 from rlaif.constitutions.constitution import Constitution, diff, list_constitutions, parse_constitution
 from rlaif.constitutions.derived import NEWEST, WORDINGS, Sides, Use, Wordings
 from rlaif.errors import UserError
-from rlaif.judging import ballots
-from rlaif.judging.ballots import asked_by, evaluating_voices, make_ballots, selecting_voices
+from rlaif.judging import kinds
+from rlaif.judging.ballots import evaluating_voices, make_ballots, selecting_voices
 from rlaif.judging.candidates import Candidate
+from rlaif.judging.kinds import kind_of
 from rlaif.judging.opened import open_with_ballots
 from rlaif.loop import Loop
 from rlaif.loop.in_force import Texts
@@ -175,7 +176,7 @@ def test_a_contrast_of_its_own_goes_before_derived_ones_for_its_use() -> None:
         SIX_LINES + "  - {id: own, rule: Be brief., prefer: Be brief., avoid: Be long., paraphrases: "
         "[{prefer: a, avoid: b, use: select}]}\n  - {id: guard, rule: Make sense., guard: true}\n"
     )
-    asked = asked_by(Judge(), text)
+    asked = kind_of(LikelihoodSettings()).text(text)
     ids = [v.id for v in asked.voices() if v.principle == "own"]
     assert ids == ["own/main", "own/paraphrase1", "own/derived.2-evaluate1", "own/derived.2-evaluate2"]
     assert not [v for v in asked.voices() if v.guard]  # measured, not derived
@@ -186,8 +187,8 @@ def test_a_contrast_of_its_own_goes_before_derived_ones_for_its_use() -> None:
 def test_shipped_texts_are_asked_as_before() -> None:
     for text in list_constitutions(ROOT / "constitutions"):
         assert not text.derives
-        assert asked_by(Judge(), text).voices() == text.voices()
-        assert make_ballots([PAIR], asked_by(Judge(), text), "j") == make_ballots([PAIR], text, "j")
+        assert kind_of(LikelihoodSettings()).text(text).voices() == text.voices()
+        assert make_ballots([PAIR], kind_of(LikelihoodSettings()).text(text), "j") == make_ballots([PAIR], text, "j")
 
 
 def test_other_wordings_are_other_questions() -> None:
@@ -197,17 +198,17 @@ def test_other_wordings_are_other_questions() -> None:
 
 
 @pytest.mark.parametrize("rule", ["...", " ", "42!"])
-@pytest.mark.parametrize("judge", [Judge(), Judge(kind="chat", model="m", base_url="http://127.0.0.1:1/v1")])
+@pytest.mark.parametrize("judge", [LikelihoodSettings(), ChatSettings(model="m", base_url="http://127.0.0.1:1/v1")])
 def test_a_rule_without_a_word_is_refused_where_it_is_used(rule: str, judge: Judge) -> None:
     text = parse(SIX_LINES + f'  - {{id: dots, rule: "{rule}"}}\n')
     with pytest.raises(UserError, match=r"constitution support@1, principle `dots`: .* without a word.*; write what"):
-        asked_by(judge, text)
+        kind_of(judge).text(text)
     own = parse(SIX_LINES + f'  - {{id: dots, rule: "{rule}", prefer: Be kind., avoid: Be rude.}}\n')
     if judge.kind == "likelihood":  # it doesn't read the rule
-        assert asked_by(judge, own).voices("decide")
+        assert kind_of(judge).text(own).voices("decide")
     else:
         with pytest.raises(UserError, match="has nothing else to go by"):
-            asked_by(judge, own)
+            kind_of(judge).text(own)
 
 
 def test_a_judge_outside_of_a_run_derives_and_refuses_alike(tiny_model: Path) -> None:
@@ -294,7 +295,7 @@ def test_a_pinned_run_keeps_its_wordings_and_one_that_follows_takes_the_newest(
     write(tmp_path)
     runs = {ref: RunDir(tmp_path / ref) for ref in ("support", "support@1")}
     before = {ref: Texts(rules_job(ref), run, tmp_path).in_force(0)[0] for ref, run in runs.items()}
-    monkeypatch.setattr(ballots, "NEWEST", OTHERS)
+    monkeypatch.setattr(kinds, "NEWEST", OTHERS)
     after = {ref: Texts(rules_job(ref), run, tmp_path) for ref, run in runs.items()}
     assert after["support@1"].in_force(1)[0] == before["support@1"]
     follows = after["support"].in_force(1)[0]

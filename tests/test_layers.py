@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.hardware",
         "rlaif.intervals",
         "rlaif.models",
+        "rlaif.own_code",
         "rlaif.plotting",
         "rlaif.reached",
         "rlaif.rendering",

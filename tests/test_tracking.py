@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from rlaif.config import Judge, parse_job
+from rlaif.config import Judge, LikelihoodSettings, parse_job
 from rlaif.monitors import tracking
 from rlaif.records import (
     Ballot,
@@ -243,7 +243,7 @@ def test_calls_tokens_and_money() -> None:
 @pytest.mark.parametrize(
     "judge",
     [
-        Judge(),
+        LikelihoodSettings(),
         chat_judge(),
         chat_judge(prices={"other": {"prompt": 1, "completion": 1}}),
         chat_judge(

@@ -24,6 +24,7 @@ from rlaif.constitutions.constitution import Constitution, Principle, diff
 from rlaif.errors import UserError
 from rlaif.intervals import share, wilson
 from rlaif.judging.filters import decide
+from rlaif.judging.kinds import kind_of
 from rlaif.judging.opened import Opened
 from rlaif.judging.verdicts import aggregate, by_pair, jurors_for
 from rlaif.records import ConstitutionRef, Pair, Record, Verdict, Vote
@@ -204,7 +205,7 @@ def effect_of(
     decided = [i for i in both if _sides(old.verdicts[i], new.verdicts[i])]
     turned = [i for i in decided if old.verdicts[i].outcome != new.verdicts[i].outcome]
     notes = _repeated([(old.votes[i], new.votes[i]) for i in both if (i in old.stored) != (i in new.stored)])
-    per_principle = job.judge.kind == "likelihood"
+    per_principle = kind_of(job.judge).per_principle
     apart = turned
     # An edit of one part is its only part: there is nothing to ask.
     if not per_principle and len(changes) > 1:

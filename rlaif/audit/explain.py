@@ -10,7 +10,7 @@ from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, score_of
 from rlaif.records import (
     Completion,
     Decision,
-    DropReason,
+    Reason,
     Record,
     Verdict,
     Vote,
@@ -20,7 +20,7 @@ from rlaif.records import (
 class RuleLine(Record):
     """One rule's word on a pair."""
 
-    name: DropReason
+    name: Reason
     value: str
     threshold: str
     passed: bool
@@ -43,11 +43,13 @@ def rule_lines(
     """
     verdict = decision.verdict
     lines = [_line("identical", _same(first, second), "two different texts", decision)]
-    names = [*rules.VALIDITY] if calibration else [*rules.RULES]
+    names: list[Reason] = [*rules.VALIDITY] if calibration else [*rules.RULES]
     # A rule that spoke, by a run whose calibration isn't here any more, is still shown.
     names += [r for r in decision.reasons if r not in names and r not in ("identical", "uncalibrated")]
     for name in names:
         value, threshold = rule_in_words(name, verdict, settings)
+        if name in decision.said:
+            value, threshold = decision.said[name], "nothing to say against it"
         lines.append(_line(name, value, threshold, decision))
     if calibration or "uncalibrated" in decision.reasons:
         ends = (first.finish_reason if first else None, second.finish_reason if second else None)
@@ -68,7 +70,7 @@ def _cut(first: Completion | None, second: Completion | None) -> str:
     return f"cut off by the length limit: {' and '.join(names) or 'none'}"
 
 
-def _line(name: DropReason, value: str, threshold: str, decision: Decision) -> RuleLine:
+def _line(name: Reason, value: str, threshold: str, decision: Decision) -> RuleLine:
     passed = name not in decision.reasons
     sentence = f"{value}; asked for: {threshold}" if passed else f"{value}, but asked for: {threshold}"
     return RuleLine(name=name, value=value, threshold=threshold, passed=passed, sentence=sentence)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from rlaif.audit.explain import RuleLine, rule_lines
 from rlaif.audit.index import Index
 from rlaif.audit.pairs import COLUMNS, PairRow, as_rows
-from rlaif.config import Filters, Job
+from rlaif.config import Filters, Job, OwnJudge
 from rlaif.constitutions.constitution import Constitution
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
 from rlaif.constitutions.derived import Wordings
@@ -278,6 +278,9 @@ def question_of(run: RunDir, detail: PairDetail, ballot_id: str) -> str:
     if not path.exists():
         raise RlaifError(f"{path}: missing; a question is rendered from the text")
     text = read_record(path, Constitution)
+    if isinstance(judge := getattr(_job(run), "judge", None), OwnJudge):
+        prompt = "\n\n".join(f"[{m.role}]\n{m.content}" for m in detail.prompt_messages)
+        return f"What {judge.kind} makes of two answers is in its source, which isn't in the log.\n\n{prompt}"
     if vote.ballot.order == "none" and vote.prompt_hash is None:
         return _likelihood_question(run, detail, vote, text)
     return _chat_question(run, detail, vote, text)

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from rlaif.audit.index import Index
 from rlaif.errors import first_problem
 from rlaif.records import (
-    DropReason,
     Outcome,
+    Reason,
     Record,
     Side,
 )
@@ -41,7 +41,7 @@ class PairFilter(Record):
     constitution: str | None = None
     """Hash (or its beginning), or name@version."""
     status: Status | None = None
-    reason: DropReason | None = None
+    reason: Reason | None = None
     principle: str | None = None
     """Some vote was asked about it."""
     judge: str | None = None
@@ -70,7 +70,7 @@ class PairRow(Record):
     prompt: str
     status: Status | None
     """None while it is not decided."""
-    reasons: tuple[DropReason, ...]
+    reasons: tuple[Reason, ...]
     winner: Side | None
     """The side that trains; None unless the pair is kept."""
     outcome: Outcome | None

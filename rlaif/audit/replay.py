@@ -16,6 +16,7 @@ from rlaif.audit.replay_iteration import Iteration, Misfit, unreadable
 from rlaif.audit.replay_settings import Settings
 from rlaif.audit.rows import rows_or_problems, sound_rows
 from rlaif.config import Job
+from rlaif.judging.kinds import kind_of
 from rlaif.records import Completion, Decision, Pair, Prompt, Record
 from rlaif.review.labels import labels_of
 from rlaif.rundir.store import RunDir, StageDir
@@ -137,10 +138,14 @@ def replay(
         )
     examples = tuple(_with_texts(run, _in_turn(found), problems))
     notes = []
-    if own.judge.early_stop:
+    judge = kind_of(own.judge)
+    if judge.early_stop:
         notes.append("judge.early_stop left ballots out that the run's own filters didn't need; others might have")
-    if settings.parser and own.judge.kind == "chat":
-        notes.append("the log has no label probabilities: a vote that is read otherwise now keeps the p(first) it had")
+    if own.filters.rules:
+        named = ", ".join(own.filters.rules)
+        notes.append(f"filters.rules: a replay imports no code, so what {named} said is taken as the log has it")
+    if settings.parser and judge.note_on_reading:
+        notes.append(judge.note_on_reading)
     return Replay(
         run=str(run.path),
         settings=dict(changed or {}),

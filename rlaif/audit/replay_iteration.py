@@ -9,24 +9,23 @@ A pair at a time: of a million votes only their places in the file are held.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
 from rlaif.audit.replay_settings import Settings
-from rlaif.audit.replay_votes import read_again
 from rlaif.audit.rows import line_at, pair_named, rows_or_problems
 from rlaif.constitutions.constitution import Constitution
-from rlaif.constitutions.templates import Template, parse_template, template_names
+from rlaif.constitutions.templates import Template, parse_template
 from rlaif.errors import RlaifError, said
-from rlaif.judging.ballots import ballots_for
 from rlaif.judging.calibration import EVERYTHING, Asked, ends_of
 from rlaif.judging.filters import decide_votes, to_review
+from rlaif.judging.kinds import Place, kind_of
 from rlaif.judging.verdicts import JurorFit, jurors_for
 from rlaif.loop.in_force import derived_copy, template_sources
-from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, VoiceKey, Vote, stored
+from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, Vote, stored
 from rlaif.review.labels import labels_of
 from rlaif.rundir.store import RunDir, read_record, read_rows
 
@@ -75,6 +74,7 @@ class Iteration:
     def __init__(self, run: RunDir, k: int, settings: Settings):
         self.run, self.settings = run, settings
         self.number, self.here = k, run.iteration(k)
+        self._judge = kind_of(settings.job.judge)
         self.plan = run.plan(k)
         folder = run.path / "constitutions"
         self.text = _text(run, self.plan)
@@ -100,7 +100,8 @@ class Iteration:
         )
 
     def _decided(self) -> Iterator[tuple[Decision, Decision]]:
-        filters, calibration = self.settings.job.filters, self.settings.calibration
+        own, calibration = self.settings.job.filters.rules, self.settings.calibration
+        filters = self.settings.job.filters.model_copy(update={"rules": []})
         jurors = self.juror_fit()
         texts, cut = self._completions()
         weights = self.text.weights
@@ -123,7 +124,8 @@ class Iteration:
             slice_name = categories.get(pair.prompt_id) or EVERYTHING
             if asked is not None:
                 asked = asked._replace(ends=ends_of(pair, cut))
-            yield was, decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice_name, cut, asked)
+            now = decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice_name, cut, asked)
+            yield was, _with_own_reasons(now, was, own)
 
     def _categories(self) -> dict[str, str | None]:
         """Prompt → its category: the slice of a calibration."""
@@ -153,7 +155,7 @@ class Iteration:
 
     def _pairs(self) -> Iterator[tuple[Pair | None, list[Vote] | None]]:
         """Each pair with its votes in the order in which they were asked for; None for what can't be read."""
-        rank: dict[tuple[VoiceKey, str], int] | None = None
+        rank: dict[Place, int] | None = None
         path = self.here.path / "votes.jsonl"
         with path.open("rb") as f:
             for pair in self._sound("pairs", Pair):
@@ -175,9 +177,9 @@ class Iteration:
                     continue
                 self.votes += len(mine)
                 if rank is None:
-                    rank = self._asked(pair, mine[0].ballot.judge)
+                    rank = self._asked(pair, [v.ballot for v in mine])
                 last = len(rank)
-                yield pair, sorted(mine, key=lambda v: rank.get(_asked_as(v.ballot), last))
+                yield pair, sorted(mine, key=lambda v: rank.get((v.ballot.voice_key, v.ballot.order), last))
 
     def _problem(self, problem: str) -> None:
         if problem not in self.problems:
@@ -197,14 +199,13 @@ class Iteration:
                 at += len(line)
         return places
 
-    def _asked(self, pair: Pair, judge: str) -> dict[tuple[VoiceKey, str], int]:
-        """The order in which a pair's ballots are made; in another, sums of the same votes differ in the last bit."""
-        any_pair, settings = pair.model_copy(update={"selected_by": ()}), self.settings.job.judge
+    def _asked(self, pair: Pair, ballots: Sequence[Ballot]) -> dict[Place, int]:
+        """The order in which a pair's ballots are made."""
+        any_pair = pair.model_copy(update={"selected_by": ()})
         by_name = {t.name: t for t in self.templates.values()}
-        names = template_names(settings, self.text, "decide") if settings.kind == "chat" else []
+        names = self._judge.template_names(self.text, "decide")
         templates = [by_name[name] for name in names if name in by_name]
-        ballots = ballots_for(settings, [any_pair], self.text, name=judge, templates=templates)
-        return {_asked_as(b): n for n, b in enumerate(ballots)}
+        return self._judge.places(any_pair, self.text, ballots[0].judge, templates, ballots)
 
     def _completions(self) -> tuple[dict[str, str], set[str]]:
         """Completion → a digest of its text without the space around it: all that `identical` needs of it; and those
@@ -222,7 +223,7 @@ class Iteration:
         """The vote, with `parser` as its reply is read today."""
         if not self.settings.parser:
             return vote
-        again = read_again(vote, self.templates.get(vote.ballot.template), self.settings.job.judge)
+        again = self._judge.read_again(vote, self.templates.get(vote.ballot.template))
         self.reparsed += again is not vote
         return again
 
@@ -239,8 +240,12 @@ class _Named(NamedTuple):
     outcome: str
 
 
-def _asked_as(b: Ballot) -> tuple[VoiceKey, str]:
-    return b.voice_key, b.order
+def _with_own_reasons(now: Decision, was: Decision, rules: Sequence[str]) -> Decision:
+    """A decision with what rules of the job's own said when it was made: a replay imports no code."""
+    said = {rule: why for rule, why in was.said.items() if rule in rules}
+    if not said:
+        return now
+    return now.model_copy(update={"status": "dropped", "winner": None, "reasons": (*now.reasons, *said), "said": said})
 
 
 def _template(folder: Path, name: str) -> Template | None:

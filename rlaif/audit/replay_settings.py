@@ -63,6 +63,11 @@ def settings_of(
             raise UserError(f"--set {key}: recorded votes can't answer for it; filters.* and, with --parser, {_READ}")
         if not key.startswith("filters.") and not parser:
             raise UserError(f"--set {key}: it says how recorded scores and replies are read; add --parser")
+    if unknown := [rule for rule in job.filters.rules if rule not in own.filters.rules]:
+        raise UserError(
+            f"--set filters.rules: the log can't answer for {unknown[0]}, which the run didn't have, and a replay "
+            "imports no code; it can leave rules out"
+        )
     found = None
     if job.filters.calibration is not None:
         copy = run.path / "calibration.json"

@@ -198,7 +198,7 @@ def _effect(
     take_apart: bool | None,
 ) -> Effect:
     from rlaif.audit.edits import Edit, Options, effect_of
-    from rlaif.config import apply_override, load_job, parse_job
+    from rlaif.config import load_job, of_run, parse_job
     from rlaif.judging.opened import open_with_ballots
     from rlaif.rundir.store import RunDir
 
@@ -206,9 +206,7 @@ def _effect(
     tree = run.job().model_dump(mode="json")
     if file is not None:
         tree["judge"] = load_job(file).judge.model_dump(mode="json")
-    for override in overrides:
-        apply_override(tree, override)
-    job = parse_job(tree, str(file or "--set"))
+    job = parse_job(of_run(tree, overrides), str(file or "--set"))
     judge = open_with_ballots(job, [before, after], Path.cwd(), lambda message: print(message, file=sys.stderr))
     count = VoteCount()
     with count.told():

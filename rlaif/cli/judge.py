@@ -205,13 +205,12 @@ def _check_target(to: Path) -> None:
 
 def _about(found: PairsWithVotes, calibration: Calibration, judged: list[Judged]) -> list[str]:
     """What to know of a calibration beside its thresholds."""
-    from rlaif.judging.calibration import cut_off_counts
     from rlaif.trust import bench as judge_bench
     from rlaif.trust import report
 
     jurors = calibration.jurors
     again = found.redecide(judged, jurors) if found.redecide and jurors else judged
-    lines = report.ends_lines(calibration, cut_off_counts(found.job.judge) and found.recorded is None)
+    lines = report.ends_lines(calibration, found.job.judge.cut_off_counts and found.recorded is None)
     lines += report.mix_lines(judge_bench.promises("", again, calibration, lambda j: judge_bench.keeps(j, calibration)))
     if jurors:
         lines += report.juror_lines("jury", jurors, judge_bench.check_jurors("", again, jurors))

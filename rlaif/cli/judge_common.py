@@ -67,7 +67,7 @@ def told_what_is_kept(job: Job) -> Iterator[None]:
     except (BudgetSpent, JudgeUnavailable) as e:
         kept = "its replies are kept in judge.cache, and the same command goes on from there"
         lost = "without judge.cache its replies so far are lost"
-        raise type(e)(f"{e}; this command saves no votes; {kept if job.judge.cache else lost}") from e
+        raise type(e)(f"{e}; this command saves no votes; {kept if getattr(job.judge, 'cache', None) else lost}") from e
 
 
 def open_asked(
@@ -80,6 +80,7 @@ def open_asked(
     """
     from rlaif.judging.calibration import Asked
     from rlaif.judging.filters import check_calibrated
+    from rlaif.judging.kinds import kind_of
     from rlaif.judging.opened import open_with_ballots
 
     started = time.monotonic()
@@ -96,6 +97,6 @@ def open_asked(
     each = {name: len(opened.ballots([row.pair], texts[name])) for (name, _), row in some.items() if name is not None}
     names = (r.constitution or job.constitution for r in rows)
     total = sum(each[name] for name in names if name is not None)
-    if job.judge.kind == "likelihood":  # its model was loaded
-        print(f"judge {job.judge.model} ready after {time.monotonic() - started:.1f} s", file=sys.stderr)
+    if model := kind_of(job.judge).local_model:  # it was loaded
+        print(f"judge {model} ready after {time.monotonic() - started:.1f} s", file=sys.stderr)
     return opened.ask, VoteCount(total)

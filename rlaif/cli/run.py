@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -66,13 +66,11 @@ def run(
 
 
 def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) -> tuple[Job, Path]:
-    from rlaif.config import apply_override, load_job, parse_job
+    from rlaif.config import load_job, of_run, parse_job
     from rlaif.rundir.store import RunDir
 
     if (job / "run.json").exists():
-        tree: dict[str, Any] = RunDir.open(job).header["job"]
-        for override in overrides:
-            apply_override(tree, override)
+        tree = of_run(RunDir.open(job).header["job"], overrides)
         settings = parse_job(tree, str(job / "run.json"))
         if name is None:
             return settings, job
@@ -88,9 +86,12 @@ def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> Non
     from rlaif.audit.summary import status_of
     from rlaif.config import Columns
     from rlaif.loop.cost import estimate, table
-    from rlaif.loop.launch import check_resume
+    from rlaif.loop.launch import check_code, check_resume
+    from rlaif.own_code import resolved
     from rlaif.rundir.store import RunDir
 
+    job, code = resolved(job)
+    check_code(RunDir(where), {own.name: own.sha256 for own in code})
     check_resume(RunDir(where), job, allow_change)
     copies = {name: (where / "prompts" / f"{name}.jsonl").resolve() for name in ("train", "held_out")}
     if all(path.exists() for path in copies.values()):  # it goes on from these, whatever became of the files

@@ -1,4 +1,4 @@
-"""Judge templates: the text of a question to a judge that reads, and what its reply looks like. Pure.
+"""ChatSettings templates: the text of a question to a judge that reads, and what its reply looks like. Pure.
 
 In: the sources of `prompts/judge/<name>.jinja` and of all that it includes; a constitution, a prompt and two
 answers. Out: a `Template` whose identity is the hash of its sources, and the messages of one question.
@@ -27,7 +27,7 @@ import jinja2.sandbox
 import yaml
 from pydantic import Field, ValidationError
 
-from rlaif.config import Judge
+from rlaif.config import ChatSettings
 from rlaif.constitutions.constitution import Constitution, Principle
 from rlaif.errors import UserError, cant_read
 from rlaif.records import Message, Record, digest
@@ -100,7 +100,7 @@ _JSON_SCHEMA: dict[str, Any] = {
 
 
 def template_names(
-    settings: Judge, constitution: Constitution, role: Literal["decide", "evaluate"], known: Container[str] = ()
+    settings: ChatSettings, constitution: Constitution, role: Literal["decide", "evaluate"], known: Container[str] = ()
 ) -> list[str]:
     """The templates that a job asks with: its own, or the constitution's. `evaluate` has others, so that what measures
     the policy is not the question that trained it: those that the job names, or the deciding ones' counterparts among

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from rlaif.config import Filters, Judge, Juror
+from rlaif.config import Filters, Juror, LikelihoodSettings
 from rlaif.constitutions.constitution import Constitution, Principle, Use
-from rlaif.constitutions.derived import NEWEST
 from rlaif.constitutions.templates import Template, asks_by_principle
 from rlaif.errors import UserError
 from rlaif.judging import filters as rules
@@ -37,49 +36,6 @@ _TOP_LOGPROBS = {"letter": 20, "last_line": 5}
 def selecting_voices(constitution: Constitution) -> list[str]:
     """Ids of the voices that score single completions to choose pairs."""
     return _electing(constitution, "select")
-
-
-def check_selects(constitution: Constitution) -> None:
-    """Whether pairs can be chosen under a text, as its judge asks about it (`asked_by`).
-
-    Raises:
-        UserError: it has no selecting voice.
-    """
-    if not selecting_voices(constitution):
-        raise UserError(
-            f"constitution {constitution.ref}: no contrast has `use: select`, and pairing.method=best_worst needs one; "
-            "add such a paraphrase, or set pairing.method to random or all"
-        )
-
-
-def asked_by(judge: Judge, constitution: Constitution) -> Constitution:
-    """A text as a job's judge asks about it: a likelihood judge derives the contrasts that it lacks from its rules, by
-    the newest wordings where the text has none yet.
-
-    Raises:
-        UserError: the text doesn't serve this judge.
-    """
-    if judge.kind != "chat":
-        constitution = constitution.derived_by(constitution.wordings or NEWEST)
-    for p in constitution.principles:
-        if why := unserved(judge.kind, p):
-            raise UserError(f"constitution {constitution.ref}, principle `{p.id}`: {why}")
-    return constitution
-
-
-def unserved(kind: str, principle: Principle) -> str | None:
-    """Why a kind of judge can't ask about a principle, and the next step; None where it can."""
-    if principle.has_words:
-        return None
-    said = f"its rule is {principle.rule!r}, without a word"
-    if kind == "chat":
-        return f"{said}, and a judge that reads has nothing else to go by; write what an answer should be or do"
-    if "decide" in principle.lacks:
-        return (
-            f"{said}, so the likelihood judge can derive no contrast from it; write what an answer should be or do, or "
-            "give a contrast of your own (`prefer` and `avoid`)"
-        )
-    return None
 
 
 def evaluating_voices(constitution: Constitution) -> list[str]:
@@ -131,7 +87,7 @@ def make_ballots(
     return ballots
 
 
-def likelihood_parameters(settings: Judge) -> str:
+def likelihood_parameters(settings: LikelihoodSettings) -> str:
     """Digest of what turns a likelihood judge's numbers into votes."""
     names = ("missing_eos_penalty", "score_temperature", "relevance_tolerance", "fluency_tolerance")
     numbers = {name: getattr(settings, name) for name in names}
@@ -235,27 +191,6 @@ def make_chat_ballots(
                 content = {**voice, "pair_id": pair.id, "order": order}
                 identity = digest({**content, "first": pair.first, "second": pair.second})
                 yield Ballot.model_validate({"id": identity, **content})
-
-
-def ballots_for(
-    judge: Judge,
-    pairs: Iterable[Pair],
-    constitution: Constitution,
-    role: Role = "decide",
-    seed: int = 0,
-    name: str = "",
-    templates: Sequence[Template] = (),
-) -> list[Ballot]:
-    """What a job's judge is asked. `name` is that of a judge without a server, `templates` those of one behind a server
-    (`template_names`).
-
-    Raises:
-        UserError: a template can't ask what `judge.votes_per_principle` wants.
-    """
-    if judge.kind != "chat":
-        return make_ballots(pairs, constitution, name, role, seed, likelihood_parameters(judge))
-    by_principle = judge.votes_per_principle
-    return list(make_chat_ballots(pairs, constitution, judge.jurors, templates, role, by_principle, seed, judge.clamp))
 
 
 def rounds(ballots: Iterable[Ballot]) -> list[list[Ballot]]:

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from rlaif.config import Filters, Job, Judge
+from rlaif.config import Filters, Job
 from rlaif.constitutions.checks import count_words
 from rlaif.errors import UserError, first_problem
 from rlaif.intervals import sigmoid
@@ -49,13 +49,11 @@ ScoreKind = Literal["agreement", "margin", "fitted"]
 
 _OF_POLICY = ("system_prompt", "chat_template_args", "thinking")
 """Settings of `policy` that change what a judge is shown, or what it judges."""
-_OF_JUDGE = {"likelihood": ("missing_eos_penalty", "chat_template_args")}
-"""Settings by kind of judge that a mismatch should name; the ballots' `parameters` hold them as a digest."""
 
 
 def asked_as(job: Job) -> dict[str, Any]:
     """How a job asks beyond what its ballots say, by dotted key; what is at its default is left out."""
-    sections = (("policy", job.policy, _OF_POLICY), ("judge", job.judge, _OF_JUDGE.get(job.judge.kind, ())))
+    sections = (("policy", job.policy, _OF_POLICY), ("judge", job.judge, job.judge.asked_as))
     out = {}
     for prefix, section, names in sections:
         for name in names:
@@ -63,11 +61,6 @@ def asked_as(job: Job) -> dict[str, Any]:
             if field is not None and (value := getattr(section, name)) != field.get_default(call_default_factory=True):
                 out[f"{prefix}.{name}"] = value
     return out
-
-
-def cut_off_counts(judge: Judge) -> bool:
-    """Whether it matters to this judge that an answer was cut off, and not only how it reads."""
-    return judge.kind == "likelihood" and judge.missing_eos_penalty > 0
 
 
 def ends_of(pair: Pair, cut: Collection[str]) -> tuple[FinishReason, FinishReason]:
@@ -83,12 +76,12 @@ class Asked(NamedTuple):
     ends: tuple[FinishReason | None, FinishReason | None] = (None, None)
     """How the pair's answers ended; None where nobody knows."""
     cut_off_counts: bool = False
-    """As the function of that name says of the judge."""
+    """As the judge's settings say."""
 
     @classmethod
     def by(cls, job: Job, ends: tuple[FinishReason | None, FinishReason | None] = (None, None)) -> Asked:
         """As a job's judge asks."""
-        return cls(asked_as(job), ends, cut_off_counts(job.judge))
+        return cls(asked_as(job), ends, job.judge.cut_off_counts)
 
 
 class Panel(Record):

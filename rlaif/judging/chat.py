@@ -25,7 +25,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from rlaif.config import Judge, Juror
+from rlaif.config import ChatSettings, Juror
 from rlaif.constitutions.constitution import Constitution
 from rlaif.constitutions.templates import Template, render
 from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
@@ -48,10 +48,10 @@ _OF_THE_QUESTION = re.compile(
 _CHUNK_S = 0.02
 """Replies that come within this time are one chunk: one write to the cache, and one by whoever keeps the votes."""
 
-Connect = Callable[[Juror, Judge, asyncio.Semaphore, Pace, Pace, float, Callable[[Usage], None]], Server]
+Connect = Callable[[Juror, ChatSettings, asyncio.Semaphore, Pace, Pace, float, Callable[[Usage], None]], Server]
 
 
-def make(settings: Judge, spent: Spent | None = None, wasted: Path | None = None) -> ChatJudge:
+def make(settings: ChatSettings, spent: Spent | None = None, wasted: Path | None = None) -> ChatJudge:
     """Factory for a worker process. `spent` is what earlier processes of the run have used of the budget, `wasted`
     the run's file of answers that held no reply."""
     return ChatJudge(settings, spent, wasted=wasted)
@@ -62,7 +62,7 @@ class ChatJudge:
 
     def __init__(
         self,
-        settings: Judge,
+        settings: ChatSettings,
         spent: Spent | None = None,
         connect: Connect = OpenAIServer,
         backoff_s: float = 0.5,

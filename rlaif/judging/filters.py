@@ -4,6 +4,8 @@ A pair trains only if no rule speaks against it. A rule can only drop: the winne
 votes named, and a dropped pair has none. A calibrated filter has one threshold on consistency in place of
 `order_flip`, `low_agreement` and `low_margin`: the pairs that it keeps are exactly those that were promised.
 
+A job can name rules of its own (`filters.rules`), which can only drop, too; they are imported when a pair is decided.
+
 `to_review` then takes the pairs of an iteration that a person is asked about (`filters.review`).
 """
 
@@ -12,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from rlaif.config import Filters
-from rlaif.errors import UserError
+from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import EVERYTHING, Asked, Calibration
 from rlaif.judging.verdicts import JurorFit, aggregate
-from rlaif.records import Ballot, Decision, DropReason, Pair, ReviewRule, Verdict, Vote
+from rlaif.own_code import of_rule
+from rlaif.records import Ballot, Decision, DropReason, Pair, Reason, ReviewRule, RuleName, Verdict, Vote
 
 Rule = Callable[[Verdict, Filters], bool]
 
@@ -41,13 +44,15 @@ def decide(
     """
     if verdict.pair_id != pair.id:
         raise ValueError(f"verdict on {verdict.pair_id}, pair {pair.id}")
-    reasons: list[DropReason] = ["identical"] if identical(pair, texts) else []
+    reasons: list[Reason] = ["identical"] if identical(pair, texts) else []
     rules = RULES if calibrated is None else VALIDITY
     reasons += [reason for reason, speaks_against in rules.items() if speaks_against(verdict, settings)]
     if calibrated is False:
         reasons.append("uncalibrated")
     if cut_off(verdict, pair, settings, cut):
         reasons.append("cut_off")
+    said = own_reasons(verdict, settings)
+    reasons += said
     winner = verdict.outcome if verdict.outcome in ("first", "second") and not reasons else None
     return Decision(
         pair_id=pair.id,
@@ -55,7 +60,28 @@ def decide(
         reasons=tuple(reasons),
         winner=winner,
         verdict=verdict,
+        said=said,
     )
+
+
+def own_reasons(verdict: Verdict, settings: Filters) -> dict[RuleName, str]:
+    """What the rules of the job's own (`filters.rules`) say against a verdict, by rule.
+
+    Raises:
+        RlaifError: a rule fails, or gives something else than a sentence or None.
+    """
+    out: dict[RuleName, str] = {}
+    for name in settings.rules:
+        rule = of_rule(name).made
+        try:
+            said = rule(verdict, settings)
+        except Exception as e:  # theirs: whatever it is, the message says whose
+            raise RlaifError(f"filters.rules {name}: pair {verdict.pair_id}: {type(e).__name__}: {e}") from e
+        if said is not None and not (isinstance(said, str) and said.strip()):
+            raise RlaifError(f"filters.rules {name}: pair {verdict.pair_id}: gave {said!r}; expected a reason, or None")
+        if said is not None:
+            out[name] = said
+    return out
 
 
 def decide_votes(

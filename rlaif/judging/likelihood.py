@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlaif.config import Judge
+from rlaif.config import LikelihoodSettings
 from rlaif.constitutions.constitution import Constitution, Voice
 from rlaif.judging.ballots import GUARD_MEASURES
 from rlaif.judging.cache import LikelihoodCache
@@ -43,7 +43,7 @@ from rlaif.records import (
 )
 
 
-def make(model_path: str, settings: Judge) -> LikelihoodJudge:
+def make(model_path: str, settings: LikelihoodSettings) -> LikelihoodJudge:
     """Factory for a worker process."""
     return LikelihoodJudge(model_path, settings)
 
@@ -78,7 +78,7 @@ class LikelihoodJudge:
     A vote's p(first) is sigmoid((score(first) - score(second)) / `settings.score_temperature`).
     """
 
-    def __init__(self, model_path: str, settings: Judge, name: str | None = None):
+    def __init__(self, model_path: str, settings: LikelihoodSettings, name: str | None = None):
         """Loads a local model folder on the GPU or the CPU. `name` is recorded in votes.
 
         Raises:
@@ -88,13 +88,13 @@ class LikelihoodJudge:
         self._setup(model, tokenizer, settings, name or Path(model_path).name)
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, settings: Judge, name: str = "given") -> LikelihoodJudge:
+    def of(cls, model: Any, tokenizer: Any, settings: LikelihoodSettings, name: str = "given") -> LikelihoodJudge:
         """A judge of a model and tokenizer that are already loaded (tests, notebooks)."""
         judge = cls.__new__(cls)
         judge._setup(model, tokenizer, settings, name)
         return judge
 
-    def _setup(self, model: Any, tokenizer: Any, settings: Judge, name: str) -> None:
+    def _setup(self, model: Any, tokenizer: Any, settings: LikelihoodSettings, name: str) -> None:
         self.settings = settings
         self.name = name
         vocabulary: int = model.get_input_embeddings().num_embeddings

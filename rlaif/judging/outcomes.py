@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from rlaif.config import Judge
+from rlaif.config import LikelihoodSettings
 from rlaif.constitutions.templates import Template
 from rlaif.intervals import sigmoid
 from rlaif.judging.parsing import Reply, label_mass, outcome, parse
@@ -56,7 +56,7 @@ def said_by_guard(difference: float, tolerance: float) -> Said:
     return Said(_side(difference, tolerance))
 
 
-def tolerances(settings: Judge) -> dict[str, float]:
+def tolerances(settings: LikelihoodSettings) -> dict[str, float]:
     """A guard's measure → its tolerance, in nats."""
     return {"relevance": settings.relevance_tolerance, "fluency": settings.fluency_tolerance}
 

@@ -7,7 +7,7 @@ In: a parsed constitution, and names of judge templates. Out: records and senten
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -17,7 +17,8 @@ from rlaif.constitutions.derived import NEWEST, Use
 from rlaif.constitutions.opposites import turned
 from rlaif.constitutions.templates import evaluating_name
 from rlaif.constitutions.verbs import could_have_verb
-from rlaif.judging.ballots import evaluating_voices, selecting_voices, unserved
+from rlaif.judging.ballots import evaluating_voices, selecting_voices
+from rlaif.judging.kinds import ChatKind, JudgeKind, LikelihoodKind
 from rlaif.records import Record
 
 Kind = Literal["likelihood", "chat"]
@@ -74,7 +75,7 @@ def _likelihood(text: Constitution) -> Service:
     negated = tuple(
         p.id for p in text.principles if p.id in derived and p.opposite is None and not turned(p.rule).known
     )
-    unasked = _unasked("likelihood", text)
+    unasked = _unasked(LikelihoodKind, text)
     return Service(judge="likelihood", unasked=unasked, derived=derived, negated=negated, missing=missing)
 
 
@@ -85,11 +86,11 @@ def _chat(text: Constitution, templates: Container[str] | None) -> Service:
         missing["a held-out win rate by a question of its own"] = (
             f"the template `{other}`, or judge.evaluate_templates in the job"
         )
-    return Service(judge="chat", unasked=_unasked("chat", text), missing=missing)
+    return Service(judge="chat", unasked=_unasked(ChatKind, text), missing=missing)
 
 
-def _unasked(kind: Kind, text: Constitution) -> dict[str, str]:
-    return {p.id: why for p in text.principles if (why := unserved(kind, p)) is not None}
+def _unasked(kind: type[JudgeKind[Any]], text: Constitution) -> dict[str, str]:
+    return {p.id: why for p in text.principles if (why := kind.unserved(p)) is not None}
 
 
 def warnings(text: Constitution) -> list[str]:

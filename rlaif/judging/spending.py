@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rlaif.config import Judge, Juror, Price
+from rlaif.config import ChatSettings, Juror, Price
 from rlaif.judging.ballots import juror_names
 from rlaif.records import Record, Usage, Vote
 
@@ -20,7 +20,7 @@ class Spent(Record):
     answered: frozenset[str] = frozenset()
     """Jurors, as ballots name them, that an earlier process had a reply of: their settings are right."""
 
-    def plus(self, usage: Usage, juror: Juror, settings: Judge, calls: int = 1) -> Spent:
+    def plus(self, usage: Usage, juror: Juror, settings: ChatSettings, calls: int = 1) -> Spent:
         """With so many more answered calls, which used this much together."""
         price = settings.prices.get(juror.model)
         money = 0.0 if price is None else cost(usage, price)
@@ -51,7 +51,7 @@ class Wasted(Record):
     usage: Usage
 
 
-def spent_on(votes: Iterable[Vote], settings: Judge, wasted: Iterable[Wasted] = ()) -> Spent:
+def spent_on(votes: Iterable[Vote], settings: ChatSettings, wasted: Iterable[Wasted] = ()) -> Spent:
     """What votes and wasted answers cost: those of an earlier process count against the budget of this one."""
     jurors = dict(zip(juror_names(settings.jurors), settings.jurors, strict=True))
     spent = Spent()

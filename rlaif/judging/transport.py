@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-from rlaif.config import Judge, Juror
+from rlaif.config import ChatSettings, Juror
 from rlaif.errors import UserError
 from rlaif.judging.answers import (
     FailureKind,
@@ -387,7 +387,7 @@ class OpenAIServer:
     def __init__(
         self,
         juror: Juror,
-        settings: Judge,
+        settings: ChatSettings,
         slots: AbstractAsyncContextManager[Any],
         requests: Pace,
         tokens: Pace,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from rlaif import config
 from rlaif.errors import UserError
+from rlaif.own_code import load, of_learner
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, TrainingRow, UpdateStep
 from rlaif.workers.weights import WeightsRef
 
@@ -116,6 +117,8 @@ def kind_of(name: str) -> Kind:
     Raises:
         UserError: no learner is called that.
     """
+    if ":" in name:  # the user's own; a class attribute says its rows
+        return Kind(name, getattr(load("learner.kind", name).made, "row_type", Preference))
     if name not in KINDS:
         raise UserError(f"learner.kind: no learner is called {name!r}; there are {', '.join(f'`{k}`' for k in KINDS)}")
     return KINDS[name]
@@ -155,8 +158,14 @@ def make(
     seed: int,
     output_dir: str | None = None,
     export_precision: config.Precision = "auto",
+    sha256: str | None = None,
 ) -> Learner[Any]:
-    """Factory for a worker process: the learner of the untrained policy."""
+    """Factory for a worker process: the learner of the untrained policy. `sha256` is the digest that the loop knows of
+    a learner of the user's own."""
+    if isinstance(settings, config.OwnLearner):
+        code, own = of_learner(settings, sha256)
+        made: Learner[Any] = code.made(model_path, own, seed, output_dir, export_precision)
+        return made
     return make_learner(
         settings.kind, model_path, settings, seed, output_dir=output_dir, export_precision=export_precision
     )

@@ -14,15 +14,17 @@ from rlaif import models
 from rlaif.config import Job, PlacedRole, Precision
 from rlaif.console import inert, stdout_console
 from rlaif.constitutions.constitution import Constitution, load_constitution
-from rlaif.constitutions.templates import load_template, template_names, templates_in
+from rlaif.constitutions.templates import load_template, templates_in
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out
 from rlaif.errors import UserError
 from rlaif.hardware import cpu_has_bf16, gpu_names
-from rlaif.judging.ballots import Role, asked_by, ballots_for, check_selects, selecting_voices
-from rlaif.judging.calibration import Asked, cut_off_counts, read_calibration
+from rlaif.judging.ballots import Role
+from rlaif.judging.calibration import Asked, read_calibration
 from rlaif.judging.filters import check_asked
+from rlaif.judging.kinds import kind_of
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update, pairs_at_most
+from rlaif.own_code import resolved
 from rlaif.records import Pair, Prompt
 from rlaif.workers.placement import place, usable_gpus
 
@@ -88,6 +90,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: a model, a prompt file or a text is missing or broken, or a GPU: a dry run finds it too.
     """
+    job, own = resolved(job)
     places = place(job, usable_gpus(len(gpu_names())))
     read = _read(job, base_dir)
     counts = _count(job, base_dir, read)
@@ -105,6 +108,8 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "scores": counts.scores,
         "ballots_at_most": counts.ballots,
         "judge": job.judge.kind,
+        "judge_takes_own_time": kind_of(job.judge).own_time,
+        "own_code": {code.name: {"file": str(code.file), "sha256": code.sha256} for code in own},
         "evaluations": counts.evaluations,
         "held_out_answers": counts.held_out_answers,
         "evaluation_ballots_at_most": counts.evaluation_ballots,
@@ -139,8 +144,9 @@ def _read(job: Job, base_dir: Path) -> _Read:
         models.check_adapter_name(job.policy.adapter)
     if (policy := _folder(job.policy.model)).is_dir():
         check_policy(policy, job)
-    if job.judge.kind == "likelihood":
-        models.check_name(job.judge.model)
+    kind = kind_of(job.judge)
+    if kind.local_model:
+        models.check_name(kind.local_model)
     check_can_update(job)
     columns = job.prompts.columns
     held_out = load_prompts(job.prompts.held_out, base_dir, columns=columns, columns_required=False)
@@ -149,14 +155,13 @@ def _read(job: Job, base_dir: Path) -> _Read:
     if job.filters.calibration:
         check_asked(read_calibration(base_dir / job.filters.calibration), job.filters, Asked.by(job))
     texts = {
-        ref: asked_by(job.judge, load_constitution(base_dir / job.constitutions_dir, ref))
-        for ref in _schedule(job).values()
+        ref: kind.text(load_constitution(base_dir / job.constitutions_dir, ref)) for ref in _schedule(job).values()
     }
-    if job.judge.kind == "likelihood" and (judge := _folder(job.judge.model)).is_dir():
+    if kind.local_model and (judge := _folder(kind.local_model)).is_dir():
         check_likelihood_judge(judge, job, texts.values())
     if job.pairing.method == "best_worst":
         for text in texts.values():
-            check_selects(text)
+            kind.selecting(text)
     return _Read(train, held_out, texts)
 
 
@@ -171,7 +176,7 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
         text = read.texts[schedule[max(i for i in schedule if i <= k)]]
         ballots += pairs * _ballots_a_pair(job, text, "decide", base_dir)
         if job.pairing.method == "best_worst":
-            scores += samples * len(selecting_voices(text))
+            scores += samples * len(kind_of(job.judge).selecting(text))
         last = k + 1 == job.iterations
         if last or (k + 1) % job.eval.every == 0 or (k + 1) in schedule:
             evaluations += 1
@@ -190,14 +195,9 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
 
 def _tokens(job: Job, counts: _Counts) -> _Tokens:
     answer = job.sampling.max_tokens * 0.8
-    # Each side of a contrast is one pass over question and answer; a ballot looks at two answers. A judge behind a
-    # server takes its own time.
-    judged = 0.0
-    if job.judge.kind == "likelihood":
-        judged = (counts.scores * 2 + (counts.ballots + counts.evaluation_ballots) * 4) * (answer + 15)
     return _Tokens(
         sampled=(counts.samples + counts.held_out_answers + counts.untempered) * answer,
-        judged=judged,
+        judged=kind_of(job.judge).tokens(counts.scores, counts.ballots + counts.evaluation_ballots, answer),
         measured=(counts.held_out_answers + counts.untempered) * 2 * (answer + 40),
         trained=counts.pairs * job.learner.epochs * 2 * (answer + PROMPT_TOKENS),
     )
@@ -205,9 +205,7 @@ def _tokens(job: Job, counts: _Counts) -> _Tokens:
 
 def _judge_parameters(job: Job) -> float:
     """Of the model that scores here: the judge's, or the policy's where the judge is behind a server."""
-    return parameters_of(job.judge.model if job.judge.kind == "likelihood" else job.policy.model) or (
-        REFERENCE_PARAMETERS
-    )
+    return parameters_of(kind_of(job.judge).local_model or job.policy.model) or REFERENCE_PARAMETERS
 
 
 def _seconds(job: Job, tokens: _Tokens, fast: bool) -> float:
@@ -228,7 +226,7 @@ def _needed(job: Job, counts: _Counts, fast: bool) -> _Needed:
     learner = weights * (2 + (5.5 + _width(job.learner.precision, fast)) * trained_share)
     # The sampler, the measurer on the base policy, and a judge of its own where that isn't the same model.
     frozen = weights * (_width(job.sampling.precision, fast) + _width(job.judge.precision, fast))
-    if job.judge.kind == "likelihood" and job.judge.model != job.policy.model:
+    if kind_of(job.judge).local_model not in (None, job.policy.model):
         frozen += 2 * _judge_parameters(job) * _width(job.judge.precision, fast)
     # fp32 weights and Adam's moments of what is trained; the old state goes when the next one is complete.
     states = weights * 6 * trained_share * min(job.iterations, 2)
@@ -251,7 +249,7 @@ def _warnings(job: Job, base_dir: Path, needed: _Needed, disk_free: int) -> list
         for k, reference in _schedule(job).items()
         if k >= job.iterations
     ]
-    named = [job.policy.model, *([job.judge.model] if job.judge.kind == "likelihood" else [])]
+    named = [name for name in (job.policy.model, kind_of(job.judge).local_model) if name]
     if unknown := sorted({n for n in named if not n.startswith("embedded:") and parameters_of(n) is None}):
         warnings.append(
             f"{', '.join(unknown)}: of unknown size until it is fetched (rlaif models NAME); time, memory and disk are "
@@ -269,7 +267,7 @@ def _dropped_uncalibrated(job: Job, base_dir: Path) -> str | None:
     if job.filters.calibration is None:
         return None
     calibration = read_calibration(base_dir / job.filters.calibration)
-    dropped = calibration.cut_off_dropped(cut_off_counts(job.judge))
+    dropped = calibration.cut_off_dropped(job.judge.cut_off_counts)
     return f"filters.calibration {job.filters.calibration}: {dropped}" if dropped else None
 
 
@@ -290,12 +288,12 @@ def _width(precision: Precision, fast: bool) -> int:
 
 def _ballots_a_pair(job: Job, text: Constitution, role: Role, base_dir: Path) -> int:
     """Questions to the judge about one pair; for a judge behind a server each is a request."""
-    judge = job.judge
+    judge = kind_of(job.judge)
     pair = Pair(id="any", prompt_id="any", first="first", second="second", method="plan")
     folder = base_dir / judge.templates_dir
-    names = template_names(judge, text, role, templates_in(folder)) if judge.kind == "chat" else []
+    names = judge.template_names(text, role, templates_in(folder))
     templates = [load_template(folder, name) for name in names]
-    return len(ballots_for(judge, [pair], text, role, templates=templates))
+    return len(judge.ballots([pair], text, role, templates=templates))
 
 
 def _trained_share(job: Job) -> float:
@@ -341,13 +339,15 @@ def table(costs: dict[str, Any], where: Path) -> None:
         f"at most {costs['evaluation_ballots_at_most']} ballots",
         "tokens": f"about {tokens['sampled']:,} sampled, {tokens['judged']:,} judged, {tokens['trained']:,} trained on",
         "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores like these, without a GPU, after set-up"
-        + (", and the judge's own" if costs["judge"] == "chat" else ""),
+        + (", and the judge's own" if costs["judge_takes_own_time"] else ""),
         "placement": ", ".join(f"{role}: {where}" for role, where in costs["placement"].items()),
         "memory": f"about {costs['memory_gib']} GiB ({costs['memory_here_gib']} GiB here)",
         "disk": f"about {costs['disk_gib']} GiB ({costs['disk_free_gib']} GiB free)",
     }
     if (done := costs.get("iterations_done")) is not None:
         rows["begun"] = f"{done} of these iterations are done, {max(costs['iterations'] - done, 0)} are owed"
+    for name, own in costs["own_code"].items():
+        rows[inert(f"your {name}")] = inert(f"{own['file']}, sha256 {own['sha256']}")
     for name, value in rows.items():
         plan.add_row(name, inert(value))
     console.print(plan)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rlaif import monitors
 from rlaif.constitutions.constitution import Constitution
-from rlaif.judging.ballots import evaluating_voices
+from rlaif.judging.kinds import kind_of
 from rlaif.loop.hand_over import gap_of
 from rlaif.loop.judging import decide, judge
 from rlaif.loop.running import Iteration, Running, candidates, in_order
@@ -40,7 +40,7 @@ def evaluate(run: Running, updates: int, plan: Plan, text: Constitution) -> Eval
     prompts = run.held_out[: run.job.eval.prompts]
     it = Iteration(plan, here, text, {p.id: p for p in prompts}, role="evaluate")
     policy, _ = run.hand_over.policy_before(updates)
-    judged = updates != BASE_POLICY and (run.job.judge.kind == "chat" or bool(evaluating_voices(text)))
+    judged = updates != BASE_POLICY and kind_of(run.job.judge).evaluates(text)
 
     def sample(_: list[Completion]) -> Iterator[list[Completion]]:
         run.hand_over.load_sampler(updates)

@@ -19,9 +19,9 @@ from rlaif.config import Job
 from rlaif.constitutions.constitution import Constitution, load_with_source
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
 from rlaif.constitutions.derived import Wordings
-from rlaif.constitutions.templates import Template, evaluating_name, load_template, parse_template, template_names
+from rlaif.constitutions.templates import Template, evaluating_name, load_template, parse_template
 from rlaif.errors import UserError
-from rlaif.judging.ballots import asked_by, check_selects
+from rlaif.judging.kinds import kind_of
 from rlaif.records import ConstitutionRef
 from rlaif.rundir.store import RunDir, disk_errors, read_json, read_record, replace_dir, write_json
 
@@ -61,8 +61,8 @@ class Texts:
         self._schedule = job.schedule or {0: job.constitution or ""}
         self._alarmed: str | None = None
         self._said = False
-        self._judge = job.judge
-        self._templates_dir = base_dir / job.judge.templates_dir
+        self._judge = kind_of(job.judge)
+        self._templates_dir = base_dir / self._judge.templates_dir
         # A pinned text comes from the run's own copy once there is one; what is on disk no longer matters.
         texts = [self._newest(self._follows)] if self._follows else list(map(self._pinned, self._schedule.values()))
         checked = [(text, self._templates(text)) for text in texts]
@@ -97,11 +97,9 @@ class Texts:
         return read_record(self._run.path / "constitutions" / digest / "constitution.json", Constitution)
 
     def _templates(self, text: Constitution) -> dict[str, str]:
-        if self._judge.kind != "chat":
-            return {}
-        deciding = template_names(self._judge, text, "decide")
+        deciding = self._judge.template_names(text, "decide")
         known = {other for name in deciding if self._is_known(other := evaluating_name(name), name)}
-        evaluating = template_names(self._judge, text, "evaluate", known)
+        evaluating = self._judge.template_names(text, "evaluate", known)
         if (same := [name for name in evaluating if name in deciding]) and not self._said:
             self._said = True
             self._note(
@@ -163,14 +161,14 @@ class Texts:
         # Without a pin the run is from before contrasts were derived, and goes on without; one without a text's name is
         # from before opposites were, which are a text's own.
         pin = known.get(f"{_DERIVED_PIN} {text.hash}", known.get(_DERIVED_PIN))
-        pin = pin if self._judge.kind != "chat" and text.derives else None
+        pin = pin if self._judge.derives and text.derives else None
         return text.derived_by(derived_copy(self._run, pin) if pin else None)
 
     def _newest(self, reference: str) -> Constitution:
         text, source = load_with_source(self._directory, reference)
-        text = asked_by(self._judge, text)
+        text = self._judge.text(text)
         if self._selects:
-            check_selects(text)
+            self._judge.selecting(text)
         if text.wordings is not None:
             copy = self._run.path / "constitutions" / text.wordings.hash
             if not copy.exists():

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlaif.constitutions.templates import Template, template_names
+from rlaif.constitutions.templates import Template
 from rlaif.errors import RlaifError
-from rlaif.judging.ballots import Role, ballots_for, rounds, selecting_voices, settled
+from rlaif.judging.ballots import Role, rounds, settled
 from rlaif.judging.calibration import EVERYTHING, Asked, ends_of
 from rlaif.judging.filters import check_calibrated, decide_votes, to_review
+from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
 from rlaif.loop.pairing import make_pairs
 from rlaif.loop.running import Iteration, Running, candidates
@@ -20,7 +21,7 @@ from rlaif.rundir.store import write_json
 
 def score(run: Running, it: Iteration) -> list[Score]:
     """Every completion by every selecting voice, where pairs are chosen by scores."""
-    voices = selecting_voices(it.text) if run.job.pairing.method == "best_worst" else []
+    voices = kind_of(run.job.judge).selecting(it.text) if run.job.pairing.method == "best_worst" else []
 
     def produce(done: list[Score]) -> Iterator[list[Score]]:
         have = {(s.completion_id, s.voice) for s in done}
@@ -46,13 +47,11 @@ def pair(run: Running, it: Iteration) -> list[Pair]:
 
 def judge(run: Running, it: Iteration) -> list[Vote]:
     """Every ballot's vote, in the order of the ballots."""
-    asked: dict[str, Any] = {"constitution": it.text}
-    journal = it.dir.path / "votes.asked"
-    if run.job.judge.kind == "chat":
-        asked |= {"templates": _templates(run, it, it.role), "journal": journal}
+    kind, journal = kind_of(run.job.judge), it.dir.path / "votes.asked"
+    asked: dict[str, Any] = {"constitution": it.text, **kind.cast_with(_templates(run, it, it.role), journal)}
     ballots = _ballots(run, it, it.role, it.pairs)
     # Held-out pairs count by their verdict, kept or not, so every vote on them counts.
-    early_stop = run.job.judge.early_stop and it.role == "decide"
+    early_stop = kind.early_stop and it.role == "decide"
     in_rounds = rounds(ballots) if early_stop else [ballots]
 
     def produce(done: list[Vote]) -> Iterator[list[Vote]]:
@@ -118,13 +117,13 @@ def check_calibration(run: Running, it: Iteration) -> None:
 
 
 def _templates(run: Running, it: Iteration, role: Role) -> list[Template]:
-    names = template_names(run.job.judge, it.text, role, it.plan.templates)
+    names = kind_of(run.job.judge).template_names(it.text, role, it.plan.templates)
     return [run.texts.load_template(name, it.plan.templates[name]) for name in names]
 
 
 def _ballots(run: Running, it: Iteration, role: Role, pairs: list[Pair]) -> list[Ballot]:
-    templates = _templates(run, it, role) if run.job.judge.kind == "chat" else []
-    return ballots_for(run.job.judge, pairs, it.text, role, run.job.seed, run.judge_name, templates)
+    templates = _templates(run, it, role)
+    return kind_of(run.job.judge).ballots(pairs, it.text, role, run.job.seed, run.judge_name, templates)
 
 
 def _settled(run: Running, it: Iteration, votes: list[Vote], in_rounds: list[list[Ballot]], number: int) -> set[str]:
@@ -144,12 +143,9 @@ def _tell_interrupted(run: Running, k: int, done: list[Vote], ballots: list[Ball
     asked -= {v.ballot.id for v in done}
     again = [b.id for b in ballots if b.id in asked]
     if done or again:
-        under_way = run.job.judge.concurrency if run.job.judge.kind == "chat" else 1
-        message = f"judging was interrupted with {len(done)} of {len(ballots)} votes durable; "
-        if run.job.judge.kind == "chat":
-            message += f"{len(again)} ballots that had been sent off have no vote, and may be asked twice"
-        else:
-            message += "the call that was in flight is made again"
+        kind = kind_of(run.job.judge)
+        message = f"judging was interrupted with {len(done)} of {len(ballots)} votes durable; {kind.again(len(again))}"
+        under_way = kind.under_way
         data = {"durable": len(done), "ballots": len(ballots), "in_flight_at_most": under_way, "asked_again": again}
         run.dir.event("judging_interrupted", message, k, **data)
     journal.unlink(missing_ok=True)

@@ -16,23 +16,23 @@ from typing import Any
 
 import rlaif
 from rlaif import __version__, models
-from rlaif.config import Job, Judge, changed_keys, may_change, parse_job
+from rlaif.config import Job, LikelihoodSettings, changed_keys, may_change, of_run, parse_job
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
 from rlaif.errors import RlaifError, RunInterrupted, UserError
 from rlaif.hardware import facts as hardware_facts
 from rlaif.hardware import gpu_names
 from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calibration
 from rlaif.judging.filters import check_asked
-from rlaif.judging.spending import Spent, Wasted, spent_on
-from rlaif.judging.transport import check_address
+from rlaif.judging.kinds import kind_of, likelihood_worker
 from rlaif.loop import Loop, Progress
 from rlaif.loop.in_force import Texts
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update
 from rlaif.loop.training import mix_for
+from rlaif.own_code import resolved
 from rlaif.records import SCHEMA_VERSION, Message, Prompt, Vote, digest
 from rlaif.rundir.heads import write_head
-from rlaif.rundir.store import RunDir, read_grown, read_json, read_rows, replacing, write_json
+from rlaif.rundir.store import RunDir, read_json, read_rows, replacing, write_json
 from rlaif.sampling import PromptProblem
 from rlaif.workers.placement import Placed, place, usable_gpus
 from rlaif.workers.start import start_worker, wait_until_ready
@@ -63,7 +63,9 @@ class _Start:
     base: WeightsRef
     """The untrained policy."""
     judge: WeightsRef | None
-    """A likelihood judge's model."""
+    """The model that judges on this machine, if one does."""
+    own_code: dict[str, str]
+    """What the job names of the user's own → sha256 of its source."""
     models: dict[str, str]
     """For run.json: the models' digests, the tokenizer's hashes."""
     code: dict[str, Any]
@@ -77,16 +79,18 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         UserError: the job, a text, a prompt file or a model can't be used, or another process holds the run.
         RunInterrupted: Ctrl-C or SIGTERM; the same command goes on.
     """
-    if job.judge.kind == "chat":
-        for juror in job.judge.jurors:  # before minutes of sampling
-            check_address(juror)
+    job, own = resolved(job)
+    for code in own:
+        progress.note(f"code of yours: {code}")
+    judge = kind_of(job.judge)
+    judge.check()  # before minutes of sampling
     mix_for(job.learner)
     places = place(job, usable_gpus(len(gpu_names())))
     run = RunDir(run_dir)
     with ExitStack() as stack:
         stack.enter_context(run.lock())
         stack.enter_context(_sigterm_like_ctrl_c())
-        start = _look(run, job, base_dir, progress.note, allow_change)
+        start = _look(run, job, {code.name: code.sha256 for code in own}, base_dir, progress.note, allow_change)
         last = run.iteration(job.iterations - 1), run.evaluation(job.iterations)
         if all((stages.path / "metrics.json").exists() for stages in last):
             if start.changed:
@@ -111,9 +115,10 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
                 train,
                 held_out,
                 start.base,
-                judge_name=f"{job.judge.kind}:{start.judge.digest if start.judge else job.judge.model}",
+                judge_name=judge.name(start.judge.digest if start.judge else None),
                 progress=progress,
                 calibration=start.calibration,
+                code=start.own_code,
                 **workers,
             )
             head = loop.run().name
@@ -124,13 +129,17 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
     return run
 
 
-def _look(run: RunDir, job: Job, base_dir: Path, note: Callable[[str], None], allow_change: bool) -> _Start:
+def _look(
+    run: RunDir, job: Job, own_code: dict[str, str], base_dir: Path, note: Callable[[str], None], allow_change: bool
+) -> _Start:
     """Looks at everything that can be refused, before run.json says that there is a run, and makes the run's copies.
+    `own_code` are the digests of what the job names of the user's own.
 
     Raises:
         UserError: something can't be used.
     """
     _clear_failed_start(run, job)
+    check_code(run, own_code)
     changed = check_resume(run, job, allow_change)
     if not _begun(run):
         check_can_update(job)
@@ -144,13 +153,13 @@ def _look(run: RunDir, job: Job, base_dir: Path, note: Callable[[str], None], al
     check_policy(base, job)
     digests = {"policy": models.digest_of(base)}
     judge = None
-    if job.judge.kind == "likelihood":
-        judge_model = models.resolve(job.judge.model, progress=lambda message, share: note(message))
+    if local_model := kind_of(job.judge).local_model:
+        judge_model = models.resolve(local_model, progress=lambda message, share: note(message))
         digests["judge"] = models.digest_of(judge_model)
         check_likelihood_judge(judge_model, job, [texts.in_force(k)[0] for k in job.schedule or (0,)])
         judge = WeightsRef(digest=digests["judge"], path=judge_model)
     found = digests | models.tokenizer_identity(base).model_dump()
-    code = _code()
+    code = _code() | ({"own_code": own_code} if own_code else {})
     _check_models(run, found)
     _tell_hardware(run, code["hardware"], note)
     return _Start(
@@ -162,6 +171,7 @@ def _look(run: RunDir, job: Job, base_dir: Path, note: Callable[[str], None], al
         calibration=calibration,
         base=WeightsRef(digest=digests["policy"], path=base),
         judge=judge,
+        own_code=own_code,
         models=found,
         code=code,
     )
@@ -218,7 +228,12 @@ def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dic
     factories: dict[str, tuple[str, dict[str, Any]]] = {
         "sampler": (
             "rlaif.sampling.role:make",
-            {"model_path": policy, "settings": job.sampling, "policy": job.policy},
+            {
+                "model_path": policy,
+                "settings": job.sampling,
+                "policy": job.policy,
+                "sha256": start.own_code.get(job.sampling.engine),
+            },
         ),
         "learner": (
             "rlaif.learning:make",
@@ -228,21 +243,18 @@ def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dic
                 "seed": job.seed,
                 "output_dir": str(run.path / "logs" / "learner"),
                 "export_precision": job.sampling.precision,
+                "sha256": start.own_code.get(job.learner.kind),
             },
         ),
     }
-    if start.judge:
-        factories["judge"] = _likelihood(start.judge.path, job.judge)
-    else:
-        factories["judge"] = (
-            "rlaif.judging.chat:make",
-            {"settings": job.judge, "spent": _spent(run, job), "wasted": _wasted(run)},
-        )
+    judge = kind_of(job.judge)
+    model = start.judge.path if start.judge else None
+    factories["judge"] = judge.worker(model, _votes(run), run.path / "judge_wasted.jsonl")
     # Sanity is measured under the frozen base policy, whoever judges.
-    as_policy = Judge(precision=job.judge.precision, chat_template_args=job.policy.chat_template_args)
-    asked_alike = job.judge.chat_template_args == job.policy.chat_template_args
-    if start.judge is None or start.judge.digest != start.base.digest or not asked_alike:
-        factories["measurer"] = _likelihood(start.base.path, as_policy)
+    if not judge.measures(job, start.judge is not None and start.judge.digest == start.base.digest):
+        args = job.policy.chat_template_args
+        as_policy = LikelihoodSettings(precision=job.judge.precision, chat_template_args=args)
+        factories["measurer"] = likelihood_worker(start.base.path, as_policy)
     return factories
 
 
@@ -291,10 +303,6 @@ def _close_trackers(run: RunDir, learner: Worker, note: Callable[[str], None]) -
     _tell_trackers(run, failed, note)
 
 
-def _likelihood(model: Path, settings: Judge) -> tuple[str, dict[str, Any]]:
-    return "rlaif.judging.likelihood:make", {"model_path": str(model), "settings": settings}
-
-
 def calibration_of(
     run: RunDir, job: Job, base_dir: Path, categories: Sequence[str], note: Callable[[str], None]
 ) -> Calibration | None:
@@ -331,15 +339,10 @@ def calibration_of(
     return read_calibration(copy)
 
 
-def _spent(run: RunDir, job: Job) -> Spent:
-    """What this run's earlier processes cost."""
+def _votes(run: RunDir) -> Iterator[Vote]:
+    """Of this run's earlier processes."""
     stages = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
-    votes = (vote for stage in stages for vote in stage.durable("votes", Vote))
-    return spent_on(votes, job.judge, read_grown(_wasted(run), Wasted))
-
-
-def _wasted(run: RunDir) -> Path:
-    return run.path / "judge_wasted.jsonl"
+    return (vote for stage in stages for vote in stage.durable("votes", Vote))
 
 
 def _begun(run: RunDir) -> bool:
@@ -387,7 +390,7 @@ def check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
     if not path.exists() or not _sampled(run):
         return None
     # Settings that this rlaif has and the run's did not count as their defaults.
-    before = parse_job(RunDir.open(run.path).header["job"], str(path))
+    before = parse_job(of_run(RunDir.open(run.path).header["job"]), str(path))
     changes = changed_keys(before.model_dump(mode="json"), job.model_dump(mode="json"))
     if not changes:
         return None
@@ -403,6 +406,22 @@ def check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
     if not allow_change:
         raise UserError(f"{run.path} was started with another job: {named}. These are harmless: add --allow-change")
     return named
+
+
+def check_code(run: RunDir, found: dict[str, str]) -> None:
+    """Whether code of the user's own is what a run was begun with: votes and reasons of two versions don't mix.
+
+    Raises:
+        UserError: it isn't.
+    """
+    before = RunDir.open(run.path).header.get("own_code", {}) if _begun(run) and _sampled(run) else found
+    for name, sha256 in found.items():
+        if name in before and before[name] != sha256:
+            raise UserError(
+                f"{run.path / 'run.json'}: the source of {name} changed since the run was started (sha256 "
+                f"{before[name][:16]} -> {sha256[:16]}), and what two versions say doesn't mix; restore it, or start a "
+                "new run with --name NAME"
+            )
 
 
 def prompts_of(
@@ -522,11 +541,11 @@ def write_header(
         UserError: a model is another one than the run was begun with.
     """
     path = run.path / "run.json"
-    resolved = job.model_dump(mode="json")
+    dumped = job.model_dump(mode="json")
     header: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "job": resolved,
-        "job_digest": digest(resolved),
+        "job": dumped,
+        "job_digest": digest(dumped),
         "models": model_digests,
         **code,
     }
@@ -537,7 +556,7 @@ def write_header(
             was = before["schema_version"]
             message = f"run.json says schema {SCHEMA_VERSION} from here on (it was {was}): an older rlaif can't read it"
             run.event("schema_raised", message)
-        elif before["job"] == resolved:
+        elif of_run(before["job"]) == dumped:
             return
         else:
             header["schema_version"] = before["schema_version"]

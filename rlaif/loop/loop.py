@@ -76,6 +76,7 @@ class Loop(Running):
             constitution=text.ref,
             templates=templates,
             derived={text.wordings.id: text.wordings.hash} if text.wordings else {},
+            code=self.code,
             policy=self.hand_over.policy_before(k)[0],
             prompt_ids=tuple(p.id for p in prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)),
             evaluate=last or (k + 1) % self.job.eval.every == 0,

@@ -72,7 +72,7 @@ def check_likelihood_judge(folder: Path, job: Job, texts: Iterable[Constitution]
     _check_kind(config, said)
     _check_window(config, job, said)
     _check_tokens(folder, config, said)
-    renderer = _renderer(folder, job.judge.chat_template_args, f"{said}: its chat template")
+    renderer = _renderer(folder, getattr(job.judge, "chat_template_args", {}), f"{said}: its chat template")
     if renderer is None:
         return
     asked: dict[tuple[str, ...], str] = {}

@@ -100,6 +100,8 @@ class Running:
     measurer: Worker
     """Who says how sane an answer is: a likelihood judge on the base policy, often the judge itself."""
     progress: Progress
+    code: dict[str, str] = field(default_factory=dict)
+    """Code of the user's own that the job names, as plans hold it."""
     calibration: Calibration | None = None
     """In force for the whole run (`filters.calibration`)."""
     hand_over: HandOver = field(init=False)

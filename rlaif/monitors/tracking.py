@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from rlaif.config import Judge
-from rlaif.judging.spending import spent_on
+from rlaif.judging.kinds import kind_of
 from rlaif.records import AbstainReason, ConstitutionRef, DropReason, EvaluationMetrics, Event, IterationMetrics, Vote
 
 _PIPELINE = "pipeline"
@@ -108,6 +108,7 @@ def _cost(name: str, votes: Sequence[Vote], judge: Judge) -> dict[str, float | s
         f"{name}/judge_calls": sum(v.attempts for v in votes),
         f"{name}/judge_tokens": sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes if not v.cached),
     }
-    if judge.kind == "chat" and all(juror.model in judge.prices for juror in judge.jurors):
-        out[f"{name}/judge_money"] = spent_on(votes, judge).money
+    kind = kind_of(judge)
+    if (priced := kind.priced()) and all(priced.values()):
+        out[f"{name}/judge_money"] = kind.money(votes)
     return out

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from rlaif.config import Job, parse_job
+from rlaif.config import Job, of_run, parse_job
 from rlaif.errors import RlaifError, UserError, first_problem
 from rlaif.records import SCHEMA_VERSION, Event, Plan, Record, stored
 
@@ -342,7 +342,7 @@ class RunDir:
             # A rule that the run's rlaif didn't have dropped nothing in it, whatever a new job's default is.
             tree = tree | {"filters": {"cut_off": "keep"} | filters}
         try:
-            return stored(Job, tree)  # of a newer rlaif, it may have settings that there weren't
+            return stored(Job, of_run(tree))  # of a newer rlaif, it may have settings that there weren't
         except ValidationError:
             return parse_job(tree, str(self.path / "run.json"))  # says what is wrong
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from rlaif import models, thoughts
-from rlaif.config import Policy, Sampling
+from rlaif.config import OwnSampling, Policy, Sampling
 from rlaif.errors import UserError
 from rlaif.hardware import precision_here
+from rlaif.own_code import of_sampler
 from rlaif.records import Completion, PolicyVersion, Prompt, TokenSequence
 from rlaif.rendering import Renderer
 from rlaif.sampling import PromptProblem, Sample, SampleRequest
@@ -21,12 +22,16 @@ from rlaif.sampling.requests import needs_more_than, render_prompt, seed_for
 from rlaif.workers.weights import WeightsRef
 
 
-def make(model_path: str, settings: Sampling, policy: Policy | None = None) -> SamplerRole:
-    """Factory for a worker process."""
-    return SamplerRole(model_path, settings, policy)
+def make(model_path: str, settings: Sampling, policy: Policy | None = None, sha256: str | None = None) -> SamplerRole:
+    """Factory for a worker process; `sha256` is the digest that the loop knows of an engine of the user's own."""
+    return SamplerRole(model_path, settings, policy, sha256)
 
 
-def _engine(model_path: str, settings: Sampling) -> Engine:
+def _engine(model_path: str, settings: Sampling, sha256: str | None) -> Engine:
+    if isinstance(settings, OwnSampling):
+        code, own = of_sampler(settings, sha256)
+        made: Engine = code.made(model_path, own)
+        return made
     if settings.engine == "vllm":
         from rlaif.sampling import vllm
 
@@ -37,7 +42,7 @@ def _engine(model_path: str, settings: Sampling) -> Engine:
 
 
 class Engine(Protocol):
-    """vLLM or transformers: token ids in, token ids out."""
+    """vLLM, transformers, or a class of the user's own: token ids in, token ids out."""
 
     def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
         """Yields samples as they finish."""
@@ -73,13 +78,13 @@ def fixed_texts(renderer: Renderer, prompts: list[Prompt], max_model_len: int) -
 class SamplerRole:
     """Samples completions of prompts from the newest weights it was given."""
 
-    def __init__(self, model_path: str, settings: Sampling, policy: Policy | None = None):
+    def __init__(self, model_path: str, settings: Sampling, policy: Policy | None = None, sha256: str | None = None):
         self._settings = settings
         self._strip = (policy or Policy()).thinking == "strip"
         self._tokenizer = models.load_tokenizer(model_path)
         self._renderer = Renderer(self._tokenizer, (policy or Policy()).chat_template_args)
         self._endings = Endings(model_path, self._tokenizer, settings)
-        self._engine = _engine(model_path, settings)
+        self._engine = _engine(model_path, settings, sha256)
 
     def load(self, weights: WeightsRef) -> None:
         """New weights.

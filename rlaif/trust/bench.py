@@ -21,7 +21,6 @@ from rlaif.constitutions.constitution import Constitution
 from rlaif.data.labelled import Labelled
 from rlaif.errors import UserError
 from rlaif.intervals import wilson
-from rlaif.judging.ballots import juror_names
 from rlaif.judging.calibration import (
     EVERYTHING,
     Asked,
@@ -37,8 +36,8 @@ from rlaif.judging.calibration import (
 )
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import CONSISTENCY, RULES, decide_votes
+from rlaif.judging.kinds import kind_of
 from rlaif.judging.opened import Ask
-from rlaif.judging.spending import spent_on
 from rlaif.judging.verdicts import (
     JurorFit,
     by_pair,
@@ -49,9 +48,9 @@ from rlaif.judging.verdicts import (
 from rlaif.records import (
     AbstainReason,
     Decision,
-    DropReason,
     Message,
     Outcome,
+    Reason,
     Record,
     Side,
     Usage,
@@ -131,7 +130,7 @@ class Judged(Record):
 class AfterRule(Record):
     """What is left when a rule and all before it have spoken."""
 
-    rule: DropReason
+    rule: Reason
     dropped: int
     """By this rule, of what was left."""
     coverage: Share
@@ -200,7 +199,7 @@ class Slice(Record):
     kept_accuracy: Share
     rules: tuple[AfterRule, ...]
     """Rule by rule, in the filter's order."""
-    reasons: dict[DropReason, int] = Field(default_factory=dict)
+    reasons: dict[Reason, int] = Field(default_factory=dict)
     """How many pairs each rule spoke against; a pair may count under several."""
     order_consistency: Share
     """Of voices asked in both orders that answered both: the same side named twice."""
@@ -695,7 +694,8 @@ def _threshold(judged: Sequence[Judged], alpha: float, delta: float, kind: Score
 
 def _after_rules(judged: Sequence[Judged]) -> Iterator[AfterRule]:
     left = list(judged)
-    for rule in ("identical", *RULES, "uncalibrated"):
+    own = dict.fromkeys(rule for j in judged for rule in j.decision.said)
+    for rule in ("identical", *RULES, *own, "uncalibrated"):
         dropped = [j for j in left if rule in j.decision.reasons]
         if not dropped:
             continue
@@ -769,14 +769,10 @@ def _cost(votes: Sequence[Vote], kept: int, settings: Judge | None) -> Cost:
 
 def _money(votes: Sequence[Vote], settings: Judge | None) -> float | None:
     """What the votes cost; None unless each is of a juror of the job whose model has a price."""
-    if settings is None or not settings.prices:
+    kind = kind_of(settings) if settings else None
+    if kind is None or not any((priced := kind.priced()).values()):
         return None
-    priced = {
-        name
-        for name, j in zip(juror_names(settings.jurors), settings.jurors, strict=True)
-        if j.model in settings.prices
-    }
-    return spent_on(votes, settings).money if all(v.ballot.judge in priced for v in votes) else None
+    return kind.money(votes) if all(priced.get(v.ballot.judge) for v in votes) else None
 
 
 def _risk(judged: Sequence[Judged]) -> Iterator[RiskPoint]:

@@ -35,7 +35,7 @@ def environment() -> jinja2.Environment:
         "money": lambda value: MISSING if value is None else money(value),
         "count": lambda value: MISSING if value is None else f"{value:,}".replace(",", "\u202f"),
         "path": lambda value: quote(str(value), safe=""),
-        "words": lambda value: str(value).replace("_", " "),
+        "words": lambda value: str(value) if ":" in str(value) else str(value).replace("_", " "),  # code has a name
         "log_place": lambda value: "/".join(str(value).rsplit("/", 2)[-2:]),
         "when": lambda value: str(value)[:16].replace("T", " ") + " UTC",
     }

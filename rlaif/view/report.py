@@ -19,6 +19,7 @@ from rlaif.audit.summary import held_out_answers
 from rlaif.constitutions.constitution import Constitution
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import Calibration, read_calibration
+from rlaif.judging.kinds import kind_of
 from rlaif.records import EvaluationMetrics, Record
 from rlaif.rundir.heads import read_heads
 from rlaif.rundir.store import RunDir, file_digest, read_record, read_source, replacing
@@ -119,6 +120,8 @@ class Report(Record):
     before_after: tuple[Before, ...]
     seconds: dict[str, float]
     """Wall time by stage, of finished iterations; `evaluations` too."""
+    shows_slots: bool
+    """The judge sees two answers, one before the other."""
     header: dict[str, Any]
     """run.json: resolved job, digests, versions, code revision."""
     head: str | None
@@ -181,6 +184,7 @@ def _make(index: Index, run: RunDir) -> Report:
         before_after=tuple(_before_after(run)),
         seconds=facts.seconds,
         header=header,
+        shows_slots=_shows_slots(run),
         head=_head(run),
         facts=facts,
     )
@@ -206,6 +210,14 @@ def write_report(report: Report, to: Path) -> Path:
     with replacing(to) as temporary:
         temporary.write_bytes(html.encode("utf-8", "replace"))
     return to
+
+
+def _shows_slots(run: RunDir) -> bool:
+    """Whether the judge sees two answers in an order; taken for granted where this version can't read the job."""
+    try:
+        return kind_of(run.job().judge).shows_slots
+    except RlaifError:
+        return True
 
 
 def _caveats(facts: Facts, job: dict[str, Any], done: int, calibrated: bool, human: tuple[Agreement, ...]) -> list[str]:

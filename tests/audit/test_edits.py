@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from rlaif.audit.edits import Edit, Effect, Options, effect_of
 from rlaif.cli import app
-from rlaif.config import Job, Judge, apply_override, parse_job
+from rlaif.config import Job, LikelihoodSettings, apply_override, parse_job
 from rlaif.constitutions.constitution import Constitution, load_constitution, parse_constitution
 from rlaif.errors import UserError
 from rlaif.intervals import wilson
@@ -78,9 +78,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def voices(settings: Judge | None = None) -> Opened:
+def voices(settings: LikelihoodSettings | None = None) -> Opened:
     def ballots(pairs: Any, text: Constitution) -> list[Ballot]:
-        return make_ballots(pairs, text, "stub", "decide", 7, likelihood_parameters(settings or Judge()))
+        return make_ballots(pairs, text, "stub", "decide", 7, likelihood_parameters(settings or LikelihoodSettings()))
 
     def ask(pairs: Any, candidates: Any, text: Constitution) -> Iterator[list[Vote]]:
         yield from VoiceJudge().cast(ballots(pairs, text), pairs, candidates, text)

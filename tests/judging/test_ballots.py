@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
-from rlaif.config import Filters, Judge, Juror
+from rlaif.config import Filters, Juror, LikelihoodSettings
 from rlaif.constitutions.constitution import parse_constitution
 from rlaif.constitutions.templates import parse_template
 from rlaif.errors import UserError
@@ -91,7 +91,7 @@ def test_ids_change_with_the_question_and_with_nothing_else():
 
 def test_settings_that_change_the_answer_change_the_question():
     def found(**changes):
-        parameters = likelihood_parameters(Judge.model_validate(changes))
+        parameters = likelihood_parameters(LikelihoodSettings.model_validate(changes))
         ballots = make_ballots([PAIR], constitution(), "j", parameters=parameters)
         return frozenset(b.id for b in ballots), Panel.of(ballots).hash
 
@@ -279,6 +279,9 @@ def test_settled_is_never_wrong_about_random_votes(votes):
 
 
 def test_template_arguments_are_parameters_where_there_are_any() -> None:
-    alike = likelihood_parameters(Judge()), likelihood_parameters(Judge(chat_template_args={}))
+    alike = (
+        likelihood_parameters(LikelihoodSettings()),
+        likelihood_parameters(LikelihoodSettings(chat_template_args={})),
+    )
     assert len({*alike, "87910f03faa3ce99"}) == 1  # as every earlier run recorded it
-    assert likelihood_parameters(Judge(chat_template_args={"enable_thinking": False})) not in alike
+    assert likelihood_parameters(LikelihoodSettings(chat_template_args={"enable_thinking": False})) not in alike

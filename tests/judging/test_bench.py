@@ -7,7 +7,7 @@ import random
 import pytest
 from scipy.stats import binomtest
 
-from rlaif.config import Filters, Judge, Policy, Price, parse_job
+from rlaif.config import ChatSettings, Filters, Policy, Price, parse_job
 from rlaif.constitutions.constitution import parse_constitution
 from rlaif.data.labelled import Labelled, read_labelled
 from rlaif.data.recorded import parse_where, read_recorded
@@ -200,7 +200,9 @@ def test_a_judge_that_goes_by_length_in_one_order_shows_before_the_filter():
 
 
 def test_money_by_the_jobs_prices():
-    settings = Judge(kind="chat", model="m", base_url="http://h/v1", prices={"m": Price(prompt=10, completion=20)})
+    settings = ChatSettings(
+        kind="chat", model="m", base_url="http://h/v1", prices={"m": Price(prompt=10, completion=20)}
+    )
     spent = {"usage": Usage(prompt_tokens=100_000, completion_tokens=50_000)}
     votes = both("r0", "first", "first", judge="chat:m@h", **spent)
     some = decide_rows(ROWS, votes, Filters())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rlaif.config import Judge
+from rlaif.config import ChatSettings
 from rlaif.constitutions.constitution import load_constitution
 from rlaif.constitutions.templates import load_template
 from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
@@ -59,7 +59,7 @@ def settings(server, **changes):
         "kind": "chat", "model": "m", "base_url": server if isinstance(server, str) else server.url,
         "api_key_env": "TEST_KEY", "timeout_s": 10, "cache": None,
     }  # fmt: skip
-    return Judge.model_validate({**tree, **changes})
+    return ChatSettings.model_validate({**tree, **changes})
 
 
 class Cast:

@@ -8,7 +8,7 @@ import math
 import diskcache
 import pytest
 
-from rlaif.config import Judge
+from rlaif.config import LikelihoodSettings
 from rlaif.constitutions.constitution import parse_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import make_ballots, selecting_voices
@@ -73,7 +73,7 @@ def model():
 
 @pytest.fixture
 def judge(model):
-    return LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64), name="tiny")
+    return LikelihoodJudge.of(model, CharTokenizer(), LikelihoodSettings(batch_tokens=64), name="tiny")
 
 
 @pytest.fixture
@@ -114,7 +114,9 @@ def flat(chunks):
 
 @pytest.mark.parametrize("batch_tokens", [64, 4096])
 def test_prefix_cache_equals_plain_path(model, constitution, batch_tokens):
-    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=batch_tokens, missing_eos_penalty=0.0))
+    judge = LikelihoodJudge.of(
+        model, CharTokenizer(), LikelihoodSettings(batch_tokens=batch_tokens, missing_eos_penalty=0.0)
+    )
     for voice in constitution.voices():
         got = flat(judge.score(CANDIDATES, constitution, [voice.id]))
         for c, score in zip(CANDIDATES, got, strict=True):
@@ -157,7 +159,7 @@ def of_kind(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_is_scored_as_its_own_forward_pass_does(kind, constitution):
     model = of_kind(kind)
-    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64))
+    judge = LikelihoodJudge.of(model, CharTokenizer(), LikelihoodSettings(batch_tokens=64))
     assert judge.scorer.plain_head == (kind in ("Llama", "GPT2"))
     for row, c in zip(flat(judge.plain(CANDIDATES)), CANDIDATES, strict=True):
         assert row.logp == pytest.approx(plain_logp(model, judge, c.messages, judge.reader.answer(c)), rel=1e-5)
@@ -173,7 +175,7 @@ def test_a_model_that_forgets_its_cache_is_refused(monkeypatch):
     whole = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda input_ids, **_: whole(input_ids=input_ids))
     with pytest.raises(UserError, match="LlamaForCausalLM gives other likelihoods with cached keys"):
-        LikelihoodJudge.of(model, CharTokenizer(), Judge())
+        LikelihoodJudge.of(model, CharTokenizer(), LikelihoodSettings())
 
 
 def test_a_template_without_a_system_role_is_the_users_mistake(model, constitution):
@@ -183,7 +185,7 @@ def test_a_template_without_a_system_role_is_the_users_mistake(model, constituti
                 raise RuntimeError("System role not supported")
             return super().apply_chat_template(messages, **kwargs)
 
-    judge = LikelihoodJudge.of(model, NoSystem(), Judge(), name="tiny")
+    judge = LikelihoodJudge.of(model, NoSystem(), LikelihoodSettings(), name="tiny")
     with pytest.raises(UserError, match=r"judge\.model tiny: .*refuses the roles system, user \(System role not supp"):
         flat(judge.cast(make_ballots(PAIRS, constitution, "tiny"), PAIRS, CANDIDATES, constitution))
 
@@ -228,7 +230,7 @@ def test_swapping_a_pair_mirrors_its_votes(judge, constitution):
 
 
 def test_owed_ballots_get_the_numbers_of_a_whole_cast(model, constitution):
-    settings = Judge(batch_tokens=64)
+    settings = LikelihoodSettings(batch_tokens=64)
     ballots = make_ballots(PAIRS, constitution, "tiny")
     whole = LikelihoodJudge.of(model, CharTokenizer(), settings)
     want = {v.ballot.id: v.raw_reply for v in flat(whole.cast(ballots, PAIRS, CANDIDATES, constitution))}
@@ -238,8 +240,12 @@ def test_owed_ballots_get_the_numbers_of_a_whole_cast(model, constitution):
 
 
 def test_guard_votes_against_the_side_beyond_its_tolerance(model, constitution):
-    strict = LikelihoodJudge.of(model, CharTokenizer(), Judge(relevance_tolerance=0.0, fluency_tolerance=0.0))
-    loose = LikelihoodJudge.of(model, CharTokenizer(), Judge(relevance_tolerance=99.0, fluency_tolerance=99.0))
+    strict = LikelihoodJudge.of(
+        model, CharTokenizer(), LikelihoodSettings(relevance_tolerance=0.0, fluency_tolerance=0.0)
+    )
+    loose = LikelihoodJudge.of(
+        model, CharTokenizer(), LikelihoodSettings(relevance_tolerance=99.0, fluency_tolerance=99.0)
+    )
     ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if b.guard]
     assert {b.voice for b in ballots} == {"answers/relevance", "answers/fluency"}
     for v in flat(strict.cast(ballots, PAIRS, CANDIDATES, constitution)):
@@ -250,8 +256,8 @@ def test_guard_votes_against_the_side_beyond_its_tolerance(model, constitution):
 
 
 def test_a_completion_that_was_cut_off_pays_for_it(model, constitution):
-    free = LikelihoodJudge.of(model, CharTokenizer(), Judge(missing_eos_penalty=0.0))
-    strict = LikelihoodJudge.of(model, CharTokenizer(), Judge(missing_eos_penalty=7.0))
+    free = LikelihoodJudge.of(model, CharTokenizer(), LikelihoodSettings(missing_eos_penalty=0.0))
+    strict = LikelihoodJudge.of(model, CharTokenizer(), LikelihoodSettings(missing_eos_penalty=7.0))
     ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if not b.guard]
     cut = {c.completion_id for c in CANDIDATES if c.finish_reason == "length"}
     assert 0 < len(cut) < len(CANDIDATES)
@@ -263,7 +269,9 @@ def test_a_completion_that_was_cut_off_pays_for_it(model, constitution):
 
 
 def test_a_completion_that_nobody_knows_the_end_of_pays_nothing(model, constitution):
-    free, strict = (LikelihoodJudge.of(model, CharTokenizer(), Judge(missing_eos_penalty=p)) for p in (0.0, 7.0))
+    free, strict = (
+        LikelihoodJudge.of(model, CharTokenizer(), LikelihoodSettings(missing_eos_penalty=p)) for p in (0.0, 7.0)
+    )
     unknown = [c.model_copy(update={"finish_reason": None}) for c in CANDIDATES]
     ballots = [b for b in make_ballots(PAIRS, constitution, "tiny") if not b.guard]
     scores = [[v.score_first for v in flat(j.cast(ballots, PAIRS, unknown, constitution))] for j in (free, strict)]
@@ -301,7 +309,7 @@ def test_each_request_is_computed_once(judge, constitution, monkeypatch):
 @pytest.fixture(scope="module")
 def chatml():
     """A model whose end token is `<|endoftext|>`, with turns that end in `<|im_end|>`, and its tokenizer."""
-    return of_tokenizer("smollm", Judge(batch_tokens=64))
+    return of_tokenizer("smollm", LikelihoodSettings(batch_tokens=64))
 
 
 def of_tokenizer(kind, settings):
@@ -376,16 +384,16 @@ def test_empty_answers_have_no_score_whatever_ended_them(chatml, constitution, t
 
 
 def test_arguments_of_the_judges_template_are_in_force():
-    judge = of_tokenizer("qwen", Judge(chat_template_args={"enable_thinking": False}))
+    judge = of_tokenizer("qwen", LikelihoodSettings(chat_template_args={"enable_thinking": False}))
     rendered = judge.reader.tokenizer.decode(judge.reader.context(CANDIDATES[0].messages))
     assert rendered.endswith("<think>\n\n</think>\n\n")
     with pytest.raises(UserError, match=r"chat_template_args\.thinking: judge\.model qwen: its chat template doesn't"):
-        of_tokenizer("qwen", Judge(chat_template_args={"thinking": False}))
+        of_tokenizer("qwen", LikelihoodSettings(chat_template_args={"thinking": False}))
 
 
 @pytest.mark.parametrize("guard", [False, True])
 def test_a_prompt_is_read_once_however_many_ask_about_it(model, constitution, guard):
-    judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(), "tiny")
+    judge = LikelihoodJudge.of(model, CharTokenizer(), LikelihoodSettings(), "tiny")
     alike = CANDIDATES[:4]  # two prompts without a system message: each is the other's x'
     read = []
 
@@ -422,7 +430,7 @@ def remembering(model, tmp_path, monkeypatch):
     monkeypatch.setattr("rlaif.judging.likelihood.KVScorer", Counted)
 
     def make(weights="w", model=model, **settings):
-        judge = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64, **settings), name="tiny")
+        judge = LikelihoodJudge.of(model, CharTokenizer(), LikelihoodSettings(batch_tokens=64, **settings), name="tiny")
         judge.remember(LikelihoodCache(tmp_path), weights)
         return judge, judge.scorer.asked
 
@@ -453,7 +461,9 @@ def test_what_a_frozen_judge_computed_is_kept_to_the_last_bit(constitution, judg
 def test_a_setting_of_votes_makes_other_votes_of_the_same_likelihoods(model, constitution, remembering, setting, value):
     first, _ = remembering()
     before, _ = said(first, constitution)
-    fresh = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64, **{setting: value}), name="tiny")
+    fresh = LikelihoodJudge.of(
+        model, CharTokenizer(), LikelihoodSettings(batch_tokens=64, **{setting: value}), name="tiny"
+    )
     again, computed = remembering(**{setting: value})
     votes, _ = said(again, constitution)
     assert votes == said(fresh, constitution)[0] != before
@@ -475,7 +485,7 @@ def test_another_answer_or_prompt_is_computed(model, constitution, remembering, 
     said(first, constitution)
     changed = other_candidates(**change)
     again, computed = remembering()
-    fresh = LikelihoodJudge.of(model, CharTokenizer(), Judge(batch_tokens=64), name="tiny")
+    fresh = LikelihoodJudge.of(model, CharTokenizer(), LikelihoodSettings(batch_tokens=64), name="tiny")
     votes, cached = said(again, constitution, changed)
     for vote, wanted in zip(votes, said(fresh, constitution, changed)[0], strict=True):
         assert vote.score_first == pytest.approx(wanted.score_first, abs=2e-4)  # batched otherwise

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlaif.config import Judge
+from rlaif.config import LikelihoodSettings
 from rlaif.constitutions.templates import load_template
 from rlaif.judging.outcomes import Said, said_by_guard, said_by_scores, said_in_reply, tolerances
 from rlaif.judging.parsing import Reply, ReplyToken, TopToken
@@ -55,7 +55,7 @@ def test_scores_and_guards_name_the_side_that_is_ahead() -> None:
     assert said_by_scores(2.0, 2.0) == Said("first", p_first=pytest.approx(1 / (1 + math.exp(-1))))
     assert said_by_scores(-1e9, 1.0) == Said("second", p_first=0.0)
     assert said_by_scores(0.0, 1.0) == Said("tie", p_first=0.5)
-    tolerance = tolerances(Judge(relevance_tolerance=0.2))["relevance"]
+    tolerance = tolerances(LikelihoodSettings(relevance_tolerance=0.2))["relevance"]
     assert [said_by_guard(d, tolerance).outcome for d in (0.3, 0.2, -0.2, -0.3)] == ["first", "tie", "tie", "second"]
 
 

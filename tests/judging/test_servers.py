@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from rlaif.config import Judge, Price
+from rlaif.config import ChatSettings, Price
 from rlaif.errors import JudgeUnavailable, UserError
 from rlaif.judging.answers import NoReply, read_reply, read_usage, retry_after_s
 from rlaif.judging.ballots import request_parameters
@@ -1135,7 +1135,7 @@ def test_stored_replies_of_another_model_behind_the_name_do_not_count(tmp_path, 
 
 def test_a_judge_of_older_jobs_reads_as_before():
     old = {"kind": "chat", "model": "m", "prices": {"m": {"prompt": 1, "completion": 2}}}
-    judge = Judge.model_validate(old)
+    judge = ChatSettings.model_validate(old)
     assert (judge.reask, judge.system_role, judge.headers, judge.ca_file) == (1, "auto", {}, None)
 
 
@@ -1153,7 +1153,7 @@ def test_the_settings_in_the_docs_can_be_used():
         tree = {key: value for f in found for key, value in f.items()}
         tree = inherited | tree if "the same" in row else tree
         inherited = tree
-        given = Judge.model_validate({"kind": "chat", "model": "m", **tree})
+        given = ChatSettings.model_validate({"kind": "chat", "model": "m", **tree})
         body = request_parameters(given.jurors[0], JSON)
         assert ("logprobs" in request_parameters(given.jurors[0], LETTER)) == tree.get("logprobs", True), name
         assert ("max_tokens" in body) != ("max_completion_tokens" in body), name

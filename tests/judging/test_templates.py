@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlaif.config import Judge
+from rlaif.config import ChatSettings
 from rlaif.constitutions.constitution import load_constitution
 from rlaif.constitutions.templates import (
     asks_by_principle,
@@ -239,7 +239,7 @@ def test_each_shipped_template_is_evaluated_with_other_words(name):
 
 
 def test_evaluating_templates_are_the_deciding_ones_counterparts():
-    settings = Judge(kind="chat", model="m")
+    settings = ChatSettings(kind="chat", model="m")
     assert template_names(settings, TEXT, "decide", SHIPPED) == ["pairwise"]
     assert template_names(settings, TEXT, "evaluate", SHIPPED) == ["pairwise_evaluate"]
     assert template_names(settings, TEXT, "evaluate") == ["pairwise"]  # where there is none

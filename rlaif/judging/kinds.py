@@ -1,0 +1,392 @@
+"""What each kind of judge says of itself: how a text serves it, what it is asked, what it needs, how it is opened.
+
+In: a judge's settings. Out: its `JudgeKind`. Who has a judge to do with asks it here, and never which kind it is. No
+torch. To add a kind: settings in `rlaif.config.JUDGES`, a class here, and one line in `_KINDS`; without
+a change here: docs/extend.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from rlaif import models
+from rlaif.config import ChatSettings, Job, Judge, LikelihoodSettings, OwnJudge
+from rlaif.constitutions.constitution import Constitution, Principle
+from rlaif.constitutions.derived import NEWEST
+from rlaif.constitutions.templates import Template, template_names
+from rlaif.errors import UserError
+from rlaif.judging.ballots import (
+    Role,
+    evaluating_voices,
+    juror_names,
+    likelihood_parameters,
+    make_ballots,
+    make_chat_ballots,
+    selecting_voices,
+)
+from rlaif.judging.outcomes import Said, said_by_guard, said_by_scores, said_in_reply, tolerances
+from rlaif.judging.parsing import Reply
+from rlaif.judging.spending import Wasted, spent_on
+from rlaif.judging.transport import check_address
+from rlaif.records import Ballot, Pair, VoiceKey, Vote
+from rlaif.rundir.store import read_grown
+
+S = TypeVar("S", bound=Judge)
+Place = tuple[VoiceKey, str]
+"""A ballot among those about a pair: its voice, and the order in which it shows the pair."""
+Factory = tuple[str, dict[str, Any]]
+"""`"module:callable"` and its arguments: what a worker is built from."""
+
+_SCORES_ARE_ROUNDED = 1.1e-4
+"""Of a difference of two recorded scores, in nats: each has four decimals."""
+
+
+class Casts(Protocol):
+    """A judge that is open."""
+
+    @property
+    def cast(self) -> Callable[..., Iterator[list[Vote]]]:
+        """Votes on ballots about pairs of candidates under a constitution, in chunks; with what `cast_with` says."""
+        ...
+
+
+class JudgeKind(Generic[S]):
+    """One kind of judge, with the settings of one; what is said here holds unless a kind says otherwise."""
+
+    derives = False
+    """It derives contrasts that a text lacks from its rules."""
+    per_principle = False
+    """Each of its ballots is about one principle: votes under a text are votes under each part of it."""
+    under_way = 1
+    """Ballots that can be with it at once."""
+    shows_slots = True
+    """Its ballots show two answers, one before the other: the order could sway it."""
+    early_stop = False
+    """Its ballots are cast in rounds, and those that can't change a decision any more are left out."""
+    own_time = True
+    """How long it takes isn't known from the size of a model here."""
+    local_model: str | None = None
+    """The model that its worker loads on this machine."""
+    note_on_reading: str | None = None
+    """What can't be told when its votes are read again (`read_again`)."""
+
+    def __init__(self, settings: S):
+        self.settings = settings
+
+    # A text, as this judge asks about it.
+
+    def text(self, constitution: Constitution) -> Constitution:
+        """A text as this judge asks about it; contrasts are derived by the newest wordings where it has none yet.
+
+        Raises:
+            UserError: the text doesn't serve this judge.
+        """
+        if self.derives:
+            constitution = constitution.derived_by(constitution.wordings or NEWEST)
+        for p in constitution.principles:
+            if why := self.unserved(p):
+                raise UserError(f"constitution {constitution.ref}, principle `{p.id}`: {why}")
+        return constitution
+
+    @staticmethod
+    def unserved(principle: Principle) -> str | None:
+        """Why this judge can't ask about a principle, and the next step; None where it can."""
+        return None
+
+    def selecting(self, text: Constitution) -> list[str]:
+        """Ids of the voices that score single completions, so that pairs can be chosen by scores.
+
+        Raises:
+            UserError: there is none.
+        """
+        raise UserError(f"pairing.method: judge {self.settings.kind} scores no single answers; set random or all")
+
+    def evaluates(self, text: Constitution) -> bool:
+        """Whether held-out answers can be measured under a text."""
+        return True
+
+    def template_names(self, text: Constitution, role: Role, known: Container[str] = ()) -> list[str]:
+        """Templates that it asks with; none for a judge that doesn't read."""
+        return []
+
+    @property
+    def templates_dir(self) -> str:
+        """Folder of its templates."""
+        return ""
+
+    # What it is asked.
+
+    def ballots(
+        self,
+        pairs: Iterable[Pair],
+        text: Constitution,
+        role: Role = "decide",
+        seed: int = 0,
+        name: str = "",
+        templates: Sequence[Template] = (),
+    ) -> list[Ballot]:
+        """What it is asked about pairs, pair by pair. `name` is that of a judge without a server (`name`), `templates`
+        are those of the role.
+
+        Raises:
+            UserError: a template can't ask what `judge.votes_per_principle` wants.
+        """
+        raise NotImplementedError
+
+    def places(
+        self, pair: Pair, text: Constitution, name: str, templates: Sequence[Template], seen: Sequence[Ballot]
+    ) -> dict[Place, int]:
+        """Where each of its ballots about a pair stands in the order in which they are made: sums of the same votes in
+        another differ in the last bit. `seen` are those that were made; the rest is as for `ballots`."""
+        return {
+            (b.voice_key, b.order): n for n, b in enumerate(self.ballots([pair], text, "decide", 0, name, templates))
+        }
+
+    def name(self, digest: str | None) -> str:
+        """What ballots call it: its kind and who exactly answers, by `digest` where that is known."""
+        return f"{self.settings.kind}:{digest or self.settings.model}"
+
+    def cast_with(self, templates: Sequence[Template], journal: Path | None = None) -> dict[str, Any]:
+        """Further arguments of its `cast`. `journal` is a file for the ballots that were sent off."""
+        return {}
+
+    def again(self, ballots: int) -> str:
+        """What becomes of ballots that were sent off when judging was interrupted."""
+        return "the call that was in flight is made again"
+
+    # What it needs.
+
+    def check(self) -> None:
+        """Before anything else is done.
+
+        Raises:
+            UserError: it can't be asked, whatever is asked.
+        """
+
+    def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
+        """How its worker is built. `model` is the folder of `local_model`; `votes` are those of the run's earlier
+        processes, `wasted` its file of answers that held no reply."""
+        raise NotImplementedError
+
+    def measures(self, job: Job, same_weights: bool) -> bool:
+        """Whether it can say, too, how sane an answer is under the base policy; `same_weights`: its are that one's."""
+        return False
+
+    def tokens(self, scores: int, ballots: int, answer: float) -> float:
+        """Tokens that this machine computes for so many scores and ballots about answers of this length."""
+        return 0.0
+
+    def open(self, note: Callable[[str], None]) -> tuple[Casts, str]:
+        """Itself, in this process, and what ballots call it; `note` is told what takes time.
+
+        Raises:
+            UserError: a model or a key is missing.
+        """
+        raise NotImplementedError
+
+    # What its votes say.
+
+    def priced(self) -> dict[str, bool]:
+        """Judges that are paid for, as ballots name them, and whether their tokens have a price."""
+        return {}
+
+    def money(self, votes: Iterable[Vote]) -> float:
+        """What votes cost, by its prices."""
+        return 0.0
+
+    def read_again(self, vote: Vote, template: Template | None) -> Vote:
+        """A recorded vote as its reply, or its scores, are read today."""
+        return vote
+
+
+class LikelihoodKind(JudgeKind[LikelihoodSettings]):
+    """A frozen model that compares likelihoods."""
+
+    derives = True
+    per_principle = True
+    shows_slots = False
+    own_time = False
+
+    @property
+    def local_model(self) -> str:  # type: ignore[override]
+        return self.settings.model
+
+    @staticmethod
+    def unserved(principle: Principle) -> str | None:
+        if principle.has_words or "decide" not in principle.lacks:
+            return None
+        return (
+            f"{_wordless(principle)}, so the likelihood judge can derive no contrast from it; write what an answer "
+            "should be or do, or give a contrast of your own (`prefer` and `avoid`)"
+        )
+
+    def selecting(self, text: Constitution) -> list[str]:
+        if not (voices := selecting_voices(text)):
+            raise UserError(
+                f"constitution {text.ref}: no contrast has `use: select`, and pairing.method=best_worst needs one; "
+                "add such a paraphrase, or set pairing.method to random or all"
+            )
+        return voices
+
+    def evaluates(self, text: Constitution) -> bool:
+        return bool(evaluating_voices(text))
+
+    def ballots(
+        self,
+        pairs: Iterable[Pair],
+        text: Constitution,
+        role: Role = "decide",
+        seed: int = 0,
+        name: str = "",
+        templates: Sequence[Template] = (),
+    ) -> list[Ballot]:
+        return make_ballots(pairs, text, name, role, seed, likelihood_parameters(self.settings))
+
+    def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
+        return likelihood_worker(model, self.settings)
+
+    def measures(self, job: Job, same_weights: bool) -> bool:
+        return same_weights and self.settings.chat_template_args == job.policy.chat_template_args
+
+    def tokens(self, scores: int, ballots: int, answer: float) -> float:
+        # Each side of a contrast is one pass over question and answer; a ballot looks at two answers.
+        return (scores * 2 + ballots * 4) * (answer + 15)
+
+    def open(self, note: Callable[[str], None]) -> tuple[Casts, str]:
+        from rlaif.judging.cache import LikelihoodCache
+        from rlaif.judging.likelihood import LikelihoodJudge
+
+        path = models.resolve(self.settings.model, progress=lambda message, share: note(message))
+        judge = LikelihoodJudge(str(path), self.settings)
+        weights = models.digest_of(path)
+        if self.settings.cache:
+            # The configuration, too: it says how the weights are to be multiplied.
+            config = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()
+            judge.remember(LikelihoodCache(self.settings.cache), f"{weights} {config}")
+        return judge, self.name(weights)
+
+    def read_again(self, vote: Vote, template: Template | None) -> Vote:
+        """A vote made again from its scores; what their rounding can't tell stays as it was."""
+        if vote.abstain_reason == "infra_error" or vote.score_first is None or vote.score_second is None:
+            return vote
+        difference = vote.score_first - vote.score_second
+        if vote.p_first is not None:
+            said = said_by_scores(difference, self.settings.score_temperature)
+            rounding = _SCORES_ARE_ROUNDED / self.settings.score_temperature
+            near = said.p_first is not None and abs(said.p_first - vote.p_first) <= rounding
+            return vote if near else _updated(vote, said)
+        tolerance = tolerances(self.settings).get(vote.ballot.voice.rpartition("/")[2])
+        if tolerance is None or abs(abs(difference) - tolerance) <= _SCORES_ARE_ROUNDED:
+            return vote
+        return _updated(vote, said_by_guard(difference, tolerance))
+
+
+class ChatKind(JudgeKind[ChatSettings]):
+    """One or more models behind servers."""
+
+    note_on_reading = "the log has no label probabilities: a vote that is read otherwise now keeps the p(first) it had"
+
+    @property
+    def under_way(self) -> int:  # type: ignore[override]
+        return self.settings.concurrency
+
+    @property
+    def early_stop(self) -> bool:  # type: ignore[override]
+        return self.settings.early_stop
+
+    @property
+    def templates_dir(self) -> str:
+        return self.settings.templates_dir
+
+    @staticmethod
+    def unserved(principle: Principle) -> str | None:
+        if principle.has_words:
+            return None
+        return (
+            f"{_wordless(principle)}, and a judge that reads has nothing else to go by; write what an answer should be "
+            "or do"
+        )
+
+    def template_names(self, text: Constitution, role: Role, known: Container[str] = ()) -> list[str]:
+        return template_names(self.settings, text, role, known)
+
+    def ballots(
+        self,
+        pairs: Iterable[Pair],
+        text: Constitution,
+        role: Role = "decide",
+        seed: int = 0,
+        name: str = "",
+        templates: Sequence[Template] = (),
+    ) -> list[Ballot]:
+        jurors, by_principle = self.settings.jurors, self.settings.votes_per_principle
+        return list(make_chat_ballots(pairs, text, jurors, templates, role, by_principle, seed, self.settings.clamp))
+
+    def cast_with(self, templates: Sequence[Template], journal: Path | None = None) -> dict[str, Any]:
+        return {"templates": templates, "journal": journal}
+
+    def again(self, ballots: int) -> str:
+        return f"{ballots} ballots that had been sent off have no vote, and may be asked twice"
+
+    def check(self) -> None:
+        for juror in self.settings.jurors:
+            check_address(juror)
+
+    def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
+        spent = spent_on(votes, self.settings, read_grown(wasted, Wasted))
+        return "rlaif.judging.chat:make", {"settings": self.settings, "spent": spent, "wasted": wasted}
+
+    def open(self, note: Callable[[str], None]) -> tuple[Casts, str]:
+        from rlaif.judging.chat import ChatJudge
+
+        return ChatJudge(self.settings), self.name(None)
+
+    def priced(self) -> dict[str, bool]:
+        jurors = self.settings.jurors
+        return {n: j.model in self.settings.prices for n, j in zip(juror_names(jurors), jurors, strict=True)}
+
+    def money(self, votes: Iterable[Vote]) -> float:
+        return spent_on(votes, self.settings).money
+
+    def read_again(self, vote: Vote, template: Template | None) -> Vote:
+        """A reply parsed again."""
+        if template is None or vote.abstain_reason == "infra_error":
+            return vote
+        reply = Reply(content=vote.raw_reply, finish_reason=vote.finish_reason, model=vote.model)
+        said = said_in_reply(reply, template, vote.ballot.order, self.settings.clamp, vote.p_first)
+        if said.outcome == "abstain" and vote.abstain_reason == "refused":
+            # A server that says by itself that it refused leaves no word of that in the reply's text.
+            said = said._replace(abstain_reason="refused")
+        return _updated(vote, said._replace(mass_neither=vote.mass_neither))
+
+
+_KINDS: dict[type[Judge], type[JudgeKind[Any]]] = {LikelihoodSettings: LikelihoodKind, ChatSettings: ChatKind}
+
+
+def kind_of(settings: Judge) -> JudgeKind[Any]:
+    """The kind of a judge, with its settings."""
+    for section, kind in _KINDS.items():
+        if isinstance(settings, section):
+            return kind(settings)
+    from rlaif.judging.own import OwnKind
+
+    assert isinstance(settings, OwnJudge)
+    return OwnKind(settings)
+
+
+def likelihood_worker(model: Path | None, settings: LikelihoodSettings) -> Factory:
+    """How a worker with a frozen model is built, who judges or measures; `model` is its folder."""
+    return "rlaif.judging.likelihood:make", {"model_path": str(model), "settings": settings}
+
+
+def _wordless(principle: Principle) -> str:
+    return f"its rule is {principle.rule!r}, without a word"
+
+
+def _updated(vote: Vote, said: Said) -> Vote:
+    """The vote itself unless something is different."""
+    different = {name: value for name, value in said._asdict().items() if getattr(vote, name) != value}
+    return vote.model_copy(update=different) if different else vote

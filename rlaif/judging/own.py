@@ -1,0 +1,145 @@
+"""A judge of the user's own: what it is asked, and the worker that holds it (docs/extend.md).
+
+In: a class that a job's `judge.kind` names. Out: ballots that hold the digests of its source and its settings, so that
+votes of two versions never mix, and its votes, checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlaif import own_code
+from rlaif.config import OwnJudge
+from rlaif.constitutions.constitution import Constitution
+from rlaif.constitutions.templates import Template
+from rlaif.errors import RlaifError, UserError
+from rlaif.judging.ballots import Role
+from rlaif.judging.kinds import Casts, Factory, JudgeKind, Place
+from rlaif.records import Ballot, Pair, Score, Vote, digest
+
+_ORDERS = ("none", "forward", "reversed")
+
+
+class OwnKind(JudgeKind[OwnJudge]):
+    """A class of the user's own. It is imported when something is asked that only it can say."""
+
+    def _class(self) -> tuple[own_code.Code, OwnJudge]:
+        return own_code.of_judge(self.settings)
+
+    @property
+    def _voice(self) -> str:
+        return self.settings.kind.rpartition(":")[2]
+
+    def selecting(self, text: Constitution) -> list[str]:
+        code, _ = self._class()
+        if not callable(getattr(code.made, "score", None)):
+            raise UserError(f"pairing.method: {code.name} has no method `score`; set random or all")
+        return [f"{self._voice}/score"]
+
+    def ballots(
+        self,
+        pairs: Iterable[Pair],
+        text: Constitution,
+        role: Role = "decide",
+        seed: int = 0,
+        name: str = "",
+        templates: Sequence[Template] = (),
+    ) -> list[Ballot]:
+        code, settings = self._class()
+        voices = [(self._voice, tuple(p.id for p in text.principles), False)]
+        if getattr(code.made, "per_principle", False):
+            asked = [p for p in text.principles if role == "decide" or not p.guard]
+            voices = [(f"{self._voice}/{p.id}", (p.id,), p.guard) for p in asked]
+        orders = ("forward", "reversed") if getattr(code.made, "both_orders", False) else ("none",)
+        parameters = digest(settings.model_dump(mode="json", exclude={"precision"}))
+        out = []
+        for pair in pairs:
+            for voice, principles, guard in voices:
+                for order in orders:
+                    content: dict[str, Any] = {
+                        "pair_id": pair.id,
+                        "judge": name,
+                        "voice": voice,
+                        "principles": principles,
+                        "guard": guard,
+                        "order": order,
+                        "sample_index": 0,
+                        "seed": seed,
+                        "constitution": text.hash,
+                        "template": code.sha256[: own_code.SHOWN_DIGITS],
+                        "parameters": parameters,
+                    }
+                    identity = digest({**content, "first": pair.first, "second": pair.second})
+                    out.append(Ballot.model_validate({"id": identity, **content}))
+        return out
+
+    def places(
+        self, pair: Pair, text: Constitution, name: str, templates: Sequence[Template], seen: Sequence[Ballot]
+    ) -> dict[Place, int]:
+        """The order of `ballots`, from those that were made: nothing is imported."""
+        at = {p.id: n for n, p in enumerate(text.principles)}
+        in_order = sorted(seen, key=lambda b: (at.get(b.principles[0], 0), _ORDERS.index(b.order)))
+        return {(b.voice_key, b.order): n for n, b in enumerate(in_order)}
+
+    def name(self, digest: str | None) -> str:
+        code, _ = self._class()
+        return f"{code.name}:{code.sha256[: own_code.SHOWN_DIGITS]}"
+
+    def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
+        code, _ = self._class()
+        return "rlaif.judging.own:make", {"settings": self.settings, "sha256": code.sha256}
+
+    def open(self, note: Callable[[str], None]) -> tuple[Casts, str]:
+        own_code.of_judge(self.settings, anew=True)
+        return make(self.settings), self.name(None)
+
+
+def make(settings: OwnJudge, sha256: str | None = None) -> Checked:
+    """Factory for a worker process; `sha256` is the digest of the source that the loop knows."""
+    code, own = own_code.of_judge(settings, sha256)
+    return Checked(code.name, code.made(own))
+
+
+class Checked:
+    """A judge of the user's own, whose answers are looked at before anybody keeps them."""
+
+    def __init__(self, name: str, judge: Any) -> None:
+        self._name, self._judge = name, judge
+
+    def cast(
+        self, ballots: Sequence[Ballot], pairs: Sequence[Pair], candidates: Sequence[Any], constitution: Constitution
+    ) -> Iterator[list[Vote]]:
+        """Votes on the given ballots, in chunks.
+
+        Raises:
+            RlaifError: what the class yields are no votes on these ballots, one for each.
+        """
+        owed = {b.id: b for b in ballots}
+        for chunk in self._judge.cast(ballots, pairs, candidates, constitution):
+            for vote in self._list(chunk, Vote, "cast"):
+                if owed.pop(vote.ballot.id, None) != vote.ballot:
+                    raise RlaifError(f"{self._name}.cast: a vote on a ballot that isn't owed ({vote.ballot.id})")
+            yield list(chunk)
+
+    def score(
+        self, candidates: Sequence[Any], constitution: Constitution, voices: Sequence[str]
+    ) -> Iterator[list[Score]]:
+        """Scores of single completions, in chunks.
+
+        Raises:
+            RlaifError: what the class yields are none.
+        """
+        for chunk in self._judge.score(candidates, constitution, voices):
+            yield self._list(chunk, Score, "score")
+
+    def close(self) -> None:
+        """Closes what it holds, where it has something to close."""
+        if callable(close := getattr(self._judge, "close", None)):
+            close()
+
+    def _list(self, chunk: Any, record: type[Any], method: str) -> list[Any]:
+        if not isinstance(chunk, list | tuple) or any(not isinstance(row, record) for row in chunk):
+            raise RlaifError(f"{self._name}.{method}: expected lists of rlaif.records.{record.__name__}")
+        return list(chunk)
