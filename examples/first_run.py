@@ -75,7 +75,7 @@ for preference in list(run.preferences())[:3]:
     print("  chosen:  ", visible(preference.chosen)[:100])
     print("  rejected:", visible(preference.rejected)[:100])
 for step in run.steps():
-    print(f"step {step.step} of iteration {step.iteration + 1}: {len(step.pair_ids)} pairs, loss {step.loss:.3f}")
+    print(f"step {step.step} of iteration {step.iteration + 1}: {len(step.row_ids)} pairs, loss {step.loss:.3f}")
 
 # %% [markdown]
 # ## Did it help?

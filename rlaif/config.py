@@ -571,7 +571,7 @@ class Filters(Section):
     cut_off: Literal["keep", "drop"] = "keep"
     """A pair whose winner the length limit cut off, while the loser ended by itself (`cut_off`). In a job `drop` by
     default but with a likelihood judge, which has `judge.missing_eos_penalty`."""
-    rules: list[CodeName] = Field(default_factory=list)
+    rules: tuple[CodeName, ...] = ()
     """Rules of yours beside the others, each `module:function` ([extend.md](extend.md)): a pair that one has something
     to say against is dropped, with the rule's name as the reason."""
     guards: bool = True

@@ -138,7 +138,7 @@ def test_version(rlaif) -> None:
                 "--set",
                 "pairing.method=random",
             ],
-            "judge.kind: Input should be 'likelihood' or 'chat'",
+            "judge.kind: no judge is called 'recorded'; there are `likelihood`, `chat`, and `module:Class`",
         ),
         (["run", "jobs/quickstart.yaml", "--set", "seed"], "expected KEY=VALUE"),
         (["status", "no/run"], "not a run directory"),

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from rlaif.errors import RlaifError, UserError, WorkerError
-from rlaif.records import Decision, Preference
+from rlaif.records import SCHEMA_VERSION, Decision, Preference
 from rlaif.rundir import store
 from rlaif.rundir.store import RunDir
 from rlaif.workers.process import ProcessWorker
@@ -202,7 +202,7 @@ def begun(tmp_path: Path) -> Path:
     job = load_job(make_project(tmp_path, "no/such/model"))
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
-    header = {"schema_version": 1, "job": job.model_dump(mode="json"), "models": {}}
+    header = {"schema_version": SCHEMA_VERSION, "job": job.model_dump(mode="json"), "models": {}}
     store.write_json(run / "run.json", header)
     sampled = RunDir(run).evaluation(0).path / "completions.jsonl.partial"  # until then a job may change
     sampled.parent.mkdir(parents=True)
@@ -287,7 +287,7 @@ def test_a_setting_that_the_run_did_not_know_counts_as_its_default(begun: Path) 
     from rlaif.loop.launch import check_resume
 
     header = json.loads((begun / "run.json").read_text())
-    del header["job"]["judge"]["early_stop"], header["job"]["filters"]["aggregate"]
+    del header["job"]["judge"]["score_temperature"], header["job"]["filters"]["aggregate"]
     (begun / "run.json").write_text(json.dumps(header))
     job = begun.parent.parent / "tiny.yaml"
     check_resume(RunDir(begun), load_job(job), allow_change=False)
