@@ -639,10 +639,11 @@ def test_args_reach_trl(model_path: str, settings: config.Learner) -> None:
 
 def test_state_of_another_model_is_refused(model_path: str, settings: config.Learner, tmp_path: Path) -> None:
     learner("dpo", model_path, settings).save(tmp_path / "state", tmp_path / "policy")
+    adapted = make_learner("dpo", model_path, settings.model_copy(update={"lora": config.Lora()}), 7)
     with pytest.raises(UserError, match="another model"):
-        make_learner("dpo", model_path, settings.model_copy(update={"lora": config.Lora()}), 7, str(tmp_path / "state"))
+        adapted.load(WeightsRef(digest="", path=tmp_path / "state"))
     with pytest.raises(UserError, match="can't read the learner's state"):
-        make_learner("dpo", model_path, settings, 7, str(tmp_path / "nowhere"))
+        adapted.load(WeightsRef(digest="", path=tmp_path / "nowhere"))
 
 
 def test_a_full_disk_is_named(
