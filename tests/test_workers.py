@@ -328,7 +328,7 @@ def test_ctrl_c_prints_no_traceback_of_a_child(tmp_path: Path) -> None:
     parent.send_signal(signal.SIGINT)
     _, errors = parent.communicate(timeout=10)
     assert "KeyboardInterrupt" in errors  # this parent doesn't handle it; a child's would name its own frames
-    assert 'workers.py", line' in errors
+    assert 'rlaif/workers/process.py", line' in errors
     assert "Traceback" not in (tmp_path / "echo.log").read_text()
     assert _gone(pid)
 
