@@ -202,7 +202,18 @@ def test_what_needs_torch_says_what_to_install(tmp_path: Path, checkout: Path) -
     assert done.stderr.splitlines()[-1].startswith("rlaif: this needs torch, not in the bare package: ")
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("constitution", "list"), ("constitution", "list", "--json")])
+STORED = ROOT / "tests/data/run_schema2"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("constitution", "list"),
+        ("constitution", "list", "--json"),
+        pytest.param(("constitution", "log", str(STORED)), id="constitution log"),
+    ],
+)
 def test_commands_without_heavy_libraries(checkout: Path, arguments: tuple[str, ...]) -> None:
     done = without_heavy(main(*arguments), checkout)
     assert done.returncode == 0, done.stderr

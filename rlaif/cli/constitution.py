@@ -1,9 +1,10 @@
-"""`rlaif constitution list | show | check | diff`: read the rules before they train anything."""
+"""`rlaif constitution list | show | check | diff | log`: the rules before they train anything, and in a run."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,8 @@ from rlaif.errors import UserError
 
 if TYPE_CHECKING:
     from rlaif.audit.edits import Effect
-    from rlaif.constitutions.constitution import Constitution
+    from rlaif.audit.text_log import Followed, Measured, OldPairs
+    from rlaif.constitutions.constitution import Change, Constitution
 
 app = typer.Typer(help="List, show, check and compare constitutions.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -174,17 +176,76 @@ def diff(
         content = {"changes": listed, "effect": effect.model_dump(mode="json")} if effect else listed
         typer.echo(json.dumps(content, indent=1))
         return
-    console = stdout_console()
     if not changes:
-        console.print("no difference")
+        stdout_console().print("no difference")
+    _show_changes(changes)
+    if effect:
+        _show_effect(effect)
+
+
+@app.command()
+def log(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, for example runs/quickstart.")],
+    json_: Json = False,
+) -> None:
+    """Which text was in force when in a run, what each change did to old pairs, and when held-out answers followed."""
+    from rlaif.audit.text_log import text_log
+    from rlaif.rundir.store import RunDir
+
+    found = text_log(RunDir.open(run))
+    for problem in found.problems:
+        print(f"rlaif: {visible(problem)}", file=sys.stderr)
+    if json_:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    console = stdout_console()
+    if not found.texts:
+        console.print(f"{inert(found.run)}: no iteration has begun yet")
+    for n, text in enumerate(found.texts):
+        if n:
+            console.print()
+        several = text.until > text.since
+        when = f"iterations {text.since + 1} to {text.until + 1}" if several else f"iteration {text.since + 1}"
+        console.print(f"{when}: [bold]{inert(', '.join(text.names))}[/] {text.hash}")
+        _show_changes(text.changes or ())
+        if text.old_pairs:
+            console.print(f"old pairs: {_old_pairs(text.old_pairs)}")
+        console.print(f"held-out answers: {_followed(text.followed)}")
+
+
+def _old_pairs(found: OldPairs) -> str:
+    said = f"{found.expired} kept pairs can't be replayed any more"
+    if found.valid_again:
+        said += f", {found.valid_again} of this text can again"
+    unused = "; this job replays none (replay.share 0)" if not found.share else ""
+    return f"{said} (within replay.max_age {found.max_age}){unused}"
+
+
+def _followed(found: Followed) -> str:
+    if found.newest is None:
+        return "not measured under this text"
+    if found.first is None:
+        return f"not yet; {_measured(found.newest)}"
+    said = f"followed; {_measured(found.first)}"
+    if found.not_after is not None:
+        said += f", not yet after {found.not_after}"
+    return said if found.newest == found.first else f"{said}; newest {_measured(found.newest)}"
+
+
+def _measured(found: Measured) -> str:
+    low, high = found.win_interval
+    iterations = "1 iteration" if found.iterations == 1 else f"{found.iterations} iterations"
+    return f"win rate {found.win_rate:.2f} (95 % interval {low:.2f} to {high:.2f}) after {iterations} under it"
+
+
+def _show_changes(changes: Sequence[Change]) -> None:
+    console = stdout_console()
     for c in changes:
         field = f": {inert(c.field)}" if c.field else ""
         console.print(f"[bold]{inert(c.principle or 'constitution')}[/] {c.kind}{field}")
         for sign, colour, value in (("-", "red", c.before), ("+", "green", c.after)):
             for line in _lines(value):
                 console.print(f"  [{colour}]{sign}[/] {inert(line)}")
-    if effect:
-        _show_effect(effect)
 
 
 def _effect(

@@ -109,6 +109,26 @@ def labelled(
     return rows, said
 
 
+def replayable(run: RunDir, log: LabelLog | None, k: int, max_age: int, constitution: str) -> dict[str, Preference]:
+    """Pair id → the pair as iteration k may replay it: judged under this text (its hash), from one of the `max_age`
+    iterations before.
+
+    A pair that people labelled is replayed only as its label in force has it.
+    """
+    labels = in_force(log.labels) if log else {}
+    old: dict[str, Preference] = {}
+    for i in range(max(0, k - max_age), k):
+        here = run.iteration(i)
+        sides = labels_of(here)
+        for p in here.read("preferences", Preference):
+            if p.source == "replay" or p.constitution != constitution:
+                continue
+            label = labels.get(p.pair_id)
+            if p.source == "judge" or (label is not None and label.outcome == sides[p.pair_id]):
+                old[p.pair_id] = p
+    return old
+
+
 def replayed(
     run: RunDir,
     log: LabelLog | None,
@@ -118,23 +138,11 @@ def replayed(
     seed: int,
     text: Constitution,
 ) -> list[Preference]:
-    """Older pairs for this update: judged under the text in force, not older than `replay.max_age`.
-
-    A pair that people labelled is replayed only as its label in force has it, and not beside itself.
-    """
+    """Older pairs for this update: `replayable` under the text in force, and none beside itself."""
     wanted = round(len(fresh) * settings.share / (1 - settings.share))
     if not wanted:
         return []
-    labels = in_force(log.labels) if log else {}
     now = {p.pair_id for p in fresh}
-    old: dict[str, Preference] = {}
-    for i in range(max(0, k - settings.max_age), k):
-        here = run.iteration(i)
-        sides = labels_of(here)
-        for p in here.read("preferences", Preference):
-            if p.source == "replay" or p.constitution != text.hash or p.pair_id in now:
-                continue
-            label = labels.get(p.pair_id)
-            if p.source == "judge" or (label is not None and label.outcome == sides[p.pair_id]):
-                old[p.pair_id] = p.model_copy(update={"source": "replay"})
-    return random.Random(f"replay-{seed}-{k}").sample(list(old.values()), min(wanted, len(old)))
+    old = [p for p in replayable(run, log, k, settings.max_age, text.hash).values() if p.pair_id not in now]
+    drawn = random.Random(f"replay-{seed}-{k}").sample(old, min(wanted, len(old)))
+    return [p.model_copy(update={"source": "replay"}) for p in drawn]

@@ -1,0 +1,190 @@
+"""Which text was in force when, what each change did to old pairs, and when held-out answers followed.
+
+In: a run directory. Out: a `TextLog`, one `TextInForce` for each stretch of iterations under one text. A change whose
+texts or old pairs can't be read has None there, and `problems` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlaif.config import Replay
+from rlaif.constitutions.constitution import Change, Constitution, diff
+from rlaif.errors import RlaifError
+from rlaif.learning.mixing import replayable
+from rlaif.records import EvaluationMetrics, Plan, Record
+from rlaif.review.labels import labels_noted, read_labels
+from rlaif.rundir.store import RunDir, read_record
+
+EVEN = 0.5
+"""Win rate of the base policy against itself."""
+
+
+class OldPairs(Record):
+    """What a change of text did to the kept pairs of earlier iterations, as its first iteration found them."""
+
+    expired: int
+    """Could have been replayed under the text before, and can't be: they were judged under that one."""
+    valid_again: int
+    """Were judged under this text when it was in force before, and may be replayed again."""
+    max_age: int
+    """`replay.max_age`: pairs of older iterations are in neither count, with or without a change."""
+    share: float
+    """`replay.share`; with 0 the run replays nothing, so a change costs it nothing."""
+
+
+class Measured(Record):
+    """A held-out evaluation of the policy under a text."""
+
+    iterations: int
+    """That ended under the text before it."""
+    win_rate: float
+    win_interval: tuple[float, float]
+    """95 %."""
+
+
+class Followed(Record):
+    """Whether and when held-out answers followed a text.
+
+    They do at the first evaluation under it whose win rate against the base policy has its 95 % interval above one
+    half. Nobody is asked between evaluations, so the answer lies between two of them.
+    """
+
+    evaluations: int
+    """Under this text, from its first iteration on, with a win rate."""
+    first: Measured | None
+    """The one that shows it; None: not yet, or never measured."""
+    not_after: int | None
+    """Iterations behind the evaluation before `first`, which doesn't show it yet. None where `first` is the first: the
+    policy may have answered so before the change."""
+    newest: Measured | None
+    """The last of them: what was followed once may be lost again."""
+
+
+class TextInForce(Record):
+    """A text over consecutive iterations."""
+
+    since: int
+    """Its first iteration, from 0."""
+    until: int
+    """Its last one that was begun, from 0."""
+    names: tuple[str, ...]
+    """name@version; several where the same content was in force under several names."""
+    hash: str
+    changes: tuple[Change, ...] | None
+    """From the text before it; None for the first."""
+    old_pairs: OldPairs | None
+    """None for the first."""
+    followed: Followed
+
+
+class TextLog(Record):
+    """The texts of a run, in the order in which they were in force."""
+
+    run: str
+    texts: tuple[TextInForce, ...]
+    problems: tuple[str, ...]
+
+
+def text_log(run: RunDir) -> TextLog:
+    """Which text was in force when, and what each change did.
+
+    Raises:
+        RlaifError: a plan or an evaluation's metrics are damaged.
+    """
+    evaluations = [p for k in run.evaluations() if (p := run.evaluation(k).path / "metrics.json").exists()]
+    measured = [read_record(p, EvaluationMetrics) for p in evaluations]
+    replay = run.job().replay
+    problems: list[str] = []
+    texts: list[TextInForce] = []
+    for plans in _stretches(_plans(run)):
+        since, until, text = plans[0].iteration, plans[-1].iteration, plans[0].constitution.hash
+        changes, old = None, None
+        if texts:
+            try:
+                changes = tuple(diff(_text(run, texts[-1].hash), _text(run, text)))
+            except RlaifError as e:
+                problems.append(f"{e}; what changed in iteration {since + 1} isn't known")
+            try:
+                old = _old_pairs(run, since, replay, texts[-1].hash, text)
+            except (RlaifError, OSError) as e:
+                problems.append(f"{e}; what the change in iteration {since + 1} did to old pairs isn't known")
+        texts.append(
+            TextInForce(
+                since=since,
+                until=until,
+                names=tuple(dict.fromkeys(str(p.constitution) for p in plans)),
+                hash=text,
+                changes=changes,
+                old_pairs=old,
+                followed=followed(since, until, text, measured),
+            )
+        )
+    return TextLog(run=str(run.path), texts=tuple(texts), problems=tuple(dict.fromkeys(problems)))
+
+
+def followed(since: int, until: int, text: str, evaluations: Sequence[EvaluationMetrics]) -> Followed:
+    """When held-out answers followed a text (its hash) that was in force in the iterations `since` to `until`, from 0.
+
+    The evaluation at the change is none of them: it is of the policy before it, under the text before it.
+    """
+    under = [
+        Measured(iterations=e.updates - since, win_rate=e.win_rate, win_interval=e.win_interval)
+        for e in sorted(evaluations, key=lambda e: e.updates)
+        if since < e.updates <= until + 1
+        and e.constitution.hash == text
+        and e.win_rate is not None
+        and e.win_interval is not None
+    ]
+    at = next((n for n, m in enumerate(under) if m.win_interval[0] > EVEN), None)
+    return Followed(
+        evaluations=len(under),
+        first=None if at is None else under[at],
+        not_after=under[at - 1].iterations if at else None,
+        newest=under[-1] if under else None,
+    )
+
+
+def _plans(run: RunDir) -> list[Plan]:
+    """Of all iterations that were begun; the newest may not have its plan yet."""
+    begun = run.iterations()
+    if begun and not (run.iteration(begun[-1]).path / "plan.json").exists():
+        begun.pop()
+    return [run.plan(k) for k in begun]
+
+
+def _stretches(plans: Sequence[Plan]) -> list[list[Plan]]:
+    """Consecutive plans under one content, as the loop tells a change: by hash."""
+    out: list[list[Plan]] = []
+    for plan in plans:
+        if out and out[-1][-1].constitution.hash == plan.constitution.hash:
+            out[-1].append(plan)
+        else:
+            out.append([plan])
+    return out
+
+
+def _text(run: RunDir, digest: str) -> Constitution:
+    """The run's copy of a text.
+
+    Raises:
+        RlaifError: it is gone or damaged.
+    """
+    path = run.path / "constitutions" / digest / "constitution.json"
+    try:
+        return read_record(path, Constitution)
+    except FileNotFoundError as e:
+        raise RlaifError(f"{path}: the run's copy of a text is gone") from e
+
+
+def _old_pairs(run: RunDir, k: int, replay: Replay, before: str, now: str) -> OldPairs:
+    """What iteration k, the first under a text, found; with the labels that it had, once it has taken them."""
+    here = run.iteration(k)
+    size = labels_noted(here).get("size", 0) if here.is_complete("preferences") else None
+    labels = read_labels(run, size)
+    return OldPairs(
+        expired=len(replayable(run, labels, k, replay.max_age, before)),
+        valid_again=len(replayable(run, labels, k, replay.max_age, now)),
+        max_age=replay.max_age,
+        share=replay.share,
+    )
