@@ -237,19 +237,24 @@ def model_card(run: RunDir, updates: int) -> str:
         "",
         "## Held-out evaluation against the base policy",
         "",
-        "| after | text | win rate (95 %) | words | ends by itself | KL per token (95 %) |",
-        "|---|---|---|---|---|---|",
+        "| after | text | win rate (95 %) | at equal length (95 %) | words | ends by itself | KL per token (95 %) |",
+        "|---|---|---|---|---|---|---|",
     ]
     for e in summary.evaluations:
         low, high = e.win_interval or (0, 1)
         win = "" if e.win_rate is None else f"{e.win_rate:.2f} ({low:.2f}-{high:.2f})"
         if e.abstained:
             win = f"{win or '-'}, {e.abstained} of {e.answers} abstained"
+        at_length = "" if e.length_controlled_win_rate is None else f"{e.length_controlled_win_rate:.2f}"
+        if at_length and e.length_controlled_interval:
+            at_length += f" ({e.length_controlled_interval[0]:.2f}-{e.length_controlled_interval[1]:.2f})"
         kl = "" if e.kl_per_token is None or e.kl_by_older_version else f"{e.kl_per_token:.3f}"
         if kl and e.kl_answers and e.kl_interval:
             kl += f" ({e.kl_interval[0]:.3f}-{e.kl_interval[1]:.3f})"
         text = e.constitution if e.updates else "base"
-        lines.append(f"| {e.updates} | {text} | {win} | {e.mean_words:.1f} | {e.ended_share:.0%} | {kl} |")
+        lines.append(
+            f"| {e.updates} | {text} | {win} | {at_length} | {e.mean_words:.1f} | {e.ended_share:.0%} | {kl} |"
+        )
     lines += [
         "",
         "The win rate says how far the policy follows the text in the judge's eyes; it is no measure of truth.",

@@ -20,6 +20,7 @@ Outcome = Literal["first", "second", "tie", "abstain"]
 Side = Literal["first", "second"]
 AbstainReason = Literal["unparsed", "truncated", "refused", "empty", "infra_error"]
 FinishReason = Literal["stop", "length"]
+LengthUnknown = Literal["few_prompts", "one_sided", "same_length"]
 DropReason = Literal[
     "identical",
     "too_few_votes",
@@ -611,6 +612,15 @@ class EvaluationMetrics(AnswerStats):
     answers. None when nobody was asked, and when the judge abstained on every answer that it was asked about."""
     win_interval: tuple[float, float] | None
     """Wilson, 95 %, over so many prompts."""
+    length_controlled_win_rate: float | None = None
+    """The win rate as it would be if answers had as many words as the base policy's: a logistic model of the verdict
+    with a term for length, at no difference (Dubois et al. 2024). Read it beside the raw one: a text may ask for
+    length. None where it can't be told, and in what older versions wrote."""
+    length_controlled_interval: tuple[float, float] | None = None
+    """95 %, over the prompts. Wide where all answers differ in length the same way."""
+    length_controlled_unknown: LengthUnknown | None = None
+    """Why it can't be told: verdicts on fewer than 10 prompts; all verdicts for one side; every answer longer by the
+    same number of words, so that the effect of length doesn't show."""
     wins: int
     losses: int
     undecided: int

@@ -356,6 +356,7 @@ def test_evaluations_say_what_they_measured(finished: RunDir) -> None:
         assert f"{metrics['constitution']['name']}@{metrics['constitution']['version']}" == name
         assert metrics["answers"] == len(here.read("quality", Quality)) == 3
         assert (metrics["win_rate"] is None) == (updates == 0)
+        assert metrics["length_controlled_unknown"] == ("few_prompts" if updates else None)
         if updates:
             assert {v.ballot.voice for v in here.read("votes", Vote)} == {"wish/paraphrase3"}
             assert metrics["wins"] + metrics["losses"] + metrics["undecided"] == 3

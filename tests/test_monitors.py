@@ -128,7 +128,9 @@ def evaluated(answers: list[Completion], outcomes: list[Outcome]) -> EvaluationM
         for n, (c, _) in enumerate(zip(answers, outcomes, strict=False))
     ]
     decisions = [decision(n, outcome) for n, outcome in enumerate(outcomes)]
-    return evaluation_metrics(1, RULES, answers, [quality(n) for n in range(len(answers))], pairs, decisions, 0.5)
+    base_answer = completion(0, "a b c").model_copy(update={"id": "base"})
+    measured = [quality(n) for n in range(len(answers))]
+    return evaluation_metrics(1, RULES, answers, measured, pairs, decisions, 0.5, base=[base_answer])
 
 
 def test_a_pair_without_a_winner_is_half_a_win() -> None:
@@ -174,11 +176,34 @@ def test_answers_to_one_prompt_are_one_draw() -> None:
     assert m.win_interval == wilson(1.5, 2)
 
 
+def test_the_length_of_an_answer_is_in_words_against_the_base_policys() -> None:
+    """The base policy's answers have three words; of one word are the losses, of five the wins."""
+    won: list[Outcome] = ["second", "first", "first", "first"] * 5
+    m = evaluated([completion(n, "a b c d e" if o == "first" else "a") for n, o in enumerate(won)], won)
+    assert m.win_rate == 0.75
+    assert m.length_controlled_win_rate is not None
+    assert m.length_controlled_interval is not None
+    assert m.length_controlled_win_rate < 0.7
+    assert m.length_controlled_interval[0] < 0.5
+    assert m.length_controlled_unknown is None
+    same = evaluated([completion(n, "a b c d e") for n in range(20)], won)
+    assert (same.length_controlled_win_rate, same.length_controlled_unknown) == (None, "same_length")
+
+
+def test_an_abstention_says_nothing_about_length() -> None:
+    won: list[Outcome] = ["second", "first", "first", "first"] * 5
+    answers = [completion(n, "a " * (n % 7 + 1)) for n in range(40)]
+    with_some = evaluated(answers, won + ["abstain"] * 20)
+    assert with_some.length_controlled_win_rate == evaluated(answers[:20], won).length_controlled_win_rate
+    assert with_some.abstained == 20
+
+
 def test_the_base_policy_has_no_win_rate() -> None:
     m = evaluation_metrics(0, RULES, [completion(0, "a")], [quality(0)], [], None, 0.5)
     assert m.win_rate is None
     assert m.win_interval is None
     assert m.undecided == 0
+    assert (m.length_controlled_win_rate, m.length_controlled_unknown) == (None, None)
 
 
 def drifted(drift: list[tuple[str, int, float]] | None) -> EvaluationMetrics:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlaif.audit.index import Index
+from rlaif.audit.overview import overview
 from rlaif.audit.summary import final_tables, held_out_answers, status_of, status_table, write_summary
+from rlaif.cli.audit_run import print_overview
 from rlaif.export import model_card
 from rlaif.records import Preference
 from rlaif.rundir.store import RunDir
@@ -67,6 +70,44 @@ def test_abstentions_of_an_evaluation_are_told(tmp_path: Path, capsys: pytest.Ca
     assert f"after 4: the judge abstained on {some} answers" in " ".join(capsys.readouterr().out.split())
     assert f"| 4 | rules@2 | -, {some} abstained |" in model_card(run, 4)
     assert f"the judge abstained on {some} held-out answers" in " ".join(make_report(Index.open(run), run).caveats)
+
+
+CONTROLLED = {"length_controlled_win_rate": 0.6, "length_controlled_interval": [0.4, 0.8]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (CONTROLLED, "after 4: win rate at equal length 0.60 (0.40-0.80)"),
+        (
+            {"length_controlled_unknown": "one_sided"},
+            "after 4: win rate at equal length unknown: all verdicts are for one side",
+        ),
+        ({}, None),  # of a run that began before it was measured
+    ],
+)
+def test_the_win_rate_at_equal_length_stands_beside_the_raw_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, Any], line: str | None
+) -> None:
+    shutil.copytree(STORED, tmp_path / "run")
+    path = tmp_path / "run" / "evaluations" / "0004" / "metrics.json"
+    raw = {"win_rate": 0.9, "win_interval": [0.8, 0.95]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | raw | fields))
+    run = RunDir.open(tmp_path / "run")
+    final_tables(run, write_summary(run))
+    in_tables = capsys.readouterr().out
+    index = Index.open(run)
+    print_overview(overview(index, run))
+    in_audit = capsys.readouterr().out
+    for out in (in_tables, in_audit):
+        assert [found for found in out.splitlines() if "equal length" in found] == ([line] if line else [])
+    assert "win rate 0.90 (0.80-0.95)" in in_audit
+    report = make_report(index, run)
+    html = render("report.html", report=report, facts=report.facts, pictures=[], style="", reasons={}, job_yaml="")
+    assert ("60 % (40 % to 80 %)" in html.replace("\N{NO-BREAK SPACE}", " ")) == (fields == CONTROLLED)
+    assert ("unknown: one sided" in html) == ("length_controlled_unknown" in fields)
+    assert any("may be a matter of length" in c for c in report.caveats) == (fields == CONTROLLED)
+    assert ("| 0.90 (0.80-0.95) | 0.60 (0.40-0.80) |" in model_card(run, 4)) == (fields == CONTROLLED)
 
 
 def test_a_prompt_that_nobody_answered_is_not_shown(tmp_path: Path) -> None:

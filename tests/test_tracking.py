@@ -201,6 +201,7 @@ METRICS: dict[str, Any] = {
 }  # fmt: skip
 EVALUATION: dict[str, Any] = METRICS["sampled"] | {
     "updates": 3, "constitution": METRICS["constitution"], "win_rate": 0.6, "win_interval": (0.4, 0.8), "wins": 6,
+    "length_controlled_win_rate": 0.55, "length_controlled_interval": (0.3, 0.7), "length_controlled_unknown": None,
     "losses": 4, "undecided": 0, "kl_per_token": 0.02, "kl_interval": (0.01, 0.03), "kl_per_completion": 0.4,
     "kl_per_completion_interval": (0.2, 0.6), "kl_answers": 10, "relevance": 1.1, "base_logprob_per_token": -1.5,
     "checks": {"wish": 0.5}, "seconds": 2.0, "weights_gap": METRICS["weights_gap"],

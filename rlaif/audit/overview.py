@@ -9,7 +9,7 @@ from rlaif.audit.index import Index
 from rlaif.config import Price
 from rlaif.judging.spending import cost
 from rlaif.judging.verdicts import position_bias
-from rlaif.records import Record, Usage
+from rlaif.records import LengthUnknown, Record, Usage
 from rlaif.rundir.store import RunDir
 
 
@@ -56,6 +56,11 @@ class EvaluationRow(Record):
     win_rate: float | None
     """Against the base policy, undecided pairs as half."""
     win_interval: tuple[float, float] | None
+    length_controlled_win_rate: float | None
+    """As it would be at the base policy's length."""
+    length_controlled_interval: tuple[float, float] | None
+    length_controlled_unknown: LengthUnknown | None
+    """Why it can't be told; None too in runs that began before it was measured."""
     mean_words: float | None
     kl_per_token: float | None
     """From the base policy, nats."""
@@ -230,6 +235,9 @@ def _evaluation_rows(index: Index) -> list[EvaluationRow]:
                 constitution=r["text_name"],
                 win_rate=m.get("win_rate") if r["evaluation"] else None,
                 win_interval=m.get("win_interval") if r["evaluation"] else None,
+                length_controlled_win_rate=m.get("length_controlled_win_rate"),
+                length_controlled_interval=m.get("length_controlled_interval"),
+                length_controlled_unknown=m.get("length_controlled_unknown"),
                 mean_words=m.get("mean_words"),
                 kl_per_token=m.get("kl_per_token"),
                 kl_interval=m.get("kl_interval"),

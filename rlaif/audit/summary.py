@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 from rlaif.audit.picture import draw
 from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
-from rlaif.records import Completion, ConstitutionRef, EvaluationMetrics, Event, IterationMetrics, Plan, Prompt, Record
+from rlaif.records import (
+    Completion,
+    ConstitutionRef,
+    EvaluationMetrics,
+    Event,
+    IterationMetrics,
+    LengthUnknown,
+    Plan,
+    Prompt,
+    Record,
+)
 from rlaif.review.queue import Queue
 from rlaif.rundir.stages import NAMES
 from rlaif.rundir.store import RunDir, read_record, read_rows, write_json
@@ -16,7 +26,14 @@ from rlaif.rundir.store import RunDir, read_record, read_rows, write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from rlaif.audit.overview import EvaluationRow
+
 SHOWN_PROMPTS = 3
+NO_LENGTH_CONTROL: dict[LengthUnknown, str] = {
+    "few_prompts": "verdicts on too few prompts",
+    "one_sided": "all verdicts are for one side",
+    "same_length": "every answer differs in length by the same",
+}
 
 
 class Status(Record):
@@ -136,6 +153,8 @@ def final_tables(run: RunDir, summary: Summary) -> None:
     console.print(_iterations(summary.iterations))
     console.print(_evaluations(summary.evaluations))
     for e in summary.evaluations:
+        if line := length_line(e):
+            console.print(f"after {e.updates}: {line}")
         if e.updates and (line := kl_line(e)):
             console.print(f"after {e.updates}: {line}")
         if e.abstained:
@@ -216,6 +235,16 @@ def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def length_line(e: EvaluationMetrics | EvaluationRow) -> str | None:
+    """An evaluation's length-controlled win rate in words, or why there is none; None in runs without it."""
+    if e.length_controlled_win_rate is not None and e.length_controlled_interval is not None:
+        low, high = e.length_controlled_interval
+        return f"win rate at equal length {e.length_controlled_win_rate:.2f} ({low:.2f}-{high:.2f})"
+    if e.length_controlled_unknown is not None:
+        return f"win rate at equal length unknown: {NO_LENGTH_CONTROL[e.length_controlled_unknown]}"
+    return None
 
 
 def kl_line(e: EvaluationMetrics) -> str | None:

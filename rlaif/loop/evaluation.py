@@ -59,6 +59,7 @@ def evaluate(run: Running, updates: int, plan: Plan, text: Constitution) -> Eval
     quality = it.rows("quality", measure)
     drift = _drift(run, it, updates, policy, prompts[: run.job.eval.kl_prompts])
     decisions: list[Decision] | None = None
+    base: list[Completion] = []
     if updates != BASE_POLICY:
         base = in_order(run.dir.evaluation(BASE_POLICY).read("completions", Completion), it.prompts)
         it.pairs = [
@@ -74,7 +75,7 @@ def evaluate(run: Running, updates: int, plan: Plan, text: Constitution) -> Eval
         decisions = it.decisions if judged else None
     seconds = round(time.monotonic() - started, 1)
     metrics = monitors.evaluation_metrics(
-        updates, text, completions, quality, it.pairs, decisions, seconds, drift, gap=gap_of(here)
+        updates, text, completions, quality, it.pairs, decisions, seconds, drift, gap=gap_of(here), base=base
     )
     write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
     values = tracking.of_evaluation(metrics, it.votes, run.job.judge, run.text_number(it.k))

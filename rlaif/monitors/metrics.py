@@ -12,6 +12,7 @@ from rlaif.constitutions.constitution import Constitution
 from rlaif.intervals import ratio_interval, share, wilson
 from rlaif.judging.filters import cut_off_won
 from rlaif.judging.verdicts import JurorFit, juror_verdicts, position_bias
+from rlaif.monitors.length_controlled import Judged, LengthControlled, length_controlled
 from rlaif.records import (
     AnswerStats,
     Completion,
@@ -137,19 +138,22 @@ def evaluation_metrics(
     seconds: float,
     drift: list[Divergence] | None = None,
     gap: WeightsGap | None = None,
+    base: Sequence[Completion] = (),
 ) -> EvaluationMetrics:
     """An evaluation in numbers; `decisions` are None when nobody was asked: about the base policy itself, or under a
     text without a held-out contrast. `pairs` show the policy's answer first, the base policy's second; an answer equal
-    to the base policy's has no pair and counts as tied. `drift` is empty about the base policy, None where nobody
-    measured it."""
+    to the base policy's has no pair and counts as tied. `base` holds the base policy's answers. `drift` is empty about
+    the base policy, None where nobody measured it."""
     outcomes: list[Outcome] = []
     by_prompt: list[float] = []
+    controlled = LengthControlled()
     if decisions is not None:
         verdicts = {d.pair_id: d.verdict.outcome for d in decisions}
         asked = {p.first: verdicts[p.id] for p in pairs}
         outcomes = [asked.get(c.id, "tie") for c in completions]
         if not asked or any(o != "abstain" for o in asked.values()):
             by_prompt = _won_by_prompt(completions, outcomes)
+            controlled = length_controlled(_judged(completions, outcomes, pairs, base))
     n = len(completions)
     return EvaluationMetrics(
         **dict(answer_stats(completions)),
@@ -157,6 +161,9 @@ def evaluation_metrics(
         constitution=text.ref,
         win_rate=fmean(by_prompt) if by_prompt else None,
         win_interval=wilson(sum(by_prompt), len(by_prompt)) if by_prompt else None,
+        length_controlled_win_rate=controlled.win_rate,
+        length_controlled_interval=controlled.interval,
+        length_controlled_unknown=controlled.unknown,
         wins=outcomes.count("first"),
         losses=outcomes.count("second"),
         undecided=outcomes.count("tie"),
@@ -210,3 +217,16 @@ def _won_by_prompt(completions: list[Completion], outcomes: list[Outcome]) -> li
         if outcome != "abstain":
             won.setdefault(completion.prompt_id, []).append(_WON[outcome])
     return [fmean(of_prompt) for of_prompt in won.values()]
+
+
+def _judged(
+    completions: list[Completion], outcomes: list[Outcome], pairs: list[Pair], base: Sequence[Completion]
+) -> list[Judged]:
+    """The answers with a verdict, abstentions left out, and how many words longer than the base policy's they are."""
+    words = {c.id: count_words(c.text) for c in (*completions, *base)}
+    longer = {p.first: words[p.first] - words[p.second] for p in pairs}
+    return [
+        Judged(c.prompt_id, _WON[outcome], longer.get(c.id, 0), asked=c.id in longer)
+        for c, outcome in zip(completions, outcomes, strict=True)
+        if outcome != "abstain"
+    ]

@@ -240,6 +240,12 @@ def _caveats(facts: Facts, job: dict[str, Any], done: int, calibrated: bool, hum
             f"The win rate is over {last.answers - last.abstained} held-out answers, by the judge that also made the "
             "training labels: it says how far the policy follows this judge, not how good it is."
         )
+        if (at_length := last.length_controlled_interval) and at_length[0] <= 0.5 <= at_length[1] and low > 0.5:
+            out.append(
+                f"At the base policy's length the judge's preference isn't clear: the win rate's 95 % interval there, "
+                f"{percent(at_length[0])} to {percent(at_length[1])}, holds one half. Unless the text asks for another "
+                "length, the win may be a matter of length."
+            )
     newest = facts.evaluations[-1] if facts.evaluations else None
     if newest and newest.abstained:
         out.append(
