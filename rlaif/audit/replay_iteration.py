@@ -101,7 +101,7 @@ class Iteration:
 
     def _decided(self) -> Iterator[tuple[Decision, Decision]]:
         own, calibration = self.settings.job.filters.rules, self.settings.calibration
-        filters = self.settings.job.filters.model_copy(update={"rules": []})
+        filters = self.settings.job.filters.model_copy(update={"rules": ()})
         jurors = self.juror_fit()
         texts, cut = self._completions()
         weights = self.text.weights
