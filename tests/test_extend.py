@@ -20,7 +20,7 @@ from rlaif.config import Job, load_job
 from rlaif.errors import UserError
 from rlaif.loop.cost import estimate
 from rlaif.loop.launch import execute
-from rlaif.records import Completion, Decision, Vote
+from rlaif.records import Completion, Decision, UpdateStep, Vote
 from rlaif.rundir.store import RunDir
 from tests.conftest import make_project
 from tests.stubs import Quiet
@@ -153,3 +153,61 @@ def another_source_is_refused(project: Job, root: Path, run: RunDir) -> None:
         execute(more, run.path, root, Quiet(), allow_change=True)
     (root / "shorter.py").write_text(source)
     assert len(execute(more, run.path, root, Quiet(), allow_change=True).iterations()) == 2
+
+
+LEARNER = """
+from rlaif.config import OwnLearner
+from rlaif.learning.dpo import DpoLearner
+
+class Timid(DpoLearner):
+    class Settings(OwnLearner):
+        factor: float = 1.0
+
+    def __init__(self, model_path, settings, seed, output_dir, export_precision):
+        slower = settings.model_copy(update={"learning_rate": settings.learning_rate * settings.factor})
+        super().__init__(model_path, slower, seed, output_dir, export_precision)
+"""
+SAMPLER = """
+from rlaif.config import OwnSampling
+from rlaif.sampling.transformers import Sampler
+
+class Short(Sampler):
+    class Settings(OwnSampling):
+        at_most: int = 3
+
+    def __init__(self, model_path, settings):
+        super().__init__(model_path, settings)
+        self.at_most = settings.at_most
+
+    def sample(self, requests):
+        yield from super().sample([r.model_copy(update={"max_tokens": self.at_most}) for r in requests])
+"""
+
+
+@pytest.mark.parametrize("workers", ["inline", "process"])
+def test_an_iteration_with_a_learner_and_a_sampler_of_ones_own(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    pytest.importorskip("trl")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "timid.py").write_text(LEARNER)
+    (tmp_path / "short.py").write_text(SAMPLER)
+    path = make_project(tmp_path, tiny_model, iterations=1, schedule={0: "rules@1"}, eval={"every": 1, "prompts": 2})
+    job = yaml.safe_load(path.read_text())
+    job["workers"] = workers
+    job["filters"] = {"min_agreement": 0.0, "min_kept_pairs": 1, "guards": False}
+    job["learner"] |= {"kind": "timid:Timid", "factor": 0.5, "learning_rate": 1e-3, "warmup_steps": 0}
+    job["sampling"] |= {"engine": "short:Short", "at_most": 5}
+    path.write_text(yaml.safe_dump(job))
+    run = execute(load_job(path), tmp_path / "runs" / "mine", tmp_path, Quiet())
+    for name in ("timid", "short"):
+        sys.modules.pop(name, None)
+
+    here = run.iteration(0)
+    assert {len(c.token_ids) for c in here.read("completions", Completion)} <= set(range(1, 6))
+    steps = here.read("updates", UpdateStep)
+    assert {s.learning_rate for s in steps} == {0.5e-3}
+    assert set(run.plan(0).code) == {"timid:Timid", "short:Short"}
+    gaps = [e for e in run.events() if e.kind == "alarm" and "weights_gap" in e.message]
+    assert not gaps  # the sampler holds what the learner trained
