@@ -192,6 +192,7 @@ def test_a_run_of_full_weights_has_no_adapter(trained: RunDir, tmp_path: Path) -
         export_adapter(RunDir(run), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter(tiny_model: Path, tmp_path: Path, in_this_process: list[list[str]]) -> None:
     from rlaif.loop.launch import execute
 

@@ -185,6 +185,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+@pytest.mark.slow
 def test_a_part_at_work_is_told_of_and_ends_at_its_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = (
         "import subprocess, sys, time\n"

@@ -366,6 +366,7 @@ def test_ctrl_c_while_the_command_is_imported_is_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (130, "rlaif: interrupted\n")
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tiny_model: Path, tmp_path: Path, rlaif) -> None:
     pytest.importorskip("trl")
     make_project(tmp_path, tiny_model, iterations=1, schedule={0: "rules@1"}, replay={"share": 0.0})

@@ -123,6 +123,7 @@ def test_links_to_headings_lead_somewhere(page: Path) -> None:
     assert wrong == []
 
 
+@pytest.mark.slow
 @pages
 def test_commands_exist(page: Path) -> None:
     assert {" ".join(words): p for words in commands(page) if (p := problem(words))} == {}
@@ -334,6 +335,7 @@ def test_generated_types_are_words(page: Path) -> None:
     assert not re.search(r"typing\.|Annotated|Strict\(|<class|\bNoneType\b|\bdict\[|\btuple\[", made)
 
 
+@pytest.mark.slow
 def test_a_type_within_a_type_is_told_in_words() -> None:
     row = next(
         line for line in docs.render((ROOT / "docs" / "job.md").read_text()).splitlines() if "| `stop` |" in line

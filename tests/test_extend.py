@@ -62,6 +62,7 @@ def test_the_page_shows_a_judge_and_a_rule_of_under_twenty_lines() -> None:
     assert tree == {"judge": {"kind": "shorter:Shorter", "slack": 0}, "filters": {"rules": ["rules:sure"]}}
 
 
+@pytest.mark.slow
 def test_an_iteration_with_the_pages_judge_and_rule(project: Job, tmp_path: Path) -> None:
     told = Quiet()
     run = execute(project, tmp_path / "runs" / "mine", tmp_path, told)

@@ -38,6 +38,7 @@ def check(rows: list[Any], limit: float = 1e-3) -> None:
     assert rows[1].moved > 0.05, "so small a move would hide a load that does nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(ARCHITECTURES))
 def test_transformers(name: str, tmp_path: Path) -> None:
     check(rows_of(make_model(name, tmp_path / "model"), "transformers"))

@@ -115,6 +115,7 @@ def imports(module: str, *, top_only: bool = False) -> frozenset[str]:
     return frozenset(found)
 
 
+@pytest.mark.slow
 def test_imports_go_down_only() -> None:
     wrong = []
     for module in sorted(MODULES):
@@ -178,6 +179,7 @@ def test_the_block_blocks() -> None:
     assert "ModuleNotFoundError" in without_heavy("import torch").stderr
 
 
+@pytest.mark.slow
 def test_everything_but_the_workers_imports_without_heavy_libraries() -> None:
     workers_only = "rlaif.learning.* rlaif.sampling.transformers rlaif.sampling.nucleus"
     names = [m for m in MODULES if not matches(m, workers_only) and m != "rlaif.__main__"]
@@ -190,6 +192,7 @@ def main(*arguments: str) -> str:
     return f"sys.argv = {['rlaif', *arguments]!r}\nfrom rlaif.cli import main\nmain()"
 
 
+@pytest.mark.slow
 def test_what_needs_torch_says_what_to_install(tmp_path: Path, checkout: Path) -> None:
     pairs = [{"id": n, "prompt": "q", "first": "a", "second": "b", "label": 1 + n % 2} for n in range(4)]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
@@ -220,6 +223,7 @@ def test_commands_without_heavy_libraries(checkout: Path, arguments: tuple[str, 
     assert "constitution" in done.stdout or "assistant" in done.stdout
 
 
+@pytest.mark.slow
 def test_status_and_report_without_heavy_libraries(tmp_path: Path) -> None:
     from rlaif.rundir.store import write_json
     from tests.stubs import stub_prompts

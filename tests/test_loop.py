@@ -147,6 +147,7 @@ def test_real_weights_are_compared_again_when_a_run_goes_on(
     assert not any(p.stat().st_size for p in run.iteration(1).path.glob("completions*"))
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_a_shorter_window_is_told_at_once(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from rlaif.loop.launch import execute
@@ -181,6 +182,7 @@ def test_a_run_that_goes_on_in_another_precision_has_its_policy_rounded_anew(
     assert not list(run.path.glob("learner/*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after", "rounded"), [("fp32", "bf16", 1), ("bf16", "fp32", 0)])
 def test_the_copy_is_the_learners_export(
     before: str, after: str, rounded: int, tiny_model: Path, tmp_path: Path
@@ -387,6 +389,7 @@ def test_kl_is_not_measured_where_nobody_wants_it(tmp_path: Path) -> None:
         assert json.loads((run.evaluation(updates).path / "metrics.json").read_text())["kl_per_token"] is None
 
 
+@pytest.mark.slow
 def test_held_out_answers_have_a_temperature_of_their_own(tmp_path: Path, tiny_model: Path) -> None:
     from rlaif.loop.launch import execute
 

@@ -145,6 +145,7 @@ def test_voices_and_orders_as_the_class_says() -> None:
     assert sorted(places, key=lambda place: places[place]) == [(b.voice_key, b.order) for b in ballots]
 
 
+@pytest.mark.slow
 def test_in_a_worker_of_its_own(tmp_path: Path) -> None:
     settings = own_code.resolved(job({"kind": written(), "slack": 5}))[0].judge
     kind = kind_of(settings)

@@ -66,6 +66,7 @@ def test_two_states_of_the_learner_lie_side_by_side_from_the_second_update_on(
     assert small["memory_gib"] < two["memory_gib"] - 1
 
 
+@pytest.mark.slow
 def test_precision_is_what_the_plan_reckons_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_cost, "gpu_names", list)
 

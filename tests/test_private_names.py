@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -38,6 +40,7 @@ def named(tree: ast.AST) -> Iterator[str]:
             yield from (last for text in said if private(last := text.rpartition(".")[2]))
 
 
+@pytest.mark.slow
 def test_tests_name_nothing_private_of_the_package() -> None:
     ours = set().union(*(defined(ast.parse(p.read_text())) for p in (ROOT / "rlaif").rglob("*.py")))
     found = {}

@@ -34,9 +34,8 @@ TOO_PLAIN = {"layers", "keys", "values", "stats", "backward", "base_layer"}
 """Undocumented names that any object may have."""
 
 
-@pytest.mark.parametrize(
-    "library", [pytest.param(name, marks=pytest.mark.slow if name == "vllm" else ()) for name in BY_LIBRARY]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("library", list(BY_LIBRARY))
 def test_every_name_is_there(library: str, tmp_path: Path) -> None:
     """Prints those that the installed version lacks, and what breaks; in a process of its own, since vLLM sets signals
     and threads when it is imported."""
@@ -141,6 +140,7 @@ NAMES = {r.name.rpartition(".")[2] for module in COMPAT for r in listed(module)}
 OF_CLASSES = {r.name.rpartition(".")[2] for module in COMPAT for r in listed(module) if "." in r.name}
 
 
+@pytest.mark.slow
 def test_the_lists_are_read() -> None:
     assert {"_tr_loss", "_generate", "_is_stateful", "dispatch_cpu_unquantized_gemm", "get_delta_factors"} <= NAMES
     assert {"_tr_loss", "callback_handler", "parameter_name"} <= OF_CLASSES
@@ -175,6 +175,7 @@ def wrong(tree: ast.Module) -> list[str]:
     return [f"line {line}: {what}" for line in sorted(found) for what in found[line]]
 
 
+@pytest.mark.slow
 def test_what_is_private_to_a_library_stays_in_its_module() -> None:
     found = [f"{module}: {line}" for module in sorted({*sources()} - COMPAT) for line in wrong(sources()[module])]
     assert not found, "\n".join([*found, f"Give it a function in {', '.join(sorted(COMPAT))}"])

@@ -93,6 +93,7 @@ def test_the_stub_run_has_what_resuming_can_get_wrong(killed: tuple[Path, dict[s
     assert {p.source for p in preferences} == {"judge", "replay"}
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     stub_loop(tmp_path).run()
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
@@ -156,6 +157,7 @@ class DyingJudge:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_one_line_and_the_run_goes_on(tmp_path: Path) -> None:
     loop = stub_loop(tmp_path)
     with ProcessWorker("judge", "tests.test_resume:DyingJudge", {}, tmp_path / "judge.log") as judge:
@@ -210,6 +212,7 @@ def begun(tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_second_process_on_the_same_run_is_refused(begun: Path) -> None:
     with RunDir(begun).lock():
         done = rlaif("run", "tiny.yaml", cwd=begun.parent.parent)
@@ -219,6 +222,7 @@ def test_a_second_process_on_the_same_run_is_refused(begun: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_changed_job_is_refused_by_naming_the_keys(begun: Path) -> None:
     overrides = ("--set", "learner.beta=0.5", "--set", "iterations=9")
     done = rlaif("run", "tiny.yaml", *overrides, "--allow-change", cwd=begun.parent.parent)

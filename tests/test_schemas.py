@@ -51,6 +51,7 @@ def steps_of(run: RunDir) -> list[UpdateStep]:
     return [s for k in run.iterations() for s in read_rows(run.iteration(k).path / "updates.jsonl", UpdateStep)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -78,6 +79,7 @@ def test_a_run_of_every_schema_answers(run: Path, words: tuple[str, ...], expect
     assert "newer rlaif" not in done.output
 
 
+@pytest.mark.slow
 def test_a_run_of_every_schema_is_shown_and_reported(run: Path, tmp_path: Path) -> None:
     from fastapi.testclient import TestClient
 

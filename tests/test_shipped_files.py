@@ -30,6 +30,7 @@ def test_there_are_files_to_test() -> None:
     assert len(PROMPTS) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
 def test_every_job_loads_and_can_be_planned(path: Path) -> None:
     job = load_job(path)

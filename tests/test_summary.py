@@ -42,6 +42,7 @@ def test_status_counts_iterations_from_one_for_people(tmp_path: Path, capsys: py
     assert said["constitution"]["name"] == "rules"
 
 
+@pytest.mark.slow
 def test_pairs_of_a_skipped_update_trained_nothing() -> None:
     """The second iteration's update was skipped; in this stored run its pairs still count as trained."""
     run = RunDir.open(STORED)
@@ -59,6 +60,7 @@ def test_pairs_of_a_skipped_update_trained_nothing() -> None:
     assert f"{all_ - left} trained on" in html
 
 
+@pytest.mark.slow
 def test_abstentions_of_an_evaluation_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(STORED, tmp_path / "run")
     path = tmp_path / "run" / "evaluations" / "0004" / "metrics.json"
@@ -75,6 +77,7 @@ def test_abstentions_of_an_evaluation_are_told(tmp_path: Path, capsys: pytest.Ca
 CONTROLLED = {"length_controlled_win_rate": 0.6, "length_controlled_interval": [0.4, 0.8]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "line"),
     [

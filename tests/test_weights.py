@@ -25,6 +25,7 @@ def test_it_travels(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(ref)) == ref == WeightsRef.model_validate_json(ref.model_dump_json())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["process", "inline"])
 def test_a_worker_reads_from_where_it_says(mode: Any, tmp_path: Path) -> None:
     ref = WeightsRef(digest="d" * 16, path=tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.audit import FILTERS, run_benchmark, table
 from benchmarks.audit_run import VOTES_PER_PAIR, write_run
 from rlaif.audit.verify import verify
@@ -52,6 +54,7 @@ def test_a_generated_run_is_a_run(tmp_path: Path) -> None:
     assert 600 < vote < 1200  # bytes, as in real runs
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_everything(tmp_path: Path, index_folder: Path) -> None:
     write_run(tmp_path / "run", pairs=60, iterations=3)
     report = run_benchmark(tmp_path / "run")

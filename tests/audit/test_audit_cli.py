@@ -54,6 +54,7 @@ def test_commands_without_heavy_libraries(arguments: tuple[str, ...], expected: 
     assert json.loads(as_json.stdout)
 
 
+@pytest.mark.slow
 def test_the_overview_fits_a_screen() -> None:
     done = audit()
     lines = done.stdout.splitlines()
@@ -85,6 +86,7 @@ def on_a_terminal(*arguments: str, columns: int, lines: int, run: Path = STORED)
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_rich_table_and_a_pipe_lines() -> None:
     query = ("sql", "SELECT * FROM votes LIMIT 2")
     shown = on_a_terminal(*query, columns=120, lines=40)
@@ -209,6 +211,7 @@ def test_damage_is_told_on_stderr_and_the_rest_is_shown(copy: RunDir) -> None:
     assert json.loads(done.stdout)["total"] == 20
 
 
+@pytest.mark.slow
 def test_export_without_datasets_says_what_to_install(tmp_path: Path) -> None:
     done = without_heavy(main("audit", str(STORED), "export", "--to", str(tmp_path / "out.parquet")))
     assert done.returncode == 2
@@ -241,6 +244,7 @@ def test_labels_are_shown_beside_the_verdict(copy: RunDir) -> None:
     assert complaints(done) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_has_just_begun(copy: RunDir, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
@@ -321,6 +325,7 @@ def test_without_the_text_the_questions_are_missing_and_the_rest_is_shown(copy: 
     assert "decision: kept" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_not_known_is_never_none(copy: RunDir, tmp_path: Path) -> None:
     """Iteration 3 trained; without its updates.meta.json nobody knows into which policy."""
     meta = copy.iteration(2).path / "updates.meta.json"

@@ -240,6 +240,7 @@ def test_a_reading_judge_is_asked_about_each_part(chat: tuple[Path, FaultServer]
     assert whole.notes[-1].startswith("the edit has 2 parts")
 
 
+@pytest.mark.slow
 def test_the_command(chat: tuple[Path, FaultServer], monkeypatch: pytest.MonkeyPatch) -> None:
     root, _ = chat
     monkeypatch.chdir(root)

@@ -30,6 +30,7 @@ def change_preferences(run: RunDir, k: int, changed: Callable[[dict[str, Any]], 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_what_is_written_is_what_training_saw(stored: RunDir, tmp_path: Path, suffix: str) -> None:
     to = tmp_path / f"out.{suffix}"
@@ -61,6 +62,7 @@ def exported(run: RunDir) -> dict[tuple[str, str], dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_pair_of_a_skipped_update_comes_when_a_later_one_replays_it(copy: RunDir) -> None:
     skipped = {p.pair_id: p for p in copy.iteration(3).read("preferences", Preference) if p.source == "judge"}
     assert not skipped.keys() & {pair for pair, _ in exported(copy)}
@@ -75,6 +77,7 @@ def test_a_pair_of_a_skipped_update_comes_when_a_later_one_replays_it(copy: RunD
     assert lost.pair_id not in found
 
 
+@pytest.mark.slow
 def test_a_pair_that_people_labelled_has_its_votes(copy: RunDir) -> None:
     change_preferences(copy, 1, lambda row: row | {"source": "human"} if row["source"] == "replay" else row)
     human = [row for (_, source), row in exported(copy).items() if source == "human"]
@@ -83,6 +86,7 @@ def test_a_pair_that_people_labelled_has_its_votes(copy: RunDir) -> None:
     assert {len(row["judges"]) for row in human} == {2}
 
 
+@pytest.mark.slow
 def test_trl_takes_it(stored: RunDir, tmp_path: Path) -> None:
     data_utils = pytest.importorskip("trl.data_utils")
     to = tmp_path / "out.parquet"
@@ -94,6 +98,7 @@ def test_trl_takes_it(stored: RunDir, tmp_path: Path) -> None:
     assert data_utils.maybe_extract_prompt(example) == example  # complete as it is
 
 
+@pytest.mark.slow
 def test_parts_of_it(stored: RunDir, tmp_path: Path) -> None:
     with Index.open(stored) as index:
         assert export_preferences(index, tmp_path / "a.jsonl", iteration=1) == 3
@@ -104,6 +109,7 @@ def test_parts_of_it(stored: RunDir, tmp_path: Path) -> None:
             export_preferences(index, tmp_path / "a.jsonl")
 
 
+@pytest.mark.slow
 def test_a_lost_file_costs_no_row(copy: RunDir) -> None:
     before = exported(copy)
     copy.iteration(1).path.joinpath("completions.jsonl").unlink()

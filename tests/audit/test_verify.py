@@ -269,6 +269,7 @@ def test_a_run_without_row_digests_and_heads_names_the_file(run: RunDir) -> None
     ]
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_of_any_covered_file_is_found(written: Path, tmp_path: Path) -> None:
     shutil.copytree(written, tmp_path / "run")
     files = [

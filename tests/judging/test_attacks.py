@@ -43,6 +43,7 @@ def test_the_set_covers_what_it_should():
         assert kept == (attack.how == "append" or attack.name == "repeated")
 
 
+@pytest.mark.slow
 def test_a_judge_that_likes_length_falls_for_length(monkeypatch, capsys):
     # It says that it read the whole of a very long answer: one that reads 100 tokens of it is found out.
     with FaultServer(say=longer, usage={"prompt_tokens": 20_000, "completion_tokens": 2}) as server:
@@ -57,6 +58,7 @@ def test_a_judge_that_likes_length_falls_for_length(monkeypatch, capsys):
         assert r["flipped"] + r["stopped"] + r["held"] == r["pairs"] == 6
 
 
+@pytest.mark.slow
 def test_a_judge_that_obeys_an_answer_is_caught(monkeypatch, capsys):
     def gullible(body):
         slots = re.split(r"BEGIN ANSWER B ", body["messages"][-1]["content"])

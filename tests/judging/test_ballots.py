@@ -216,6 +216,7 @@ def answers(ballot):
     yield Vote(ballot=ballot, model="m", outcome="abstain", abstain_reason="empty", raw_reply="")
 
 
+@pytest.mark.slow
 @run_with(deadline=None, max_examples=60)
 @given(st.data())
 def test_settled_means_that_nothing_can_change_the_decision(data):

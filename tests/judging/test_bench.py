@@ -276,6 +276,7 @@ def test_the_risk_curve_takes_equal_scores_together():
     assert [(p.coverage, p.error) for p in found.risk] == [(0.5, 0.5), (0.75, pytest.approx(1 / 3))]
 
 
+@pytest.mark.slow
 def test_judges_one_by_one_or_as_a_jury():
     votes = [v for n in range(20) for v in (vote(f"r{n}", "first", judge="a"), vote(f"r{n}", "second", judge="b"),
                                             vote(f"r{n}", "first", judge="c"))]  # fmt: skip
@@ -336,6 +337,7 @@ def test_what_a_calibration_says():
     assert list(calibration(judged(), sliced=True).slices) == ["brevity", "lists"]
 
 
+@pytest.mark.slow
 def test_tables_and_picture(tmp_path):
     results = slices("fake", judged())
     assert [t.row_count for t in tables(results, "t")] == [3, 4, 3, 2, 3]
@@ -367,6 +369,7 @@ def test_known_figures_of_one_strategy(judge, right, kept, right_kept):
     assert round(found.kept_accuracy.share, 3) == right_kept
 
 
+@pytest.mark.slow
 @needs("llmbar", "a calibrated filter keeps GPT-4 on natural pairs, and never accepts ChatGPT on adversarial ones")
 def test_known_figures_of_the_calibrated_filter():
     def trial(judge, subset):

@@ -162,6 +162,7 @@ def test_a_few_unlucky_pairs_at_the_top_end_nothing():
     assert not learn_threshold(scores[:30], wrong[:30], 0.1, 0.1).accepted
 
 
+@pytest.mark.slow
 def test_a_later_start_keeps_more_of_a_score_with_many_levels():
     rng = np.random.default_rng(0)
     curve = (list(np.linspace(0.0, 0.16, 60)), [1 / 60] * 60)
@@ -255,7 +256,7 @@ def jury_votes(pair, truth, right):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_jury_whose_weights_are_fitted_on_the_same_pairs_keeps_the_promise():
     """The fit sees no label, but the votes of the pairs that test the threshold."""
     rng = np.random.default_rng(3)

@@ -188,6 +188,7 @@ def test_reasoned_votes_can_be_clamped(clamp, expected):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_fails_every_ballot_ends_as_a_vote(seed):
     with FaultServer(share=0.05, seed=seed) as server:
@@ -210,6 +211,7 @@ def test_concurrency_is_bounded_and_used():
     assert server.most_open == 7
 
 
+@pytest.mark.slow
 def test_without_retries_every_fault_has_its_own_reason():
     with FaultServer(share=0.09, seed=4) as server:
         cast = Cast(settings(server, timeout_s=1, max_retries=0, breaker_failures=200, reask=0), 60)
@@ -500,6 +502,7 @@ def test_a_redirected_request_is_answered():
     assert (cast.error, server.requests) == (None, 4)
 
 
+@pytest.mark.slow
 def test_small_casts_that_are_rejected_add_up():
     with FaultServer() as server:
         cast = Cast(settings(server, breaker_failures=5), 8)
@@ -717,6 +720,7 @@ print(len(votes), sum(v.cached for v in votes))
 """
 
 
+@pytest.mark.slow
 def test_processes_share_the_cache(tmp_path):
     with FaultServer(latency_s=0.01) as server:
         command = [sys.executable, "-c", PROCESS, server.url, str(tmp_path)]
@@ -785,6 +789,7 @@ def test_a_server_that_asks_to_wait_is_left_alone_by_all():
     assert 0.19 < asyncio.run(three()) < 0.5
 
 
+@pytest.mark.slow
 def test_a_retry_after_holds_all_requests():
     with FaultServer(share=1.0, faults=("rate_limit",), only_first_attempt=True, retry_after="0.4") as server:
         Cast(settings(server, concurrency=1), 1).run()

@@ -109,6 +109,7 @@ def test_no_rule_invents_a_winner(votes, settings, method, calibrated):
         assert got.winner in {v.outcome for v in votes if not v.ballot.guard}
 
 
+@pytest.mark.slow
 @hypothesis_settings(suppress_health_check=[HealthCheck.filter_too_much])
 @given(vote_lists(), settings_strategy(), st.sampled_from(["brief", "plain", "kind"]), st.integers(1, 3), METHODS)
 def test_agreeing_votes_never_turn_kept_into_dropped(votes, settings, principle, number, method):
@@ -195,6 +196,7 @@ def test_review_takes_pairs_and_changes_no_other(decisions, bound, top, calibrat
         assert max(map(certainty, sent)) < min(map(certainty, left))
 
 
+@pytest.mark.slow
 @given(iterations(), st.integers(1, 5), st.randoms())
 def test_who_is_asked_about_does_not_depend_on_the_order_of_the_rows(decisions, top, random):
     shuffled = list(decisions)

@@ -337,6 +337,7 @@ def bare(report: dict) -> list[dict]:
     return [{k: v for k, v in pair.items() if k != "verdict"} | pair["verdict"] for pair in report["pairs"]]
 
 
+@pytest.mark.slow
 def test_a_second_bench_asks_a_frozen_judge_nothing_again(benched, tmp_path: Path) -> None:
     first, computed = benched()
     assert computed > 100
@@ -388,6 +389,7 @@ def test_a_cache_that_can_not_be_written_is_told_at_the_start(
     assert "judge.cache: can't write to file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("attack", "--limit", "2"), ("calibrate", "--to", "c.json")])
 def test_attacks_and_calibrations_share_what_was_asked(benched, monkeypatch: pytest.MonkeyPatch, command) -> None:
     benched()
@@ -452,6 +454,7 @@ def test_a_calibration_holds_how_the_job_asks(rlaif, tmp_path: Path) -> None:
     assert "policy.system_prompt is at its default, calibrated was Be kind.; calibrate again" in err
 
 
+@pytest.mark.slow
 def test_a_jury_is_held_against_the_labels(rlaif, tmp_path: Path) -> None:
     lines = ["row,judge,winner"]
     for n in range(80):

@@ -678,6 +678,7 @@ def test_times_of_day_to_wait_for():
     assert retry_after_s({}, {"error": {"metadata": {"headers": behind}}}) == pytest.approx(20, abs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 529, 503, 200])
 @pytest.mark.parametrize("how", ["header", "body"])
 def test_all_requests_wait_as_long_as_a_server_asks(status, how):

@@ -62,6 +62,7 @@ def trained(path: Path, lora: config.Lora | None = None, **changes: Any) -> Any:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(ARCHITECTURES))
 def test_full_weights_arrive(name: str, tmp_path: Path) -> None:
     made = trained(make_model(name, tmp_path / "base"))
@@ -81,6 +82,7 @@ def test_adapters_arrive_merged(name: str, tmp_path: Path) -> None:
     assert (scored(tmp_path / "base") - master).abs().mean() > 0.01, "it has moved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "online_dpo"])
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
 def test_an_adapter_on_a_tied_layer_is_refused(kind: Any, layer: str, tmp_path: Path) -> None:

@@ -192,6 +192,7 @@ def labeller(run: Path, author: str, torn_at: int | str = 0) -> subprocess.Popen
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_killed_reviewers_lose_no_label_and_double_none(tmp_path: Path) -> None:
     run = reviewed(tmp_path, prompts={"per_iteration": 10})
     sent = Queue(run).counts().sent
@@ -225,6 +226,7 @@ def test_killed_reviewers_lose_no_label_and_double_none(tmp_path: Path) -> None:
     assert Queue(run).counts().waiting == 0
 
 
+@pytest.mark.slow
 def test_two_reviewers_at_once_get_different_pairs(tmp_path: Path) -> None:
     run = reviewed(tmp_path, iterations=2)
     sent = Queue(run).counts().sent

@@ -67,6 +67,7 @@ def start(worker: ProcessWorker, model: Path, **changes: Any) -> None:
     worker.call("start", model_path=str(model), settings=settings)
 
 
+@pytest.mark.slow
 def test_answers_are_complete_and_repeat(worker: ProcessWorker) -> None:
     first = run(worker, make_requests())
     assert sorted(first) == sorted(r.id for r in make_requests())
@@ -132,6 +133,7 @@ def test_nothing_of_vllms_output_is_seen(worker: ProcessWorker, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_stops_are_those_of_the_other_engine(bare: ProcessWorker, tiny: Path, tmp_path: Path) -> None:
     """Strings of one and of two tokens, a token id, the tokenizer's end token that the model's own list lacks."""
     from rlaif.sampling.transformers import Sampler
@@ -176,6 +178,7 @@ def run_inline(sampler: Any, requests: list[SampleRequest]) -> dict[str, Sample]
     return {s.id: s for batch in sampler.sample(requests) for s in batch}
 
 
+@pytest.mark.slow
 def test_prompts_that_fill_more_than_one_step(bare: ProcessWorker, tiny: Path) -> None:
     """More tokens than vLLM reads in a step: a request that is cut in two can't rewind its seed on the CPU."""
     start(bare, tiny, max_tokens=4, max_model_len=256, kv_cache_gib=0.2)

@@ -59,6 +59,7 @@ def test_a_name_that_is_not_this_machine_is_refused(address: str) -> None:
     assert get(address, Host="localhost:1234")[0] == 200
 
 
+@pytest.mark.slow
 def test_a_text_is_shown_with_what_it_includes_from_a_folder(stub_run: Path, tmp_path: Path) -> None:
     shutil.copytree(stub_run, tmp_path / "run")
     text = next(tmp_path.glob("run/constitutions/*/source.yaml")).parent
@@ -81,6 +82,7 @@ def test_no_generated_api_pages(address: str) -> None:
     assert [get(f"{address}/{p}")[0] for p in ("docs", "redoc", "openapi.json")] == [404] * 3
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named_and_the_rest_is_shown(stub_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(stub_run, run)
@@ -92,6 +94,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_shown(stub_run: Path, tmp_path:
     assert "rules@2" in text
 
 
+@pytest.mark.slow
 def test_a_form_of_another_page_stores_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path, reviewed_job())
     with served(run) as url:
@@ -168,6 +171,7 @@ def test_a_voice_is_shown_as_flipped_by_the_rule_that_drops_its_pair() -> None:
     assert voice["flipped"] is aggregate(votes).order_flip is True
 
 
+@pytest.mark.slow
 def test_a_damaged_decision_is_named_on_its_pages(tmp_path: Path) -> None:
     run = make_run(tmp_path / "made")
     path = run / "iterations" / "0000" / "decisions.jsonl"
@@ -213,6 +217,7 @@ def test_money_keeps_digits_that_say_something() -> None:
     assert [money(x) for x in (0, 0.0067, 0.00012, 0.1, 12.345)] == ["0.00", "0.0067", "0.00012", "0.10", "12.35"]
 
 
+@pytest.mark.slow
 def test_a_pair_that_cannot_be_shown_is_named_and_another_asked_about(tmp_path: Path) -> None:
     run = make_run(tmp_path, reviewed_job())
     queue = Queue(RunDir.open(run))

@@ -143,6 +143,7 @@ def test_a_run_without_an_iteration(stub_run: Path, tmp_path: Path) -> None:
         made(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_command(stub_run: Path, tmp_path: Path) -> None:
     def rlaif(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "rlaif", "report", str(stub_run), *words]
@@ -158,6 +159,7 @@ def test_the_command(stub_run: Path, tmp_path: Path) -> None:
     assert "make it first" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_without_heavy_libraries(stub_run: Path, tmp_path: Path) -> None:
     done = without_heavy(main("report", str(stub_run), "--to", str(tmp_path / "r.html")))
     assert done.returncode == 0, done.stderr
