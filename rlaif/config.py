@@ -905,12 +905,15 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def of_run(tree: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A job as a run stored it, with overrides. A key that only another kind of judge knows is left out: older runs
-    have all of them, and an override may name another kind than the run's.
+    have all of them, and an override may name another kind than the run's. A rule that the run's rlaif didn't have
+    dropped nothing in it, whatever a new job's default is.
 
     Raises:
         UserError: an override isn't KEY=VALUE.
     """
     tree = copy.deepcopy(tree)
+    if isinstance(filters := tree.get("filters"), dict):
+        filters.setdefault("cut_off", "keep")
     for override in overrides:
         apply_override(tree, override)
     if not isinstance(judge := tree.get("judge"), dict) or (kind := _judge_class(judge)) is None:

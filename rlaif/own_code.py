@@ -93,7 +93,7 @@ def _import(said: str, name: str) -> None:
     sys.modules[name] = module
     try:
         # These very bytes, not a compiled file that may be older: the log says what ran.
-        exec(compile(source, spec.origin, "exec"), module.__dict__)
+        exec(compile(source, spec.origin, "exec", dont_inherit=True), module.__dict__)
     except Exception as e:
         if before is None:
             del sys.modules[name]
@@ -118,6 +118,10 @@ def checked(code: Code, section: S, where: str) -> S:
     if not (isinstance(settings, type) and issubclass(settings, type(section))):
         raise UserError(f"{code.name}.Settings: expected a subclass of rlaif.config.{type(section).__name__}")
     given = section.model_dump(exclude_unset=True)
+    if given.get("model") == code.name.rpartition(":")[2] and getattr(
+        settings.model_fields.get("model"), "default", ""
+    ):
+        del given["model"]  # the name was put in for want of another, and the class has one
     if unknown := [key for key in given if key not in settings.model_fields]:
         known = ", ".join(f"`{key}`" for key in settings.model_fields if key not in Section.model_fields)
         raise UserError(f"unknown key `{where}.{unknown[0]}`; {code.name} knows {known}")
@@ -126,7 +130,9 @@ def checked(code: Code, section: S, where: str) -> S:
     except ValidationError as e:
         first = e.errors()[0]
         at = ".".join(map(str, (where, *first["loc"])))
-        raise UserError(f"{at}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})") from e
+        # What is missing, or wrong together, comes with the whole section, and a key or a token may be in it.
+        found_ = "" if isinstance(first["input"], dict) else f" (found {first['input']!r})"
+        raise UserError(f"{at}: {first['msg'].removeprefix('Value error, ')}{found_}") from e
     return found
 
 

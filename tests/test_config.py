@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from rlaif.config import Job, apply_override, changed_keys, load_job, may_change, parse_job, sections_in
+from rlaif.config import Job, apply_override, changed_keys, load_job, may_change, of_run, parse_job, sections_in
 from rlaif.errors import UserError
 
 
@@ -258,3 +258,11 @@ def test_text_that_yaml_reads_as_something_else(tmp_path: Path, line: str, says:
     with pytest.raises(UserError, match=r"put it in quotes$") as error:
         load_job(tmp_path / "job.yaml")
     assert says in str(error.value)
+
+
+def test_a_rule_that_a_run_did_not_have_drops_nothing_when_it_goes_on() -> None:
+    chat = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:1/v1"}
+    stored = parse_job({"constitution": "c", "judge": chat}, "job").model_dump(mode="json")
+    assert stored["filters"].pop("cut_off") == "drop"
+    assert parse_job(of_run(stored), "run.json").filters.cut_off == "keep"
+    assert parse_job(of_run(stored, ["filters.cut_off=drop"]), "run.json").filters.cut_off == "drop"

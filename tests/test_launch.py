@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +293,20 @@ def test_vllm_loads_alone_on_a_gpu(
     assert only_start == [
         "start sampler", "ready sampler", "start learner", "start judge", "ready learner", "ready judge",
     ]  # fmt: skip
+
+
+def test_code_that_was_corrected_before_anything_was_sampled_is_the_runs(
+    tmp_path: Path, tiny_model: Path, only_start: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_project(tmp_path, tiny_model)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    found = []
+    for body in ("return 'no'", "return None"):
+        (tmp_path / "strict.py").write_text(f"def rule(verdict, filters):\n    {body}\n")
+        run = start(tmp_path, **{"filters.rules": ["strict:rule"]})
+        run.iteration(0).path.mkdir(parents=True, exist_ok=True)
+        (run.iteration(0).path / "plan.json").write_text("{}")
+        found.append(run.header["own_code"]["strict:rule"])
+        sys.modules.pop("strict", None)
+    assert found[0] != found[1] == hashlib.sha256((tmp_path / "strict.py").read_bytes()).hexdigest()

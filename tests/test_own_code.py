@@ -36,6 +36,7 @@ class Mine:
     def cast(self, ballots, pairs, candidates, constitution):
         yield [Vote(ballot=b, model=f"slack {{self.settings.slack}}", outcome="first", raw_reply="") for b in ballots]
 """
+SAYS = "yield [Vote(ballot=b, model='', raw_reply='', {}) for b in ballots]"
 PAIR = Pair(id="p", prompt_id="q", first="a", second="b", method="random")
 CANDIDATES = [
     Candidate(
@@ -105,6 +106,27 @@ def test_what_cant_be_used_is_told_at_the_start_in_a_line(content: str | None, j
     assert "\n" not in str(e.value)
 
 
+def test_what_is_missing_is_told_without_the_rest_of_the_section() -> None:
+    Path("mine.py").write_text(JUDGE.format(flags="").replace("slack: int = 2", "slack: int\n        token: str = ''"))
+    with pytest.raises(UserError, match=r"judge\.slack: Field required") as failed:
+        own_code.resolved(job({"kind": "mine:Mine", "token": "sk-SECRET"}))
+    assert "SECRET" not in str(failed.value)
+
+
+def test_the_class_may_have_a_model_of_its_own() -> None:
+    Path("mine.py").write_text(
+        JUDGE.format(flags="").replace("slack: int = 2", "slack: int = 2\n        model: str = 'org/m'")
+    )
+    assert own_code.resolved(job({"kind": "mine:Mine"}))[0].judge.model == "org/m"
+    assert own_code.resolved(job({"kind": "mine:Mine", "model": "other"}))[0].judge.model == "other"
+
+
+def test_its_module_has_none_of_our_future() -> None:
+    Path("mine.py").write_text(JUDGE.format(flags="") + "\n\ndef f(x: int) -> int: ...\n")
+    own_code.resolved(job({"kind": "mine:Mine"}))
+    assert sys.modules["mine"].f.__annotations__["x"] is int
+
+
 def test_best_worst_needs_scores() -> None:
     judge = {"kind": written()}
     with pytest.raises(UserError, match=r"mine:Mine has no method `score`; set random or all"):
@@ -168,6 +190,16 @@ def test_in_a_worker_of_its_own(tmp_path: Path) -> None:
     [
         ("yield ballots", r"mine:Mine\.cast: expected lists of rlaif\.records\.Vote"),
         ("yield [Vote(ballot=b, model='', outcome='tie', raw_reply='') for b in [*ballots, *ballots]]", "isn't owed"),
+        ("yield []", r"left 1 of 1 ballots without a vote"),
+        (
+            "yield [Vote(ballot=b, model='', outcome='first', p_first=float('nan'), raw_reply='') for b in ballots]",
+            "p_first is nan",
+        ),
+        (
+            "yield [Vote(ballot=b, model='', outcome='first', p_first=7.0, raw_reply='') for b in ballots]",
+            r"p_first is 7\.0",
+        ),
+        ("yield [Vote(ballot=b, model='', outcome='abstain', raw_reply='') for b in ballots]", "an abstain_reason"),
     ],
 )
 def test_what_is_no_vote_is_refused(body: str, message: str) -> None:

@@ -1,8 +1,8 @@
 """What each kind of judge says of itself: how a text serves it, what it is asked, what it needs, how it is opened.
 
 In: a judge's settings. Out: its `JudgeKind`. Who has a judge to do with asks it here, and never which kind it is. No
-torch. To add a kind: settings in `rlaif.config.JUDGES`, a class here, and one line in `_KINDS`; without
-a change here: docs/extend.md.
+torch. To add a kind: settings in `rlaif.config.JUDGES` and in the union `AnyJudge`, a class here, and one line in
+`_KINDS`. Without a change here: docs/extend.md.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ votes of two versions never mix, and its votes, checked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,11 @@ class Checked:
             for vote in self._list(chunk, Vote, "cast"):
                 if owed.pop(vote.ballot.id, None) != vote.ballot:
                     raise RlaifError(f"{self._name}.cast: a vote on a ballot that isn't owed ({vote.ballot.id})")
+                if why := _unsound(vote):
+                    raise RlaifError(f"{self._name}.cast: ballot {vote.ballot.id}: {why}")
             yield list(chunk)
+        if owed:  # before the stage counts as done
+            raise RlaifError(f"{self._name}.cast: left {len(owed)} of {len(ballots)} ballots without a vote")
 
     def score(
         self, candidates: Sequence[Any], constitution: Constitution, voices: Sequence[str]
@@ -132,7 +137,10 @@ class Checked:
             RlaifError: what the class yields are none.
         """
         for chunk in self._judge.score(candidates, constitution, voices):
-            yield self._list(chunk, Score, "score")
+            scores = self._list(chunk, Score, "score")
+            if wrong := [s for s in scores if not math.isfinite(s.value)]:
+                raise RlaifError(f"{self._name}.score: {wrong[0].completion_id}: {wrong[0].value} is no score")
+            yield scores
 
     def close(self) -> None:
         """Closes what it holds, where it has something to close."""
@@ -143,3 +151,12 @@ class Checked:
         if not isinstance(chunk, list | tuple) or any(not isinstance(row, record) for row in chunk):
             raise RlaifError(f"{self._name}.{method}: expected lists of rlaif.records.{record.__name__}")
         return list(chunk)
+
+
+def _unsound(vote: Vote) -> str | None:
+    """What a vote says that can't be meant; a NaN would be counted now and read as nothing from the log."""
+    if vote.p_first is not None and not 0 <= vote.p_first <= 1:
+        return f"p_first is {vote.p_first}; expected a number from 0 to 1, or None"
+    if (vote.outcome == "abstain") != (vote.abstain_reason is not None):
+        return "an `abstain` has an abstain_reason, and nothing else has one"
+    return None

@@ -138,7 +138,7 @@ def _look(
     Raises:
         UserError: something can't be used.
     """
-    _clear_failed_start(run, job)
+    _clear_failed_start(run, job, own_code)
     check_code(run, own_code)
     changed = check_resume(run, job, allow_change)
     if not _begun(run):
@@ -349,8 +349,9 @@ def _begun(run: RunDir) -> bool:
     return (run.path / "run.json").exists()
 
 
-def _clear_failed_start(run: RunDir, job: Job) -> None:
-    """Removes what a start left that got nowhere: the corrected job must not use the copies of the wrong one.
+def _clear_failed_start(run: RunDir, job: Job, own_code: dict[str, str]) -> None:
+    """Removes what a start left that got nowhere: the corrected job, or code of the user's own that was corrected, must
+    not use the copies of the wrong one.
 
     Raises:
         UserError: there is no run.json, and the folder holds something that no start leaves.
@@ -365,8 +366,12 @@ def _clear_failed_start(run: RunDir, job: Job) -> None:
                 f"{run.path}: holds `{others[0]}` but no run.json, so it is no run to go on with and no place for a "
                 "new one; restore run.json, or start with another --name"
             )
-    elif _sampled(run) or RunDir.open(run.path).header["job"] == job.model_dump(mode="json"):
+    elif _sampled(run):
         return
+    else:
+        before = RunDir.open(run.path).header
+        if before["job"] == job.model_dump(mode="json") and before.get("own_code", {}) == own_code:
+            return
     for name in ("iterations", "evaluations", *_COPIES):
         if (run.path / name).is_dir():
             shutil.rmtree(run.path / name)

@@ -338,9 +338,6 @@ class RunDir:
             UserError: it isn't one.
         """
         tree = self.header.get("job", {})
-        if isinstance(tree, dict) and isinstance(filters := tree.get("filters"), dict):
-            # A rule that the run's rlaif didn't have dropped nothing in it, whatever a new job's default is.
-            tree = tree | {"filters": {"cut_off": "keep"} | filters}
         try:
             return stored(Job, of_run(tree))  # of a newer rlaif, it may have settings that there weren't
         except ValidationError:
