@@ -80,7 +80,9 @@ def _likelihood(text: Constitution) -> Service:
 
 
 def _chat(text: Constitution, templates: Container[str] | None) -> Service:
-    missing = {"best_worst": "scores of single answers, which this judge doesn't give (pairing.method: random, all)"}
+    missing = {
+        "best_worst": "scores of single answers, which this judge doesn't give; set pairing.method to random or all"
+    }
     other = evaluating_name(text.template)
     if templates is not None and other not in templates:
         missing["a held-out win rate by a question of its own"] = (
