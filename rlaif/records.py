@@ -17,6 +17,8 @@ SCHEMA_VERSION = 2
 """Of what is written. Rows of schema 1 are read as they were: `UpdateStep` and `IterationMetrics` lift them."""
 
 Outcome = Literal["first", "second", "tie", "abstain"]
+Order = Literal["forward", "reversed", "none"]
+"""Which of a pair a judge was shown first; none for a judge without slots."""
 Side = Literal["first", "second"]
 AbstainReason = Literal["unparsed", "truncated", "refused", "empty", "infra_error"]
 FinishReason = Literal["stop", "length"]
@@ -270,7 +272,7 @@ class Ballot(Record):
     voice: str
     principles: tuple[str, ...]
     guard: bool = False
-    order: Literal["forward", "reversed", "none"] = "none"
+    order: Order = "none"
     """Which completion is shown first; `none` for a judge without slots."""
     sample_index: int = 0
     seed: int = 0

@@ -19,7 +19,7 @@ from rlaif.constitutions.templates import Template, asks_by_principle
 from rlaif.errors import UserError
 from rlaif.judging import filters as rules
 from rlaif.judging.verdicts import aggregate
-from rlaif.records import Ballot, Outcome, Pair, Side, VoiceKey, Vote, digest
+from rlaif.records import Ballot, Order, Outcome, Pair, Side, VoiceKey, Vote, digest
 
 Role = Literal["decide", "evaluate"]
 
@@ -53,38 +53,46 @@ def make_ballots(
 ) -> list[Ballot]:
     """Ballots for a judge without slots: one per pair and voice, pair by pair.
 
-    `decide` asks the deciding voices (without any that selected the pair) and the guards; `evaluate` asks the
-    held-out voices only. An id is the digest of everything that could change the answer, so a vote is found
-    again iff the question is the same. `judge_name` should therefore name the exact weights, and `parameters` be
-    those of the judge's settings (`likelihood_parameters`).
+    `decide` asks the deciding voices and the guards; `evaluate` asks the held-out voices only. `judge_name` should name
+    the exact weights, and `parameters` be those of the judge's settings (`likelihood_parameters`).
     """
-    voices: list[tuple[str, str, bool, str]] = [
+    asked: list[tuple[str, str, bool, str]] = [
         (v.id, v.principle, False, v.hash) for v in constitution.voices(role) if not v.guard
     ]
     if role == "decide":
-        voices += [(v, p.id, True, template) for p in constitution.principles for v, template in _guard_voices(p)]
-    ballots = []
+        asked += [(v, p.id, True, template) for p in constitution.principles for v, template in _guard_voices(p)]
+    voices = [
+        {
+            "judge": judge_name,
+            "voice": voice,
+            "principles": (principle,),
+            "guard": guard,
+            "sample_index": 0,
+            "seed": seed,
+            "constitution": constitution.hash,
+            "template": template,
+            **({"parameters": parameters} if parameters else {}),
+        }
+        for voice, principle, guard, template in asked
+    ]
+    return list(ballots_of(pairs, voices, ("none",)))
+
+
+def ballots_of(pairs: Iterable[Pair], voices: Sequence[Mapping[str, Any]], orders: Sequence[Order]) -> Iterator[Ballot]:
+    """A ballot for every pair, voice and order, pair by pair, one at a time: there may be millions. A voice is all of a
+    ballot's fields but pair and order; one that selected a pair has no word on it.
+
+    An id is the digest of everything that could change the answer, so a vote is found again iff the question is the
+    same.
+    """
     for pair in pairs:
-        for voice, principle, guard, template in voices:
-            if voice in pair.selected_by:
+        for voice in voices:
+            if voice["voice"] in pair.selected_by:
                 continue
-            content: dict[str, Any] = {
-                "pair_id": pair.id,
-                "judge": judge_name,
-                "voice": voice,
-                "principles": [principle],
-                "guard": guard,
-                "order": "none",
-                "sample_index": 0,
-                "seed": seed,
-                "constitution": constitution.hash,
-                "template": template,
-            }
-            if parameters:
-                content["parameters"] = parameters
-            identity = digest({**content, "first": pair.first, "second": pair.second})
-            ballots.append(Ballot.model_validate({"id": identity, **content}))
-    return ballots
+            for order in orders:
+                content = {**voice, "pair_id": pair.id, "order": order}
+                identity = digest({**content, "first": pair.first, "second": pair.second})
+                yield Ballot.model_validate({"id": identity, **content})
 
 
 def likelihood_parameters(settings: LikelihoodSettings) -> str:
@@ -183,14 +191,7 @@ def make_chat_ballots(
         for juror, name in zip(jurors, juror_names(jurors), strict=True)
         if sample < juror.samples
     ]
-    for pair in pairs:
-        for voice in voices:
-            if voice["voice"] in pair.selected_by:
-                continue
-            for order in ("forward", "reversed"):
-                content = {**voice, "pair_id": pair.id, "order": order}
-                identity = digest({**content, "first": pair.first, "second": pair.second})
-                yield Ballot.model_validate({"id": identity, **content})
+    yield from ballots_of(pairs, voices, ("forward", "reversed"))
 
 
 def rounds(ballots: Iterable[Ballot]) -> list[list[Ballot]]:

@@ -5,13 +5,13 @@ The judges make their votes by these functions, and a replay reads recorded vote
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from rlaif.config import LikelihoodSettings
 from rlaif.constitutions.templates import Template
 from rlaif.intervals import sigmoid
 from rlaif.judging.parsing import Reply, label_mass, outcome, parse
-from rlaif.records import AbstainReason, Outcome
+from rlaif.records import AbstainReason, Order, Outcome
 
 
 class Said(NamedTuple):
@@ -26,7 +26,7 @@ class Said(NamedTuple):
 def said_in_reply(
     reply: Reply,
     template: Template,
-    order: Literal["forward", "reversed", "none"],
+    order: Order,
     clamp: tuple[float, float] | None,
     recorded: float | None = None,
 ) -> Said:

@@ -16,9 +16,9 @@ from rlaif.config import OwnJudge
 from rlaif.constitutions.constitution import Constitution
 from rlaif.constitutions.templates import Template
 from rlaif.errors import RlaifError, UserError
-from rlaif.judging.ballots import Role
+from rlaif.judging.ballots import Role, ballots_of
 from rlaif.judging.kinds import Casts, Factory, JudgeKind, Place
-from rlaif.records import Ballot, Pair, Score, Vote, digest
+from rlaif.records import Ballot, Order, Pair, Score, Vote, digest
 
 _ORDERS = ("none", "forward", "reversed")
 
@@ -49,32 +49,29 @@ class OwnKind(JudgeKind[OwnJudge]):
         templates: Sequence[Template] = (),
     ) -> list[Ballot]:
         code, settings = self._class()
-        voices = [(self._voice, tuple(p.id for p in text.principles), False)]
+        asked = [(self._voice, tuple(p.id for p in text.principles), False)]
         if getattr(code.made, "per_principle", False):
-            asked = [p for p in text.principles if role == "decide" or not p.guard]
-            voices = [(f"{self._voice}/{p.id}", (p.id,), p.guard) for p in asked]
-        orders = ("forward", "reversed") if getattr(code.made, "both_orders", False) else ("none",)
+            shown = [p for p in text.principles if role == "decide" or not p.guard]
+            asked = [(f"{self._voice}/{p.id}", (p.id,), p.guard) for p in shown]
+        orders: tuple[Order, ...] = ("none",)
+        if getattr(code.made, "both_orders", False):
+            orders = ("forward", "reversed")
         parameters = digest(settings.model_dump(mode="json", exclude={"precision"}))
-        out = []
-        for pair in pairs:
-            for voice, principles, guard in voices:
-                for order in orders:
-                    content: dict[str, Any] = {
-                        "pair_id": pair.id,
-                        "judge": name,
-                        "voice": voice,
-                        "principles": principles,
-                        "guard": guard,
-                        "order": order,
-                        "sample_index": 0,
-                        "seed": seed,
-                        "constitution": text.hash,
-                        "template": code.sha256[: own_code.SHOWN_DIGITS],
-                        "parameters": parameters,
-                    }
-                    identity = digest({**content, "first": pair.first, "second": pair.second})
-                    out.append(Ballot.model_validate({"id": identity, **content}))
-        return out
+        voices = [
+            {
+                "judge": name,
+                "voice": voice,
+                "principles": principles,
+                "guard": guard,
+                "sample_index": 0,
+                "seed": seed,
+                "constitution": text.hash,
+                "template": code.sha256[: own_code.SHOWN_DIGITS],
+                "parameters": parameters,
+            }
+            for voice, principles, guard in asked
+        ]
+        return list(ballots_of(pairs, voices, orders))
 
     def places(
         self, pair: Pair, text: Constitution, name: str, templates: Sequence[Template], seen: Sequence[Ballot]

@@ -18,7 +18,7 @@ from typing import Literal
 
 from rlaif import thoughts
 from rlaif.constitutions.templates import VerdictKind
-from rlaif.records import AbstainReason, Outcome, Record, Usage
+from rlaif.records import AbstainReason, Order, Outcome, Record, Usage
 
 Shown = Literal["A", "B", "tie"]
 
@@ -227,7 +227,7 @@ def parse(reply: Reply, kind: VerdictKind, pattern: str | None = None) -> Parsed
     return Parsed(abstain_reason="refused" if _REFUSAL.match(text.lstrip("*_\"' ")) else "unparsed")
 
 
-def outcome(shown: Shown, order: Literal["forward", "reversed", "none"]) -> Outcome:
+def outcome(shown: Shown, order: Order) -> Outcome:
     """The verdict on the pair: in `reversed` order its second completion was shown as A."""
     if shown == "tie":
         return "tie"

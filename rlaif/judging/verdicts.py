@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Literal
 
 from rlaif.intervals import share
-from rlaif.records import Outcome, Record, Side, Verdict, VoiceKey, Vote
+from rlaif.records import Order, Outcome, Record, Side, Verdict, VoiceKey, Vote
 
 Method = Literal["mean", "majority", "dawid_skene"]
 
@@ -36,7 +36,7 @@ class Confusion(Record):
     """What one juror said in one order, against the truth that the whole jury's votes make likely."""
 
     juror: str
-    order: Literal["forward", "reversed", "none"]
+    order: Order
     votes: int
     first_given_first: float
     """P(says first | first is better)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -49,6 +49,7 @@ from rlaif.records import (
     AbstainReason,
     Decision,
     Message,
+    Order,
     Outcome,
     Reason,
     Record,
@@ -170,7 +171,7 @@ class Abstained(Record):
     """A vote that named nothing, to be looked at."""
 
     pair_id: str
-    order: Literal["forward", "reversed", "none"]
+    order: Order
     reply: str
     """As the judge gave it; what went wrong, where there was none."""
     finish_reason: str | None
