@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlaif.constitutions.opposites import turned
+from rlaif.constitutions.opposites import PREFER_THE, turned
 from rlaif.records import Record, digest
 
 Use = Literal["select", "decide", "evaluate"]
@@ -25,11 +25,9 @@ Use = Literal["select", "decide", "evaluate"]
 FILE = "derived.json"
 """What a run's copy of a set is called, in `constitutions/<hash>/`."""
 
-_PLACE = re.compile(r"\{(opposite_|)(rule|answer|one|which)\}")
+_PLACE = re.compile(r"\{(opposite_|)(rule|answer|one)\}")
 _PREFER = re.compile(
-    r"(?:please\s+)?(?:always\s+)?(?:prefer|choose|favou?r|pick|select)\s+(?:the|an|a)\s+(?:answer|reply|response)\s+"
-    r"(?P<which>(?:that|which|whose|with|without)\s.+)",
-    re.IGNORECASE,
+    rf"{PREFER_THE}(?:answer|reply|response) (?P<which>(?:that|which|whose|with|without) .+)", re.IGNORECASE
 )
 _NEW_SENTENCE = re.compile(r"[.!?:;]\s")
 
@@ -37,8 +35,8 @@ _NEW_SENTENCE = re.compile(r"[.!?:;]\s")
 class Sides(Record):
     """One contrast: an instruction on either side, or with replies a turn of the chat.
 
-    `{rule}` is the rule as a sentence, `{answer}` "an answer that …", `{one}` "one that …", `{which}` "that …"; with
-    `opposite_` before it, the same of the opposite.
+    `{rule}` is the rule as a sentence, `{answer}` "an answer that …", `{one}` "one that …"; with `opposite_` before it,
+    the same of the opposite.
     """
 
     prefer: str = Field(min_length=1)
@@ -56,7 +54,7 @@ def frame(said: str, reply: str | None = None) -> Sides:
     """The same words around the rule and around its opposite."""
 
     def turn(words: str) -> str:
-        return re.sub(r"\{(rule|answer|one|which)\}", r"{opposite_\1}", words)
+        return _PLACE.sub(r"{opposite_\2}", words)
 
     return Sides(prefer=said, avoid=turn(said), replies=None if reply is None else (reply, turn(reply)))
 
@@ -121,7 +119,6 @@ def _said(rule: str) -> dict[str, str]:
         "rule": sentence if sentence.endswith((".", "!", "?")) else f"{sentence}.",
         "answer": f"an answer {which}",
         "one": f"one {which}",
-        "which": which,
     }
 
 

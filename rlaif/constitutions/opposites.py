@@ -97,10 +97,10 @@ def third_person(base: str) -> str:
 
 
 _NEGATIONS: tuple[tuple[str, str], ...] = (
-    (r"(?:does not|doesn't) (?P<verb>[a-z]+)", ""),  # its verb is inflected: "does not blame" → "blames"
-    (r"(?:do not|don't|never) (?=[a-z])", "always "),
-    (r"(?P<before>is|are|be|must|should|may|can|has|have) (?:not|never)\b", r"\g<before>"),
-    (r"(?:cannot|can't)\b", "can"),
+    (r"\b(?:does not|doesn't) (?P<verb>[a-z]+)", ""),  # its verb is inflected: "does not blame" → "blames"
+    (r"\b(?:do not|don't|never) (?=[a-z])", "always "),
+    (r"\b(?P<before>is|are|be|must|should|may|can|has|have) (?:not|never)\b", r"\g<before>"),
+    (r"\b(?:cannot|can't)\b", "can"),
     (r"\bwithout (?:any |a |an )?", "with many "),
     (r"\bno (?=[a-z]+s\b)", "many "),
     (r"\bno (?=[a-z])", "some "),
@@ -108,9 +108,10 @@ _NEGATIONS: tuple[tuple[str, str], ...] = (
 )
 _CONDITION = r"(?:where|when|whenever|if|unless|because|since|while|so that|except|even)"
 _BETWEEN = re.compile(rf"([.,;:!?]+ ?(?:(?:and|or|nor|but|then) )?| (?:and|or|nor|but|then) | (?={_CONDITION} ))")
+PREFER_THE = r"(?:please )?(?:always )?(?:prefer|choose|favou?r|pick|select) (?:the|an|a) "
 _ANSWER = r"(?:answers?|repl(?:y|ies)|responses?) "
 _HEAD = re.compile(
-    rf"(?:(?:always |please )?(?:prefer|choose|favou?r|pick|select) (?:the|an|a) {_ANSWER}(?:that |which )?|"
+    rf"(?:{PREFER_THE}{_ANSWER}(?:that |which )?|"
     rf"(?:(?:the|an|every) )?{_ANSWER}(?:(?:should|must|has to|have to|needs? to) (?!not|never))?)",
     re.IGNORECASE,
 )
