@@ -103,3 +103,8 @@ def cant_read(path: Path, what: str, e: OSError | UnicodeDecodeError) -> UserErr
         shipped = here.parts[0] in SHIPPED if here.parts else False
         step = f"; `rlaif init DIR` writes the shipped {here.parts[0]}" if shipped else "; check the name"
     return UserError(f"{path}: can't read {what} ({e.strerror or e}){step}")
+
+
+def first_line(e: BaseException) -> str:
+    """What a library's error says first; the error's kind where it says nothing."""
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]

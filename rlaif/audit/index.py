@@ -26,7 +26,7 @@ from rlaif.audit.index_fresh import Owed, file_of, look, missing
 from rlaif.audit.index_take import Intake, Progress, create, taken_in
 from rlaif.audit.rows import read_lines
 from rlaif.audit.tables import create_statements
-from rlaif.errors import RlaifError, UserError
+from rlaif.errors import RlaifError, UserError, first_line
 from rlaif.models import cache_root
 from rlaif.records import digest
 from rlaif.rundir.store import RunDir, disk_errors
@@ -135,7 +135,7 @@ class Index:
                 # Torn by a full disk or a killed machine: it is only a copy.
                 # A lock is not ours: somebody looks at the file with DuckDB itself.
                 if attempt == 2 or "Could not set lock" in str(e):
-                    raise RlaifError(f"{self.path}: the index can't be used ({_first_line(e)})") from e
+                    raise RlaifError(f"{self.path}: the index can't be used ({first_line(e)})") from e
                 with self._lock(alone=True):
                     self._remove()
 
@@ -244,10 +244,6 @@ def _duckdb() -> Any:
     import duckdb
 
     return duckdb
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -9,15 +10,16 @@ from pydantic import ValidationError
 from rlaif.audit.explain import RuleLine, rule_lines
 from rlaif.audit.index import Index
 from rlaif.audit.pairs import COLUMNS, PairRow, as_rows
-from rlaif.config import Filters, Job, OwnJudge
+from rlaif.config import Filters, Job
 from rlaif.constitutions.constitution import Constitution
+from rlaif.constitutions.copies import template_sources, text_copy
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
 from rlaif.constitutions.derived import Wordings
 from rlaif.constitutions.templates import parse_template, render
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.ballots import GUARD_MEASURES
 from rlaif.judging.calibration import Calibration
-from rlaif.loop.in_force import template_sources
+from rlaif.judging.kinds import kind_of
 from rlaif.records import (
     Completion,
     ConstitutionRef,
@@ -274,16 +276,20 @@ def question_of(run: RunDir, detail: PairDetail, ballot_id: str) -> str:
         known = ", ".join(v.ballot.id for v in detail.votes) or "none"
         raise UserError(f"{len(found) or 'no'} ballots `{ballot_id}` on pair {detail.row.pair_id}; known: {known}")
     vote = found[0]
-    path = run.path / "constitutions" / vote.ballot.constitution / "constitution.json"
-    if not path.exists():
-        raise RlaifError(f"{path}: missing; a question is rendered from the text")
-    text = read_record(path, Constitution)
-    if isinstance(judge := getattr(_job(run), "judge", None), OwnJudge):
-        prompt = "\n\n".join(f"[{m.role}]\n{m.content}" for m in detail.prompt_messages)
-        return f"What {judge.kind} makes of two answers is in its source, which isn't in the log.\n\n{prompt}"
+    try:
+        text = text_copy(run, vote.ballot.constitution)
+    except FileNotFoundError as e:
+        raise RlaifError(f"{e.filename}: missing; a question is rendered from the text") from e
+    job = _job(run)
+    if job is not None and (why := kind_of(job.judge).unshown):
+        return f"{why}\n\n{_shown(detail.prompt_messages)}"
     if vote.ballot.order == "none" and vote.prompt_hash is None:
         return _likelihood_question(run, detail, vote, text)
     return _chat_question(run, detail, vote, text)
+
+
+def _shown(messages: Iterable[Message]) -> str:
+    return "\n\n".join(f"[{m.role}]\n{m.content}" for m in messages)
 
 
 def _chat_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constitution) -> str:
@@ -299,7 +305,7 @@ def _chat_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constituti
     a, b = (detail.second, detail.first) if ballot.order == "reversed" else (detail.first, detail.second)
     principle = text.principle(asked) if asked else None
     messages = render(template, text, principle, detail.prompt_messages, a.text, b.text, (a.cut_off, b.cut_off))
-    shown = "\n\n".join(f"[{m.role}]\n{m.content}" for m in messages)
+    shown = _shown(messages)
     made = digest([m.model_dump() for m in messages])
     if vote.prompt_hash is not None and made != vote.prompt_hash:
         return f"Not what was sent: the vote notes prompt {vote.prompt_hash}, this is {made}.\n\n{shown}"
@@ -307,7 +313,7 @@ def _chat_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constituti
 
 
 def _likelihood_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constitution) -> str:
-    prompt = "\n\n".join(f"[{m.role}]\n{m.content}" for m in detail.prompt_messages)
+    prompt = _shown(detail.prompt_messages)
     measure = vote.ballot.voice.rpartition("/")[2]
     if measure in GUARD_MEASURES:
         what = {
@@ -322,10 +328,7 @@ def _likelihood_question(run: RunDir, detail: PairDetail, vote: Vote, text: Cons
     if vote.ballot.voice not in voices:
         return f"The voice `{vote.ballot.voice}` is not in the run's copy of {text.ref}.\n\nThe prompt:\n\n{prompt}"
     voice = voices[vote.ballot.voice]
-    sides = [
-        f"{side}:\n\n" + "\n\n".join(f"[{m.role}]\n{m.content}" for m in messages)
-        for side, messages in (("Prefer", voice.prefer), ("Avoid", voice.avoid))
-    ]
+    sides = [f"{side}:\n\n{_shown(messages)}" for side, messages in (("Prefer", voice.prefer), ("Avoid", voice.avoid))]
     return "\n\n".join(
         [
             "Score of each answer: log p(answer | prefer, prompt) - log p(answer | avoid, prompt), in nats. The side "

@@ -18,16 +18,16 @@ from pydantic import ValidationError
 from rlaif.audit.replay_settings import Settings
 from rlaif.audit.rows import line_at, pair_named, rows_or_problems
 from rlaif.constitutions.constitution import Constitution
+from rlaif.constitutions.copies import as_derived, template_sources, text_copy
 from rlaif.constitutions.templates import Template, parse_template
 from rlaif.errors import RlaifError, said
 from rlaif.judging.calibration import EVERYTHING, Asked, ends_of
 from rlaif.judging.filters import decide_votes, to_review
 from rlaif.judging.kinds import Place, kind_of
 from rlaif.judging.verdicts import JurorFit, jurors_for
-from rlaif.loop.in_force import derived_copy, template_sources
 from rlaif.records import Ballot, Completion, Decision, Pair, Plan, Prompt, Record, Vote, stored
 from rlaif.review.labels import labels_of
-from rlaif.rundir.store import RunDir, read_record, read_rows
+from rlaif.rundir.store import RunDir, read_rows
 
 R = TypeVar("R", bound=Record)
 
@@ -61,9 +61,9 @@ def unreadable(run: RunDir, k: int) -> str | None:
 
 
 def _text(run: RunDir, plan: Plan) -> Constitution:
-    text = read_record(run.path / "constitutions" / plan.constitution.hash / "constitution.json", Constitution)
+    text = text_copy(run, plan.constitution.hash)
     try:
-        return text.derived_by(next((derived_copy(run, text_hash) for text_hash in plan.derived.values()), None))
+        return as_derived(run, text, plan.derived)
     except FileNotFoundError:  # `verify` says so; only the order in which votes are summed follows from it
         return text
 

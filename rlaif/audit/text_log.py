@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from rlaif.config import Replay
 from rlaif.constitutions.constitution import Change, Constitution, diff
+from rlaif.constitutions.copies import text_copy
 from rlaif.errors import RlaifError
 from rlaif.learning.mixing import replayable
 from rlaif.records import EvaluationMetrics, Plan, Record
@@ -170,11 +171,10 @@ def _text(run: RunDir, digest: str) -> Constitution:
     Raises:
         RlaifError: it is gone or damaged.
     """
-    path = run.path / "constitutions" / digest / "constitution.json"
     try:
-        return read_record(path, Constitution)
+        return text_copy(run, digest)
     except FileNotFoundError as e:
-        raise RlaifError(f"{path}: the run's copy of a text is gone") from e
+        raise RlaifError(f"{e.filename}: the run's copy of a text is gone") from e
 
 
 def _old_pairs(run: RunDir, k: int, replay: Replay, before: str, now: str) -> OldPairs:

@@ -17,11 +17,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlaif.constitutions.constitution import Constitution, parse_constitution
+from rlaif.constitutions.copies import template_sources
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
 from rlaif.constitutions.derived import Wordings
 from rlaif.constitutions.templates import parse_template
 from rlaif.errors import RlaifError, UserError
-from rlaif.loop.in_force import template_sources
 from rlaif.models import digest_of
 from rlaif.records import ConstitutionRef, Event, Plan, Record, stored
 from rlaif.rundir.heads import FILE, Head, complete_files, ends_torn, parse_head, read_heads

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from rlaif.config import Columns, Prompts
 from rlaif.data.tables import Placed, read_rows, wrong_delimiter
-from rlaif.errors import UserError, first_problem
+from rlaif.errors import UserError, first_line, first_problem
 from rlaif.records import Message, Prompt, digest
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
@@ -654,7 +654,7 @@ def _dataset_rows(source: str) -> Iterator[Placed]:
     # load_dataset raises a dozen kinds for a wrong name, a wrong split and a missing network alike.
     except Exception as e:
         raise UserError(
-            f"{source}: datasets can't load it ({_first_line(e)}); "
+            f"{source}: datasets can't load it ({first_line(e)}); "
             "check name, configuration, split and network, or give a file"
         ) from e
     yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows))
@@ -675,7 +675,3 @@ def _slice(splits: Mapping[str, Any], split: str, source: str) -> Any:
         splits[p.splitname].select(range(p.from_ or 0, lengths[p.splitname] if p.to is None else p.to)) for p in parts
     ]
     return cut[0] if len(cut) == 1 else datasets.concatenate_datasets(cut)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -70,6 +70,8 @@ class JudgeKind(Generic[S]):
     """How long it takes isn't known from the size of a model here."""
     local_model: str | None = None
     """The model that its worker loads on this machine."""
+    unshown: str | None = None
+    """Why its questions can't be shown from the log; None where they can."""
     note_on_reading: str | None = None
     """What can't be told when its votes are read again (`read_again`)."""
 

@@ -26,6 +26,10 @@ _ORDERS = ("none", "forward", "reversed")
 class OwnKind(JudgeKind[OwnJudge]):
     """A class of the user's own. It is imported when something is asked that only it can say."""
 
+    @property
+    def unshown(self) -> str:  # type: ignore[override]
+        return f"What {self.settings.kind} makes of two answers is in its source, which isn't in the log."
+
     def _class(self) -> tuple[own_code.Code, OwnJudge]:
         return own_code.of_judge(self.settings)
 

@@ -17,30 +17,16 @@ from types import MappingProxyType
 
 from rlaif.config import Job
 from rlaif.constitutions.constitution import Constitution, load_with_source
+from rlaif.constitutions.copies import TEXT_FILE, as_derived, derived_copy, template_sources, text_copy
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
-from rlaif.constitutions.derived import Wordings
 from rlaif.constitutions.templates import Template, evaluating_name, load_template, parse_template
 from rlaif.errors import UserError
 from rlaif.judging.kinds import kind_of
 from rlaif.records import ConstitutionRef
-from rlaif.rundir.store import RunDir, disk_errors, read_json, read_record, replace_dir, write_json
+from rlaif.rundir.store import RunDir, disk_errors, read_json, replace_dir, write_json
 
 _DERIVED_PIN = "derived wordings"
 """In pins.json; with a space, so that it is no text's name."""
-
-
-def derived_copy(run: RunDir, digest: str) -> Wordings:
-    """The run's copy of the wordings by which it derived contrasts (`Plan.derived`).
-
-    Raises:
-        FileNotFoundError: it is gone.
-    """
-    return read_record(run.path / "constitutions" / digest / DERIVED_FILE, Wordings)
-
-
-def template_sources(folder: Path) -> dict[str, str]:
-    """File name → text of a template's copy in a run, with what it includes; empty when it is gone."""
-    return {f.relative_to(folder).as_posix(): f.read_text() for f in sorted(folder.rglob("*.jinja"))}
 
 
 class Texts:
@@ -90,11 +76,8 @@ class Texts:
     def load(self, ref: ConstitutionRef, derived: Mapping[str, str] = MappingProxyType({})) -> Constitution:
         """The run's copy of a text, under the name that `ref` gives it: two versions may say the same. `derived` is
         the plan's."""
-        text = self._copy_of(ref.hash).model_copy(update={"name": ref.name, "version": ref.version})
-        return text.derived_by(next((derived_copy(self._run, digest) for digest in derived.values()), None))
-
-    def _copy_of(self, digest: str) -> Constitution:
-        return read_record(self._run.path / "constitutions" / digest / "constitution.json", Constitution)
+        text = text_copy(self._run, ref.hash).model_copy(update={"name": ref.name, "version": ref.version})
+        return as_derived(self._run, text, derived)
 
     def _templates(self, text: Constitution) -> dict[str, str]:
         deciding = self._judge.template_names(text, "decide")
@@ -155,7 +138,7 @@ class Texts:
             write_json(pins, known)
         if known[reference] in known:
             reference = known[reference]
-        text = self._copy_of(known[reference])
+        text = text_copy(self._run, known[reference])
         name, _, version = reference.partition("@")
         text = text.model_copy(update={"name": name, "version": int(version)}) if version else text
         # Without a pin the run is from before contrasts were derived, and goes on without; one without a text's name is
@@ -175,9 +158,9 @@ class Texts:
                 content = json.dumps(text.wordings.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
                 _copy(copy, {DERIVED_FILE: content.encode()})
         folder = self._run.path / "constitutions" / text.hash
-        if not (folder / "constitution.json").exists():
+        if not (folder / TEXT_FILE).exists():
             content = json.dumps(text.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-            _copy(folder, {"source.yaml": source, "constitution.json": content.encode()})
+            _copy(folder, {"source.yaml": source, TEXT_FILE: content.encode()})
         return text
 
 

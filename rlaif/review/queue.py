@@ -20,6 +20,7 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from rlaif.constitutions.constitution import Constitution
+from rlaif.constitutions.copies import text_copy
 from rlaif.errors import RlaifError, UserError, first_problem, said
 from rlaif.judging.filters import certainty
 from rlaif.records import (
@@ -35,7 +36,7 @@ from rlaif.records import (
     stored,
 )
 from rlaif.review import labels as log
-from rlaif.rundir.store import RunDir, StageDir, read_record, read_rows, read_source, replacing
+from rlaif.rundir.store import RunDir, StageDir, read_rows, read_source, replacing
 
 CLAIM_S = 600.0
 """How long a pair that is shown to one reviewer is kept from the others."""
@@ -165,8 +166,7 @@ class Queue:
         k = self._iteration_of(pair_id)
         here = self._run.iteration(k)
         ref = self._plan(k).constitution
-        folder = self._run.path / "constitutions" / ref.hash
-        text = read_record(folder / "constitution.json", Constitution)
+        text = text_copy(self._run, ref.hash)
         asked = self._run.path / "prompts" / "train.jsonl"
         asked.stat()  # what is gone as a whole is noticed before much is read
         pair = _by_id(here.path / "pairs.jsonl", Pair, pair_id)[pair_id]
@@ -182,7 +182,7 @@ class Queue:
             shown=(first.text, second.text),
             cut_off=(first.finish_reason == "length", second.finish_reason == "length"),
             constitution=text.model_copy(update={"name": ref.name, "version": ref.version}),
-            constitution_source=read_source(folder / "source.yaml"),
+            constitution_source=read_source(self._run.path / "constitutions" / ref.hash / "source.yaml"),
         )
 
     def answer(

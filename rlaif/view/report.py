@@ -17,12 +17,13 @@ from rlaif.audit.index import Index
 from rlaif.audit.overview import Overview
 from rlaif.audit.summary import held_out_answers
 from rlaif.constitutions.constitution import Constitution
+from rlaif.constitutions.copies import text_copy
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.judging.kinds import kind_of
 from rlaif.records import EvaluationMetrics, Record
 from rlaif.rundir.heads import read_heads
-from rlaif.rundir.store import RunDir, file_digest, read_record, read_source, replacing
+from rlaif.rundir.store import RunDir, file_digest, read_source, replacing
 from rlaif.trust.agreement import Agreement, agreement, labelled_pairs
 from rlaif.view.facts import Facts, read_facts
 from rlaif.view.pictures import percent, pictures
@@ -293,15 +294,14 @@ def _calibration(run: RunDir, job: dict[str, Any], damaged: list[str]) -> Calibr
 
 def _text(run: RunDir, name: str, digest: str, since: int, damaged: list[str]) -> Text:
     """A text as the run has it; `damaged` gets a line when it can't be read."""
-    folder = run.path / "constitutions" / digest
     try:
-        constitution = read_record(folder / "constitution.json", Constitution)
+        constitution = text_copy(run, digest)
     except FileNotFoundError:  # the index says so
         constitution = None
     except RlaifError as e:
         damaged.append(str(e))
         constitution = None
-    source = read_source(folder / "source.yaml")
+    source = read_source(run.path / "constitutions" / digest / "source.yaml")
     return Text(name=name, hash=digest, since=since, source=source, constitution=constitution)
 
 
