@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlaif.errors import UserError, cant_read
+from rlaif.errors import UserError, cant_read, first_line
 
 _UNPACK: tuple[tuple[bytes, str, Callable[[bytes], bytes]], ...] = (
     (b"\x1f\x8b", "gzip", gzip.decompress),
@@ -272,6 +272,7 @@ def _of_object(path: Path, tree: Mapping[str, Any], hint: str) -> list[Any]:
 
 def _head(text: str, delimiter: str) -> list[str]:
     """The first line of a CSV file."""
+    csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 128 KiB
     return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
 
 
@@ -297,7 +298,6 @@ def wrong_delimiter(names: Iterable[Any]) -> str | None:
 
 
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Placed]:
-    csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 128 KiB
     # Not splitlines(): it also breaks at characters that a cell may hold.
     # Spaces after commas are dropped only where the first line has them: a cell may begin with one.
     spaced = any(name.startswith(" ") for name in _head(text, delimiter))
@@ -321,8 +321,7 @@ def _parquet_rows(path: Path) -> list[Placed]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as e:  # pyarrow's errors derive from these two
-        said = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{path}: not a readable Parquet file ({said})") from e
+        raise UserError(f"{path}: not a readable Parquet file ({first_line(e)})") from e
     return _of_value(path, rows)
 
 

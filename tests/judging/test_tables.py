@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -170,3 +171,14 @@ def test_a_cell_of_a_csv_file_may_hold_json(tmp_path):
     path.write_text("\n".join(["prompt,first,second,result", *lines]))
     found = read_labelled([path], parse_map("label=result.winner"))
     assert [r.label for r in found.rows] == ["first", "second"] * 2
+
+
+@pytest.mark.parametrize("read", [read_table, read_rows])
+@pytest.mark.parametrize(
+    ("content", "rows"), [("prompt,first\nq,{long}\n", 1), ("{long},first\n1,2\n", 1), ('"prompt,{long}\n', 0)]
+)
+def test_cells_of_any_length_are_read_also_in_the_first_line(tmp_path: Path, read, content: str, rows: int) -> None:
+    csv.field_size_limit(131_072)  # as a fresh process has it
+    path = tmp_path / "long.csv"
+    path.write_text(content.replace("{long}", "x" * 200_000))
+    assert len([*read(path)]) == rows
