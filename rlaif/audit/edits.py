@@ -337,7 +337,8 @@ class _Asking:
 
 def _explain(edit: Edit, turned: Sequence[str], old: Verdicts, mixed: Mixed) -> _Explained:
     """What each part does to the turned pairs."""
-    names = set(edit.parts)
+    parts = edit.parts
+    names = set(parts)
     if len(names) == 1:
         return _Explained({name: set(turned) for name in names}, {name: set(turned) for name in names})
     done: dict[str, set[str]] = {}
@@ -352,7 +353,7 @@ def _explain(edit: Edit, turned: Sequence[str], old: Verdicts, mixed: Mixed) -> 
         return done[text.hash]
 
     explained = _Explained({}, {})
-    for name in edit.parts:
+    for name in parts:
         if (by_it := turns({name})) is not None:
             explained.alone[name] = by_it
         if (without := turns(names - {name})) is not None:

@@ -10,25 +10,23 @@ import typer
 
 from rlaif.cli.judge_common import (
     DEFAULT_LABELLED,
-    Dir,
-    JobOption,
     Json,
-    Set,
     calibration_of,
-    job_of,
     loader,
     open_asked,
     told_what_is_kept,
 )
+from rlaif.cli.judge_options import JudgeOptions
+from rlaif.cli.options import with_options
 from rlaif.console import stdout_console
 
 
+@with_options
 def attack(
     labelled: Annotated[Path, typer.Argument(help="Pairs to attack, JSONL.")] = DEFAULT_LABELLED,
     limit: Annotated[int, typer.Option(min=1, help="Pairs to take, evenly over the file.")] = 50,
-    job: JobOption = None,
-    set_: Set = None,
-    directory: Dir = Path("constitutions"),
+    *,
+    judge: JudgeOptions,
     json_: Json = False,
 ) -> None:
     """How often each attack on the losing answer flips a verdict that was stable, with Wilson 95 % intervals."""
@@ -37,17 +35,17 @@ def attack(
     from rlaif.trust import attacks
     from rlaif.trust.bench import as_judged
 
-    settings = job_of(job, set_)
+    settings = judge.settings()
     rows = read_labelled([labelled]).rows
     rows = attacks.evenly(as_judged(rows, settings.policy), limit)
     calibration = calibration_of(settings)
-    ask, count = open_asked(settings, rows, directory)
+    ask, count = open_asked(settings, rows, judge.directory)
     count.total = None  # how many pairs there are to attack, the first votes tell
     with told_what_is_kept(settings), count.told():
         report = attacks.attack_judge(
             rows,
             ask,
-            loader(directory),
+            loader(judge.directory),
             settings.filters,
             settings.constitution,
             progress=count,

@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 
 DEFAULT_LABELLED = Path("prompts/judge_bench.jsonl")
 
-JobOption = Annotated[Path | None, typer.Option(help="Take `judge` and `filters` from this job file.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: --set filters.min_margin=0.1")
-]
-Dir = Annotated[Path, typer.Option("--dir", help="Folder that holds the constitutions.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 
 
