@@ -136,6 +136,7 @@ run = RunDir.open(Path({str(run.path)!r}))
 client = TestClient(make_app(run, Index.open(run)), base_url="http://127.0.0.1")
 for address in ("/", "/pairs", "/pairs?reason=rules:sure"):
     assert client.get(address).status_code == 200, address
+assert '<option value="rules:sure"' in client.get("/pairs").text
 assert "shorter" not in sys.modules and "rules" not in sys.modules
 """
     environment = os.environ | {"COLUMNS": "200"}

@@ -18,6 +18,7 @@ from rlaif.judging import own
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.filters import decide
 from rlaif.judging.kinds import kind_of
+from rlaif.judging.opened import open_with_ballots
 from rlaif.records import Message, Pair, Verdict
 from rlaif.sampling.role import make as make_sampler
 from rlaif.workers.process import ProcessWorker
@@ -277,3 +278,9 @@ def test_a_sampler_of_ones_own(tiny_model: Path) -> None:
     assert role.computes_in() == "draw:Mine fp32"
     with pytest.raises(UserError, match=r"unknown key `sampling\.more`"):
         own_code.resolved(job(sampling={"engine": "draw:Mine", "more": 9}))
+
+
+def test_a_rule_that_is_not_there_is_told_before_a_judge_is_asked() -> None:
+    asked = job({"kind": written()}, filters={"rules": ["nowhere:rule"]})
+    with pytest.raises(UserError, match=r"filters\.rules nowhere:rule: no module `nowhere`"):
+        open_with_ballots(asked, [], Path.cwd(), print)

@@ -15,6 +15,7 @@ from rlaif.constitutions.constitution import Constitution
 from rlaif.constitutions.templates import Template, load_template
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.kinds import kind_of
+from rlaif.own_code import of_rule
 from rlaif.records import Ballot, Pair, Vote
 
 Ask = Callable[[Sequence[Pair], Sequence[Candidate], Constitution], Iterator[list[Vote]]]
@@ -32,8 +33,11 @@ def open_with_ballots(job: Job, texts: Iterable[Constitution], base_dir: Path, n
     """Opens the job's judge; `texts` are those that it will be asked about, `note` is told what takes time.
 
     Raises:
-        UserError: the judge can't be asked (a model, a template or a key is missing), or a text doesn't serve it.
+        UserError: the judge can't be asked (a model, a template or a key is missing), a text doesn't serve it, or a
+            rule of the user's own that is to decide can't be used.
     """
+    for name in job.filters.rules:  # before anything is asked that they are to decide
+        of_rule(name, anew=True)
     kind = kind_of(job.judge)
     texts = [kind.text(text) for text in texts]
     names = dict.fromkeys(name for text in texts for name in kind.template_names(text, "decide"))

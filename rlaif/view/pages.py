@@ -71,12 +71,13 @@ def pairs(site: SiteOf, request: Request) -> Response:
     with site.fresh() as index:
         found = list_pairs(index, asked.filter, asked.sort, asked.descending, asked.limit, asked.offset)
         names = known_names(index)
+    rules = site.run.header["job"].get("filters", {}).get("rules", ())
     return site.page(
         "pairs.html",
         page="pairs",
         asked=asked,
         values=asked.values,
-        choices=CHOICES | names,
+        choices=CHOICES | names | {"reason": (*CHOICES["reason"], *rules)},
         found=found,
         pages=asked.pages(found),
         problems=[*problems, *found.problems],
