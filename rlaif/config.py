@@ -32,6 +32,7 @@ from pydantic import (
 )
 
 from rlaif.errors import UserError
+from rlaif.records import CodeName
 
 _T = TypeVar("_T")
 Precision = Literal["auto", "bf16", "fp32"]
@@ -47,10 +48,6 @@ class MayChange:
 
 
 Adjustable = Annotated[_T, MayChange()]
-
-
-CodeName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-"""`module:Class` or `module:function`: code of the user's own (extend.md)."""
 
 
 class Section(BaseModel):
@@ -463,11 +460,11 @@ class OwnJudge(Judge):
     model: str = ""
     """For the class to read, and what tables call the judge; the class's name when absent."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, tree: Any) -> Any:
-        own = isinstance(tree, dict) and "model" not in tree and not cls.model_fields["model"].default
-        return tree | {"model": str(tree.get("kind")).rpartition(":")[2]} if own else tree
+    @model_validator(mode="after")
+    def _named(self) -> OwnJudge:
+        if not self.model:  # it doesn't count as given: the class's `Settings` may have a default
+            self.__dict__["model"] = self.kind.rpartition(":")[2]
+        return self
 
     @classmethod
     def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
@@ -905,7 +902,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def of_run(tree: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A job as a run stored it, with overrides. A key that only another kind of judge knows is left out: older runs
-    have all of them, and an override may name another kind than the run's. A rule that the run's rlaif didn't have
+    have all of them, and an override may name another kind than the run's. Where one of the two is code of the user's
+    own, nobody knows its keys, and what the run's judge had is left out. A rule that the run's rlaif didn't have
     dropped nothing in it, whatever a new job's default is.
 
     Raises:
@@ -914,12 +912,16 @@ def of_run(tree: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any
     tree = copy.deepcopy(tree)
     if isinstance(filters := tree.get("filters"), dict):
         filters.setdefault("cut_off", "keep")
+    before = dict(judge) if isinstance(judge := tree.get("judge"), dict) else {}
     for override in overrides:
         apply_override(tree, override)
     if not isinstance(judge := tree.get("judge"), dict) or (kind := _judge_class(judge)) is None:
         return tree
     said = {override.partition("=")[0] for override in overrides}
-    foreign = {key for key in _foreign(kind) if not any(f"{s}.".startswith(f"judge.{key}.") for s in said)}
+    of_another = {*_foreign(kind)}
+    if (was := _judge_class(before)) is not kind or judge.get("kind") != before.get("kind"):
+        of_another |= {*before} - {*Judge.model_fields} | {"model"} if OwnJudge in (was, kind) else set()
+    foreign = {key for key in of_another if not any(f"{s}.".startswith(f"judge.{key}.") for s in said)}
     return tree | {"judge": {key: value for key, value in judge.items() if key not in foreign}}
 
 
@@ -1006,17 +1008,17 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def may_change(key: str) -> bool:
-    """Whether a run may go on with another value of a dotted key of the job."""
-    sections: list[type[BaseModel]] = [Job]
+def may_change(key: str, job: Job) -> bool:
+    """Whether a run may go on with a job that has another value of a dotted key."""
+    at: Any = job
     parts = key.split(".")
     for number, part in enumerate(parts):
-        field = next((s.model_fields[part] for s in sections if part in s.model_fields), None)
+        field = type(at).model_fields.get(part) if isinstance(at, BaseModel) else None
         if field is None:
             return False
         if marks := [m for m in field.metadata if isinstance(m, MayChange)]:
             return not marks[0].keys or bool({*parts[number + 1 :]} & {*marks[0].keys})
-        sections = sections_in(field.annotation)
+        at = getattr(at, part)
     return False
 
 

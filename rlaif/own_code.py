@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -118,10 +119,6 @@ def checked(code: Code, section: S, where: str) -> S:
     if not (isinstance(settings, type) and issubclass(settings, type(section))):
         raise UserError(f"{code.name}.Settings: expected a subclass of rlaif.config.{type(section).__name__}")
     given = section.model_dump(exclude_unset=True)
-    if given.get("model") == code.name.rpartition(":")[2] and getattr(
-        settings.model_fields.get("model"), "default", ""
-    ):
-        del given["model"]  # the name was put in for want of another, and the class has one
     if unknown := [key for key in given if key not in settings.model_fields]:
         known = ", ".join(f"`{key}`" for key in settings.model_fields if key not in Section.model_fields)
         raise UserError(f"unknown key `{where}.{unknown[0]}`; {code.name} knows {known}")
@@ -191,22 +188,21 @@ def resolved(job: Job) -> tuple[Job, tuple[Code, ...]]:
     """
     found: list[Code] = []
     sections: dict[str, BaseModel] = {}
-    if isinstance(job.judge, OwnJudge):
-        code, judge = of_judge(job.judge, anew=True)
-        found.append(code)
-        sections["judge"] = OwnJudge.model_validate(judge.model_dump(mode="json"))
-        if job.pairing.method == "best_worst" and not callable(getattr(code.made, "score", None)):
-            raise UserError(
-                f"pairing.method: `best_worst` needs a judge that scores single answers, and {code.name} has no method "
-                "`score`; set random or all"
-            )
-    if isinstance(job.learner, OwnLearner):
-        code, learner = of_learner(job.learner, anew=True)
-        found.append(code)
-        sections["learner"] = OwnLearner.model_validate(learner.model_dump(mode="json"))
-    if isinstance(job.sampling, OwnSampling):
-        code, sampling = of_sampler(job.sampling, anew=True)
-        found.append(code)
-        sections["sampling"] = OwnSampling.model_validate(sampling.model_dump(mode="json"))
+    readers: tuple[tuple[str, type[BaseModel], Callable[..., tuple[Code, BaseModel]]], ...] = (
+        ("judge", OwnJudge, of_judge),
+        ("learner", OwnLearner, of_learner),
+        ("sampling", OwnSampling, of_sampler),
+    )
+    for name, own, read in readers:
+        if isinstance(section := getattr(job, name), own):
+            code, settings = read(section, anew=True)
+            found.append(code)
+            sections[name] = own.model_validate(settings.model_dump(mode="json"))
+            best_worst = name == "judge" and job.pairing.method == "best_worst"
+            if best_worst and not callable(getattr(code.made, "score", None)):
+                raise UserError(
+                    f"pairing.method: `best_worst` needs a judge that scores single answers, and {code.name} has no "
+                    "method `score`; set random or all"
+                )
     found += [of_rule(name, anew=True) for name in job.filters.rules]
     return (job.model_copy(update=sections) if sections else job), tuple(found)

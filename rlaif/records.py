@@ -6,9 +6,11 @@ A record is one line of a JSONL file (docs/run-directory.md). The data flows one
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -36,9 +38,9 @@ DropReason = Literal[
     "cut_off",
 ]
 
-RuleName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-"""A filter rule of the user's own, as `filters.rules` names it."""
-Reason = DropReason | RuleName
+CodeName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+"""`module:Class` or `module:function`: code of the user's own (extend.md)."""
+Reason = DropReason | CodeName
 
 AlarmKind = Literal[
     "short_answers",
@@ -81,24 +83,42 @@ def stored(record: type[R], content: Any) -> R:
     Raises:
         ValidationError: it is none.
     """
-    read = record.model_validate_json if isinstance(content, str | bytes) else record.model_validate
+    text = isinstance(content, str | bytes)
+    read: Callable[..., R] = record.model_validate_json if text else record.model_validate
     try:
         return read(content)
     except ValidationError as e:
         extra = [p["loc"] for p in e.errors() if p["type"] == "extra_forbidden"]
         # Without what pydantic calls the member of a union.
-        added = [".".join(str(k) for k in loc if not str(k).startswith("[")) for loc in extra]
+        added = [[k for k in loc if not str(k).startswith("[")] for loc in extra]
         if not added:
             raise
-        found = read(content, extra="ignore")  # raises when more is wrong than that
+        # Both raise when more is wrong than that. A tree may have a section that allows keys, and they are to stay.
+        pruned = _without(content, added) if isinstance(content, dict) else None
+        found = read(content, extra="ignore") if pruned is None else read(pruned)
         if not TOLD:  # once is enough: a run that has one has many
+            first = ".".join(map(str, added[0]))
             print(
-                f"note: a newer rlaif wrote this run: its {record.__name__} has `{added[0]}`, which this one doesn't "
+                f"note: a newer rlaif wrote this run: its {record.__name__} has `{first}`, which this one doesn't "
                 "know; such keys are left out",
                 file=sys.stderr,
             )
         TOLD.add(record.__name__)
         return found
+
+
+def _without(tree: dict[str, Any], places: list[list[Any]]) -> dict[str, Any] | None:
+    """A tree without the keys at some places; None where one isn't there, since a validator had moved it."""
+    tree = copy.deepcopy(tree)
+    for *way, key in places:
+        at: Any = tree
+        try:
+            for step in way:
+                at = at[step]
+            del at[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return tree
 
 
 class Message(Record):
@@ -375,7 +395,7 @@ class Decision(Record):
     reasons: tuple[Reason, ...]
     winner: Side | None
     verdict: Verdict
-    said: dict[RuleName, str] = Field(default_factory=dict)
+    said: dict[CodeName, str] = Field(default_factory=dict)
     """What rules of the job's own (`filters.rules`) said against it, by rule."""
     review_rule: ReviewRule | None = None
     """The setting of `filters.review` that sent the pair to review."""

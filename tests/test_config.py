@@ -232,7 +232,8 @@ def test_winners_that_were_cut_off_are_dropped_for_a_judge_that_reads(tmp_path: 
     ],
 )
 def test_what_may_change_in_a_run_is_said_on_the_setting(key: str, may: bool) -> None:
-    assert may_change(key) == may
+    chat = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:1/v1"}
+    assert may_change(key, parse_job({"constitution": "c", "judge": chat}, "job")) == may
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import EVERYTHING, Asked, Calibration
 from rlaif.judging.verdicts import JurorFit, aggregate
 from rlaif.own_code import of_rule
-from rlaif.records import Ballot, Decision, DropReason, Pair, Reason, ReviewRule, RuleName, Verdict, Vote
+from rlaif.records import Ballot, CodeName, Decision, DropReason, Pair, Reason, ReviewRule, Verdict, Vote
 
 Rule = Callable[[Verdict, Filters], bool]
 
@@ -64,13 +64,13 @@ def decide(
     )
 
 
-def own_reasons(verdict: Verdict, settings: Filters) -> dict[RuleName, str]:
+def own_reasons(verdict: Verdict, settings: Filters) -> dict[CodeName, str]:
     """What the rules of the job's own (`filters.rules`) say against a verdict, by rule.
 
     Raises:
         RlaifError: a rule fails, or gives something else than a sentence or None.
     """
-    out: dict[RuleName, str] = {}
+    out: dict[CodeName, str] = {}
     for name in settings.rules:
         rule = of_rule(name).made
         try:

@@ -403,7 +403,7 @@ def check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
     if job.iterations < done:
         raise UserError(f"iterations: {job.iterations}, but {run.path} has done {done}; give at least that many")
     named = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in changes.items())
-    harmful = [key for key in changes if not may_change(key)]
+    harmful = [key for key in changes if not may_change(key, job)]
     if harmful:
         raise UserError(
             f"{run.path} was started with another job: {named}. A run keeps its job; start a new one with --name NAME"

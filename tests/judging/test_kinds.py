@@ -9,10 +9,21 @@ from typing import Any
 
 import pytest
 
-from rlaif.config import JUDGES, ChatSettings, LikelihoodSettings, OwnJudge, load_job, may_change, of_run, parse_job
+from rlaif.config import (
+    JUDGES,
+    ChatSettings,
+    Job,
+    LikelihoodSettings,
+    OwnJudge,
+    load_job,
+    may_change,
+    of_run,
+    parse_job,
+)
 from rlaif.errors import UserError
 from rlaif.judging.kinds import ChatKind, LikelihoodKind, kind_of
 from rlaif.loop.launch import check_resume
+from rlaif.records import stored
 from rlaif.rundir.store import RunDir, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,10 +142,43 @@ def test_run_json_holds_the_keys_of_the_kind_alone() -> None:
 
 
 def test_settings_of_every_kind_may_change_as_they_say() -> None:
-    assert may_change("judge.budget.calls")
-    assert may_change("judge.batch_tokens")
-    assert not may_change("judge.temperature")
-    assert not may_change("judge.slack")
+    chat, likelihood = (parse_job({"constitution": "a", "judge": judge}, "job") for judge in (CHAT, {}))
+    assert may_change("judge.budget.calls", chat)
+    assert may_change("judge.batch_tokens", likelihood)
+    assert not may_change("judge.temperature", chat)
+    assert not may_change("judge.slack", likelihood)
+    own = parse_job({"constitution": "a", "judge": {"kind": "m:J", "cache": "here", "slack": 1}}, "job")
+    assert not may_change("judge.cache", own)  # ours may; of this one nobody knows
+    assert not may_change("judge.slack", own)
+    assert may_change("judge.precision", own)
+
+
+@pytest.mark.parametrize(
+    ("was", "overrides", "kind", "model"),
+    [
+        ({"kind": "m:J", "slack": 1}, ["judge.kind=likelihood"], "likelihood", "embedded:smollm2-135m-instruct"),
+        ({"kind": "m:J", "slack": 1}, ["judge.kind=m:Other", "judge.slack=2"], "m:Other", "Other"),
+        ({}, ["judge.kind=m:J"], "m:J", "J"),
+        (CHAT, ["judge.kind=m:J", "judge.model=org/m"], "m:J", "org/m"),
+        ({"kind": "m:J", "slack": 1}, ["judge.slack=3"], "m:J", "J"),
+    ],
+)
+def test_a_runs_judge_may_be_overridden_by_another_kind(
+    was: dict[str, object], overrides: list[str], kind: str, model: str
+) -> None:
+    tree = parse_job({"constitution": "a", "judge": was}, "job").model_dump(mode="json")
+    found = parse_job(of_run(tree, overrides), "run.json").judge
+    assert (found.kind, found.model) == (kind, model)
+    assert (found.model_extra or {}).get("slack") == {"judge.slack=2": 2, "judge.slack=3": 3}.get(overrides[-1])
+
+
+def test_a_key_of_a_newer_rlaif_costs_code_of_ones_own_no_setting() -> None:
+    tree = parse_job({"constitution": "a", "judge": {"kind": "m:J", "slack": 3}}, "job").model_dump(mode="json")
+    tree["filters"]["added_later"] = 1
+    tree["also"] = {"new": True}
+    found = stored(Job, tree)
+    assert found.judge.model_extra == {"slack": 3}
+    assert found.filters == parse_job({"constitution": "a", "judge": {"kind": "m:J"}}, "job").filters
 
 
 def test_what_follows_from_a_judge_where_the_job_says_nothing() -> None:
