@@ -19,7 +19,7 @@ from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shi
 from rlaif.errors import UserError
 from rlaif.hardware import cpu_has_bf16, gpu_names
 from rlaif.judging.ballots import Role
-from rlaif.judging.calibration import Asked, read_calibration
+from rlaif.judging.calibration import Asked, Calibration, read_calibration
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
@@ -50,6 +50,7 @@ class _Read(NamedTuple):
     held_out: list[Prompt]
     texts: dict[str, Constitution]
     """By how the job refers to them; as the judge is asked with them."""
+    calibration: Calibration | None
 
 
 class _Counts(NamedTuple):
@@ -124,7 +125,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "memory_here_gib": round(psutil.virtual_memory().total / GIB, 1),
         "disk_gib": round(needed.disk / GIB, 1),
         "disk_free_gib": round(disk_free / GIB, 1),
-        "warnings": _warnings(job, base_dir, needed, disk_free),
+        "warnings": _warnings(job, read.calibration, needed, disk_free),
         "parameters": parameters_of(job.policy.model),
     }
 
@@ -152,8 +153,9 @@ def _read(job: Job, base_dir: Path) -> _Read:
     held_out = load_prompts(job.prompts.held_out, base_dir, columns=columns, columns_required=False)
     train = exclude_held_out(load_prompts(job.prompts.train, base_dir, columns=columns), held_out)
     check_enough(train, job.prompts)
-    if job.filters.calibration:
-        check_asked(read_calibration(base_dir / job.filters.calibration), job.filters, Asked.by(job))
+    calibration = read_calibration(base_dir / job.filters.calibration) if job.filters.calibration else None
+    if calibration is not None:
+        check_asked(calibration, job.filters, Asked.by(job))
     texts = {
         ref: kind.text(load_constitution(base_dir / job.constitutions_dir, ref)) for ref in _schedule(job).values()
     }
@@ -162,7 +164,7 @@ def _read(job: Job, base_dir: Path) -> _Read:
     if job.pairing.method == "best_worst":
         for text in texts.values():
             kind.selecting(text)
-    return _Read(train, held_out, texts)
+    return _Read(train, held_out, texts, calibration)
 
 
 def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
@@ -237,7 +239,7 @@ def _needed(job: Job, counts: _Counts, fast: bool) -> _Needed:
     )
 
 
-def _warnings(job: Job, base_dir: Path, needed: _Needed, disk_free: int) -> list[str]:
+def _warnings(job: Job, calibration: Calibration | None, needed: _Needed, disk_free: int) -> list[str]:
     memory_free = psutil.virtual_memory().available
     warnings = [
         f"{name}: about {wanted / GIB:.1f} GiB needed, {free / GIB:.1f} free"
@@ -257,18 +259,10 @@ def _warnings(job: Job, base_dir: Path, needed: _Needed, disk_free: int) -> list
         )
     if hint := shipped_held_out(job.prompts):
         warnings.append(hint)
-    if dropped := _dropped_uncalibrated(job, base_dir):
-        warnings.append(dropped)
+    # What the run will say of its calibration, whatever it samples.
+    if calibration is not None and (dropped := calibration.cut_off_dropped(job.judge.cut_off_counts)):
+        warnings.append(f"filters.calibration {job.filters.calibration}: {dropped}")
     return warnings
-
-
-def _dropped_uncalibrated(job: Job, base_dir: Path) -> str | None:
-    """What the run will say of its calibration, whatever it samples."""
-    if job.filters.calibration is None:
-        return None
-    calibration = read_calibration(base_dir / job.filters.calibration)
-    dropped = calibration.cut_off_dropped(job.judge.cut_off_counts)
-    return f"filters.calibration {job.filters.calibration}: {dropped}" if dropped else None
 
 
 def _computes(precision: Precision, fast: bool) -> str:

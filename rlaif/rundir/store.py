@@ -285,6 +285,12 @@ def _recover(partial: Path, record: type[R]) -> list[R]:
     return read_rows(partial, record)
 
 
+def _major(header: Any) -> int | None:
+    version = header.get("schema_version") if isinstance(header, dict) else None
+    major = re.fullmatch(r"(\d+)(?:\.\d+)*", str(version))
+    return int(major[1]) if major else None
+
+
 class RunDir:
     """A run's directory: `run.json`, `events.jsonl`, texts, iterations, evaluations, the learner's state."""
 
@@ -302,10 +308,10 @@ class RunDir:
             raise UserError(f"{path}: not a run directory (no run.json in it); `rlaif run JOB` makes one under runs/")
         run = cls(path)
         header = run.header
-        version = header.get("schema_version") if isinstance(header, dict) else None
-        if run.schema is None:
+        if (major := _major(header)) is None:
             raise UserError(f"{path / 'run.json'}: not a run's (no schema_version in it); restore the file")
-        if run.schema > SCHEMA_VERSION:
+        if major > SCHEMA_VERSION:
+            version = header["schema_version"]
             raise UserError(f"{path}: written with schema {version}, this rlaif reads up to {SCHEMA_VERSION}; upgrade")
         if not isinstance(header.get("job"), dict):
             raise UserError(f"{path / 'run.json'}: not a run's (no job in it); restore the file")
@@ -326,10 +332,7 @@ class RunDir:
     def schema(self) -> int | None:
         """The major schema version of run.json: the newest that any of its rows has. A minor one only adds. None where
         there is none in it."""
-        header = self.header
-        version = header.get("schema_version") if isinstance(header, dict) else None
-        major = re.fullmatch(r"(\d+)(?:\.\d+)*", str(version))
-        return int(major[1]) if major else None
+        return _major(self.header)
 
     def job(self) -> Job:
         """The job as run.json has it.
@@ -337,9 +340,9 @@ class RunDir:
         Raises:
             UserError: it isn't one.
         """
-        tree = self.header.get("job", {})
+        tree = of_run(self.header.get("job", {}))
         try:
-            return stored(Job, of_run(tree))  # of a newer rlaif, it may have settings that there weren't
+            return stored(Job, tree)  # of a newer rlaif, it may have settings that there weren't
         except ValidationError:
             return parse_job(tree, str(self.path / "run.json"))  # says what is wrong
 
