@@ -30,6 +30,8 @@ from tests.review.runs import reviewed
 from tests.stubs import stub_job, stub_loop
 
 Facts = dict[str, Any]
+OPENINGS = {"pairwise": "You compare two answers", "pairwise_evaluate": "Someone wrote these guidelines"}
+"""How the judge's templates begin."""
 
 
 def facts(run: RunDir, evaluation: bool = False) -> dict[str, Facts]:
@@ -307,9 +309,8 @@ def test_questions_are_those_that_were_sent(stored: RunDir) -> None:
         for pair_id in [*facts(stored), *facts(stored, True)]:
             for vote in show(index, stored, pair_id).votes:
                 asked = question(index, stored, pair_id, vote.ballot.id)
-                # By whichever of the two templates it was; its hash is the vote's.
-                assert asked.startswith("[system]\n")
-                assert "You compare two answers" in asked or "Someone wrote these guidelines" in asked
+                # Each template's own first words; its hash is the vote's.
+                assert asked.startswith(f"[system]\n{OPENINGS[vote.ballot.voice.replace('_reasoned', '')]}")
                 assert "BEGIN ANSWER A" in asked
 
 
