@@ -203,13 +203,13 @@ class _Run:
         self.step = 0
         self.policy = (0, "base-weights")
 
-    def iteration(self, k: int, text: Constitution, pairs: int, evaluate: bool) -> None:
+    def iteration(self, k: int, constitution: Constitution, pairs: int, evaluate: bool) -> None:
         """One iteration's folder."""
         folder = self.path / "iterations" / f"{k:04d}"
         folder.mkdir(parents=True)
         prompt_ids = [f"train-{(k * pairs + n) % PROMPTS:05d}" for n in range(pairs)]
         plan = {
-            "iteration": k, "seed": 0, "constitution": text.ref.model_dump(), "templates": _TEMPLATES,
+            "iteration": k, "seed": 0, "constitution": constitution.ref.model_dump(), "templates": _TEMPLATES,
             "policy": {"iteration": self.policy[0], "digest": self.policy[1]},
             "prompt_ids": sorted(set(prompt_ids)), "evaluate": evaluate,
         }  # fmt: skip
@@ -223,7 +223,7 @@ class _Run:
             ids = (pair.first, pair.second)
             p = v.p_first if chosen == 0 else 1 - (v.p_first or 0)
             preferences.add(
-                f'{{"pair_id":"{pair.id}","iteration":{k},"source":"judge","constitution":"{text.hash}",'
+                f'{{"pair_id":"{pair.id}","iteration":{k},"source":"judge","constitution":"{constitution.hash}",'
                 f'"prompt_id":"{pair.prompt_id}","chosen_id":"{ids[chosen]}","rejected_id":"{ids[1 - chosen]}",'
                 f'"prompt_token_ids":{prompt},"chosen_token_ids":{sides[chosen]},'
                 f'"rejected_token_ids":{sides[1 - chosen]},'
@@ -233,7 +233,7 @@ class _Run:
             )
             kept.append(pair.id)
 
-        shas, counted = self._judged(folder, f"{k:04d}", text, prompt_ids, keep)
+        shas, counted = self._judged(folder, f"{k:04d}", constitution, prompt_ids, keep)
         shas["preferences"] = preferences.done({"decisions": shas["decisions"]})
         for at in range(0, len(kept), PAIRS_PER_STEP):
             self.step += 1
@@ -255,14 +255,14 @@ class _Run:
         })  # fmt: skip
         write_json(folder / "metrics.json", metrics.model_dump(mode="json"))
 
-    def evaluation(self, updates: int, text: Constitution) -> None:
+    def evaluation(self, updates: int, constitution: Constitution) -> None:
         """One evaluation's folder; the base policy's has answers only."""
         folder = self.path / "evaluations" / f"{updates:04d}"
         prompt_ids = [f"held_out-{n:05d}" for n in range(EVALUATED_PROMPTS)]
         n = len(prompt_ids)
         wins = n
         if updates:
-            _, counted = self._judged(folder, f"eval{updates:04d}", text, prompt_ids, None)
+            _, counted = self._judged(folder, f"eval{updates:04d}", constitution, prompt_ids, None)
             wins = counted["first"]
         else:
             completions = _Rows(folder, "completions")
@@ -270,7 +270,7 @@ class _Run:
                 completions.add(self._answer(f"eval0000-{i}-0", i, 0)[0])
             completions.done({})
         metrics = EvaluationMetrics.model_validate({
-            "updates": updates, "constitution": text.ref, **_sampled(n), "wins": wins if updates else 0,
+            "updates": updates, "constitution": constitution.ref, **_sampled(n), "wins": wins if updates else 0,
             "losses": n - wins, "undecided": 0, "win_rate": wins / n if updates else None,
             "win_interval": wilson(wins, n) if updates else None, "checks": {}, "kl_per_token": 0.1, "relevance": 0.5,
             "base_logprob_per_token": -1.0, "seconds": 0.0,
@@ -290,7 +290,12 @@ class _Run:
         return row, text, tokens, prompt
 
     def _judged(
-        self, folder: Path, prefix: str, text: Constitution, prompt_ids: list[str], keep: Callable[..., None] | None
+        self,
+        folder: Path,
+        prefix: str,
+        constitution: Constitution,
+        prompt_ids: list[str],
+        keep: Callable[..., None] | None,
     ) -> tuple[dict[str, str], Counter[str]]:
         """Completions, pairs, votes and decisions; their digests, and first reasons (or winners, in an evaluation)."""
         stages = ["completions", "pairs", "votes", "decisions"]
@@ -307,7 +312,7 @@ class _Run:
             pair = Pair(id=digest([prompt_id, *ids]), prompt_id=prompt_id, first=ids[0], second=ids[1], method="random")
             rows["pairs"].add(pair.model_dump_json())
             cast = tuple(self._outcomes())
-            rows["votes"].add(*(self._vote(i, cast[i], pair.id, text.hash) for i in range(VOTES_PER_PAIR)))
+            rows["votes"].add(*(self._vote(i, cast[i], pair.id, constitution.hash) for i in range(VOTES_PER_PAIR)))
             decision = _decided(cast, self.filters)
             verdict = decision.verdict.model_copy(update={"pair_id": pair.id})
             decision = decision.model_copy(update={"pair_id": pair.id, "verdict": verdict})

@@ -95,7 +95,7 @@ PHRASINGS: dict[str, dict[str, str]] = {
 """The shipped rules, said in other ways: principle → rule; as they are where nothing stands here."""
 
 
-def rules_only(text: Constitution, phrasing: str = "prefer") -> Constitution:
+def rules_only(constitution: Constitution, phrasing: str = "prefer") -> Constitution:
     """A text without its contrasts and examples."""
     principles = tuple(
         p.model_copy(
@@ -107,16 +107,16 @@ def rules_only(text: Constitution, phrasing: str = "prefer") -> Constitution:
                 "examples": (),
             }
         )
-        for p in text.principles
+        for p in constitution.principles
     )
-    return text.model_copy(update={"principles": principles})
+    return constitution.model_copy(update={"principles": principles})
 
 
-def voting(text: Constitution, wordings: Wordings | None, use: Use) -> Constitution:
+def voting(constitution: Constitution, wordings: Wordings | None, use: Use) -> Constitution:
     """A text whose contrasts for one use vote; derived from its rules by `wordings`, or its own."""
     if wordings:
         voting = wordings.model_copy(update={"decide": getattr(wordings, use)})
-        return rules_only(text).derived_by(voting)
+        return rules_only(constitution).derived_by(voting)
 
     def of(p: Principle) -> Principle:
         if p.guard:
@@ -127,7 +127,7 @@ def voting(text: Constitution, wordings: Wordings | None, use: Use) -> Constitut
         }
         return p.model_copy(update=own if use == "decide" else {**own, "prefer": None, "avoid": None})
 
-    return text.model_copy(update={"principles": tuple(map(of, text.principles))})
+    return constitution.model_copy(update={"principles": tuple(map(of, constitution.principles))})
 
 
 def write_rules(folder: Path, phrasing: str) -> list[Path]:

@@ -422,7 +422,7 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
     from contextlib import ExitStack, closing
 
     from rlaif.loop import Loop
-    from rlaif.loop.in_force import Texts
+    from rlaif.loop.in_force import InForce
     from rlaif.models import digest_of
     from rlaif.rundir.store import RunDir
     from rlaif.workers.start import start_worker
@@ -450,7 +450,7 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
         loop = Loop(
             warm_up,
             run,
-            Texts(job, run, ROOT),
+            InForce(job, run, ROOT),
             train=prompts,
             held_out=prompts[:1],
             base=WeightsRef(digest=digest_of(model), path=model),

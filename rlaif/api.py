@@ -52,8 +52,8 @@ def load_constitution(name: str | Path, folder: str | Path = "constitutions") ->
         UserError: there is no such text, or it doesn't parse.
 
     >>> import rlaif
-    >>> text = rlaif.load_constitution("assistant@1")
-    >>> print(text.ref, [p.id for p in text.principles][0])
+    >>> constitution = rlaif.load_constitution("assistant@1")
+    >>> print(constitution.ref, [p.id for p in constitution.principles][0])
     assistant@1 answers
     """
     path = Path(name)

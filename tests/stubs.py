@@ -15,7 +15,7 @@ from typing import Any
 from rlaif.config import Job, parse_job
 from rlaif.constitutions.constitution import Constitution
 from rlaif.loop import Loop
-from rlaif.loop.in_force import Texts
+from rlaif.loop.in_force import InForce
 from rlaif.records import (
     Ballot,
     Completion,
@@ -303,7 +303,7 @@ def stub_loop(
     return Loop(
         job,
         run,
-        Texts(job, run, root, progress.note),
+        InForce(job, run, root, progress.note),
         stub_prompts(20, "train"),
         stub_prompts(4, "held"),
         WeightsRef(digest=BASE_DIGEST, path=root / "base"),

@@ -25,7 +25,7 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.opened import open_with_ballots
 from rlaif.loop import Loop
-from rlaif.loop.in_force import Texts
+from rlaif.loop.in_force import InForce
 from rlaif.records import Decision, Message, Pair, Vote
 from rlaif.rundir.store import RunDir, write_json
 from tests.conftest import ROOT, project_job
@@ -176,7 +176,7 @@ def test_a_contrast_of_its_own_goes_before_derived_ones_for_its_use() -> None:
         SIX_LINES + "  - {id: own, rule: Be brief., prefer: Be brief., avoid: Be long., paraphrases: "
         "[{prefer: a, avoid: b, use: select}]}\n  - {id: guard, rule: Make sense., guard: true}\n"
     )
-    asked = kind_of(LikelihoodSettings()).text(text)
+    asked = kind_of(LikelihoodSettings()).as_read(text)
     ids = [v.id for v in asked.voices() if v.principle == "own"]
     assert ids == ["own/main", "own/paraphrase1", "own/derived.2-evaluate1", "own/derived.2-evaluate2"]
     assert not [v for v in asked.voices() if v.guard]  # measured, not derived
@@ -187,8 +187,8 @@ def test_a_contrast_of_its_own_goes_before_derived_ones_for_its_use() -> None:
 def test_shipped_texts_are_asked_as_before() -> None:
     for text in list_constitutions(ROOT / "constitutions"):
         assert not text.derives
-        assert kind_of(LikelihoodSettings()).text(text).voices() == text.voices()
-        assert make_ballots([PAIR], kind_of(LikelihoodSettings()).text(text), "j") == make_ballots([PAIR], text, "j")
+        assert kind_of(LikelihoodSettings()).as_read(text).voices() == text.voices()
+        assert make_ballots([PAIR], kind_of(LikelihoodSettings()).as_read(text), "j") == make_ballots([PAIR], text, "j")
 
 
 def test_other_wordings_are_other_questions() -> None:
@@ -202,13 +202,13 @@ def test_other_wordings_are_other_questions() -> None:
 def test_a_rule_without_a_word_is_refused_where_it_is_used(rule: str, judge: Judge) -> None:
     text = parse(SIX_LINES + f'  - {{id: dots, rule: "{rule}"}}\n')
     with pytest.raises(UserError, match=r"constitution support@1, principle `dots`: .* without a word.*; write what"):
-        kind_of(judge).text(text)
+        kind_of(judge).as_read(text)
     own = parse(SIX_LINES + f'  - {{id: dots, rule: "{rule}", prefer: Be kind., avoid: Be rude.}}\n')
     if judge.kind == "likelihood":  # it doesn't read the rule
-        assert kind_of(judge).text(own).voices("decide")
+        assert kind_of(judge).as_read(own).voices("decide")
     else:
         with pytest.raises(UserError, match="has nothing else to go by"):
-            kind_of(judge).text(own)
+            kind_of(judge).as_read(own)
 
 
 def test_a_judge_outside_of_a_run_derives_and_refuses_alike(tiny_model: Path) -> None:
@@ -292,11 +292,11 @@ def test_a_pinned_run_keeps_its_wordings_and_one_that_follows_takes_the_newest(
 ) -> None:
     write(tmp_path)
     runs = {ref: RunDir(tmp_path / ref) for ref in ("support", "support@1")}
-    before = {ref: Texts(rules_job(ref), run, tmp_path).in_force(0)[0] for ref, run in runs.items()}
+    before = {ref: InForce(rules_job(ref), run, tmp_path).at(0)[0] for ref, run in runs.items()}
     monkeypatch.setattr(kinds, "NEWEST", OTHERS)
-    after = {ref: Texts(rules_job(ref), run, tmp_path) for ref, run in runs.items()}
-    assert after["support@1"].in_force(1)[0] == before["support@1"]
-    follows = after["support"].in_force(1)[0]
+    after = {ref: InForce(rules_job(ref), run, tmp_path) for ref, run in runs.items()}
+    assert after["support@1"].at(1)[0] == before["support@1"]
+    follows = after["support"].at(1)[0]
     assert follows.wordings == OTHERS
     assert follows.hash == before["support"].hash
     # What was planned goes on as planned.
@@ -310,13 +310,13 @@ def test_a_run_from_before_goes_on_without(tmp_path: Path) -> None:
     own = "summary: s\nprinciples:\n  - {id: a, rule: Be kind., prefer: Be kind., avoid: Be rude.,"
     write(tmp_path, own + " paraphrases: [{prefer: Kind., avoid: Rude., use: select}]}\n")
     run = RunDir(tmp_path / "run")
-    Texts(rules_job("support@1"), run, tmp_path)
+    InForce(rules_job("support@1"), run, tmp_path)
     pins = run.path / "constitutions" / "pins.json"
     known = json.loads(pins.read_text())
     (pin,) = (key for key in known if key.startswith("derived wordings "))
     assert known.pop(pin) == NEWEST.of_rules(["Be kind."]).hash
     pins.write_text(json.dumps(known))
-    text = Texts(rules_job("support@1"), run, tmp_path).in_force(0)[0]
+    text = InForce(rules_job("support@1"), run, tmp_path).at(0)[0]
     assert [v.id for v in text.voices()] == ["a/main", "a/paraphrase1"]
 
 
@@ -334,11 +334,11 @@ def test_texts_of_a_schedule_keep_wordings_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "constitutions/support/v2.yaml").write_text(SIX_LINES.replace("is polite and", "is patient and"))
     job = rules_job("support@1").model_copy(update={"constitution": None, "schedule": {0: "support@1", 1: "support@2"}})
     run = RunDir(tmp_path / "run")
-    first, second = (Texts(job, run, tmp_path).in_force(k)[0] for k in (0, 1))
+    first, second = (InForce(job, run, tmp_path).at(k)[0] for k in (0, 1))
     assert first.wordings != second.wordings
     for text in (first, second):
         assert text.wordings is not None
-        loaded = Texts(job, run, tmp_path).load(text.ref, {text.wordings.id: text.wordings.hash})
+        loaded = InForce(job, run, tmp_path).load(text.ref, {text.wordings.id: text.wordings.hash})
         assert loaded.voices() == text.voices() != ()
 
 

@@ -42,10 +42,10 @@ def test_every_job_loads_and_can_be_planned(path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "version"), TEXTS)
 def test_every_constitution_loads_and_can_be_asked(name: str, version: int) -> None:
-    text = load_constitution(Path("constitutions"), f"{name}@{version}")
+    constitution = load_constitution(Path("constitutions"), f"{name}@{version}")
     for voices in (selecting_voices, evaluating_voices):
-        assert voices(text), f"{name}@{version} has no {voices.__name__}"
-    assert [v for v in text.voices("decide") if not v.guard], f"{name}@{version} has nobody to decide"
+        assert voices(constitution), f"{name}@{version} has no {voices.__name__}"
+    assert [v for v in constitution.voices("decide") if not v.guard], f"{name}@{version} has nobody to decide"
 
 
 def test_no_two_texts_are_the_same() -> None:

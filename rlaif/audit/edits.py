@@ -279,60 +279,60 @@ class _Asking:
         self.judge, self.job, self.sample, self.progress = judge, job, sample, progress
         self.asked = 0
 
-    def about(self, text: Constitution) -> _Answers:
+    def about(self, constitution: Constitution) -> _Answers:
         """What the sample's votes say under a text: stored ones where there are, others asked now."""
-        stored = self._stored(text)
-        votes = stored | self._votes(text, [p for p in self.sample.pairs if p.id not in stored])
-        return _Answers(stored.keys(), votes, self._verdicts(text, votes))
+        stored = self._stored(constitution)
+        votes = stored | self._votes(constitution, [p for p in self.sample.pairs if p.id not in stored])
+        return _Answers(stored.keys(), votes, self._verdicts(constitution, votes))
 
-    def again(self, text: Constitution, applied: set[str], ids: Sequence[str]) -> Verdicts:
+    def again(self, constitution: Constitution, applied: set[str], ids: Sequence[str]) -> Verdicts:
         """`Mixed` of a judge that reads all rules at once: it is asked under that text."""
         pairs = [p for p in self.sample.pairs if p.id in set(ids)]
-        return self._verdicts(text, self._votes(text, pairs))
+        return self._verdicts(constitution, self._votes(constitution, pairs))
 
     def mixing(self, old: _Answers, new: _Answers) -> Mixed:
         """`Mixed` of a judge whose votes are each about one principle: they are at hand."""
 
-        def mixed(text: Constitution, applied: set[str], ids: Sequence[str]) -> Verdicts:
+        def mixed(constitution: Constitution, applied: set[str], ids: Sequence[str]) -> Verdicts:
             votes = {
                 i: [v for v in old.votes[i] if v.ballot.principles[0] not in applied]
                 + [v for v in new.votes[i] if v.ballot.principles[0] in applied]
                 for i in ids
             }
-            return self._verdicts(text, votes)
+            return self._verdicts(constitution, votes)
 
         return mixed
 
-    def _stored(self, text: Constitution) -> dict[str, list[Vote]]:
+    def _stored(self, constitution: Constitution) -> dict[str, list[Vote]]:
         """Votes of the run that answer exactly what would be asked now."""
         found: dict[str, list[Vote]] = {}
         for pair_id, row in self.sample.rows.items():
             votes = self.sample.votes.get(pair_id, [])
-            if row.constitution == text.hash and votes:
-                wanted = {b.id for b in self.judge.ballots([row.pair], text)}
+            if row.constitution == constitution.hash and votes:
+                wanted = {b.id for b in self.judge.ballots([row.pair], constitution)}
                 if wanted == {v.ballot.id for v in votes}:
                     found[pair_id] = votes
         return found
 
-    def _votes(self, text: Constitution, pairs: Sequence[Pair]) -> dict[str, list[Vote]]:
+    def _votes(self, constitution: Constitution, pairs: Sequence[Pair]) -> dict[str, list[Vote]]:
         """Votes on pairs under a text, asked now."""
         if not pairs:
             return {}
         sides = {i for p in pairs for i in (p.first, p.second)}
         candidates = [c for i, c in self.sample.candidates.items() if i in sides]
         votes: list[Vote] = []
-        for chunk in self.judge.ask(pairs, candidates, text):
+        for chunk in self.judge.ask(pairs, candidates, constitution):
             votes += chunk
             self.asked += len(chunk)
-            self.progress(len(chunk), str(text.ref))
+            self.progress(len(chunk), str(constitution.ref))
         return by_pair(votes)
 
-    def _verdicts(self, text: Constitution, votes: Mapping[str, Sequence[Vote]]) -> Verdicts:
+    def _verdicts(self, constitution: Constitution, votes: Mapping[str, Sequence[Vote]]) -> Verdicts:
         """The verdicts of votes, as the run adds them up; jurors are fitted on these votes."""
         method = self.job.filters.aggregate
         jurors = jurors_for(method, [v for mine in votes.values() for v in mine])
         of_juror = jurors.weights if jurors else None
-        return {i: aggregate(mine, text.weights, method, of_juror) for i, mine in votes.items() if mine}
+        return {i: aggregate(mine, constitution.weights, method, of_juror) for i, mine in votes.items() if mine}
 
 
 def _explain(edit: Edit, turned: Sequence[str], old: Verdicts, mixed: Mixed) -> _Explained:
@@ -344,13 +344,15 @@ def _explain(edit: Edit, turned: Sequence[str], old: Verdicts, mixed: Mixed) -> 
     done: dict[str, set[str]] = {}
 
     def turns(applied: set[str]) -> set[str] | None:
-        text = edit.applied(applied)
-        if text is None:
+        constitution = edit.applied(applied)
+        if constitution is None:
             return None
-        if text.hash not in done:
-            verdicts = mixed(text, applied, turned)
-            done[text.hash] = {i for i, v in verdicts.items() if _sides(old[i], v) and v.outcome != old[i].outcome}
-        return done[text.hash]
+        if constitution.hash not in done:
+            verdicts = mixed(constitution, applied, turned)
+            done[constitution.hash] = {
+                i for i, v in verdicts.items() if _sides(old[i], v) and v.outcome != old[i].outcome
+            }
+        return done[constitution.hash]
 
     explained = _Explained({}, {})
     for name in parts:

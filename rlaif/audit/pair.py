@@ -12,7 +12,7 @@ from rlaif.audit.index import Index
 from rlaif.audit.pairs import COLUMNS, PairRow, as_rows
 from rlaif.config import Filters, Job
 from rlaif.constitutions.constitution import Constitution
-from rlaif.constitutions.copies import template_sources, text_copy
+from rlaif.constitutions.copies import constitution_copy, template_sources
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
 from rlaif.constitutions.derived import Wordings
 from rlaif.constitutions.templates import parse_template, render
@@ -155,7 +155,7 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
             rules = rule_lines(decision, votes, settings, calibration, first, second, category, _job(run))
         except RlaifError as e:
             problems.append(f"{e}; the rules are left out")
-    reference, text = _constitution_of(index, run, base)
+    reference, constitution = _constitution_of(index, run, base)
     labels = index.rows(
         "SELECT pair_id, iteration, outcome, author, time, reason FROM labels WHERE pair_id = ? ORDER BY line",
         [pair_id],
@@ -171,7 +171,7 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
         decision=decision,
         rules=rules,
         constitution=reference,
-        constitution_text=text,
+        constitution_text=constitution,
         preferences=_trained(index, pair),
         labels=tuple(HumanLabel.model_validate(r) for r in labels),
         problems=tuple(problems),
@@ -277,22 +277,22 @@ def question_of(run: RunDir, detail: PairDetail, ballot_id: str) -> str:
         raise UserError(f"{len(found) or 'no'} ballots `{ballot_id}` on pair {detail.row.pair_id}; known: {known}")
     vote = found[0]
     try:
-        text = text_copy(run, vote.ballot.constitution)
+        constitution = constitution_copy(run, vote.ballot.constitution)
     except FileNotFoundError as e:
         raise RlaifError(f"{e.filename}: missing; a question is rendered from the text") from e
     job = _job(run)
     if job is not None and (why := kind_of(job.judge).unshown):
         return f"{why}\n\n{_shown(detail.prompt_messages)}"
     if vote.ballot.order == "none" and vote.prompt_hash is None:
-        return _likelihood_question(run, detail, vote, text)
-    return _chat_question(run, detail, vote, text)
+        return _likelihood_question(run, detail, vote, constitution)
+    return _chat_question(run, detail, vote, constitution)
 
 
 def _shown(messages: Iterable[Message]) -> str:
     return "\n\n".join(f"[{m.role}]\n{m.content}" for m in messages)
 
 
-def _chat_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constitution) -> str:
+def _chat_question(run: RunDir, detail: PairDetail, vote: Vote, constitution: Constitution) -> str:
     if detail.first is None or detail.second is None:
         raise RlaifError(f"pair {detail.row.pair_id}: an answer is not in the log; the question can't be rendered")
     ballot = vote.ballot
@@ -303,8 +303,8 @@ def _chat_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constituti
         raise RlaifError(f"{folder / name}.jinja: missing; the question can't be rendered")
     template = parse_template(name, sources, str(folder))
     a, b = (detail.second, detail.first) if ballot.order == "reversed" else (detail.first, detail.second)
-    principle = text.principle(asked) if asked else None
-    messages = render(template, text, principle, detail.prompt_messages, a.text, b.text, (a.cut_off, b.cut_off))
+    principle = constitution.principle(asked) if asked else None
+    messages = render(template, constitution, principle, detail.prompt_messages, a.text, b.text, (a.cut_off, b.cut_off))
     shown = _shown(messages)
     made = digest([m.model_dump() for m in messages])
     if vote.prompt_hash is not None and made != vote.prompt_hash:
@@ -312,7 +312,7 @@ def _chat_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constituti
     return shown
 
 
-def _likelihood_question(run: RunDir, detail: PairDetail, vote: Vote, text: Constitution) -> str:
+def _likelihood_question(run: RunDir, detail: PairDetail, vote: Vote, constitution: Constitution) -> str:
     prompt = _shown(detail.prompt_messages)
     measure = vote.ballot.voice.rpartition("/")[2]
     if measure in GUARD_MEASURES:
@@ -321,12 +321,15 @@ def _likelihood_question(run: RunDir, detail: PairDetail, vote: Vote, text: Cons
             "fluency": "Mean of log p(token | prompt) under the frozen base model",
         }[measure]
         return f"{what}, in nats, of each answer.\n\nThe prompt:\n\n{prompt}"
-    voices = {v.id: v for v in text.voices()}
+    voices = {v.id: v for v in constitution.voices()}
     if vote.ballot.voice not in voices:  # derived, by wordings of which the run has a copy
         copies = [read_record(path, Wordings) for path in sorted(run.path.glob(f"constitutions/*/{DERIVED_FILE}"))]
-        voices = {v.id: v for c in copies for v in text.derived_by(c).voices() if v.hash == vote.ballot.template}
+        voices = {
+            v.id: v for c in copies for v in constitution.derived_by(c).voices() if v.hash == vote.ballot.template
+        }
     if vote.ballot.voice not in voices:
-        return f"The voice `{vote.ballot.voice}` is not in the run's copy of {text.ref}.\n\nThe prompt:\n\n{prompt}"
+        gone = f"The voice `{vote.ballot.voice}` is not in the run's copy of {constitution.ref}."
+        return f"{gone}\n\nThe prompt:\n\n{prompt}"
     voice = voices[vote.ballot.voice]
     sides = [f"{side}:\n\n{_shown(messages)}" for side, messages in (("Prefer", voice.prefer), ("Avoid", voice.avoid))]
     return "\n\n".join(

@@ -257,9 +257,11 @@ def unknown_values(index: Index, pair_filter: PairFilter) -> list[str]:
     texts = index.rows("SELECT constitution AS hash, text_name AS name FROM iterations UNION "
                        "SELECT constitution, text_name FROM evaluations")  # fmt: skip
     out = []
-    text = pair_filter.constitution
-    if text is not None and not any(text == t["name"] or (t["hash"] or "").startswith(text) for t in texts):
-        out.append(f"constitution {text}: the run has {_listed(known['constitution'])}")
+    constitution = pair_filter.constitution
+    if constitution is not None and not any(
+        constitution == t["name"] or (t["hash"] or "").startswith(constitution) for t in texts
+    ):
+        out.append(f"constitution {constitution}: the run has {_listed(known['constitution'])}")
     if pair_filter.principle is not None and pair_filter.principle not in known["principle"]:
         out.append(f"principle {pair_filter.principle}: the run has {_listed(known['principle'])}")
     if pair_filter.judge is not None and not any(pair_filter.judge in name for name in known["judge"]):

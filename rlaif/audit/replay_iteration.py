@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rlaif.audit.replay_settings import Settings
 from rlaif.audit.rows import line_at, pair_named, rows_or_problems
 from rlaif.constitutions.constitution import Constitution
-from rlaif.constitutions.copies import as_derived, template_sources, text_copy
+from rlaif.constitutions.copies import as_derived, constitution_copy, template_sources
 from rlaif.constitutions.templates import Template, parse_template
 from rlaif.errors import RlaifError, said
 from rlaif.judging.calibration import EVERYTHING, Asked, ends_of
@@ -61,11 +61,11 @@ def unreadable(run: RunDir, k: int) -> str | None:
 
 
 def _text(run: RunDir, plan: Plan) -> Constitution:
-    text = text_copy(run, plan.constitution.hash)
+    constitution = constitution_copy(run, plan.constitution.hash)
     try:
-        return as_derived(run, text, plan.derived)
+        return as_derived(run, constitution, plan.derived)
     except FileNotFoundError:  # `verify` says so; only the order in which votes are summed follows from it
-        return text
+        return constitution
 
 
 class Iteration:
@@ -77,7 +77,7 @@ class Iteration:
         self._judge = kind_of(settings.job.judge)
         self.plan = run.plan(k)
         folder = run.path / "constitutions"
-        self.text = _text(run, self.plan)
+        self.constitution = _text(run, self.plan)
         self.templates = {h: t for name, h in self.plan.templates.items() if (t := _template(folder / h, name))}
         if settings.parser and len(self.templates) < len(self.plan.templates):
             gone = next(h for h in self.plan.templates.values() if h not in self.templates)
@@ -104,7 +104,7 @@ class Iteration:
         filters = self.settings.job.filters.model_copy(update={"rules": ()})
         jurors = self.juror_fit()
         texts, cut = self._completions()
-        weights = self.text.weights
+        weights = self.constitution.weights
         sliced = calibration is not None and EVERYTHING not in calibration.slices
         categories = self._categories() if sliced else {}
         asked = Asked.by(self.settings.job) if calibration else None
@@ -203,9 +203,9 @@ class Iteration:
         """The order in which a pair's ballots are made."""
         any_pair = pair.model_copy(update={"selected_by": ()})
         by_name = {t.name: t for t in self.templates.values()}
-        names = self._judge.template_names(self.text, "decide")
+        names = self._judge.template_names(self.constitution, "decide")
         templates = [by_name[name] for name in names if name in by_name]
-        return self._judge.places(any_pair, self.text, ballots[0].judge, templates, ballots)
+        return self._judge.places(any_pair, self.constitution, ballots[0].judge, templates, ballots)
 
     def _completions(self) -> tuple[dict[str, str], set[str]]:
         """Completion → a digest of its text without the space around it: all that `identical` needs of it; and those

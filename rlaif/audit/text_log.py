@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from rlaif.config import Replay
 from rlaif.constitutions.constitution import Change, Constitution, diff
-from rlaif.constitutions.copies import text_copy
+from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import RlaifError
 from rlaif.learning.mixing import replayable
 from rlaif.records import EvaluationMetrics, Plan, Record
@@ -172,7 +172,7 @@ def _text(run: RunDir, digest: str) -> Constitution:
         RlaifError: it is gone or damaged.
     """
     try:
-        return text_copy(run, digest)
+        return constitution_copy(run, digest)
     except FileNotFoundError as e:
         raise RlaifError(f"{e.filename}: the run's copy of a text is gone") from e
 

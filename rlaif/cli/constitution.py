@@ -54,13 +54,13 @@ def show(reference: Reference, directory: Directory = DEFAULT, json_: Json = Fal
     from rlaif.constitutions.constitution import load_constitution
     from rlaif.constitutions.derived import NEWEST
 
-    text = load_constitution(directory, reference)
+    constitution = load_constitution(directory, reference)
     if json_:
-        typer.echo(text.model_dump_json(indent=1))
+        typer.echo(constitution.model_dump_json(indent=1))
         return
     console = stdout_console()
-    console.print(f"[bold]{inert(str(text.ref))}[/] {text.hash}  {inert(text.summary)}")
-    for p in text.principles:
+    console.print(f"[bold]{inert(str(constitution.ref))}[/] {constitution.hash}  {inert(constitution.summary)}")
+    for p in constitution.principles:
         role = "guard" if p.guard else f"weight {p.weight:g}"
         console.print(f"\n[bold]{inert(p.id)}[/] ({role})\n  {inert(p.rule)}")
         if p.prefer:
@@ -103,13 +103,15 @@ def check(directory: Directory = DEFAULT, json_: Json = False) -> None:
     for name, versions in files.items():
         for version, path in versions.items():
             try:
-                text = load_constitution(directory, f"{name}@{version}")
-                _check_template(text, path)
-                served, odd = services(text, templates), warnings(text)
-                found.append({**text.ref.model_dump(), "judges": [s.model_dump() for s in served], "warnings": odd})
-                sound.append(f"{text.ref} {text.hash} ok")
+                constitution = load_constitution(directory, f"{name}@{version}")
+                _check_template(constitution, path)
+                served, odd = services(constitution, templates), warnings(constitution)
+                found.append(
+                    {**constitution.ref.model_dump(), "judges": [s.model_dump() for s in served], "warnings": odd}
+                )
+                sound.append(f"{constitution.ref} {constitution.hash} ok")
                 if not json_:
-                    typer.echo(str(text.ref))
+                    typer.echo(str(constitution.ref))
                     for line in [*(s.line() for s in served), *(f"warning: {w}" for w in odd)]:
                         typer.echo(f"  {visible(line)}")
             except UserError as e:
@@ -131,12 +133,12 @@ def _none_in(directory: Path) -> UserError:
     )
 
 
-def _check_template(text: Constitution, path: Path) -> None:
+def _check_template(constitution: Constitution, path: Path) -> None:
     from rlaif.constitutions.templates import load_template
 
     if _TEMPLATES.is_dir():
         try:
-            load_template(_TEMPLATES, text.template)
+            load_template(_TEMPLATES, constitution.template)
         except UserError as e:
             raise UserError(f"{path}: {e}") from e
 

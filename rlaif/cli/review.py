@@ -145,11 +145,11 @@ class _Reviewer:
 
         self._keys.fresh()
         counts: Counts = self._queue.counts()
-        text = question.constitution
+        constitution = question.constitution
         what = "correct your label (s takes it back)" if correcting else f"{counts.waiting} waiting"
         self._console.print(Rule(Text(f"{what}, {counts.labelled} labelled"), align="left"))
-        self._say(f"rules: {text.ref}, {visible(text.summary)}")
-        for principle in text.principles:
+        self._say(f"rules: {constitution.ref}, {visible(constitution.summary)}")
+        for principle in constitution.principles:
             self._text(f"- {principle.rule}")
         self._say("prompt")
         for message in question.messages:

@@ -302,10 +302,10 @@ def parse_constitution(text: str, name: str, version: int, source: str) -> Const
     return parsed
 
 
-def _without_effect(text: Constitution) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _without_effect(constitution: Constitution) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Where a file says what can't be meant, and why. Not part of the record: a run's stored text stays readable."""
     same = "`prefer` and `avoid` are the same text"
-    for i, p in enumerate(text.principles):
+    for i, p in enumerate(constitution.principles):
         here = ("principles", i)
         if not math.isfinite(p.weight):
             yield (*here, "weight"), f"a weight is a finite number, found {p.weight}"

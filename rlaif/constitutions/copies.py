@@ -13,18 +13,18 @@ from rlaif.constitutions.derived import FILE as DERIVED_FILE
 from rlaif.constitutions.derived import Wordings
 from rlaif.rundir.store import RunDir, read_record
 
-TEXT_FILE = "constitution.json"
+CONSTITUTION_FILE = "constitution.json"
 """What the parsed text is called in its folder."""
 
 
-def text_copy(run: RunDir, digest: str) -> Constitution:
+def constitution_copy(run: RunDir, digest: str) -> Constitution:
     """The run's copy of a text, under the name that it was first used by.
 
     Raises:
         FileNotFoundError: it is gone.
         RlaifError: it is damaged.
     """
-    return read_record(run.path / "constitutions" / digest / TEXT_FILE, Constitution)
+    return read_record(run.path / "constitutions" / digest / CONSTITUTION_FILE, Constitution)
 
 
 def derived_copy(run: RunDir, digest: str) -> Wordings:
@@ -36,13 +36,13 @@ def derived_copy(run: RunDir, digest: str) -> Wordings:
     return read_record(run.path / "constitutions" / digest / DERIVED_FILE, Wordings)
 
 
-def as_derived(run: RunDir, text: Constitution, derived: Mapping[str, str]) -> Constitution:
+def as_derived(run: RunDir, constitution: Constitution, derived: Mapping[str, str]) -> Constitution:
     """A text with the voices that the plan says were derived (`Plan.derived`).
 
     Raises:
         FileNotFoundError: the copy of the wordings is gone.
     """
-    return text.derived_by(next((derived_copy(run, digest) for digest in derived.values()), None))
+    return constitution.derived_by(next((derived_copy(run, digest) for digest in derived.values()), None))
 
 
 def template_sources(folder: Path) -> dict[str, str]:

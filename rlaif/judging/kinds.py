@@ -80,7 +80,7 @@ class JudgeKind(Generic[S]):
 
     # A text, as this judge asks about it.
 
-    def text(self, constitution: Constitution) -> Constitution:
+    def as_read(self, constitution: Constitution) -> Constitution:
         """A text as this judge asks about it; contrasts are derived by the newest wordings where it has none yet.
 
         Raises:
@@ -98,7 +98,7 @@ class JudgeKind(Generic[S]):
         """Why this judge can't ask about a principle, and the next step; None where it can."""
         return None
 
-    def selecting(self, text: Constitution) -> list[str]:
+    def selecting(self, constitution: Constitution) -> list[str]:
         """Ids of the voices that score single completions, so that pairs can be chosen by scores.
 
         Raises:
@@ -106,11 +106,11 @@ class JudgeKind(Generic[S]):
         """
         raise UserError(f"pairing.method: judge {self.settings.kind} scores no single answers; set random or all")
 
-    def evaluates(self, text: Constitution) -> bool:
+    def evaluates(self, constitution: Constitution) -> bool:
         """Whether held-out answers can be measured under a text."""
         return True
 
-    def template_names(self, text: Constitution, role: Role, known: Container[str] = ()) -> list[str]:
+    def template_names(self, constitution: Constitution, role: Role, known: Container[str] = ()) -> list[str]:
         """Templates that it asks with; none for a judge that doesn't read."""
         return []
 
@@ -124,7 +124,7 @@ class JudgeKind(Generic[S]):
     def ballots(
         self,
         pairs: Iterable[Pair],
-        text: Constitution,
+        constitution: Constitution,
         role: Role = "decide",
         seed: int = 0,
         name: str = "",
@@ -139,12 +139,13 @@ class JudgeKind(Generic[S]):
         raise NotImplementedError
 
     def places(
-        self, pair: Pair, text: Constitution, name: str, templates: Sequence[Template], seen: Sequence[Ballot]
+        self, pair: Pair, constitution: Constitution, name: str, templates: Sequence[Template], seen: Sequence[Ballot]
     ) -> dict[Place, int]:
         """Where each of its ballots about a pair stands in the order in which they are made: sums of the same votes in
         another differ in the last bit. `seen` are those that were made; the rest is as for `ballots`."""
         return {
-            (b.voice_key, b.order): n for n, b in enumerate(self.ballots([pair], text, "decide", 0, name, templates))
+            (b.voice_key, b.order): n
+            for n, b in enumerate(self.ballots([pair], constitution, "decide", 0, name, templates))
         }
 
     def name(self, digest: str | None) -> str:
@@ -225,27 +226,27 @@ class LikelihoodKind(JudgeKind[LikelihoodSettings]):
             "should be or do, or give a contrast of your own (`prefer` and `avoid`)"
         )
 
-    def selecting(self, text: Constitution) -> list[str]:
-        if not (voices := selecting_voices(text)):
+    def selecting(self, constitution: Constitution) -> list[str]:
+        if not (voices := selecting_voices(constitution)):
             raise UserError(
-                f"constitution {text.ref}: no contrast has `use: select`, and pairing.method=best_worst needs one; "
-                "add such a paraphrase, or set pairing.method to random or all"
+                f"constitution {constitution.ref}: no contrast has `use: select`, and pairing.method=best_worst "
+                "needs one; add such a paraphrase, or set pairing.method to random or all"
             )
         return voices
 
-    def evaluates(self, text: Constitution) -> bool:
-        return bool(evaluating_voices(text))
+    def evaluates(self, constitution: Constitution) -> bool:
+        return bool(evaluating_voices(constitution))
 
     def ballots(
         self,
         pairs: Iterable[Pair],
-        text: Constitution,
+        constitution: Constitution,
         role: Role = "decide",
         seed: int = 0,
         name: str = "",
         templates: Sequence[Template] = (),
     ) -> list[Ballot]:
-        return make_ballots(pairs, text, name, role, seed, likelihood_parameters(self.settings))
+        return make_ballots(pairs, constitution, name, role, seed, likelihood_parameters(self.settings))
 
     def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
         return likelihood_worker(model, self.settings)
@@ -312,20 +313,22 @@ class ChatKind(JudgeKind[ChatSettings]):
             "or do"
         )
 
-    def template_names(self, text: Constitution, role: Role, known: Container[str] = ()) -> list[str]:
-        return template_names(self.settings, text, role, known)
+    def template_names(self, constitution: Constitution, role: Role, known: Container[str] = ()) -> list[str]:
+        return template_names(self.settings, constitution, role, known)
 
     def ballots(
         self,
         pairs: Iterable[Pair],
-        text: Constitution,
+        constitution: Constitution,
         role: Role = "decide",
         seed: int = 0,
         name: str = "",
         templates: Sequence[Template] = (),
     ) -> list[Ballot]:
         jurors, by_principle = self.settings.jurors, self.settings.votes_per_principle
-        return list(make_chat_ballots(pairs, text, jurors, templates, role, by_principle, seed, self.settings.clamp))
+        return list(
+            make_chat_ballots(pairs, constitution, jurors, templates, role, by_principle, seed, self.settings.clamp)
+        )
 
     def cast_with(self, templates: Sequence[Template], journal: Path | None = None) -> dict[str, Any]:
         return {"templates": templates, "journal": journal}

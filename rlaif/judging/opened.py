@@ -1,7 +1,7 @@
 """The job's judge, opened in this process: for commands that ask it outside of a run.
 
-In: a job and the texts that will be asked about. Out: an `Ask`, which makes the ballots that a run would make and
-casts them.
+In: a job and the constitutions that will be asked about. Out: an `Ask`, which makes the ballots that a run would make
+and casts them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ class Opened(NamedTuple):
     ballots: Callable[[Sequence[Pair], Constitution], list[Ballot]]
 
 
-def open_with_ballots(job: Job, texts: Iterable[Constitution], base_dir: Path, note: Callable[[str], None]) -> Opened:
-    """Opens the job's judge; `texts` are those that it will be asked about, `note` is told what takes time.
+def open_with_ballots(
+    job: Job, constitutions: Iterable[Constitution], base_dir: Path, note: Callable[[str], None]
+) -> Opened:
+    """Opens the job's judge; `constitutions` are those that it will be asked about, `note` is told what takes time.
 
     Raises:
         UserError: the judge can't be asked (a model, a template or a key is missing), a text doesn't serve it, or a
@@ -39,18 +41,24 @@ def open_with_ballots(job: Job, texts: Iterable[Constitution], base_dir: Path, n
     for name in job.filters.rules:  # before anything is asked that they are to decide
         of_rule(name, anew=True)
     kind = kind_of(job.judge)
-    texts = [kind.text(text) for text in texts]
-    names = dict.fromkeys(name for text in texts for name in kind.template_names(text, "decide"))
+    constitutions = [kind.as_read(c) for c in constitutions]
+    names = dict.fromkeys(name for c in constitutions for name in kind.template_names(c, "decide"))
     templates = {name: load_template(base_dir / kind.templates_dir, name) for name in names}
     judge, called = kind.open(note)
 
-    def mine(text: Constitution) -> list[Template]:
-        return [templates[name] for name in kind.template_names(text, "decide")]
+    def mine(constitution: Constitution) -> list[Template]:
+        return [templates[name] for name in kind.template_names(constitution, "decide")]
 
-    def ballots(pairs: Sequence[Pair], text: Constitution) -> list[Ballot]:
-        return kind.ballots(pairs, kind.text(text), seed=job.seed, name=called, templates=mine(text))
+    def ballots(pairs: Sequence[Pair], constitution: Constitution) -> list[Ballot]:
+        return kind.ballots(pairs, kind.as_read(constitution), seed=job.seed, name=called, templates=mine(constitution))
 
-    def ask(pairs: Sequence[Pair], candidates: Sequence[Candidate], text: Constitution) -> Iterator[list[Vote]]:
-        yield from judge.cast(ballots(pairs, text), pairs, candidates, kind.text(text), **kind.cast_with(mine(text)))
+    def ask(pairs: Sequence[Pair], candidates: Sequence[Candidate], constitution: Constitution) -> Iterator[list[Vote]]:
+        yield from judge.cast(
+            ballots(pairs, constitution),
+            pairs,
+            candidates,
+            kind.as_read(constitution),
+            **kind.cast_with(mine(constitution)),
+        )
 
     return Opened(ask, ballots)

@@ -37,7 +37,7 @@ class OwnKind(JudgeKind[OwnJudge]):
     def _voice(self) -> str:
         return self.settings.kind.rpartition(":")[2]
 
-    def selecting(self, text: Constitution) -> list[str]:
+    def selecting(self, constitution: Constitution) -> list[str]:
         code, _ = self._class()
         if not callable(getattr(code.made, "score", None)):
             raise UserError(f"pairing.method: {code.name} has no method `score`; set random or all")
@@ -46,16 +46,16 @@ class OwnKind(JudgeKind[OwnJudge]):
     def ballots(
         self,
         pairs: Iterable[Pair],
-        text: Constitution,
+        constitution: Constitution,
         role: Role = "decide",
         seed: int = 0,
         name: str = "",
         templates: Sequence[Template] = (),
     ) -> list[Ballot]:
         code, settings = self._class()
-        asked = [(self._voice, tuple(p.id for p in text.principles), False)]
+        asked = [(self._voice, tuple(p.id for p in constitution.principles), False)]
         if getattr(code.made, "per_principle", False):
-            shown = [p for p in text.principles if role == "decide" or not p.guard]
+            shown = [p for p in constitution.principles if role == "decide" or not p.guard]
             asked = [(f"{self._voice}/{p.id}", (p.id,), p.guard) for p in shown]
         orders: tuple[Order, ...] = ("none",)
         if getattr(code.made, "both_orders", False):
@@ -69,7 +69,7 @@ class OwnKind(JudgeKind[OwnJudge]):
                 "guard": guard,
                 "sample_index": 0,
                 "seed": seed,
-                "constitution": text.hash,
+                "constitution": constitution.hash,
                 "template": code.sha256[: own_code.SHOWN_DIGITS],
                 "parameters": parameters,
             }
@@ -78,10 +78,10 @@ class OwnKind(JudgeKind[OwnJudge]):
         return list(ballots_of(pairs, voices, orders))
 
     def places(
-        self, pair: Pair, text: Constitution, name: str, templates: Sequence[Template], seen: Sequence[Ballot]
+        self, pair: Pair, constitution: Constitution, name: str, templates: Sequence[Template], seen: Sequence[Ballot]
     ) -> dict[Place, int]:
         """The order of `ballots`, from those that were made: nothing is imported."""
-        at = {p.id: n for n, p in enumerate(text.principles)}
+        at = {p.id: n for n, p in enumerate(constitution.principles)}
         in_order = sorted(seen, key=lambda b: (at.get(b.principles[0], 0), _ORDERS.index(b.order)))
         return {(b.voice_key, b.order): n for n, b in enumerate(in_order)}
 

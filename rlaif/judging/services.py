@@ -55,13 +55,13 @@ class Service(Record):
         return "; ".join([said, *(f"missing for {what}: {why}" for what, why in self.missing.items())])
 
 
-def services(text: Constitution, templates: Container[str] | None = None) -> list[Service]:
+def services(constitution: Constitution, templates: Container[str] | None = None) -> list[Service]:
     """How a text serves each kind of judge; `templates` are the names in the folder of judge templates, if known."""
-    return [_likelihood(text), _chat(text, templates)]
+    return [_likelihood(constitution), _chat(constitution, templates)]
 
 
-def _likelihood(text: Constitution) -> Service:
-    asked = text.derived_by(NEWEST)
+def _likelihood(constitution: Constitution) -> Service:
+    asked = constitution.derived_by(NEWEST)
     missing = {}
     for what, use, voices in (
         ("best_worst", "select", selecting_voices(asked)),
@@ -69,40 +69,40 @@ def _likelihood(text: Constitution) -> Service:
     ):
         if not voices:
             missing[what] = f"a contrast with `use: {use}`, or a rule with words to derive it from"
-    if not any(p.guard for p in text.principles):
+    if not any(p.guard for p in constitution.principles):
         missing["a veto on nonsense"] = "a principle with `guard: true`"
-    derived = {p.id: p.lacks for p in text.principles if p.lacks and p.has_words}
+    derived = {p.id: p.lacks for p in constitution.principles if p.lacks and p.has_words}
     negated = tuple(
-        p.id for p in text.principles if p.id in derived and p.opposite is None and not turned(p.rule).known
+        p.id for p in constitution.principles if p.id in derived and p.opposite is None and not turned(p.rule).known
     )
-    unasked = _unasked(LikelihoodKind, text)
+    unasked = _unasked(LikelihoodKind, constitution)
     return Service(judge="likelihood", unasked=unasked, derived=derived, negated=negated, missing=missing)
 
 
-def _chat(text: Constitution, templates: Container[str] | None) -> Service:
+def _chat(constitution: Constitution, templates: Container[str] | None) -> Service:
     missing = {
         "best_worst": "scores of single answers, which this judge doesn't give; set pairing.method to random or all"
     }
-    other = evaluating_name(text.template)
+    other = evaluating_name(constitution.template)
     if templates is not None and other not in templates:
         missing["a held-out win rate by a question of its own"] = (
             f"the template `{other}`, or judge.evaluate_templates in the job"
         )
-    return Service(judge="chat", unasked=_unasked(ChatKind, text), missing=missing)
+    return Service(judge="chat", unasked=_unasked(ChatKind, constitution), missing=missing)
 
 
-def _unasked(kind: type[JudgeKind[Any]], text: Constitution) -> dict[str, str]:
-    return {p.id: why for p in text.principles if (why := kind.unserved(p)) is not None}
+def _unasked(kind: type[JudgeKind[Any]], constitution: Constitution) -> dict[str, str]:
+    return {p.id: why for p in constitution.principles if (why := kind.unserved(p)) is not None}
 
 
-def warnings(text: Constitution) -> list[str]:
+def warnings(constitution: Constitution) -> list[str]:
     """What in a text was probably not meant, a sentence each."""
     out: list[str] = []
-    for p in text.principles:
+    for p in constitution.principles:
         out += _of_rule(p)
         out += _of_examples(p)
     alike: dict[tuple[str, ...], list[str]] = {}
-    for p in text.principles:
+    for p in constitution.principles:
         alike.setdefault(words_of(p.rule.casefold()), []).append(f"`{p.id}`")
     out += [
         f"principles {', '.join(ids[:-1])} and {ids[-1]} have the same rule, which so counts {len(ids)} times; drop "

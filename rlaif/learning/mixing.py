@@ -32,7 +32,7 @@ def preferences_of(
     completions: Sequence[Completion],
     pairs: Sequence[Pair],
     decisions: Sequence[Decision],
-    text: Constitution,
+    constitution: Constitution,
 ) -> list[Preference]:
     """One row for each kept pair of iteration k: what training sees."""
     by_id = {c.id: c for c in completions}
@@ -49,7 +49,7 @@ def preferences_of(
                 pair_id=pair.id,
                 iteration=k,
                 source="judge",
-                constitution=text.hash,
+                constitution=constitution.hash,
                 prompt_id=pair.prompt_id,
                 chosen_id=chosen.id,
                 rejected_id=rejected.id,
@@ -75,7 +75,7 @@ def read_now(run: RunDir) -> LabelLog | None:
 
 
 def labelled(
-    run: RunDir, log: LabelLog | None, k: int, prompts: Mapping[str, Prompt], text: Constitution
+    run: RunDir, log: LabelLog | None, k: int, prompts: Mapping[str, Prompt], constitution: Constitution
 ) -> tuple[list[Preference], dict[str, Any]]:
     """Pairs of earlier iterations as people labelled them, each once; and what the stage's meta file says about it.
 
@@ -87,7 +87,7 @@ def labelled(
     given_in = {x.iteration for x in labels.values()}
     plans = {i: run.plan(i) for i in range(k) if i in given_in}
     judged_under = {i: plan.constitution.hash for i, plan in plans.items()}
-    joins, stale = joining(labels, joined_sides(run, range(k)), judged_under, k, text.hash)
+    joins, stale = joining(labels, joined_sides(run, range(k)), judged_under, k, constitution.hash)
     rows: list[Preference] = []
     joined: dict[str, Side] = {}
     for i in sorted({x.iteration for x in joins}):
@@ -98,7 +98,7 @@ def labelled(
             if d.pair_id in sides and d.status == "review"
         ]
         completions, pairs = here.read("completions", Completion), here.read("pairs", Pair)
-        made = preferences_of(i, prompts, completions, pairs, decisions, text)
+        made = preferences_of(i, prompts, completions, pairs, decisions, constitution)
         rows += [p.model_copy(update={"source": "human"}) for p in made]
         joined |= {d.pair_id: d.winner for d in decisions if d.winner is not None}
     problems = [*log.problems]
@@ -136,13 +136,13 @@ def replayed(
     fresh: Sequence[Preference],
     settings: Replay,
     seed: int,
-    text: Constitution,
+    constitution: Constitution,
 ) -> list[Preference]:
     """Older pairs for this update: `replayable` under the text in force, and none beside itself."""
     wanted = round(len(fresh) * settings.share / (1 - settings.share))
     if not wanted:
         return []
     now = {p.pair_id for p in fresh}
-    old = [p for p in replayable(run, log, k, settings.max_age, text.hash).values() if p.pair_id not in now]
+    old = [p for p in replayable(run, log, k, settings.max_age, constitution.hash).values() if p.pair_id not in now]
     drawn = random.Random(f"replay-{seed}-{k}").sample(old, min(wanted, len(old)))
     return [p.model_copy(update={"source": "replay"}) for p in drawn]

@@ -48,7 +48,7 @@ class _Read(NamedTuple):
 
     train: list[Prompt]
     held_out: list[Prompt]
-    texts: dict[str, Constitution]
+    constitutions: dict[str, Constitution]
     """By how the job refers to them; as the judge is asked with them."""
     calibration: Calibration | None
 
@@ -101,7 +101,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     disk_free = shutil.disk_usage(base_dir).free
     return {
         "iterations": job.iterations,
-        "constitutions": {str(k): str(read.texts[ref].ref) for k, ref in _schedule(job).items()},
+        "constitutions": {str(k): str(read.constitutions[ref].ref) for k, ref in _schedule(job).items()},
         "train_prompts": len(read.train),
         "held_out_prompts": len(read.held_out),
         "samples": counts.samples,
@@ -156,15 +156,15 @@ def _read(job: Job, base_dir: Path) -> _Read:
     calibration = read_calibration(base_dir / job.filters.calibration) if job.filters.calibration else None
     if calibration is not None:
         check_asked(calibration, job.filters, Asked.by(job))
-    texts = {
-        ref: kind.text(load_constitution(base_dir / job.constitutions_dir, ref)) for ref in _schedule(job).values()
+    constitutions = {
+        ref: kind.as_read(load_constitution(base_dir / job.constitutions_dir, ref)) for ref in _schedule(job).values()
     }
     if kind.local_model and (judge := _folder(kind.local_model)).is_dir():
-        check_likelihood_judge(judge, job, texts.values())
+        check_likelihood_judge(judge, job, constitutions.values())
     if job.pairing.method == "best_worst":
-        for text in texts.values():
-            kind.selecting(text)
-    return _Read(train, held_out, texts, calibration)
+        for constitution in constitutions.values():
+            kind.selecting(constitution)
+    return _Read(train, held_out, constitutions, calibration)
 
 
 def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
@@ -175,14 +175,14 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
     ballots = scores = eval_ballots = 0
     evaluations = 1  # of the base policy
     for k in range(job.iterations):
-        text = read.texts[schedule[max(i for i in schedule if i <= k)]]
-        ballots += pairs * _ballots_a_pair(job, text, "decide", base_dir)
+        constitution = read.constitutions[schedule[max(i for i in schedule if i <= k)]]
+        ballots += pairs * _ballots_a_pair(job, constitution, "decide", base_dir)
         if job.pairing.method == "best_worst":
-            scores += samples * len(kind_of(job.judge).selecting(text))
+            scores += samples * len(kind_of(job.judge).selecting(constitution))
         last = k + 1 == job.iterations
         if last or (k + 1) % job.eval.every == 0 or (k + 1) in schedule:
             evaluations += 1
-            eval_ballots += held * _ballots_a_pair(job, text, "evaluate", base_dir)
+            eval_ballots += held * _ballots_a_pair(job, constitution, "evaluate", base_dir)
     return _Counts(
         samples=samples * job.iterations,
         pairs=pairs * job.iterations,
@@ -280,14 +280,14 @@ def _width(precision: Precision, fast: bool) -> int:
     return 2 if _computes(precision, fast) == "fp32" else 1
 
 
-def _ballots_a_pair(job: Job, text: Constitution, role: Role, base_dir: Path) -> int:
+def _ballots_a_pair(job: Job, constitution: Constitution, role: Role, base_dir: Path) -> int:
     """Questions to the judge about one pair; for a judge behind a server each is a request."""
     judge = kind_of(job.judge)
     pair = Pair(id="any", prompt_id="any", first="first", second="second", method="plan")
     folder = base_dir / judge.templates_dir
-    names = judge.template_names(text, role, templates_in(folder))
+    names = judge.template_names(constitution, role, templates_in(folder))
     templates = [load_template(folder, name) for name in names]
-    return len(judge.ballots([pair], text, role, templates=templates))
+    return len(judge.ballots([pair], constitution, role, templates=templates))
 
 
 def _trained_share(job: Job) -> float:

@@ -31,28 +31,28 @@ EVAL_SEED_ITERATION = -1
 """Held-out answers are drawn with the same seeds at every evaluation, so that two differ by the policy only."""
 
 
-def evaluate(run: Running, updates: int, plan: Plan, text: Constitution) -> EvaluationMetrics:
+def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution) -> EvaluationMetrics:
     """Held-out answers of the policy after `updates` iterations, against the base policy's, under a plan's text."""
     here = run.dir.evaluation(updates)
     if (here.path / "metrics.json").exists():
         return read_record(here.path / "metrics.json", EvaluationMetrics)
     started = time.monotonic()
     prompts = run.held_out[: run.job.eval.prompts]
-    it = Iteration(plan, here, text, {p.id: p for p in prompts}, role="evaluate")
+    it = Iteration(plan, here, constitution, {p.id: p for p in prompts}, role="evaluate")
     policy, _ = run.hand_over.policy_before(updates)
-    judged = updates != BASE_POLICY and kind_of(run.job.judge).evaluates(text)
+    judged = updates != BASE_POLICY and kind_of(run.job.judge).evaluates(constitution)
 
     def sample(_: list[Completion]) -> Iterator[list[Completion]]:
         run.hand_over.load_sampler(updates)
         shown = max(updates - 1, 0)
-        run.progress.stage(shown, "held-out", len(prompts) * run.job.eval.samples, "answers", str(text.ref))
+        run.progress.stage(shown, "held-out", len(prompts) * run.job.eval.samples, "answers", str(constitution.ref))
         yield from _sampled(run, updates, prompts, policy, run.job.eval.samples, f"eval{updates:04d}",
                             run.job.eval.temperature, run.job.eval.top_p)  # fmt: skip
 
     completions = in_order(it.rows("completions", sample, before_commit=run.hand_over.gap_noted), it.prompts)
 
     def measure(_: list[Quality]) -> Iterator[list[Quality]]:
-        run.progress.stage(max(updates - 1, 0), "sanity", len(completions), "answers", str(text.ref))
+        run.progress.stage(max(updates - 1, 0), "sanity", len(completions), "answers", str(constitution.ref))
         asked = candidates(completions, it.prompts)
         yield from run.advancing(run.measurer.stream("quality", candidates=asked, seed=run.job.seed))
 
@@ -75,7 +75,7 @@ def evaluate(run: Running, updates: int, plan: Plan, text: Constitution) -> Eval
         decisions = it.decisions if judged else None
     seconds = round(time.monotonic() - started, 1)
     metrics = monitors.evaluation_metrics(
-        updates, text, completions, quality, it.pairs, decisions, seconds, drift, gap=gap_of(here), base=base
+        updates, constitution, completions, quality, it.pairs, decisions, seconds, drift, gap=gap_of(here), base=base
     )
     write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
     values = tracking.of_evaluation(metrics, it.votes, run.job.judge, run.text_number(it.k))
@@ -92,7 +92,7 @@ def _drift(
         return None
     if policy.digest == run.base.digest:
         return []
-    shown, text = max(updates - 1, 0), str(it.text.ref)
+    shown, text = max(updates - 1, 0), str(it.constitution.ref)
 
     def sample(_: list[Completion]) -> Iterator[list[Completion]]:
         run.hand_over.load_sampler(updates)

@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from rlaif.config import Job
 from rlaif.constitutions.constitution import Constitution, load_with_source
-from rlaif.constitutions.copies import TEXT_FILE, as_derived, derived_copy, template_sources, text_copy
+from rlaif.constitutions.copies import CONSTITUTION_FILE, as_derived, constitution_copy, derived_copy, template_sources
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
 from rlaif.constitutions.templates import Template, evaluating_name, load_template, parse_template
 from rlaif.errors import UserError
@@ -29,8 +29,8 @@ _DERIVED_PIN = "derived wordings"
 """In pins.json; with a space, so that it is no text's name."""
 
 
-class Texts:
-    """The constitutions of one run.
+class InForce:
+    """Which constitution of a run is in force when, with the run's copies of all of them.
 
     Raises:
         UserError: at construction, when a text is missing or doesn't parse. Later a broken text leaves the
@@ -50,25 +50,27 @@ class Texts:
         self._judge = kind_of(job.judge)
         self._templates_dir = base_dir / self._judge.templates_dir
         # A pinned text comes from the run's own copy once there is one; what is on disk no longer matters.
-        texts = [self._newest(self._follows)] if self._follows else list(map(self._pinned, self._schedule.values()))
-        checked = [(text, self._templates(text)) for text in texts]
+        constitutions = (
+            [self._newest(self._follows)] if self._follows else list(map(self._pinned, self._schedule.values()))
+        )
+        checked = [(c, self._templates(c)) for c in constitutions]
         self._last_good = checked[0]
 
-    def in_force(self, iteration: int) -> tuple[Constitution, dict[str, str]]:
+    def at(self, iteration: int) -> tuple[Constitution, dict[str, str]]:
         """The text for this iteration, and name → hash of the templates that show it (none for a judge that doesn't
         read); all copied into the run."""
         if not self._follows:
             start = max(i for i in self._schedule if i <= iteration)
-            text = self._pinned(self._schedule[start])
-            return text, self._templates(text)
+            constitution = self._pinned(self._schedule[start])
+            return constitution, self._templates(constitution)
         try:
             newest = self._newest(self._follows)
             self._last_good, self._alarmed = (newest, self._templates(newest)), None
         except UserError as e:
             if self._alarmed != str(e):
                 self._alarmed = str(e)
-                text, _ = self._last_good
-                message = f"{e}; {text.ref} ({text.hash}) stays in force"
+                constitution, _ = self._last_good
+                message = f"{e}; {constitution.ref} ({constitution.hash}) stays in force"
                 self._run.event("alarm", message, iteration, kind="constitution", action="warn")
                 self._note(f"alarm in iteration {iteration + 1}: {message}")
         return self._last_good
@@ -76,13 +78,15 @@ class Texts:
     def load(self, ref: ConstitutionRef, derived: Mapping[str, str] = MappingProxyType({})) -> Constitution:
         """The run's copy of a text, under the name that `ref` gives it: two versions may say the same. `derived` is
         the plan's."""
-        text = text_copy(self._run, ref.hash).model_copy(update={"name": ref.name, "version": ref.version})
-        return as_derived(self._run, text, derived)
+        constitution = constitution_copy(self._run, ref.hash).model_copy(
+            update={"name": ref.name, "version": ref.version}
+        )
+        return as_derived(self._run, constitution, derived)
 
-    def _templates(self, text: Constitution) -> dict[str, str]:
-        deciding = self._judge.template_names(text, "decide")
+    def _templates(self, constitution: Constitution) -> dict[str, str]:
+        deciding = self._judge.template_names(constitution, "decide")
         known = {other for name in deciding if self._is_known(other := evaluating_name(name), name)}
-        evaluating = self._judge.template_names(text, "evaluate", known)
+        evaluating = self._judge.template_names(constitution, "evaluate", known)
         if (same := [name for name in evaluating if name in deciding]) and not self._said:
             self._said = True
             self._note(
@@ -138,30 +142,32 @@ class Texts:
             write_json(pins, known)
         if known[reference] in known:
             reference = known[reference]
-        text = text_copy(self._run, known[reference])
+        constitution = constitution_copy(self._run, known[reference])
         name, _, version = reference.partition("@")
-        text = text.model_copy(update={"name": name, "version": int(version)}) if version else text
+        constitution = (
+            constitution.model_copy(update={"name": name, "version": int(version)}) if version else constitution
+        )
         # Without a pin the run is from before contrasts were derived, and goes on without; one without a text's name is
         # from before opposites were, which are a text's own.
-        pin = known.get(f"{_DERIVED_PIN} {text.hash}", known.get(_DERIVED_PIN))
-        pin = pin if self._judge.derives and text.derives else None
-        return text.derived_by(derived_copy(self._run, pin) if pin else None)
+        pin = known.get(f"{_DERIVED_PIN} {constitution.hash}", known.get(_DERIVED_PIN))
+        pin = pin if self._judge.derives and constitution.derives else None
+        return constitution.derived_by(derived_copy(self._run, pin) if pin else None)
 
     def _newest(self, reference: str) -> Constitution:
-        text, source = load_with_source(self._directory, reference)
-        text = self._judge.text(text)
+        constitution, source = load_with_source(self._directory, reference)
+        constitution = self._judge.as_read(constitution)
         if self._selects:
-            self._judge.selecting(text)
-        if text.wordings is not None:
-            copy = self._run.path / "constitutions" / text.wordings.hash
+            self._judge.selecting(constitution)
+        if constitution.wordings is not None:
+            copy = self._run.path / "constitutions" / constitution.wordings.hash
             if not copy.exists():
-                content = json.dumps(text.wordings.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+                content = json.dumps(constitution.wordings.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
                 _copy(copy, {DERIVED_FILE: content.encode()})
-        folder = self._run.path / "constitutions" / text.hash
-        if not (folder / TEXT_FILE).exists():
-            content = json.dumps(text.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-            _copy(folder, {"source.yaml": source, TEXT_FILE: content.encode()})
-        return text
+        folder = self._run.path / "constitutions" / constitution.hash
+        if not (folder / CONSTITUTION_FILE).exists():
+            content = json.dumps(constitution.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+            _copy(folder, {"source.yaml": source, CONSTITUTION_FILE: content.encode()})
+        return constitution
 
 
 def _copy(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -21,15 +21,15 @@ from rlaif.rundir.store import write_json
 
 def score(run: Running, it: Iteration) -> list[Score]:
     """Every completion by every selecting voice, where pairs are chosen by scores."""
-    voices = kind_of(run.job.judge).selecting(it.text) if run.job.pairing.method == "best_worst" else []
+    voices = kind_of(run.job.judge).selecting(it.constitution) if run.job.pairing.method == "best_worst" else []
 
     def produce(done: list[Score]) -> Iterator[list[Score]]:
         have = {(s.completion_id, s.voice) for s in done}
         owed = [c for c in it.completions if any((c.id, v) not in have for v in voices)]
         if not owed:
             return
-        run.progress.stage(it.k, "score", len(owed) * len(voices), "scores", str(it.text.ref))
-        asked = {"candidates": candidates(owed, it.prompts), "constitution": it.text, "voices": voices}
+        run.progress.stage(it.k, "score", len(owed) * len(voices), "scores", str(it.constitution.ref))
+        asked = {"candidates": candidates(owed, it.prompts), "constitution": it.constitution, "voices": voices}
         for chunk in run.advancing(run.judge.stream("score", **asked)):
             yield [s for s in chunk if (s.completion_id, s.voice) not in have]
 
@@ -48,7 +48,7 @@ def pair(run: Running, it: Iteration) -> list[Pair]:
 def judge(run: Running, it: Iteration) -> list[Vote]:
     """Every ballot's vote, in the order of the ballots."""
     kind, journal = kind_of(run.job.judge), it.dir.path / "votes.asked"
-    asked: dict[str, Any] = {"constitution": it.text, **kind.cast_with(_templates(run, it, it.role), journal)}
+    asked: dict[str, Any] = {"constitution": it.constitution, **kind.cast_with(_templates(run, it, it.role), journal)}
     ballots = _ballots(run, it, it.role, it.pairs)
     # Held-out pairs count by their verdict, kept or not, so every vote on them counts.
     early_stop = kind.early_stop and it.role == "decide"
@@ -66,7 +66,7 @@ def judge(run: Running, it: Iteration) -> list[Vote]:
             if not owed:
                 continue
             name = "judge" if it.role == "decide" else "evaluate"
-            run.progress.stage(it.k, name, len(owed), "votes", str(it.text.ref))
+            run.progress.stage(it.k, name, len(owed), "votes", str(it.constitution.ref))
             for chunk in run.advancing(run.judge.stream("cast", ballots=owed, pairs=it.pairs, **asked)):
                 votes += chunk
                 yield chunk
@@ -92,7 +92,9 @@ def decide(run: Running, it: Iteration) -> list[Decision]:
             part = it.prompts[p.prompt_id].category or EVERYTHING
             asked = how and how._replace(ends=ends_of(p, cut))
             made.append(
-                decide_votes(p, of_pair[p.id], filters, texts, it.text.weights, jurors, calibration, part, cut, asked)
+                decide_votes(
+                    p, of_pair[p.id], filters, texts, it.constitution.weights, jurors, calibration, part, cut, asked
+                )
             )
         # Held-out pairs are never labelled: they only measure.
         yield to_review(made, filters) if it.role == "decide" else made
@@ -117,13 +119,13 @@ def check_calibration(run: Running, it: Iteration) -> None:
 
 
 def _templates(run: Running, it: Iteration, role: Role) -> list[Template]:
-    names = kind_of(run.job.judge).template_names(it.text, role, it.plan.templates)
-    return [run.texts.load_template(name, it.plan.templates[name]) for name in names]
+    names = kind_of(run.job.judge).template_names(it.constitution, role, it.plan.templates)
+    return [run.in_force.load_template(name, it.plan.templates[name]) for name in names]
 
 
 def _ballots(run: Running, it: Iteration, role: Role, pairs: list[Pair]) -> list[Ballot]:
     templates = _templates(run, it, role)
-    return kind_of(run.job.judge).ballots(pairs, it.text, role, run.job.seed, run.judge_name, templates)
+    return kind_of(run.job.judge).ballots(pairs, it.constitution, role, run.job.seed, run.judge_name, templates)
 
 
 def _settled(run: Running, it: Iteration, votes: list[Vote], in_rounds: list[list[Ballot]], number: int) -> set[str]:
@@ -133,7 +135,7 @@ def _settled(run: Running, it: Iteration, votes: list[Vote], in_rounds: list[lis
     left: dict[str, list[Ballot]] = {}
     for ballot in (b for ballots in in_rounds[number:] for b in ballots):
         left.setdefault(ballot.pair_id, []).append(ballot)
-    filters, weights = run.job.filters, it.text.weights
+    filters, weights = run.job.filters, it.constitution.weights
     return {p for p, mine in of_pair.items() if settled(mine, left.get(p, []), filters, weights)}
 
 

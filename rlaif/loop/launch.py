@@ -25,7 +25,7 @@ from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calib
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of, likelihood_worker
 from rlaif.loop import Loop, Progress
-from rlaif.loop.in_force import Texts
+from rlaif.loop.in_force import InForce
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update
 from rlaif.loop.training import mix_for
@@ -54,7 +54,7 @@ class _Start:
 
     changed: str | None
     """What differs from the job that the run was begun with, in words."""
-    texts: Texts
+    in_force: InForce
     train: list[Prompt]
     held_out: list[Prompt]
     rows: dict[str, str]
@@ -111,7 +111,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             loop = Loop(
                 job,
                 run,
-                start.texts,
+                start.in_force,
                 train,
                 held_out,
                 start.base,
@@ -144,7 +144,7 @@ def _look(
     if not _begun(run):
         check_can_update(job)
         (run.path / _STARTING).touch()
-    texts = Texts(job, run, base_dir, note)
+    in_force = InForce(job, run, base_dir, note)
     rows: dict[str, str] = {}
     train, held_out = prompts_of(run, job, base_dir, note, rows)
     calibration = calibration_of(run, job, base_dir, [p.category or EVERYTHING for p in train], note)
@@ -156,7 +156,7 @@ def _look(
     if local_model := kind_of(job.judge).local_model:
         judge_model = models.resolve(local_model, progress=lambda message, share: note(message))
         digests["judge"] = models.digest_of(judge_model)
-        check_likelihood_judge(judge_model, job, [texts.in_force(k)[0] for k in job.schedule or (0,)])
+        check_likelihood_judge(judge_model, job, [in_force.at(k)[0] for k in job.schedule or (0,)])
         judge = WeightsRef(digest=digests["judge"], path=judge_model)
     found = digests | models.tokenizer_identity(base).model_dump()
     code = _code() | ({"own_code": own_code} if own_code else {})
@@ -164,7 +164,7 @@ def _look(
     _tell_hardware(run, code["hardware"], note)
     return _Start(
         changed=changed,
-        texts=texts,
+        in_force=in_force,
         train=train,
         held_out=held_out,
         rows=rows,

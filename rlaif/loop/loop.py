@@ -44,21 +44,21 @@ class Loop(Running):
         it.decisions = decide(self, it)
         it.training = mix(self, it)
         it.steps = update(self, it)
-        self._end(it, evaluate(self, k + 1, it.plan, it.text) if it.plan.evaluate else None)
+        self._end(it, evaluate(self, k + 1, it.plan, it.constitution) if it.plan.evaluate else None)
 
     def _begin(self, k: int) -> Iteration:
         """The plan and the text in force; what a first iteration and a change of text owe before they sample."""
         plan = self._plan(k)
-        text = self.texts.load(plan.constitution, plan.derived)
-        it = Iteration(plan, self.dir.iteration(k), text, {p.id: p for p in self.train})
-        changed = k > 0 and self.dir.plan(k - 1).constitution.hash != text.hash
+        constitution = self.in_force.load(plan.constitution, plan.derived)
+        it = Iteration(plan, self.dir.iteration(k), constitution, {p.id: p for p in self.train})
+        changed = k > 0 and self.dir.plan(k - 1).constitution.hash != constitution.hash
         if changed:  # not told when the plan is written: a run killed in between would never tell it
-            message = f"after {k} iterations, {text.ref} ({text.hash}) is in force"
-            if self.event_once("constitution_changed", message, k, **text.ref.model_dump()):
+            message = f"after {k} iterations, {constitution.ref} ({constitution.hash}) is in force"
+            if self.event_once("constitution_changed", message, k, **constitution.ref.model_dump()):
                 self.progress.note(f"constitution changed: {message}")
         check_calibration(self, it)
         if k == 0:
-            evaluate(self, BASE_POLICY, plan, text)
+            evaluate(self, BASE_POLICY, plan, constitution)
         elif changed:
             self._evaluate_after(k - 1)
         return it
@@ -68,14 +68,14 @@ class Loop(Running):
         path = here.path / "plan.json"
         if path.exists():
             return self.dir.plan(k)
-        text, templates = self.texts.in_force(k)
+        constitution, templates = self.in_force.at(k)
         last = k + 1 == self.job.iterations
         plan = Plan(
             iteration=k,
             seed=self.job.seed,
-            constitution=text.ref,
+            constitution=constitution.ref,
             templates=templates,
-            derived={text.wordings.id: text.wordings.hash} if text.wordings else {},
+            derived={constitution.wordings.id: constitution.wordings.hash} if constitution.wordings else {},
             code=self.code,
             policy=self.hand_over.policy_before(k)[0],
             prompt_ids=tuple(p.id for p in prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)),
@@ -117,7 +117,7 @@ class Loop(Running):
     def _evaluate_after(self, k: int) -> None:
         """Evaluates what iteration k made under its text, unless its plan had that done, and tells the alarms."""
         plan = self.dir.plan(k)
-        evaluation = evaluate(self, k + 1, plan, self.texts.load(plan.constitution, plan.derived))
+        evaluation = evaluate(self, k + 1, plan, self.in_force.load(plan.constitution, plan.derived))
         ended = read_record(self.dir.iteration(k).path / "metrics.json", IterationMetrics)
         self._stop_at(k, self._alarms(ended, evaluation))  # its own alarms were told when it ended
 

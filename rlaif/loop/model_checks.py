@@ -61,7 +61,7 @@ def check_policy(folder: Path, job: Job) -> None:
     _check_tokens(folder, config, said)
 
 
-def check_likelihood_judge(folder: Path, job: Job, texts: Iterable[Constitution]) -> None:
+def check_likelihood_judge(folder: Path, job: Job, constitutions: Iterable[Constitution]) -> None:
     """Whether a model can judge by likelihood under these texts.
 
     Raises:
@@ -76,12 +76,12 @@ def check_likelihood_judge(folder: Path, job: Job, texts: Iterable[Constitution]
     if renderer is None:
         return
     asked: dict[tuple[str, ...], str] = {}
-    for text in texts:
-        for voice in text.voices():
+    for constitution in constitutions:
+        for voice in constitution.voices():
             before = [m.role for m in voice.prefer]
             if job.policy.system_prompt is not None and "system" not in before:
                 before.insert(0, "system")
-            asked.setdefault((*before, "user"), f"`{voice.id}` of {text.ref}")
+            asked.setdefault((*before, "user"), f"`{voice.id}` of {constitution.ref}")
     for roles, what in asked.items():
         try:
             renderer.check_roles(roles)

@@ -12,7 +12,7 @@ from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Calibration
 from rlaif.judging.candidates import Candidate
 from rlaif.loop.hand_over import HandOver
-from rlaif.loop.in_force import Texts
+from rlaif.loop.in_force import InForce
 from rlaif.records import (
     Alarm,
     Completion,
@@ -47,7 +47,7 @@ class Iteration:
 
     plan: Plan
     dir: StageDir
-    text: Constitution
+    constitution: Constitution
     """In force."""
     prompts: dict[str, Prompt]
     """By id; more than it asks for an iteration, just those asked for an evaluation."""
@@ -87,7 +87,7 @@ class Running:
 
     job: Job
     dir: RunDir
-    texts: Texts
+    in_force: InForce
     train: list[Prompt]
     held_out: list[Prompt]
     base: WeightsRef

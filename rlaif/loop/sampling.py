@@ -18,7 +18,7 @@ def sample(run: Running, it: Iteration) -> list[Completion]:
     def produce(_: list[Completion]) -> Iterator[list[Completion]]:
         run.hand_over.load_sampler(it.k)
         total = len(prompts) * settings.completions_per_prompt
-        run.progress.stage(it.k, "sample", total, "answers", str(it.text.ref))
+        run.progress.stage(it.k, "sample", total, "answers", str(it.constitution.ref))
         for chunk in run.advancing(
             run.sampler.stream(
                 "sample",

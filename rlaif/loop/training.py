@@ -48,10 +48,10 @@ def mix_preferences(run: Running, it: Iteration) -> list[Preference]:
 
     def produce(_: list[Preference]) -> Iterator[list[Preference]]:
         now = read_now(run.dir)
-        human, joined = labelled(run.dir, now, it.k, it.prompts, it.text)
-        fresh = human + preferences_of(it.k, it.prompts, it.completions, it.pairs, it.decisions, it.text)
+        human, joined = labelled(run.dir, now, it.k, it.prompts, it.constitution)
+        fresh = human + preferences_of(it.k, it.prompts, it.completions, it.pairs, it.decisions, it.constitution)
         labels.update(joined)
-        yield fresh + replayed(run.dir, now, it.k, fresh, run.job.replay, run.job.seed, it.text)
+        yield fresh + replayed(run.dir, now, it.k, fresh, run.job.replay, run.job.seed, it.constitution)
 
     rows = it.rows("preferences", produce, before_commit=lambda: {"labels": labels} if labels else {})
     _tell_labels(run, it.k)
@@ -74,7 +74,7 @@ def update(run: Running, it: Iteration) -> list[UpdateStep]:
         run.hand_over.load_learner(it.k)
         run.hand_over.learner_moves()
         total = -(-len(it.training) // run.job.learner.batch_size) * run.job.learner.epochs
-        run.progress.stage(it.k, "update", total, "steps", str(it.text.ref))
+        run.progress.stage(it.k, "update", total, "steps", str(it.constitution.ref))
         for step in run.learner.stream("update", rows=it.training, iteration=it.k):
             run.progress.advance(1)
             yield [step]

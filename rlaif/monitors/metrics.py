@@ -130,7 +130,7 @@ def juror_agreement(votes: list[Vote], decisions: list[Decision]) -> dict[str, f
 
 def evaluation_metrics(
     updates: int,
-    text: Constitution,
+    constitution: Constitution,
     completions: list[Completion],
     quality: list[Quality],
     pairs: list[Pair],
@@ -158,7 +158,7 @@ def evaluation_metrics(
     return EvaluationMetrics(
         **dict(answer_stats(completions)),
         updates=updates,
-        constitution=text.ref,
+        constitution=constitution.ref,
         win_rate=fmean(by_prompt) if by_prompt else None,
         win_interval=wilson(sum(by_prompt), len(by_prompt)) if by_prompt else None,
         length_controlled_win_rate=controlled.win_rate,
@@ -171,7 +171,7 @@ def evaluation_metrics(
         **_drift(drift),
         relevance=fmean([q.relevance for q in quality if q.tokens] or [0.0]),  # an empty answer has neither
         base_logprob_per_token=fmean([q.logprob_per_token for q in quality if q.tokens] or [0.0]),
-        checks={p.id: sum(p.check.passes(c.text) for c in completions) / n for p in text.principles if p.check},
+        checks={p.id: sum(p.check.passes(c.text) for c in completions) / n for p in constitution.principles if p.check},
         seconds=seconds,
         weights_gap=gap,
     )

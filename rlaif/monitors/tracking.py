@@ -62,11 +62,11 @@ def of_evaluation(
     }
 
 
-def _marks(iteration: int, text: ConstitutionRef, text_number: int) -> dict[str, float | str]:
+def _marks(iteration: int, constitution: ConstitutionRef, text_number: int) -> dict[str, float | str]:
     """What a point belongs to. Iterations count from 1, as in tables."""
     return {
         f"{_PIPELINE}/iteration": iteration,
-        f"{_PIPELINE}/constitution": f"{text} ({text.hash})",
+        f"{_PIPELINE}/constitution": f"{constitution} ({constitution.hash})",
         f"{_PIPELINE}/constitution_number": text_number,
     }
 

@@ -20,7 +20,7 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from rlaif.constitutions.constitution import Constitution
-from rlaif.constitutions.copies import text_copy
+from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import RlaifError, UserError, first_problem, said
 from rlaif.judging.filters import certainty
 from rlaif.records import (
@@ -166,7 +166,7 @@ class Queue:
         k = self._iteration_of(pair_id)
         here = self._run.iteration(k)
         ref = self._plan(k).constitution
-        text = text_copy(self._run, ref.hash)
+        constitution = constitution_copy(self._run, ref.hash)
         asked = self._run.path / "prompts" / "train.jsonl"
         asked.stat()  # what is gone as a whole is noticed before much is read
         pair = _by_id(here.path / "pairs.jsonl", Pair, pair_id)[pair_id]
@@ -181,7 +181,7 @@ class Queue:
             messages=prompt.messages,
             shown=(first.text, second.text),
             cut_off=(first.finish_reason == "length", second.finish_reason == "length"),
-            constitution=text.model_copy(update={"name": ref.name, "version": ref.version}),
+            constitution=constitution.model_copy(update={"name": ref.name, "version": ref.version}),
             constitution_source=read_source(self._run.path / "constitutions" / ref.hash / "source.yaml"),
         )
 

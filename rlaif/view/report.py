@@ -17,7 +17,7 @@ from rlaif.audit.index import Index
 from rlaif.audit.overview import Overview
 from rlaif.audit.summary import held_out_answers
 from rlaif.constitutions.constitution import Constitution
-from rlaif.constitutions.copies import text_copy
+from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.judging.kinds import kind_of
@@ -295,7 +295,7 @@ def _calibration(run: RunDir, job: dict[str, Any], damaged: list[str]) -> Calibr
 def _text(run: RunDir, name: str, digest: str, since: int, damaged: list[str]) -> Text:
     """A text as the run has it; `damaged` gets a line when it can't be read."""
     try:
-        constitution = text_copy(run, digest)
+        constitution = constitution_copy(run, digest)
     except FileNotFoundError:  # the index says so
         constitution = None
     except RlaifError as e:

@@ -79,11 +79,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def voices(settings: LikelihoodSettings | None = None) -> Opened:
-    def ballots(pairs: Any, text: Constitution) -> list[Ballot]:
-        return make_ballots(pairs, text, "stub", "decide", 7, likelihood_parameters(settings or LikelihoodSettings()))
+    def ballots(pairs: Any, constitution: Constitution) -> list[Ballot]:
+        return make_ballots(
+            pairs, constitution, "stub", "decide", 7, likelihood_parameters(settings or LikelihoodSettings())
+        )
 
-    def ask(pairs: Any, candidates: Any, text: Constitution) -> Iterator[list[Vote]]:
-        yield from VoiceJudge().cast(ballots(pairs, text), pairs, candidates, text)
+    def ask(pairs: Any, candidates: Any, constitution: Constitution) -> Iterator[list[Vote]]:
+        yield from VoiceJudge().cast(ballots(pairs, constitution), pairs, candidates, constitution)
 
     return Opened(ask, ballots)
 
@@ -99,16 +101,16 @@ def measured(root: Path, *override: str, sample: int = 200, seed: int = 0, judge
     return effect_of(run, Edit(before, after), judge or voices(job.judge), job, Options(sample, seed))
 
 
-def outcomes(root: Path, text: Constitution | None) -> dict[str, str]:
+def outcomes(root: Path, constitution: Constitution | None) -> dict[str, str]:
     """The verdicts of every pair of the run under a text, asked in one go: what the effect must follow from."""
-    assert text is not None
+    assert constitution is not None
     run = RunDir.open(root / "run")
     pairs = [p for k in run.iterations() for p in run.iteration(k).read("pairs", Pair)]
     prompts = {p.id: p for p in stub_prompts(20, "train")}
     completions = [c for k in run.iterations() for c in run.iteration(k).read("completions", Completion)]
     candidates = [Candidate.of(c, prompts[c.prompt_id]) for c in completions]
-    votes = [v for chunk in voices().ask(pairs, candidates, text) for v in chunk]
-    return {id: aggregate(mine, text.weights).outcome for id, mine in by_pair(votes).items()}
+    votes = [v for chunk in voices().ask(pairs, candidates, constitution) for v in chunk]
+    return {id: aggregate(mine, constitution.weights).outcome for id, mine in by_pair(votes).items()}
 
 
 def test_turned_verdicts_and_their_parts_are_those_that_asking_afresh_gives(root: Path) -> None:

@@ -298,8 +298,8 @@ def test_a_value_of_another_type_is_a_damaged_line(
 
 
 def test_files_that_are_gone_are_named(copy: RunDir) -> None:
-    text = overview(Index.open(copy), copy).iterations[0].constitution
-    assert text == "rules@1"
+    constitution = overview(Index.open(copy), copy).iterations[0].constitution
+    assert constitution == "rules@1"
     gone = [copy.path / "events.jsonl", copy.path / "prompts/train.jsonl", copy.iteration(2).path / "plan.json"]
     gone += sorted((copy.path / "constitutions").glob("*/constitution.json"))[:1]
     for path in gone:

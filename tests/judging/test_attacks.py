@@ -80,8 +80,8 @@ def test_verdicts_are_made_as_the_job_makes_them():
 
     def stable(filters, calibration=None):
         rows = read_labelled([ROOT / "prompts/judge_bench.jsonl"]).rows[:2]
-        text = load_constitution(ROOT / "constitutions", "assistant@1")
-        return attack_judge(rows, ask, lambda _: text, filters, calibration=calibration).stable
+        constitution = load_constitution(ROOT / "constitutions", "assistant@1")
+        return attack_judge(rows, ask, lambda _: constitution, filters, calibration=calibration).stable
 
     assert stable(Filters(aggregate="mean", min_agreement=0.6)) == 0
     assert stable(Filters(aggregate="majority", min_agreement=0.6)) == 2

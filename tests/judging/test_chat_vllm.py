@@ -75,9 +75,9 @@ def test_votes_of_a_real_server(server: str, tmp_path: Path) -> None:
         "test",
     )  # fmt: skip
     rows = [r for r in read_labelled([ROOT / "prompts/judge_bench.jsonl"]).rows if r.constitution == "assistant@1"][:6]
-    text = load_constitution(ROOT / "constitutions", "assistant@1")
-    ask = open_with_ballots(job, [text], ROOT, lambda message: None).ask
-    votes = cast_votes(rows, ask, lambda reference: text)
+    constitution = load_constitution(ROOT / "constitutions", "assistant@1")
+    ask = open_with_ballots(job, [constitution], ROOT, lambda message: None).ask
+    votes = cast_votes(rows, ask, lambda reference: constitution)
 
     assert len(votes) == len(rows) * 2 * 2  # both orders of two templates
     assert {v.model for v in votes} == {"smollm2"}
@@ -92,7 +92,9 @@ def test_votes_of_a_real_server(server: str, tmp_path: Path) -> None:
     assert all(0 <= v.p_first <= 1 and 0 <= (v.mass_neither or 0) <= 1 for v in told if v.p_first is not None)
     assert len({aggregate(mine).pair_id for mine in by_pair(votes).values()}) == len(rows)
 
-    again = cast_votes(rows, open_with_ballots(job, [text], ROOT, lambda message: None).ask, lambda reference: text)
+    again = cast_votes(
+        rows, open_with_ballots(job, [constitution], ROOT, lambda message: None).ask, lambda reference: constitution
+    )
     # A reply that was cut off isn't stored, and one is asked for again where the server gives a fingerprint.
     unfinished = sum(v.abstain_reason in ("truncated", "empty") for v in votes)
     assert sum(not v.cached for v in again) <= unfinished + any(v.fingerprint for v in votes)
