@@ -186,6 +186,7 @@ class Short(Sampler):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["inline", "process"])
 def test_an_iteration_with_a_learner_and_a_sampler_of_ones_own(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str

@@ -153,6 +153,7 @@ SETTINGS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(ARCHITECTURES))
 def test_answers_are_scored_as_they_were_decoded(name: str, maker: ProcessWorker, tmp_path: Path) -> None:
     """Whatever temperature and top-p: the raw log p is recorded."""

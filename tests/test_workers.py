@@ -20,6 +20,8 @@ from rlaif.workers.process import ProcessWorker
 from rlaif.workers.start import start_worker, wait_until_ready
 from rlaif.workers.worker import Worker
 
+pytestmark = pytest.mark.slow
+
 
 class Echo:
     """What the tests run in a worker."""
@@ -106,7 +108,6 @@ def test_call_and_stream(both: Worker) -> None:
     assert both.call("greet", name="Bob") == "hi Bob"
 
 
-@pytest.mark.slow
 def test_each_is_told_when_it_is_ready_whatever_their_order(tmp_path: Path) -> None:
     told: list[tuple[str, list[str]]] = []
     seconds: list[float] = []
@@ -163,7 +164,6 @@ def test_unknown_method_is_a_worker_error(both: Worker) -> None:
         both.call("nothing")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["process", "inline"])
 def test_errors_while_building(mode: Any, tmp_path: Path) -> None:
     for fail, error, message in (
@@ -176,7 +176,6 @@ def test_errors_while_building(mode: Any, tmp_path: Path) -> None:
         worker.close()
 
 
-@pytest.mark.slow
 def test_starting_does_not_wait(tmp_path: Path) -> None:
     began = time.monotonic()
     with ProcessWorker("echo", FACTORY, {"delay_s": 1.0}, tmp_path / "echo.log") as worker:
@@ -264,7 +263,6 @@ def give_up(worker: ProcessWorker, sleeping_s: float) -> None:
         signal.signal(signal.SIGALRM, old)
 
 
-@pytest.mark.slow
 def test_a_call_given_up_does_not_answer_the_next(worker: ProcessWorker) -> None:
     give_up(worker, sleeping_s=0.6)
     assert worker.call("greet", name="Ada") == "hello Ada"
@@ -280,7 +278,6 @@ def test_close_ends_the_process_and_what_it_started(tmp_path: Path) -> None:
     assert not worker.alive
 
 
-@pytest.mark.slow
 def test_close_while_busy_kills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlaif.workers.process.CLOSE_GRACE_S", 0.2)
     worker = ProcessWorker("echo", FACTORY, {}, tmp_path / "echo.log")
@@ -325,7 +322,6 @@ def test_children_go_when_the_parent_is_killed(tmp_path: Path) -> None:
     assert _gone(grandchild)
 
 
-@pytest.mark.slow
 def test_ctrl_c_prints_no_traceback_of_a_child(tmp_path: Path) -> None:
     parent, pid, _ = _parent(tmp_path)
     os.kill(pid, signal.SIGINT)

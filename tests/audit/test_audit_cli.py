@@ -17,6 +17,8 @@ from tests.audit.conftest import STORED
 from tests.conftest import rlaif_here
 from tests.test_layers import main, without_heavy
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAIR = "a75b1dfe68c748c8"
 
@@ -42,7 +44,6 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "expected"), COMMANDS, ids=lambda c: c[0] if c and isinstance(c, tuple) else "")
 def test_commands_without_heavy_libraries(arguments: tuple[str, ...], expected: str) -> None:
     done = without_heavy(main("audit", str(STORED), *arguments))
@@ -54,7 +55,6 @@ def test_commands_without_heavy_libraries(arguments: tuple[str, ...], expected: 
     assert json.loads(as_json.stdout)
 
 
-@pytest.mark.slow
 def test_the_overview_fits_a_screen() -> None:
     done = audit()
     lines = done.stdout.splitlines()
@@ -86,7 +86,6 @@ def on_a_terminal(*arguments: str, columns: int, lines: int, run: Path = STORED)
     return shown.decode()
 
 
-@pytest.mark.slow
 def test_a_terminal_gets_a_rich_table_and_a_pipe_lines() -> None:
     query = ("sql", "SELECT * FROM votes LIMIT 2")
     shown = on_a_terminal(*query, columns=120, lines=40)
@@ -100,7 +99,6 @@ def test_a_terminal_gets_a_rich_table_and_a_pipe_lines() -> None:
     assert not any("┃" in line or "│" in line for line in audit("show", PAIR).stdout.splitlines())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "lines"), [(80, 24), (100, 30), (200, 60)])
 def test_the_overview_of_a_long_run_fits_the_screen(tmp_path: Path, columns: int, lines: int) -> None:
     write_run(tmp_path / "run", pairs=100, iterations=50)
@@ -118,7 +116,6 @@ LONG = "x" * 299 + "."
 CHINESE = "天地玄黄宇宙洪荒" * 20
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("text", [LONG, CHINESE])
 @pytest.mark.parametrize("columns", [60, 100, None])
 def test_text_without_spaces_is_shown_whole(copy: RunDir, text: str, columns: int | None) -> None:
@@ -211,7 +208,6 @@ def test_damage_is_told_on_stderr_and_the_rest_is_shown(copy: RunDir) -> None:
     assert json.loads(done.stdout)["total"] == 20
 
 
-@pytest.mark.slow
 def test_export_without_datasets_says_what_to_install(tmp_path: Path) -> None:
     done = without_heavy(main("audit", str(STORED), "export", "--to", str(tmp_path / "out.parquet")))
     assert done.returncode == 2
@@ -244,7 +240,6 @@ def test_labels_are_shown_beside_the_verdict(copy: RunDir) -> None:
     assert complaints(done) == []
 
 
-@pytest.mark.slow
 def test_a_run_that_has_just_begun(copy: RunDir, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
@@ -325,7 +320,6 @@ def test_without_the_text_the_questions_are_missing_and_the_rest_is_shown(copy: 
     assert "decision: kept" in done.stdout
 
 
-@pytest.mark.slow
 def test_a_policy_that_is_not_known_is_never_none(copy: RunDir, tmp_path: Path) -> None:
     """Iteration 3 trained; without its updates.meta.json nobody knows into which policy."""
     meta = copy.iteration(2).path / "updates.meta.json"

@@ -224,6 +224,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Fault
         yield root, server
 
 
+@pytest.mark.slow
 def test_a_reading_judge_is_asked_about_each_part(chat: tuple[Path, FaultServer]) -> None:
     root, _ = chat
     run = RunDir.open(root / "run")

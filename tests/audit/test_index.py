@@ -23,6 +23,8 @@ from rlaif.errors import UserError
 from rlaif.records import Vote
 from rlaif.rundir.store import RunDir
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -60,7 +62,6 @@ def test_nothing_is_written_when_nothing_changed(stored: RunDir) -> None:
         assert index.path.stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
 def test_a_live_run_is_followed_line_by_line(copy: RunDir) -> None:
     """Votes grow, the last line is torn for a while, then the stage is completed under its final name."""
     here = copy.iteration(3).path
@@ -110,7 +111,6 @@ def test_a_stage_that_was_begun_anew_is_read_anew(copy: RunDir) -> None:
         assert [r["ballot_id"] for r in rows] == [json.loads(x)["ballot"]["id"] for x in reversed(lines[:20])]
 
 
-@pytest.mark.slow
 def test_changed_and_removed_stages_are_taken_in_again(copy: RunDir) -> None:
     with Index.open(copy) as index:
         path = copy.iteration(0).path / "decisions.jsonl"
@@ -127,7 +127,6 @@ def test_changed_and_removed_stages_are_taken_in_again(copy: RunDir) -> None:
         assert index.problems == [f"{path}: missing, though updates.jsonl is there"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", [b"{", b"", b"\xff\xfe\x00broken", b"[1, 2]", b'{"ballot": 3}', b'{"ballot": {"id": null}}', b"null"]
 )
@@ -167,7 +166,6 @@ def test_damaged_small_files_are_named(copy: RunDir) -> None:
         assert overview(index, copy).iterations[1].constitution == "rules@1"  # metrics.json knows it too
 
 
-@pytest.mark.slow
 def test_an_index_that_is_garbage_is_made_again(stored: RunDir) -> None:
     with Index.open(stored) as index:
         path = index.path
@@ -176,7 +174,6 @@ def test_an_index_that_is_garbage_is_made_again(stored: RunDir) -> None:
         assert count(index, "votes") == 208
 
 
-@pytest.mark.slow
 def test_another_layout_is_another_index(stored: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     with Index.open(stored) as index:
         old = index.path
@@ -194,7 +191,6 @@ def test_a_cache_that_cannot_be_written_is_one_line(stored: RunDir, monkeypatch:
     assert "/proc/nowhere" in str(caught.value)
 
 
-@pytest.mark.slow
 def test_no_query_writes_or_reads_other_files(stored: RunDir, tmp_path: Path) -> None:
     secret = tmp_path / "secret.csv"
     secret.write_text("a\n1\n")
@@ -210,7 +206,6 @@ def test_no_query_writes_or_reads_other_files(stored: RunDir, tmp_path: Path) ->
     assert not (tmp_path / "out.csv").exists()
 
 
-@pytest.mark.slow
 def test_two_processes_at_once(copy: RunDir, index_folder: Path) -> None:
     """Each builds, asks and refreshes the same index while the run grows; none fails, both see all of it at the end."""
     here = copy.iteration(3).path
@@ -249,7 +244,6 @@ print(seen)
     assert [p.communicate(timeout=90)[0].strip() for p in asking] == [str(len(lines))] * 2
 
 
-@pytest.mark.slow
 def test_threads_may_ask_while_another_updates(copy: RunDir) -> None:
     path = copy.path / "events.jsonl"
     failed: list[Exception] = []
@@ -380,7 +374,6 @@ def _refusing(refused: Path) -> Callable[..., Any]:
     return opened
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["votes", "preferences", "updates"])
 def test_a_lost_meta_file_is_named_once(copy: RunDir, stage: str) -> None:
     meta = copy.iteration(2).path / f"{stage}.meta.json"

@@ -29,6 +29,8 @@ from tests.data.make_run import write_header
 from tests.review.runs import reviewed
 from tests.stubs import stub_job, stub_loop
 
+pytestmark = pytest.mark.slow
+
 Facts = dict[str, Any]
 OPENINGS = {"pairwise": "You compare two answers", "pairwise_evaluate": "Someone wrote these guidelines"}
 """How the judge's templates begin."""
@@ -111,7 +113,6 @@ def run(request: pytest.FixtureRequest, stored: RunDir, tmp_path: Path) -> RunDi
     return RunDir.open(tmp_path / "run")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_every_filter_finds_what_the_files_say(run: RunDir, evaluation: bool) -> None:
     expected = facts(run, evaluation)
@@ -222,7 +223,6 @@ def test_replies_from_the_cache_cost_nothing(copy: RunDir) -> None:
             assert cost.money == pytest.approx((0.4 * cost.prompt_tokens + 1.6 * cost.completion_tokens) / 1e6)
 
 
-@pytest.mark.slow
 def test_show_is_the_log(run: RunDir) -> None:
     trained: dict[str, list[tuple[int, str]]] = defaultdict(list)
     steps: dict[tuple[int, str], list[int]] = defaultdict(list)
@@ -253,7 +253,6 @@ def test_show_is_the_log(run: RunDir) -> None:
             assert f["votes"][0] == Vote.model_validate_json(Path(file).read_text().splitlines()[int(line) - 1])
 
 
-@pytest.mark.slow
 def test_a_pair_is_explained_by_the_threshold_of_its_prompts_slice(tmp_path: Path) -> None:
     job = stub_job(filters={"min_kept_pairs": 3})
     loop = stub_loop(tmp_path, job)
@@ -303,7 +302,6 @@ def test_a_pair_is_found_by_the_beginning_of_its_id(stored: RunDir) -> None:
             show(index, stored, "nowhere")
 
 
-@pytest.mark.slow
 def test_questions_are_those_that_were_sent(stored: RunDir) -> None:
     with Index.open(stored) as index:
         for pair_id in [*facts(stored), *facts(stored, True)]:
@@ -367,7 +365,6 @@ def test_the_likelihood_judges_contexts_are_told_in_words(tmp_path: Path) -> Non
     assert "Avoid:\n\n[system]\nw41" in asked
 
 
-@pytest.mark.slow
 def test_trace_is_every_preference_that_was_trained_on(run: RunDir) -> None:
     made = {k: m["policy_digest"] for k in run.iterations() if not (m := run.iteration(k).meta("updates"))["skipped"]}
     assert len(made) < len(run.iterations())  # one was skipped
@@ -406,7 +403,6 @@ def test_splits_say_what_each_voice_said(stored: RunDir) -> None:
         assert sum(len(v.forward) + len(v.reversed) for v in split.voices) == 8
 
 
-@pytest.mark.slow
 def test_compare_finds_what_differs(copy: RunDir) -> None:
     path = copy.iteration(0).path / "decisions.jsonl"
     decisions = [json.loads(line) for line in path.read_text().splitlines()]

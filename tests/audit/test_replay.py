@@ -29,6 +29,8 @@ from tests.judging.fault_server import FaultServer
 from tests.stubs import BASE_DIGEST, stub_job, stub_loop
 from tests.test_loop_chat import chat_job, chat_loop, cutting, greater_number
 
+pytestmark = pytest.mark.slow
+
 
 def with_header(root: Path, job: Job) -> RunDir:
     header = {"schema_version": 1, "job": job.model_dump(mode="json"), "models": {"policy": BASE_DIGEST}}

@@ -17,6 +17,8 @@ from rlaif.rundir.heads import read_heads, write_head
 from rlaif.rundir.store import RunDir, write_json
 from tests.stubs import BASE_DIGEST, Quiet, stub_job, stub_loop
 
+pytestmark = pytest.mark.slow
+
 STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences")
 
 
@@ -269,7 +271,6 @@ def test_a_run_without_row_digests_and_heads_names_the_file(run: RunDir) -> None
     ]
 
 
-@pytest.mark.slow
 def test_any_flipped_bit_of_any_covered_file_is_found(written: Path, tmp_path: Path) -> None:
     shutil.copytree(written, tmp_path / "run")
     files = [

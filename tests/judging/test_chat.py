@@ -27,6 +27,8 @@ from rlaif.records import Message, Pair, Usage
 from rlaif.rundir.store import read_grown
 from tests.judging.fault_server import FAULTS, FaultServer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TEXT = load_constitution(ROOT / "constitutions", "assistant@1")
@@ -188,7 +190,6 @@ def test_reasoned_votes_can_be_clamped(clamp, expected):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_fails_every_ballot_ends_as_a_vote(seed):
     with FaultServer(share=0.05, seed=seed) as server:
@@ -211,7 +212,6 @@ def test_concurrency_is_bounded_and_used():
     assert server.most_open == 7
 
 
-@pytest.mark.slow
 def test_without_retries_every_fault_has_its_own_reason():
     with FaultServer(share=0.09, seed=4) as server:
         cast = Cast(settings(server, timeout_s=1, max_retries=0, breaker_failures=200, reask=0), 60)
@@ -502,7 +502,6 @@ def test_a_redirected_request_is_answered():
     assert (cast.error, server.requests) == (None, 4)
 
 
-@pytest.mark.slow
 def test_small_casts_that_are_rejected_add_up():
     with FaultServer() as server:
         cast = Cast(settings(server, breaker_failures=5), 8)
@@ -720,7 +719,6 @@ print(len(votes), sum(v.cached for v in votes))
 """
 
 
-@pytest.mark.slow
 def test_processes_share_the_cache(tmp_path):
     with FaultServer(latency_s=0.01) as server:
         command = [sys.executable, "-c", PROCESS, server.url, str(tmp_path)]
@@ -789,7 +787,6 @@ def test_a_server_that_asks_to_wait_is_left_alone_by_all():
     assert 0.19 < asyncio.run(three()) < 0.5
 
 
-@pytest.mark.slow
 def test_a_retry_after_holds_all_requests():
     with FaultServer(share=1.0, faults=("rate_limit",), only_first_attempt=True, retry_after="0.4") as server:
         Cast(settings(server, concurrency=1), 1).run()

@@ -284,6 +284,7 @@ def test_objects_as_python_writes_them_and_what_contradicts_itself(content, expe
     assert said(content, "json") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["letter", "last_line", "json"])
 @pytest.mark.parametrize(
     "piece",

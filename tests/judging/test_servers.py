@@ -27,6 +27,8 @@ from rlaif.records import Usage
 from tests.judging.fault_server import FaultServer, longer
 from tests.judging.test_chat import JSON, LETTER, REASONED, TEXT, Cast, settings
 
+pytestmark = pytest.mark.slow
+
 TEMPLATES = {"letter": LETTER, "last_line": REASONED, "json": JSON}
 SAYS = {"letter": "{R}", "last_line": "Well.\nVerdict: {R}", "json": '{"reason": "x", "verdict": "{R}"}'}
 
@@ -678,7 +680,6 @@ def test_times_of_day_to_wait_for():
     assert retry_after_s({}, {"error": {"metadata": {"headers": behind}}}) == pytest.approx(20, abs=2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 529, 503, 200])
 @pytest.mark.parametrize("how", ["header", "body"])
 def test_all_requests_wait_as_long_as_a_server_asks(status, how):

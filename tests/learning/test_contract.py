@@ -26,6 +26,8 @@ from rlaif.workers.weights import WeightsRef
 from tests.learning.conftest import make_preferences
 from tests.stubs import text as rules
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["dpo", "online_dpo"]
 BETA = 0.1
 

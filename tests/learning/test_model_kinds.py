@@ -50,6 +50,7 @@ def make_random(kind: str, folder: Path) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DROPOUT)
 def test_nothing_is_random_in_training(kind: str, tmp_path: Path, settings: config.Learner) -> None:
     model = make_random(kind, tmp_path / "base")
@@ -150,6 +151,7 @@ def test_a_policy_has_the_files_of_its_base(tmp_path: Path, settings: config.Lea
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template["tool_use"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "online_dpo"])
 @pytest.mark.parametrize("pad", [None, VOCABULARY, VOCABULARY + 7])
 def test_a_pad_beyond_the_embedding(kind: str, pad: int | None, tmp_path: Path, settings: config.Learner) -> None:

@@ -23,6 +23,8 @@ from tests.stubs import stub_job
 from tests.test_layers import main, without_heavy
 from tests.view.runs import HOSTILE, make_run, reviewed_job
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
@@ -143,7 +145,6 @@ def test_a_run_without_an_iteration(stub_run: Path, tmp_path: Path) -> None:
         made(tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_the_command(stub_run: Path, tmp_path: Path) -> None:
     def rlaif(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "rlaif", "report", str(stub_run), *words]
@@ -159,7 +160,6 @@ def test_the_command(stub_run: Path, tmp_path: Path) -> None:
     assert "make it first" in wrong.stderr
 
 
-@pytest.mark.slow
 def test_without_heavy_libraries(stub_run: Path, tmp_path: Path) -> None:
     done = without_heavy(main("report", str(stub_run), "--to", str(tmp_path / "r.html")))
     assert done.returncode == 0, done.stderr
