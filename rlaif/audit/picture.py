@@ -1,4 +1,4 @@
-"""A run's summary.png: four panels over iterations, changes of text marked."""
+"""Pictures as files: a run's summary.png, and several runs over their iterations. Changes of text are marked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rlaif.plotting import Spread, draw_intervals, drawn
+from rlaif.audit.over_time import OverTime, measure_of
+from rlaif.errors import UserError
+from rlaif.plotting import FORMATS, Spread, draw_intervals, drawn
 from rlaif.records import EvaluationMetrics, IterationMetrics
 from rlaif.rundir.store import replacing
 
@@ -75,3 +77,29 @@ def _draw_sanity(axis: Any, evaluations: Evaluations) -> None:
     surprise = [-e.base_logprob_per_token for e in evaluations]
     axis.plot(updates, surprise, "^-", label="-log p under base (nat a token)")
     axis.set(title="sanity on held-out answers", xlabel="iteration", ylim=(0, None))
+
+
+def draw_over_time(found: OverTime, path: Path) -> None:
+    """Writes a panel for each measure: a line for each group's mean, a band between its lowest and its highest run.
+
+    Raises:
+        UserError: the file's name ends in no format that can be drawn.
+    """
+    file_format = path.suffix.removeprefix(".").lower()
+    if file_format not in FORMATS:
+        raise UserError(f"{path}: can't draw this; expected a name that ends in {' or '.join(FORMATS)}")
+    rows = len(found.measures)
+    with replacing(path) as temporary, drawn(temporary, file_format, (8, 2.6 * rows), 110, (rows, 1)) as panels:
+        for axis, name in zip(panels, found.measures, strict=True):
+            for n, group in enumerate(found.groups):
+                points = [(p.after, p.values[name]) for p in group.points if name in p.values]
+                x = [after for after, _ in points]
+                axis.plot(x, [s.mean for _, s in points], "o-", color=f"C{n}", label=group.name)
+                if any(s.runs > 1 for _, s in points):
+                    low, high = [s.low for _, s in points], [s.high for _, s in points]
+                    axis.fill_between(x, low, high, color=f"C{n}", alpha=0.15, linewidth=0)
+            for after in sorted({change.after for group in found.groups for change in group.changes}):
+                axis.axvline(after, color="crimson", linestyle=":")
+            axis.set(title=measure_of(name).says)
+        panels[0].legend()
+        panels[-1].set(xlabel="iterations" if found.axis == "start" else "iterations since the change of text")

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from rlaif import __version__
-from rlaif.cli import audit, constitution, init, judge, report, review, run, view
+from rlaif.cli import audit, compare, constitution, init, judge, report, review, run, view
 from rlaif.errors import RlaifError, needs_extra
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.add_typer(constitution.app, name="constitution")
 app.add_typer(judge.app, name="judge")
 app.command()(view.view)
 app.command()(report.report)
+app.command()(compare.compare)
 
 
 def _print_version(wanted: bool) -> None:

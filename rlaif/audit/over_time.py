@@ -1,0 +1,287 @@
+"""Several runs side by side: what held-out answers were like over the iterations, mean and spread over seeds.
+
+In: run directories, in groups. Out: an `OverTime` of numbers, and which iterations a group needed to come as far as
+another one did. Only metrics.json and plans are read, so it is quick however long the runs are.
+
+To add a measure: a line in `MEASURES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Literal, NamedTuple
+
+from rlaif.errors import UserError
+from rlaif.records import ConstitutionRef, EvaluationMetrics, Plan, Record, digest
+from rlaif.rundir.store import RunDir, read_record
+
+Axis = Literal["start", "change"]
+"""What iterations are counted from: the first one, or the newest change of text."""
+EVEN = 0.5
+"""Win rate of the base policy against itself."""
+
+
+class Measure(NamedTuple):
+    """A number about held-out answers."""
+
+    says: str
+    """In words, for a heading."""
+    of: Callable[[EvaluationMetrics], float | None]
+    depends: bool = False
+    """On the text that the answers were held against: not to be compared across texts."""
+    percent: bool = False
+
+
+MEASURES: Mapping[str, Measure] = {
+    "win_rate": Measure("win rate", lambda e: e.win_rate, depends=True),
+    "equal_length": Measure("win rate at equal length", lambda e: e.length_controlled_win_rate, depends=True),
+    "words": Measure("words", lambda e: e.mean_words),
+    "lists": Measure("lists", lambda e: e.list_share, percent=True),
+    "ended": Measure("ended", lambda e: e.ended_share, percent=True),
+    "kl": Measure("KL/token", lambda e: None if e.kl_by_older_version else e.kl_per_token),
+    "relevance": Measure("relevance", lambda e: e.relevance),
+    "base_logp": Measure("base logp", lambda e: e.base_logprob_per_token),
+}
+"""Name, as options have it → measure. A text's checks are measures too: `check:ID`."""
+CHECK = "check:"
+
+
+def measure_of(name: str) -> Measure:
+    """The measure of a name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name.startswith(CHECK) and (principle := name.removeprefix(CHECK)):
+        return Measure(name, lambda e: e.checks.get(principle), percent=True)
+    if name not in MEASURES:
+        raise UserError(f"no measure `{name}`; there are {', '.join(MEASURES)}, and {CHECK}ID of a text's check")
+    return MEASURES[name]
+
+
+class Change(Record):
+    """A text came into force."""
+
+    after: int
+    """So many iterations, on the axis of the comparison."""
+    constitution: str
+
+
+class Evaluated(Record):
+    """One evaluation of one run."""
+
+    after: int
+    """So many iterations, on the axis of the comparison."""
+    updates: int
+    """So many iterations of the run."""
+    constitution: str
+    values: dict[str, float]
+    """By measure; without what wasn't measured or doesn't compare."""
+
+
+class RunOverTime(Record):
+    """One run's evaluations."""
+
+    run: str
+    seed: int | None
+    changes: tuple[Change, ...]
+    evaluations: tuple[Evaluated, ...]
+
+
+class Spread(Record):
+    """A number over a group's runs."""
+
+    runs: int
+    mean: float
+    sd: float | None
+    """Between runs; None of a single one."""
+    low: float
+    high: float
+
+
+class GroupPoint(Record):
+    """A group after so many iterations."""
+
+    after: int
+    values: dict[str, Spread]
+
+
+class Group(Record):
+    """Runs that are one thing tried several times."""
+
+    name: str
+    runs: tuple[RunOverTime, ...]
+    points: tuple[GroupPoint, ...]
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """Of all its runs, each once."""
+        return tuple(dict.fromkeys(change for run in self.runs for change in run.changes))
+
+
+class Reached(Record):
+    """How soon a group came so far."""
+
+    group: str
+    after: int | None
+    """Iterations at the first evaluation where the group's mean is there; None: at none of them."""
+    not_after: int | None
+    """The evaluation before that one, which isn't there yet; None where the first one is."""
+    runs: tuple[int | None, ...]
+    """The same for each of its runs."""
+
+
+class Reach(Record):
+    """Where the groups are measured against one of them."""
+
+    measure: str
+    group: str
+    """Whose end is the aim."""
+    share: float
+    """Of the way from that group's first value to its last."""
+    start: float
+    end: float
+    aim: float
+    reached: tuple[Reached, ...]
+
+
+class OverTime(Record):
+    """Groups of runs over their iterations."""
+
+    axis: Axis
+    measures: tuple[str, ...]
+    groups: tuple[Group, ...]
+
+
+def grouped(runs: Iterable[RunDir]) -> dict[str, list[RunDir]]:
+    """Runs whose jobs differ in the seed and the name alone, together; a group is called by its first run."""
+    groups: dict[str, list[RunDir]] = {}
+    for run in runs:
+        job = {key: value for key, value in run.header["job"].items() if key not in ("seed", "name")}
+        groups.setdefault(digest(job), []).append(run)
+    out: dict[str, list[RunDir]] = {}
+    for members in groups.values():
+        name = members[0].path.name
+        out[name if name not in out else str(members[0].path)] = members
+    return out
+
+
+def over_time(groups: Mapping[str, Sequence[RunDir]], axis: Axis, measures: Sequence[str]) -> OverTime:
+    """Groups of runs over their iterations.
+
+    Counted from the newest change of text, a run without a change counts from its start: a policy that was trained
+    under that text from the beginning is what others are held against. A win rate or a check is then taken under the
+    newest text alone.
+
+    Raises:
+        UserError: a run without an evaluation, or no such measure.
+        RlaifError: a plan or an evaluation's metrics are damaged.
+    """
+    chosen = {name: measure_of(name) for name in measures}
+    made = []
+    for name, runs in groups.items():
+        of_runs = tuple(_of_run(run, axis, chosen) for run in runs)
+        made.append(Group(name=name, runs=of_runs, points=_points(of_runs)))
+    return OverTime(axis=axis, measures=tuple(measures), groups=tuple(made))
+
+
+def reach(found: OverTime, group: str, measure: str, share: float) -> Reach:
+    """Which evaluations of each group are the first to be as far as `share` of the way that one group went: from its
+    first value (of a win rate: one half) to its last.
+
+    Raises:
+        UserError: no such group, or it has no such way.
+    """
+    named = {g.name: g for g in found.groups}
+    if group not in named:
+        raise UserError(f"no group `{group}`; there are {', '.join(named)}")
+    way = [(p.after, p.values[measure].mean) for p in named[group].points if measure in p.values]
+    start = EVEN if measure in ("win_rate", "equal_length") else way[0][1] if way else 0.0
+    if not way or way[-1][1] == start:
+        raise UserError(f"group `{group}`: its {measure} didn't move, so nothing can be held against it")
+    end = way[-1][1]
+    aim = start + share * (end - start)
+
+    def there(value: float) -> bool:
+        return value >= aim if end > start else value <= aim
+
+    reached = []
+    for g in found.groups:
+        means = [(p.after, p.values[measure].mean) for p in g.points if measure in p.values]
+        first = _first(means, there)
+        before = [after for after, _ in means if first is not None and after < first]
+        each = tuple(
+            _first([(e.after, e.values[measure]) for e in run.evaluations if measure in e.values], there)
+            for run in g.runs
+        )
+        reached.append(Reached(group=g.name, after=first, not_after=before[-1] if before else None, runs=each))
+    return Reach(measure=measure, group=group, share=share, start=start, end=end, aim=aim, reached=tuple(reached))
+
+
+def _first(values: Sequence[tuple[int, float]], there: Callable[[float], bool]) -> int | None:
+    return next((after for after, value in values if there(value)), None)
+
+
+def _of_run(run: RunDir, axis: Axis, measures: Mapping[str, Measure]) -> RunOverTime:
+    paths = [path for k in run.evaluations() if (path := run.evaluation(k).path / "metrics.json").exists()]
+    if not paths:
+        raise UserError(f"{run.path}: no evaluation in it yet; the first one is made before the first update")
+    evaluations = [read_record(path, EvaluationMetrics) for path in paths]
+    changed = list(_changes(run))
+    zero = changed[-1][0] if changed and axis == "change" else 0
+    newest = changed[-1][1].hash if changed else None
+    made = []
+    for e in evaluations:
+        # The evaluation at a change is of the policy before it, held against the text before it.
+        other = axis == "change" and newest is not None and e.constitution.hash != newest
+        values = {name: m.of(e) for name, m in measures.items() if not (m.depends and other)}
+        made.append(
+            Evaluated(
+                after=e.updates - zero,
+                updates=e.updates,
+                constitution=str(e.constitution),
+                values={name: value for name, value in values.items() if value is not None},
+            )
+        )
+    return RunOverTime(
+        run=str(run.path),
+        seed=run.header["job"].get("seed"),
+        changes=tuple(Change(after=k - zero, constitution=str(ref)) for k, ref in changed),
+        evaluations=tuple(sorted(made, key=lambda e: e.after)),
+    )
+
+
+def _changes(run: RunDir) -> Iterable[tuple[int, ConstitutionRef]]:
+    """Iterations with another text than the one before them, and that text."""
+    before: str | None = None
+    for k in run.iterations():
+        path = run.iteration(k).path / "plan.json"
+        if not path.exists():  # the newest one, before it has one
+            continue
+        ref = read_record(path, Plan).constitution
+        if before is not None and ref.hash != before:
+            yield k, ref
+        before = ref.hash
+
+
+def _points(runs: Sequence[RunOverTime]) -> tuple[GroupPoint, ...]:
+    at: dict[int, dict[str, list[float]]] = {}
+    for run in runs:
+        for e in run.evaluations:
+            for name, value in e.values.items():
+                at.setdefault(e.after, {}).setdefault(name, []).append(value)
+    return tuple(
+        GroupPoint(after=after, values={name: _spread(values) for name, values in at[after].items()})
+        for after in sorted(at)
+    )
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(
+        runs=len(values),
+        mean=fmean(values),
+        sd=stdev(values) if len(values) > 1 else None,
+        low=min(values),
+        high=max(values),
+    )

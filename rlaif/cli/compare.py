@@ -1,0 +1,169 @@
+"""`rlaif compare RUN...`: several runs over their iterations, in groups of seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlaif.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rlaif.audit.over_time import Axis, Group, GroupPoint, OverTime, Reach, Spread
+    from rlaif.rundir.store import RunDir
+
+_SHOWN = ("win_rate", "words", "kl")
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Run directories, or a folder of them; NAME=RUN or NAME='runs/brief-*' makes a group.",
+        ),
+    ],
+    from_: Annotated[
+        str, typer.Option("--from", metavar="start|change", help="What iterations are counted from.")
+    ] = "start",
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A number to show, several times for several; win_rate, words and kl if absent."
+        ),
+    ] = None,
+    reach: Annotated[
+        str | None, typer.Option(metavar="GROUP", help="Say how soon each group comes as far as this one ends up.")
+    ] = None,
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="How far of its way, with --reach.")] = 0.8,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="Draw it, too.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")] = False,
+) -> None:
+    """Hold runs against each other: held-out answers over the iterations, mean and spread over seeds.
+
+    Runs whose jobs differ in the seed and the name alone are one group. `--from change` lays the newest change of text
+    of every run at 0, and the start of a run without one: so a run that goes on is held against one that begins anew.
+    """
+    from rlaif.audit import over_time
+
+    if from_ not in ("start", "change"):
+        raise UserError(f"--from {from_}: expected start or change")
+    axis: Axis = "change" if from_ == "change" else "start"
+    measures = [*dict.fromkeys(measure or _SHOWN)]
+    for name in measures:
+        over_time.measure_of(name)
+    found = over_time.over_time(_groups(runs), axis, measures)
+    reached = [over_time.reach(found, reach, name, share) for name in measures] if reach else []
+    if picture is not None:
+        from rlaif.audit.picture import draw_over_time
+
+        draw_over_time(found, picture)
+    if json_:
+        import json
+
+        whole = found.model_dump(mode="json") | {"reach": [r.model_dump(mode="json") for r in reached]}
+        typer.echo(json.dumps(whole, ensure_ascii=False))
+        return
+    _print(found, reached)
+
+
+def _groups(arguments: Sequence[str]) -> dict[str, list[RunDir]]:
+    """Groups as they were named, then the runs without a name by their jobs."""
+    from rlaif.audit.over_time import grouped
+
+    named: dict[str, list[RunDir]] = {}
+    others: list[RunDir] = []
+    for argument in arguments:
+        name, is_named, pattern = argument.partition("=")
+        if is_named and not Path(argument).exists():
+            named.setdefault(name, []).extend(_opened(pattern))
+        else:
+            others += _opened(argument)
+    rest = grouped(others)
+    if twice := sorted(named.keys() & rest.keys()):
+        raise UserError(f"two groups are called `{twice[0]}`; give one of them another name, as NAME=RUN")
+    return named | rest
+
+
+def _opened(pattern: str) -> Iterable[RunDir]:
+    """The runs at a path, in a folder, or where a pattern leads."""
+    import glob
+
+    from rlaif.rundir.store import RunDir
+
+    places = [Path(pattern)]
+    if not places[0].exists() and not (places := [Path(p) for p in sorted(glob.glob(pattern))]):
+        raise UserError(f"{pattern}: no such run; `rlaif compare runs/` takes all of a folder")
+    out = []
+    for place in places:
+        inside = sorted(p.parent for p in place.glob("*/run.json")) if not (place / "run.json").exists() else []
+        out += [RunDir.open(p) for p in (inside or [place])]
+    return out
+
+
+def _print(found: OverTime, reached: Sequence[Reach]) -> None:
+    from rlaif.audit.over_time import measure_of
+    from rlaif.console import Listing, stdout_console
+
+    console = stdout_console()
+    says = {name: measure_of(name).says for name in found.measures}
+    table = Listing("group", "after", "text", *says.values(), right=("after", *says.values()))
+    for group in found.groups:
+        for n, point in enumerate(group.points):
+            cells = [_cell(point.values.get(name), measure_of(name).percent) for name in found.measures]
+            table.add(_named(group) if n == 0 else "", str(point.after), _texts(group, point), *cells)
+        table.end_section()
+    table.print(console)
+    if any(len(g.runs) > 1 for g in found.groups):
+        console.print("mean ± standard deviation between runs (so many runs)")
+    what = "the newest change of text, or the start of a run without one" if found.axis == "change" else "the start"
+    console.print(f"after: iterations since {what}")
+    for r in reached:
+        _print_reach(r)
+
+
+def _print_reach(found: Reach) -> None:
+    from rlaif.audit.over_time import measure_of
+    from rlaif.console import Listing, stdout_console
+
+    measure = measure_of(found.measure)
+    way = f"from {_number(found.start, measure.percent)} to {_number(found.end, measure.percent)}"
+    aim = _number(found.aim, measure.percent)
+    title = f"{measure.says}: {found.share:.0%} of the way of `{found.group}` ({way}), which is {aim}"
+    table = Listing(
+        "group", "there after", "not yet after", "its runs", right=("there after", "not yet after"), title=title
+    )
+    for r in found.reached:
+        each = ", ".join("never" if after is None else str(after) for after in r.runs)
+        table.add(r.group, "never" if r.after is None else str(r.after), _or_dash(r.not_after), each)
+    table.print(stdout_console())
+
+
+def _named(group: Group) -> str:
+    return group.name if len(group.runs) == 1 else f"{group.name} ({len(group.runs)} runs)"
+
+
+def _texts(group: Group, point: GroupPoint) -> str:
+    """The texts under which a group's answers were judged."""
+    under = (e.constitution for run in group.runs for e in run.evaluations if e.after == point.after)
+    return ", ".join(dict.fromkeys(under))
+
+
+def _cell(spread: Spread | None, percent: bool) -> str:
+    if spread is None:
+        return "-"
+    mean = _number(spread.mean, percent)
+    return mean if spread.sd is None else f"{mean} ± {_number(spread.sd, percent)} ({spread.runs})"
+
+
+def _number(value: float, percent: bool) -> str:
+    if percent:
+        return f"{value:.0%}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)

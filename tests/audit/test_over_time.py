@@ -1,0 +1,196 @@
+"""`rlaif compare RUN...`: groups of runs over their iterations, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rlaif.audit.over_time import MEASURES, Reach, grouped, over_time, reach
+from rlaif.audit.picture import draw_over_time
+from rlaif.cli import app
+from rlaif.errors import UserError
+from rlaif.records import ConstitutionRef, EvaluationMetrics, Plan, PolicyVersion
+from rlaif.rundir.store import RunDir, read_record, write_json
+from tests.stubs import stub_job, stub_loop
+
+OLD, NEW = (
+    ConstitutionRef(name="rules", version=1, hash="a" * 16),
+    ConstitutionRef(name="rules", version=2, hash="b" * 16),
+)
+
+
+def made(
+    root: Path, name: str, words: dict[int, float], texts: dict[int, ConstitutionRef], seed: int = 0, **job: Any
+) -> RunDir:
+    """A run with so many words after so many iterations, and a win rate of a hundredth of them."""
+    run = RunDir(root / name)
+    tree = stub_job(seed=seed, **job).model_dump(mode="json") | {"name": name}
+    run.path.mkdir(parents=True)
+    write_json(run.path / "run.json", {"schema_version": 2, "job": tree})
+
+    def text(k: int) -> ConstitutionRef:
+        return texts[max(i for i in texts if i <= k)]
+
+    for k in range(max(words)):
+        run.iteration(k).path.mkdir(parents=True)
+        plan = Plan(
+            iteration=k,
+            seed=seed,
+            constitution=text(k),
+            policy=PolicyVersion(iteration=k, digest="0"),
+            prompt_ids=(),
+            evaluate=False,
+        )
+        write_json(run.iteration(k).path / "plan.json", plan.model_dump(mode="json"))
+    for updates, count in words.items():
+        run.evaluation(updates).path.mkdir(parents=True)
+        metrics = EvaluationMetrics(
+            answers=4,
+            mean_words=count,
+            mean_tokens=count,
+            list_share=0,
+            ended_share=1,
+            distinct_share=1,
+            updates=updates,
+            constitution=text(max(updates - 1, 0)),
+            win_rate=count / 100 if updates else None,
+            win_interval=(0, 1) if updates else None,
+            wins=0,
+            losses=0,
+            undecided=0,
+            kl_per_token=0.0,
+            relevance=1,
+            base_logprob_per_token=-1,
+            checks={"long": count / 100},
+            seconds=1,
+        )
+        write_json(run.evaluation(updates).path / "metrics.json", metrics.model_dump(mode="json"))
+    return RunDir.open(run.path)
+
+
+def test_seeds_are_one_group_and_other_jobs_are_not(tmp_path: Path) -> None:
+    a, b = (made(tmp_path, f"a{s}", {0: 50, 2: 60 + s}, {0: OLD}, seed=s) for s in (1, 2))
+    c = made(tmp_path, "c", {0: 50, 2: 70}, {0: OLD}, iterations=9)
+    assert grouped([a, c, b]) == {"a1": [a, b], "c": [c]}
+    found = over_time(grouped([a, c, b]), "start", ["words"])
+    ours, theirs = found.groups
+    spread = ours.points[1].values["words"]
+    assert (spread.runs, spread.mean, spread.sd, spread.low, spread.high) == (2, 61.5, stdev([61, 62]), 61, 62)
+    assert theirs.points[1].values["words"].sd is None
+
+
+def test_a_change_is_laid_at_zero_and_texts_are_not_mixed(tmp_path: Path) -> None:
+    goes_on = made(tmp_path, "on", {0: 50, 2: 20, 4: 60, 6: 80}, {0: OLD, 2: NEW})
+    anew = made(tmp_path, "anew", {0: 50, 2: 70, 4: 90}, {0: NEW})
+    found = over_time({"on": [goes_on], "anew": [anew]}, "change", ["words", "win_rate", "check:long"])
+    on, other = found.groups
+    assert [p.after for p in on.points] == [-2, 0, 2, 4]
+    assert [p.after for p in other.points] == [0, 2, 4]
+    assert [c.after for c in on.changes] == [0]
+    assert other.changes == ()
+    # What was held against the old text doesn't stand beside what was held against the new one; words do.
+    assert [p.values["win_rate"].mean for p in on.points if "win_rate" in p.values] == [0.6, 0.8]
+    assert [p.values["words"].mean for p in on.points] == [50, 20, 60, 80]
+    from_start = over_time({"on": [goes_on]}, "start", ["win_rate"]).groups[0]
+    assert [(p.after, p.values["win_rate"].mean) for p in from_start.points if p.values] == [
+        (2, 0.2),
+        (4, 0.6),
+        (6, 0.8),
+    ]
+    assert [c.after for c in from_start.changes] == [2]
+
+
+def test_how_soon_each_group_is_there(tmp_path: Path) -> None:
+    on = [
+        made(tmp_path, f"on{s}", {0: 50, 2: 20, 4: 60 + s, 6: 85, 8: 88}, {0: OLD, 2: NEW}, seed=s) for s in (0, 1, 40)
+    ]
+    anew = [made(tmp_path, f"anew{s}", {0: 50, 2: 70, 4: 80 + s, 6: 90}, {0: NEW}, seed=s) for s in (0, 2)]
+    stays = made(tmp_path, "stays", {0: 50, 6: 51}, {0: NEW})
+    found = over_time({"on": on, "anew": anew, "stays": [stays]}, "change", ["words", "win_rate"])
+
+    def those(r: Reach) -> list[tuple[Any, ...]]:
+        return [(x.group, x.after, x.not_after, x.runs) for x in r.reached]
+
+    words = reach(found, "anew", "words", 0.8)
+    assert (words.start, words.end, words.aim) == (50, 90, 82)
+    # The mean of `on` after 2 is (60 + 61 + 100) / 3 = 73.7; one of its runs alone is there by then.
+    assert those(words) == [("on", 4, 2, (4, 4, 2)), ("anew", 6, 4, (6, 4)), ("stays", None, None, (None,))]
+    won = reach(found, "anew", "win_rate", 0.5)
+    assert (won.start, won.end, won.aim) == (0.5, 0.9, pytest.approx(0.7))
+    down = reach(over_time({"on": on[:1]}, "start", ["base_logp", "words"]), "on", "words", 1.0)
+    assert those(down) == [("on", 8, 6, (8,))]
+    with pytest.raises(UserError, match="no group `x`"):
+        reach(found, "x", "words", 0.8)
+    with pytest.raises(UserError, match="didn't move"):
+        reach(over_time({"on": on}, "start", ["kl"]), "on", "kl", 0.8)
+
+
+def test_a_real_loops_runs_are_what_their_metrics_say(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        root = tmp_path / str(seed)
+        job = stub_job(seed=seed)
+        loop = stub_loop(root, job)
+        write_json(loop.dir.path / "run.json", {"schema_version": 2, "job": job.model_dump(mode="json")})
+        loop.run()
+    runs = [RunDir.open(tmp_path / str(seed) / "run") for seed in (1, 2)]
+    [group] = over_time(grouped(runs), "start", list(MEASURES)).groups
+    assert [c.after for c in group.changes] == [2]
+    for point in group.points:
+        there = [read_record(run.evaluation(point.after).path / "metrics.json", EvaluationMetrics) for run in runs]
+        assert point.values["words"].mean == fmean(e.mean_words for e in there)
+        assert point.values["kl"].mean == fmean(e.kl_per_token or 0.0 for e in there)
+
+
+def cli(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, ["compare", *map(str, arguments)])
+    if isinstance(result.exception, UserError):
+        return result.exception
+    assert result.exit_code == 0, result.exception
+    return result.stdout
+
+
+def test_the_command_by_folder_name_and_pattern(stored: RunDir, tmp_path: Path) -> None:
+    for seed in (3, 4):
+        shutil.copytree(stored.path, tmp_path / "runs" / f"r{seed}")
+        header = stored.header
+        header["job"] |= {"seed": seed}
+        write_json(tmp_path / "runs" / f"r{seed}" / "run.json", header)
+    said = cli(tmp_path / "runs")
+    assert "r3 (2 runs)" in said
+    assert "± 0.0" in said
+    whole = json.loads(cli(f"both={tmp_path}/runs/r*", stored.path, "--json", "--measure", "words", "--from", "change"))
+    assert [(g["name"], len(g["runs"])) for g in whole["groups"]] == [("both", 2), (stored.path.name, 1)]
+    assert whole["axis"] == "change"
+    picture = tmp_path / "c.svg"
+    cli(f"both={tmp_path}/runs/r*", "--picture", picture)
+    assert b"<svg" in picture.read_bytes()
+
+
+def test_mistakes_are_told(stored: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    wrong: dict[tuple[object, ...], str] = {
+        (tmp_path / "none",): "no such run",
+        (f"x={tmp_path}/none-*",): "no such run",
+        (tmp_path / "runs",): "not a run directory",
+        (stored.path, "--measure", "taste"): "no measure `taste`",
+        (stored.path, "--from", "middle"): "expected start or change",
+        (stored.path, "--picture", "c.gif"): "png or svg",
+        (stored.path, f"{stored.path.name}={stored.path}"): "two groups",
+        (stored.path, "--reach", "x"): "no group `x`",
+    }
+    for arguments, why in wrong.items():
+        assert why in str(cli(*arguments)), arguments
+
+
+def test_the_picture_has_a_line_for_each_group(tmp_path: Path) -> None:
+    on = [made(tmp_path, f"on{s}", {0: 50, 2: 20 + s, 4: 60}, {0: OLD, 2: NEW}, seed=s) for s in (0, 1)]
+    found = over_time({"goes on": on}, "change", ["words", "win_rate"])
+    draw_over_time(found, tmp_path / "a.svg")
+    draw_over_time(found, tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
