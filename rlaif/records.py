@@ -692,6 +692,17 @@ class Alarm(Record):
     """What the run does: notes it and goes on, or stops (`monitors.stop_on_alarm`)."""
 
 
+class Parent(Record):
+    """The run that another one went on from: `parent` in its run.json (runs.md)."""
+
+    run: str
+    """Name of its folder, which lies beside the run's own."""
+    iterations: int
+    """How many of its iterations are the run's own past."""
+    head: str | None
+    """Its head after them, as `5:3f2a...`, which stands in the run's own heads.jsonl too; null where it had none."""
+
+
 class Event(Record):
     """One line of events.jsonl."""
 

@@ -243,6 +243,9 @@ class StubLearner:
     def load(self, state: WeightsRef) -> None:
         self._weights, self._step = json.loads((state.path / "state.json").read_text())
 
+    def start(self, policy: WeightsRef, global_step: int) -> None:
+        self._weights, self._step = (policy.folder() / "weights.txt").read_text(), global_step
+
 
 class Quiet:
     """A progress that keeps what it is told."""
@@ -289,12 +292,13 @@ def stub_loop(
     progress: Quiet | None = None,
     forgetful: bool = False,
     decodes_with: str | None = None,
+    name: str = "run",
 ) -> Loop:
     """A loop over `root/run` with fresh stub workers, as a new process would have them."""
     job = job or stub_job()
     if not (root / "constitutions").exists():
         write_texts(root, 1, 2)
-    run = RunDir(root / "run")
+    run = RunDir(root / name)
     progress = progress or Quiet()
 
     def worker(name: str, factory: str, **kwargs: Any) -> InlineWorker:

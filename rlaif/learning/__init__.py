@@ -90,6 +90,15 @@ class Learner(Protocol[RowT]):
         """
         ...
 
+    def start(self, policy: WeightsRef, global_step: int) -> None:
+        """Goes on from a policy with a new optimizer, after so many steps that were taken before
+        (`rlaif branch --new-optimizer`).
+
+        Raises:
+            UserError: the folder holds no such policy, or this learner can't go on from one.
+        """
+        ...
+
     def close(self) -> list[str]:
         """Tells trackers and callbacks that training has ended; returns what `track` does. Closing twice does nothing
         more."""

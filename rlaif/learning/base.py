@@ -403,6 +403,7 @@ class TrlLearner(ABC):
         start_counting(trainer, horizon, self.settings.epochs)
         trainer.state.max_steps = sys.maxsize  # the horizon is the schedule's; it ends no run
         trainer.model.zero_grad()
+        self._untrained_state = copy.deepcopy((trainer.optimizer.state_dict(), trainer.lr_scheduler.state_dict()))
         tell(trainer, "on_train_begin")
 
     def close(self) -> list[str]:
@@ -513,6 +514,24 @@ class TrlLearner(ABC):
         # A state brings its learning rate along; a job resumed with another one (`--allow-change`) means that one.
         set_learning_rate(trainer, self.settings.learning_rate)
         go_on_after(trainer, rest["global_step"])
+
+    def start(self, policy: WeightsRef, global_step: int) -> None:
+        """Goes on from an exported policy: its weights, a new optimizer and a new schedule; steps count on.
+
+        Raises:
+            UserError: the policy can't be read, or adapters are trained, which a policy has merged.
+        """
+        if self.settings.lora is not None:
+            raise UserError("learner.lora: a policy has its adapter merged, and no new optimizer can go on from it")
+        model, _ = _load(str(policy.folder()))
+        theirs = model.state_dict()
+        with torch.no_grad():
+            for name, value in self.trained().items():
+                value.copy_(theirs[name])
+        optimizer, scheduler = copy.deepcopy(self._untrained_state)
+        self.trainer.optimizer.load_state_dict(optimizer)
+        self.trainer.lr_scheduler.load_state_dict(scheduler)
+        go_on_after(self.trainer, global_step)
 
     def trained(self) -> dict[str, torch.Tensor]:
         """The parameters that training changes, by name, tied ones once; themselves, not copies."""

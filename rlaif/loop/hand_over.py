@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlaif.errors import RlaifError
 from rlaif.loop.gaps import WRONG, decoding_gap, to_score_again, weights_gap
 from rlaif.records import Completion, DecodingGap, PolicyVersion, TokenSequence, WeightsGap
+from rlaif.rundir.checkpoints import new_optimizer, state_dir
 from rlaif.rundir.store import StageDir, replace_dir
 from rlaif.workers.weights import WeightsRef
 
@@ -68,8 +69,11 @@ class HandOver:
         if self._learner_at == behind:
             return
         if behind:
-            made = self.policy_before(behind)[1].digest
-            self._run.learner.call("load", state=WeightsRef(digest=made, path=self._state(behind - 1)))
+            policy, state = self.policy_before(behind)[1], self._state(behind - 1)
+            if (steps := new_optimizer(state)) is not None:
+                self._run.learner.call("start", policy=policy, global_step=steps)
+            else:
+                self._run.learner.call("load", state=WeightsRef(digest=policy.digest, path=state))
         self._learner_at = behind
 
     def learner_moves(self) -> None:
@@ -172,7 +176,7 @@ class HandOver:
         shutil.rmtree(copy, ignore_errors=True)  # it follows from state and seed
 
     def _state(self, k: int) -> Path:
-        return self._run.dir.path / "learner" / f"{k:04d}"
+        return state_dir(self._run.dir, k)
 
 
 def gap_of(here: StageDir) -> WeightsGap | None:

@@ -565,7 +565,8 @@ def write_header(
             return
         else:
             header["schema_version"] = before["schema_version"]
-        header |= {name: before[name] for name in code if name in before}  # the code that it was begun with
+        # The code that it was begun with, and the run that it went on from.
+        header |= {name: before[name] for name in (*code, "parent") if name in before}
     if changed:  # before run.json says it: were the run killed in between, the change would never be told
         run.event("job_changed", changed)
     write_json(path, header)

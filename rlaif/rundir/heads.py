@@ -21,8 +21,9 @@ from rlaif.rundir.store import RunDir, append_line, file_digest, row_digests
 
 FILE = "heads.jsonl"
 DIGITS = 32
+EVENTS = "events.jsonl"
 LABELS = "review/labels.jsonl"
-GROWING = ("events.jsonl", LABELS)
+GROWING = (EVENTS, LABELS)
 """Files whose lines are appended, and never changed."""
 CHANGING = ("run.json", "constitutions/pins.json")
 """Files that a resumed run may write anew (another number of iterations); each head says what they were."""
@@ -73,8 +74,8 @@ class Head(Record):
         return digest(self.model_dump(mode="json", exclude={"head"}), DIGITS)
 
 
-def write_head(run: RunDir) -> Head:
-    """The head of what is done, appended to heads.jsonl unless the newest one says the same.
+def write_head(run: RunDir, anew: bool = False) -> Head:
+    """The head of what is done, appended to heads.jsonl unless the newest one says the same; `anew`: in any case.
 
     Raises:
         UserError: no iteration is done.
@@ -86,7 +87,7 @@ def write_head(run: RunDir) -> Head:
     if not done:
         raise UserError(f"{run.path}: no iteration is done, so there is no head yet")
     files = {name: file_digest(run.path / name) for name in complete_files(run.path, done[-1]) if name not in known}
-    if newest and not files and not _labelled_since(run.path, newest):
+    if newest and not anew and not files and not _labelled_since(run.path, newest):
         return newest
     since = {name: grown.size for name, grown in newest.growing.items()} if newest else {}
     head = Head(
@@ -126,6 +127,21 @@ def read_heads(run: Path) -> list[Head | None]:
         except ValidationError:
             heads.append(None)
     return heads
+
+
+def heads_up_to(run: Path, iteration: int) -> tuple[bytes, list[Head]]:
+    """The lines of heads.jsonl up to the first head that was made when this iteration was done, and the heads in them.
+
+    The last of them is of an earlier iteration where that one has none, since a kill came before it; there are none in
+    a run that is older than heads.
+    """
+    found = read_heads(run)
+    later = (n for n, head in enumerate(found) if head is not None and head.iteration >= iteration)
+    end = next(later, len(found))
+    if end < len(found) and (head := found[end]) is not None and head.iteration == iteration:
+        end += 1
+    lines = (run / FILE).read_bytes().split(b"\n")[:end] if found else []
+    return b"".join(line + b"\n" for line in lines), [head for head in found[:end] if head is not None]
 
 
 def ends_torn(run: Path) -> bool:

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from rlaif.config import Job, of_run, parse_job
 from rlaif.errors import RlaifError, UserError, first_problem
-from rlaif.records import SCHEMA_VERSION, Event, Plan, Record, stored
+from rlaif.records import SCHEMA_VERSION, Event, Parent, Plan, Record, stored
 
 R = TypeVar("R", bound=Record)
 
@@ -333,6 +333,16 @@ class RunDir:
         """The major schema version of run.json: the newest that any of its rows has. A minor one only adds. None where
         there is none in it."""
         return _major(self.header)
+
+    @property
+    def parent(self) -> Parent | None:
+        """The run that this one went on from, where it is a branch."""
+        found = self.header.get("parent")
+        return None if found is None else stored(Parent, found)
+
+    def done(self) -> list[int]:
+        """The iterations that are done, in order."""
+        return [k for k in self.iterations() if (self.iteration(k).path / "metrics.json").exists()]
 
     def job(self) -> Job:
         """The job as run.json has it.
