@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command()(init.init)
 run.register(app)
 app.command()(branch.branch)
+app.command()(branch.rollback)
 app.command()(review.review)
 app.add_typer(audit.app, name="audit")
 app.add_typer(constitution.app, name="constitution")

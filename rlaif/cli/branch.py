@@ -37,6 +37,24 @@ def branch(
     _tell(make(RunDir.open(run), at, name, set_ or [], new_optimizer).path, json_)
 
 
+def rollback(
+    run: RunPath,
+    to: Annotated[int, typer.Option("--to", metavar="N", help="After so many iterations.")],
+    new_optimizer: NewOptimizer = False,
+    json_: Json = False,
+) -> None:
+    """Let a run go on from its own state after N iterations.
+
+    What came after isn't lost: the run as it was is kept beside it, under the name that this prints.
+    """
+    from rlaif.loop.branch import rollback as make
+
+    before = make(run, to, new_optimizer).path
+    if not json_:
+        typer.echo(f"as it was: {before}", err=True)
+    _tell(run, json_)
+
+
 def _tell(run: Path, as_json: bool) -> None:
     """Says where the run is, and how it goes on."""
     from rlaif.rundir.store import RunDir

@@ -67,8 +67,9 @@ def run(
 
 def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) -> tuple[Job, Path]:
     from rlaif.config import load_job, of_run, parse_job
-    from rlaif.rundir.store import RunDir
+    from rlaif.rundir.store import RunDir, refuse_half_rolled_back
 
+    refuse_half_rolled_back(job)
     if (job / "run.json").exists():
         tree = of_run(RunDir.open(job).header["job"], overrides)
         settings = parse_job(tree, str(job / "run.json"))

@@ -9,6 +9,7 @@ beginning of the branch's own, and every command reads the parent's iterations a
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from rlaif.records import Event, HumanLabel, Parent, Record, UpdateStep, digest,
 from rlaif.rundir.checkpoints import Checkpoint, checkpoints, policy_dir, state_dir, write_new_optimizer
 from rlaif.rundir.heads import EVENTS, LABELS, Head, heads_up_to, write_head
 from rlaif.rundir.heads import FILE as HEADS
-from rlaif.rundir.store import RunDir, disk_errors, make_folder, write_json
+from rlaif.rundir.store import RunDir, disk_errors, make_folder, rolling_back, write_json
 
 R = TypeVar("R", bound=Record)
 
@@ -69,7 +70,9 @@ def branch(run: RunDir, at: int, name: str, overrides: Sequence[str] = (), new_o
     if where.exists():
         raise UserError(f"--name {name}: {where} is there already; take another name")
     start = _start(run, at, new_optimizer)
-    job, changed = _branched_job(run, at, name, overrides)
+    job, changed = _job(run, at, overrides)
+    if job.name is not None:
+        job = job.model_copy(update={"name": name})
     partial = _beside(run, f"{name}.partial")
     try:
         _build(partial, run, start, job, _name(run), "branched", changed)
@@ -77,6 +80,39 @@ def branch(run: RunDir, at: int, name: str, overrides: Sequence[str] = (), new_o
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return RunDir(where)
+
+
+def rollback(path: Path, to: int, new_optimizer: bool = False) -> RunDir:
+    """Lets a run go on from its own state after `to` iterations. As it was, it is kept beside it, a run of its own.
+
+    A branch is made, and takes the run's place by two renames; one that was killed between them is finished.
+
+    Returns:
+        The run as it was.
+
+    Raises:
+        UserError: there is no such state, nothing came after it, or another process writes the run.
+    """
+    run = RunDir(path)
+    if (half := rolling_back(path)).is_dir() and not path.exists():
+        os.rename(half, path)
+        if (parent := run.parent) is not None and parent.iterations == to:
+            return RunDir(_beside(run, parent.run))
+    run = RunDir.open(path)
+    with run.lock():
+        start = _start(run, to, new_optimizer)
+        if run.iterations()[-1] < to and not new_optimizer:
+            raise UserError(
+                f"{to} iterations: nothing came after them in {path}; `rlaif run {path}` goes on from there"
+            )
+        number = next(n for n in itertools.count(1) if not _beside(run, _before(run, n)).exists())
+        before, partial = _beside(run, _before(run, number)), half.with_name(f"{half.name}.partial")
+        shutil.rmtree(half, ignore_errors=True)
+        _build(partial, run, start, _job(run, to)[0], before.name, "rolled_back")
+        os.rename(partial, half)  # from here on it is known to be whole
+        os.rename(path, before)
+        os.rename(half, path)
+    return RunDir(before)
 
 
 class _Start(NamedTuple):
@@ -127,7 +163,7 @@ def _nearest(kept: list[Checkpoint], at: int) -> str:
     return ", ".join(ways) or "nothing is kept to go on from (keep_checkpoints)"
 
 
-def _branched_job(run: RunDir, at: int, name: str, overrides: Sequence[str]) -> tuple[Job, str]:
+def _job(run: RunDir, at: int, overrides: Sequence[str] = ()) -> tuple[Job, str]:
     """The job of a branch, and what differs from the parent's, in words.
 
     Raises:
@@ -145,14 +181,14 @@ def _branched_job(run: RunDir, at: int, name: str, overrides: Sequence[str]) -> 
     if job.iterations < at:
         raise UserError(f"--set iterations={job.iterations}: the branch has {at} behind it; give at least that many")
     named = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in changes.items())
-    return (job if job.name is None else job.model_copy(update={"name": name})), named
+    return job, named
 
 
 def _may_branch(key: str) -> bool:
     return any(f"{key}.".startswith(f"{allowed}.") for allowed in MAY_BRANCH)
 
 
-def _build(to: Path, run: RunDir, start: _Start, job: Job, parent_name: str, kind: str, changed: str) -> None:
+def _build(to: Path, run: RunDir, start: _Start, job: Job, parent_name: str, kind: str, changed: str = "") -> None:
     """Writes the run directory of a branch. `parent_name` is the name that the run has, or will have."""
     shutil.rmtree(to, ignore_errors=True)
     make_folder(to)
@@ -178,7 +214,7 @@ def _build(to: Path, run: RunDir, start: _Start, job: Job, parent_name: str, kin
     more = [f"with {changed}"] if changed else []
     more += ["a new optimizer goes on from the policy"] if start.new_optimizer is not None else []
     message = "; ".join([f"goes on from {parent_name} after {start.iterations} iterations", *more])
-    made.event(kind, message, **parent.model_dump(mode="json"), changed=changed)
+    made.event(kind, message, **parent.model_dump(mode="json"), **({"changed": changed} if changed else {}))
     write_head(made, anew=True)  # from here on nobody changes what was written, unnoticed
 
 
@@ -294,6 +330,10 @@ def _write(path: Path, content: bytes) -> None:
 
 def _name(run: RunDir) -> str:
     return Path(os.path.abspath(run.path)).name
+
+
+def _before(run: RunDir, number: int) -> str:
+    return f"{_name(run)}.before-rollback-{number}"
 
 
 def _beside(run: RunDir, name: str) -> Path:

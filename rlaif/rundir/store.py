@@ -285,6 +285,22 @@ def _recover(partial: Path, record: type[R]) -> list[R]:
     return read_rows(partial, record)
 
 
+def rolling_back(path: Path) -> Path:
+    """Beside a run's folder: what takes its place when the run is rolled back, whole before it does."""
+    return path.with_name(f"{path.name}.rolling-back")
+
+
+def refuse_half_rolled_back(path: Path) -> None:
+    """A kill between the two renames of a rollback leaves a name without a run: nobody may start another there.
+
+    Raises:
+        UserError: it is so; with the command that finishes it.
+    """
+    if not path.exists() and (half := rolling_back(path)).is_dir():
+        to = f" --to {parent.iterations}" if (parent := RunDir(half).parent) else ""
+        raise UserError(f"{path}: its rollback was interrupted; `rlaif rollback {path}{to}` finishes it")
+
+
 def _major(header: Any) -> int | None:
     version = header.get("schema_version") if isinstance(header, dict) else None
     major = re.fullmatch(r"(\d+)(?:\.\d+)*", str(version))
@@ -304,6 +320,7 @@ class RunDir:
         Raises:
             UserError: no run there, or one that a newer rlaif wrote.
         """
+        refuse_half_rolled_back(path)
         if not (path / "run.json").exists():
             raise UserError(f"{path}: not a run directory (no run.json in it); `rlaif run JOB` makes one under runs/")
         run = cls(path)
@@ -385,6 +402,7 @@ class RunDir:
         """
         from filelock import FileLock, Timeout  # brings asyncio: not for who only reads
 
+        refuse_half_rolled_back(self.path)
         make_folder(self.path)
         lock = FileLock(self.path / ".lock")
         try:

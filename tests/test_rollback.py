@@ -1,0 +1,159 @@
+"""Rollback: the run goes on from an earlier state, what it was stays readable, and a kill anywhere loses nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from rlaif.audit.verify import verify
+from rlaif.errors import UserError
+from rlaif.loop.branch import branch, rollback
+from rlaif.rundir.store import RunDir
+from tests.kill_driver import in_child
+from tests.test_branch import go_on, keep, made
+
+BEFORE = "run.before-rollback-1"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """Four iterations, with the checkpoint after the second kept."""
+    found = go_on(tmp_path, filters={"min_kept_pairs": 1})
+    keep(found, 1)
+    return found
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Every file of a run."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_run_goes_on_from_an_earlier_state_and_what_it_was_stays(tmp_path: Path, run: RunDir) -> None:
+    before, policies = content(run.path), made(run)
+    kept = rollback(run.path, 2)
+    assert kept.path == tmp_path / BEFORE
+    assert content(kept.path) == before
+    assert run.iterations() == [0, 1]
+    assert run.parent is not None
+    assert (run.parent.run, run.parent.iterations) == (BEFORE, 2)
+    assert [(e.kind, e.message) for e in run.events()][-1] == (
+        "rolled_back",
+        f"goes on from {BEFORE} after 2 iterations",
+    )
+    assert verify(run).findings == verify(kept).findings == ()
+    go_on(tmp_path)
+    assert made(run) == policies
+    assert verify(run).findings == ()
+    assert {p.name for p in tmp_path.iterdir()} == {"run", BEFORE, "constitutions", "casts.log"}
+
+
+def test_a_second_rollback_has_a_name_of_its_own(tmp_path: Path, run: RunDir) -> None:
+    rollback(run.path, 2)
+    go_on(tmp_path)
+    keep(run, 1)
+    assert rollback(run.path, 2).path.name == "run.before-rollback-2"
+    assert [e.kind for e in run.events()].count("rolled_back") == 2
+    assert verify(run).findings == ()
+
+
+def test_what_an_unfinished_iteration_left_goes(tmp_path: Path, run: RunDir) -> None:
+    (run.iteration(3).path / "metrics.json").unlink()
+    keep(run, 2)
+    rollback(run.path, 3)
+    assert run.iterations() == [0, 1, 2]
+
+
+def test_a_branch_of_what_was_rolled_back_still_holds(tmp_path: Path, run: RunDir) -> None:
+    child = branch(run, 4, "child")
+    rollback(run.path, 2)
+    assert verify(child).findings == ()
+
+
+def test_what_a_rollback_refuses(tmp_path: Path, run: RunDir) -> None:
+    with pytest.raises(UserError, match="the nearest that is kept whole is after 2"):
+        rollback(run.path, 1)
+    with pytest.raises(UserError, match="nothing came after them"):
+        rollback(run.path, 4)
+    with run.lock(), pytest.raises(UserError, match="another process writes this run"):
+        rollback(run.path, 2)
+    with pytest.raises(UserError, match="not a run directory"):
+        rollback(tmp_path / "nowhere", 2)
+    assert not (tmp_path / "nowhere").exists()
+    assert run.iterations() == [0, 1, 2, 3]
+
+
+def kill_at(point: int) -> list[str]:
+    """Kills this process before the n-th call that changes the disk; what the calls were."""
+    calls: list[str] = []
+
+    def wrap(owner: object, name: str) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*args: object, **kwargs: object) -> object:
+            calls.append(name)
+            if len(calls) - 1 == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    for owner, name in (
+        (os, "link"),
+        (os, "rename"),
+        (os, "replace"),
+        (os, "fsync"),
+        (shutil, "rmtree"),
+        (RunDir, "event"),
+    ):
+        wrap(owner, name)
+    return calls
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, run: RunDir) -> None:
+    before = content(run.path)
+
+    def rolled_back(where: Path, point: int, calls: Path | None = None) -> None:
+        seen = kill_at(point)
+        rollback(where / "run", 2)
+        if calls:
+            calls.write_text(" ".join(seen))
+
+    def copy(name: str) -> Path:
+        shutil.copytree(run.path, tmp_path / name / "run")
+        return tmp_path / name
+
+    assert in_child(lambda: rolled_back(copy("whole"), -1, tmp_path / "calls")) == 0
+    expected = content(tmp_path / "whole" / "run")
+    calls = (tmp_path / "calls").read_text().split()
+    assert {"link", "rename", "replace", "fsync", "rmtree", "event"} == set(calls)
+    links = [n for n, call in enumerate(calls) if call == "link"]
+    points = sorted({*range(len(calls)), len(calls)} - set(links[1:-1]))  # a kill among the links is like any other
+    interrupted = 0
+    for point in points:
+        where = copy(f"kill{point}")
+        killed = in_child(lambda where=where, point=point: rolled_back(where, point))
+        assert killed == (-signal.SIGKILL if point < len(calls) else 0), point
+        here = where / "run"
+        if here.exists():
+            done = RunDir.open(here).parent is not None
+            assert content(where / BEFORE if done else here) == before, point
+            if not done:
+                rollback(here, 2)
+        else:
+            interrupted += 1
+            for refused in (RunDir.open, lambda path: RunDir(path).lock().__enter__()):
+                with pytest.raises(UserError, match=f"rlaif rollback {here} --to 2` finishes it"):
+                    refused(here)
+            rollback(here, 2)
+        assert content(where / BEFORE) == before, point
+        names = expected.keys() - {"events.jsonl", "heads.jsonl"}  # the time of the event, and what follows from it
+        assert content(here).keys() == expected.keys(), point
+        assert {n: content(here)[n] for n in names} == {n: expected[n] for n in names}, point
+        assert verify(RunDir(here)).findings == (), point
+        assert {p.name for p in where.iterdir()} == {"run", BEFORE}, point
+    assert interrupted == 1
