@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from rlaif.audit.verify import verify
 from rlaif.errors import UserError
 from rlaif.loop.branch import branch, rollback
 from rlaif.rundir.store import RunDir
+from tests.conftest import rlaif_here
 from tests.kill_driver import in_child
 from tests.test_branch import go_on, keep, made
 
@@ -157,3 +159,30 @@ def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, run: RunDir) -> None:
         assert verify(RunDir(here)).findings == (), point
         assert {p.name for p in where.iterdir()} == {"run", BEFORE}, point
     assert interrupted == 1
+
+
+def test_the_commands(tmp_path: Path, run: RunDir) -> None:
+    made = rlaif_here("branch", "run", "--at", "4", "--name", "child", "--json")
+    assert made.returncode == 0, made.stderr
+    said = json.loads(made.stdout)
+    assert (said["run"], said["parent"]["run"], said["parent"]["iterations"]) == ("child", "run", 4)
+    again = rlaif_here("branch", "run", "--at", "4", "--name", "child")
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr == "rlaif: --name child: child is there already; take another name\n"
+    longer = rlaif_here("branch", "run", "--at", "4", "--name", "longer")
+    assert longer.stdout == "longer\n"
+    assert longer.stderr == "go on with: rlaif run longer --set iterations=5 --allow-change\n"
+    back = rlaif_here("rollback", "run", "--to", "2")
+    assert (back.returncode, back.stdout) == (0, "run\n")
+    assert back.stderr == f"as it was: {BEFORE}\ngo on with: rlaif run run\n"
+
+
+def test_a_name_whose_rollback_was_interrupted_starts_no_run(tmp_path: Path, run: RunDir) -> None:
+    rollback(run.path, 2)
+    run.path.rename(tmp_path / "run.rolling-back")
+    for command in (("run", "run"), ("status", "run"), ("audit", "run")):
+        done = rlaif_here(*command)
+        assert done.returncode == 2
+        assert done.stderr == "rlaif: run: its rollback was interrupted; `rlaif rollback run --to 2` finishes it\n"
+    assert rlaif_here("rollback", "run", "--to", "2").stderr.startswith(f"as it was: {BEFORE}\n")
+    assert run.iterations() == [0, 1]
