@@ -708,6 +708,15 @@ class Monitors(Section):
     """Stop the run at an alarm (it can be resumed) instead of noting it and going on."""
 
 
+class Checkpoints(Section):
+    """Which checkpoints of a run are kept, by their number."""
+
+    last: int | None = None
+    """So many, the newest."""
+    every: int | None = None
+    """Those after so many iterations, twice as many, and so on."""
+
+
 WorkerKind = Literal["process", "inline"]
 PlacedRole = Literal["sampler", "learner", "judge"]
 
@@ -766,6 +775,21 @@ class Job(Section):
     """By role, where it runs."""
     workers: Adjustable[WorkerKind] = "process"
     """Sampler, judge and learner each in a process of its own, or (tests) in the loop's; `placement` says it of one."""
+
+    keep_checkpoints: Adjustable[Literal["all", "evaluated"] | Checkpoints | None] = None
+    """What a branch or a rollback can go on from: after which iterations policy and learner's state are kept. `all`,
+    `evaluated`, `{last: 3}` or `{every: 4}`, and always the newest. When absent, evaluated policies and the newest, and
+    the newest state alone. `rlaif status` says what each costs ([runs.md](runs.md))."""
+
+    @field_validator("keep_checkpoints", mode="before")
+    @classmethod
+    def _says_which(cls, value: Any) -> Any:
+        if value is None or value in ("all", "evaluated") or isinstance(value, Checkpoints):
+            return value
+        said = {k: n for k, n in value.items() if n is not None} if isinstance(value, dict) else {}
+        if len(said) != 1 or not all(k in ("last", "every") and type(n) is int and n > 0 for k, n in said.items()):
+            raise ValueError("expected all, evaluated, {last: N} or {every: N}, N from 1")
+        return said
 
     @model_validator(mode="before")
     @classmethod

@@ -328,7 +328,9 @@ def test_the_scheduled_text_takes_over_and_is_kept_in_the_run(finished: RunDir) 
     assert [str(r) for r in refs] == ["rules@1", "rules@1", "rules@2"]
     assert [(e.kind, e.iteration) for e in finished.events()] == [
         ("started", None),
+        ("pruned", 1),
         ("constitution_changed", 2),
+        ("pruned", 2),
         ("finished", None),
     ]
     for ref in refs:

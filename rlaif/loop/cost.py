@@ -26,6 +26,7 @@ from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update, pairs_at_most
 from rlaif.own_code import resolved
 from rlaif.records import Pair, Prompt
+from rlaif.rundir.checkpoints import kept
 from rlaif.workers.placement import place, usable_gpus
 
 PROMPT_TOKENS = 40
@@ -61,6 +62,8 @@ class _Counts(NamedTuple):
     scores: int
     ballots: int
     evaluations: int
+    evaluated: tuple[int, ...]
+    """After how many iterations each is, but for the base policy's."""
     held_out_answers: int
     evaluation_ballots: int
     untempered: int
@@ -173,7 +176,7 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
     held = min(job.eval.prompts, len(read.held_out)) * job.eval.samples
     schedule = _schedule(job)
     ballots = scores = eval_ballots = 0
-    evaluations = 1  # of the base policy
+    evaluated = []
     for k in range(job.iterations):
         constitution = read.constitutions[schedule[max(i for i in schedule if i <= k)]]
         ballots += pairs * _ballots_a_pair(job, constitution, "decide", base_dir)
@@ -181,14 +184,16 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
             scores += samples * len(kind_of(job.judge).selecting(constitution))
         last = k + 1 == job.iterations
         if last or (k + 1) % job.eval.every == 0 or (k + 1) in schedule:
-            evaluations += 1
+            evaluated.append(k + 1)
             eval_ballots += held * _ballots_a_pair(job, constitution, "evaluate", base_dir)
+    evaluations = 1 + len(evaluated)  # with that of the base policy
     return _Counts(
         samples=samples * job.iterations,
         pairs=pairs * job.iterations,
         scores=scores,
         ballots=ballots,
         evaluations=evaluations,
+        evaluated=tuple(evaluated),
         held_out_answers=held * evaluations,
         evaluation_ballots=eval_ballots,
         untempered=min(job.eval.kl_prompts, job.eval.prompts, len(read.held_out)) * (evaluations - 1),
@@ -230,12 +235,13 @@ def _needed(job: Job, counts: _Counts, fast: bool) -> _Needed:
     frozen = weights * (_width(job.sampling.precision, fast) + _width(job.judge.precision, fast))
     if kind_of(job.judge).local_model not in (None, job.policy.model):
         frozen += 2 * _judge_parameters(job) * _width(job.judge.precision, fast)
-    # fp32 weights and Adam's moments of what is trained; the old state goes when the next one is complete.
-    states = weights * 6 * trained_share * min(job.iterations, 2)
+    stay = kept(job.keep_checkpoints, job.iterations, counts.evaluated, range(job.iterations))
+    # fp32 weights and Adam's moments of what is trained; an old state goes when the next one is complete.
+    states = weights * 6 * trained_share * min(job.iterations, len(stay.states) + 1)
     return _Needed(
         memory=frozen + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB,
         # A policy is exported in what the sampler computes in.
-        disk=weights * _width(job.sampling.precision, fast) * (counts.evaluations + 1) + states,
+        disk=weights * _width(job.sampling.precision, fast) * (len(stay.policies) + 2) + states,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlaif.errors import RlaifError
 from rlaif.loop.gaps import WRONG, decoding_gap, to_score_again, weights_gap
 from rlaif.records import Completion, DecodingGap, PolicyVersion, TokenSequence, WeightsGap
-from rlaif.rundir.checkpoints import new_optimizer, state_dir
+from rlaif.rundir.checkpoints import new_optimizer, policy_dir, state_dir, superfluous
 from rlaif.rundir.store import StageDir, replace_dir
 from rlaif.workers.weights import WeightsRef
 
@@ -93,19 +93,20 @@ class HandOver:
         return {"policy_digest": made.digest, "exported": run.learner.call("exports_in")}
 
     def prune(self, k: int) -> None:
-        """Keeps the weights of evaluated policies and of the newest; each costs the size of the model."""
+        """After iteration k, removes the checkpoints that `keep_checkpoints` doesn't name, and tells it before: each
+        policy has the size of the model, each learner's state some six times that."""
         run = self._run
-        newest = self.policy_before(k + 1)[1].path
-        for i in range(k):
-            policy = run.dir.iteration(i).path / "policy"
-            if policy.exists() and policy != newest and not run.dir.evaluation(i + 1).path.exists():
-                shutil.rmtree(policy)
-
-    def prune_states(self, k: int) -> None:
-        """Keeps the learner's state after iteration k alone."""
-        for old in (self._run.dir.path / "learner").glob("*"):
-            if old.name != f"{k:04d}":
-                shutil.rmtree(old, ignore_errors=True)
+        gone = superfluous(run.dir, run.job.keep_checkpoints, k + 1)
+        parts = [("policies", gone.policies), ("learner's states", gone.states)]
+        named = [f"{what} after {', '.join(str(i + 1) for i in sorted(of))}" for what, of in parts if of]
+        # A killed attempt at this iteration told it of all, and removed some.
+        if named and not any(e.kind == "pruned" and e.iteration == k for e in run.dir.events()):
+            data = {"policies": sorted(gone.policies), "states": sorted(gone.states)}
+            run.dir.event("pruned", f"removed (keep_checkpoints): {'; '.join(named)}", k, **data)
+        for folder in (*(policy_dir(run.dir, i) for i in gone.policies), *(self._state(i) for i in gone.states)):
+            shutil.rmtree(folder)
+        for left in (run.dir.path / "learner").glob("*.partial"):
+            shutil.rmtree(left)
 
     # ---- do both hold the same policy?
 

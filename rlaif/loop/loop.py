@@ -105,10 +105,10 @@ class Loop(Running):
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(metrics, evaluation)
+        self.hand_over.prune(it.k)
         write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
         told = tracking.of_iteration(metrics, it.votes, self.job.judge, self.text_number(it.k), self.dir.events())
         self.track(it.k, it.k + 1, told)
-        self.hand_over.prune(it.k)
         head = write_head(self.dir)
         self.progress.iteration_done(it.k, metrics)
         self.progress.note(f"head {head.name}")

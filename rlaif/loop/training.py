@@ -87,8 +87,6 @@ def update(run: Running, it: Iteration) -> list[UpdateStep]:
         kept = "kept or labelled" if any(row.source == "human" for row in it.training) else "kept"
         message = f"{fresh} {kept} pairs, fewer than filters.min_kept_pairs={least}: no update"
         run.tell_once("skipped_update", message, it.k, kept=fresh)
-    else:
-        run.hand_over.prune_states(it.k)
     return steps
 
 

@@ -1,16 +1,19 @@
 """What a run can go on from: the policy that an iteration made, and the learner's state behind it.
 
-In: a run directory. Out: which of them are on the disk. A checkpoint after n iterations is that of the last update
-among them: an iteration whose update was skipped has none of its own. A run without an update goes on from the base
-policy, which needs no file.
+In: a run directory. Out: which of them are on the disk, and which are to stay there. A checkpoint after n iterations is
+that of the last update among them: an iteration whose update was skipped has none of its own. A run without an update
+goes on from the base policy, which needs no file.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from rlaif import config
 from rlaif.rundir.store import RunDir, read_json
 
 _NEW_OPTIMIZER = "new_optimizer.json"
@@ -52,6 +55,55 @@ def checkpoints(run: RunDir) -> list[Checkpoint]:
         state = updated is None or state_dir(run, updated).is_dir()
         found.append(Checkpoint(k + 1, updated, policy, state))
     return found
+
+
+Keep = Literal["all", "evaluated"] | config.Checkpoints | None
+"""`keep_checkpoints` of a job."""
+
+
+class Kept(NamedTuple):
+    """The updates whose policy, and whose learner's state, stay on the disk; by iteration, from 0."""
+
+    policies: frozenset[int]
+    states: frozenset[int]
+
+
+def kept(keep: Keep, iterations: int, evaluated: Collection[int], updated: Sequence[int]) -> Kept:
+    """What stays after so many iterations.
+
+    Args:
+        keep: the job's choice.
+        iterations: that are done.
+        evaluated: after how many iterations held-out answers were asked for.
+        updated: the iterations that made a policy, in order.
+    """
+
+    def of(numbers: Iterable[int]) -> frozenset[int]:
+        """The updates behind the policies after so many iterations each."""
+        found = (bisect_left(updated, n) for n in numbers)
+        return frozenset(updated[at - 1] for at in found if at)
+
+    newest = of([iterations])
+    if keep is None:
+        return Kept(of(evaluated) | newest, newest)
+    if keep == "all":
+        stay = frozenset(updated)
+    elif keep == "evaluated":
+        stay = of(evaluated)
+    elif keep.last is not None:
+        stay = of(range(iterations + 1 - keep.last, iterations + 1))
+    else:
+        stay = of(range(0, iterations + 1, keep.every or 1))
+    return Kept(stay | newest, stay | newest)
+
+
+def superfluous(run: RunDir, keep: Keep, iterations: int) -> Kept:
+    """What is on the disk after so many iterations and doesn't stay."""
+    updated = [k for k in range(iterations) if run.iteration(k).policy_made() is not None]
+    stay = kept(keep, iterations, [e for e in run.evaluations() if e <= iterations], updated)
+    policies = frozenset(k for k in updated if policy_dir(run, k).exists())
+    states = frozenset(k for k in updated if state_dir(run, k).exists())
+    return Kept(policies - stay.policies, states - stay.states)
 
 
 def write_new_optimizer(state: Path, global_step: int) -> None:
