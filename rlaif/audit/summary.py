@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rlaif.audit.disk import Disk, disk_of, in_words
 from rlaif.audit.picture import draw
 from rlaif.console import inert, stdout_console
 from rlaif.errors import UserError
@@ -15,6 +16,7 @@ from rlaif.records import (
     Event,
     IterationMetrics,
     LengthUnknown,
+    Parent,
     Plan,
     Prompt,
     Record,
@@ -24,6 +26,7 @@ from rlaif.rundir.stages import NAMES
 from rlaif.rundir.store import RunDir, read_record, read_rows, write_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from rlaif.audit.overview import EvaluationRow
@@ -50,6 +53,10 @@ class Status(Record):
     last_event: Event | None
     alarms: tuple[Event, ...]
     waiting_for_review: int
+    parent: Parent | None = None
+    """The run that it went on from, where it is a branch."""
+    disk: Disk | None = None
+    """None where nobody asked for it."""
 
 
 class HeldOut(Record):
@@ -68,8 +75,8 @@ class Summary(Record):
     answers: tuple[HeldOut, ...]
 
 
-def status_of(run: RunDir) -> Status:
-    """Where a run stands, also while it is being written."""
+def status_of(run: RunDir, disk: bool = False) -> Status:
+    """Where a run stands, also while it is being written; with `disk`, what it takes there."""
     done = [k for k in run.iterations() if (run.iteration(k).path / "metrics.json").exists()]
     current = next((k for k in run.iterations() if k not in done), None)
     events = run.events()
@@ -91,14 +98,18 @@ def status_of(run: RunDir) -> Status:
         last_event=events[-1] if events else None,
         alarms=tuple(e for e in events if e.kind == "alarm"),
         waiting_for_review=Queue(run).waiting(),
+        parent=run.parent,
+        disk=disk_of(run) if disk else None,
     )
 
 
 def status_table(run: RunDir) -> None:
     """Prints where a run stands."""
-    status = status_of(run)
+    status = status_of(run, disk=True)
     console = stdout_console()
     console.print(f"[bold]{inert(status.run)}[/]  {status.iterations_done} of {status.iterations} iterations done")
+    if status.parent:
+        console.print(f"goes on from {inert(status.parent.run)} after {status.parent.iterations} iterations")
     if status.current_iteration is not None:
         console.print(f"iteration {status.current_iteration + 1} is at stage {status.current_stage}")
     if status.constitution:
@@ -110,8 +121,22 @@ def status_table(run: RunDir) -> None:
         console.print(f"[red]alarm[/]{where}: {inert(alarm.message)}")
     if status.waiting_for_review:
         console.print(f"{status.waiting_for_review} pairs wait for a person: rlaif review {inert(status.run)}")
+    if status.disk:
+        _print_disk(console, status.disk, status.iterations)
     if status.iterations_done < status.iterations:
         console.print(f"go on with: rlaif run {inert(status.run)}")
+
+
+def _print_disk(console: Console, disk: Disk, iterations: int) -> None:
+    """Prints what a run takes on the disk, and what its checkpoints would by choice."""
+    shared = f", {in_words(disk.shared)} of it shared with other runs" if disk.shared else ""
+    console.print(
+        f"disk: {in_words(disk.bytes)}{shared}; {disk.policies} policies {in_words(disk.policy_bytes)}, "
+        f"{disk.states} learner's states {in_words(disk.state_bytes)}"
+    )
+    if disk.costs:
+        listed = ", ".join(f"{cost.keep} {in_words(cost.bytes)}" for cost in disk.costs)
+        console.print(f"checkpoints after {iterations} iterations, by keep_checkpoints ({disk.keep} here): {listed}")
 
 
 def summarise(run: RunDir) -> Summary:

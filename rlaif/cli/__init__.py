@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from rlaif import __version__
-from rlaif.cli import audit, branch, compare, constitution, init, judge, report, review, run, view
+from rlaif.cli import audit, branch, compare, constitution, init, judge, report, review, run, runs, view
 from rlaif.errors import RlaifError, needs_extra
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(init.init)
 run.register(app)
+app.command()(runs.runs)
 app.command()(branch.branch)
 app.command()(branch.rollback)
 app.command()(review.review)

@@ -110,13 +110,13 @@ def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> Non
 
 
 def status(run: RunPath, json_: Json = False) -> None:
-    """Say where a run stands: iteration, stage, text in force, alarms."""
+    """Say where a run stands: iteration, stage, text in force, alarms, and what it takes on the disk."""
     from rlaif.audit.summary import status_of, status_table
     from rlaif.rundir.store import RunDir
 
     directory = RunDir.open(run)
     if json_:
-        typer.echo(status_of(directory).model_dump_json(indent=1))
+        typer.echo(status_of(directory, disk=True).model_dump_json(indent=1))
     else:
         status_table(directory)
 

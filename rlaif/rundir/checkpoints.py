@@ -97,6 +97,15 @@ def kept(keep: Keep, iterations: int, evaluated: Collection[int], updated: Seque
     return Kept(stay | newest, stay | newest)
 
 
+def updates(run: RunDir) -> list[int]:
+    """The iterations that made a policy, of those that are done.
+
+    Raises:
+        RlaifError: the meta file of an update is gone or damaged.
+    """
+    return [k for k in run.done() if run.iteration(k).policy_made() is not None]
+
+
 def superfluous(run: RunDir, keep: Keep, iterations: int) -> Kept:
     """What is on the disk after so many iterations and doesn't stay."""
     updated = [k for k in range(iterations) if run.iteration(k).policy_made() is not None]

@@ -1,0 +1,54 @@
+"""`rlaif runs`: a folder's runs as a tree of branches, a line each."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rlaif.audit.runs import RunRow
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder that holds runs.")] = Path("runs"),
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")] = False,
+) -> None:
+    """List the runs of a folder, each branch below the run that it went on from."""
+    import json
+
+    from rlaif.audit.runs import runs_in
+    from rlaif.console import Listing, stdout_console, visible
+
+    rows = runs_in(folder)
+    if json_:
+        typer.echo(json.dumps([row.model_dump(mode="json") for row in rows], indent=1))
+        return
+    columns = ("run", "from", "iterations", "text", "win rate", "95%", "KL/token", "alarms", "size", "shared")
+    listing = Listing(*columns, right=("iterations", "win rate", "KL/token", "alarms", "size", "shared"))
+    for row in rows:
+        listing.add(*_cells(row))
+    listing.print(stdout_console())
+    for row in rows:
+        if row.problem:
+            print(visible(f"{row.run}: {row.problem}"), file=sys.stderr)
+
+
+def _cells(row: RunRow) -> tuple[str, ...]:
+    from rlaif.audit.disk import in_words
+
+    low, high = row.win_interval or (None, None)
+    return (
+        f"{'  ' * row.depth}{row.run}",
+        "" if row.at is None else f"after {row.at}",
+        f"{row.iterations_done} of {row.iterations or '?'}",
+        row.constitution or "-",
+        "-" if row.win_rate is None else f"{row.win_rate:.2f}",
+        "-" if low is None or high is None else f"{low:.2f}-{high:.2f}",
+        "-" if row.kl_per_token is None else f"{row.kl_per_token:.3f}",
+        str(row.alarms),
+        in_words(row.bytes),
+        in_words(row.shared) if row.shared else "",
+    )
