@@ -296,3 +296,32 @@ def test_a_branch_that_was_killed_is_made_again(tmp_path: Path) -> None:
     child = branch(parent, 2, "child")
     assert child.iterations() == [0, 1]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_verify_follows_the_head_of_the_parent(tmp_path: Path) -> None:
+    parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})
+    child = branch(parent, 2, "child")
+    assert verify(child).notes == ()
+    (tmp_path / "run").rename(tmp_path / "run.before-rollback-7")
+    assert verify(child).notes == ()
+    (tmp_path / "run.before-rollback-7").rename(tmp_path / "elsewhere")
+    (note,) = verify(child).notes
+    assert note.startswith("the first 2 iterations are those of run, which isn't here with head 2:")
+    assert verify(child).holds
+    header = child.header
+    header["parent"]["head"] = "2:" + 32 * "0"
+    write_json(child.path / "run.json", header)
+    assert "run.json: names head 2:000" in " ".join(map(str, verify(child).findings))
+    # What was changed in the past is found in the branch, too.
+    (child.path / "iterations/0000/decisions.jsonl").unlink()
+    assert any("iterations/0000/decisions.jsonl" in str(finding) for finding in verify(child).findings)
+
+
+def test_a_branch_takes_nothing_from_the_lock_of_a_run_at_work(tmp_path: Path) -> None:
+    parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})
+    with parent.lock():
+        child = branch(parent, 2, "child", ["iterations=3"])
+        go_on(tmp_path, "child")
+    assert child.iterations() == [0, 1, 2]
+    assert parent.iterations() == [0, 1]
+    assert verify(parent).findings == ()

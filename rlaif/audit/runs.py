@@ -11,7 +11,7 @@ from pathlib import Path
 from rlaif.audit.disk import size_of
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import EvaluationMetrics, Record
-from rlaif.rundir.heads import read_heads
+from rlaif.rundir.heads import parent_folder
 from rlaif.rundir.store import RunDir, read_record
 
 
@@ -56,7 +56,7 @@ def runs_in(folder: Path) -> list[RunRow]:
     if (folder / "run.json").exists():
         raise UserError(f"{folder}: is a run itself; name the folder that holds it, or `rlaif status {folder}`")
     found = {path.name: RunDir(path) for path in sorted(folder.iterdir()) if _is_run(path)}
-    parents = {name: _parent(run, found) for name, run in found.items()}
+    parents = {name: _parent(run) for name, run in found.items()}
     rows: list[RunRow] = []
 
     def add(name: str, depth: int) -> None:
@@ -74,24 +74,12 @@ def _is_run(path: Path) -> bool:
     return (path / "run.json").exists() and path.suffix not in (".partial", ".rolling-back")
 
 
-def _parent(run: RunDir, others: dict[str, RunDir]) -> str | None:
-    """The name of the run that this one went on from. A run that was rolled back since isn't it any more: it has
-    another head there, and the one that it was has the head."""
+def _parent(run: RunDir) -> str | None:
     try:
-        said = run.parent
-    except (RlaifError, ValueError):
+        folder = parent_folder(run)
+    except (RlaifError, ValueError):  # run.json is damaged, which `_row` says
         return None
-    if said is None:
-        return None
-    for name, other in others.items():
-        candidate = name == said.run or name.startswith(f"{said.run}.before-rollback-")
-        if candidate and other.path != run.path and (said.head is None or said.head in _heads(other)):
-            return name
-    return None
-
-
-def _heads(run: RunDir) -> set[str]:
-    return {head.name for head in read_heads(run.path) if head is not None}
+    return folder.name if folder and _is_run(folder) else None
 
 
 def _row(run: RunDir, parent: str | None, depth: int) -> RunRow:

@@ -24,7 +24,7 @@ from rlaif.constitutions.templates import parse_template
 from rlaif.errors import RlaifError, UserError
 from rlaif.models import digest_of
 from rlaif.records import ConstitutionRef, Event, Plan, Record, stored
-from rlaif.rundir.heads import FILE, Head, complete_files, ends_torn, parse_head, read_heads
+from rlaif.rundir.heads import FILE, Head, complete_files, ends_torn, parent_folder, parse_head, read_heads
 from rlaif.rundir.store import ROW_DIGEST_BYTES, RunDir, StageDir, file_digest, read_json, read_record, row_digest
 
 _READ = 1 << 20
@@ -87,6 +87,7 @@ def verify(
     noted = parse_head(head) if head else None
     checking = _Checking(run, progress, weights)
     checking.heads()
+    checking.parent()
     checking.folders()
     checking.plans()
     checking.texts()
@@ -290,6 +291,21 @@ class _Checking:
                 yield number, stored(Event, line)
             except ValidationError:
                 continue
+
+    def parent(self) -> None:
+        """Of a branch: the head that it went on from is in its own chain, and in its parent's, if that is here."""
+        if (parent := self.run.parent) is None:
+            return
+        here = {head.name for head in self.chain}
+        if parent.head is not None and parent.head not in here and not self._was_unread(parent.head):
+            self.found("run.json", f"names head {parent.head} of {parent.run}, and {FILE} has none such")
+        past = f"the first {parent.iterations} iterations are those of {parent.run}"
+        if parent.head is None:
+            self.notes.append(f"{past}, which had noted no head then: they are covered since the run went on from it")
+        elif parent_folder(self.run) is None:
+            self.notes.append(
+                f"{past}, which isn't here with head {parent.head}: only this run's own files are checked"
+            )
 
     def noted(self, done: int | None, digits: str) -> str:
         """What the noted head says about this run."""

@@ -8,8 +8,10 @@ What it does not prove is in docs/audit.md.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
+import os
 import re
 from pathlib import Path
 
@@ -142,6 +144,19 @@ def heads_up_to(run: Path, iteration: int) -> tuple[bytes, list[Head]]:
         end += 1
     lines = (run / FILE).read_bytes().split(b"\n")[:end] if found else []
     return b"".join(line + b"\n" for line in lines), [head for head in found[:end] if head is not None]
+
+
+def parent_folder(run: RunDir) -> Path | None:
+    """Where the run that a branch went on from is now: beside it, under its name, or, rolled back since, as what it was
+    before. None where it isn't there, and for a run without a parent."""
+    if (parent := run.parent) is None:
+        return None
+    here = Path(os.path.abspath(run.path)).parent
+    for folder in (here / parent.run, *sorted(here.glob(f"{glob.escape(parent.run)}.before-rollback-*"))):
+        known = {head.name for head in read_heads(folder) if head is not None}
+        if folder.name != run.path.name and folder.is_dir() and (parent.head is None or parent.head in known):
+            return folder
+    return None
 
 
 def ends_torn(run: Path) -> bool:
