@@ -290,6 +290,20 @@ def test_a_new_optimizer_goes_on_from_the_policy_alone(tmp_path: Path) -> None:
     assert told.endswith("; a new optimizer goes on from the policy")
 
 
+def test_a_learner_of_ones_own_needs_a_method_for_it(tmp_path: Path) -> None:
+    (tmp_path / "mine_branch.py").write_text("class Mine:\n    pass\n\nclass Starts:\n    def start(self): ...\n")
+    parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})
+    header = parent.header
+    for kind, refused in (("Mine", True), ("Starts", False)):
+        header["job"]["learner"]["kind"] = f"mine_branch:{kind}"
+        write_json(parent.path / "run.json", header)
+        if refused:
+            with pytest.raises(UserError, match="mine_branch:Mine has no method `start`"):
+                branch(parent, 2, kind, new_optimizer=True)
+        else:
+            assert branch(parent, 2, kind, new_optimizer=True).iterations() == [0, 1]
+
+
 def test_a_branch_that_was_killed_is_made_again(tmp_path: Path) -> None:
     parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})
     (tmp_path / "child.partial/iterations/0009").mkdir(parents=True)

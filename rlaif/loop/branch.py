@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from rlaif.config import Job, changed_keys, may_change, of_run, parse_job
 from rlaif.errors import UserError
+from rlaif.own_code import load
 from rlaif.records import Event, HumanLabel, Parent, Record, UpdateStep, digest, stored
 from rlaif.rundir.checkpoints import Checkpoint, checkpoints, policy_dir, state_dir, write_new_optimizer
 from rlaif.rundir.heads import EVENTS, LABELS, Head, heads_up_to, write_head
@@ -143,7 +144,10 @@ def _start(run: RunDir, at: int, new_optimizer: bool) -> _Start:
         raise UserError(f"{at} iterations: {run.path} has {what} of then no more; {_nearest([*kept.values()], at)}")
     if not new_optimizer:
         return _Start(at, found.updated, None)
-    if run.job().learner.lora is not None:
+    learner = run.job().learner
+    if ":" in learner.kind and not hasattr(load("learner.kind", learner.kind).made, "start"):
+        raise UserError(f"--new-optimizer: {learner.kind} has no method `start`, which goes on from a policy alone")
+    if learner.lora is not None:
         raise UserError(
             "--new-optimizer: learner.lora trains an adapter, which an exported policy has merged; start a new run "
             f"with policy.model={policy_dir(run, found.updated)}"

@@ -419,6 +419,34 @@ def test_save_and_load_go_on_as_if_nothing_happened(
         torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_optimizer_goes_on_from_an_exported_policy(
+    kind: str, model_path: str, settings: config.Learner, tmp_path: Path
+) -> None:
+    pairs = make_preferences(8)
+    first = learner(kind, model_path, settings, warmup_steps=3)
+    list(first.update(pairs, 0))
+    policy = first.save(tmp_path / "state", tmp_path / "policy")
+    exported = AutoModelForCausalLM.from_pretrained(policy.path, dtype=torch.float32).state_dict()
+    first.start(policy, first.global_step)  # whatever moments it has
+    close(weights(first), {name: exported[name] for name in weights(first)})
+    assert moments(first) == []
+    new = learner(kind, model_path, settings, warmup_steps=3)
+    new.start(policy, 7)
+    steps = list(first.update(pairs[:2], 1)), list(new.update(pairs[:2], 1))
+    assert [s.step for s in steps[1]] == [8]
+    assert steps[0][0].learning_rate == steps[1][0].learning_rate == 0  # the warm-up begins again
+    assert steps[0][0].loss == steps[1][0].loss
+    close(weights(first), weights(new))
+    assert new.save(tmp_path / "state2", tmp_path / "policy2").digest == policy.digest  # at a rate of 0 nothing moves
+
+
+def test_adapters_need_their_own_state(model_path: str, settings: config.Learner, tmp_path: Path) -> None:
+    made = learner("dpo", model_path, settings, lora=config.Lora(r=2))
+    with pytest.raises(UserError, match="a policy has its adapter merged"):
+        made.start(made.save(tmp_path / "state", tmp_path / "policy"), 0)
+
+
 @pytest.mark.parametrize("scheduler", ["constant", "constant_with_warmup"])
 def test_another_learning_rate_counts_from_where_it_is_given(
     scheduler: str, model_path: str, settings: config.Learner, tmp_path: Path
