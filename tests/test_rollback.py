@@ -10,15 +10,25 @@ from pathlib import Path
 
 import pytest
 
+from rlaif.audit.index import Index
 from rlaif.audit.verify import verify
 from rlaif.errors import UserError
 from rlaif.loop.branch import branch, rollback
+from rlaif.records import Decision
+from rlaif.review.labels import read_labels
+from rlaif.review.queue import Queue
 from rlaif.rundir.store import RunDir
 from tests.conftest import rlaif_here
 from tests.kill_driver import in_child
+from tests.review.runs import give, reviewed
 from tests.test_branch import go_on, keep, made
 
 BEFORE = "run.before-rollback-1"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLAIF_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -73,6 +83,35 @@ def test_a_branch_of_what_was_rolled_back_still_holds(tmp_path: Path, run: RunDi
     child = branch(run, 4, "child")
     rollback(run.path, 2)
     assert verify(child).findings == ()
+
+
+def test_who_reads_the_run_meanwhile_reads_what_it_is_now(tmp_path: Path) -> None:
+    """A server's index and its queue are opened before the rollback, and asked after it."""
+    done = reviewed(tmp_path)
+    keep(done, 1)
+    queue, index = Queue(done), Index.open(done)
+    sent = {
+        k: [d.pair_id for d in done.iteration(k).read("decisions", Decision) if d.status == "review"] for k in (1, 3)
+    }
+    assert sent[1]
+    assert sent[3]
+    assert queue.counts().sent > len(sent[1])
+    give(done, sent[3][0], "first")
+    give(done, sent[1][0], "first")
+    kept = rollback(done.path, 2)
+    assert [label.pair_id for label in read_labels(kept).labels] == [sent[3][0], sent[1][0]]
+    assert [label.pair_id for label in read_labels(done).labels] == [sent[1][0]]
+    with pytest.raises(UserError, match=r"no pair .* was sent to review"):
+        queue.answer(sent[3][1], "1", "ann")
+    queue.answer(sent[1][1], "1", "ann")
+    assert queue.counts().labelled == 2
+    index.refresh()
+    tables = ("votes", "decisions", "completions", "events", "labels", "iterations", "evaluations")
+    counts = [index.rows(f"SELECT count(*) AS n FROM {table}")[0]["n"] for table in tables]
+    index.path.unlink()
+    fresh = Index.open(done)
+    assert counts == [fresh.rows(f"SELECT count(*) AS n FROM {table}")[0]["n"] for table in tables]
+    assert index.rows("SELECT max(iteration) AS n FROM decisions")[0]["n"] == 1
 
 
 def test_what_a_rollback_refuses(tmp_path: Path, run: RunDir) -> None:

@@ -22,6 +22,7 @@ from rlaif.config import Job, changed_keys, may_change, of_run, parse_job
 from rlaif.errors import UserError
 from rlaif.own_code import load
 from rlaif.records import Event, HumanLabel, Parent, Record, UpdateStep, digest, stored
+from rlaif.review.labels import review_lock
 from rlaif.rundir.checkpoints import Checkpoint, checkpoints, policy_dir, state_dir, write_new_optimizer
 from rlaif.rundir.heads import EVENTS, LABELS, Head, heads_up_to, write_head
 from rlaif.rundir.heads import FILE as HEADS
@@ -100,7 +101,7 @@ def rollback(path: Path, to: int, new_optimizer: bool = False) -> RunDir:
         if (parent := run.parent) is not None and parent.iterations == to:
             return RunDir(_beside(run, parent.run))
     run = RunDir.open(path)
-    with run.lock():
+    with run.lock(), review_lock(run):
         start = _start(run, to, new_optimizer)
         if run.iterations()[-1] < to and not new_optimizer:
             raise UserError(

@@ -98,6 +98,7 @@ class Queue:
         self._run = run
         self._sent: dict[int, list[Decision]] = {}  # of iterations whose decisions are complete: they never change
         self._plans: dict[int, Plan] = {}
+        self._folder: int | None = None  # which folder has the run's name: after a rollback another one
         self._reading = threading.Lock()  # a server asks from many threads
         self._of_labels: tuple[str, ...] = ()
         self._damaged: dict[int, list[str]] = {}  # decisions of an iteration that can't be read
@@ -199,17 +200,17 @@ class Queue:
         if not author.strip():
             raise UserError("author: a label needs the name of who gave it")
         first, second = ("second", "first") if shown_swapped(pair_id, author) else ("first", "second")
-        label = HumanLabel.model_validate(
-            {
-                "pair_id": pair_id,
-                "iteration": self._iteration_of(pair_id),
-                "outcome": {"1": first, "2": second, "t": "tie", "s": "skip"}[shown],
-                "author": author,
-                "time": log.now(),
-                "reason": (reason or "").strip() or None,
-            }
-        )
-        with log.review_lock(self._run):
+        with log.review_lock(self._run):  # a rollback holds it, and afterwards the pair may be none of the run's
+            label = HumanLabel.model_validate(
+                {
+                    "pair_id": pair_id,
+                    "iteration": self._iteration_of(pair_id),
+                    "outcome": {"1": first, "2": second, "t": "tie", "s": "skip"}[shown],
+                    "author": author,
+                    "time": log.now(),
+                    "reason": (reason or "").strip() or None,
+                }
+            )
             log.append(self._run, label)
             claims = self._claims()
             if (claim := claims.get(pair_id)) and claim.author == author:
@@ -261,6 +262,8 @@ class Queue:
     def _by_iteration(self) -> dict[int, list[Decision]]:
         """The same by iteration; the caller's own copy, which no other thread adds to."""
         with self._reading:
+            if (folder := self._run.path.stat().st_ino) != self._folder:
+                self._folder, self._sent, self._plans, self._damaged = folder, {}, {}, {}
             for k in self._run.iterations():
                 here = self._run.iteration(k)
                 if k not in self._sent and here.is_complete("decisions"):
