@@ -290,6 +290,37 @@ def test_a_new_optimizer_goes_on_from_the_policy_alone(tmp_path: Path) -> None:
     assert told.endswith("; a new optimizer goes on from the policy")
 
 
+def test_a_run_says_that_a_branch_may_change_what_it_may_not(tmp_path: Path) -> None:
+    from rlaif.loop.launch import check_resume
+
+    parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})
+    (parent.evaluation(0).path / "completions.jsonl").stat()  # something was sampled
+    for changes, said in (({"replay": {"share": 0.1}}, True), ({"replay": {"share": 0.1}, "seed": 1}, False)):
+        job = parse_job(parent.header["job"] | changes, "test")
+        with pytest.raises(UserError) as e:
+            check_resume(parent, job, allow_change=True)
+        assert str(e.value).endswith("--at 2 --name NAME --set ...") == said
+
+
+def test_a_job_with_a_name_gets_the_branchs(tmp_path: Path) -> None:
+    parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})
+    assert branch(parent, 2, "child").job().name is None
+    header = parent.header
+    header["job"]["name"] = "run"
+    write_json(parent.path / "run.json", header)
+    assert branch(parent, 2, "other").job().name == "other"
+
+
+def test_an_adapter_needs_its_state(tmp_path: Path) -> None:
+    parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})
+    header = parent.header
+    header["job"]["learner"]["lora"] = {"r": 2}
+    write_json(parent.path / "run.json", header)
+    with pytest.raises(UserError, match=r"has merged; start a new run with policy.model=.*iterations/0001/policy"):
+        branch(parent, 2, "child", new_optimizer=True)
+    assert branch(parent, 2, "child").iterations() == [0, 1]
+
+
 def test_a_learner_of_ones_own_needs_a_method_for_it(tmp_path: Path) -> None:
     (tmp_path / "mine_branch.py").write_text("class Mine:\n    pass\n\nclass Starts:\n    def start(self): ...\n")
     parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})

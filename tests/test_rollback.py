@@ -85,6 +85,7 @@ def test_a_branch_of_what_was_rolled_back_still_holds(tmp_path: Path, run: RunDi
     assert verify(child).findings == ()
 
 
+@pytest.mark.slow
 def test_who_reads_the_run_meanwhile_reads_what_it_is_now(tmp_path: Path) -> None:
     """A server's index and its queue are opened before the rollback, and asked after it."""
     done = reviewed(tmp_path)
@@ -198,6 +199,30 @@ def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, run: RunDir) -> None:
         assert verify(RunDir(here)).findings == (), point
         assert {p.name for p in where.iterdir()} == {"run", BEFORE}, point
     assert interrupted == 1
+
+
+@pytest.mark.slow
+def test_a_branch_that_is_killed_touches_nothing(tmp_path: Path, run: RunDir) -> None:
+    before = content(run.path)
+
+    def branched(point: int) -> None:
+        calls = kill_at(point)
+        branch(run, 2, "child")
+        (tmp_path / "calls").write_text(" ".join(calls))
+
+    assert in_child(lambda: branched(-1)) == 0
+    calls = (tmp_path / "calls").read_text().split()
+    expected = content(tmp_path / "child")
+    links = [n for n, call in enumerate(calls) if call == "link"]
+    for point in sorted({*range(len(calls))} - set(links[1:-1])):
+        shutil.rmtree(tmp_path / "child")
+        assert in_child(lambda point=point: branched(point)) == -signal.SIGKILL, point
+        if not (tmp_path / "child").exists():
+            branch(run, 2, "child")
+        assert content(tmp_path / "child").keys() == expected.keys(), point
+        assert verify(RunDir(tmp_path / "child")).findings == (), point
+        assert content(run.path) == before, point
+        assert not list(tmp_path.glob("*.partial")), point
 
 
 def test_the_commands(tmp_path: Path, run: RunDir) -> None:

@@ -25,6 +25,7 @@ from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calib
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of, likelihood_worker
 from rlaif.loop import Loop, Progress
+from rlaif.loop.branch import may_branch
 from rlaif.loop.in_force import InForce
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update
@@ -405,8 +406,10 @@ def check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
     named = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in changes.items())
     harmful = [key for key in changes if not may_change(key, job)]
     if harmful:
+        branch = f", or go on with it in a branch: rlaif branch {run.path} --at {done} --name NAME --set ..."
         raise UserError(
             f"{run.path} was started with another job: {named}. A run keeps its job; start a new one with --name NAME"
+            + (branch if done and all(map(may_branch, harmful)) else "")
         )
     if not allow_change:
         raise UserError(f"{run.path} was started with another job: {named}. These are harmless: add --allow-change")

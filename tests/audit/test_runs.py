@@ -18,10 +18,10 @@ from tests.conftest import rlaif_here
 from tests.test_branch import go_on
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    """A run with two branches, one of which has one, and a run without relations."""
-    root = tmp_path / "runs"
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two branches, one of which has one, and a run without relations. To be read."""
+    root = tmp_path_factory.mktemp("runs")
     parent = go_on(root, filters={"min_kept_pairs": 1}, keep_checkpoints="all")
     branch(parent, 3, "late")
     early = branch(parent, 1, "early", ["iterations=2"])
@@ -31,6 +31,12 @@ def runs(tmp_path: Path) -> Path:
     (root / "no run").mkdir()
     shutil.copytree(early.path, root / "being made.partial")
     return root
+
+
+@pytest.fixture
+def copies(runs: Path, tmp_path: Path) -> Path:
+    """Copies of them, which share nothing, to be changed."""
+    return Path(shutil.copytree(runs, tmp_path / "copies"))
 
 
 def test_branches_stand_below_their_parents(runs: Path) -> None:
@@ -55,9 +61,9 @@ def test_branches_stand_below_their_parents(runs: Path) -> None:
     assert whole.bytes == sum(p.stat().st_size for p in (runs / "run").rglob("*") if p.is_file())
 
 
-def test_a_run_that_was_rolled_back_is_a_branch_of_what_it_was(runs: Path) -> None:
-    rollback(runs / "run", 2)
-    rows = {row.run: row.parent for row in runs_in(runs)}
+def test_a_run_that_was_rolled_back_is_a_branch_of_what_it_was(copies: Path) -> None:
+    rollback(copies / "run", 2)
+    rows = {row.run: row.parent for row in runs_in(copies)}
     assert rows == {
         "alone": None,
         "run.before-rollback-1": None,
@@ -68,18 +74,18 @@ def test_a_run_that_was_rolled_back_is_a_branch_of_what_it_was(runs: Path) -> No
     }
 
 
-def test_a_parent_that_is_not_here(runs: Path) -> None:
-    shutil.rmtree(runs / "run")
-    rows = {row.run: (row.parent, row.at) for row in runs_in(runs)}
+def test_a_parent_that_is_not_here(copies: Path) -> None:
+    shutil.rmtree(copies / "run")
+    rows = {row.run: (row.parent, row.at) for row in runs_in(copies)}
     assert rows["early"] == (None, 1)
     assert rows["of early"] == ("early", 2)
 
 
-def test_a_damaged_run_takes_no_other_along(runs: Path) -> None:
-    (runs / "late" / "run.json").write_text("{")
-    (row,) = [row for row in runs_in(runs) if row.problem]
+def test_a_damaged_run_takes_no_other_along(copies: Path) -> None:
+    (copies / "late" / "run.json").write_text("{")
+    (row,) = [row for row in runs_in(copies) if row.problem]
     assert row.run == "late"
-    done = rlaif_here("runs", str(runs))
+    done = rlaif_here("runs", str(copies))
     assert done.returncode == 0
     assert done.stderr.startswith("late: ")
     assert len(done.stdout.splitlines()) == 6
@@ -103,6 +109,7 @@ def test_the_command(runs: Path) -> None:
         runs_in(runs / "run")
 
 
+@pytest.mark.slow
 def test_what_each_choice_costs(tmp_path: Path) -> None:
     """As the run itself has it after its end, with another choice each."""
     for name, choice in (("null", None), ("evaluated", "evaluated"), ("last", {"last": 3}), ("all", "all")):
