@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from rlaif.audit.runs import runs_in
+from rlaif.audit.summary import status_of
 from rlaif.audit.verify import verify
 from rlaif.config import parse_job
-from rlaif.errors import UserError
+from rlaif.errors import RlaifError, UserError
 from rlaif.loop.branch import MAY_BRANCH, branch
+from rlaif.loop.launch import write_header
 from rlaif.records import SCHEMA_VERSION, HumanLabel, UpdateStep, digest
 from rlaif.rundir.checkpoints import checkpoints
 from rlaif.rundir.heads import read_heads
@@ -104,7 +107,11 @@ def test_a_branch_holds_what_its_parent_had_written_by_then(tmp_path: Path) -> N
     before = {str(p.relative_to(parent.path)): p.read_bytes() for p in parent.path.rglob("*") if p.is_file()}
     go_on(tmp_path, iterations=4)
     keep(parent, 2)
+    (parent.path / "judge_wasted.jsonl").write_text("{}\n")
     child = branch(parent, 3, "child")
+    (child.path / "judge_wasted.jsonl").open("a").write("{}\n")
+    assert (parent.path / "judge_wasted.jsonl").read_text() == "{}\n"
+    (child.path / "judge_wasted.jsonl").unlink()
     assert child.iterations() == [0, 1, 2]
     assert child.evaluations() == [0, 2, 3]
     own = {"run.json", "heads.jsonl", "events.jsonl"}
@@ -234,6 +241,12 @@ def test_stored_runs_can_be_gone_on_from(tmp_path: Path, schema: str) -> None:
     assert len(child.iterations()) == at
     assert verify(child).findings == ()
     assert (tmp_path / "child" / "heads.jsonl").exists()
+    write_header(child, child.job(), child.header["models"], {})  # as when it goes on
+    write_header(child, child.job().model_copy(update={"iterations": 9}), child.header["models"], {}, "iterations")
+    assert child.schema == SCHEMA_VERSION
+    assert child.job().iterations == 9
+    assert child.parent is not None
+    assert verify(child).findings == ()
 
 
 @pytest.mark.parametrize(
@@ -341,6 +354,30 @@ def test_a_branch_that_was_killed_is_made_again(tmp_path: Path) -> None:
     child = branch(parent, 2, "child")
     assert child.iterations() == [0, 1]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_damaged_parent_is_named(tmp_path: Path) -> None:
+    parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})
+    child = branch(parent, 2, "child")
+    write_json(child.path / "run.json", child.header | {"parent": {"run": "run"}})
+    with pytest.raises(RlaifError, match=r"run\.json: its parent is none"):
+        status_of(child)
+    (row,) = [row for row in runs_in(tmp_path) if row.run == "child"]
+    assert "its parent is none" in str(row.problem)
+
+
+def test_a_checkpoint_that_goes_meanwhile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})
+    link = os.link
+
+    def pruned(source: Path, to: Path) -> None:
+        shutil.rmtree(parent.path / "iterations/0001/policy", ignore_errors=True)
+        link(source, to)
+
+    monkeypatch.setattr(os, "link", pruned)
+    with pytest.raises(UserError, match="removed the checkpoint just now"):
+        branch(parent, 2, "child")
+    assert not list(tmp_path.glob("child*"))
 
 
 def test_verify_follows_the_head_of_the_parent(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def _is_run(path: Path) -> bool:
 def _parent(run: RunDir) -> str | None:
     try:
         folder = parent_folder(run)
-    except (RlaifError, ValueError):  # run.json is damaged, which `_row` says
+    except (RlaifError, OSError):  # run.json is damaged, which `_row` says
         return None
     return folder.name if folder and _is_run(folder) else None
 

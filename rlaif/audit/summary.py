@@ -77,7 +77,7 @@ class Summary(Record):
 
 def status_of(run: RunDir, disk: bool = False) -> Status:
     """Where a run stands, also while it is being written; with `disk`, what it takes there."""
-    done = [k for k in run.iterations() if (run.iteration(k).path / "metrics.json").exists()]
+    done = run.done()
     current = next((k for k in run.iterations() if k not in done), None)
     events = run.events()
     text = None

@@ -205,14 +205,18 @@ def _build(to: Path, run: RunDir, start: _Start, job: Job, parent_name: str, kin
                 _share(run.path / part, to / part)
         except FileNotFoundError as e:
             raise UserError(f"{e.filename}: the run at work removed it just now; try again") from e
-        for name in ("constitutions/pins.json", "judge_wasted.jsonl"):  # the parent may go on writing them
-            if (run.path / name).exists():
-                _write(to / name, (run.path / name).read_bytes())
+        # The parent may go on writing these: what texts were pinned to, and what a judge wasted, which counts as spent.
+        for path in (run.path / "constitutions" / "pins.json", *run.path.glob("*_wasted.jsonl")):
+            if path.exists():
+                _write(to / path.relative_to(run.path), path.read_bytes())
         for name, content in ((HEADS, past.lines), (EVENTS, _events(run, past)), (LABELS, _labels(run, past))):
             if content:
                 _write(to / name, content)
         if start.new_optimizer is not None and start.updated is not None:
             write_new_optimizer(state_dir(made, start.updated), start.new_optimizer)
+    found = checkpoints(made)[-1]
+    if not (found.policy and found.state):
+        raise UserError(f"{run.path}: the run at work removed the checkpoint just now; try again, or another iteration")
     parent = Parent(run=parent_name, iterations=start.iterations, head=past.head.name if past.head else None)
     dumped = job.model_dump(mode="json")
     header = run.header | {"job": dumped, "job_digest": digest(dumped), "parent": parent.model_dump(mode="json")}

@@ -400,7 +400,7 @@ def check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
     changes = changed_keys(before.model_dump(mode="json"), job.model_dump(mode="json"))
     if not changes:
         return None
-    done = sum((run.iteration(k).path / "metrics.json").exists() for k in run.iterations())
+    done = len(run.done())
     if job.iterations < done:
         raise UserError(f"iterations: {job.iterations}, but {run.path} has done {done}; give at least that many")
     named = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in changes.items())

@@ -85,7 +85,7 @@ def write_head(run: RunDir, anew: bool = False) -> Head:
     before = [head for head in read_heads(run.path) if head is not None]
     newest = before[-1] if before else None
     known = {name for head in before for name in head.files}
-    done = [k for k in run.iterations() if (run.iteration(k).path / "metrics.json").exists()]
+    done = run.done()
     if not done:
         raise UserError(f"{run.path}: no iteration is done, so there is no head yet")
     files = {name: file_digest(run.path / name) for name in complete_files(run.path, done[-1]) if name not in known}

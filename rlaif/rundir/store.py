@@ -353,9 +353,16 @@ class RunDir:
 
     @property
     def parent(self) -> Parent | None:
-        """The run that this one went on from, where it is a branch."""
+        """The run that this one went on from, where it is a branch.
+
+        Raises:
+            RlaifError: run.json says it, and is damaged.
+        """
         found = self.header.get("parent")
-        return None if found is None else stored(Parent, found)
+        try:
+            return None if found is None else stored(Parent, found)
+        except ValidationError as e:
+            raise RlaifError(f"{self.path / 'run.json'}: its parent is none ({first_problem(e)})") from e
 
     def done(self) -> list[int]:
         """The iterations that are done, in order."""
