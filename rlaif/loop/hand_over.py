@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -103,10 +104,13 @@ class HandOver:
         if named and not any(e.kind == "pruned" and e.iteration == k for e in run.dir.events()):
             data = {"policies": sorted(gone.policies), "states": sorted(gone.states)}
             run.dir.event("pruned", f"removed (keep_checkpoints): {'; '.join(named)}", k, **data)
+        for pattern in ("learner/*.partial", "iterations/*/policy.partial"):  # what a killed attempt left
+            for left in run.dir.path.glob(pattern):
+                shutil.rmtree(left)
         for folder in (*(policy_dir(run.dir, i) for i in gone.policies), *(self._state(i) for i in gone.states)):
-            shutil.rmtree(folder)
-        for left in (run.dir.path / "learner").glob("*.partial"):
-            shutil.rmtree(left)
+            going = folder.with_name(f"{folder.name}.partial")
+            os.replace(folder, going)  # so that what has a checkpoint's name is whole
+            shutil.rmtree(going)
 
     # ---- do both hold the same policy?
 
