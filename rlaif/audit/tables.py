@@ -135,6 +135,7 @@ STAGE_TABLES: dict[str, Table] = {
         (
             Column("completion_id", "VARCHAR", "r.id"),
             Column("prompt_id", "VARCHAR", "r.prompt_id"),
+            Column("sample", "INTEGER", "r.index", "number of the answer among those to its prompt, from 0"),
             Column("policy_iteration", "INTEGER", "r.policy.iteration", "updates behind the policy that sampled"),
             Column("policy_digest", "VARCHAR", "r.policy.digest"),
             Column("text", "VARCHAR", "r.text"),
