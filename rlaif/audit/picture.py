@@ -89,6 +89,9 @@ def draw_over_time(found: OverTime, path: Path) -> None:
     if file_format not in FORMATS:
         raise UserError(f"{path}: can't draw this; expected a name that ends in {' or '.join(FORMATS)}")
     rows = len(found.measures)
+    texts: dict[int, list[str]] = {}
+    for change in sorted({change for group in found.groups for change in group.changes}, key=lambda c: c.after):
+        texts.setdefault(change.after, []).append(change.constitution)
     with replacing(path) as temporary, drawn(temporary, file_format, (8, 2.6 * rows), 110, (rows, 1)) as panels:
         for axis, name in zip(panels, found.measures, strict=True):
             for n, group in enumerate(found.groups):
@@ -98,8 +101,11 @@ def draw_over_time(found: OverTime, path: Path) -> None:
                 if any(s.runs > 1 for _, s in points):
                     low, high = [s.low for _, s in points], [s.high for _, s in points]
                     axis.fill_between(x, low, high, color=f"C{n}", alpha=0.15, linewidth=0)
-            for after in sorted({change.after for group in found.groups for change in group.changes}):
+            for after in texts:
                 axis.axvline(after, color="crimson", linestyle=":")
             axis.set(title=measure_of(name).says)
+        for after, names in texts.items():
+            where = panels[0].get_xaxis_transform()  # x in data, y as a share of the panel
+            panels[0].text(after, 0.03, f" → {', '.join(names)}", color="crimson", fontsize=8, transform=where)
         panels[0].legend()
         panels[-1].set(xlabel="iterations" if found.axis == "start" else "iterations since the change of text")

@@ -55,7 +55,7 @@ def runs_in(folder: Path) -> list[RunRow]:
         raise UserError(f"{folder}: no such folder; name one that holds runs")
     if (folder / "run.json").exists():
         raise UserError(f"{folder}: is a run itself; name the folder that holds it, or `rlaif status {folder}`")
-    found = {path.name: RunDir(path) for path in sorted(folder.iterdir()) if _is_run(path)}
+    found = {path.name: RunDir(path) for path in sorted(folder.iterdir()) if is_run(path)}
     parents = {name: _parent(run) for name, run in found.items()}
     rows: list[RunRow] = []
 
@@ -70,7 +70,8 @@ def runs_in(folder: Path) -> list[RunRow]:
     return rows
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run, and not one that is still being made."""
     return (path / "run.json").exists() and path.suffix not in (".partial", ".rolling-back")
 
 
@@ -79,7 +80,7 @@ def _parent(run: RunDir) -> str | None:
         folder = parent_folder(run)
     except (RlaifError, OSError):  # run.json is damaged, which `_row` says
         return None
-    return folder.name if folder and _is_run(folder) else None
+    return folder.name if folder and is_run(folder) else None
 
 
 def _row(run: RunDir, parent: str | None, depth: int) -> RunRow:

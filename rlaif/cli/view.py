@@ -15,19 +15,24 @@ DEFAULT_PORT = 8321
 
 
 def view(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, for example runs/quickstart.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory, for example runs/quickstart, or a folder of runs.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = DEFAULT_PORT,
 ) -> None:
-    """See a run in the browser: pictures, every decision, the texts, the review queue. Also while it runs.
+    """See a run in the browser: pictures, held-out answers, every decision, the texts, the review queue. Also while it
+    runs. Of a folder of runs: the tree of branches, and any of them side by side.
 
     Listens on this machine only. From another one: `ssh -L 8321:127.0.0.1:8321 HOST`, then open the same address there.
     """
     import socket
 
+    from rlaif.audit.runs import is_run
     from rlaif.rundir.store import RunDir
 
-    opened = RunDir.open(run)
+    holds_runs = run.is_dir() and not is_run(run) and any(is_run(path) for path in run.iterdir())
+    opened = None if holds_runs else RunDir.open(run)
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as e:
@@ -36,7 +41,7 @@ def view(
     import uvicorn
 
     from rlaif.audit.index import Index
-    from rlaif.view.app import is_loopback, make_app
+    from rlaif.view.app import is_loopback, make_app, make_folder_app
 
     if not is_loopback(host):
         print(
@@ -44,9 +49,12 @@ def view(
             "there is no password. Better: --host 127.0.0.1 and an SSH tunnel",
             file=sys.stderr,
         )
-    with Building() as building:  # the first look at a large run takes a while
-        index = Index.open(opened, building.told)
-    app = make_app(opened, index, host)
+    if opened is None:
+        app = make_folder_app(run, host)
+    else:
+        with Building() as building:  # the first look at a large run takes a while
+            index = Index.open(opened, building.told)
+        app = make_app(opened, index, host)
     shown = f"[{host}]" if ":" in host else host
     typer.echo(f"http://{shown}:{listening.getsockname()[1]}/")
     print(f"rlaif: showing {run}; Ctrl-C ends it", file=sys.stderr)

@@ -6,13 +6,15 @@ The names are those of `rlaif audit RUN list`; iterations count from 1, as peopl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 from urllib.parse import urlencode
 
 from pydantic import Field, ValidationError
 
 from rlaif.audit.pairs import Page, PairFilter, Sort, Status
 from rlaif.records import DropReason, Record
+
+R = TypeVar("R", bound=Record)
 
 PAGE_ROWS = 50
 FILTERS = tuple(PairFilter.model_fields)
@@ -21,6 +23,22 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reason": get_args(DropReason),
     "sort": get_args(Sort),
 }
+
+
+def understood(record: type[R], values: dict[str, Any]) -> tuple[R, list[str]]:
+    """What a tree of an address's values asks for, and one line for each value that can't be understood."""
+    problems: list[str] = []
+    while True:
+        try:
+            return record.model_validate(values), problems
+        except ValidationError as e:
+            error = e.errors()[0]
+            at: Any = values
+            for name in error["loc"]:  # its end may be what pydantic calls the member of a union
+                if not isinstance(at[name], dict):
+                    break
+                at = at[name]
+            problems.append(f"{name}={at.pop(name)}: {error['msg'][0].lower()}{error['msg'][1:]}; it is left out")
 
 
 class Asked(Record):
@@ -36,19 +54,9 @@ class Asked(Record):
     def parse(cls, query: Mapping[str, str]) -> tuple[Asked, list[str]]:
         """What a query string asks for, and one line for each part of it that can't be understood."""
         given = {name: value.strip() for name, value in query.items() if value.strip()}
-        values: dict[str, Any] = {"filter": {}}
-        for name, value in given.items():
-            (values["filter"] if name in FILTERS else values)[name] = value
-        problems: list[str] = []
-        while True:
-            try:
-                asked = cls.model_validate(values)
-                break
-            except ValidationError as e:
-                error = e.errors()[0]
-                name = str(error["loc"][-1])
-                problems.append(f"{name}={given[name]}: {error['msg'][0].lower()}{error['msg'][1:]}; it is left out")
-                (values["filter"] if name in FILTERS else values).pop(name)
+        values: dict[str, Any] = {name: value for name, value in given.items() if name not in FILTERS}
+        values["filter"] = {name: value for name, value in given.items() if name in FILTERS}
+        asked, problems = understood(cls, values)
         wanted = asked.filter
         if wanted.iteration is not None and not wanted.evaluation:
             asked = asked.model_copy(update={"filter": wanted.model_copy(update={"iteration": wanted.iteration - 1})})

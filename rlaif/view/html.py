@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from rlaif.audit.disk import in_words
 from rlaif.view.pictures import percent
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def environment() -> jinja2.Environment:
         "number": number,
         "money": lambda value: MISSING if value is None else money(value),
         "count": lambda value: MISSING if value is None else f"{value:,}".replace(",", "\u202f"),
+        "size": in_words,
         "path": lambda value: quote(str(value), safe=""),
         "words": lambda value: str(value) if ":" in str(value) else str(value).replace("_", " "),  # code has a name
         "log_place": lambda value: "/".join(str(value).rsplit("/", 2)[-2:]),

@@ -1,4 +1,5 @@
-"""The pages that only read: overview, decisions, one pair, one question, the texts; and the files that they load."""
+"""The pages that only read: overview, held-out answers, decisions, one pair, one question, the texts; and the files
+that they all load."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
+from rlaif.audit.answers import Answers, answers_to, held_out_prompts
 from rlaif.audit.index import Index
 from rlaif.audit.pair import PairDetail, question_of, show
 from rlaif.audit.pairs import known_names, list_pairs
@@ -18,6 +20,9 @@ from rlaif.audit.summary import status_of
 from rlaif.errors import UserError
 from rlaif.judging.verdicts import flips
 from rlaif.records import VoiceKey, Vote
+from rlaif.rundir.store import RunDir
+from rlaif.view.answering import CHOICES as CHOSEN
+from rlaif.view.answering import AnswersAsked, answers_table, near
 from rlaif.view.browse import CHOICES, Asked
 from rlaif.view.facts import read_facts, version_of
 from rlaif.view.html import HERE
@@ -27,10 +32,13 @@ from rlaif.view.site import SiteOf
 STATIC = {"style.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _HASH = re.compile("[0-9a-f]{8,64}")
 
+files = APIRouter()
+"""What every page loads, whatever is shown."""
 router = APIRouter()
+"""A run's pages."""
 
 
-@router.get("/static/{file}")
+@files.get("/static/{file}")
 def static(file: str) -> Response:
     """The style sheet, the script and the icon."""
     if file not in STATIC:
@@ -51,6 +59,7 @@ def overview(site: SiteOf) -> Response:
     now = version_of(site.run)
     with site.fresh() as index:
         facts = read_facts(index, site.run)
+        before_after = _before_after(index, site.run)
     return site.page(
         "overview.html",
         page="overview",
@@ -59,6 +68,31 @@ def overview(site: SiteOf) -> Response:
         job=site.run.header["job"],
         facts=facts,
         pictures=pictures(facts),
+        before_after=before_after,
+        table=answers_table({site.name: before_after}, "base", {site.name: site.base}) if before_after else None,
+    )
+
+
+@router.get("/answers")
+def answers(site: SiteOf, request: Request) -> Response:
+    """A held-out prompt's answers over all evaluations; the first prompt's where the address names none."""
+    asked, problems = AnswersAsked.parse(request.query_params)
+    with site.fresh() as index:
+        found = held_out_prompts(index, asked.text)
+        lines = [line for line in found.prompts if asked.shows(line)]
+        prompt_id = asked.prompt or (lines[0].prompt_id if lines else None)
+        shown = answers_to(index, site.run, prompt_id) if prompt_id is not None else None
+    return site.page(
+        "answers.html",
+        page="answers",
+        asked=asked,
+        choices=CHOSEN,
+        evaluations=found.evaluations,
+        lines=lines,
+        near=near(lines, prompt_id),
+        shown=shown,
+        table=answers_table({site.name: shown}, asked.marked, {site.name: site.base}) if shown else None,
+        problems=[*problems, *(shown.problems if shown else ())],
     )
 
 
@@ -67,7 +101,7 @@ def pairs(site: SiteOf, request: Request) -> Response:
     """The decision browser. Its address is brought into its shortest form first, to paste into a ticket."""
     asked, problems = Asked.parse(request.query_params)
     if not problems and dict(request.query_params) != asked.values:
-        return RedirectResponse(asked.address(), 303)
+        return RedirectResponse(f"{site.base}{asked.address()}", 303)
     with site.fresh() as index:
         found = list_pairs(index, asked.filter, asked.sort, asked.descending, asked.limit, asked.offset)
         names = known_names(index)
@@ -134,6 +168,15 @@ def constitution(site: SiteOf, digest: str) -> Response:
         difference=_difference(site.run.path / "constitutions", before, text) if before and text else "",
         before=before,
     )
+
+
+def _before_after(index: Index, run: RunDir) -> Answers | None:
+    """The first held-out prompt with the base policy's answer and the newest one; None before there are both."""
+    for line in held_out_prompts(index).prompts[:1]:
+        found = answers_to(index, run, line.prompt_id)
+        if len(found.evaluated) > 1:
+            return found.model_copy(update={"evaluated": (found.evaluated[0], found.evaluated[-1])})
+    return None
 
 
 def votes_by_voice(detail: PairDetail) -> list[dict[str, Any]]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, get_args
 
+from rlaif.audit.curves import Curve
 from rlaif.audit.overview import IterationRow
 from rlaif.records import DropReason, EvaluationMetrics
 from rlaif.view.facts import Facts
@@ -22,10 +23,16 @@ MOST_POINTS = 300
 """More steps than this are shown as means of equal stretches."""
 MOST_LABELS = 4
 """More changes of text than this are marked without their names."""
+STYLES = 6
+"""Lines that can be told apart."""
+APART = 5
+"""Between intervals of two series at one place."""
 
 Format = Callable[[float], str]
 Spot = tuple[float, float]
 """x and y in data units."""
+Interval = tuple[float, float, float]
+"""x, low, high."""
 
 
 def percent(value: float) -> str:
@@ -91,6 +98,8 @@ class Mark:
     says: str
     end: bool
     """The label stands left of the line, for want of room."""
+    page: str = ""
+    """Address of the page about that text, after `Site.base`."""
 
 
 @dataclass
@@ -149,9 +158,10 @@ def pictures(facts: Facts) -> list[Picture]:
     """All pictures of a run."""
     iterations, evaluations = facts.overview.iterations, facts.evaluations
     # The first text is no change.
-    changes = [(c.iteration, c.constitution) for c in facts.overview.changes[1:]]
+    changes = [_Change(c.iteration + 0.5, c.constitution, page=f"/constitutions/{c.hash}")
+               for c in facts.overview.changes[1:]]  # fmt: skip
     ends = [*(r.iteration + 1 for r in iterations), *(e.updates for e in evaluations), 1]
-    time = _Time("iteration", 0, max(ends), [(k + 0.5, name) for k, name in changes])
+    time = _Time("iteration", 0, max(ends), changes)
     over_time = _OverTime(iterations, evaluations, time)
     return [
         _kept(facts.parts, time),
@@ -159,6 +169,69 @@ def pictures(facts: Facts) -> list[Picture]:
         *over_time.of_the_answers(),
         _loss(facts.losses, changes),
     ]
+
+
+def side_by_side(curves: Sequence[Curve]) -> list[Picture]:
+    """Several runs over the same axes: how their held-out answers moved, and where each one's text changed."""
+    turns: dict[float, dict[str, list[str]]] = {}
+    for curve in curves:
+        for change in curve.changes[1:]:
+            turns.setdefault(change.iteration + 0.5, {}).setdefault(change.constitution, []).append(curve.run)
+    changes = [
+        _Change(at, " / ".join(names), who="; ".join(f"{name} in {', '.join(of)}" for name, of in names.items()))
+        for at, names in sorted(turns.items())
+    ]
+    time = _Time("iteration", 0, max([1, *(e.updates for c in curves for e in c.evaluations)]), changes)
+
+    def series(get: Callable[[EvaluationMetrics], float | None]) -> dict[str, list[Spot]]:
+        return {c.run: _held_out(c.evaluations, get) for c in curves}
+
+    def intervals(get: Callable[[EvaluationMetrics], Spot | None]) -> dict[str, list[Interval]]:
+        return {c.run: _intervals(c.evaluations, get) for c in curves}
+
+    return [
+        _line_picture(
+            "win-rate",
+            "Win rate against base",
+            series(lambda e: e.win_rate),
+            time,
+            intervals=intervals(lambda e: e.win_interval),
+            write=percent,
+            y_range=(0, 1),
+            reference=0.5,
+            breaks={c.run: [change.iteration + 0.5 for change in c.changes[1:]] for c in curves},
+            note="held-out answers, 95 % interval; each judged under its run’s text in force",
+            empty="nothing was judged against the base policy yet",
+        ),
+        _line_picture(
+            "length",
+            "Mean length of a held-out answer, words",
+            series(lambda e: e.mean_words),
+            time,
+            write=decimals(1),
+            empty="no evaluation yet",
+        ),
+        _line_picture(
+            "kl",
+            "KL from base, a token",
+            series(lambda e: None if e.kl_by_older_version else e.kl_per_token),
+            time,
+            intervals=intervals(lambda e: e.kl_interval),
+            write=decimals(3),
+            note="nats; 95 % interval",
+            empty="not measured (eval.kl_prompts: 0)",
+        ),
+    ]
+
+
+def _held_out(evaluations: Sequence[EvaluationMetrics], get: Callable[[EvaluationMetrics], float | None]) -> list[Spot]:
+    return [(e.updates, value) for e in evaluations if (value := get(e)) is not None]
+
+
+def _intervals(
+    evaluations: Sequence[EvaluationMetrics], get: Callable[[EvaluationMetrics], Spot | None]
+) -> list[Interval]:
+    return [(e.updates, *ends) for e in evaluations if (ends := get(e)) is not None]
 
 
 @dataclass(frozen=True)
@@ -175,11 +248,11 @@ class _OverTime:
             "win-rate",
             "Win rate against base",
             {"held-out answers": self._held_out(lambda e: e.win_rate)},
-            intervals=[(e.updates, *e.win_interval) for e in self.evaluations if e.win_interval],
+            intervals={"held-out answers": _intervals(self.evaluations, lambda e: e.win_interval)},
             write=percent,
             y_range=(0, 1),
             reference=0.5,
-            joined_across_texts=False,
+            breaks={"held-out answers": [change.at for change in self.time.changes]},
             note="95 % interval; judged under the text in force",
             empty="nothing was judged against the base policy yet",
         )
@@ -225,7 +298,7 @@ class _OverTime:
                     lambda e: e.kl_per_token if e.kl_by_older_version else None
                 ),
             },
-            intervals=[(e.updates, *e.kl_interval) for e in self.evaluations if e.kl_interval],
+            intervals={"answers at temperature 1": _intervals(self.evaluations, lambda e: e.kl_interval)},
             write=decimals(3),
             note=_about_kl(self.evaluations),
             empty="not measured (eval.kl_prompts: 0)",
@@ -258,7 +331,7 @@ class _OverTime:
         return [(r.iteration + shift, value) for r in self.iterations if (value := get(r)) is not None]
 
     def _held_out(self, get: Callable[[EvaluationMetrics], float | None]) -> list[Spot]:
-        return [(e.updates, value) for e in self.evaluations if (value := get(e)) is not None]
+        return _held_out(self.evaluations, get)
 
 
 def _about_kl(evaluations: Sequence[EvaluationMetrics]) -> str:
@@ -271,13 +344,25 @@ def _about_kl(evaluations: Sequence[EvaluationMetrics]) -> str:
 
 
 @dataclass(frozen=True)
+class _Change:
+    """A text comes into force."""
+
+    at: float
+    """Where on the axis."""
+    name: str
+    who: str = ""
+    """Of several runs, which text in which."""
+    page: str = ""
+
+
+@dataclass(frozen=True)
 class _Time:
     """The axis that all pictures of a kind share, with its changes of text."""
 
     label: str
     low: float
     high: float
-    changes: list[tuple[float, str]]
+    changes: list[_Change]
 
     def ticks(self) -> list[float]:
         whole = [t for t in nice(self.low, self.high, 8) if t == int(t)]
@@ -285,10 +370,11 @@ class _Time:
 
     def marks(self, scale: _Scale) -> Iterator[Mark]:
         named = len(self.changes) <= MOST_LABELS
-        for at, name in self.changes:
-            x = scale.x(at)
-            says = f"{name} is in force from here on"
-            yield Mark(x, name if named else "", says, end=x > LEFT + 0.6 * (WIDTH - LEFT - RIGHT))
+        for change in self.changes:
+            x = scale.x(change.at)
+            says = f"in force from here on: {change.who or change.name}"
+            end = x > LEFT + 0.6 * (WIDTH - LEFT - RIGHT)
+            yield Mark(x, change.name if named else "", says, end, change.page)
 
 
 def _line_picture(
@@ -300,38 +386,44 @@ def _line_picture(
     write: Format,
     empty: str,
     y_range: Spot | None = None,
-    intervals: Sequence[tuple[float, float, float]] = (),
+    intervals: Mapping[str, Sequence[Interval]] | None = None,
     reference: float | None = None,
     note: str = "",
     dots: bool = True,
-    joined_across_texts: bool = True,
+    breaks: Mapping[str, Sequence[float]] | None = None,
 ) -> Picture:
+    """Lines over time; `intervals` and `breaks`, where a line isn't joined, are by series."""
     series = {name: [s for s in spots if math.isfinite(s[1])] for name, spots in series.items()}
     series = {name: spots for name, spots in series.items() if spots}
     if not series:
         return Picture(key, title, time.label, empty=empty)
+    intervals = {name: bars for name, bars in (intervals or {}).items() if name in series and bars}
+    breaks = breaks or {}
     values = [y for spots in series.values() for _, y in spots]
-    values += [y for _, *ends in intervals for y in ends]
+    values += [y for bars in intervals.values() for _, *ends in bars for y in ends]
     heights = nice(*(y_range or (min(0, *values, 0), max(values))))
     scale = _Scale((time.low, time.high), (heights[0], heights[-1]))
-    bars = tuple((scale.x(x), scale.y(high), scale.y(low)) for x, low, high in intervals)
-    marks = list(time.marks(scale))
-    lines = [
-        Line(
-            name,
-            style % 6,
-            tuple(Point(scale.x(x), scale.y(y), f"{name}, {time.label} {x:g}: {write(y)}") for x, y in spots),
-            bars if style == 0 else (),
-            dots,
-            () if joined_across_texts else tuple(m.x for m in marks),
+    lines = []
+    for style, (name, spots) in enumerate(series.items()):
+        mine = {x: (low, high) for x, low, high in intervals.get(name, ()) if low < high}
+        # Intervals of several series at the same place stand side by side.
+        apart = APART * (style - (len(series) - 1) / 2) if len(intervals) > 1 else 0
+        places = {x: scale.x(x) + (apart if x in mine else 0) for x, _ in spots}
+        lines.append(
+            Line(
+                name,
+                style % STYLES,
+                tuple(Point(places[x], scale.y(y), f"{name}, {time.label} {x:g}: {write(y)}") for x, y in spots),
+                tuple((places[x], scale.y(high), scale.y(low)) for x, (low, high) in mine.items() if x in places),
+                dots,
+                tuple(scale.x(x) for x in breaks.get(name, ())),
+            )
         )
-        for style, (name, spots) in enumerate(series.items())
-    ]
     last = {name: write(spots[-1][1]) for name, spots in series.items()}
     # Of several series none is the one to name.
     latest = list(last.values())[-1] if len(last) == 1 else ""
     if intervals and latest:
-        _, low, high = intervals[-1]
+        _, low, high = next(iter(intervals.values()))[-1]
         latest += f" ({write(low).removesuffix(' %')}–{write(high)})"
     says = "; ".join(
         f"{name}: {write(spots[0][1])} at {time.label} {spots[0][0]:g}, {last[name]} at {spots[-1][0]:g}"
@@ -345,7 +437,7 @@ def _line_picture(
         says=f"{title}. {says}.",
         note=note,
         lines=lines,
-        marks=marks,
+        marks=list(time.marks(scale)),
         x_ticks=[(scale.x(t), f"{t:g}") for t in time.ticks()],
         y_ticks=[(scale.y(t), _tick(t, heights, write)) for t in heights],
         reference=None if reference is None else scale.y(reference),
@@ -379,7 +471,7 @@ def _kept(parts: Mapping[int, Mapping[str, int]], time: _Time) -> Picture:
     kept = sum(counts.get("kept", 0) for counts in parts.values())
     pairs = sum(sum(counts.values()) for counts in parts.values())
     last = parts[max(parts)]
-    bar_time = _Time(time.label, time.low, time.high, [(at - 0.5, name) for at, name in time.changes])
+    bar_time = replace(time, changes=[replace(change, at=change.at - 0.5) for change in time.changes])
     return Picture(
         key,
         title,
@@ -394,11 +486,14 @@ def _kept(parts: Mapping[int, Mapping[str, int]], time: _Time) -> Picture:
     )
 
 
-def _loss(steps: Sequence[tuple[int, float]], changes: list[tuple[int, str]]) -> Picture:
+def _loss(steps: Sequence[tuple[int, float]], changes: list[_Change]) -> Picture:
     title = "Training loss by optimizer step"
     if not steps:
         return Picture("loss", title, "step", empty="no update yet")
-    starts = [(next((i for i, (k, _) in enumerate(steps) if k >= at), len(steps)) + 0.5, name) for at, name in changes]
+    starts = [
+        replace(change, at=next((i for i, (k, _) in enumerate(steps) if k >= change.at - 0.5), len(steps)) + 0.5)
+        for change in changes
+    ]
     size = math.ceil(len(steps) / MOST_POINTS)
     stretches = [steps[i : i + size] for i in range(0, len(steps), size)]
     spots = [(1 + i * size + (len(part) - 1) / 2, fmean(loss for _, loss in part)) for i, part in enumerate(stretches)]

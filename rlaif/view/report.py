@@ -7,15 +7,17 @@ tables. A number that carries little is said to carry little: `caveats` come fir
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import Field
 
+from rlaif.audit.answers import Answers, answers_to, held_out_prompts
 from rlaif.audit.index import Index
 from rlaif.audit.overview import Overview
-from rlaif.audit.summary import held_out_answers
+from rlaif.audit.summary import SHOWN_PROMPTS
 from rlaif.constitutions.constitution import Constitution
 from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import RlaifError, UserError
@@ -25,6 +27,7 @@ from rlaif.records import EvaluationMetrics, Record
 from rlaif.rundir.heads import read_heads
 from rlaif.rundir.store import RunDir, file_digest, read_source, replacing
 from rlaif.trust.agreement import Agreement, agreement, labelled_pairs
+from rlaif.view.answering import answers_table
 from rlaif.view.facts import Facts, read_facts
 from rlaif.view.pictures import percent, pictures
 
@@ -88,14 +91,6 @@ class Example(Record):
     second: str
 
 
-class Before(Record):
-    """A held-out prompt with the base policy's answer and the last one's."""
-
-    prompt: str
-    base: str
-    last: str
-
-
 class Report(Record):
     """What the file says."""
 
@@ -118,7 +113,8 @@ class Report(Record):
     """Every pair that didn't train, by first reason."""
     kept_examples: tuple[Example, ...]
     dropped_examples: tuple[Example, ...]
-    before_after: tuple[Before, ...]
+    answers: tuple[Answers, ...]
+    """The first held-out prompts with their answers in every evaluation; long ones are cut."""
     seconds: dict[str, float]
     """Wall time by stage, of finished iterations; `evaluations` too."""
     shows_slots: bool
@@ -182,7 +178,7 @@ def _make(index: Index, run: RunDir) -> Report:
         dropped=dict(sorted(dropped.items(), key=lambda item: -item[1])),
         kept_examples=tuple(_examples(index, job["seed"], "kept")),
         dropped_examples=tuple(_examples(index, job["seed"], "dropped")),
-        before_after=tuple(_before_after(run)),
+        answers=tuple(_answers(index, run)),
         seconds=facts.seconds,
         header=header,
         shows_slots=_shows_slots(run),
@@ -201,6 +197,7 @@ def write_report(report: Report, to: Path) -> Path:
         facts=report.facts,
         pictures=pictures(report.facts),
         style=style(),
+        answers=[(one, answers_table({report.run: one})) for one in report.answers],
         reasons=REASONS,
         job_yaml=yaml.safe_dump(report.header["job"], sort_keys=False, allow_unicode=True),
     )
@@ -358,19 +355,19 @@ def _cut(text: str | None) -> str:
     return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]} … ({len(text) - MOST_CHARS} more characters)"
 
 
-def _before_after(run: RunDir) -> list[Before]:
-    """The first held-out prompts before and after; none where the run's copies are gone."""
-    try:
-        rows = held_out_answers(run)
-    except (RlaifError, OSError):
-        return []
-    out = []
-    for row in rows:
-        answers = {k: v for k, v in row.answers.items() if v is not None}
-        if 0 in answers and len(answers) > 1:
-            last = answers[max(answers)]
-            out.append(Before(prompt=_cut(row.prompt), base=_cut(answers[0]), last=_cut(last)))
-    return out
+def _answers(index: Index, run: RunDir) -> Iterator[Answers]:
+    for line in held_out_prompts(index).prompts[:SHOWN_PROMPTS]:
+        found = answers_to(index, run, line.prompt_id)
+        yield found.model_copy(
+            update={
+                "evaluated": tuple(
+                    e.model_copy(
+                        update={"answers": tuple(a.model_copy(update={"text": _cut(a.text)}) for a in e.answers)}
+                    )
+                    for e in found.evaluated
+                )
+            }
+        )
 
 
 def _head(run: RunDir) -> str | None:

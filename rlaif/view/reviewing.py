@@ -59,7 +59,7 @@ async def set_author(site: SiteOf, request: Request) -> Response:
     old = _author_of(request)
     if old and old != author:
         await run_in_threadpool(site.queue.release, old, _session_of(request))
-    return _with_cookie(RedirectResponse("/review", 303), AUTHOR_COOKIE, quote(author))
+    return _with_cookie(RedirectResponse(f"{site.base}/review", 303), AUTHOR_COOKIE, quote(author))
 
 
 @router.post("/review")
@@ -69,7 +69,7 @@ async def answer(site: SiteOf, request: Request) -> Response:
     pair_id, author = form.get("pair", ""), _author_of(request)
     shown = cast("Shown", form.get("answer", ""))
     await run_in_threadpool(site.queue.answer, pair_id, shown, author, form.get("reason"), _session_of(request))
-    return RedirectResponse(f"/review?stored={quote(pair_id, safe='')}", 303)
+    return RedirectResponse(f"{site.base}/review?stored={quote(pair_id, safe='')}", 303)
 
 
 def _token_of(site: Site, session: str) -> str:

@@ -194,3 +194,4 @@ def test_the_picture_has_a_line_for_each_group(tmp_path: Path) -> None:
     draw_over_time(found, tmp_path / "a.svg")
     draw_over_time(found, tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "rules@2" in (tmp_path / "a.svg").read_text(), "the change is marked by name"

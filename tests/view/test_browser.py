@@ -103,6 +103,53 @@ def test_a_pair_says_why(chromium: Browser, address: str) -> None:
         t.page.get_by_role("heading", name="What the judge was asked").wait_for()
 
 
+def test_answers_in_columns_by_click_and_key(chromium: Browser, address: str) -> None:
+    with tab(chromium) as t:
+        t.page.goto(address)
+        t.page.get_by_role("link", name="Answers", exact=True).click()
+        t.page.wait_for_url("**/answers")
+        assert t.page.locator(".answers thead th").all_inner_texts() == [
+            "Base policy",
+            "After 2 iterations",
+            "After 4 iterations",
+        ]
+        prompts = t.page.locator(".prompts .preview").all_inner_texts()
+        assert prompts == ["question 0 of held", "question 1 of held", "question 2 of held"]
+        cells = t.page.locator(".answers td")
+        assert "new text rules@2" in cells.nth(2).inner_text()
+        assert "new text" not in cells.nth(1).inner_text()
+        assert cells.nth(0).locator("mark").count() == 0, "nothing is before the base policy's answer"
+        number = cells.nth(1).locator(".text").inner_text().split()[1]
+        assert t.page.locator(".answers td:nth-child(2) mark").all_inner_texts() == [number.rstrip(",")]
+        assert cells.nth(1).locator(".verdict").count() == 1
+        assert "words" in cells.nth(1).inner_text()
+        for key, asked in (("j", prompts[1]), ("j", prompts[2]), ("j", prompts[2]), ("k", prompts[1])):
+            t.page.wait_for_load_state()  # the script is there
+            t.page.keyboard.press(key)
+            t.page.locator(".asked", has_text=asked).wait_for()
+            assert t.page.locator(".prompts [aria-current]").inner_text().endswith(asked)
+        t.page.keyboard.press("/")
+        t.page.keyboard.type("2 of HELD j")
+        t.page.keyboard.press("Backspace")
+        t.page.keyboard.press("Backspace")
+        t.page.keyboard.press("Enter")
+        t.page.wait_for_url("**/answers?text=2+of+HELD*")
+        assert t.page.locator(".prompts .preview").all_inner_texts() == [prompts[2]]
+        t.page.get_by_label("New words marked").select_option("nothing")
+        t.page.get_by_role("button", name="Show").click()
+        t.page.wait_for_url("**marked=nothing*")
+        assert t.page.locator("mark").count() == 0
+        stable = t.page.url
+        pair = t.page.locator(".answers td a:has(.verdict)").first
+        said = pair.inner_text()
+        pair.click()
+        t.page.wait_for_url("**/pairs/eval*")
+        won = {"better": "First", "worse": "Second"}.get(said.split()[1])
+        assert won is None or f"{won} · " in t.page.locator(".sides").inner_text()
+        t.page.goto(stable)
+        assert t.page.locator(".asked").inner_text() == prompts[2]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark_have_contrast(chromium: Browser, address: str, scheme: str) -> None:
     with tab(chromium, color_scheme=scheme) as t:
@@ -121,7 +168,7 @@ def test_a_phone_scrolls_no_page_sideways(chromium: Browser, review_address: str
         pair = pair_links(t.page)[0]
         t.page.goto(f"{review_address}/constitutions")
         text = t.page.locator("tbody th a").first.get_attribute("href")
-        for path in ("/", "/pairs", pair, "/constitutions", text, "/review", "/nothing"):
+        for path in ("/", "/answers", "/pairs", pair, "/constitutions", text, "/review", "/nothing"):
             t.page.goto(f"{review_address}{path}")
             assert wide(t.page) <= 0, path
 
@@ -165,7 +212,9 @@ def test_candidates_text_stays_text(chromium: Browser, tmp_path: Path) -> None:
         t.page.goto(url + pair)
         question = t.page.get_by_role("link", name="Question").first.get_attribute("href")
         assert any(text in t.page.locator(".sides").inner_text() for text in HOSTILE)
-        for path in ("/", "/pairs", pair, question, "/review", "/pairs/%3Cscript%3Ewindow.ran=1%3C%2Fscript%3E"):
+        search = "/answers?text=%22%3E%3Cscript%3Ewindow.ran=1%3C%2Fscript%3E"
+        unknown = "/pairs/%3Cscript%3Ewindow.ran=1%3C%2Fscript%3E"
+        for path in ("/", "/answers", search, "/pairs", pair, question, "/review", unknown):
             t.page.goto(url + path)
             if path == "/review":
                 name_reviewer(t.page, "<script>window.ran = 1</script>")
@@ -246,7 +295,7 @@ def test_no_page_shows_an_empty_box(chromium: Browser, review_address: str) -> N
         )
         t.page.goto(f"{review_address}/pairs")
         pair = pair_links(t.page)[0]
-        for path in ("/", "/pairs", pair, "/constitutions", "/review", "/nothing"):
+        for path in ("/", "/answers", "/pairs", pair, "/constitutions", "/review", "/nothing"):
             t.page.goto(f"{review_address}{path}")
             assert t.page.evaluate(empty) == [], path
 

@@ -98,6 +98,7 @@ def test_an_evaluation_may_lack_numbers(stub_run: Path, tmp_path: Path, monkeypa
     facts = read_facts(index, run)
     assert {p.key for p in pictures(facts) if p.empty} >= {"win-rate", "kl", "sanity", "checks"}
     around = {"run_name": "run", "page": "", "version": "", "every_ms": 0, "waiting": 0, "job": run.header["job"]}
+    around |= {"base": "", "folder": "", "tabs": (), "before_after": None}
     assert any("evaluations/0002/metrics.json: not EvaluationMetrics" in p for p in facts.overview.problems)
     html = render("overview.html", status=status_of(run), facts=facts, pictures=pictures(facts), **around)
     assert "not judged yet" in html

@@ -98,7 +98,11 @@ def test_it_says_what_the_log_says(report: Report, stub_run: Path, tmp_path: Pat
     assert "Rule 1." in text
     assert "Rule 2." in text
     assert all(x.pair_id in text for x in (*report.kept_examples, *report.dropped_examples))
-    assert report.before_after[0].last in text
+    columns = report.answers[0].evaluated
+    assert [e.evaluation.updates for e in columns] == [0, 2, 4]
+    assert len(report.answers) == 3
+    assert all(a.text in text for one in report.answers for e in one.evaluated for a in e.answers)
+    assert "new text rules@2" in " ".join(text.split())
 
 
 def test_examples_are_drawn_by_the_seed(report: Report, stub_run: Path) -> None:

@@ -1,0 +1,68 @@
+"""What a run contributes to a look at several: its held-out evaluations, its changes of text, and its settings.
+
+In: run directories. Out: a `Curve` for each, from small files alone (plans, metrics), and the settings that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlaif.audit.overview import TextChange
+from rlaif.config import changed_keys
+from rlaif.errors import RlaifError
+from rlaif.records import EvaluationMetrics, Plan, Record
+from rlaif.rundir.store import RunDir, read_record
+
+R = TypeVar("R", bound=Record)
+
+
+class Curve(Record):
+    """A run over its iterations."""
+
+    run: str
+    """Name of its folder."""
+    changes: tuple[TextChange, ...]
+    """The text that it began with, and every other that came into force."""
+    evaluations: tuple[EvaluationMetrics, ...]
+    """Those that are done, in order."""
+    problems: tuple[str, ...]
+    """Damaged files, which are left out."""
+
+
+def curve_of(run: RunDir) -> Curve:
+    """A run over its iterations, as far as it is written."""
+    problems: list[str] = []
+    changes: list[TextChange] = []
+    for k in run.iterations():
+        plan = _found(run.iteration(k).path / "plan.json", Plan, problems)
+        if plan and (not changes or changes[-1].hash != plan.constitution.hash):
+            changes.append(TextChange(iteration=k, constitution=str(plan.constitution), hash=plan.constitution.hash))
+    metrics = [_found(run.evaluation(k).path / "metrics.json", EvaluationMetrics, problems) for k in run.evaluations()]
+    return Curve(
+        run=run.path.name,
+        changes=tuple(changes),
+        evaluations=tuple(m for m in metrics if m is not None),
+        problems=tuple(problems),
+    )
+
+
+def settings_that_differ(headers: Sequence[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """Settings of the jobs that aren't the same in all of these run.json, by key: each run's value."""
+    first, *others = [header["job"] for header in headers]
+    found = [changed_keys(first, job) for job in others]
+    keys = sorted({key for changed in found for key in changed} - {"name"})
+    own = {key: value for changed in found for key, (value, _) in changed.items()}
+    return {key: (own[key], *(c[key][1] if key in c else own[key] for c in found)) for key in keys}
+
+
+def _found(path: Path, record: type[R], problems: list[str]) -> R | None:
+    """A small file; None where it isn't there yet, or, said in `problems`, is damaged."""
+    try:
+        return read_record(path, record)
+    except FileNotFoundError:
+        return None
+    except RlaifError as e:
+        problems.append(str(e))
+        return None
