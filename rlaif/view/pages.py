@@ -17,7 +17,8 @@ from rlaif.audit.index import Index
 from rlaif.audit.pair import PairDetail, question_of, show
 from rlaif.audit.pairs import known_names, list_pairs
 from rlaif.audit.summary import status_of
-from rlaif.errors import UserError
+from rlaif.audit.text_log import text_log
+from rlaif.errors import RlaifError, UserError
 from rlaif.judging.verdicts import flips
 from rlaif.records import VoiceKey, Vote
 from rlaif.rundir.store import RunDir
@@ -138,10 +139,15 @@ def question(site: SiteOf, ballot_id: str, pair_id: str) -> Response:
 
 @router.get("/constitutions")
 def constitutions(site: SiteOf) -> Response:
-    """Every text that was in force."""
+    """Every text that was in force: what each change was, what it did to old pairs, and whether answers followed."""
     with site.fresh() as index:
         texts = _texts(index)
-    return site.page("constitutions.html", page="constitutions", texts=texts)
+    try:
+        log = text_log(site.run)
+        problems = log.problems
+    except RlaifError as e:  # what is damaged is said, and the texts are there all the same
+        log, problems = None, (str(e),)
+    return site.page("constitutions.html", page="constitutions", texts=texts, log=log, problems=problems)
 
 
 @router.get("/constitutions/{digest}")

@@ -340,6 +340,9 @@ def test_screenshots(chromium: Browser, stub_run: Path, tmp_path: Path) -> None:
         t.page.goto(f"{url}/pairs?status=kept&sort=length")
         t.page.goto(url + pair_links(t.page)[len(pair_links(t.page)) // 2])
         shoot(t.page, "view-pair.png", "[aria-label=Rules]")
+        t.page.goto(f"{url}/answers")
+        t.page.screenshot(path=folder / "view-answers.png", clip={"x": 0, "y": 0, **size} | {"height": 700})  # type: ignore[arg-type]
+        assert 10_000 < (folder / "view-answers.png").stat().st_size < 200_000
 
 
 def test_screenshot_of_the_review(chromium: Browser, tmp_path: Path) -> None:

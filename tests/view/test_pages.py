@@ -71,6 +71,37 @@ def test_a_text_is_shown_with_what_it_includes_from_a_folder(stub_run: Path, tmp
     assert "compare them" in page
 
 
+def test_the_constitutions_say_what_each_change_did(address: str, stub_run: Path) -> None:
+    from rlaif.audit.text_log import text_log
+
+    _, _, page = get(f"{address}/constitutions")
+    first, second = text_log(RunDir.open(stub_run)).texts
+    said = " ".join(re.sub("<[^>]*>", " ", page).split())
+    assert f"{first.names[0]} {first.hash} 1 to 2 the first" in said
+    assert f"{second.names[0]} {second.hash} 3 to 4 the text itself changed: summary" in said
+    assert re.search(r"wish changed: [a-z, ]*rule", said)
+    assert second.old_pairs is not None
+    assert f"{second.old_pairs.expired} expired" in said
+    assert said.count("under it") + said.count("not measured under this text") >= 2
+
+
+@pytest.mark.slow
+def test_constitutions_of_a_damaged_run_are_listed(stub_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(stub_run, tmp_path / "run")
+    (tmp_path / "run/evaluations/0004/metrics.json").write_text("{")
+    with served(tmp_path / "run") as url:
+        status, _, page = get(f"{url}/constitutions")
+    assert status == 200
+    assert "evaluations/0004/metrics.json" in page
+    assert "rules@2</a>, first in iteration 3" in page
+
+
+def test_an_address_with_a_word_of_ours_is_understood(address: str) -> None:
+    status, _, page = get(f"{address}/pairs?reason=no%20such&filter=x&status=kept")
+    assert status == 200
+    assert "reason=no such" in page
+
+
 def test_unknown_pages_are_a_line(address: str) -> None:
     for path in ("/nothing", "/static/../app.py", "/static/app.py"):
         status, _, text = get(address + path)
