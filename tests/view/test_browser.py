@@ -324,7 +324,7 @@ def test_a_running_job_refreshes_itself(chromium: Browser, tmp_path: Path) -> No
 def test_screenshots(chromium: Browser, stub_run: Path, tmp_path: Path) -> None:
     run = Path(os.environ.get("RLAIF_SCREENSHOT_RUN", stub_run))
     folder = Path(os.environ.get("RLAIF_SCREENSHOTS", tmp_path))
-    size = {"width": 1160, "height": 900}
+    size = {"width": 1160, "height": 760}
 
     def shoot(page: Page, name: str, last: str) -> None:
         """The page down to an element."""
@@ -332,7 +332,7 @@ def test_screenshots(chromium: Browser, stub_run: Path, tmp_path: Path) -> None:
         bottom = page.locator(last).evaluate("e => e.getBoundingClientRect().bottom + scrollY")
         clip = {"x": 0, "y": 0, "width": size["width"], "height": bottom + 16}
         page.screenshot(path=folder / name, full_page=True, clip=clip)  # type: ignore[arg-type]
-        assert 10_000 < (folder / name).stat().st_size < 150_000
+        assert 10_000 < (folder / name).stat().st_size < 250_000
 
     with served(run) as url, tab(chromium, viewport=size) as t:
         t.page.goto(url)
@@ -341,8 +341,8 @@ def test_screenshots(chromium: Browser, stub_run: Path, tmp_path: Path) -> None:
         t.page.goto(url + pair_links(t.page)[len(pair_links(t.page)) // 2])
         shoot(t.page, "view-pair.png", "[aria-label=Rules]")
         t.page.goto(f"{url}/answers")
-        t.page.screenshot(path=folder / "view-answers.png", clip={"x": 0, "y": 0, **size} | {"height": 700})  # type: ignore[arg-type]
-        assert 10_000 < (folder / "view-answers.png").stat().st_size < 200_000
+        t.page.screenshot(path=folder / "view-answers.png")
+        assert 10_000 < (folder / "view-answers.png").stat().st_size < 250_000
 
 
 def test_screenshot_of_the_review(chromium: Browser, tmp_path: Path) -> None:
@@ -353,4 +353,4 @@ def test_screenshot_of_the_review(chromium: Browser, tmp_path: Path) -> None:
         t.page.goto(f"{url}/review")
         name_reviewer(t.page, "Ada")
         t.page.screenshot(path=folder / "view-review.png", full_page=True)
-    assert 10_000 < (folder / "view-review.png").stat().st_size < 150_000
+    assert 10_000 < (folder / "view-review.png").stat().st_size < 250_000

@@ -1,8 +1,13 @@
-"""`rlaif view` on a folder of runs: the tree, runs side by side, their answers, and each run's own pages."""
+"""`rlaif view` on a folder of runs: the tree, runs side by side, their answers, and each run's own pages.
+
+`RLAIF_SCREENSHOTS=docs/images RLAIF_SCREENSHOT_FOLDER=runs pytest tests/view/test_folder.py -k screenshot` makes the
+picture of the docs.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -170,3 +175,13 @@ def test_marks_say_which_text_in_which_run(folder: Path) -> None:
     lines = found["win-rate"].lines
     assert [line.path.count("M") for line in lines] == [2, 2, 1]
     assert len({round(bar[0], 2) for line in lines for bar in line.bars}) == 6
+
+
+def test_screenshot_of_the_folder(chromium: Browser, folder: Path, tmp_path: Path) -> None:
+    runs = Path(os.environ.get("RLAIF_SCREENSHOT_FOLDER", folder))
+    picture = Path(os.environ.get("RLAIF_SCREENSHOTS", tmp_path)) / "view-runs.png"
+    with served(runs) as url, tab(chromium, viewport={"width": 1260, "height": 800}) as t:
+        t.page.goto(url)
+        bottom = t.page.locator(".pictures").evaluate("e => e.getBoundingClientRect().bottom + scrollY")
+        t.page.screenshot(path=picture, full_page=True, clip={"x": 0, "y": 0, "width": 1260, "height": bottom + 16})
+    assert 10_000 < picture.stat().st_size < 150_000
