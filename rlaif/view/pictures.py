@@ -248,7 +248,7 @@ class _OverTime:
             "win-rate",
             "Win rate against base",
             {"held-out answers": self._held_out(lambda e: e.win_rate)},
-            intervals={"held-out answers": _intervals(self.evaluations, lambda e: e.win_interval)},
+            intervals=_intervals(self.evaluations, lambda e: e.win_interval),
             write=percent,
             y_range=(0, 1),
             reference=0.5,
@@ -298,7 +298,7 @@ class _OverTime:
                     lambda e: e.kl_per_token if e.kl_by_older_version else None
                 ),
             },
-            intervals={"answers at temperature 1": _intervals(self.evaluations, lambda e: e.kl_interval)},
+            intervals=_intervals(self.evaluations, lambda e: e.kl_interval),
             write=decimals(3),
             note=_about_kl(self.evaluations),
             empty="not measured (eval.kl_prompts: 0)",
@@ -324,8 +324,11 @@ class _OverTime:
             empty="no principle has a check",
         )
 
-    def _line(self, key: str, title: str, series: dict[str, list[Spot]], **more: Any) -> Picture:
-        return _line_picture(key, title, series, self.time, **more)
+    def _line(
+        self, key: str, title: str, series: dict[str, list[Spot]], intervals: Sequence[Interval] = (), **more: Any
+    ) -> Picture:
+        """`intervals` are the first series' own."""
+        return _line_picture(key, title, series, self.time, intervals=dict.fromkeys([*series][:1], intervals), **more)
 
     def _each(self, get: Callable[[IterationRow], float | None], shift: int = 1) -> list[Spot]:
         return [(r.iteration + shift, value) for r in self.iterations if (value := get(r)) is not None]

@@ -71,6 +71,15 @@ def test_a_text_is_shown_with_what_it_includes_from_a_folder(stub_run: Path, tmp
     assert "compare them" in page
 
 
+def test_a_change_of_text_is_a_line_in_every_table_over_time(address: str) -> None:
+    _, _, page = get(address)
+    rows = re.findall(r"<tr( class=\"turned\")?><th scope=\"row\" class=\"n\">(?:<a[^>]*>)?(\w+)", page)
+    assert rows == [
+        *(("", "1"), ("", "2"), (' class="turned"', "3"), ("", "4")),
+        *(("", "base"), ("", "2"), (' class="turned"', "4")),
+    ]
+
+
 def test_the_constitutions_say_what_each_change_did(address: str, stub_run: Path) -> None:
     from rlaif.audit.text_log import text_log
 
