@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from rlaif.audit.curves import curve_of
+from rlaif.loop.branch import rollback
 from rlaif.rundir.store import RunDir
 from rlaif.view.pictures import side_by_side
+from tests.stubs import stub_job
+from tests.test_branch import keep
 from tests.view.conftest import served, tab
 from tests.view.runs import make_run, reviewed_job
 from tests.view.test_pages import get
@@ -159,6 +162,26 @@ def test_what_is_not_there_is_a_line(there: str) -> None:
     assert status == 200
     assert all(part in text for part in ("run=broken", "newest=best", "colour=red"))
     assert get(there, Host="rebound.example")[0] == 400
+
+
+def test_a_rollback_meanwhile_is_seen(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    run = make_run(root, stub_job(filters={"min_kept_pairs": 1}))
+    keep(RunDir(run), 1)
+
+    def columns(name: str) -> list[str]:
+        _, _, page = get(f"{url}/runs/{name}/answers")
+        return re.findall(r"<th scope=\"col\">(Base policy|After \d)", page)
+
+    with served(root) as url:
+        assert columns("run") == ["Base policy", "After 2", "After 4"]
+        rollback(run, 2)
+        _, _, page = get(url)
+        said = " ".join(re.sub("<[^>]*>", " ", page).split())
+        assert "run.before-rollback-1 4 of 4" in said
+        assert "└ run from run.before-rollback-1 after 2 2 of 4" in said
+        assert columns("run") == ["Base policy", "After 2"]
+        assert columns("run.before-rollback-1") == ["Base policy", "After 2", "After 4"]
 
 
 def test_marks_say_which_text_in_which_run(folder: Path) -> None:
