@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
-from rlaif.errors import UserError
-from rlaif.records import ConstitutionRef, EvaluationMetrics, Plan, Record, digest
-from rlaif.rundir.store import RunDir, read_record
+from rlaif.audit.curves import curve_of
+from rlaif.errors import RlaifError, UserError
+from rlaif.records import EvaluationMetrics, Record, digest
+from rlaif.rundir.store import RunDir
 
 Axis = Literal["start", "change"]
 """What iterations are counted from: the first one, or the newest change of text."""
@@ -224,15 +225,16 @@ def _first(values: Sequence[tuple[int, float]], there: Callable[[float], bool]) 
 
 
 def _of_run(run: RunDir, axis: Axis, measures: Mapping[str, Measure]) -> RunOverTime:
-    paths = [path for k in run.evaluations() if (path := run.evaluation(k).path / "metrics.json").exists()]
-    if not paths:
+    curve = curve_of(run)
+    if curve.problems:  # a mean without one of its runs would be another number
+        raise RlaifError(curve.problems[0])
+    if not curve.evaluations:
         raise UserError(f"{run.path}: no evaluation in it yet; the first one is made before the first update")
-    evaluations = [read_record(path, EvaluationMetrics) for path in paths]
-    changed = list(_changes(run))
-    zero = changed[-1][0] if changed and axis == "change" else 0
-    newest = changed[-1][1].hash if changed else None
+    changed = curve.changes[1:]
+    zero = changed[-1].iteration if changed and axis == "change" else 0
+    newest = changed[-1].hash if changed else None
     made = []
-    for e in evaluations:
+    for e in curve.evaluations:
         # The evaluation at a change is of the policy before it, held against the text before it.
         other = axis == "change" and newest is not None and e.constitution.hash != newest
         values = {name: m.of(e) for name, m in measures.items() if not (m.depends and other)}
@@ -247,22 +249,9 @@ def _of_run(run: RunDir, axis: Axis, measures: Mapping[str, Measure]) -> RunOver
     return RunOverTime(
         run=str(run.path),
         seed=run.header["job"].get("seed"),
-        changes=tuple(Change(after=k - zero, constitution=str(ref)) for k, ref in changed),
+        changes=tuple(Change(after=c.iteration - zero, constitution=c.constitution) for c in changed),
         evaluations=tuple(sorted(made, key=lambda e: e.after)),
     )
-
-
-def _changes(run: RunDir) -> Iterable[tuple[int, ConstitutionRef]]:
-    """Iterations with another text than the one before them, and that text."""
-    before: str | None = None
-    for k in run.iterations():
-        path = run.iteration(k).path / "plan.json"
-        if not path.exists():  # the newest one, before it has one
-            continue
-        ref = read_record(path, Plan).constitution
-        if before is not None and ref.hash != before:
-            yield k, ref
-        before = ref.hash
 
 
 def _points(runs: Sequence[RunOverTime]) -> tuple[GroupPoint, ...]:

@@ -40,6 +40,9 @@ def compare(
     ] = None,
     share: Annotated[float, typer.Option(min=0.01, max=1, help="How far of its way, with --reach.")] = 0.8,
     picture: Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="Draw it, too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a report of it: one file, pictures in it.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")] = False,
 ) -> None:
     """Hold runs against each other: held-out answers over the iterations, mean and spread over seeds.
@@ -61,6 +64,10 @@ def compare(
         from rlaif.audit.picture import draw_over_time
 
         draw_over_time(found, picture)
+    if html is not None:
+        from rlaif.view.comparison import write_comparison
+
+        write_comparison(found, reached, html)
     if json_:
         import json
 

@@ -21,7 +21,8 @@ def report(
 ) -> None:
     """Write a report: what was trained towards what, on what data, how far the labels can be trusted, what moved.
 
-    One file with its pictures in it; it needs no network and no script.
+    One file with its pictures in it; it needs no network and no script. `rlaif compare RUN... --html FILE` reports on
+    several runs.
     """
     from rlaif.audit.index import Index
     from rlaif.rundir.store import RunDir

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any, get_args
 
 from rlaif.audit.curves import Curve
+from rlaif.audit.over_time import OverTime, measure_of
 from rlaif.audit.overview import IterationRow
 from rlaif.records import DropReason, EvaluationMetrics
 from rlaif.view.facts import Facts
@@ -224,6 +225,43 @@ def side_by_side(curves: Sequence[Curve]) -> list[Picture]:
     ]
 
 
+def of_groups(found: OverTime) -> list[Picture]:
+    """Groups of runs over the same axes, a picture for each measure: means, and bars from the lowest run to the
+    highest."""
+    turns: dict[int, dict[str, list[str]]] = {}
+    for group in found.groups:
+        for change in group.changes:
+            turns.setdefault(change.after, {}).setdefault(change.constitution, []).append(group.name)
+    changes = [
+        _Change(at, " / ".join(names), who="; ".join(f"{name} in {', '.join(of)}" for name, of in names.items()))
+        for at, names in sorted(turns.items())
+    ]
+    after = [p.after for group in found.groups for p in group.points]
+    label = "iterations since the change" if found.axis == "change" else "iteration"
+    time = _Time(label, min(after), max(max(after), min(after) + 1), changes)
+    made = []
+    for name in found.measures:
+        measure = measure_of(name)
+        spread = {g.name: [(p.after, p.values[name]) for p in g.points if name in p.values] for g in found.groups}
+        made.append(
+            _line_picture(
+                name.replace(":", "-"),
+                measure.says,
+                {group: [(x, s.mean) for x, s in points] for group, points in spread.items()},
+                time,
+                intervals={group: [(x, s.low, s.high) for x, s in points] for group, points in spread.items()},
+                write=percent if measure.percent else plain,
+                empty="not measured",
+            )
+        )
+    return made
+
+
+def plain(value: float) -> str:
+    """A number with digits that say something."""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
 def _held_out(evaluations: Sequence[EvaluationMetrics], get: Callable[[EvaluationMetrics], float | None]) -> list[Spot]:
     return [(e.updates, value) for e in evaluations if (value := get(e)) is not None]
 
@@ -396,6 +434,7 @@ def _line_picture(
     breaks: Mapping[str, Sequence[float]] | None = None,
 ) -> Picture:
     """Lines over time; `intervals` and `breaks`, where a line isn't joined, are by series."""
+    styles = {name: n % STYLES for n, name in enumerate(series)}  # one without a value here keeps its own elsewhere
     series = {name: [s for s in spots if math.isfinite(s[1])] for name, spots in series.items()}
     series = {name: spots for name, spots in series.items() if spots}
     if not series:
@@ -407,15 +446,15 @@ def _line_picture(
     heights = nice(*(y_range or (min(0, *values, 0), max(values))))
     scale = _Scale((time.low, time.high), (heights[0], heights[-1]))
     lines = []
-    for style, (name, spots) in enumerate(series.items()):
+    for n, (name, spots) in enumerate(series.items()):
         mine = {x: (low, high) for x, low, high in intervals.get(name, ()) if low < high}
         # Intervals of several series at the same place stand side by side.
-        apart = APART * (style - (len(series) - 1) / 2) if len(intervals) > 1 else 0
+        apart = APART * (n - (len(series) - 1) / 2) if len(intervals) > 1 else 0
         places = {x: scale.x(x) + (apart if x in mine else 0) for x, _ in spots}
         lines.append(
             Line(
                 name,
-                style % STYLES,
+                styles[name],
                 tuple(Point(places[x], scale.y(y), f"{name}, {time.label} {x:g}: {write(y)}") for x, y in spots),
                 tuple((places[x], scale.y(high), scale.y(low)) for x, (low, high) in mine.items() if x in places),
                 dots,

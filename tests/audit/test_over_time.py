@@ -195,3 +195,19 @@ def test_the_picture_has_a_line_for_each_group(tmp_path: Path) -> None:
     draw_over_time(found, tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert "rules@2" in (tmp_path / "a.svg").read_text(), "the change is marked by name"
+
+
+def test_the_report_is_one_file_with_every_number(tmp_path: Path) -> None:
+    for s in (0, 1):
+        made(tmp_path, f"on{s}", {0: 50, 2: 20 + s, 4: 60}, {0: OLD, 2: NEW}, seed=s)
+    anew = made(tmp_path, "anew", {0: 50, 2: 71}, {0: NEW}, iterations=3)
+    to = tmp_path / "c.html"
+    cli(f"on={tmp_path}/on*", anew.path, "--from", "change", "--reach", "anew", "--measure", "words", "--html", to)
+    said = to.read_text()
+    assert said.count(">20.5 ± 0.71<") == 1
+    for part in ("2 runs, seeds 0, 1", "rules@2 after 0", "80 % of the way of <strong>anew</strong>", ">71.0<"):
+        assert part in said, part
+    assert said.count("<figure") == 1
+    assert "src=" not in said
+    assert "href=" not in said
+    assert "no folder" in str(cli(anew.path, "--html", tmp_path / "none" / "c.html"))
