@@ -623,8 +623,12 @@ class Learner(Section):
     """Passes over the kept pairs of an iteration."""
     max_grad_norm: Adjustable[float] = Field(1.0, gt=0)
     """Gradient clipping."""
-    reference: Literal["base", "previous"] = "base"
-    """What KL is measured against: the untrained policy, or the policy before this iteration."""
+    reference: Literal["base", "previous", "at_change"] = "base"
+    """What `beta` pulls to: the untrained policy, the policy before this iteration, or (`at_change`) the one that the
+    text in force began with, which is the untrained one until the text changes."""
+    max_kl: Adjustable[float | None] = Field(None, gt=0)
+    """An update stops once its policy is further than this from the one that began the iteration: KL, nats a token, on
+    the rows of the step just taken ([forgetting.md](forgetting.md)). Absent: all steps are taken."""
     precision: Adjustable[Precision] = "auto"
     """Autocast of the update; master weights and Adam state are fp32 in both. `auto` as in `sampling.precision`."""
     lora: Lora | None = None
@@ -670,6 +674,13 @@ class Eval(Section):
     kl_prompts: Adjustable[int] = Field(16, ge=0)
     """The first so many of these prompts get one more answer, at temperature 1 and top-p 1, on which KL from the base
     policy is computed; 0: KL isn't measured."""
+    retention: Adjustable[bool] = False
+    """Measure what is forgotten, too ([forgetting.md](forgetting.md)): probes that the base policy passed, the
+    perplexity of fixed texts, and the win rate under every earlier text of the run. The base policy is measured before
+    the first iteration, so a run that began without it can't have it later."""
+    probes: str | None = None
+    """File of probes of your own, in place of those that come with rlaif: JSON, JSONL, CSV or Parquet, with `prompt`
+    and `answer` (or `check`, or `refuses`), perhaps `kind`."""
 
 
 class Monitors(Section):

@@ -258,6 +258,27 @@ class Divergence(Record):
     """Sum over its tokens' places of KL(policy, base) over the whole vocabulary, nats."""
 
 
+class ProbeResult(Record):
+    """Whether a policy passed a probe: a short question with one right answer."""
+
+    probe_id: str
+    kind: str
+    """What the probe tests."""
+    completion_id: str
+    """The answer, drawn at temperature 0 (`probe_completions`)."""
+    passed: bool
+
+
+class TextScore(Record):
+    """How likely a fixed text is to a policy."""
+
+    text_id: str
+    tokens: int
+    """All of the text's, but the first, which nothing stands before."""
+    logprob: float
+    """Sum over them of log p(token | those before it) under the master weights, nats."""
+
+
 class Pair(Record):
     """Two different completions of one prompt from the same policy version."""
 
@@ -524,6 +545,13 @@ class AnswerStats(Record):
     """Answers that ended by themselves, not at the length limit."""
     distinct_share: float
     """Different answers to a prompt, among all."""
+    distinct_1: float | None = None
+    """Different words over all words, letter case aside. It falls as answers grow longer, as does the next. None in
+    runs that began before it was counted, as the next two."""
+    distinct_2: float | None = None
+    """Different pairs of neighbouring words over all of them."""
+    repeated_line_share: float | None = None
+    """Lines and sentences that stood in their answer before, over all of them."""
 
 
 class JudgedStats(Record):
@@ -579,6 +607,8 @@ class IterationMetrics(Record):
     grad_norm: float | None
     learner_metrics: dict[str, float]
     """`metrics` of the steps, by name; empty without an update. Schema 1 had `margin` alone, as a field."""
+    stopped_at_kl: float | None = None
+    """KL, nats a token, at which the update stopped before its last step (`learner.max_kl`); None where it took all."""
     order_flips: int = 0
     """Pairs on which a voice gave another answer when the order changed."""
     position_bias: float | None = None
@@ -621,6 +651,54 @@ def lift_metrics(metrics: Any) -> Any:
         return metrics
     rest = {key: value for key, value in metrics.items() if key != "margin"}
     return rest | {"learner_metrics": {} if metrics["margin"] is None else {"margin": metrics["margin"]}}
+
+
+class ProbeCounts(Record):
+    """Probes by what the base policy and a later one made of them."""
+
+    probes: int
+    base_passed: int
+    """By the base policy. Only these can be forgotten."""
+    kept: int
+    """Of those, passed by this policy, too."""
+    gained: int
+    """Passed by this policy and not by the base policy."""
+
+
+class EarlierText(Record):
+    """Held-out answers against the base policy's, judged under a text that was in force before."""
+
+    constitution: ConstitutionRef
+    win_rate: float | None
+    """As an evaluation's."""
+    win_interval: tuple[float, float] | None
+    wins: int
+    losses: int
+    undecided: int
+    abstained: int
+
+
+class Retention(Record):
+    """What a policy still can of what the base policy could (`eval.retention`)."""
+
+    probes: ProbeCounts
+    kept_share: float | None
+    """`kept` over `base_passed`. None where the base policy passed none."""
+    kept_interval: tuple[float, float] | None
+    """Wilson, 95 %, over those probes."""
+    by_kind: dict[str, ProbeCounts]
+    """The same by what a probe tests."""
+    perplexity: float | None
+    """Of the fixed texts: exp(-mean log p a token). None, as the next two, where the tokenizer knows none of their
+    words."""
+    base_perplexity: float | None
+    """The base policy's."""
+    perplexity_ratio: float | None
+    """`perplexity` over `base_perplexity`: above 1 ordinary writing has become less likely."""
+    perplexity_ratio_interval: tuple[float, float] | None
+    """95 %, over the texts; None with fewer than two."""
+    earlier: dict[str, EarlierText] = Field(default_factory=dict)
+    """By the text's hash, each text that was in force before and isn't any more."""
 
 
 class EvaluationMetrics(AnswerStats):
@@ -669,6 +747,8 @@ class EvaluationMetrics(AnswerStats):
     seconds: float
     weights_gap: WeightsGap | None = None
     """Of the policy that was evaluated; None in a run that didn't measure it."""
+    retention: Retention | None = None
+    """What of the base policy's abilities is left; None where it isn't measured (`eval.retention`)."""
 
     @property
     def kl_by_older_version(self) -> bool:

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rlaif.config import Job, parse_job
+from rlaif.constitutions.checks import Check
 from rlaif.constitutions.constitution import Constitution
+from rlaif.evaluation.probes import Probe
+from rlaif.evaluation.texts import FixedText
 from rlaif.loop import Loop
 from rlaif.loop.in_force import InForce
 from rlaif.records import (
@@ -97,6 +100,9 @@ class StubSampler:
 
     def sequences_of(self, prompts: list[Prompt]) -> list[TokenSequence]:
         return [TokenSequence(prompt_token_ids=(1, i), token_ids=tuple(range(3, 40))) for i in range(len(prompts))]
+
+    def sequences_in(self, texts: list[str]) -> list[TokenSequence]:
+        return [TokenSequence(prompt_token_ids=(1,), token_ids=tuple(map(len, text.split()))) for text in texts]
 
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         return stub_logprobs(self._computes_with, sequences)
@@ -186,9 +192,14 @@ class StubLearner:
 
     def __init__(self, nan_at: int | None = None) -> None:
         self._weights, self._step, self._nan_at = BASE_DIGEST, 0, nan_at
+        self._refers_to: str | None = None
         self.tracked: list[tuple[int, dict[str, float | str]]] = []
 
     row_type = Preference
+
+    def refer_to(self, policy: WeightsRef) -> None:
+        assert (policy.folder() / "weights.txt").read_text() == policy.digest
+        self._refers_to = policy.digest
 
     def update(self, rows: Sequence[Preference], iteration: int) -> Iterator[UpdateStep]:
         from rlaif.errors import RlaifError
@@ -199,6 +210,7 @@ class StubLearner:
             if self._step == self._nan_at:
                 raise RlaifError(f"update step {self._step}: the loss is nan; the step was not taken")
             content = [self._weights, [(p.pair_id, p.chosen_id, p.source) for p in batch]]
+            content += [self._refers_to] if self._refers_to else []
             self._weights = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
             yield UpdateStep(
                 step=self._step,
@@ -285,6 +297,14 @@ def stub_prompts(count: int, prefix: str) -> list[Prompt]:
     ]
 
 
+def stub_probes() -> list[Probe]:
+    """About half of them passed by any policy, which ones follows from it."""
+    return [
+        Probe(id=f"probe{i}", kind=kind, prompt=f"probe {i}?", check=Check(matches=r"answer 0\.[0-4]"))
+        for i, kind in enumerate(("fact", "fact", "fact", "format", "format", "format"))
+    ]
+
+
 def stub_loop(
     root: Path,
     job: Job | None = None,
@@ -317,4 +337,6 @@ def stub_loop(
         measurer=judge,
         learner=worker("learner", "StubLearner", nan_at=nan_at),
         progress=progress,
+        probes=stub_probes() if job.eval.retention else (),
+        fixed_texts=[FixedText(id=f"text{i}", kind="any", text=f"a text with {'many ' * i}words") for i in range(3)],
     )

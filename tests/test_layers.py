@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rlaif.sampling.*",),
     ("rlaif.judging.*",),
     ("rlaif.review.*",),
-    ("rlaif.learning.*", "rlaif.trust.*", "rlaif.monitors.*"),
+    ("rlaif.learning.*", "rlaif.trust.*", "rlaif.monitors.*", "rlaif.evaluation.*"),
     ("rlaif.loop.*",),
     ("rlaif.audit.*",),
     ("rlaif.view.*",),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from rlaif.monitors.length_controlled import PRIOR_SD, Judged, LengthControlled, length_controlled
+from rlaif.evaluation.length_controlled import PRIOR_SD, Judged, LengthControlled, length_controlled
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -8,11 +8,13 @@ import pytest
 
 from rlaif.config import load_job
 from rlaif.errors import UserError
+from rlaif.evaluation.probes import shipped
 from rlaif.loop import cost as plan_cost
 from rlaif.loop.cost import GIB, estimate
 from rlaif.records import JudgedStats
 from tests.conftest import project_job
 from tests.judging.test_calibration import calibration
+from tests.stubs import write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +49,22 @@ def test_a_judge_behind_a_server_is_asked_by_order_template_sample_and_juror() -
     assert one["ballots_at_most"] == 2 * one["pairs_at_most"]
     assert many["ballots_at_most"] == 2 * 2 * 2 * many["pairs_at_most"]
     assert one["tokens"]["judged"] < embedded["tokens"]["judged"]
+
+
+def test_what_is_forgotten_is_asked_at_every_evaluation(tmp_path: Path) -> None:
+    """Three texts in turn; the last evaluation also asks about the two before it."""
+    schedule = {"iterations": 3, "schedule": {0: "rules@1", 1: "rules@2", 2: "rules@3"}}
+    jobs = [project_job(tmp_path, "m", **schedule, eval={"retention": on, "every": 3}) for on in (False, True)]
+    write_texts(tmp_path, 3)
+    without, found = (estimate(job, tmp_path) for job in jobs)
+    assert without["evaluations"] == found["evaluations"] == 4
+    one = without["evaluation_ballots_at_most"] / 3
+    assert found["evaluation_ballots_at_most"] == one * (3 + 0 + 1 + 2)
+    answer = jobs[0].sampling.max_tokens * 0.8
+    assert found["tokens"]["sampled"] - without["tokens"]["sampled"] == round(4 * len(shipped()) * answer)
+    own = project_job(tmp_path, "m", **schedule, eval={"retention": True, "probes": "none.jsonl"})
+    with pytest.raises(UserError, match=r"eval\.probes: .*none\.jsonl: no such file"):
+        estimate(own, tmp_path)
 
 
 WEIGHTS = 2 * plan_cost.REFERENCE_PARAMETERS

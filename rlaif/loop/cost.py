@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -17,6 +18,7 @@ from rlaif.constitutions.constitution import Constitution, load_constitution
 from rlaif.constitutions.templates import load_template, templates_in
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out
 from rlaif.errors import UserError
+from rlaif.evaluation.probes import Probe, probes_of
 from rlaif.hardware import cpu_has_bf16, gpu_names
 from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Asked, Calibration, read_calibration
@@ -52,6 +54,8 @@ class _Read(NamedTuple):
     constitutions: dict[str, Constitution]
     """By how the job refers to them; as the judge is asked with them."""
     calibration: Calibration | None
+    probes: Sequence[Probe]
+    """Asked at every evaluation."""
 
 
 class _Counts(NamedTuple):
@@ -68,6 +72,8 @@ class _Counts(NamedTuple):
     evaluation_ballots: int
     untempered: int
     """Answers that KL is measured on."""
+    probed: int
+    """Answers to probes."""
 
 
 class _Tokens(NamedTuple):
@@ -167,7 +173,7 @@ def _read(job: Job, base_dir: Path) -> _Read:
     if job.pairing.method == "best_worst":
         for constitution in constitutions.values():
             kind.selecting(constitution)
-    return _Read(train, held_out, constitutions, calibration)
+    return _Read(train, held_out, constitutions, calibration, probes_of(job, base_dir))
 
 
 def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
@@ -186,6 +192,10 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
         if last or (k + 1) % job.eval.every == 0 or (k + 1) in schedule:
             evaluated.append(k + 1)
             eval_ballots += held * _ballots_a_pair(job, constitution, "evaluate", base_dir)
+            if job.eval.retention:  # asked about under each earlier text, too
+                earlier = {c.hash: c for i, ref in schedule.items() if i < k and (c := read.constitutions[ref])}
+                earlier.pop(constitution.hash, None)
+                eval_ballots += held * sum(_ballots_a_pair(job, c, "evaluate", base_dir) for c in earlier.values())
     evaluations = 1 + len(evaluated)  # with that of the base policy
     return _Counts(
         samples=samples * job.iterations,
@@ -197,13 +207,14 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
         held_out_answers=held * evaluations,
         evaluation_ballots=eval_ballots,
         untempered=min(job.eval.kl_prompts, job.eval.prompts, len(read.held_out)) * (evaluations - 1),
+        probed=len(read.probes) * evaluations,
     )
 
 
 def _tokens(job: Job, counts: _Counts) -> _Tokens:
     answer = job.sampling.max_tokens * 0.8
     return _Tokens(
-        sampled=(counts.samples + counts.held_out_answers + counts.untempered) * answer,
+        sampled=(counts.samples + counts.held_out_answers + counts.untempered + counts.probed) * answer,
         judged=kind_of(job.judge).tokens(counts.scores, counts.ballots + counts.evaluation_ballots, answer),
         measured=(counts.held_out_answers + counts.untempered) * 2 * (answer + 40),
         trained=counts.pairs * job.learner.epochs * 2 * (answer + PROMPT_TOKENS),

@@ -5,30 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from rlaif import monitors
+from rlaif import evaluation
 from rlaif.constitutions.constitution import Constitution
 from rlaif.judging.kinds import kind_of
 from rlaif.loop.hand_over import gap_of
 from rlaif.loop.judging import decide, judge
+from rlaif.loop.retention import BASE_POLICY, against_base, retained
 from rlaif.loop.running import Iteration, Running, candidates, in_order
+from rlaif.loop.sampling import answers
 from rlaif.monitors import tracking
 from rlaif.records import (
     Completion,
     Decision,
     Divergence,
     EvaluationMetrics,
-    Pair,
     Plan,
     PolicyVersion,
     Prompt,
     Quality,
+    Vote,
 )
 from rlaif.rundir.store import read_record, write_json
-
-BASE_POLICY = 0
-"""The evaluation of the policy before any update."""
-EVAL_SEED_ITERATION = -1
-"""Held-out answers are drawn with the same seeds at every evaluation, so that two differ by the policy only."""
 
 
 def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution) -> EvaluationMetrics:
@@ -46,8 +43,8 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
         run.hand_over.load_sampler(updates)
         shown = max(updates - 1, 0)
         run.progress.stage(shown, "held-out", len(prompts) * run.job.eval.samples, "answers", str(constitution.ref))
-        yield from _sampled(run, updates, prompts, policy, run.job.eval.samples, f"eval{updates:04d}",
-                            run.job.eval.temperature, run.job.eval.top_p)  # fmt: skip
+        yield from answers(run, prompts, policy, f"eval{updates:04d}", samples=run.job.eval.samples,
+                           temperature=run.job.eval.temperature, top_p=run.job.eval.top_p)  # fmt: skip
 
     completions = in_order(it.rows("completions", sample, before_commit=run.hand_over.gap_noted), it.prompts)
 
@@ -62,23 +59,20 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
     base: list[Completion] = []
     if updates != BASE_POLICY:
         base = in_order(run.dir.evaluation(BASE_POLICY).read("completions", Completion), it.prompts)
-        it.pairs = [
-            Pair(id=f"eval{updates:04d}-{c.prompt_id}-{c.index}", prompt_id=c.prompt_id, first=c.id, second=b.id,
-                 method="against_base")
-            for c, b in zip(completions, base, strict=True)
-            if c.text != b.text and judged
-        ]  # fmt: skip
         it.completions = completions + base
+        it.pairs = against_base(f"eval{updates:04d}", completions, base) if judged else []
         it.rows("pairs", lambda _: [it.pairs])
         it.votes = judge(run, it)
         it.decisions = decide(run, it)
         decisions = it.decisions if judged else None
+    kept = retained(run, it, updates, policy, completions, base)
     seconds = round(time.monotonic() - started, 1)
-    metrics = monitors.evaluation_metrics(
-        updates, constitution, completions, quality, it.pairs, decisions, seconds, drift, gap=gap_of(here), base=base
+    metrics = evaluation.evaluation_metrics(
+        updates, constitution, completions, quality, it.pairs, decisions, seconds, drift, gap_of(here), base, kept
     )
     write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
-    values = tracking.of_evaluation(metrics, it.votes, run.job.judge, run.text_number(it.k))
+    earlier = here.read("earlier_votes", Vote) if here.is_complete("earlier_votes") else []
+    values = tracking.of_evaluation(metrics, it.votes + earlier, run.job.judge, run.text_number(it.k))
     run.track(max(updates - 1, 0), updates, values)
     return metrics
 
@@ -97,7 +91,7 @@ def _drift(
     def sample(_: list[Completion]) -> Iterator[list[Completion]]:
         run.hand_over.load_sampler(updates)
         run.progress.stage(shown, "untempered", len(prompts), "answers", text)
-        yield from _sampled(run, updates, prompts, policy, 1, f"kl{updates:04d}", 1.0, 1.0)
+        yield from answers(run, prompts, policy, f"kl{updates:04d}", temperature=1.0, top_p=1.0)
 
     sampled = it.rows("kl_completions", sample)
 
@@ -108,28 +102,3 @@ def _drift(
         yield from run.advancing(run.learner.stream("divergences", completions=completions))
 
     return it.rows("divergences", measure)
-
-
-def _sampled(
-    run: Running,
-    updates: int,
-    prompts: list[Prompt],
-    policy: PolicyVersion,
-    samples: int,
-    prefix: str,
-    temperature: float | None,
-    top_p: float | None,
-) -> Iterator[list[Completion]]:
-    return run.advancing(
-        run.sampler.stream(
-            "sample",
-            prompts=prompts,
-            completions_per_prompt=samples,
-            policy=policy,
-            seed=run.job.seed,
-            iteration=EVAL_SEED_ITERATION,
-            prefix=prefix,
-            temperature=temperature,
-            top_p=top_p,
-        )
-    )

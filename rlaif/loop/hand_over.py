@@ -45,6 +45,15 @@ class HandOver:
                 return PolicyVersion(iteration=i + 1, digest=made), weights
         return PolicyVersion(iteration=0, digest=run.base.digest), run.base
 
+    def reference_at_change(self, k: int) -> WeightsRef | None:
+        """The policy that the text of iteration k came into force with (`learner.reference: at_change`); None: the
+        untrained one."""
+        text, first = self._run.dir.plan(k).constitution.hash, k
+        while first and self._run.dir.plan(first - 1).constitution.hash == text:
+            first -= 1
+        version, weights = self.policy_before(first)
+        return weights if version.iteration else None
+
     def load_sampler(self, k: int) -> None:
         """Gives the sampler the policy that iteration k samples from, and compares it with the learner's.
 
@@ -95,9 +104,13 @@ class HandOver:
 
     def prune(self, k: int) -> None:
         """After iteration k, removes the checkpoints that `keep_checkpoints` doesn't name, and tells it before: each
-        policy has the size of the model, each learner's state some six times that."""
+        policy has the size of the model, each learner's state some six times that. The reference policy stays."""
         run = self._run
         gone = superfluous(run.dir, run.job.keep_checkpoints, k + 1)
+        if run.job.learner.reference == "at_change" and (reference := self.reference_at_change(k)) is not None:
+            gone = gone._replace(
+                policies=frozenset(i for i in gone.policies if policy_dir(run.dir, i) != reference.path)
+            )
         parts = [("policies", gone.policies), ("learner's states", gone.states)]
         named = [f"{what} after {', '.join(str(i + 1) for i in sorted(of))}" for what, of in parts if of]
         # A killed attempt at this iteration told it of all, and removed some.

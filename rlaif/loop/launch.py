@@ -19,6 +19,9 @@ from rlaif import __version__, models
 from rlaif.config import Job, LikelihoodSettings, changed_keys, may_change, of_run, parse_job
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
 from rlaif.errors import RlaifError, RunInterrupted, UserError
+from rlaif.evaluation.probes import Probe, probes_of
+from rlaif.evaluation.texts import FixedText
+from rlaif.evaluation.texts import shipped as shipped_texts
 from rlaif.hardware import facts as hardware_facts
 from rlaif.hardware import gpu_names
 from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calibration
@@ -29,10 +32,12 @@ from rlaif.loop.branch import may_branch
 from rlaif.loop.in_force import InForce
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update
+from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.training import mix_for
 from rlaif.own_code import resolved
-from rlaif.records import SCHEMA_VERSION, Message, Prompt, Vote, digest
+from rlaif.records import SCHEMA_VERSION, Message, Prompt, Record, Vote, digest
 from rlaif.rundir.heads import write_head
+from rlaif.rundir.stages import VOTES
 from rlaif.rundir.store import RunDir, read_json, read_rows, replacing, write_json
 from rlaif.sampling import PromptProblem
 from rlaif.workers.placement import Placed, place, usable_gpus
@@ -61,6 +66,8 @@ class _Start:
     rows: dict[str, str]
     """Where each prompt stands in its file, by id; empty for a run that has its copies."""
     calibration: Calibration | None
+    probes: Sequence[Probe]
+    fixed_texts: Sequence[FixedText]
     base: WeightsRef
     """The untrained policy."""
     judge: WeightsRef | None
@@ -119,6 +126,8 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
                 judge_name=judge.name(start.judge.digest if start.judge else None),
                 progress=progress,
                 calibration=start.calibration,
+                probes=start.probes,
+                fixed_texts=start.fixed_texts,
                 code=start.own_code,
                 **workers,
             )
@@ -149,6 +158,7 @@ def _look(
     rows: dict[str, str] = {}
     train, held_out = prompts_of(run, job, base_dir, note, rows)
     calibration = calibration_of(run, job, base_dir, [p.category or EVERYTHING for p in train], note)
+    probes, fixed_texts = asked_about_the_past(run, job, base_dir)
     note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
     base = models.resolve_policy(job.policy.model, job.policy.adapter, progress=lambda message, share: note(message))
     check_policy(base, job)
@@ -170,6 +180,8 @@ def _look(
         held_out=held_out,
         rows=rows,
         calibration=calibration,
+        probes=probes,
+        fixed_texts=fixed_texts,
         base=WeightsRef(digest=digests["policy"], path=base),
         judge=judge,
         own_code=own_code,
@@ -195,10 +207,12 @@ def _load(
 
     def check_prompts() -> None:
         asked.extend((start.train, start.held_out))
+        probes = with_system([p.asked() for p in start.probes], job.policy.system_prompt)
         if not _begun(run):
+            _check_probes(workers["sampler"], probes)
             asked[:] = _askable(run, job, workers["sampler"], start.train, start.held_out, start.rows, note)
         elif start.changed:
-            _check_still_askable(job, workers["sampler"], [*start.train, *start.held_out])
+            _check_still_askable(job, workers["sampler"], [*start.train, *start.held_out, *probes])
 
     def loaded(name: str, seconds: float, waiting: list[str]) -> None:
         others = f"; waiting for {', '.join(waiting)}" if waiting else ""
@@ -342,8 +356,8 @@ def calibration_of(
 
 def _votes(run: RunDir) -> Iterator[Vote]:
     """Of this run's earlier processes."""
-    stages = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
-    return (vote for stage in stages for vote in stage.durable("votes", Vote))
+    folders = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
+    return (vote for here in folders for stage in VOTES for vote in here.durable(stage, Vote))
 
 
 def _begun(run: RunDir) -> bool:
@@ -465,11 +479,32 @@ def prompts_of(
 
 
 def _copy_prompts(run: RunDir, train: list[Prompt], held_out: list[Prompt]) -> None:
-    folder = run.path / "prompts"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, prompts in (("train.jsonl", train), ("held_out.jsonl", held_out)):
-        with replacing(folder / name) as temporary:
-            temporary.write_text("".join(p.model_dump_json() + "\n" for p in prompts))
+        _copy_rows(run.path / "prompts" / name, prompts)
+
+
+def asked_about_the_past(run: RunDir, job: Job, base_dir: Path) -> tuple[Sequence[Probe], Sequence[FixedText]]:
+    """The run's own copies of probes and fixed texts, made before the base policy is measured by them; empty where
+    nothing is (`eval.retention`).
+
+    Raises:
+        UserError: the job's own probes can't be used.
+    """
+    if not job.eval.retention:
+        return (), ()
+    probes, texts = (run.path / "prompts" / name for name in ("probes.jsonl", "texts.jsonl"))
+    if not (probes.exists() and texts.exists()):
+        if run.evaluation(BASE_POLICY).is_complete("completions"):  # too late: whoever evaluates says so
+            return (), ()
+        _copy_rows(probes, probes_of(job, base_dir))
+        _copy_rows(texts, shipped_texts())
+    return read_rows(probes, Probe), read_rows(texts, FixedText)
+
+
+def _copy_rows(path: Path, rows: Sequence[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(row.model_dump_json() + "\n" for row in rows))
 
 
 def _askable(
@@ -512,6 +547,20 @@ def _askable(
             )
     _copy_prompts(run, train, held_out)
     return train, held_out
+
+
+def _check_probes(sampler: Worker, probes: list[Prompt]) -> None:
+    """Every probe rendered and measured before anything is sampled.
+
+    Raises:
+        UserError: the policy's template can't render one, or it leaves no room for an answer.
+    """
+    if probes and (problems := sampler.call("problems", prompts=probes)):
+        first, more = problems[0], f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
+        raise UserError(
+            f"eval.probes: probe {first.prompt_id}: {first.problem}{more}; raise it, give probes of your own, or set "
+            "eval.retention: false"
+        )
 
 
 def _check_still_askable(job: Job, sampler: Worker, prompts: list[Prompt]) -> None:

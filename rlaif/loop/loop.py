@@ -10,12 +10,13 @@ from rlaif.data.prompts import prompts_for
 from rlaif.errors import RlaifError
 from rlaif.judging.calibration import judged_stats
 from rlaif.judging.verdicts import JurorFit
-from rlaif.loop.evaluation import BASE_POLICY, evaluate
+from rlaif.loop.evaluation import evaluate
 from rlaif.loop.hand_over import decoding_of, gap_of
 from rlaif.loop.judging import check_calibration, decide, judge, pair, score
+from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.running import Iteration, Running
 from rlaif.loop.sampling import sample
-from rlaif.loop.training import mix, update
+from rlaif.loop.training import mix, stopped_at_kl, update
 from rlaif.monitors import tracking
 from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan
 from rlaif.rundir.heads import Head, write_head
@@ -102,6 +103,7 @@ class Loop(Running):
             judged=judged_stats(list(zip(it.pairs, it.decisions, strict=True)), texts, ends),
             gap=gap_of(it.dir),
             decoding=decoding_of(it.dir),
+            stopped_at_kl=stopped_at_kl(self, it, it.steps),
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(metrics, evaluation)

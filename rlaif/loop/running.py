@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from rlaif.config import Job
 from rlaif.constitutions.constitution import Constitution
+from rlaif.evaluation.probes import Probe
+from rlaif.evaluation.texts import FixedText
 from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Calibration
 from rlaif.judging.candidates import Candidate
@@ -104,6 +106,10 @@ class Running:
     """Code of the user's own that the job names, as plans hold it."""
     calibration: Calibration | None = None
     """In force for the whole run (`filters.calibration`)."""
+    probes: Sequence[Probe] = ()
+    """What is asked to see what is forgotten (`eval.retention`), ..."""
+    fixed_texts: Sequence[FixedText] = ()
+    """... and what is scored."""
     hand_over: HandOver = field(init=False)
     """Which policy sampler and learner hold."""
 

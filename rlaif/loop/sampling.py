@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlaif.loop.running import Iteration, Running, in_order
-from rlaif.records import Completion
+from rlaif.records import Completion, PolicyVersion, Prompt
+
+EVAL_SEED_ITERATION = -1
+"""Held-out answers are drawn with the same seeds at every evaluation, so that two differ by the policy only."""
 
 
 def sample(run: Running, it: Iteration) -> list[Completion]:
@@ -37,3 +40,30 @@ def sample(run: Running, it: Iteration) -> list[Completion]:
         return run.hand_over.gap_noted() | run.hand_over.score_again(it.k, sampled)
 
     return in_order(it.rows("completions", produce, before_commit=commit), it.plan.prompt_ids)
+
+
+def answers(
+    run: Running,
+    prompts: list[Prompt],
+    policy: PolicyVersion,
+    prefix: str,
+    *,
+    samples: int = 1,
+    temperature: float | None = None,
+    top_p: float | None = None,
+) -> Iterator[list[Completion]]:
+    """Answers that only measure, named `<prefix>-<prompt id>-<index>`; the sampler holds the policy already.
+    `temperature` and `top_p` are those of `sampling` when absent."""
+    return run.advancing(
+        run.sampler.stream(
+            "sample",
+            prompts=prompts,
+            completions_per_prompt=samples,
+            policy=policy,
+            seed=run.job.seed,
+            iteration=EVAL_SEED_ITERATION,
+            prefix=prefix,
+            temperature=temperature,
+            top_p=top_p,
+        )
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlaif import config
 from rlaif.errors import UserError
-from rlaif.learning import kind_of
+from rlaif.learning import KL_METRIC, kind_of, too_far
 from rlaif.learning.mixing import labelled, preferences_of, read_now, replayed
 from rlaif.loop.running import Iteration, Running
 from rlaif.records import Alarm, Preference, TrainingRow, UpdateStep
@@ -72,9 +72,10 @@ def update(run: Running, it: Iteration) -> list[UpdateStep]:
         if skip:
             return
         run.hand_over.load_learner(it.k)
+        if run.job.learner.reference == "at_change" and (reference := run.hand_over.reference_at_change(it.k)):
+            run.learner.call("refer_to", policy=reference)
         run.hand_over.learner_moves()
-        total = -(-len(it.training) // run.job.learner.batch_size) * run.job.learner.epochs
-        run.progress.stage(it.k, "update", total, "steps", str(it.constitution.ref))
+        run.progress.stage(it.k, "update", steps_planned(run, it), "steps", str(it.constitution.ref))
         for step in run.learner.stream("update", rows=it.training, iteration=it.k):
             run.progress.advance(1)
             yield [step]
@@ -87,7 +88,25 @@ def update(run: Running, it: Iteration) -> list[UpdateStep]:
         kept = "kept or labelled" if any(row.source == "human" for row in it.training) else "kept"
         message = f"{fresh} {kept} pairs, fewer than filters.min_kept_pairs={least}: no update"
         run.tell_once("skipped_update", message, it.k, kept=fresh)
+    if (kl := stopped_at_kl(run, it, steps)) is not None:
+        message = (
+            f"the update stopped after step {len(steps)} of {steps_planned(run, it)}: KL from the policy that began "
+            f"the iteration is {kl:.4f} nats a token, over learner.max_kl={run.job.learner.max_kl}"
+        )
+        run.tell_once("update_stopped", message, it.k, kl=kl, steps=len(steps), planned=steps_planned(run, it))
     return steps
+
+
+def steps_planned(run: Running, it: Iteration) -> int:
+    """Optimizer steps that an update takes when nothing stops it."""
+    return -(-len(it.training) // run.job.learner.batch_size) * run.job.learner.epochs
+
+
+def stopped_at_kl(run: Running, it: Iteration, steps: Sequence[UpdateStep]) -> float | None:
+    """KL at which an update stopped before its last step (`learner.max_kl`); None where it took all of them."""
+    if steps and len(steps) < steps_planned(run, it) and too_far(steps[-1], run.job.learner.max_kl):
+        return steps[-1].metrics[KL_METRIC]
+    return None
 
 
 def _tell_labels(run: Running, k: int) -> None:

@@ -1,15 +1,10 @@
-"""What a run says of itself: each iteration and evaluation in numbers (`metrics`), and what to look at (`alarms`).
+"""What a run says of itself: each iteration in numbers (`metrics`), and what to look at (`alarms`).
 
-In: the rows of an iteration's or an evaluation's stages. Out: the records of `metrics.json`, and `Alarm`s. Pure.
+In: the rows of an iteration's stages. Out: the records of its `metrics.json`, and `Alarm`s. Pure. An evaluation's
+numbers are made in `rlaif/evaluation/`.
 """
 
 from rlaif.monitors.alarms import alarms
-from rlaif.monitors.metrics import (
-    answer_stats,
-    evaluation_metrics,
-    iteration_metrics,
-    juror_agreement,
-    learner_metrics,
-)
+from rlaif.monitors.metrics import iteration_metrics, juror_agreement, learner_metrics
 
-__all__ = ["alarms", "answer_stats", "evaluation_metrics", "iteration_metrics", "juror_agreement", "learner_metrics"]
+__all__ = ["alarms", "iteration_metrics", "juror_agreement", "learner_metrics"]

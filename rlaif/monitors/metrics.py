@@ -1,49 +1,28 @@
-"""Numbers about an iteration and an evaluation. Pure, no torch."""
+"""Numbers about an iteration. Pure, no torch."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
-from rlaif.constitutions.checks import count_list_items, count_words
-from rlaif.constitutions.constitution import Constitution
-from rlaif.intervals import ratio_interval, share, wilson
+from rlaif.evaluation.answers import answer_stats
+from rlaif.intervals import share
 from rlaif.judging.filters import cut_off_won
 from rlaif.judging.verdicts import JurorFit, juror_verdicts, position_bias
-from rlaif.monitors.length_controlled import Judged, LengthControlled, length_controlled
 from rlaif.records import (
-    AnswerStats,
     Completion,
     Decision,
     DecodingGap,
-    Divergence,
-    EvaluationMetrics,
     IterationMetrics,
     JudgedStats,
-    Outcome,
     Pair,
     Plan,
-    Quality,
     TrainingRow,
     UpdateStep,
     Vote,
     WeightsGap,
 )
-
-
-def answer_stats(completions: list[Completion]) -> AnswerStats:
-    """What can be counted about answers without a judge."""
-    n = len(completions)
-    return AnswerStats(
-        answers=n,
-        mean_words=fmean(count_words(c.text) for c in completions),
-        mean_tokens=fmean(len(c.token_ids) for c in completions),
-        list_share=sum(count_list_items(c.text) >= 2 for c in completions) / n,
-        ended_share=sum(c.finish_reason == "stop" for c in completions) / n,
-        distinct_share=len({(c.prompt_id, c.text) for c in completions}) / n,
-    )
 
 
 def iteration_metrics(
@@ -60,6 +39,7 @@ def iteration_metrics(
     judged: JudgedStats | None = None,
     gap: WeightsGap | None = None,
     decoding: DecodingGap | None = None,
+    stopped_at_kl: float | None = None,
 ) -> IterationMetrics:
     """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage."""
     kept = sum(d.status == "kept" for d in decisions)
@@ -106,6 +86,7 @@ def iteration_metrics(
         seconds=seconds,
         weights_gap=gap,
         decoding_gap=decoding,
+        stopped_at_kl=stopped_at_kl,
     )
 
 
@@ -126,107 +107,3 @@ def juror_agreement(votes: list[Vote], decisions: list[Decision]) -> dict[str, f
         both = [o == verdicts[pair] for pair, o in outcomes.items() if o in ("first", "second") and pair in verdicts]
         out[juror] = share(sum(both), len(both))
     return out
-
-
-def evaluation_metrics(
-    updates: int,
-    constitution: Constitution,
-    completions: list[Completion],
-    quality: list[Quality],
-    pairs: list[Pair],
-    decisions: list[Decision] | None,
-    seconds: float,
-    drift: list[Divergence] | None = None,
-    gap: WeightsGap | None = None,
-    base: Sequence[Completion] = (),
-) -> EvaluationMetrics:
-    """An evaluation in numbers; `decisions` are None when nobody was asked: about the base policy itself, or under a
-    text without a held-out contrast. `pairs` show the policy's answer first, the base policy's second; an answer equal
-    to the base policy's has no pair and counts as tied. `base` holds the base policy's answers. `drift` is empty about
-    the base policy, None where nobody measured it."""
-    outcomes: list[Outcome] = []
-    by_prompt: list[float] = []
-    controlled = LengthControlled()
-    if decisions is not None:
-        verdicts = {d.pair_id: d.verdict.outcome for d in decisions}
-        asked = {p.first: verdicts[p.id] for p in pairs}
-        outcomes = [asked.get(c.id, "tie") for c in completions]
-        if not asked or any(o != "abstain" for o in asked.values()):
-            by_prompt = _won_by_prompt(completions, outcomes)
-            controlled = length_controlled(_judged(completions, outcomes, pairs, base))
-    n = len(completions)
-    return EvaluationMetrics(
-        **dict(answer_stats(completions)),
-        updates=updates,
-        constitution=constitution.ref,
-        win_rate=fmean(by_prompt) if by_prompt else None,
-        win_interval=wilson(sum(by_prompt), len(by_prompt)) if by_prompt else None,
-        length_controlled_win_rate=controlled.win_rate,
-        length_controlled_interval=controlled.interval,
-        length_controlled_unknown=controlled.unknown,
-        wins=outcomes.count("first"),
-        losses=outcomes.count("second"),
-        undecided=outcomes.count("tie"),
-        abstained=outcomes.count("abstain"),
-        **_drift(drift),
-        relevance=fmean([q.relevance for q in quality if q.tokens] or [0.0]),  # an empty answer has neither
-        base_logprob_per_token=fmean([q.logprob_per_token for q in quality if q.tokens] or [0.0]),
-        checks={p.id: sum(p.check.passes(c.text) for c in completions) / n for p in constitution.principles if p.check},
-        seconds=seconds,
-        weights_gap=gap,
-    )
-
-
-def _drift(divergences: list[Divergence] | None) -> dict[str, Any]:
-    """The KL fields of an evaluation."""
-    if divergences is None:
-        return {"kl_per_token": None, "kl_answers": 0}
-    if not divergences:  # of the base policy from itself
-        none = {"kl_interval": (0.0, 0.0), "kl_per_completion": 0.0, "kl_per_completion_interval": (0.0, 0.0)}
-        return {"kl_per_token": 0.0, "kl_answers": 0, **none}
-    by_prompt: dict[str, list[Divergence]] = {}
-    for d in divergences:
-        by_prompt.setdefault(d.prompt_id, []).append(d)
-    nats = [sum(d.kl for d in of_prompt) for of_prompt in by_prompt.values()]
-
-    def over(wholes: list[float]) -> tuple[float, tuple[float, float] | None]:
-        if len(nats) < 2:
-            return sum(nats) / sum(wholes), None
-        low, high = ratio_interval(nats, wholes)
-        return sum(nats) / sum(wholes), (max(low, 0.0), high)  # KL is never negative
-
-    per_token, interval = over([sum(d.tokens for d in of_prompt) for of_prompt in by_prompt.values()])
-    per_completion, completion_interval = over([len(of_prompt) for of_prompt in by_prompt.values()])
-    return {
-        "kl_per_token": per_token,
-        "kl_interval": interval,
-        "kl_per_completion": per_completion,
-        "kl_per_completion_interval": completion_interval,
-        "kl_answers": len(divergences),
-    }
-
-
-_WON = {"first": 1.0, "tie": 0.5, "second": 0.0}
-
-
-def _won_by_prompt(completions: list[Completion], outcomes: list[Outcome]) -> list[float]:
-    """The share that each prompt's answers won: answers to one prompt are no independent draws. An abstention is no
-    verdict, so it counts for nothing."""
-    won: dict[str, list[float]] = {}
-    for completion, outcome in zip(completions, outcomes, strict=True):
-        if outcome != "abstain":
-            won.setdefault(completion.prompt_id, []).append(_WON[outcome])
-    return [fmean(of_prompt) for of_prompt in won.values()]
-
-
-def _judged(
-    completions: list[Completion], outcomes: list[Outcome], pairs: list[Pair], base: Sequence[Completion]
-) -> list[Judged]:
-    """The answers with a verdict, abstentions left out, and how many words longer than the base policy's they are."""
-    words = {c.id: count_words(c.text) for c in (*completions, *base)}
-    longer = {p.first: words[p.first] - words[p.second] for p in pairs}
-    return [
-        Judged(c.prompt_id, _WON[outcome], longer.get(c.id, 0), asked=c.id in longer)
-        for c, outcome in zip(completions, outcomes, strict=True)
-        if outcome != "abstain"
-    ]

@@ -90,6 +90,8 @@ def _all_reasons(field: str, value: Any) -> Any:
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
     """The numbers in a field. What wasn't measured (None) has no point."""
+    if isinstance(value, ConstitutionRef):  # says what was measured
+        return
     if isinstance(value, BaseModel):
         value = dict(value)
     elif isinstance(value, tuple):  # an interval

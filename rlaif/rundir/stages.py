@@ -14,9 +14,11 @@ from rlaif.records import (
     Divergence,
     Pair,
     Preference,
+    ProbeResult,
     Quality,
     Record,
     Score,
+    TextScore,
     UpdateStep,
     Vote,
 )
@@ -33,6 +35,8 @@ class Stage(NamedTuple):
     """Stages that the rows are made from; their digests are in the meta file."""
     resumable: bool = False
     """Whether the rest can be made later: a vote stands by itself, an answer's sampling depends on its batch."""
+    optional: bool = False
+    """Only there where something was to be done."""
 
 
 ITERATION = (
@@ -54,8 +58,18 @@ EVALUATION = (
     Stage("pairs", Pair, ("completions",)),
     Stage("votes", Vote, ("pairs",), resumable=True),
     Stage("decisions", Decision, ("votes",)),
+    Stage("probe_completions", Completion, optional=True),
+    Stage("probe_results", ProbeResult, ("probe_completions",), optional=True),
+    Stage("texts", TextScore, optional=True),
+    Stage("earlier_pairs", Pair, ("completions",), optional=True),
+    Stage("earlier_votes", Vote, ("earlier_pairs",), resumable=True, optional=True),
+    Stage("earlier_decisions", Decision, ("earlier_votes",), optional=True),
 )
 """Of an evaluation, in the same order; those after `completions` are there where they are asked for."""
 
-NAMES = tuple(stage.name for stage in ITERATION)
-EVALUATION_NAMES = tuple(stage.name for stage in EVALUATION)
+VOTES = tuple(dict.fromkeys(stage.name for stage in (*ITERATION, *EVALUATION) if stage.record is Vote))
+"""Stages whose rows are votes: what a judge was asked, and cost, is all of them."""
+NAMES = tuple(stage.name for stage in ITERATION if not stage.optional)
+"""Stages that every iteration has."""
+EVALUATION_NAMES = tuple(stage.name for stage in EVALUATION if not stage.optional)
+"""Stages that evaluations have, whatever the job measures beside them."""

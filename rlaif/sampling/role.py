@@ -119,6 +119,12 @@ class SamplerRole:
         """`fixed_texts` as this policy's template renders them."""
         return fixed_texts(self._renderer, prompts, self._settings.max_model_len)
 
+    def sequences_in(self, texts: list[str]) -> list[TokenSequence]:
+        """Plain texts as the policy's tokenizer reads them, its own special tokens added, as much of each as fits: the
+        first token is what the others follow."""
+        read = [tuple(self._tokenizer.encode(text)[: self._settings.max_model_len]) for text in texts]
+        return [TokenSequence(prompt_token_ids=ids[:1], token_ids=ids[1:]) for ids in read]
+
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         """log p of each completion token under the weights that sample now, in nats."""
         return self._engine.logprobs(sequences)

@@ -1,0 +1,180 @@
+"""What an evaluation measures of forgetting: probes, fixed texts, and held-out answers under earlier texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rlaif import evaluation
+from rlaif.data.prompts import with_system
+from rlaif.evaluation.held_out import earlier_text
+from rlaif.judging.kinds import kind_of
+from rlaif.judging.verdicts import by_pair, jurors_for
+from rlaif.loop.judging import Deciding, as_cast, ballots_for, tell_interrupted, templates_for
+from rlaif.loop.running import Iteration, Running, candidates
+from rlaif.loop.sampling import answers
+from rlaif.records import (
+    Completion,
+    Decision,
+    EarlierText,
+    Pair,
+    Plan,
+    PolicyVersion,
+    ProbeResult,
+    Retention,
+    TextScore,
+    TokenSequence,
+    Vote,
+)
+
+BASE_POLICY = 0
+"""The evaluation of the policy before any update."""
+
+
+def retained(
+    run: Running,
+    it: Iteration,
+    updates: int,
+    policy: PolicyVersion,
+    completions: list[Completion],
+    base: Sequence[Completion],
+) -> Retention | None:
+    """What the policy after `updates` iterations still can; None where the job doesn't want it measured, or the base
+    policy wasn't. `completions` are its held-out answers, `base` those of the base policy."""
+    if not run.job.eval.retention:
+        return None
+    first = run.dir.evaluation(BASE_POLICY)
+    if updates != BASE_POLICY and not first.is_complete("texts"):
+        message = (
+            "eval.retention: what is forgotten can't be measured, since the base policy wasn't when this run began; "
+            "start a new run"
+        )
+        run.tell_once("retention_unknown", message, 0)
+        return None
+    results, texts = _probes(run, it, updates, policy), _texts(run, it, updates)
+    if updates == BASE_POLICY:
+        return evaluation.retention(results, results, texts, texts)
+    earlier = _earlier(run, it, updates, completions, base)
+    base_results, base_texts = first.read("probe_results", ProbeResult), first.read("texts", TextScore)
+    return evaluation.retention(base_results, results, base_texts, texts, earlier)
+
+
+def against_base(prefix: str, completions: Sequence[Completion], base: Sequence[Completion]) -> list[Pair]:
+    """Each answer with the base policy's to the same prompt, where they differ."""
+    return [
+        Pair(id=f"{prefix}-{c.prompt_id}-{c.index}", prompt_id=c.prompt_id, first=c.id, second=b.id,
+             method="against_base")
+        for c, b in zip(completions, base, strict=True)
+        if c.text != b.text
+    ]  # fmt: skip
+
+
+def _probes(run: Running, it: Iteration, updates: int, policy: PolicyVersion) -> list[ProbeResult]:
+    """The probes, answered at temperature 0, each passed or not."""
+    probes = {p.id: p for p in run.probes}
+    asked = with_system([p.asked() for p in run.probes], run.job.policy.system_prompt)
+
+    def sample(_: list[Completion]) -> Iterator[list[Completion]]:
+        run.hand_over.load_sampler(updates)
+        run.progress.stage(max(updates - 1, 0), "probes", len(asked), "answers", str(it.constitution.ref))
+        yield from answers(run, asked, policy, f"probe{updates:04d}", temperature=0.0, top_p=1.0)
+
+    answered = {c.prompt_id: c for c in it.rows("probe_completions", sample)}
+
+    def check(_: list[ProbeResult]) -> Iterator[list[ProbeResult]]:
+        yield [
+            ProbeResult(probe_id=p.id, kind=p.kind, completion_id=c.id, passed=p.passes(c.text))
+            for p in probes.values()
+            if (c := answered.get(p.id))
+        ]
+
+    return it.rows("probe_results", check)
+
+
+def _texts(run: Running, it: Iteration, updates: int) -> list[TextScore]:
+    """The fixed texts, scored by the weights that train: nothing that a sampler rounds is in their perplexity."""
+
+    def score(_: list[TextScore]) -> Iterator[list[TextScore]]:
+        read: list[TokenSequence] = run.sampler.call("sequences_in", texts=[t.text for t in run.fixed_texts])
+        run.hand_over.load_learner(updates)
+        run.progress.stage(max(updates - 1, 0), "texts", len(read), "texts", str(it.constitution.ref))
+        for text, sequence in zip(run.fixed_texts, read, strict=True):
+            if sequence.token_ids:
+                [logps] = run.learner.call("logprobs", sequences=[sequence])
+                yield [TextScore(text_id=text.id, tokens=len(logps), logprob=sum(logps))]
+            run.progress.advance(1)
+
+    return it.rows("texts", score)
+
+
+def _earlier(
+    run: Running, it: Iteration, updates: int, completions: list[Completion], base: Sequence[Completion]
+) -> dict[str, EarlierText]:
+    """What the held-out answers won under each text that was in force before and isn't any more, by its hash."""
+    its = [
+        Iteration(plan, it.dir, constitution, it.prompts, role="evaluate", completions=it.completions,
+                  pairs=against_base(f"eval{updates:04d}-{constitution.hash}", completions, base))
+        for plan in earlier_plans(run, it.plan)
+        if kind_of(run.job.judge).evaluates(constitution := run.in_force.load(plan.constitution, plan.derived))
+    ]  # fmt: skip
+    if not its:
+        return {}
+    it.rows("earlier_pairs", lambda _: [[pair for under in its for pair in under.pairs]])
+    of_pair = by_pair(_votes(run, it, its))
+    calibrated = run.calibration.jurors if run.calibration else None
+
+    def decide(_: list[Decision]) -> Iterator[list[Decision]]:
+        for under in its:
+            votes = [vote for pair in under.pairs for vote in of_pair[pair.id]]
+            jurors = jurors_for(run.job.filters.aggregate, votes, calibrated)
+            deciding = Deciding(run, under, under.completions, jurors)
+            yield [deciding.decision(pair, of_pair[pair.id]) for pair in under.pairs]
+
+    decisions = {d.pair_id: d for d in it.rows("earlier_decisions", decide)}
+    return {
+        under.constitution.hash: earlier_text(
+            under.constitution, completions, under.pairs, [decisions[p.id] for p in under.pairs]
+        )
+        for under in its
+    }
+
+
+def _votes(run: Running, it: Iteration, its: list[Iteration]) -> list[Vote]:
+    """The votes on each text's pairs, under that text."""
+    kind, journal = kind_of(run.job.judge), it.dir.path / "earlier_votes.asked"
+    ballots_of = [ballots_for(run, under, "evaluate", under.pairs) for under in its]
+    ballots = [ballot for of_text in ballots_of for ballot in of_text]
+
+    def cast(done: list[Vote]) -> Iterator[list[Vote]]:
+        tell_interrupted(run, it.k, done, ballots, journal)
+        have = {v.ballot.id for v in done}
+        for under, of_text in zip(its, ballots_of, strict=True):
+            owed = [b for b in of_text if b.id not in have]
+            if not owed:
+                continue
+            run.progress.stage(it.k, "earlier text", len(owed), "votes", str(under.constitution.ref))
+            asked = kind.cast_with(templates_for(run, under, "evaluate"), journal)
+            wanted = {c for p in under.pairs for c in (p.first, p.second)}
+            sides = candidates((c for c in under.completions if c.id in wanted), under.prompts)
+            yield from run.advancing(
+                run.judge.stream(
+                    "cast",
+                    ballots=owed,
+                    pairs=under.pairs,
+                    constitution=under.constitution,
+                    candidates=sides,
+                    **asked,
+                )
+            )
+
+    votes = it.rows("earlier_votes", cast, before_commit=lambda: {"ballots": len(ballots)})
+    journal.unlink(missing_ok=True)
+    return as_cast(votes, ballots, complete=True)
+
+
+def earlier_plans(run: Running, plan: Plan) -> list[Plan]:
+    """The newest plan under each text that was in force before and isn't under this plan, oldest text first."""
+    newest: dict[str, Plan] = {}
+    for k in range(plan.iteration):
+        before = run.dir.plan(k)
+        newest[before.constitution.hash] = before
+    return [before for digest, before in newest.items() if digest != plan.constitution.hash]
