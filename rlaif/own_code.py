@@ -147,7 +147,10 @@ def of_judge(settings: OwnJudge, sha256: str | None = None, anew: bool = False) 
 def of_learner(settings: OwnLearner, sha256: str | None = None, anew: bool = False) -> tuple[Code, OwnLearner]:
     """The same of `learner.kind`."""
     code = load("learner.kind", settings.kind, sha256, anew)
-    _needs(code, "learner.kind", "update", "save", "load", "export", "exports_in", "logprobs", "divergences")
+    asked = ["update", "save", "load", "export", "exports_in", "logprobs", "divergences"]
+    if settings.reference == "at_change":
+        asked.append("refer_to")
+    _needs(code, "learner.kind", *asked)
     return code, checked(code, settings, "learner")
 
 

@@ -260,6 +260,8 @@ def test_a_learner_of_ones_own() -> None:
         4,
         [7, "out", "fp32"],
     )
+    with pytest.raises(UserError, match=r"no method `refer_to`; docs/extend.md"):
+        own_code.resolved(job(learner={"kind": "teach:Mine", "reference": "at_change"}))
     with pytest.raises(UserError, match=r"unknown key `learner\.grups`"):
         own_code.resolved(job(learner={"kind": "teach:Mine", "grups": 2}))
     with pytest.raises(UserError, match=r"learner\.kind: .*'dpo' or 'online_dpo'"):

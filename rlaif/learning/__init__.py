@@ -22,6 +22,15 @@ from rlaif.workers.weights import WeightsRef
 RowT = TypeVar("RowT", bound=TrainingRow)
 
 
+KL_METRIC = "kl"
+"""Of a step, where `learner.max_kl` is set: KL from the policy that began the iteration, nats a token."""
+
+
+def too_far(step: UpdateStep, max_kl: float | None) -> bool:
+    """Whether an update ends with this step (`learner.max_kl`)."""
+    return max_kl is not None and step.metrics.get(KL_METRIC, 0.0) > max_kl
+
+
 class Learner(Protocol[RowT]):
     """What the loop asks of a learner. One learner lives as long as its process and is reused by all iterations."""
 
@@ -40,6 +49,15 @@ class Learner(Protocol[RowT]):
 
         Raises:
             RlaifError: the loss or a gradient is not finite; the weights are still those of the last good step.
+        """
+        ...
+
+    def refer_to(self, policy: WeightsRef) -> None:
+        """The policy that `beta` pulls to from the next update on. Only asked where `learner.reference` is `at_change`,
+        and before every update after the first change of text.
+
+        Raises:
+            UserError: its files are gone.
         """
         ...
 

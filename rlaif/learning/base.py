@@ -43,8 +43,10 @@ from transformers.utils.logging import disable_progress_bar
 from rlaif import config
 from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
+from rlaif.learning import KL_METRIC, too_far
 from rlaif.learning.as_exported import AsExported
 from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
+from rlaif.learning.moved import Moved
 from rlaif.learning.policy_state import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
 from rlaif.learning.trackers import open_trackers
 from rlaif.learning.trl_compat import (
@@ -140,16 +142,21 @@ class TrlLearner(ABC):
         attach(self.trainer, self._trackers, self.tokenizer)
         self._check_export(names)
         self._adapt(self.policy)
-        self._base = self._load_base(model_path)
+        self._frozen: nn.Module | None = None
+        """A copy of the reference policy, where no cheaper one exists."""
+        if settings.reference != "previous" and settings.lora is None:
+            self._frozen = self._freeze(model_path)
+        self._refers_to: str | None = None
+        """Digest of the policy that `_frozen` is, by `refer_to`; None: the untrained one is referred to."""
         with _settings_errors():
             self._prepare(args)
         self.policy_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
         """`with` it, the policy computes with the weights of its export; in fp32 those are the masters."""
         self.base_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
-        """The same of the untrained policy."""
+        """The same of the reference, where that isn't the policy before an update."""
         if self._precision == "bf16":
             self.policy_as_exported = AsExported(self.policy, seed)
-            base = self.policy if self._base is None else self.trainer.accelerator.unwrap_model(self._base)
+            base = self.policy if self._frozen is None else self._unwrapped(self._frozen)
             self.base_as_exported = AsExported(base, seed, adapters=False)
 
     @abstractmethod
@@ -163,6 +170,10 @@ class TrlLearner(ABC):
     @abstractmethod
     def row(self, given: Any) -> Row:
         """A row of its type as the trainer takes it, still without the reference's log-probabilities."""
+
+    @abstractmethod
+    def sequences(self, row: Row) -> list[TokenSequence]:
+        """The completions that a row trains on."""
 
     @abstractmethod
     def _score_reference(self, model: nn.Module, rows: list[Row]) -> None:
@@ -182,13 +193,17 @@ class TrlLearner(ABC):
     def update(self, rows: Sequence[Any], iteration: int) -> Iterator[UpdateStep]:
         """One pass over `rows` an epoch, in a seeded order; yields after each optimizer step.
 
-        A trainer callback that asks for training to stop ends the update, and all later ones.
+        A trainer callback that asks for training to stop ends the update, and all later ones. `learner.max_kl` ends it
+        after the step that goes too far, whose metrics have its `kl`.
 
         Raises:
             RlaifError: the loss or a gradient is not finite. The weights are still those of the last good step.
         """
         prepared = [self.row(given) for given in rows]
         self._score_references(self._steps(prepared, iteration, epoch=0))
+        moved = Moved(self.logprobs) if self.settings.max_kl is not None else None
+        if moved is not None:
+            moved.begin([sequence for row in prepared for sequence in self.sequences(row)])
         trainer = self.trainer
         trainer.state.log_history.clear()  # trackers have seen it; a long run must not keep it
         for epoch in range(self.settings.epochs):
@@ -197,7 +212,13 @@ class TrlLearner(ABC):
                 if trainer.control.should_training_stop:
                     return
                 trainer.state.epoch = iteration * self.settings.epochs + epoch + number / len(steps)
-                yield self._step(step, iteration)
+                taken = self._step(step, iteration)
+                if moved is not None:
+                    kl = moved.kl([sequence for row in step for sequence in self.sequences(row)])
+                    taken = taken.model_copy(update={"metrics": taken.metrics | {KL_METRIC: kl}})
+                yield taken
+                if too_far(taken, self.settings.max_kl):
+                    return
 
     def _steps(self, rows: list[Row], iteration: int, epoch: int) -> list[list[Row]]:
         order = epoch_order(len(rows), self.seed, iteration, epoch)
@@ -273,13 +294,26 @@ class TrlLearner(ABC):
         """The base policy, whatever `reference` is."""
         if self.settings.lora is not None:
             return Asked(self.policy, self.trainer.model.disable_adapter)
-        if self._base is None:  # `reference: previous` keeps no copy of it: read once an evaluation
+        if self._frozen is None or self._refers_to is not None:  # no copy of it is kept: read once an evaluation
             base, _ = _load(self._model_path)
             return Asked(base.requires_grad_(False).eval().to(self.trainer.args.device))
-        inner = self.trainer.accelerator.unwrap_model(self._base)
+        inner = self._unwrapped(self._frozen)
         return Asked(inner, partial(layers_in_fp32, inner))
 
     # ---- the reference policy
+
+    def refer_to(self, policy: WeightsRef) -> None:
+        """KL is measured against this policy from the next update on; see `Learner`."""
+        if policy.digest == self._refers_to:
+            return
+        folder = str(policy.folder())
+        if self._frozen is None:
+            self._frozen = self._freeze(folder)
+        else:  # in its place: accelerate would hold on to the one before
+            self._unwrapped(self._frozen).load_state_dict(_load(folder)[0].state_dict())
+        self._refers_to = policy.digest
+        if self._precision == "bf16":
+            self.base_as_exported = AsExported(self._unwrapped(self._frozen), self.seed, adapters=False)
 
     def _score_references(self, steps: list[list[Row]]) -> None:
         """In the parts that training will take: bf16 rounds differently in another batch, and a policy that equals
@@ -294,10 +328,10 @@ class TrlLearner(ABC):
         """The model that KL is measured against, before the update changes anything."""
         model, within = self.trainer.model_wrapped, self.policy_as_exported
         adapter_off: AbstractContextManager[Any] = nullcontext()
-        if self.settings.reference == "base":
+        if self.settings.reference != "previous":
             within = self.base_as_exported
-            if self.settings.lora is None:
-                model = self._base
+            if self._frozen is not None:
+                model = self._frozen
             else:
                 adapter_off = self.trainer.model.disable_adapter()
         was_training = model.training
@@ -306,23 +340,26 @@ class TrlLearner(ABC):
             yield model
         model.train(was_training)
 
-    def _load_base(self, model_path: str) -> nn.Module | None:
-        """A frozen copy of the untrained policy, where no cheaper reference exists."""
-        if self.settings.reference != "base" or self.settings.lora is not None:
-            return None
-        base, _ = _load(model_path)
-        base.requires_grad_(False).eval()
-        if self._precision == "bf16":
+    def _freeze(self, path: str) -> nn.Module:
+        """A policy that only serves as the reference."""
+        frozen, _ = _load(path)
+        frozen.requires_grad_(False).eval()
+        if self._precision == "bf16" and self.settings.reference == "base":
             # What autocast would do at every call, done once: same numbers as the policy's, half the memory. A
             # tied head stays fp32, since the embedding that it shares is not autocast; so does what is not on bf16's
             # grid, since KL is computed from these weights, too.
-            embedding = base.get_input_embeddings().weight
-            for module in base.modules():
+            embedding = frozen.get_input_embeddings().weight
+            for module in frozen.modules():
                 halves = isinstance(module, nn.Linear) and module.weight is not embedding
                 if halves and all(torch.equal(p.to(torch.bfloat16).float(), p) for p in module.parameters()):
                     module.to(torch.bfloat16)
-        self._adapt(base)
-        return self.trainer.accelerator.prepare_model(base, evaluation_mode=True)
+        self._adapt(frozen)
+        return self.trainer.accelerator.prepare_model(frozen, evaluation_mode=True)
+
+    def _unwrapped(self, model: nn.Module) -> PreTrainedModel:
+        """A model as transformers knows it, without accelerate around it."""
+        plain: PreTrainedModel = self.trainer.accelerator.unwrap_model(model)
+        return plain
 
     def _adapt(self, model: PreTrainedModel) -> None:  # noqa: B027 (nothing to prepare is a good default)
         """Prepares policy or reference for the trainer's way of calling it, before accelerate wraps it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from rlaif.learning.base import Row, TrlLearner
-from rlaif.records import Preference
+from rlaif.records import Preference, TokenSequence
 
 
 class PairwiseLearner(TrlLearner):
@@ -23,3 +23,11 @@ class PairwiseLearner(TrlLearner):
             "chosen_ids": list(given.chosen_token_ids),
             "rejected_ids": list(given.rejected_token_ids),
         }
+
+    def sequences(self, row: Row) -> list[TokenSequence]:
+        """Both sides."""
+        prompt = tuple(row["prompt_ids"])
+        return [
+            TokenSequence(prompt_token_ids=prompt, token_ids=tuple(row[side]))
+            for side in ("chosen_ids", "rejected_ids")
+        ]
