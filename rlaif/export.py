@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlaif import models
-from rlaif.audit.summary import summarise
+from rlaif.audit.summary import retention_lines, summarise
 from rlaif.errors import UserError
 from rlaif.models import hub_id
+from rlaif.records import EvaluationMetrics
 from rlaif.rundir.store import RunDir, disk_errors, make_folder, replace_dir
 
 _Scaled = dict[str, tuple[Any, float]]
@@ -204,6 +205,12 @@ def _made_whole(to: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _retention(evaluations: Iterable[EvaluationMetrics], updates: int) -> list[str]:
+    """What this policy kept of the base policy's abilities, where it was measured."""
+    mine = next((e.retention for e in evaluations if e.updates == updates), None)
+    return [*(f"- {' '.join(line.split())}" for line in retention_lines(mine)), *([""] if mine else [])]
+
+
 def model_card(run: RunDir, updates: int) -> str:
     """Markdown: base model, texts, data, evaluation, versions, how to reproduce."""
     header, summary = run.header, summarise(run)
@@ -257,6 +264,7 @@ def model_card(run: RunDir, updates: int) -> str:
         )
     lines += [
         "",
+        *_retention(summary.evaluations, updates),
         "The win rate says how far the policy follows the text in the judge's eyes; it is no measure of truth.",
         "",
         "## Versions",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from rlaif.audit.tables import EVALUATION_STAGES
 from rlaif.records import digest
-from rlaif.rundir.stages import NAMES
+from rlaif.rundir.stages import EVALUATION_NAMES, NAMES
 from rlaif.rundir.store import RunDir, StageDir, meta_missing
 
 Key = tuple[str, int, int]
@@ -150,7 +150,8 @@ def missing(run: RunDir, texts: Iterable[str]) -> list[str]:
     for k in run.iterations():
         out += _missing_in(run.iteration(k), NAMES, planned=True)
     for k in run.evaluations():
-        out += _missing_in(run.evaluation(k), EVALUATION_STAGES, planned=False)
+        stages = [name for name in EVALUATION_STAGES if name in EVALUATION_NAMES]
+        out += _missing_in(run.evaluation(k), stages, planned=False)
     return out
 
 

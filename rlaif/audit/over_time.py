@@ -43,6 +43,10 @@ MEASURES: Mapping[str, Measure] = {
     "kl": Measure("KL/token", lambda e: None if e.kl_by_older_version else e.kl_per_token),
     "relevance": Measure("relevance", lambda e: e.relevance),
     "base_logp": Measure("base logp", lambda e: e.base_logprob_per_token),
+    "retained": Measure("probes kept", lambda e: e.retention.kept_share if e.retention else None, percent=True),
+    "perplexity": Measure("perplexity against base", lambda e: e.retention.perplexity_ratio if e.retention else None),
+    "distinct_2": Measure("distinct-2", lambda e: e.distinct_2),
+    "repeated": Measure("repeated lines", lambda e: e.repeated_line_share, percent=True),
 }
 """Name, as options have it → measure. A text's checks are measures too: `check:ID`."""
 CHECK = "check:"

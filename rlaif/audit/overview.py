@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import ValidationError
+
 from rlaif.audit.index import Index
+from rlaif.audit.tables import VOTE_TABLES
 from rlaif.config import Price
 from rlaif.judging.spending import cost
 from rlaif.judging.verdicts import position_bias
-from rlaif.records import LengthUnknown, Record, Usage
+from rlaif.records import LengthUnknown, Record, Retention, Usage, stored
 from rlaif.rundir.store import RunDir
 
 
@@ -70,6 +73,8 @@ class EvaluationRow(Record):
     """`kl_per_token` is the estimate of an older version, off by temperature and top-p, even in its sign."""
     relevance: float | None
     checks: dict[str, float]
+    retention: Retention | None = None
+    """What of the base policy's abilities is left; None where it isn't measured."""
 
 
 class TextChange(Record):
@@ -245,9 +250,17 @@ def _evaluation_rows(index: Index) -> list[EvaluationRow]:
                 kl_by_older_version=m.get("kl_answers") is None and m.get("kl_per_token") is not None,
                 relevance=m.get("relevance"),
                 checks=m.get("checks") or {},
+                retention=_retention(m),
             )
         )
     return out
+
+
+def _retention(metrics: dict[str, Any]) -> Retention | None:
+    try:
+        return stored(Retention, metrics["retention"]) if metrics.get("retention") else None
+    except ValidationError:  # damaged, as `verify` says
+        return None
 
 
 def _totals(index: Index) -> Totals:
@@ -288,9 +301,10 @@ def _totals(index: Index) -> Totals:
 
 
 def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
-    """What each judge cost, evaluations included."""
+    """What each judge cost, evaluations and earlier texts included."""
     out = []
-    for r in index.rows(f"SELECT judge, {_VOTED} FROM votes GROUP BY judge ORDER BY judge"):
+    votes = " UNION ALL BY NAME ".join(f"SELECT * FROM {table}" for table in VOTE_TABLES)
+    for r in index.rows(f"SELECT judge, {_VOTED} FROM ({votes}) GROUP BY judge ORDER BY judge"):
         # A ballot's judge is `chat:MODEL@HOST`.
         price = prices.get(str(r["judge"]).removeprefix("chat:").rpartition("@")[0])
         money = None

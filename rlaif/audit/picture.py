@@ -48,6 +48,9 @@ def _draw_wins(axis: Any, evaluations: Evaluations) -> None:
     updates = [e.updates for e in evaluations]
     axis.plot(updates, [e.ended_share for e in evaluations], "^--", label="ends by itself")
     axis.plot(updates, [e.list_share for e in evaluations], "v--", label="lists")
+    kept = [(e.updates, r.kept_share) for e in evaluations if (r := e.retention) and r.kept_share is not None]
+    if kept:
+        axis.plot([u for u, _ in kept], [k for _, k in kept], "d--", label="probes kept")
     axis.axhline(0.5, color="grey", linewidth=0.8)
     axis.set(title="held out: against the base policy", ylim=(0, 1))
 

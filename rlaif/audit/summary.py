@@ -20,6 +20,7 @@ from rlaif.records import (
     Plan,
     Prompt,
     Record,
+    Retention,
 )
 from rlaif.review.queue import Queue
 from rlaif.rundir.stages import NAMES
@@ -177,11 +178,17 @@ def final_tables(run: RunDir, summary: Summary) -> None:
     console = stdout_console()
     console.print(_iterations(summary.iterations))
     console.print(_evaluations(summary.evaluations))
+    for m in summary.iterations:
+        if m.stopped_at_kl is not None:
+            kl = f"{m.stopped_at_kl:.4f} nats a token"
+            console.print(f"iteration {m.iteration + 1}: the update stopped after {m.steps} steps, at a KL of {kl}")
     for e in summary.evaluations:
         if line := length_line(e):
             console.print(f"after {e.updates}: {line}")
         if e.updates and (line := kl_line(e)):
             console.print(f"after {e.updates}: {line}")
+        for line in retention_lines(e.retention) if e.updates else ():
+            console.print(f"after {e.updates}: {inert(line)}")
         if e.abstained:
             some = f"{e.abstained} of {e.answers} answers"
             console.print(f"after {e.updates}: the judge abstained on {some}; the win rate leaves them out")
@@ -287,6 +294,34 @@ def kl_line(e: EvaluationMetrics) -> str | None:
         f"KL from the base policy {of(e.kl_per_token, e.kl_interval, 3)} nats a token, "
         f"{of(e.kl_per_completion, e.kl_per_completion_interval, 2)} an answer (95%, {e.kl_answers} answers)"
     )
+
+
+def retention_lines(found: Retention | None) -> list[str]:
+    """What was kept of the base policy's abilities, in words; empty where it isn't measured."""
+    if found is None:
+        return []
+    probes, within = found.probes, ""
+    if found.kept_interval is not None:
+        low, high = found.kept_interval
+        within = f", {found.kept_share or 0:.0%} ({low:.0%}-{high:.0%})"
+    by_kind = ", ".join(f"{kind} {n.kept}/{n.base_passed}" for kind, n in found.by_kind.items() if n.base_passed)
+    lines = [
+        f"probes kept: {probes.kept} of the {probes.base_passed} that the base policy passed{within}; "
+        f"{probes.gained} of the others gained" + (f"\n  {by_kind}" if by_kind else "")
+    ]
+    if found.perplexity is not None and found.perplexity_ratio is not None:
+        low, high = found.perplexity_ratio_interval or (found.perplexity_ratio,) * 2
+        lines.append(
+            f"perplexity of fixed texts {found.perplexity:.1f}, {found.perplexity_ratio:.3f} times the base policy's "
+            f"({low:.3f}-{high:.3f})"
+        )
+    for earlier in found.earlier.values():
+        if earlier.win_rate is None or earlier.win_interval is None:
+            lines.append(f"win rate under {earlier.constitution} unknown: the judge abstained on all answers")
+        else:
+            low, high = earlier.win_interval
+            lines.append(f"win rate under {earlier.constitution} {earlier.win_rate:.2f} ({low:.2f}-{high:.2f})")
+    return lines
 
 
 def _sent(metrics: IterationMetrics) -> list[tuple[str, int]]:

@@ -19,6 +19,7 @@ from rlaif.records import (
     HumanLabel,
     Pair,
     Preference,
+    ProbeResult,
     Prompt,
     Quality,
     Record,
@@ -26,7 +27,7 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-from rlaif.rundir.stages import EVALUATION_NAMES
+from rlaif.rundir.stages import EVALUATION
 
 
 class Column(NamedTuple):
@@ -283,6 +284,18 @@ STAGE_TABLES: dict[str, Table] = {
         Quality,
         "completion_id",
     ),
+    "probe_results": Table(
+        "probe_results",
+        "probes, passed or not, by the policy of an evaluation",
+        (
+            Column("probe_id", "VARCHAR", "r.probe_id"),
+            Column("kind", "VARCHAR", "r.kind", "what it tests"),
+            Column("completion_id", "VARCHAR", "r.completion_id", "the answer, in probe_completions.jsonl"),
+            Column("passed", "BOOLEAN", "r.passed"),
+        ),
+        ProbeResult,
+        "probe_id",
+    ),
     "prompts": Table(
         "prompts",
         "the run's prompts",
@@ -326,7 +339,12 @@ STAGE_TABLES: dict[str, Table] = {
         where=(LINE,),
     ),
 }  # fmt: skip
-EVALUATION_STAGES = tuple(name for name in EVALUATION_NAMES if name in STAGE_TABLES)
+STAGE_TABLES["earlier_votes"] = STAGE_TABLES["votes"]._replace(
+    name="earlier_votes", about="one row a vote on held-out answers under a text that was in force before"
+)
+VOTE_TABLES = tuple(name for name, table in STAGE_TABLES.items() if table.record is Vote)
+"""All that a judge was asked, and cost."""
+EVALUATION_STAGES = tuple(stage.name for stage in EVALUATION if stage.name in STAGE_TABLES)
 """Stages of an evaluation that have a table."""
 
 SMALL_TABLES: dict[str, Table] = {

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from rlaif.audit.curves import Curve
 from rlaif.audit.over_time import OverTime, measure_of
 from rlaif.audit.overview import IterationRow
+from rlaif.intervals import share
 from rlaif.records import DropReason, EvaluationMetrics
 from rlaif.view.facts import Facts
 
@@ -272,6 +273,12 @@ def _intervals(
     return [(e.updates, *ends) for e in evaluations if (ends := get(e)) is not None]
 
 
+def _probes_kept(e: EvaluationMetrics, kind: str) -> float | None:
+    """Share of a kind's probes that the base policy passed and this one, too."""
+    counts = e.retention.by_kind.get(kind) if e.retention else None
+    return share(counts.kept, counts.base_passed) if counts else None
+
+
 @dataclass(frozen=True)
 class _OverTime:
     """The lines over iterations: what each shows, and what it says where there is nothing to show."""
@@ -351,6 +358,21 @@ class _OverTime:
             write=decimals(2),
             empty="no evaluation yet",
         )
+        kinds = sorted({kind for e in self.evaluations if e.retention for kind in e.retention.by_kind})
+        if kinds:
+            yield self._line(
+                "retention",
+                "Probes kept, of those that the base policy passed",
+                {
+                    "all": self._held_out(lambda e: e.retention.kept_share if e.retention else None),
+                    **{kind: self._held_out(lambda e, kind=kind: _probes_kept(e, kind)) for kind in kinds},  # type: ignore[misc]
+                },
+                intervals=_intervals(self.evaluations, lambda e: e.retention.kept_interval if e.retention else None),
+                write=percent,
+                y_range=(0, 1),
+                note="95 % interval of all; no judge",
+                empty="no evaluation yet",
+            )
         checks = sorted({name for e in self.evaluations for name in e.checks})
         yield self._line(
             "checks",

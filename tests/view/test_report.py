@@ -16,7 +16,7 @@ import pytest
 
 from rlaif.audit.index import Index
 from rlaif.errors import UserError
-from rlaif.records import Decision, HumanLabel
+from rlaif.records import ConstitutionRef, Decision, EarlierText, HumanLabel, ProbeCounts, Retention
 from rlaif.rundir.store import RunDir
 from rlaif.view.report import EXAMPLES, Report, make_report, write_report
 from tests.stubs import stub_job
@@ -103,6 +103,35 @@ def test_it_says_what_the_log_says(report: Report, stub_run: Path, tmp_path: Pat
     assert len(report.answers) == 3
     assert all(a.text in text for one in report.answers for e in one.evaluated for a in e.answers)
     assert "new text rules@2" in " ".join(text.split())
+
+
+def test_it_says_what_was_forgotten(stub_run: Path, tmp_path: Path) -> None:
+    assert "Probes kept" not in written(stub_run, tmp_path / "without.html")
+    shutil.copytree(stub_run, tmp_path / "run")
+    path = RunDir(tmp_path / "run").evaluation(2).path / "metrics.json"
+    metrics = json.loads(path.read_text())
+    text = ConstitutionRef(name="before", version=7, hash="0" * 16)
+    metrics["retention"] = Retention(
+        probes=ProbeCounts(probes=9, base_passed=8, kept=6, gained=1),
+        kept_share=0.75,
+        kept_interval=(0.41, 0.93),
+        by_kind={"fact": ProbeCounts(probes=9, base_passed=8, kept=6, gained=1)},
+        perplexity=12.3,
+        base_perplexity=10.0,
+        perplexity_ratio=1.23,
+        perplexity_ratio_interval=(1.1, 1.4),
+        earlier={
+            text.hash: EarlierText(
+                constitution=text, win_rate=0.3, win_interval=(0.2, 0.4), wins=1, losses=2, undecided=0, abstained=0
+            )
+        },
+    ).model_dump(mode="json")
+    path.write_text(json.dumps(metrics))
+    html = written(tmp_path / "run", tmp_path / "with.html")
+    assert "6 of 8 (41 % to 93 %)" in html
+    assert "before@7 30 %" in html
+    assert ">12.3<" in html
+    assert "Probes kept, of those that the base policy passed" in html
 
 
 def test_examples_are_drawn_by_the_seed(report: Report, stub_run: Path) -> None:
