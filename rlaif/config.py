@@ -644,13 +644,37 @@ class OwnLearner(Learner):
     """The class, as `module:Class`."""
 
 
+OnChange = Literal["expire", "rejudge", "keep"]
+
+
+class Rejudge(Section):
+    """What judging old pairs again may cost in one iteration; what is left over waits for the next one. Without any of
+    these all of them are judged at once."""
+
+    calls: int | None = Field(None, ge=1)
+    """Ballots. Pairs are taken whole."""
+    tokens: int | None = Field(None, ge=1)
+    """Prompt and completion tokens; what a pair will cost is guessed by those before it."""
+    money: float | None = Field(None, gt=0)
+    """By `judge.prices`, in their currency; guessed like the tokens."""
+
+
 class Replay(Section):
     """Old preferences against forgetting."""
 
     share: float = Field(0.0, ge=0, le=0.9)
     """Share of an update that may be replayed pairs; they come after the fresh ones."""
     max_age: int = Field(4, ge=1)
-    """Oldest iteration that may be replayed, counted back. Pairs judged under another text are never replayed."""
+    """Oldest iteration that may be replayed, counted back."""
+    on_change: Adjustable[OnChange] = "expire"
+    """What a new text does to pairs that were judged under an old one ([change.md](change.md)). `expire`: a pair stays
+    if the new text asks again all that was asked about it. `rejudge`: what the new text asks and nobody asked yet is
+    asked now, and the pair is decided anew. `keep`: it stays as it was judged, drawn more rarely."""
+    rejudge: Adjustable[Rejudge] = Rejudge()
+    """Limits of `on_change: rejudge`, an iteration; pairs whose votes are most evenly split come first."""
+    stale_weight: Adjustable[float] = Field(0.25, gt=0, le=1)
+    """With `on_change: keep`: chance of a pair that the new text would judge by other questions, against that of
+    another one of its age."""
 
 
 class Eval(Section):

@@ -436,6 +436,8 @@ class Preference(Record):
     """The iteration that sampled and judged the pair."""
     source: Literal["judge", "replay", "human"]
     constitution: str
+    """Hash of the text that the verdict, or the person's word, is about. Of a replayed pair whose votes answer the
+    questions of a later text, too, that one."""
     prompt_id: str
     chosen_id: str
     rejected_id: str
@@ -448,10 +450,53 @@ class Preference(Record):
     p_chosen: float | None
     agreement: float | None
 
+    def swap(self) -> Preference:
+        """The same pair with the other side chosen."""
+        return self.model_copy(
+            update={
+                "chosen_id": self.rejected_id,
+                "rejected_id": self.chosen_id,
+                "chosen_token_ids": self.rejected_token_ids,
+                "rejected_token_ids": self.chosen_token_ids,
+                "chosen": self.rejected,
+                "rejected": self.chosen,
+                "p_chosen": None if self.p_chosen is None else 1 - self.p_chosen,
+            }
+        )
+
     @property
     def row_id(self) -> str:
         """The pair's: a pair trains at most once an iteration."""
         return self.pair_id
+
+
+Standing = Literal["kept", "turned", "dropped", "expired", "stale", "waiting"]
+
+
+class OldPair(Record):
+    """What a text made of a pair that was judged under an earlier one; the newest row of a pair and a text counts."""
+
+    pair_id: str
+    iteration: int
+    """The iteration that sampled the pair."""
+    source: Literal["judge", "human"]
+    """Whose word it trained on before."""
+    before: str
+    """Hash of the text that it was judged under then."""
+    constitution: str
+    """Hash of the text that this row is about."""
+    standing: Standing
+    """`kept`: it may train as before. `turned`: it may train, with the other side chosen. `dropped`: the filters keep
+    it no longer. `expired`: some of what was asked about it isn't asked any more. `stale`: the same, and it may train
+    all the same (`replay.on_change: keep`). `waiting`: it isn't judged again yet."""
+    carried: int = 0
+    """Votes that answer what the new text asks."""
+    lost: int = 0
+    """Votes that don't."""
+    asked: int = 0
+    """Ballots that had to be cast for it."""
+    decision: Decision | None = None
+    """By the votes that answer the new text's ballots; None where there is none yet, or a person's word counts."""
 
 
 class UpdateStep(Record):

@@ -17,6 +17,7 @@ from rlaif.records import (
     Decision,
     Event,
     HumanLabel,
+    OldPair,
     Pair,
     Preference,
     Prompt,
@@ -228,6 +229,24 @@ STAGE_TABLES: dict[str, Table] = {
         Decision,
         "pair_id",
     ),
+    "old_pairs": Table(
+        "old_pairs",
+        "what a text made of pairs that were judged under an earlier one",
+        (
+            Column("pair_id", "VARCHAR", "r.pair_id"),
+            Column("sampled_in", "INTEGER", "r.iteration", "the iteration that sampled the pair"),
+            Column("source", "VARCHAR", "r.source", "judge, human"),
+            Column("before", "VARCHAR", "r.before", "hash of the text that it was judged under"),
+            Column("constitution", "VARCHAR", "r.constitution", "hash of the text that this is about"),
+            Column("standing", "VARCHAR", "r.standing", "kept, turned, stale: it may train; dropped, expired, waiting"),
+            Column("carried", "INTEGER", "coalesce(r.carried, 0)", "votes that answer what the text asks"),
+            Column("lost", "INTEGER", "coalesce(r.lost, 0)", "votes that don't"),
+            Column("asked", "INTEGER", "coalesce(r.asked, 0)", "ballots that were cast for it"),
+            Column("winner", "VARCHAR", "r.decision.winner", "first, second; NULL unless it was decided and kept"),
+        ),
+        OldPair,
+        "pair_id",
+    ),
     "preferences": Table(
         "preferences",
         "what each iteration mixed for its update, made or skipped (`trained`: only what training saw)",
@@ -326,6 +345,9 @@ STAGE_TABLES: dict[str, Table] = {
         where=(LINE,),
     ),
 }  # fmt: skip
+STAGE_TABLES["rejudged_votes"] = STAGE_TABLES["votes"]._replace(
+    name="rejudged_votes", about="one row a vote on an old pair that a new text had judged again"
+)
 EVALUATION_STAGES = tuple(name for name in EVALUATION_NAMES if name in STAGE_TABLES)
 """Stages of an evaluation that have a table."""
 

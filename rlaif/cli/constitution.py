@@ -216,11 +216,22 @@ def log(
 
 
 def _old_pairs(found: OldPairs) -> str:
-    said = f"{found.expired} kept pairs can't be replayed any more"
+    said = [f"{found.expired} kept pairs can't be replayed any more"]
     if found.valid_again:
-        said += f", {found.valid_again} of this text can again"
+        said.append(f"{found.valid_again} of this text can again")
+    for n, what in (
+        (found.kept, "can as they were"),
+        (found.turned, "can with the other side chosen"),
+        (found.stale, "can as they were judged, more rarely"),
+        (found.dropped, "are dropped by the filters"),
+        (found.waiting, "wait to be judged again"),
+    ):
+        if n:
+            said.append(f"{n} {what}")
+    within = f" (within replay.max_age {found.max_age})"
     unused = "; this job replays none (replay.share 0)" if not found.share else ""
-    return f"{said} (within replay.max_age {found.max_age}){unused}"
+    asked = f"; {found.ballots} ballots were cast anew about {found.rejudged} of them" if found.ballots else ""
+    return f"{', '.join(said)}{within}{asked}{unused}"
 
 
 def _followed(found: Followed) -> str:

@@ -13,13 +13,14 @@ from rlaif.judging.verdicts import JurorFit
 from rlaif.loop.evaluation import BASE_POLICY, evaluate
 from rlaif.loop.hand_over import decoding_of, gap_of
 from rlaif.loop.judging import check_calibration, decide, judge, pair, score
+from rlaif.loop.old_pairs import judge_old_pairs
 from rlaif.loop.running import Iteration, Running
 from rlaif.loop.sampling import sample
 from rlaif.loop.training import mix, update
 from rlaif.monitors import tracking
 from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan
 from rlaif.rundir.heads import Head, write_head
-from rlaif.rundir.stages import NAMES
+from rlaif.rundir.stages import ITERATION_NAMES
 from rlaif.rundir.store import read_record, write_json
 
 
@@ -42,6 +43,7 @@ class Loop(Running):
         it.pairs = pair(self, it)
         it.votes = judge(self, it)
         it.decisions = decide(self, it)
+        judge_old_pairs(self, it)
         it.training = mix(self, it)
         it.steps = update(self, it)
         self._end(it, evaluate(self, k + 1, it.plan, it.constitution) if it.plan.evaluate else None)
@@ -97,7 +99,7 @@ class Loop(Running):
             it.training,
             it.steps,
             ballots=it.dir.meta("votes").get("ballots", len(it.votes)),
-            seconds={stage: it.dir.meta(stage)["seconds"] for stage in NAMES},
+            seconds={stage: it.dir.meta(stage)["seconds"] for stage in ITERATION_NAMES if it.dir.is_complete(stage)},
             jurors=self._tell_jurors(it),
             judged=judged_stats(list(zip(it.pairs, it.decisions, strict=True)), texts, ends),
             gap=gap_of(it.dir),

@@ -75,9 +75,11 @@ class Iteration:
         before_commit: Callable[[], dict[str, Any]] | None = None,
     ) -> list[Any]:
         """The stage's rows: read when complete, else produced; see `StageDir.rows`."""
-        of = next(s for s in (ITERATION if self.role == "decide" else EVALUATION) if s.name == stage)
+        stages = {s.name: s for s in (ITERATION if self.role == "decide" else EVALUATION)}
+        of = stages[stage]
+        inputs = [name for name in of.inputs if not stages[name].optional or self.dir.is_complete(name)]
         return self.dir.rows(
-            of.name, of.record, produce, inputs=of.inputs, resumable=of.resumable, before_commit=before_commit
+            of.name, of.record, produce, inputs=inputs, resumable=of.resumable, before_commit=before_commit
         )
 
 

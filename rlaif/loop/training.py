@@ -13,6 +13,7 @@ from rlaif import config
 from rlaif.errors import UserError
 from rlaif.learning import kind_of
 from rlaif.learning.mixing import labelled, preferences_of, read_now, replayed
+from rlaif.learning.replay_index import update_index
 from rlaif.loop.running import Iteration, Running
 from rlaif.records import Alarm, Preference, TrainingRow, UpdateStep
 from rlaif.review.labels import labels_noted
@@ -54,6 +55,7 @@ def mix_preferences(run: Running, it: Iteration) -> list[Preference]:
         yield fresh + replayed(run.dir, now, it.k, fresh, run.job.replay, run.job.seed, it.constitution)
 
     rows = it.rows("preferences", produce, before_commit=lambda: {"labels": labels} if labels else {})
+    update_index(run.dir, it.k)
     _tell_labels(run, it.k)
     return rows
 
