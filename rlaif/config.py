@@ -675,6 +675,12 @@ class Replay(Section):
     stale_weight: Adjustable[float] = Field(0.25, gt=0, le=1)
     """With `on_change: keep`: chance of a pair that the new text would judge by other questions, against that of
     another one of its age."""
+    half_life: Adjustable[float | None] = Field(None, gt=0)
+    """Iterations after which a pair's chance of being drawn has halved; null: age doesn't count."""
+    half_distance: Adjustable[float | None] = Field(None, gt=0)
+    """How far the policy has moved on a pair's completions since it sampled them (|log p now - log p then|, nats a
+    token) when the pair's chance has halved; null: it isn't measured. Measuring costs a pass of the learner over the
+    old pairs, and needs an engine that records log p."""
 
 
 class Eval(Section):

@@ -450,6 +450,15 @@ class Preference(Record):
     p_chosen: float | None
     agreement: float | None
 
+    @property
+    def sequences(self) -> tuple[TokenSequence, TokenSequence]:
+        """The chosen and the rejected completion after their prompt."""
+        chosen, rejected = (
+            TokenSequence(prompt_token_ids=self.prompt_token_ids, token_ids=ids)
+            for ids in (self.chosen_token_ids, self.rejected_token_ids)
+        )
+        return chosen, rejected
+
     def swap(self) -> Preference:
         """The same pair with the other side chosen."""
         return self.model_copy(
@@ -497,6 +506,18 @@ class OldPair(Record):
     """Ballots that had to be cast for it."""
     decision: Decision | None = None
     """By the votes that answer the new text's ballots; None where there is none yet, or a person's word counts."""
+
+
+class PolicyDistance(Record):
+    """How far the policy has moved on an old pair's completions since it sampled them."""
+
+    pair_id: str
+    tokens: int
+    """Of both completions."""
+    distance: float
+    """|log p now - log p then| of each completion, summed over both and divided by `tokens`: nats a token. Now is the
+    learner's policy before the update; within a completion the tokens' differences add up, since their sum is what was
+    recorded then."""
 
 
 class UpdateStep(Record):

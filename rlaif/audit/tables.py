@@ -19,6 +19,7 @@ from rlaif.records import (
     HumanLabel,
     OldPair,
     Pair,
+    PolicyDistance,
     Preference,
     Prompt,
     Quality,
@@ -245,6 +246,17 @@ STAGE_TABLES: dict[str, Table] = {
             Column("winner", "VARCHAR", "r.decision.winner", "first, second; NULL unless it was decided and kept"),
         ),
         OldPair,
+        "pair_id",
+    ),
+    "policy_distances": Table(
+        "policy_distances",
+        "how far the policy has moved on old pairs",
+        (
+            Column("pair_id", "VARCHAR", "r.pair_id"),
+            Column("tokens", "INTEGER", "r.tokens", "of both completions"),
+            Column("distance", "DOUBLE", "r.distance", "|log p now - log p then|, nats a token"),
+        ),
+        PolicyDistance,
         "pair_id",
     ),
     "preferences": Table(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rlaif.config import Replay
@@ -25,6 +26,10 @@ UNKNOWN: Literal["unknown"] = "unknown"
 """Of one of which nobody knows yet what that text makes of it."""
 TRAINS = (UNDER_IT, "kept", "turned", "stale")
 """How a pair may stand to train."""
+
+
+_LEAST_WEIGHT = 1e-300
+"""A weight that is 0 by rounding."""
 
 
 def standing_of(row: Preference | IndexRow, about: OldPair | None, constitution: str) -> str:
@@ -101,23 +106,40 @@ def relabelled(run: RunDir, i: int, log: LabelLog | None) -> set[str]:
     return {pair for pair, side in sides.items() if (label := labels.get(pair)) is None or label.outcome != side}
 
 
-def draw(old: Mapping[str, Member], wanted: int, settings: Replay, k: int, seed: int) -> list[Preference]:
+def draw(
+    old: Mapping[str, Member],
+    wanted: int,
+    settings: Replay,
+    k: int,
+    seed: int,
+    distances: Mapping[str, float] = MappingProxyType({}),
+) -> list[Preference]:
     """So many members that may train in iteration k, or all of them where they are fewer, in the order in which they
-    were drawn. What is drawn follows from the log and the seed alone."""
+    were drawn. What is drawn follows from the log and the seed alone.
+
+    `distances` says how far the policy has moved on a pair (`PolicyDistance.distance`); one that isn't in it counts as
+    not moved.
+    """
     rows = {i: row for i, m in old.items() if (row := m.as_trained()) is not None}
-    keys = {i: _key(f"replay-{seed}-{k}-{i}", _weight(old[i], settings)) for i in rows}
+    weights = {i: weight_of(old[i], settings, k, distances.get(i, 0.0)) for i in rows}
+    keys = {i: _key(f"replay-{seed}-{k}-{i}", weight) for i, weight in weights.items()}
     drawn = sorted(rows, key=lambda i: (keys[i], i), reverse=True)[:wanted]
     return [rows[i].model_copy(update={"source": "replay"}) for i in drawn]
 
 
-def _weight(member: Member, settings: Replay) -> float:
-    """A member's chance of being drawn, against the others'."""
-    return settings.stale_weight if member.standing == "stale" else 1.0
+def weight_of(member: Member, settings: Replay, k: int, distance: float) -> float:
+    """A member's chance of being drawn in iteration k, against the others'."""
+    weight = settings.stale_weight if member.standing == "stale" else 1.0
+    if settings.half_life is not None:
+        weight *= 0.5 ** ((k - member.mixed_in) / settings.half_life)
+    if settings.half_distance is not None:
+        weight *= 0.5 ** (distance / settings.half_distance)
+    return weight
 
 
 def _key(seed: str, weight: float) -> float:
     """log(u) / weight: the largest are a weighted sample without replacement (Efraimidis and Spirakis 2006)."""
-    return math.log(1.0 - random.Random(seed).random()) / weight
+    return math.log(1.0 - random.Random(seed).random()) / max(weight, _LEAST_WEIGHT)
 
 
 def standings(rows: Iterable[OldPair]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from rlaif.records import (
     Divergence,
     OldPair,
     Pair,
+    PolicyDistance,
     Preference,
     Quality,
     Record,
@@ -46,7 +47,8 @@ ITERATION = (
     Stage("decisions", Decision, ("votes",)),
     Stage("rejudged_votes", Vote, resumable=True, optional=True),
     Stage("old_pairs", OldPair, ("rejudged_votes",), optional=True),
-    Stage("preferences", Preference, ("decisions", "old_pairs")),
+    Stage("policy_distances", PolicyDistance, ("old_pairs",), resumable=True, optional=True),
+    Stage("preferences", Preference, ("decisions", "old_pairs", "policy_distances")),
     Stage("updates", UpdateStep, ("preferences",)),
 )
 """Of an iteration, in the order of the data flow."""
