@@ -412,6 +412,8 @@ class HumanLabel(Record):
     time: str
     """UTC, ISO 8601."""
     reason: str | None = None
+    constitution: str | None = None
+    """Hash of the text that the reviewer had before them; None: the one that the pair was judged under."""
 
 
 class TrainingRow(Protocol):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif.rundir.store import RunDir
-from tests.stubs import stub_loop, write_texts
+from tests.stubs import stub_job, stub_loop, write_texts
 
 
 class Hooks:
@@ -76,7 +76,7 @@ def run(root: Path, kill_at: int | None = None) -> None:
     os.fsync = lambda fd: None  # a killed process, unlike a machine without power, loses nothing that it wrote
     hooks = Hooks(root, kill_at)
     hooks.install()
-    stub_loop(root).run()
+    stub_loop(root, stub_job(replay={"share": 0.4, "on_change": "rejudge"})).run()
     with (root.parent / "labels.json").open("w") as f:
         json.dump(hooks.labels, f)
 
@@ -104,7 +104,7 @@ def choose(labels: list[str], count: int, seed: int) -> list[int]:
 def durable_ballots(root: Path) -> list[str]:
     """Ballots whose vote is a whole line on disk."""
     found = []
-    for path in [*root.glob("run/*/*/votes.jsonl"), *root.glob("run/*/*/votes.jsonl.partial")]:
+    for path in [*root.glob("run/*/*/*votes.jsonl"), *root.glob("run/*/*/*votes.jsonl.partial")]:
         whole = path.read_bytes()
         lines = whole[: whole.rfind(b"\n") + 1].splitlines()
         found += [json.loads(line)["ballot"]["id"] for line in lines]

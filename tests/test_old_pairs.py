@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,24 @@ from typing import Any
 import pytest
 
 from rlaif.audit.text_log import text_log
-from rlaif.learning.replay_set import members
-from rlaif.records import Decision, OldPair, Preference, Vote
+from rlaif.config import Replay
+from rlaif.errors import UserError
+from rlaif.learning.replay_set import Member, draw, members
+from rlaif.records import (
+    Completion,
+    Decision,
+    IterationMetrics,
+    OldPair,
+    PolicyDistance,
+    Preference,
+    TokenSequence,
+    Vote,
+)
+from rlaif.review.queue import Queue, sent_to_review
 from rlaif.rundir.store import RunDir, write_json
-from tests.stubs import Quiet, stub_job, stub_loop
+from tests.kill_driver import in_child
+from tests.review.runs import give, key_for, reviewed
+from tests.stubs import Quiet, stub_job, stub_logprobs, stub_loop
 
 Wishes = dict[str, int | tuple[int, float]]
 """Principle → the number of its words, and its weight where that isn't 1."""
@@ -44,7 +60,7 @@ def went(root: Path, *texts: Wishes, progress: Quiet | None = None, **changes: A
     for version, wishes in enumerate(texts, 1):
         written(root, version, wishes)
     tree: dict[str, Any] = {
-        "schedule": {k: f"rules@{k + 1}" for k in range(len(texts))},
+        **({} if "constitution" in changes else {"schedule": {k: f"rules@{k + 1}" for k in range(len(texts))}}),
         "iterations": len(texts),
         "filters": {"min_kept_pairs": 1, "min_agreement": 0.5},
         "eval": {"every": 9, "prompts": 2},
@@ -227,3 +243,228 @@ def test_a_budget_takes_the_closest_pairs_first_and_the_next_iteration_goes_on(t
     assert len(waiting) == max(n - 6, 0)
     for k in (1, 2, 3):
         assert not waiting & {p.pair_id for p in preferences(run, k, "replay")}
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "rejudged_votes.jsonl.partial",
+        "rejudged_votes.jsonl",
+        "old_pairs.meta.json",
+        "old_pairs.jsonl",
+        "policy_distances.jsonl.partial",
+        "preferences.jsonl",
+        "index.jsonl",
+        "index.json",
+    ],
+)
+def test_a_kill_loses_nothing_and_asks_nobody_twice(tmp_path: Path, at: str) -> None:
+    texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}]
+    replay = {"on_change": "rejudge", "rejudge": {"calls": 3}, "half_life": 2, "half_distance": 0.1}
+
+    def killed() -> None:
+        real_fsync, real_replace = os.fsync, os.replace
+        begun = tmp_path / "killed/run/iterations/0001"
+
+        def die_at(path: str) -> None:
+            if path.endswith(f"/{at}") and begun.exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def fsync(fd: int) -> None:
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            if path.endswith("votes.jsonl.partial"):
+                os.truncate(path, os.stat(path).st_size - (7 if path.endswith(f"/{at}") and begun.exists() else 0))
+            die_at(path)
+            real_fsync(fd)
+
+        def replace(src: Any, dst: Any) -> None:
+            die_at(str(dst))
+            real_replace(src, dst)
+
+        os.fsync, os.replace = fsync, replace  # type: ignore[assignment]
+        went(tmp_path / "killed", *texts, iterations=3, replay=replay)
+
+    assert in_child(killed) == -signal.SIGKILL
+    durable = {v.ballot.id for v in RunDir(tmp_path / "killed/run").iteration(1).durable("rejudged_votes", Vote)}
+    before = cast(tmp_path / "killed")
+    run = went(tmp_path / "killed", *texts, iterations=3, replay=replay)
+    again = cast(tmp_path / "killed") - before
+    assert not durable & again.keys()
+    whole = went(tmp_path / "whole", *texts, iterations=3, replay=replay)
+    for k in (1, 2):
+        assert old_pairs(run, k) == old_pairs(whole, k)
+        assert preferences(run, k, "replay") == preferences(whole, k, "replay")
+    assert [e.message for e in run.events() if e.kind == "old_pairs"] == [
+        e.message for e in whole.events() if e.kind == "old_pairs"
+    ]
+    index = Path("replay") / "index.jsonl"
+    assert (run.path / index).read_text() == (whole.path / index).read_text()
+
+
+# No iteration mixes two texts.
+
+
+class EditsAlways(Quiet):
+    """Writes another text whenever the loop says what it is doing."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root, self.edits, self.at = root, 0, set[str]()
+
+    def _edit(self, at: str) -> None:
+        self.edits += 1
+        self.at.add(at)
+        written(self._root, 1, {"wish": self.edits % 15 + 1, "tone": 2 + self.edits % 2})
+
+    def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
+        self._edit(name)
+
+    def advance(self, n: int) -> None:
+        self._edit("in a stage")
+
+    def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None:
+        self._edit("after an iteration")
+
+
+@pytest.mark.parametrize("on_change", ["expire", "rejudge"])
+def test_no_iteration_mixes_two_texts_whenever_one_is_edited(tmp_path: Path, on_change: str) -> None:
+    editing = EditsAlways(tmp_path)
+    replay = {"on_change": on_change, "rejudge": {"calls": 9}, "half_distance": 1.0}
+    run = went(
+        tmp_path, {"wish": 1, "tone": 2}, progress=editing, constitution="rules", iterations=4, replay=replay,
+        eval={"every": 1, "prompts": 2},
+    )  # fmt: skip
+    assert {"score", "judge", "held-out", "sanity", "evaluate", "after an iteration"} < editing.at
+    assert ("rejudge" in editing.at) == (on_change == "rejudge")
+    texts = [run.plan(k).constitution.hash for k in range(4)]
+    assert len(set(texts)) > 2
+    for k, text in enumerate(texts):
+        here = run.iteration(k)
+        asked = here.read("votes", Vote)
+        if here.is_complete("rejudged_votes"):
+            asked += here.read("rejudged_votes", Vote)
+        assert {v.ballot.constitution for v in asked} == {text}
+        assert {p.constitution for p in here.read("preferences", Preference)} == {text}
+        assert {r.constitution for r in old_pairs(run, k)} <= {text}
+        measured = run.evaluation(k + 1).read("votes", Vote)
+        assert {v.ballot.constitution for v in measured} == {text}
+
+
+# What is drawn.
+
+
+def member(pair_id: str, mixed_in: int = 0, standing: str = "valid") -> Member:
+    sides = {"prompt_token_ids": (1,), "chosen_token_ids": (2,), "rejected_token_ids": (3,)}
+    row = Preference(
+        pair_id=pair_id, iteration=mixed_in, source="judge", constitution="t", prompt_id="p", chosen_id=f"{pair_id}-a",
+        rejected_id=f"{pair_id}-b", prompt="p", chosen="a", rejected="b", p_chosen=0.9, agreement=1.0, **sides,
+    )  # fmt: skip
+    return Member(row, mixed_in, None, standing, relabelled=False)
+
+
+def share_drawn(old: dict[str, Member], settings: Replay, distances: dict[str, float], draws: int = 2000) -> float:
+    """How often `a` comes before `b`."""
+    first = [draw(old, 1, settings, 4, seed, distances)[0].pair_id for seed in range(draws)]
+    return first.count("a") / draws
+
+
+@pytest.mark.parametrize(
+    ("settings", "a", "distance", "expected"),
+    [
+        ({}, member("a"), 0.0, 1 / 2),
+        ({"half_life": 1}, member("a", mixed_in=2), 0.0, 4 / 5),
+        ({"half_distance": 0.1}, member("a"), 0.1, 1 / 3),
+        ({"stale_weight": 0.25}, member("a", standing="stale"), 0.0, 1 / 5),
+        ({"half_distance": 0.1}, member("a"), 1e6, 0.0),
+    ],
+)
+def test_chances_are_as_the_weights_say(settings: dict[str, Any], a: Member, distance: float, expected: float) -> None:
+    found = share_drawn({"a": a, "b": member("b")}, Replay(**settings), {"a": distance})
+    assert found == pytest.approx(expected, abs=0.035)
+
+
+def test_a_pair_is_drawn_once_and_one_that_may_not_train_never() -> None:
+    old = {i: member(i) for i in "abcd"} | {i: member(i, standing="expired") for i in "ef"}
+    rows = draw(old, 9, Replay(), 1, 0)
+    assert sorted(p.pair_id for p in rows) == list("abcd")
+    assert {p.source for p in rows} == {"replay"}
+    assert draw(old, 2, Replay(), 1, 0) == rows[:2]
+    assert [p.pair_id for p in draw(old, 4, Replay(), 1, 2)] != [p.pair_id for p in rows]
+
+
+def test_distances_are_those_of_the_learner_that_trains_on(tmp_path: Path) -> None:
+    run = went(tmp_path, {"wish": 1}, iterations=3, replay={"half_distance": 0.5})
+    assert not run.iteration(0).is_complete("policy_distances")
+    rows = run.iteration(2).read("policy_distances", PolicyDistance)
+    assert {d.pair_id for d in rows} == {p.pair_id for k in (0, 1) for p in preferences(run, k, "judge")}
+    weights = run.plan(2).policy.digest  # of the stub learner, its digest is all that it computes with
+    sampled = {c.id: c for k in (0, 1) for c in run.iteration(k).read("completions", Completion)}
+    of_pair = {p.pair_id: p for k in (0, 1) for p in preferences(run, k, "judge")}
+    for d in rows:
+        p = of_pair[d.pair_id]
+        sides = [sampled[p.chosen_id], sampled[p.rejected_id]]
+        texts = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in sides]
+        now = [sum(logps) for logps in stub_logprobs(weights, texts)]
+        moved = sum(abs(a - (c.logprob or 0)) for a, c in zip(now, sides, strict=True))
+        assert d.distance == pytest.approx(moved / d.tokens)
+        assert d.tokens == sum(len(c.token_ids) for c in sides)
+    assert any(d.distance > 0 for d in rows)
+
+
+# People's labels.
+
+
+def test_a_person_is_asked_again_under_the_new_text_and_their_word_trains_again(tmp_path: Path) -> None:
+    texts: dict[str, Any] = {"schedule": {0: "rules@1", 1: "rules@2"}, "replay": {"share": 0.0, "on_change": "rejudge"}}
+    run = reviewed(tmp_path, iterations=1, **texts)
+    pair = sent_to_review(run.iteration(0))[0].pair_id
+    give(run, pair, "first")
+    reviewed(tmp_path, iterations=2, **texts)
+    assert run.iteration(1).meta("preferences")["labels"]["stale"] == 1
+    queue = Queue(run)
+    assert queue.counts().stale == 1
+    for _ in range(queue.waiting()):  # those without a label come first, then the author's own of another text
+        question = queue.next("ann")
+        assert question is not None
+        assert not question.again
+        queue.answer(question.pair_id, "t", "ann", constitution=question.constitution.hash)
+    assert queue.next("bob") is None, "nobody is asked about another's label"
+    again = queue.next("ann")
+    assert again is not None
+    assert (again.pair_id, again.again, again.constitution.hash) == (pair, True, run.plan(1).constitution.hash)
+    key = key_for(pair, "ann", "first")
+    label = queue.answer(pair, key, "ann", constitution=again.constitution.hash)
+    assert label.constitution == run.plan(1).constitution.hash
+    assert (queue.next("ann"), queue.counts().stale) == (None, 0)
+    reviewed(tmp_path, iterations=4, **texts)
+    human = [preferences(run, k, "human") for k in range(4)]
+    assert [len(rows) for rows in human] == [0, 0, 1, 0]
+    assert human[2][0].constitution == run.plan(2).constitution.hash
+    with pytest.raises(UserError, match="no text 0123 was in force in this run"):
+        queue.answer(pair, key, "ann", constitution="0123")
+
+
+def test_a_label_of_another_text_trains_again_though_it_names_the_same_side(tmp_path: Path) -> None:
+    texts: dict[str, Any] = {"schedule": {0: "rules@1", 2: "rules@2"}, "replay": {"share": 0.0, "on_change": "rejudge"}}
+    run = reviewed(tmp_path, iterations=1, **texts)
+    pair = sent_to_review(run.iteration(0))[0].pair_id
+    give(run, pair, "first")
+    reviewed(tmp_path, iterations=3, **texts)
+    queue = Queue(run)
+    queue.answer(pair, key_for(pair, "ann", "first"), "ann", constitution=run.plan(2).constitution.hash)
+    reviewed(tmp_path, iterations=5, **texts)
+    human = [[p.constitution for p in preferences(run, k, "human")] for k in range(5)]
+    assert human == [[], [run.plan(0).constitution.hash], [], [run.plan(2).constitution.hash], []]
+
+
+def test_without_rejudge_a_stale_label_waits(tmp_path: Path) -> None:
+    texts: dict[str, Any] = {"schedule": {0: "rules@1", 1: "rules@2"}}
+    run = reviewed(tmp_path, iterations=1, **texts)
+    give(run, sent_to_review(run.iteration(0))[0].pair_id, "first")
+    reviewed(tmp_path, iterations=2, **texts)
+    queue = Queue(run)
+    assert queue.counts().stale == 0
+    shown = {d.pair_id for k in (0, 1) for d in sent_to_review(run.iteration(k))}
+    questions = [queue.question(i, "ann") for i in shown]
+    assert all(q.constitution.hash == run.plan(q.iteration).constitution.hash for q in questions)
+    assert not any(q.again for q in questions)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import typing
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
@@ -118,6 +118,8 @@ def duckdb_type(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return duckdb_type(next(a for a in arguments if a is not type(None)))
+    if origin is Annotated:
+        return duckdb_type(arguments[0])
     if origin is Literal:
         return "VARCHAR"
     if origin is tuple:

@@ -16,7 +16,7 @@ from rlaif.review.labels import (
     REVIEW,
     LabelLog,
     in_force,
-    joined_sides,
+    joined_last,
     joining,
     labels_path,
     read_labels,
@@ -86,7 +86,7 @@ def labelled(
     given_in = {x.iteration for x in labels.values()}
     plans = {i: run.plan(i) for i in range(k) if i in given_in}
     judged_under = {i: plan.constitution.hash for i, plan in plans.items()}
-    joins, stale = joining(labels, joined_sides(run, range(k)), judged_under, k, constitution.hash)
+    joins, stale = joining(labels, joined_last(run, range(k)), judged_under, k, constitution.hash)
     rows: list[Preference] = []
     joined: dict[str, Side] = {}
     for i in sorted({x.iteration for x in joins}):
