@@ -298,6 +298,8 @@ class Judge(Section):
 
     def check_in(self, job: Job) -> None:
         """Raises a ValueError where the rest of the job doesn't fit this judge."""
+        if job.replay.rejudge.tokens is not None or job.replay.rejudge.money is not None:
+            raise ValueError(f"replay.rejudge: `{self.kind}` counts no tokens, and has no price; limit calls")
 
 
 class LikelihoodSettings(Judge):
@@ -415,6 +417,9 @@ class ChatSettings(Judge, Juror):
             )
         if self.early_stop and job.filters.calibration:
             raise ValueError("judge.early_stop: never with filters.calibration, which counts on every vote; drop one")
+        unpriced = [juror.model for juror in self.jurors if juror.model not in self.prices]
+        if job.replay.rejudge.money is not None and unpriced:
+            raise ValueError(f"judge.prices: no price for `{unpriced[0]}`, and replay.rejudge.money needs one")
         if self.early_stop and job.filters.review:
             raise ValueError("judge.early_stop: never with filters.review, which compares pairs by all votes; drop one")
 

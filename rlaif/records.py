@@ -640,6 +640,9 @@ class IterationMetrics(Record):
     human_pairs: int = 0
     """Of those, as people labelled them."""
     replayed_pairs: int
+    old_pairs: dict[Standing, int] = Field(default_factory=dict)
+    """What the text in force made of pairs that were judged under others (`OldPair.standing`); empty where none were
+    owed that."""
     steps: int
     """Optimizer steps; 0 when the update was skipped."""
     loss: float | None
@@ -663,7 +666,7 @@ class IterationMetrics(Record):
     judged: JudgedStats | None = None
     """What the judged pairs look like, for `monitors` to hold against the calibration's."""
     judge_calls: int = 0
-    """Requests to the judge's server."""
+    """Requests to the judge's server. These and the next count votes on old pairs, too."""
     judge_cached: int = 0
     """Votes from the cache."""
     judge_tokens: int

@@ -468,3 +468,16 @@ def test_without_rejudge_a_stale_label_waits(tmp_path: Path) -> None:
     questions = [queue.question(i, "ann") for i in shown]
     assert all(q.constitution.hash == run.plan(q.iteration).constitution.hash for q in questions)
     assert not any(q.again for q in questions)
+
+
+def test_a_limit_that_nothing_counts_against_is_refused() -> None:
+    def job(rejudge: dict[str, Any], **judge: Any) -> Any:
+        return stub_job(judge=judge, replay={"on_change": "rejudge", "rejudge": rejudge})
+
+    with pytest.raises(UserError, match="`likelihood` counts no tokens"):
+        job({"tokens": 100})
+    chat = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:1/v1"}
+    assert job({"tokens": 100}, **chat)
+    with pytest.raises(UserError, match="no price for `m`, and"):
+        job({"money": 1.0}, **chat)
+    assert job({"money": 1.0}, **chat, prices={"m": {"prompt": 1, "completion": 1}})

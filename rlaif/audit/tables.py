@@ -353,6 +353,7 @@ STAGE_TABLES: dict[str, Table] = {
             Column("author", "VARCHAR", "r.author"),
             Column("time", "VARCHAR", "r.time", "UTC, ISO 8601"),
             Column("reason", "VARCHAR", "r.reason"),
+            Column("constitution", "VARCHAR", "r.constitution", "hash of the text it is about; NULL: the pair's own"),
         ),
         HumanLabel,
         "outcome",

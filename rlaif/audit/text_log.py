@@ -6,13 +6,14 @@ texts or old pairs can't be read has None there, and `problems` says why.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rlaif.config import OnChange, Replay
 from rlaif.constitutions.constitution import Change, Constitution, diff
 from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import RlaifError
-from rlaif.learning.replay_set import members, standings
+from rlaif.learning.replay_set import members
 from rlaif.records import EvaluationMetrics, OldPair, Plan, Record
 from rlaif.review.labels import labels_noted, read_labels
 from rlaif.rundir.store import RunDir, read_record
@@ -210,7 +211,7 @@ def _old_pairs(run: RunDir, plans: Sequence[Plan], replay: Replay, before: str, 
         for row in made.read("old_pairs", OldPair) if made.is_complete("old_pairs") else ():
             logged[row.pair_id] = row
             ballots[row.pair_id] = ballots.get(row.pair_id, 0) + row.asked
-    counts = standings(logged.values())
+    counts: dict[str, int] = {**Counter(row.standing for row in logged.values())}
     if not logged:
         counts = {"expired": sum(m.row.constitution == before for m in old)}
     return OldPairs(

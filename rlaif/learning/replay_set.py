@@ -140,11 +140,3 @@ def weight_of(member: Member, settings: Replay, k: int, distance: float) -> floa
 def _key(seed: str, weight: float) -> float:
     """log(u) / weight: the largest are a weighted sample without replacement (Efraimidis and Spirakis 2006)."""
     return math.log(1.0 - random.Random(seed).random()) / max(weight, _LEAST_WEIGHT)
-
-
-def standings(rows: Iterable[OldPair]) -> dict[str, int]:
-    """How many pairs came out how, by standing; those that none has are left out."""
-    out: dict[str, int] = {}
-    for row in rows:
-        out[row.standing] = out.get(row.standing, 0) + 1
-    return out

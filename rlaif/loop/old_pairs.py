@@ -6,6 +6,7 @@ and that it has made nothing of yet: at a change of text, and after it while pai
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from rlaif.constitutions.copies import constitution_copy
 from rlaif.judging.carried import Carried, Shows, carry
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, aggregate, by_pair
-from rlaif.learning.replay_set import UNKNOWN, Member, members, standings
+from rlaif.learning.replay_set import UNKNOWN, Member, members
 from rlaif.loop.judging import Deciding, ballots_for, tell_interrupted, templates_for
 from rlaif.loop.running import Iteration, Running, candidates
 from rlaif.records import Ballot, Completion, OldPair, Pair, Preference, Standing, Vote
@@ -253,8 +254,7 @@ def _by_the_judge(run: Running, it: Iteration, case: _Case, deciding: Deciding) 
     if standing is None:
         decision = deciding.decision(case.pair, carried.votes)
         was = "first" if case.row.chosen_id == case.pair.first else "second"
-        kept = "kept" if decision.winner == was else "turned"
-        standing = kept if decision.status == "kept" else "dropped"
+        standing = "kept" if decision.winner == was else "turned" if decision.winner else "dropped"
     return OldPair(
         pair_id=case.pair.id,
         iteration=case.row.iteration,
@@ -271,7 +271,7 @@ def _by_the_judge(run: Running, it: Iteration, case: _Case, deciding: Deciding) 
 
 def _tell(run: Running, it: Iteration, rows: Sequence[OldPair]) -> None:
     """Notes what became of old pairs."""
-    found = standings(rows)
+    found = Counter(row.standing for row in rows)
     asked = sum(row.asked for row in rows)
     said = ", ".join(f"{n} {standing}" for standing, n in found.items()) or "none"
     message = f"old pairs under {it.constitution.ref}: {said}" + (f"; {asked} ballots were cast anew" if asked else "")

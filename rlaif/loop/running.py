@@ -18,6 +18,7 @@ from rlaif.records import (
     Completion,
     Decision,
     IterationMetrics,
+    OldPair,
     Pair,
     Plan,
     Prompt,
@@ -59,6 +60,8 @@ class Iteration:
     pairs: list[Pair] = field(default_factory=list)
     votes: list[Vote] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
+    old_pairs: list[OldPair] = field(default_factory=list)
+    """What its text made of pairs that were judged under others."""
     training: Sequence[TrainingRow] = ()
     """Rows that train, of the type that the learner takes."""
     steps: list[UpdateStep] = field(default_factory=list)

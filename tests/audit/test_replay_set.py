@@ -10,13 +10,14 @@ from typer.testing import CliRunner
 
 from rlaif.audit.index import Index
 from rlaif.audit.overview import overview
+from rlaif.audit.pair import show
 from rlaif.audit.replay_set import ReplaySet, replay_set
 from rlaif.cli import app
 from rlaif.learning.replay_index import update_index
 from rlaif.records import Preference, Vote
 from rlaif.rundir.store import RunDir, write_json
 from rlaif.view.report import make_report
-from tests.test_old_pairs import Wishes, preferences, went
+from tests.test_old_pairs import Wishes, old_pairs, preferences, went
 
 
 def test_the_set_says_what_may_train_and_why_the_rest_may_not(tmp_path: Path) -> None:
@@ -95,6 +96,11 @@ def test_what_judging_again_cost_counts(tmp_path: Path) -> None:
         found = overview(index, run)
         asked = index.rows("SELECT count(*) AS n FROM rejudged_votes")[0]["n"]
         stood = index.rows("SELECT sum(asked) AS n FROM old_pairs")[0]["n"]
+        turned = old_pairs(run, 1)[0]
+        [later] = show(index, run, turned.pair_id).later
+    assert (later.constitution, later.standing, later.asked) == ("rules@2", turned.standing, 1)
+    told = CliRunner().invoke(app, ["audit", str(run.path), "show", turned.pair_id]).stdout
+    assert f"iteration 2, rules@2: {turned.standing}; 3 votes carried over, 1 lost, 1 ballots cast anew" in told
     evaluated = sum(len(run.evaluation(k).read("votes", Vote)) for k in run.evaluations() if k)
     assert asked == stood == new > 0
     assert sum(c.votes for c in found.cost) == found.totals.votes + evaluated + new
