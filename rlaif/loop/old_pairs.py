@@ -171,6 +171,8 @@ class _Rejudging:
             for part in self._parts(owed, votes):
                 have = {v.ballot.id for v in votes}
                 left = [b for case in part for b in case.carried.owed if b.id not in have]
+                if not left:
+                    continue
                 run.progress.stage(it.k, "rejudge", len(left), "votes", str(it.constitution.ref))
                 pairs = [case.pair for case in part]
                 for chunk in run.advancing(run.judge.stream("cast", ballots=left, pairs=pairs, **with_what)):
@@ -198,9 +200,11 @@ class _Rejudging:
                     return
                 known = votes or [v for case in left for v in self._log.votes[case.pair.id]]
                 each = spent(known) / len(known)
-                # One at least: a guess must not keep all of them waiting for ever.
                 if each:
-                    part = _first(part, (limit - spent(votes)) / each) or part[:1]
+                    # The first one in any case: a guess must not keep all of them waiting for ever.
+                    part = _first(part, (limit - spent(votes)) / each) or ([] if votes else part[:1])
+            if not part:
+                return
             left = left[len(part) :]
             yield part
 
@@ -271,9 +275,8 @@ def _by_the_judge(run: Running, it: Iteration, case: _Case, deciding: Deciding) 
 
 def _tell(run: Running, it: Iteration, rows: Sequence[OldPair]) -> None:
     """Notes what became of old pairs."""
-    found = Counter(row.standing for row in rows)
+    found = Counter[str](row.standing for row in rows)
     asked = sum(row.asked for row in rows)
     said = ", ".join(f"{n} {standing}" for standing, n in found.items()) or "none"
     message = f"old pairs under {it.constitution.ref}: {said}" + (f"; {asked} ballots were cast anew" if asked else "")
-    data = {"on_change": run.job.replay.on_change, "asked": asked, **found}
-    run.tell_once("old_pairs", message, it.k, **data)
+    run.tell_once("old_pairs", message, it.k, on_change=run.job.replay.on_change, asked=asked, **found)
