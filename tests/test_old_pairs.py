@@ -12,20 +12,27 @@ import pytest
 
 from rlaif.audit.text_log import text_log
 from rlaif.config import Replay
+from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import UserError
+from rlaif.judging.candidates import Candidate
+from rlaif.judging.kinds import kind_of
+from rlaif.judging.verdicts import aggregate, by_pair
 from rlaif.learning.replay_set import Member, draw, members
 from rlaif.records import (
     Completion,
     Decision,
     IterationMetrics,
     OldPair,
+    Pair,
     PolicyDistance,
     Preference,
+    Prompt,
     TokenSequence,
     Vote,
 )
 from rlaif.review.queue import Queue, sent_to_review
-from rlaif.rundir.store import RunDir, write_json
+from rlaif.rundir.store import RunDir, read_rows, write_json
+from tests.conftest import project_job
 from tests.kill_driver import in_child
 from tests.review.runs import give, key_for, reviewed
 from tests.stubs import Quiet, stub_job, stub_logprobs, stub_loop
@@ -481,3 +488,41 @@ def test_a_limit_that_nothing_counts_against_is_refused() -> None:
     with pytest.raises(UserError, match="no price for `m`, and"):
         job({"money": 1.0}, **chat)
     assert job({"money": 1.0}, **chat, prices={"m": {"prompt": 1, "completion": 1}})
+
+
+@pytest.mark.slow
+def test_a_real_judge_says_of_an_old_pair_what_it_says_of_a_new_one(tiny_model: Path, tmp_path: Path) -> None:
+    """Carried and new votes together are what the judge says when it is asked everything anew; on a real update."""
+    pytest.importorskip("trl")
+    from rlaif.loop.launch import execute
+
+    replay = {"share": 0.5, "on_change": "rejudge", "half_life": 2, "half_distance": 0.5}
+    job = project_job(tmp_path, tiny_model, replay=replay)
+    written(tmp_path, 1, {"wish": 1, "tone": 2})
+    written(tmp_path, 2, {"wish": 1, "tone": 3})
+    run = execute(job, tmp_path / "runs" / "tiny", tmp_path, Quiet())
+    old = {r.pair_id: r for r in old_pairs(run, 2)}
+    assert {(r.carried, r.asked) for r in old.values()} == {(3, 1)}
+
+    kind = kind_of(job.judge)
+    judge, name = kind.open(lambda message: None)
+    prompts = {p.id: p for p in read_rows(run.path / "prompts" / "train.jsonl", Prompt)}
+    pairs = [p for k in (0, 1) for p in run.iteration(k).read("pairs", Pair) if p.id in old]
+    sampled = {c.id: c for k in (0, 1) for c in run.iteration(k).read("completions", Completion)}
+    asked = [Candidate.of(sampled[i], prompts[p.prompt_id]) for p in pairs for i in (p.first, p.second)]
+    text = constitution_copy(run, run.plan(2).constitution.hash)
+    ballots = kind.ballots(pairs, text, "decide", job.seed, name)
+    anew = by_pair([v for chunk in judge.cast(ballots, pairs, asked, text) for v in chunk])
+    for pair_id, row in old.items():
+        decision, expected = row.decision, aggregate(anew[pair_id], text.weights)
+        assert decision is not None
+        assert decision.verdict.p_first == pytest.approx(expected.p_first, abs=1e-3)
+        if decision.winner:
+            assert decision.winner == expected.outcome
+
+    moved = run.iteration(2).read("policy_distances", PolicyDistance)
+    assert {d.pair_id for d in moved} == {i for i, r in old.items() if r.standing in ("kept", "turned")}
+    assert all(0 < d.distance < 5 for d in moved)
+    still = run.iteration(1).read("policy_distances", PolicyDistance)
+    by_iteration = [sum(d.distance for d in rows) / len(rows) for rows in (still, moved)]
+    assert by_iteration[1] > by_iteration[0], "two updates move a policy further than one"

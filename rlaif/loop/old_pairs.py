@@ -107,7 +107,7 @@ def _cases(run: Running, it: Iteration, log: _Log) -> list[_Case]:
         ballots[ballot.pair_id].append(ballot)
     shows = _shows(run, it)
     return [
-        _Case(row, pair, ballots[pair.id], carry(ballots[pair.id], log.votes[pair.id], shows))
+        _Case(row, pair, ballots[pair.id], carry(ballots[pair.id], log.votes.get(pair.id, []), shows))
         for row, pair in zip(log.rows, pairs, strict=True)
     ]
 
