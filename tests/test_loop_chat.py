@@ -26,7 +26,7 @@ from rlaif.rundir.store import RunDir, read_json
 from rlaif.workers.inline import InlineWorker
 from tests.judging.fault_server import FaultServer
 from tests.judging.test_calibration import ACCEPTED, REFUSED, calibration
-from tests.stubs import StubSampler, stub_job, stub_loop
+from tests.stubs import StubSampler, stub_job, stub_loop, write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -548,3 +548,24 @@ def test_tokens_of_an_iteration_are_limited(tmp_path: Path) -> None:
     assert 0 < used <= 3.5 * pair
     assert len(new) == 2 * sum(r.standing == "kept" for r in old) >= 6
     assert sum(r.standing == "waiting" for r in old) == len(old) - len(new) // 2 > 0
+
+
+def test_votes_from_the_cache_say_nothing_of_what_the_next_ones_cost(tmp_path: Path) -> None:
+    def job(server: FaultServer, text: str, **rejudge: Any) -> Job:
+        replay = {"share": 0.5, "on_change": "rejudge", "rejudge": rejudge}
+        cached = {"cache": str(tmp_path / "cache"), "fingerprint": False}
+        return chat_job(server, cached, schedule={0: "rules@1", 2: text}, replay=replay)
+
+    with FaultServer(say=greater_number) as server:
+        write_texts(tmp_path / "first", 1, 2, 3)
+        first = chat_loop(tmp_path / "first", job(server, "rules@2"))
+        first.run()
+        each = max(v.usage.prompt_tokens + v.usage.completion_tokens for v in all_votes(first))
+        write_texts(tmp_path / "second", 1, 2, 3)
+        second = chat_loop(tmp_path / "second", job(server, "rules@3", tokens=5 * each))
+        second.run()
+    assert all(v.cached for v in second.dir.iteration(0).read("votes", Vote))
+    new = second.dir.iteration(2).read("rejudged_votes", Vote)
+    used = sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in new if not v.cached)
+    assert 0 < used <= 5 * each
+    assert any(r.standing == "waiting" for r in second.dir.iteration(2).read("old_pairs", OldPair))

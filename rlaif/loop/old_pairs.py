@@ -198,15 +198,25 @@ class _Rejudging:
             for limit, spent in spends:
                 if spent(votes) >= limit:
                     return
-                known = votes or [v for case in left for v in self._log.votes[case.pair.id]]
-                each = spent(known) / len(known)
-                if each:
-                    # The first one in any case: a guess must not keep all of them waiting for ever.
-                    part = _first(part, (limit - spent(votes)) / each) or ([] if votes else part[:1])
+                # The first one in any case: a guess must not keep all of them waiting for ever.
+                least = [] if votes else part[:1]
+                each = self._each(votes, left, spent)
+                part = part[:1] if each is None else _first(part, (limit - spent(votes)) / each) or least
             if not part:
                 return
             left = left[len(part) :]
             yield part
+
+    def _each(
+        self, votes: Sequence[Vote], left: Sequence[_Case], spent: Callable[[Sequence[Vote]], float]
+    ) -> float | None:
+        """What a ballot costs, by the votes that were cast now or, before there are any, by the pairs' old ones; those
+        from the cache say nothing. None where nobody knows."""
+        old = [v for case in left for v in self._log.votes.get(case.pair.id, [])]
+        for known in (votes, old):
+            if paid := [v for v in known if not v.cached]:
+                return spent(paid) / len(paid) or None
+        return None
 
 
 def _first(cases: list[_Case], ballots: float) -> list[_Case]:
