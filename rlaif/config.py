@@ -618,7 +618,7 @@ class Learner(Section):
     learning_rate: Adjustable[float] = Field(1e-5, gt=0)
     """Adam's learning rate after the warm-up, constant by default (`args.lr_scheduler_type`). Found on 135M parameters;
     the shipped jobs take half as much again (docs/experiments.md). Untried: a third of it for 1B, a tenth for 7B, ten
-    times it for LoRA. Watch `monitors.max_kl`."""
+    times it for LoRA. Watch `monitors.kl`."""
     warmup_steps: int = Field(4, ge=0)
     """Optimizer steps over which the rate rises from 0, once a run: Adam's first steps are as large as its later ones,
     and know less."""
@@ -707,40 +707,153 @@ class Eval(Section):
     policy is computed; 0: KL isn't measured."""
 
 
-class Monitors(Section):
-    """When a run raises an alarm."""
+class Monitor(Section):
+    """What is watched for, and what the run does when it is found."""
 
-    max_kl: float | None = 0.5
-    """Alarm when KL per token from the base policy (nats; `eval.kl_prompts`) exceeds this."""
-    min_mean_words: float = 6.0
-    """Alarm when sampled answers are shorter than this on average."""
-    min_distinct_share: float = Field(0.5, ge=0, le=1)
-    """Alarm when fewer than this share of an iteration's sampled answers are distinct."""
-    max_weights_gap: float = Field(0.02, gt=0)
-    """Alarm when the policy that samples is not the one that is trained. Both score fixed texts, which may differ by no
-    more than this on average (nats a token), and by ten times this in absolute value. Over 0.5 the run stops. The same
-    for sampled answers, as they were decoded and as the learner scores them (`decoding_gap`), without the stop."""
-    max_abstained_share: float = Field(0.2, ge=0, le=1)
-    """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
-    replies)."""
-    max_cut_off_share: float = Field(0.8, ge=0, le=1)
-    """Alarm when the length limit cut off more than this share of an iteration's sampled answers."""
-    max_cut_off_won: float = Field(0.5, ge=0, le=1)
-    """Alarm when, of two answers one of which was cut off, the judge prefers that one in more than this share of an
-    iteration's pairs (the lower end of the 95 % interval)."""
-    max_kept_shift: float = Field(0.25, ge=0, le=1)
-    """With a calibration: alarm when the share of kept pairs differs from the calibration's by more than this, and by
-    more than chance (its 95 % interval excludes it)."""
-    max_agreement_shift: float = Field(0.15, ge=0, le=1)
+    action: Literal["warn", "pause", "rollback", "off"] = "warn"
+    """`warn`: noted, and the run goes on. `pause`: the run stops after the iteration, and the same command goes on.
+    `rollback`: it stops the same, and says the command that takes it back to the newest iteration at which this was
+    silent. `off`: nobody looks."""
+
+    @field_validator("action", mode="before")
+    @classmethod
+    def _off_without_quotes(cls, action: Any) -> Any:
+        return "off" if action is False else action  # YAML reads off as false
+
+
+class KlMonitor(Monitor):
+    """The policy is far from the base policy."""
+
+    limit: float = 0.5
+    """KL from the base policy, nats a token (`eval.kl_prompts`), at most."""
+
+
+class ShortAnswersMonitor(Monitor):
+    """Sampled answers are short."""
+
+    limit: float = 6.0
+    """Words of an iteration's sampled answers on average, at least."""
+
+
+class EqualAnswersMonitor(Monitor):
+    """Sampled answers repeat each other."""
+
+    limit: float = Field(0.5, ge=0, le=1)
+    """Share of different ones among an iteration's sampled answers, at least."""
+
+
+class CutOffMonitor(Monitor):
+    """The length limit ends most sampled answers."""
+
+    limit: float = Field(0.8, ge=0, le=1)
+    """Share of an iteration's sampled answers that the length limit cut off, at most."""
+
+
+class CutOffWonMonitor(Monitor):
+    """The judge prefers answers that were cut off."""
+
+    limit: float = Field(0.5, ge=0, le=1)
+    """Of two answers one of which was cut off, the judge prefers that one in at most this share of an iteration's
+    pairs (the lower end of the 95 % interval)."""
+
+
+class WeightsGapMonitor(Monitor):
+    """The policy that samples is not the one that is trained."""
+
+    limit: float = Field(0.02, gt=0)
+    """Both score fixed texts, which may differ by no more than this on average (nats a token), and by ten times this in
+    absolute value. Over 0.5 the run ends, whatever the action."""
+
+
+class DecodingGapMonitor(Monitor):
+    """Answers as they were decoded are not those of the policy that is trained."""
+
+    limit: float = Field(0.02, gt=0)
+    """The same for sampled answers, as they were decoded and as the learner scores them, beyond chance (two standard
+    errors)."""
+
+
+class AbstainedMonitor(Monitor):
+    """The judge abstains: failed calls, unreadable replies."""
+
+    limit: float = Field(0.2, ge=0, le=1)
+    """Share of the held-out answers that it abstained on, at most."""
+
+
+class CalibrationShiftMonitor(Monitor):
+    """With a calibration: judged pairs are unlike those that were calibrated."""
+
+    kept: float = Field(0.25, ge=0, le=1)
+    """The share of kept pairs may differ from the calibration's by this, and by chance (its 95 % interval)."""
+    agreement: float = Field(0.15, ge=0, le=1)
     """The same for the votes' mean agreement; chance is two standard errors."""
-    max_cut_off_shift: float = Field(0.25, ge=0, le=1)
+    cut_off: float = Field(0.25, ge=0, le=1)
     """The same for the share of answers that the length limit cut off; labelled ones of which nothing says how they
     ended count as ended."""
-    max_length_ratio: float = Field(2.0, ge=1)
-    """With a calibration: alarm when the judged answers are so many times longer, or shorter, than the labelled ones
-    (mean words)."""
-    stop_on_alarm: bool = False
-    """Stop the run at an alarm (it can be resumed) instead of noting it and going on."""
+    length_ratio: float = Field(2.0, ge=1)
+    """So many times longer, or shorter, than the labelled ones may the judged answers be (mean words)."""
+
+
+class JurorMonitor(Monitor):
+    """A juror's votes weigh nothing although no label says so."""
+
+
+class Monitors(Section):
+    """What a run watches, by kind ([monitors.md](monitors.md)). Older keys (`max_kl`, `stop_on_alarm`) are read as they
+    were."""
+
+    kl: KlMonitor = KlMonitor()
+    short_answers: ShortAnswersMonitor = ShortAnswersMonitor()
+    equal_answers: EqualAnswersMonitor = EqualAnswersMonitor()
+    cut_off: CutOffMonitor = CutOffMonitor()
+    cut_off_won: CutOffWonMonitor = CutOffWonMonitor()
+    weights_gap: WeightsGapMonitor = WeightsGapMonitor()
+    decoding_gap: DecodingGapMonitor = DecodingGapMonitor()
+    abstained: AbstainedMonitor = AbstainedMonitor()
+    calibration_shift: CalibrationShiftMonitor = CalibrationShiftMonitor()
+    juror: JurorMonitor = JurorMonitor()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_jobs(cls, tree: Any) -> Any:
+        return cls.lifted(tree) if isinstance(tree, dict) else tree
+
+    @classmethod
+    def lifted(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """A tree of before each kind had a section, when there was one number for it and one action for all."""
+        older = {key: tree[key] for key in (*_OLDER_LIMITS, "stop_on_alarm") if key in tree}
+        lifted = {key: value for key, value in tree.items() if key not in older}
+        for key, places in _OLDER_LIMITS.items():
+            for kind, setting in places if key in older else ():
+                said = lifted.get(kind) or {}
+                if not isinstance(said, dict):  # what is wrong with it is said of it
+                    continue
+                name, value = ("action", "off") if older[key] is None else (setting, older[key])
+                if name in said:
+                    raise ValueError(f"monitors.{key} is monitors.{kind}.{name} now, which is given too; set that alone")
+                lifted[kind] = said | {name: value}
+        if older.get("stop_on_alarm") not in (None, True, False):
+            raise ValueError("monitors.stop_on_alarm: expected true or false; or give a kind `action: pause`")
+        for kind in cls.model_fields if older.get("stop_on_alarm") else ():
+            if isinstance(said := lifted.get(kind) or {}, dict):
+                lifted[kind] = {"action": "pause"} | said
+        return lifted
+
+
+_OLDER_LIMITS: dict[str, tuple[tuple[str, str], ...]] = {
+    "max_kl": (("kl", "limit"),),
+    "min_mean_words": (("short_answers", "limit"),),
+    "min_distinct_share": (("equal_answers", "limit"),),
+    "max_weights_gap": (("weights_gap", "limit"), ("decoding_gap", "limit")),
+    "max_abstained_share": (("abstained", "limit"),),
+    "max_cut_off_share": (("cut_off", "limit"),),
+    "max_cut_off_won": (("cut_off_won", "limit"),),
+    "max_kept_shift": (("calibration_shift", "kept"),),
+    "max_agreement_shift": (("calibration_shift", "agreement"),),
+    "max_cut_off_shift": (("calibration_shift", "cut_off"),),
+    "max_length_ratio": (("calibration_shift", "length_ratio"),),
+}
+"""Older key → where its number stands now: kind and setting."""
 
 
 class Checkpoints(Section):
@@ -971,6 +1084,8 @@ def of_run(tree: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any
     tree = copy.deepcopy(tree)
     if isinstance(filters := tree.get("filters"), dict):
         filters.setdefault("cut_off", "keep")
+    if isinstance(watched := tree.get("monitors"), dict):  # before an override names the same by its newer key
+        tree["monitors"] = Monitors.lifted(watched)
     before = dict(judge) if isinstance(judge := tree.get("judge"), dict) else {}
     for override in overrides:
         apply_override(tree, override)

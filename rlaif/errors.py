@@ -37,6 +37,12 @@ class RunInterrupted(RlaifError):
     exit_code = 130
 
 
+class RunPaused(RlaifError):
+    """An alarm whose action is to pause: the run stopped cleanly, and the same command goes on. Exit code 3."""
+
+    exit_code = 3
+
+
 class JudgeUnavailable(UserError):
     """The judge's server is down, or refuses: the run pauses and can be resumed."""
 

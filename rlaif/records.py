@@ -759,8 +759,16 @@ class Alarm(Record):
     """What was found, where it is one number."""
     limit: float | None = None
     """What it was held against, as the setting has it."""
-    action: Literal["warn", "stop"] = "warn"
-    """What the run does: notes it and goes on, or stops (`monitors.stop_on_alarm`)."""
+    action: Literal["warn", "pause", "rollback"] = "warn"
+    """What the run does: notes it and goes on, stops, or stops to be taken back (`monitors.KIND.action`). The first
+    versions called a pause `stop`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, alarm: Any) -> Any:
+        if isinstance(alarm, dict) and alarm.get("action") == "stop":
+            return alarm | {"action": "pause"}
+        return alarm
 
 
 class Parent(Record):

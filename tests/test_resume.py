@@ -234,7 +234,7 @@ def test_a_changed_job_is_refused_by_naming_the_keys(begun: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("key", ["iterations=9", "eval.every=1", "monitors.min_mean_words=3", "workers=process",
+@pytest.mark.parametrize("key", ["iterations=9", "eval.every=1", "monitors.short_answers.limit=3", "workers=process",
                                  "learner.learning_rate=1e-6", "sampling.gpu_memory_utilization=0.5",
                                  "sampling.tensor_parallel_size=2", "learner.args.per_device_train_batch_size=1",
                                  "learner.args.gradient_checkpointing=true",
@@ -440,5 +440,5 @@ def test_three_kills_on_real_workers(real: tuple[Path, Path]) -> None:
 
 def test_the_note_of_an_alarm_reaches_the_user(tmp_path: Path) -> None:
     progress = Quiet()
-    stub_loop(tmp_path, stub_job(monitors={"min_mean_words": 99}), progress=progress).run()
+    stub_loop(tmp_path, stub_job(monitors={"short_answers": {"limit": 99}}), progress=progress).run()
     assert sum("words on average" in note for note in progress.notes) == 4

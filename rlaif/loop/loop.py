@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rlaif import monitors
 from rlaif.data.prompts import prompts_for
-from rlaif.errors import RlaifError
+from rlaif.errors import RunPaused
 from rlaif.judging.calibration import judged_stats
 from rlaif.judging.verdicts import JurorFit
 from rlaif.loop.evaluation import BASE_POLICY, evaluate
@@ -18,7 +18,7 @@ from rlaif.loop.running import Iteration, Running
 from rlaif.loop.sampling import sample
 from rlaif.loop.training import mix, update
 from rlaif.monitors import tracking
-from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan, Vote
+from rlaif.records import Alarm, IterationMetrics, Plan, Vote
 from rlaif.rundir.heads import Head, write_head
 from rlaif.rundir.stages import ITERATION_NAMES
 from rlaif.rundir.store import read_record, write_json
@@ -46,7 +46,9 @@ class Loop(Running):
         it.old_pairs = judge_old_pairs(self, it)
         it.training = mix(self, it)
         it.steps = update(self, it)
-        self._end(it, evaluate(self, k + 1, it.plan, it.constitution) if it.plan.evaluate else None)
+        if it.plan.evaluate:
+            evaluate(self, k + 1, it.plan, it.constitution)
+        self._end(it)
 
     def _begin(self, k: int) -> Iteration:
         """The plan and the text in force; what a first iteration and a change of text owe before they sample."""
@@ -87,7 +89,7 @@ class Loop(Running):
         write_json(path, plan.model_dump(mode="json"))
         return plan
 
-    def _end(self, it: Iteration, evaluation: EvaluationMetrics | None) -> None:
+    def _end(self, it: Iteration) -> None:
         """The iteration in numbers, its alarms, its head."""
         ends, texts = {c.id: c.finish_reason for c in it.completions}, {c.id: c.text for c in it.completions}
         rejudged = it.dir.durable("rejudged_votes", Vote)  # none in most iterations
@@ -109,7 +111,7 @@ class Loop(Running):
             rejudged=rejudged,
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
-        alarms = self._alarms(metrics, evaluation)
+        alarms = self._alarms(metrics)
         self.hand_over.prune(it.k)
         write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
         votes = [*it.votes, *rejudged]
@@ -118,14 +120,14 @@ class Loop(Running):
         head = write_head(self.dir)
         self.progress.iteration_done(it.k, metrics)
         self.progress.note(f"head {head.name}")
-        self._stop_at(it.k, alarms)
+        self._pause_at(it.k, alarms)
 
     def _evaluate_after(self, k: int) -> None:
         """Evaluates what iteration k made under its text, unless its plan had that done, and tells the alarms."""
         plan = self.dir.plan(k)
-        evaluation = evaluate(self, k + 1, plan, self.in_force.load(plan.constitution, plan.derived))
-        ended = read_record(self.dir.iteration(k).path / "metrics.json", IterationMetrics)
-        self._stop_at(k, self._alarms(ended, evaluation))  # its own alarms were told when it ended
+        evaluate(self, k + 1, plan, self.in_force.load(plan.constitution, plan.derived))
+        (ended,) = self.dir.iterations_measured([k])
+        self._pause_at(k, self._alarms(ended))  # its own alarms were told when it ended
 
     def _tell_jurors(self, it: Iteration) -> JurorFit | None:
         """Notes what a jury's weights are and how its jurors agree; the weights, where it has such."""
@@ -146,15 +148,42 @@ class Loop(Running):
         self.tell_once("jurors", message, it.k, **data)
         return fit
 
-    def _alarms(self, metrics: IterationMetrics, evaluation: EvaluationMetrics | None) -> list[Alarm]:
+    def _alarms(self, metrics: IterationMetrics) -> list[Alarm]:
         """Tells the alarms of an iteration, and returns those that weren't told before."""
-        calibrated = self.calibration.judged if self.calibration else None
-        learned = bool(self.calibration and self.calibration.jurors and self.calibration.jurors.source == "labels")
-        alarms = monitors.alarms(self.job.monitors, metrics, evaluation, calibrated, learned)
-        return [alarm for alarm in alarms if self.raise_alarm(alarm)]
+        return [alarm for alarm in monitors.alarms(self.job.monitors, self._history(metrics)) if self.raise_alarm(alarm)]
 
-    @staticmethod
-    def _stop_at(k: int, alarms: list[Alarm]) -> None:
+    def _history(self, metrics: IterationMetrics) -> monitors.History:
+        """The run up to an iteration, which may have no metrics.json yet."""
+        k = metrics.iteration
+        return monitors.History(
+            [*self.dir.iterations_measured(range(k)), metrics],
+            self.dir.evaluations_measured(range(k + 2)),
+            calibrated=self.calibration.judged if self.calibration else None,
+            learned=bool(self.calibration and self.calibration.jurors and self.calibration.jurors.source == "labels"),
+        )
+
+    def _pause_at(self, k: int, alarms: list[Alarm]) -> None:
+        """Stops the run at the first alarm that says so; it was told, and stops no later attempt.
+
+        Raises:
+            RunPaused: there is one.
+        """
         for alarm in alarms:
-            if alarm.action == "stop":
-                raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarm.message} (monitors.stop_on_alarm)")
+            if alarm.action == "warn":
+                continue
+            said = f"paused at an alarm in iteration {k + 1}: {alarm.message} (monitors.{alarm.kind}.action"
+            if alarm.action == "pause":
+                raise RunPaused(f"{said}=pause); the same command goes on")
+            silent = self._silent_after(alarm)
+            if silent is None:
+                raise RunPaused(f"{said}=rollback); no earlier iteration was silent; the same command goes on")
+            raise RunPaused(
+                f"{said}=rollback); it was silent after iteration {silent}: `rlaif rollback {self.dir.path} --to "
+                f"{silent}` takes the run back there; the same command goes on from here"
+            )
+
+    def _silent_after(self, alarm: Alarm) -> int | None:
+        """After how many iterations an alarm's kind was silent last."""
+        told = (e for e in self.dir.events() if e.kind == "alarm" and e.data.get("kind") == alarm.kind)
+        raised = {e.iteration for e in told}
+        return next((j + 1 for j in range(alarm.iteration - 1, -1, -1) if j not in raised), None)
