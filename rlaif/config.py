@@ -830,7 +830,9 @@ class Monitors(Section):
                     continue
                 name, value = ("action", "off") if older[key] is None else (setting, older[key])
                 if name in said:
-                    raise ValueError(f"monitors.{key} is monitors.{kind}.{name} now, which is given too; set that alone")
+                    raise ValueError(
+                        f"monitors.{key} is monitors.{kind}.{name} now, which is given too; set that alone"
+                    )
                 lifted[kind] = said | {name: value}
         if older.get("stop_on_alarm") not in (None, True, False):
             raise ValueError("monitors.stop_on_alarm: expected true or false; or give a kind `action: pause`")

@@ -575,7 +575,9 @@ def test_a_broken_text_at_the_start_is_the_users_error(tmp_path: Path, tiny_mode
 
 def test_an_alarm_pauses_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
     job = stub_job(iterations=2, monitors={"short_answers": {"limit": 99, "action": "pause"}})
-    with pytest.raises(RunPaused, match=r"paused at an alarm in iteration 1: .*\(monitors.short_answers.action=pause\)"):
+    with pytest.raises(
+        RunPaused, match=r"paused at an alarm in iteration 1: .*\(monitors.short_answers.action=pause\)"
+    ):
         stub_loop(tmp_path, job).run()
     with pytest.raises(RunPaused, match="paused at an alarm in iteration 2"):
         stub_loop(tmp_path, job).run()
@@ -585,7 +587,7 @@ def test_an_alarm_pauses_once_and_the_same_command_goes_on(tmp_path: Path) -> No
 
 def test_an_alarm_says_where_it_was_silent(tmp_path: Path) -> None:
     job = stub_job(iterations=3, monitors={"short_answers": {"limit": 99, "action": "rollback"}})
-    with pytest.raises(RunPaused, match="iteration 1: .*no earlier iteration was silent"):
+    with pytest.raises(RunPaused, match=r"iteration 1: .*no earlier iteration was silent"):
         stub_loop(tmp_path, job).run()
     silent = job.model_copy(update={"monitors": Monitors()})
     loop = stub_loop(tmp_path, silent)
@@ -597,7 +599,10 @@ def test_an_alarm_says_where_it_was_silent(tmp_path: Path) -> None:
 def test_the_evaluation_at_a_change_of_text_raises_the_kl_alarm(tmp_path: Path) -> None:
     # Any KL is over the limit; iteration 3 is the first under another text, and no evaluation is due before the last.
     job = stub_job(
-        schedule={0: "rules@1", 2: "rules@2"}, iterations=3, eval={"every": 9, "prompts": 3}, monitors={"kl": {"limit": -99}}
+        schedule={0: "rules@1", 2: "rules@2"},
+        iterations=3,
+        eval={"every": 9, "prompts": 3},
+        monitors={"kl": {"limit": -99}},
     )
     progress = Quiet()
     stub_loop(tmp_path, job, progress=progress).run()

@@ -13,7 +13,14 @@ from rlaif.config import Monitors
 from rlaif.constitutions.constitution import parse_constitution
 from rlaif.errors import RlaifError
 from rlaif.intervals import wilson
-from rlaif.monitors import History, answer_stats, evaluation_metrics, iteration_metrics, juror_agreement, learner_metrics
+from rlaif.monitors import (
+    History,
+    answer_stats,
+    evaluation_metrics,
+    iteration_metrics,
+    juror_agreement,
+    learner_metrics,
+)
 from rlaif.monitors.alarms import KINDS
 from rlaif.monitors.alarms import alarms as all_alarms
 from rlaif.records import (
@@ -363,9 +370,7 @@ def test_pairs_unlike_the_calibrated_ones_raise_an_alarm(now: dict[str, Any], fo
 def test_labelled_answers_of_unknown_end_count_as_ended() -> None:
     unknown = CALIBRATED.model_copy(update={"answers": 0, "cut_off": 0, "one_cut_off": 0})
     now = CALIBRATED.model_copy(update={"pairs": 24, "kept": 19, "answers": 48, "cut_off": 30})
-    assert [s.rpartition(": answers")[2] for s in shifted(now, unknown)] == [
-        " cut off: 62%, 0% when calibrated"
-    ]
+    assert [s.rpartition(": answers")[2] for s in shifted(now, unknown)] == [" cut off: 62%, 0% when calibrated"]
 
 
 def test_a_juror_that_weighs_nothing_without_a_label_raises_an_alarm() -> None:

@@ -73,9 +73,7 @@ def check(what: str | Job, overrides: list[str], as_json: bool) -> None:
 def _job_of(model: str, overrides: list[str]) -> Job:
     tree: dict[str, Any] = {"constitution": "none", "policy": {"model": model}}
     for override in overrides:
-        if not override.startswith(
-            ("sampling.", "learner.", "placement.", "devices.", *_GAP, "seed=")
-        ):
+        if not override.startswith(("sampling.", "learner.", "placement.", "devices.", *_GAP, "seed=")):
             raise UserError(
                 f"--set {override}: with --deep, only settings of sampling, learner and placement, "
                 "monitors.weights_gap.limit and seed count"

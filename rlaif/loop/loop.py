@@ -150,7 +150,9 @@ class Loop(Running):
 
     def _alarms(self, metrics: IterationMetrics) -> list[Alarm]:
         """Tells the alarms of an iteration, and returns those that weren't told before."""
-        return [alarm for alarm in monitors.alarms(self.job.monitors, self._history(metrics)) if self.raise_alarm(alarm)]
+        return [
+            alarm for alarm in monitors.alarms(self.job.monitors, self._history(metrics)) if self.raise_alarm(alarm)
+        ]
 
     def _history(self, metrics: IterationMetrics) -> monitors.History:
         """The run up to an iteration, which may have no metrics.json yet."""
