@@ -6,7 +6,7 @@ JOB ?= jobs/quickstart.yaml
 PORT ?= 8000
 export VENV
 
-.PHONY: help setup quickstart test test-all lint format bench bench-judge bench-audit bench-derived gpu-check judge-server data-llmbar data-pandalm clean
+.PHONY: help setup quickstart test test-all lint format bench bench-judge bench-audit bench-derived bench-monitors gpu-check judge-server data-llmbar data-pandalm clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ bench-audit: $(STAMP) ## speed and memory of the audit on a run of a million vot
 
 bench-derived: $(STAMP) ## how good contrasts derived from rules are (ARGS="--sets derived.2")
 	@$(BIN)/python -m benchmarks.derived $(ARGS)
+
+bench-monitors: $(STAMP) ## how often monitors cry wolf, and how soon they tell what is wrong, simulated
+	@$(BIN)/python -m benchmarks.monitors $(ARGS)
 
 gpu-check: $(STAMP) ## do learner, judge and hand-over compute on a GPU what they compute on the CPU? (no network)
 	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)

@@ -773,11 +773,82 @@ class DecodingGapMonitor(Monitor):
     errors)."""
 
 
+class CollapseMonitor(Monitor):
+    """The policy has few words left, or is sure of every one."""
+
+    vocabulary: float = Field(0.5, ge=0, le=1)
+    """Different words in 200 of the sampled answers' words: at least so many times those of the first iteration."""
+    entropy: float = Field(0.25, ge=0, le=1)
+    """-log p of a sampled token on average, at least so many times that of the first iteration."""
+
+
+class JumpMonitor(Monitor):
+    """Sampled answers are unlike those of the iteration before, under the same text."""
+
+    length_ratio: float = Field(2.0, ge=1)
+    """So many times longer, or shorter, may they be (mean words), beyond chance."""
+    ended: float = Field(0.4, ge=0, le=1)
+    """The share of those that end by themselves may differ by this, beyond chance."""
+
+
+class SelfPraiseMonitor(Monitor):
+    """Sampled answers praise themselves, or speak to whoever judges them."""
+
+    limit: float = Field(0.1, ge=0, le=1)
+    """Share of an iteration's sampled answers that do either, at most (the lower end of the 95 % interval)."""
+
+
 class AbstainedMonitor(Monitor):
     """The judge abstains: failed calls, unreadable replies."""
 
     limit: float = Field(0.2, ge=0, le=1)
-    """Share of the held-out answers that it abstained on, at most."""
+    """Share of the held-out answers that it abstained on, at most; and share of an iteration's pairs without a valid
+    vote (the lower end of the 95 % interval)."""
+
+
+class DriftMonitor(Monitor):
+    """A share of the judged pairs moves, under the same text."""
+
+    limit: float = Field(6.0, gt=0)
+    """The sum of the iterations' surprises, in standard deviations, at which it is told
+    ([monitors.md](monitors.md#charts))."""
+    least: float = Field(0.15, ge=0, le=1)
+    """Smallest difference of the shares, before and since, that is worth telling."""
+
+
+class AgreementDriftMonitor(DriftMonitor):
+    """Fewer pairs on which all votes name one side."""
+
+
+class OrderFlipDriftMonitor(DriftMonitor):
+    """More pairs on which the order that the judge is shown decides."""
+
+
+class AbstainedDriftMonitor(DriftMonitor):
+    """More pairs without a valid vote."""
+
+
+class KeptDriftMonitor(DriftMonitor):
+    """More pairs are kept, or fewer."""
+
+
+class LeaningMonitor(Monitor):
+    """Winners have more of something than losers that is no merit, in more of the kept pairs than the limit: those of
+    the last 8 iterations under the text, by the lower end of the 95 % interval. What a principle's `check` asks for is
+    no finding, and of what is null nothing is."""
+
+    length: float | None = Field(0.9, ge=0.5, le=1)
+    """Words, or fewer of them."""
+    lists: float | None = Field(0.9, ge=0.5, le=1)
+    """List items, or fewer of them."""
+    hedges: float | None = Field(0.9, ge=0.5, le=1)
+    """Hedging words ("perhaps", "it depends") by word, or fewer of them."""
+    repetition: float | None = Field(0.8, ge=0.5, le=1)
+    """Runs of three words that come again."""
+    self_praise: float | None = Field(0.7, ge=0.5, le=1)
+    """Words in praise of the answer itself."""
+    to_judge: float | None = Field(0.7, ge=0.5, le=1)
+    """Words to whoever judges."""
 
 
 class CalibrationShiftMonitor(Monitor):
@@ -812,6 +883,14 @@ class Monitors(Section):
     abstained: AbstainedMonitor = AbstainedMonitor()
     calibration_shift: CalibrationShiftMonitor = CalibrationShiftMonitor()
     juror: JurorMonitor = JurorMonitor()
+    collapse: CollapseMonitor = CollapseMonitor()
+    jump: JumpMonitor = JumpMonitor()
+    self_praise: SelfPraiseMonitor = SelfPraiseMonitor()
+    agreement_drift: AgreementDriftMonitor = AgreementDriftMonitor()
+    order_flip_drift: OrderFlipDriftMonitor = OrderFlipDriftMonitor()
+    abstained_drift: AbstainedDriftMonitor = AbstainedDriftMonitor()
+    kept_drift: KeptDriftMonitor = KeptDriftMonitor()
+    leaning: LeaningMonitor = LeaningMonitor()
 
     @model_validator(mode="before")
     @classmethod

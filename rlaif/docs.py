@@ -132,7 +132,7 @@ def _watched() -> str:
     for kind, field in Monitors.model_fields.items():
         (section,) = sections_in(field.annotation)
         said = _first_paragraph(section).replace("|", "\\|")
-        rows.append(f"| `{kind}` | a kind | `{section().action}` | {said} |")
+        rows.append(f"| `{kind}` | a kind | `{section.model_fields['action'].default}` | {said} |")
         own = {name: f for name, f in section.model_fields.items() if name not in Monitor.model_fields}
         rows += [row.replace("| `", f"| `{kind}.", 1) for row in _table(section, own).splitlines()[2:]]
     return "\n".join([head, rule, *rows])

@@ -53,9 +53,20 @@ AlarmKind = Literal[
     "abstained",
     "calibration_shift",
     "juror",
+    "collapse",
+    "jump",
+    "self_praise",
+    "agreement_drift",
+    "order_flip_drift",
+    "abstained_drift",
+    "kept_drift",
+    "leaning",
     "labels",
     "constitution",
 ]
+
+Feature = Literal["length", "lists", "hedges", "repetition", "self_praise", "to_judge"]
+"""What of an answer could please a judge without being better."""
 
 ReviewRule = Literal["below_agreement", "top_uncertain"]
 
@@ -613,6 +624,44 @@ class JudgedStats(Record):
     """Pairs with one answer that was cut off and one that ended: there a missing end can decide."""
 
 
+class AnswerCounts(Record):
+    """Of an iteration's sampled answers, what monitors of the policy look at."""
+
+    mean_words_error: float | None
+    """Standard error of `sampled.mean_words`, over the prompts; None with fewer than two."""
+    nats_per_token: float | None
+    """-log p of a sampled token on average, under the policy and untempered: how open it still is. None where the
+    engine reports none."""
+    vocabulary: float | None
+    """Different words in 200 of all answers' words, drawn without replacement: the expected number. None with fewer."""
+    self_praise: int
+    """Answers that praise themselves."""
+    to_judge: int
+    """Answers with words to whoever judges them."""
+
+
+class PairCounts(Record):
+    """Of an iteration's judged pairs, how many are so: what charts of the judge are made of."""
+
+    pairs: int
+    abstained: int
+    """Without a valid vote."""
+    unanimous: int
+    """Whose valid votes all name one side."""
+    flipped: int
+    """On which a voice gave another answer when the order changed."""
+    kept: int
+
+
+class Leaning(Record):
+    """Whether winners have more of something than losers do."""
+
+    more: int
+    """Winners that have more of it than the loser, among ..."""
+    pairs: int
+    """... kept pairs in which one side has more."""
+
+
 class IterationMetrics(Record):
     """metrics.json of an iteration. What has a default was not counted yet when the first runs were written."""
 
@@ -665,6 +714,12 @@ class IterationMetrics(Record):
     a jury."""
     judged: JudgedStats | None = None
     """What the judged pairs look like, for `monitors` to hold against the calibration's."""
+    pair_counts: PairCounts | None = None
+    """Of the judged pairs, for charts of the judge; None in what older versions wrote, as the next."""
+    answer_counts: AnswerCounts | None = None
+    """Of the sampled answers, for monitors of the policy."""
+    leanings: dict[Feature, Leaning] = Field(default_factory=dict)
+    """What winners have more of."""
     judge_calls: int = 0
     """Requests to the judge's server. These and the next count votes on old pairs, too."""
     judge_cached: int = 0
@@ -759,6 +814,8 @@ class Alarm(Record):
     """What was found, where it is one number."""
     limit: float | None = None
     """What it was held against, as the setting has it."""
+    since: int | None = None
+    """The iteration from which on it is so, where it is found by several; None: by this one."""
     action: Literal["warn", "pause", "rollback"] = "warn"
     """What the run does: notes it and goes on, stops, or stops to be taken back (`monitors.KIND.action`). The first
     versions called a pause `stop`."""

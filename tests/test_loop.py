@@ -586,7 +586,8 @@ def test_an_alarm_pauses_once_and_the_same_command_goes_on(tmp_path: Path) -> No
 
 
 def test_an_alarm_says_where_it_was_silent(tmp_path: Path) -> None:
-    job = stub_job(iterations=3, monitors={"short_answers": {"limit": 99, "action": "rollback"}})
+    rules = {"schedule": {0: "rules@1"}, "iterations": 3}
+    job = stub_job(**rules, monitors={"short_answers": {"limit": 99, "action": "rollback"}})
     with pytest.raises(RunPaused, match=r"iteration 1: .*no earlier iteration was silent"):
         stub_loop(tmp_path, job).run()
     silent = job.model_copy(update={"monitors": Monitors()})

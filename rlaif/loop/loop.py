@@ -161,6 +161,7 @@ class Loop(Running):
             [*self.dir.iterations_measured(range(k)), metrics],
             self.dir.evaluations_measured(range(k + 2)),
             calibrated=self.calibration.judged if self.calibration else None,
+            asked=monitors.asked_for(self.in_force.load(metrics.constitution)),
             learned=bool(self.calibration and self.calibration.jurors and self.calibration.jurors.source == "labels"),
         )
 
@@ -185,7 +186,8 @@ class Loop(Running):
             )
 
     def _silent_after(self, alarm: Alarm) -> int | None:
-        """After how many iterations an alarm's kind was silent last."""
+        """After how many iterations an alarm's kind was silent last, before that began which it tells."""
+        first = alarm.iteration if alarm.since is None else alarm.since
         told = (e for e in self.dir.events() if e.kind == "alarm" and e.data.get("kind") == alarm.kind)
         raised = {e.iteration for e in told}
-        return next((j + 1 for j in range(alarm.iteration - 1, -1, -1) if j not in raised), None)
+        return next((j + 1 for j in range(first - 1, -1, -1) if j not in raised), None)

@@ -6,6 +6,7 @@ a kind of monitor: `rlaif.monitors.alarms`.
 
 from rlaif.monitors.alarms import alarms
 from rlaif.monitors.history import History
+from rlaif.monitors.leaning import asked_for
 from rlaif.monitors.metrics import (
     answer_stats,
     evaluation_metrics,
@@ -18,6 +19,7 @@ __all__ = [
     "History",
     "alarms",
     "answer_stats",
+    "asked_for",
     "evaluation_metrics",
     "iteration_metrics",
     "juror_agreement",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from rlaif.config import Monitors
-from rlaif.monitors import answers, judges, policies
+from rlaif.monitors import answers, judges, leaning, policies
 from rlaif.monitors.history import Finding, History
 from rlaif.records import Alarm, AlarmKind
 
@@ -25,6 +25,14 @@ KINDS: dict[AlarmKind, Callable[[Any, History], Iterable[Finding]]] = {
     "abstained": judges.abstained,
     "calibration_shift": judges.calibration_shift,
     "juror": judges.juror,
+    "collapse": answers.collapse,
+    "jump": answers.jump,
+    "self_praise": answers.self_praise,
+    "agreement_drift": judges.agreement_drift,
+    "order_flip_drift": judges.order_flip_drift,
+    "abstained_drift": judges.abstained_drift,
+    "kept_drift": judges.kept_drift,
+    "leaning": leaning.leaning,
 }
 """Kind → what it finds, from its settings and a run so far."""
 

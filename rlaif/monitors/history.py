@@ -5,11 +5,11 @@ In: a run's records so far. Out: `Finding`s; `rlaif.monitors.alarms` makes alarm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from rlaif.records import EvaluationMetrics, IterationMetrics, JudgedStats
+from rlaif.records import EvaluationMetrics, Feature, IterationMetrics, JudgedStats
 
 
 class Finding(NamedTuple):
@@ -18,6 +18,8 @@ class Finding(NamedTuple):
     message: str
     measured: float | None = None
     limit: float | None = None
+    since: int | None = None
+    """The iteration from which on it is so, where several tell it; None: the one that is looked at."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class History:
     """The labelled pairs of the calibration that is in force."""
     learned: bool = False
     """Whether the jurors' weights are learned from labels, or fitted without any."""
+    asked: Mapping[Feature, Literal["more", "less"]] = field(default_factory=dict)
+    """What the checks of the text in force ask for."""
 
     @property
     def now(self) -> IterationMetrics:

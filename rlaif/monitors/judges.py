@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
-from rlaif.config import AbstainedMonitor, CalibrationShiftMonitor, CutOffWonMonitor, JurorMonitor
+from rlaif.config import AbstainedMonitor, CalibrationShiftMonitor, CutOffWonMonitor, DriftMonitor, JurorMonitor
 from rlaif.intervals import wilson
+from rlaif.monitors.charts import Counted, Direction, shift
 from rlaif.monitors.history import Finding, History
 
 
@@ -28,6 +30,49 @@ def abstained(settings: AbstainedMonitor, history: History) -> Iterator[Finding]
         some = f"{evaluated.abstained} of {evaluated.answers}"
         message = f"the judge abstained on {some} held-out answers, over {most:.0%}"
         yield Finding(message, evaluated.abstained / evaluated.answers, most)
+    counts = history.now.pair_counts
+    if counts and wilson(counts.abstained, counts.pairs)[0] > most:
+        message = f"{counts.abstained} of {counts.pairs} pairs have no valid vote, over {most:.0%}"
+        yield Finding(message, counts.abstained / counts.pairs, most)
+
+
+def agreement_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
+    """Fewer pairs on which all valid votes name one side."""
+    return _drift(settings, history, "pairs on which all votes name one side", "unanimous", "down")
+
+
+def order_flip_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
+    """More pairs that the order decides."""
+    return _drift(settings, history, "pairs on which a voice answers otherwise in the other order", "flipped", "up")
+
+
+def abstained_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
+    """More pairs that get no vote."""
+    return _drift(settings, history, "pairs without a valid vote", "abstained", "up")
+
+
+def kept_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
+    """The filters keep another share."""
+    for direction in ("up", "down"):
+        yield from _drift(settings, history, "pairs kept", "kept", direction)
+
+
+_Counted = Literal["abstained", "unanimous", "flipped", "kept"]
+
+
+def _drift(
+    settings: DriftMonitor, history: History, what: str, counted: _Counted, direction: Direction
+) -> Iterator[Finding]:
+    """A chart of a share of the pairs. An iteration of before there were such counts says nothing."""
+    under = [(m.iteration, m.pair_counts) for m in history.under_this_text if m.pair_counts]
+    counts = [Counted(getattr(c, counted), c.pairs) for _, c in under]
+    if history.now.pair_counts and (found := shift(counts, direction, settings.limit, settings.least)):
+        since = under[found.since][0]
+        message = (
+            f"{what}: {found.now.share:.0%} since iteration {since + 1} ({found.now.of} pairs), "
+            f"{found.before.share:.0%} before ({found.before.of} pairs), under the same text"
+        )
+        yield Finding(message, found.height, settings.limit, since)
 
 
 def calibration_shift(settings: CalibrationShiftMonitor, history: History) -> Iterator[Finding]:

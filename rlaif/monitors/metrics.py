@@ -12,6 +12,7 @@ from rlaif.constitutions.constitution import Constitution
 from rlaif.intervals import ratio_interval, share, wilson
 from rlaif.judging.filters import cut_off_won
 from rlaif.judging.verdicts import JurorFit, juror_verdicts, position_bias
+from rlaif.monitors.counts import answer_counts, leanings, pair_counts
 from rlaif.monitors.length_controlled import Judged, LengthControlled, length_controlled
 from rlaif.records import (
     AnswerStats,
@@ -107,6 +108,12 @@ def iteration_metrics(
         judge_calls=sum(v.attempts for v in (*votes, *rejudged)),
         judge_cached=sum(v.cached for v in (*votes, *rejudged)),
         judge_tokens=tokens + _tokens(rejudged),
+        pair_counts=pair_counts(decisions),
+        answer_counts=answer_counts(completions),
+        leanings=leanings(completions, pairs, decisions),
+        judge_calls=sum(v.attempts for v in votes),
+        judge_cached=sum(v.cached for v in votes),
+        judge_tokens=tokens,
         judge_tokens_per_kept_pair=share(tokens, kept),
         seconds=seconds,
         weights_gap=gap,
