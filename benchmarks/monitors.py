@@ -1,9 +1,10 @@
 """How often monitors cry wolf, and how soon they tell what is wrong, simulated: `make bench-monitors`.
 
-Runs of 32 iterations of 24 pairs under one text. In a quiet one, pairs and answers are drawn from the same
-distributions throughout, while the policy learns: its answers become a third as long. In a bad one something happens at
-iteration 17. For each kind of monitor that holds chance against a limit: the share of quiet runs with an alarm, with
-its 95 % interval, and of bad runs in how many it is told, and after how many iterations (median).
+Runs of 32 iterations of 24 pairs under one text, with 48 held-out prompts every fourth. In a quiet one, pairs and
+answers are drawn from the same distributions throughout, while the policy learns: its answers become a third as long,
+and win more and more. In a bad one something happens at iteration 17. For each kind of monitor that holds chance
+against a limit: the share of quiet runs with an alarm, with its 95 % interval, and of bad runs in how many it is told,
+and after how many iterations (median).
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from rlaif.records import (
     AnswerCounts,
     AnswerStats,
     ConstitutionRef,
+    EvaluationMetrics,
     Feature,
     IterationMetrics,
     Leaning,
     PairCounts,
     PolicyVersion,
+    Referred,
 )
 
 ITERATIONS, BAD_FROM, SAMPLES = 32, 16, 4
+PROMPTS, EVERY = 48, 4
 TEXT = ConstitutionRef(name="text", version=1, hash="0")
 
 
@@ -50,6 +54,8 @@ class Rates(NamedTuple):
     ended: float = 0.6
     vocabulary: float = 110.0
     nats: float = 1.1
+    fooled: bool = False
+    """The win rate rises, and nothing else that should."""
 
 
 DIFFERING: dict[Feature, float] = {
@@ -66,9 +72,50 @@ BAD: dict[str, tuple[str, Rates]] = {
     "leaning": ("a third of the pairs differ in self-praise, and all winners have more", Rates(praised=1.0)),
     "self_praise": ("a quarter of the answers praise themselves", Rates(praising=0.25)),
     "jump": ("answers become a third as long at once", Rates(words=15.0)),
+    "hacking": ("the win rate is at 85 %, the reference's, at equal length and the checks stay", Rates(fooled=True)),
     "collapse": ("a third of the different words is left", Rates(vocabulary=37.0)),
 }
 """Kind → what happens, and what is drawn from then on."""
+
+
+def within(rate: float) -> tuple[float, float]:
+    """The interval of a win rate."""
+    return wilson(rate * PROMPTS, PROMPTS)
+
+
+def evaluation(rng: np.random.Generator, k: int, rates: Rates) -> EvaluationMetrics:
+    """What iteration k made, by 48 held-out prompts. A quiet run wins more and more, by everybody's word."""
+    learned = k / (ITERATIONS - 1)
+    wins = 0.85 if rates.fooled else 0.5 + 0.35 * learned
+    others = 0.5 if rates.fooled else wins
+
+    reasons = rng.random(PROMPTS)
+
+    def won(rate: float) -> float:
+        """Half of the prompts are won for a reason that all share."""
+        shared = rng.random(PROMPTS) < 0.5
+        return float((np.where(shared, reasons, rng.random(PROMPTS)) < rate).mean())
+
+    by_judge, by_reference, controlled, passed = map(won, (wins, others, others, 0.3 + others - 0.5))
+    counts = {"wins": 0, "losses": 0, "undecided": 0, "abstained": 0}
+    referred = Referred(judge="other", win_rate=by_reference, win_interval=within(by_reference), **counts)
+    return EvaluationMetrics(
+        **dict(QUIET.sampled.model_copy(update={"answers": PROMPTS})),
+        **counts,
+        updates=k + 1,
+        constitution=TEXT,
+        win_rate=by_judge,
+        win_interval=within(by_judge),
+        length_controlled_win_rate=controlled,
+        length_controlled_interval=within(controlled),
+        kl_per_token=0.1,
+        relevance=1.0,
+        base_logprob_per_token=-1.0,
+        checks={"wish": passed},
+        base_checks={"wish": float(rng.binomial(PROMPTS, 0.3) / PROMPTS)},
+        referred=referred,
+        seconds=0.0,
+    )
 
 
 def iteration(rng: np.random.Generator, k: int, pairs: int, rates: Rates) -> IterationMetrics:
@@ -128,10 +175,14 @@ def first_alarms(
 ) -> Mapping[str, int]:
     """Kind → the first iteration in which a run raises it; a bad one since `BAD_FROM`."""
     run: list[IterationMetrics] = []
+    evaluated: list[EvaluationMetrics] = []
     told: dict[str, int] = {}
     for k in range(iterations):
-        run.append(iteration(rng, k, pairs, bad if bad and k >= BAD_FROM else Rates()))
-        for alarm in alarms(monitors, History(run)):
+        rates = bad if bad and k >= BAD_FROM else Rates()
+        run.append(iteration(rng, k, pairs, rates))
+        if k % EVERY == EVERY - 1:
+            evaluated.append(evaluation(rng, k, rates))
+        for alarm in alarms(monitors, History(run, evaluated)):
             if bad is None or k >= BAD_FROM:
                 told.setdefault(alarm.kind, k)
     return told

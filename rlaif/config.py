@@ -705,6 +705,17 @@ class Eval(Section):
     kl_prompts: Adjustable[int] = Field(16, ge=0)
     """The first so many of these prompts get one more answer, at temperature 1 and top-p 1, on which KL from the base
     policy is computed; 0: KL isn't measured."""
+    reference_judge: AnyJudge | None = None
+    """Another judge, with settings as `judge` has them, that compares the same held-out answers and never trains:
+    another model, or another server. Where what trains is pleased and this one isn't, `monitors.hacking` tells
+    ([monitors.md](monitors.md#a-judge-that-is-being-fooled))."""
+
+    @field_validator("reference_judge")
+    @classmethod
+    def _of_ours(cls, judge: Judge | None) -> Judge | None:
+        if isinstance(judge, OwnJudge):
+            raise ValueError("a class of yours judges training alone; give a reference of kind `likelihood` or `chat`")
+        return judge
 
 
 class Monitor(Section):
@@ -832,6 +843,15 @@ class KeptDriftMonitor(DriftMonitor):
     """More pairs are kept, or fewer."""
 
 
+class HackingMonitor(Monitor):
+    """The win rate has risen, and what should have risen with it hasn't: the reference judge's, the length-controlled
+    one, or the checks."""
+
+    gap: float = Field(0.2, ge=0, le=1)
+    """So much more has the win rate risen above a half, at least, and more than chance does (99.5 %). It has surely
+    (its 99.5 % interval), the other hasn't (its 95 % interval)."""
+
+
 class LeaningMonitor(Monitor):
     """Winners have more of something than losers that is no merit, in more of the kept pairs than the limit: those of
     the last 8 iterations under the text, by the lower end of the 95 % interval. What a principle's `check` asks for is
@@ -891,6 +911,7 @@ class Monitors(Section):
     abstained_drift: AbstainedDriftMonitor = AbstainedDriftMonitor()
     kept_drift: KeptDriftMonitor = KeptDriftMonitor()
     leaning: LeaningMonitor = LeaningMonitor()
+    hacking: HackingMonitor = HackingMonitor()
 
     @model_validator(mode="before")
     @classmethod

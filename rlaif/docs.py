@@ -83,6 +83,8 @@ def _job() -> str:
     sections: list[tuple[str, str, type[BaseModel], str]] = [("", "", Job, "")]
     parts = []
     for prefix, more, model, adjustable in sections:  # grows while it is read: a section can hold sections
+        if prefix == "eval.reference_judge":  # as `judge`
+            continue
         shown = model.model_fields.keys() - (Judge.model_fields.keys() - {"model"} if more else ())
         own = {k: f for k, f in model.model_fields.items() if k in shown and not (_sections(f) and not _optional(f))}
         sections += [
@@ -184,12 +186,14 @@ def _type(annotation: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" for a in args)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type(a) for a in args)
+        return " or ".join(dict.fromkeys(_type(a) for a in args))
     if origin in (list, tuple):
         items = _type(args[0])
         return f"list of {items}s" if items.endswith("number") else f"list of {items}"
     if origin is dict:
         return f"mapping of {_type(args[0])} to {_type(args[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, Judge):
+        return "as `judge`"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation.__name__
     if annotation not in _NAMES:

@@ -61,6 +61,7 @@ AlarmKind = Literal[
     "abstained_drift",
     "kept_drift",
     "leaning",
+    "hacking",
     "labels",
     "constitution",
 ]
@@ -749,6 +750,20 @@ def lift_metrics(metrics: Any) -> Any:
     return rest | {"learner_metrics": {} if metrics["margin"] is None else {"margin": metrics["margin"]}}
 
 
+class Referred(Record):
+    """Held-out answers against the base policy's, as the reference judge says (`eval.reference_judge`)."""
+
+    judge: str
+    """Who it is, as ballots name it."""
+    win_rate: float | None
+    """As an evaluation's, and so the rest."""
+    win_interval: tuple[float, float] | None
+    wins: int
+    losses: int
+    undecided: int
+    abstained: int
+
+
 class EvaluationMetrics(AnswerStats):
     """metrics.json of an evaluation: held-out answers against the base policy's."""
 
@@ -792,6 +807,10 @@ class EvaluationMetrics(AnswerStats):
     base_logprob_per_token: float
     checks: dict[str, float]
     """Principle → share of the answers that pass its check."""
+    base_checks: dict[str, float] = Field(default_factory=dict)
+    """The same of the base policy's answers; empty about the base policy, and in what older versions wrote."""
+    referred: Referred | None = None
+    """What a judge that never trains says of the same answers; None without one."""
     seconds: float
     weights_gap: WeightsGap | None = None
     """Of the policy that was evaluated; None in a run that didn't measure it."""

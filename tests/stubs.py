@@ -14,8 +14,10 @@ from typing import Any
 
 from rlaif.config import Job, parse_job
 from rlaif.constitutions.constitution import Constitution
+from rlaif.judging.kinds import kind_of
 from rlaif.loop import Loop
 from rlaif.loop.in_force import InForce
+from rlaif.loop.running import Referee
 from rlaif.records import (
     Ballot,
     Completion,
@@ -304,6 +306,10 @@ def stub_loop(
     def worker(name: str, factory: str, **kwargs: Any) -> InlineWorker:
         return InlineWorker(name, f"tests.stubs:{factory}", kwargs)
 
+    referee = None
+    if job.eval.reference_judge:
+        asked = worker("reference", "StubJudge", casts=str(root / "reference_casts.log"))
+        referee = Referee(kind_of(job.eval.reference_judge), "reference", asked)
     return Loop(
         job,
         run,
@@ -317,4 +323,5 @@ def stub_loop(
         measurer=judge,
         learner=worker("learner", "StubLearner", nan_at=nan_at),
         progress=progress,
+        referee=referee,
     )

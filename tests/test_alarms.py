@@ -26,7 +26,7 @@ SEEDS = range(20)
 def test_what_is_wrong_is_told(kind: str) -> None:
     _, rates = BAD[kind]
     for seed in range(3):
-        told = first_alarms(np.random.default_rng(seed), 48, Monitors(), rates, BAD_FROM + 8)
+        told = first_alarms(np.random.default_rng(seed), 48, Monitors(), rates, BAD_FROM + 12)
         assert told[kind] >= BAD_FROM, seed
 
 

@@ -10,6 +10,7 @@ from rlaif.constitutions.constitution import Constitution
 from rlaif.judging.kinds import kind_of
 from rlaif.loop.hand_over import gap_of
 from rlaif.loop.judging import decide, judge
+from rlaif.loop.reference import referred
 from rlaif.loop.running import Iteration, Running, candidates, in_order
 from rlaif.monitors import tracking
 from rlaif.records import (
@@ -22,6 +23,7 @@ from rlaif.records import (
     PolicyVersion,
     Prompt,
     Quality,
+    Referred,
 )
 from rlaif.rundir.store import read_record, write_json
 
@@ -60,6 +62,7 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
     drift = _drift(run, it, updates, policy, prompts[: run.job.eval.kl_prompts])
     decisions: list[Decision] | None = None
     base: list[Completion] = []
+    second: Referred | None = None
     if updates != BASE_POLICY:
         base = in_order(run.dir.evaluation(BASE_POLICY).read("completions", Completion), it.prompts)
         it.pairs = [
@@ -73,9 +76,21 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
         it.votes = judge(run, it)
         it.decisions = decide(run, it)
         decisions = it.decisions if judged else None
+        if run.referee and judged:
+            second = monitors.referred(run.referee.name, completions, it.pairs, referred(run, it))
     seconds = round(time.monotonic() - started, 1)
     metrics = monitors.evaluation_metrics(
-        updates, constitution, completions, quality, it.pairs, decisions, seconds, drift, gap=gap_of(here), base=base
+        updates,
+        constitution,
+        completions,
+        quality,
+        it.pairs,
+        decisions,
+        seconds,
+        drift,
+        gap=gap_of(here),
+        base=base,
+        second=second,
     )
     write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
     values = tracking.of_evaluation(metrics, it.votes, run.job.judge, run.text_number(it.k))

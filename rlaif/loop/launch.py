@@ -29,6 +29,7 @@ from rlaif.loop.branch import may_branch
 from rlaif.loop.in_force import InForce
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update
+from rlaif.loop.running import Referee
 from rlaif.loop.training import mix_for
 from rlaif.own_code import resolved
 from rlaif.records import SCHEMA_VERSION, Message, Prompt, Vote, digest
@@ -65,6 +66,8 @@ class _Start:
     """The untrained policy."""
     judge: WeightsRef | None
     """The model that judges on this machine, if one does."""
+    reference: WeightsRef | None
+    """That of the reference judge."""
     own_code: dict[str, str]
     """What the job names of the user's own → sha256 of its source."""
     models: dict[str, str]
@@ -85,6 +88,9 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         progress.note(f"code of yours: {code}")
     judge = kind_of(job.judge)
     judge.check()  # before minutes of sampling
+    reference = kind_of(job.eval.reference_judge) if job.eval.reference_judge else None
+    if reference:
+        reference.check()
     mix_for(job.learner)
     places = place(job, usable_gpus(len(gpu_names())))
     run = RunDir(run_dir)
@@ -109,6 +115,10 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             run.event(kind, f"{job.iterations} iterations", seed=job.seed, **start.code)
             if tracked:  # a missing package is told now, not after an hour
                 _tell_trackers(run, workers["learner"].call("track", values={}, step=0), progress.note)
+            referee = None
+            if reference:
+                name = reference.name(start.reference.digest if start.reference else None)
+                referee = Referee(reference, name, workers.pop("reference"))
             loop = Loop(
                 job,
                 run,
@@ -120,6 +130,7 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
                 progress=progress,
                 calibration=start.calibration,
                 code=start.own_code,
+                referee=referee,
                 **workers,
             )
             head = loop.run().name
@@ -159,6 +170,11 @@ def _look(
         digests["judge"] = models.digest_of(judge_model)
         check_likelihood_judge(judge_model, job, [in_force.at(k)[0] for k in job.schedule or (0,)])
         judge = WeightsRef(digest=digests["judge"], path=judge_model)
+    reference = None
+    if job.eval.reference_judge and (local_model := kind_of(job.eval.reference_judge).local_model):
+        path = models.resolve(local_model, progress=lambda message, share: note(message))
+        digests["reference_judge"] = models.digest_of(path)
+        reference = WeightsRef(digest=digests["reference_judge"], path=path)
     found = digests | models.tokenizer_identity(base).model_dump()
     code = _code() | ({"own_code": own_code} if own_code else {})
     _check_models(run, found)
@@ -172,6 +188,7 @@ def _look(
         calibration=calibration,
         base=WeightsRef(digest=digests["policy"], path=base),
         judge=judge,
+        reference=reference,
         own_code=own_code,
         models=found,
         code=code,
@@ -208,7 +225,7 @@ def _load(
 
     unready: list[Worker] = []
     for name, (factory, kwargs) in factories.items():
-        at, log = places[name], run.path / "logs" / f"{name}.log"
+        at, log = places["judge" if name == "reference" else name], run.path / "logs" / f"{name}.log"
         worker = start_worker(at.worker, name, factory, kwargs, log, at.environment)
         workers[name] = stack.enter_context(closing(worker))
         if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
@@ -251,6 +268,12 @@ def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dic
     judge = kind_of(job.judge)
     model = start.judge.path if start.judge else None
     factories["judge"] = judge.worker(model, _votes(run), run.path / "judge_wasted.jsonl")
+    if job.eval.reference_judge:
+        path = start.reference.path if start.reference else None
+        votes = _votes(run, "reference_votes")
+        factories["reference"] = kind_of(job.eval.reference_judge).worker(
+            path, votes, run.path / "reference_wasted.jsonl"
+        )
     # Sanity is measured under the frozen base policy, whoever judges.
     if not judge.measures(job, start.judge is not None and start.judge.digest == start.base.digest):
         args = job.policy.chat_template_args
@@ -266,6 +289,7 @@ def _holds(job: Job) -> dict[str, str]:
         "learner": f"{job.policy.model} and its {job.learner.kind} trainer",
         "judge": f"{job.judge.model} ({job.judge.kind})",
         "measurer": f"{job.policy.model}, frozen",
+        "reference": f"{job.eval.reference_judge.model}, who never trains" if job.eval.reference_judge else "",
     }
 
 
@@ -340,10 +364,11 @@ def calibration_of(
     return read_calibration(copy)
 
 
-def _votes(run: RunDir) -> Iterator[Vote]:
-    """Of this run's earlier processes."""
+def _votes(run: RunDir, name: str = "votes") -> Iterator[Vote]:
+    """Of this run's earlier processes, the rows of a stage."""
     stages = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
     return (vote for stage in stages for name in ("votes", "rejudged_votes") for vote in stage.durable(name, Vote))
+    return (vote for stage in stages for vote in stage.durable(name, Vote))
 
 
 def _begun(run: RunDir) -> bool:

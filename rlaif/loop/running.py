@@ -11,6 +11,7 @@ from rlaif.constitutions.constitution import Constitution
 from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Calibration
 from rlaif.judging.candidates import Candidate
+from rlaif.judging.kinds import JudgeKind
 from rlaif.loop.hand_over import HandOver
 from rlaif.loop.in_force import InForce
 from rlaif.records import (
@@ -86,6 +87,16 @@ class Iteration:
         )
 
 
+@dataclass(frozen=True)
+class Referee:
+    """The reference judge (`eval.reference_judge`), at work."""
+
+    kind: JudgeKind[Any]
+    name: str
+    """What ballots call it."""
+    worker: Worker
+
+
 @dataclass
 class Running:
     """A run on its way: its job, its directory, its texts and prompts, its workers."""
@@ -109,6 +120,8 @@ class Running:
     """Code of the user's own that the job names, as plans hold it."""
     calibration: Calibration | None = None
     """In force for the whole run (`filters.calibration`)."""
+    referee: Referee | None = None
+    """Who compares held-out answers and never trains."""
     hand_over: HandOver = field(init=False)
     """Which policy sampler and learner hold."""
 

@@ -13,6 +13,7 @@ from rlaif.monitors.metrics import (
     iteration_metrics,
     juror_agreement,
     learner_metrics,
+    referred,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "iteration_metrics",
     "juror_agreement",
     "learner_metrics",
+    "referred",
 ]

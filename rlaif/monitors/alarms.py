@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from rlaif.config import Monitors
-from rlaif.monitors import answers, judges, leaning, policies
+from rlaif.monitors import answers, hacking, judges, leaning, policies
 from rlaif.monitors.history import Finding, History
 from rlaif.records import Alarm, AlarmKind
 
@@ -33,6 +33,7 @@ KINDS: dict[AlarmKind, Callable[[Any, History], Iterable[Finding]]] = {
     "abstained_drift": judges.abstained_drift,
     "kept_drift": judges.kept_drift,
     "leaning": leaning.leaning,
+    "hacking": hacking.hacking,
 }
 """Kind → what it finds, from its settings and a run so far."""
 

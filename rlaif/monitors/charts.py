@@ -88,19 +88,23 @@ def _shifts(counts: Sequence[Counted], direction: Direction, limit: float, least
     """What each iteration makes certain. Told, the chart starts again: what comes after is held against the new
     level."""
     sign = 1.0 if direction == "up" else -1.0
-    start, since, height = 0, 0, 0.0
+    start, height = 0, 0.0
     for index, count in enumerate(counts):
         # All pairs so far, also those since a shift may have begun: so one iteration's surprise says nothing about the
         # next one's, and few pairs at the beginning, by chance unlike all others, don't add up to a shift.
         height = max(0.0, height + sign * surprise(count, _total(counts[start:index])) - SLACK)
-        if not height:
-            since = index + 1
-        before, now = _total(counts[start:since]), _total(counts[since : index + 1])
-        if height >= limit and before.of and sign * (now.share - before.share) >= least:
-            yield Shift(since, before, now, height)
-            start, since, height = index + 1, index + 1, 0.0
+        found = _likeliest(counts, start, index + 1, sign, height) if height >= limit else None
+        if found and sign * (found.now.share - found.before.share) >= least:
+            start, height = index + 1, 0.0
+            yield found
         else:
             yield None
+
+
+def _likeliest(counts: Sequence[Counted], start: int, end: int, sign: float, height: float) -> Shift:
+    """The shift where it began most surprisingly. The sum may have risen by chance before."""
+    splits = [Shift(i, _total(counts[start:i]), _total(counts[i:end]), height) for i in range(start + 1, end)]
+    return max(splits, key=lambda split: sign * surprise(split.now, split.before))
 
 
 def _total(counts: Sequence[Counted]) -> Counted:

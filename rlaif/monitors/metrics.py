@@ -28,6 +28,7 @@ from rlaif.records import (
     Pair,
     Plan,
     Quality,
+    Referred,
     TrainingRow,
     UpdateStep,
     Vote,
@@ -156,11 +157,12 @@ def evaluation_metrics(
     drift: list[Divergence] | None = None,
     gap: WeightsGap | None = None,
     base: Sequence[Completion] = (),
+    second: Referred | None = None,
 ) -> EvaluationMetrics:
     """An evaluation in numbers; `decisions` are None when nobody was asked: about the base policy itself, or under a
     text without a held-out contrast. `pairs` show the policy's answer first, the base policy's second; an answer equal
     to the base policy's has no pair and counts as tied. `base` holds the base policy's answers. `drift` is empty about
-    the base policy, None where nobody measured it."""
+    the base policy, None where nobody measured it. `second` is what the reference judge says."""
     outcomes: list[Outcome] = []
     by_prompt: list[float] = []
     controlled = LengthControlled()
@@ -189,8 +191,32 @@ def evaluation_metrics(
         relevance=fmean([q.relevance for q in quality if q.tokens] or [0.0]),  # an empty answer has neither
         base_logprob_per_token=fmean([q.logprob_per_token for q in quality if q.tokens] or [0.0]),
         checks={p.id: sum(p.check.passes(c.text) for c in completions) / n for p in constitution.principles if p.check},
+        base_checks={
+            p.id: sum(p.check.passes(c.text) for c in base) / len(base)
+            for p in constitution.principles
+            if p.check and base
+        },
+        referred=second,
         seconds=seconds,
         weights_gap=gap,
+    )
+
+
+def referred(judge: str, completions: list[Completion], pairs: list[Pair], decisions: list[Decision]) -> Referred:
+    """What the reference judge says of held-out answers; arguments as in `evaluation_metrics`."""
+    verdicts = {d.pair_id: d.verdict.outcome for d in decisions}
+    asked = {p.first: verdicts[p.id] for p in pairs}
+    outcomes: list[Outcome] = [asked.get(c.id, "tie") for c in completions]
+    silent = bool(asked) and all(o == "abstain" for o in asked.values())
+    by_prompt = [] if silent else _won_by_prompt(completions, outcomes)
+    return Referred(
+        judge=judge,
+        win_rate=fmean(by_prompt) if by_prompt else None,
+        win_interval=wilson(sum(by_prompt), len(by_prompt)) if by_prompt else None,
+        wins=outcomes.count("first"),
+        losses=outcomes.count("second"),
+        undecided=outcomes.count("tie"),
+        abstained=outcomes.count("abstain"),
     )
 
 

@@ -61,6 +61,8 @@ EVALUATION = (
     Stage("pairs", Pair, ("completions",)),
     Stage("votes", Vote, ("pairs",), resumable=True),
     Stage("decisions", Decision, ("votes",)),
+    Stage("reference_votes", Vote, ("pairs",), resumable=True),
+    Stage("reference_decisions", Decision, ("reference_votes",)),
 )
 """Of an evaluation, in the same order; those after `completions` are there where they are asked for."""
 
