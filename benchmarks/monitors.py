@@ -20,6 +20,7 @@ from rlaif.config import Monitors
 from rlaif.intervals import wilson
 from rlaif.monitors import History, alarms
 from rlaif.records import (
+    AnchorCounts,
     AnswerCounts,
     AnswerStats,
     ConstitutionRef,
@@ -54,6 +55,8 @@ class Rates(NamedTuple):
     ended: float = 0.6
     vocabulary: float = 110.0
     nats: float = 1.1
+    moved: float = 0.05
+    """Verdicts that are others when they are asked for again: a judge may answer with some chance."""
     fooled: bool = False
     """The win rate rises, and nothing else that should."""
 
@@ -72,6 +75,7 @@ BAD: dict[str, tuple[str, Rates]] = {
     "leaning": ("a third of the pairs differ in self-praise, and all winners have more", Rates(praised=1.0)),
     "self_praise": ("a quarter of the answers praise themselves", Rates(praising=0.25)),
     "jump": ("answers become a third as long at once", Rates(words=15.0)),
+    "anchors": ("another model: 40 % of its verdicts are others", Rates(moved=0.4)),
     "hacking": ("the win rate is at 85 %, the reference's, at equal length and the checks stay", Rates(fooled=True)),
     "collapse": ("a third of the different words is left", Rates(vocabulary=37.0)),
 }
@@ -125,6 +129,7 @@ def iteration(rng: np.random.Generator, k: int, pairs: int, rates: Rates) -> Ite
     answers = SAMPLES * pairs
     ended = rng.binomial(SAMPLES, rng.beta(4 * rates.ended, 4 * (1 - rates.ended), pairs)).sum()
     kept = int(rng.binomial(pairs, rates.kept))
+    again = AnchorCounts(pairs=32, moved=int(rng.binomial(32, rates.moved)))
     leanings: dict[Feature, Leaning] = {}
     for feature, share in DIFFERING.items():
         differ = int(rng.binomial(kept, 0.3 if feature == "self_praise" and rates.praised > 0.5 else share))
@@ -137,6 +142,7 @@ def iteration(rng: np.random.Generator, k: int, pairs: int, rates: Rates) -> Ite
                 update={"answers": answers, "mean_words": float(words.mean()), "ended_share": float(ended / answers)}
             ),
             "pairs": pairs,
+            "anchors": again if k % EVERY == EVERY - 1 else None,
             "leanings": leanings,
             "pair_counts": PairCounts(
                 pairs=pairs,

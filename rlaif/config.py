@@ -843,6 +843,19 @@ class KeptDriftMonitor(DriftMonitor):
     """More pairs are kept, or fewer."""
 
 
+class AnchorsMonitor(Monitor):
+    """Pairs that were judged under the text in force are asked about again every few iterations: their verdicts must
+    not move while judge and text don't. A model behind an alias that changes is caught. A judge whose weights the run
+    knows isn't asked."""
+
+    pairs: int = Field(32, ge=1)
+    """Pairs that are asked about again: the first ones under the text. `judge.cache` isn't read for them."""
+    every: int = Field(4, ge=1)
+    """Iterations from one time to the next."""
+    limit: float = Field(0.1, ge=0, le=1)
+    """Share of them whose verdict moved, at most (the lower end of the 95 % interval)."""
+
+
 class HackingMonitor(Monitor):
     """The win rate has risen, and what should have risen with it hasn't: the reference judge's, the length-controlled
     one, or the checks."""
@@ -853,9 +866,9 @@ class HackingMonitor(Monitor):
 
 
 class LeaningMonitor(Monitor):
-    """Winners have more of something than losers that is no merit, in more of the kept pairs than the limit: those of
-    the last 8 iterations under the text, by the lower end of the 95 % interval. What a principle's `check` asks for is
-    no finding, and of what is null nothing is."""
+    """Winners have more of something than losers that is no merit, in more of the kept pairs than the limit. It counts
+    the last 8 iterations under the text, and takes the lower end of the 95 % interval. What a principle's `check` asks
+    for is no finding, and of what is null nothing is."""
 
     length: float | None = Field(0.9, ge=0.5, le=1)
     """Words, or fewer of them."""
@@ -910,6 +923,7 @@ class Monitors(Section):
     order_flip_drift: OrderFlipDriftMonitor = OrderFlipDriftMonitor()
     abstained_drift: AbstainedDriftMonitor = AbstainedDriftMonitor()
     kept_drift: KeptDriftMonitor = KeptDriftMonitor()
+    anchors: AnchorsMonitor = AnchorsMonitor()
     leaning: LeaningMonitor = LeaningMonitor()
     hacking: HackingMonitor = HackingMonitor()
 

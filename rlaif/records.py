@@ -60,6 +60,7 @@ AlarmKind = Literal[
     "order_flip_drift",
     "abstained_drift",
     "kept_drift",
+    "anchors",
     "leaning",
     "hacking",
     "labels",
@@ -663,6 +664,15 @@ class Leaning(Record):
     """... kept pairs in which one side has more."""
 
 
+class AnchorCounts(Record):
+    """What became of verdicts when their pairs were asked about again."""
+
+    pairs: int
+    """With a verdict both times."""
+    moved: int
+    """Whose verdict is another now."""
+
+
 class IterationMetrics(Record):
     """metrics.json of an iteration. What has a default was not counted yet when the first runs were written."""
 
@@ -719,6 +729,8 @@ class IterationMetrics(Record):
     """Of the judged pairs, for charts of the judge; None in what older versions wrote, as the next."""
     answer_counts: AnswerCounts | None = None
     """Of the sampled answers, for monitors of the policy."""
+    anchors: AnchorCounts | None = None
+    """What was asked again; None where nothing was."""
     leanings: dict[Feature, Leaning] = Field(default_factory=dict)
     """What winners have more of."""
     judge_calls: int = 0

@@ -144,10 +144,12 @@ class StubSampler:
 
 
 class StubJudge:
-    """Votes by hash; notes every ballot that it casts, before the loop hears of it."""
+    """Votes by hash; notes every ballot that it casts, before the loop hears of it. A `contrary` one names the
+    other side."""
 
     def __init__(self, casts: str | None = None) -> None:
         self._casts = Path(casts) if casts else None
+        self.contrary = False
 
     def score(self, candidates: list[Any], constitution: Constitution, voices: list[str]) -> Iterator[list[Score]]:
         for voice in voices:
@@ -173,7 +175,7 @@ class StubJudge:
         # The voices agree on most pairs, and on some they don't.
         shared = fraction(ballot.constitution, first, second)
         own = fraction(ballot.voice, ballot.template, first, second)
-        p = shared if own < 0.7 else 1 - shared
+        p = shared if (own < 0.7) != self.contrary else 1 - shared
         outcome = "first" if p > 0.5 else "second"
         return Vote(ballot=ballot, model="stub", outcome=outcome, p_first=p, raw_reply=f"{p:.3f}")
 

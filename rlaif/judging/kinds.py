@@ -70,6 +70,8 @@ class JudgeKind(Generic[S]):
     """How long it takes isn't known from the size of a model here."""
     local_model: str | None = None
     """The model that its worker loads on this machine."""
+    frozen = False
+    """It answers from weights whose digest the run holds: asked again, it says the same."""
     unshown: str | None = None
     """Why its questions can't be shown from the log; None where they can."""
     note_on_reading: str | None = None
@@ -161,6 +163,10 @@ class JudgeKind(Generic[S]):
         """Further arguments of its `cast`. `journal` is a file for the ballots that were sent off."""
         return {}
 
+    def afresh(self) -> dict[str, Any]:
+        """Further arguments of its `cast` for questions that were asked before, to be asked again."""
+        return {}
+
     def again(self, ballots: int) -> str:
         """What becomes of ballots that were sent off when judging was interrupted."""
         return "the call that was in flight is made again"
@@ -214,6 +220,7 @@ class LikelihoodKind(JudgeKind[LikelihoodSettings]):
     """A frozen model that compares likelihoods."""
 
     derives = True
+    frozen = True
     per_principle = True
     shows_slots = False
     own_time = False
@@ -347,6 +354,9 @@ class ChatKind(JudgeKind[ChatSettings]):
 
     def cast_with(self, templates: Sequence[Template], journal: Path | None = None) -> dict[str, Any]:
         return {"templates": templates, "journal": journal}
+
+    def afresh(self) -> dict[str, Any]:
+        return {"fresh": True}
 
     def again(self, ballots: int) -> str:
         return f"{ballots} ballots that had been sent off have no vote, and may be asked twice"

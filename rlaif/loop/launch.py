@@ -267,7 +267,7 @@ def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dic
     }
     judge = kind_of(job.judge)
     model = start.judge.path if start.judge else None
-    factories["judge"] = judge.worker(model, _votes(run), run.path / "judge_wasted.jsonl")
+    factories["judge"] = judge.worker(model, _votes(run, "votes", "anchor_votes"), run.path / "judge_wasted.jsonl")
     if job.eval.reference_judge:
         path = start.reference.path if start.reference else None
         votes = _votes(run, "reference_votes")
@@ -364,11 +364,12 @@ def calibration_of(
     return read_calibration(copy)
 
 
-def _votes(run: RunDir, name: str = "votes") -> Iterator[Vote]:
-    """Of this run's earlier processes, the rows of a stage."""
+def _votes(run: RunDir, *names: str) -> Iterator[Vote]:
+    """Of this run's earlier processes, the rows of some stages."""
     stages = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
     return (vote for stage in stages for name in ("votes", "rejudged_votes") for vote in stage.durable(name, Vote))
     return (vote for stage in stages for vote in stage.durable(name, Vote))
+    return (vote for stage in stages for name in names for vote in stage.durable(name, Vote))
 
 
 def _begun(run: RunDir) -> bool:

@@ -10,6 +10,7 @@ from rlaif.data.prompts import prompts_for
 from rlaif.errors import RunPaused
 from rlaif.judging.calibration import judged_stats
 from rlaif.judging.verdicts import JurorFit
+from rlaif.loop.anchors import ask_again
 from rlaif.loop.evaluation import BASE_POLICY, evaluate
 from rlaif.loop.hand_over import decoding_of, gap_of
 from rlaif.loop.judging import check_calibration, decide, judge, pair, score
@@ -46,6 +47,7 @@ class Loop(Running):
         it.old_pairs = judge_old_pairs(self, it)
         it.training = mix(self, it)
         it.steps = update(self, it)
+        it.anchors = ask_again(self, it)
         if it.plan.evaluate:
             evaluate(self, k + 1, it.plan, it.constitution)
         self._end(it)
@@ -109,6 +111,7 @@ class Loop(Running):
             decoding=decoding_of(it.dir),
             old_pairs=it.old_pairs,
             rejudged=rejudged,
+            anchors=it.anchors,
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(metrics)

@@ -16,6 +16,7 @@ from rlaif.loop.hand_over import HandOver
 from rlaif.loop.in_force import InForce
 from rlaif.records import (
     Alarm,
+    AnchorCounts,
     Completion,
     Decision,
     IterationMetrics,
@@ -66,6 +67,8 @@ class Iteration:
     training: Sequence[TrainingRow] = ()
     """Rows that train, of the type that the learner takes."""
     steps: list[UpdateStep] = field(default_factory=list)
+    anchors: AnchorCounts | None = None
+    """What became of verdicts when their pairs were asked about again; None where none were."""
 
     @property
     def k(self) -> int:

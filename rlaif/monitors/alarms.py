@@ -32,6 +32,7 @@ KINDS: dict[AlarmKind, Callable[[Any, History], Iterable[Finding]]] = {
     "order_flip_drift": judges.order_flip_drift,
     "abstained_drift": judges.abstained_drift,
     "kept_drift": judges.kept_drift,
+    "anchors": judges.anchors,
     "leaning": leaning.leaning,
     "hacking": hacking.hacking,
 }

@@ -6,7 +6,14 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from rlaif.config import AbstainedMonitor, CalibrationShiftMonitor, CutOffWonMonitor, DriftMonitor, JurorMonitor
+from rlaif.config import (
+    AbstainedMonitor,
+    AnchorsMonitor,
+    CalibrationShiftMonitor,
+    CutOffWonMonitor,
+    DriftMonitor,
+    JurorMonitor,
+)
 from rlaif.intervals import wilson
 from rlaif.monitors.charts import Counted, Direction, shift
 from rlaif.monitors.history import Finding, History
@@ -73,6 +80,17 @@ def _drift(
             f"{found.before.share:.0%} before ({found.before.of} pairs), under the same text"
         )
         yield Finding(message, found.height, settings.limit, since)
+
+
+def anchors(settings: AnchorsMonitor, history: History) -> Iterator[Finding]:
+    """It doesn't say what it said, though nothing changed that the run knows of."""
+    found = history.now.anchors
+    if found and wilson(found.moved, found.pairs)[0] > settings.limit:
+        message = (
+            f"asked again, the judge gives another verdict on {found.moved} of {found.pairs} pairs under the same "
+            "text: it may be another model now"
+        )
+        yield Finding(message, found.moved / found.pairs, settings.limit)
 
 
 def calibration_shift(settings: CalibrationShiftMonitor, history: History) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from rlaif.judging.verdicts import JurorFit, juror_verdicts, position_bias
 from rlaif.monitors.counts import answer_counts, leanings, pair_counts
 from rlaif.monitors.length_controlled import Judged, LengthControlled, length_controlled
 from rlaif.records import (
+    AnchorCounts,
     AnswerStats,
     Completion,
     Decision,
@@ -65,6 +66,7 @@ def iteration_metrics(
     decoding: DecodingGap | None = None,
     old_pairs: Sequence[OldPair] = (),
     rejudged: Sequence[Vote] = (),
+    anchors: AnchorCounts | None = None,
 ) -> IterationMetrics:
     """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage,
     `rejudged` are votes on `old_pairs`."""
@@ -112,6 +114,7 @@ def iteration_metrics(
         pair_counts=pair_counts(decisions),
         answer_counts=answer_counts(completions),
         leanings=leanings(completions, pairs, decisions),
+        anchors=anchors,
         judge_calls=sum(v.attempts for v in votes),
         judge_cached=sum(v.cached for v in votes),
         judge_tokens=tokens,

@@ -50,6 +50,7 @@ ITERATION = (
     Stage("policy_distances", PolicyDistance, ("old_pairs",), resumable=True, optional=True),
     Stage("preferences", Preference, ("decisions", "old_pairs", "policy_distances")),
     Stage("updates", UpdateStep, ("preferences",)),
+    Stage("anchor_votes", Vote, resumable=True, optional=True),
 )
 """Of an iteration, in the order of the data flow."""
 
@@ -61,8 +62,8 @@ EVALUATION = (
     Stage("pairs", Pair, ("completions",)),
     Stage("votes", Vote, ("pairs",), resumable=True),
     Stage("decisions", Decision, ("votes",)),
-    Stage("reference_votes", Vote, ("pairs",), resumable=True),
-    Stage("reference_decisions", Decision, ("reference_votes",)),
+    Stage("reference_votes", Vote, ("pairs",), resumable=True, optional=True),
+    Stage("reference_decisions", Decision, ("reference_votes",), optional=True),
 )
 """Of an evaluation, in the same order; those after `completions` are there where they are asked for."""
 
