@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rlaif.audit.summary import reference_line
 from rlaif.audit.verify import verify
 from rlaif.config import Job, Monitors, parse_job
 from rlaif.errors import UserError
@@ -38,6 +39,7 @@ def test_held_out_answers_are_judged_by_who_never_trains(tmp_path: Path) -> None
     assert found.referred.judge == "reference"
     assert found.referred.wins + found.referred.losses + found.referred.undecided + found.referred.abstained == 3
     assert found.base_checks == {"wish": 0.0}
+    assert (reference_line(found) or "").startswith("win rate by the reference judge ")
     trained = {v.ballot.judge for k in (0, 1) for v in run.iteration(k).read("votes", Vote)}
     assert trained == {"stub"}
 
