@@ -60,7 +60,7 @@ def test_a_judge_that_goes_silent(tmp_path: Path) -> None:
 def test_a_judge_that_likes_length(tmp_path: Path) -> None:
     """Under a text whose check asks for the opposite."""
     loop = loop_of(tmp_path)
-    says(loop, lambda a: a.text + " word" * int(9 * fraction(a.text)))
+    says(loop, lambda a: " ".join([a.text, *(f"x{n}" for n in range(int(9 * fraction(a.text))))]))
 
     def longer(vote: Vote, first: str, second: str) -> Vote:
         if vote.ballot.guard or count_words(first) == count_words(second):

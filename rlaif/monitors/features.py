@@ -39,9 +39,9 @@ _RUN = 3
 """Words of a run: one that comes again is a repetition."""
 
 
-def repetition(text: str) -> float:
-    """Share of runs of three words that came before in the same answer."""
-    words = [word.lower() for word in words_of(text)]
+def repetition(text: str, most: int | None = None) -> float:
+    """Share of runs of three words that came before in the same answer, in its first `most` words."""
+    words = [word.lower() for word in words_of(text)][:most]
     runs = [tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
@@ -60,3 +60,13 @@ FEATURES: dict[Feature, Callable[[str], float]] = {
     "to_judge": lambda text: len(_TO_JUDGE.findall(text)),
 }
 """Feature → how much of it an answer has."""
+
+
+def of_both(feature: Feature, one: str, other: str) -> tuple[float, float]:
+    """How much of a feature each of two answers has. The longer one repeats itself more by being longer, so of
+    repetition only as many words count as the shorter has."""
+    if feature == "repetition":
+        words = min(count_words(one), count_words(other))
+        return repetition(one, words), repetition(other, words)
+    much = FEATURES[feature]
+    return much(one), much(other)
