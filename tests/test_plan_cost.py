@@ -49,6 +49,16 @@ def test_a_judge_behind_a_server_is_asked_by_order_template_sample_and_juror() -
     assert one["tokens"]["judged"] < embedded["tokens"]["judged"]
 
 
+def test_what_is_asked_twice_and_of_whom_else_is_in_the_plan() -> None:
+    job = ROOT / "jobs" / "quickstart.yaml"
+    chat = ["judge.kind=chat", "judge.model=m", "pairing.method=random", "iterations=4", "eval.every=4"]
+    second = "eval.reference_judge={kind: likelihood}"
+    embedded, one, both = (estimate(load_job(job, changes), ROOT) for changes in ([], chat, [*chat, second]))
+    assert (embedded["anchor_ballots_at_most"], embedded["reference_ballots_at_most"]) == (0, 0)
+    assert one["anchor_ballots_at_most"] == 2 * min(32, one["pairs_at_most"] * 3 // 4)
+    assert both["reference_ballots_at_most"] > 0
+
+
 WEIGHTS = 2 * plan_cost.REFERENCE_PARAMETERS
 
 

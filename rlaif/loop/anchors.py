@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from rlaif.config import Job
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import aggregate, by_pair
 from rlaif.loop.judging import templates_for
@@ -24,11 +25,18 @@ class _Anchors(NamedTuple):
     votes: list[Vote]
 
 
+def is_due(job: Job, k: int) -> bool:
+    """Whether iteration k is one to ask in."""
+    settings = job.monitors.anchors
+    return settings.action != "off" and not kind_of(job.judge).frozen and (k + 1) % settings.every == 0
+
+
 def ask_again(run: Running, it: Iteration) -> AnchorCounts | None:
     """The iteration's anchors, where it is one to ask in; None where nothing is to be asked."""
     settings, kind = run.job.monitors.anchors, kind_of(run.job.judge)
-    due = settings.action != "off" and not kind.frozen and (it.k + 1) % settings.every == 0
-    if not due and not it.dir.is_complete("anchor_votes"):  # what was asked counts, whatever the settings are now
+    if not is_due(run.job, it.k) and not it.dir.is_complete(
+        "anchor_votes"
+    ):  # what was asked counts, whatever the settings are now
         return None
     anchors = _first_pairs(run, it, settings.pairs)
     if not anchors.votes:

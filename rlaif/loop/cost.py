@@ -11,7 +11,7 @@ import psutil
 from rich.table import Table
 
 from rlaif import models
-from rlaif.config import Job, PlacedRole, Precision
+from rlaif.config import Job, Judge, PlacedRole, Precision
 from rlaif.console import inert, stdout_console
 from rlaif.constitutions.constitution import Constitution, load_constitution
 from rlaif.constitutions.templates import load_template, templates_in
@@ -22,6 +22,7 @@ from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Asked, Calibration, read_calibration
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of
+from rlaif.loop.anchors import is_due
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update, pairs_at_most
 from rlaif.own_code import resolved
@@ -68,6 +69,10 @@ class _Counts(NamedTuple):
     evaluation_ballots: int
     untempered: int
     """Answers that KL is measured on."""
+    anchor_ballots: int
+    """Cast a second time."""
+    reference_ballots: int
+    """Of the reference judge."""
 
 
 class _Tokens(NamedTuple):
@@ -117,6 +122,8 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "evaluations": counts.evaluations,
         "held_out_answers": counts.held_out_answers,
         "evaluation_ballots_at_most": counts.evaluation_ballots,
+        "anchor_ballots_at_most": counts.anchor_ballots,
+        "reference_ballots_at_most": counts.reference_ballots,
         "tokens": {
             "sampled": round(tokens.sampled),
             "judged": round(tokens.judged + tokens.measured),
@@ -175,10 +182,16 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
     pairs = pairs_at_most(job)
     held = min(job.eval.prompts, len(read.held_out)) * job.eval.samples
     schedule = _schedule(job)
+    ballots = scores = eval_ballots = anchor_ballots = reference_ballots = since = 0
+    evaluations = 1  # of the base policy
     ballots = scores = eval_ballots = 0
     evaluated = []
     for k in range(job.iterations):
         constitution = read.constitutions[schedule[max(i for i in schedule if i <= k)]]
+        since = 0 if k in schedule else since + 1  # iterations before, under the same text
+        if is_due(job, k):
+            again = min(job.monitors.anchors.pairs, since * pairs)
+            anchor_ballots += again * _ballots_a_pair(job, constitution, "decide", base_dir)
         ballots += pairs * _ballots_a_pair(job, constitution, "decide", base_dir)
         if job.pairing.method == "best_worst":
             scores += samples * len(kind_of(job.judge).selecting(constitution))
@@ -186,6 +199,9 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
         if last or (k + 1) % job.eval.every == 0 or (k + 1) in schedule:
             evaluated.append(k + 1)
             eval_ballots += held * _ballots_a_pair(job, constitution, "evaluate", base_dir)
+            if (reference := job.eval.reference_judge) is not None:
+                asked = kind_of(reference).as_read(constitution)
+                reference_ballots += held * _ballots_a_pair(job, asked, "evaluate", base_dir, reference)
     evaluations = 1 + len(evaluated)  # with that of the base policy
     return _Counts(
         samples=samples * job.iterations,
@@ -197,6 +213,8 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
         held_out_answers=held * evaluations,
         evaluation_ballots=eval_ballots,
         untempered=min(job.eval.kl_prompts, job.eval.prompts, len(read.held_out)) * (evaluations - 1),
+        anchor_ballots=anchor_ballots,
+        reference_ballots=reference_ballots,
     )
 
 
@@ -286,9 +304,11 @@ def _width(precision: Precision, fast: bool) -> int:
     return 2 if _computes(precision, fast) == "fp32" else 1
 
 
-def _ballots_a_pair(job: Job, constitution: Constitution, role: Role, base_dir: Path) -> int:
-    """Questions to the judge about one pair; for a judge behind a server each is a request."""
-    judge = kind_of(job.judge)
+def _ballots_a_pair(
+    job: Job, constitution: Constitution, role: Role, base_dir: Path, asked: Judge | None = None
+) -> int:
+    """Questions to the job's judge, or to another one, about a pair; for a judge behind a server each is a request."""
+    judge = kind_of(asked or job.judge)
     pair = Pair(id="any", prompt_id="any", first="first", second="second", method="plan")
     folder = base_dir / judge.templates_dir
     names = judge.template_names(constitution, role, templates_in(folder))
@@ -334,9 +354,11 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "iterations": f"{costs['iterations']} ({texts})",
         "prompts": f"{costs['train_prompts']} to train on, {costs['held_out_prompts']} held out",
         "samples": f"{costs['samples']} answers, at most {costs['pairs_at_most']} pairs",
-        "judging": f"{costs['scores']} scores, at most {costs['ballots_at_most']} ballots",
+        "judging": f"{costs['scores']} scores, at most {costs['ballots_at_most']} ballots"
+        + (f", and {again} of them again (monitors.anchors)" if (again := costs["anchor_ballots_at_most"]) else ""),
         "evaluation": f"{costs['evaluations']} times, {costs['held_out_answers']} answers, "
-        f"at most {costs['evaluation_ballots_at_most']} ballots",
+        f"at most {costs['evaluation_ballots_at_most']} ballots"
+        + (f", and {second} of the reference judge" if (second := costs["reference_ballots_at_most"]) else ""),
         "tokens": f"about {tokens['sampled']:,} sampled, {tokens['judged']:,} judged, {tokens['trained']:,} trained on",
         "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores like these, without a GPU, after set-up"
         + (", and the judge's own" if costs["judge_takes_own_time"] else ""),
