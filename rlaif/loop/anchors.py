@@ -34,9 +34,8 @@ def is_due(job: Job, k: int) -> bool:
 def ask_again(run: Running, it: Iteration) -> AnchorCounts | None:
     """The iteration's anchors, where it is one to ask in; None where nothing is to be asked."""
     settings, kind = run.job.monitors.anchors, kind_of(run.job.judge)
-    if not is_due(run.job, it.k) and not it.dir.is_complete(
-        "anchor_votes"
-    ):  # what was asked counts, whatever the settings are now
+    asked_before = it.dir.is_complete("anchor_votes")  # it counts, whatever the settings are now
+    if not asked_before and not is_due(run.job, it.k):
         return None
     anchors = _first_pairs(run, it, settings.pairs)
     if not anchors.votes:
