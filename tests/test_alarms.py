@@ -95,6 +95,15 @@ def test_a_small_difference_is_not_worth_telling() -> None:
     assert not any(shift(counts[: n + 1], "up", 6, 0.0) for n in range(10))
 
 
+def test_iterations_without_pairs_say_nothing() -> None:
+    counts = [Counted(0, 0), *[Counted(20, 24)] * 4, Counted(0, 0), *[Counted(4, 24)] * 2, Counted(0, 0)]
+    found = [shift(counts[: n + 1], "down", 6, 0.15) for n in range(len(counts))]
+    assert [n for n, told in enumerate(found) if told] == [7]
+    told = found[7]
+    assert told is not None
+    assert (told.before, told.now) == (Counted(80, 96), Counted(8, 48))
+
+
 def test_a_surprise_is_a_normal_score_of_the_exact_probability() -> None:
     """3 of 4 after 1 of 4: of 4 so in 8, the first four hold 0, 1, 2 in 1, 16, 36 of 70 ways, and 3 in 16."""
     from statistics import NormalDist

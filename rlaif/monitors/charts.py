@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
+from rlaif.intervals import log_choose
+
 Direction = Literal["up", "down"]
 
 SLACK = 0.5
@@ -58,10 +60,10 @@ def surprise(now: Counted, before: Counted) -> float:
     if not now.of or not before.of:
         return 0.0
     least, most = max(0, every.some - before.of), min(now.of, every.some)
-    ways = _log_choose(every.of, every.some)
+    ways = log_choose(every.of, every.some)
 
     def probability(some: int) -> float:
-        log = _log_choose(now.of, some) + _log_choose(before.of, every.some - some) - ways
+        log = log_choose(now.of, some) + log_choose(before.of, every.some - some) - ways
         return math.exp(log)
 
     below = math.fsum(map(probability, range(least, now.some))) + probability(now.some) / 2
@@ -104,12 +106,9 @@ def _shifts(counts: Sequence[Counted], direction: Direction, limit: float, least
 def _likeliest(counts: Sequence[Counted], start: int, end: int, sign: float, height: float) -> Shift:
     """The shift where it began most surprisingly. The sum may have risen by chance before."""
     splits = [Shift(i, _total(counts[start:i]), _total(counts[i:end]), height) for i in range(start + 1, end)]
+    splits = [split for split in splits if split.before.of and split.now.of]
     return max(splits, key=lambda split: sign * surprise(split.now, split.before))
 
 
 def _total(counts: Sequence[Counted]) -> Counted:
     return Counted(sum(c.some for c in counts), sum(c.of for c in counts))
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
 from rlaif.constitutions.checks import count_words, words_of
-from rlaif.intervals import share
+from rlaif.intervals import log_choose, share
 from rlaif.monitors.features import FEATURES, of_both
 from rlaif.records import AnswerCounts, Completion, Decision, Feature, Leaning, Pair, PairCounts
 
@@ -45,13 +45,9 @@ def vocabulary(texts: Iterable[str], words: int = VOCABULARY_WORDS) -> float | N
     every = count.total()
     if every < words:
         return None
-    ways = _log_choose(every, words)
-    missed = (math.exp(_log_choose(every - n, words) - ways) for n in count.values() if n <= every - words)
+    ways = log_choose(every, words)
+    missed = (math.exp(log_choose(every - n, words) - ways) for n in count.values() if n <= every - words)
     return len(count) - math.fsum(missed)
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def pair_counts(decisions: Sequence[Decision]) -> PairCounts:
