@@ -723,8 +723,8 @@ class Monitor(Section):
 
     action: Literal["warn", "pause", "rollback", "off"] = "warn"
     """`warn`: noted, and the run goes on. `pause`: the run stops after the iteration, and the same command goes on.
-    `rollback`: it stops the same, and says the command that takes it back to the newest iteration at which this was
-    silent. `off`: nobody looks."""
+    `rollback`: it stops the same, taken back to the newest iteration at which this was silent, if `keep_checkpoints`
+    kept that; what came after is kept beside it. `off`: nobody looks."""
 
     @field_validator("action", mode="before")
     @classmethod

@@ -42,6 +42,11 @@ class RunPaused(RlaifError):
 
     exit_code = 3
 
+    def __init__(self, message: str, back_to: int | None = None):
+        """`back_to`: after so many iterations all was well, and the run is to be taken back there."""
+        super().__init__(message)
+        self.back_to = back_to
+
 
 class JudgeUnavailable(UserError):
     """The judge's server is down, or refuses: the run pauses and can be resumed."""

@@ -593,8 +593,30 @@ def test_an_alarm_says_where_it_was_silent(tmp_path: Path) -> None:
     silent = job.model_copy(update={"monitors": Monitors()})
     loop = stub_loop(tmp_path, silent)
     loop.iterate(1)
-    with pytest.raises(RunPaused, match=r"iteration 3: .*silent after iteration 2: `rlaif rollback .*run --to 2`"):
+    with pytest.raises(RunPaused, match=r"iteration 3: .*silent after iteration 2") as e:
         stub_loop(tmp_path, job).run()
+    assert e.value.back_to == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["all", None])
+def test_an_alarm_takes_the_run_back(keep: str | None, tiny_model: Path, tmp_path: Path) -> None:
+    """To before it was raised, where the state of then was kept."""
+    pytest.importorskip("trl")
+    from rlaif.loop.launch import execute
+
+    def job(iterations: int, action: str) -> Job:
+        limits = {"cut_off": {"action": "off"}, "short_answers": {"limit": 99, "action": action}}
+        more: dict[str, Any] = {"schedule": {0: "rules@1"}, "monitors": limits, "keep_checkpoints": keep}
+        return project_job(tmp_path, tiny_model, iterations=iterations, **more)
+
+    execute(job(1, "off"), tmp_path / "run", tmp_path, Quiet())
+    progress = Quiet()
+    said = "is as it was then; what came after is kept in" if keep else "can't go back there"
+    with pytest.raises(RunPaused, match=rf"iteration 2: .*silent after iteration 1, and .*{said}"):
+        execute(job(2, "rollback"), tmp_path / "run", tmp_path, progress, allow_change=True)
+    assert RunDir(tmp_path / "run").iterations() == ([0] if keep else [0, 1])
+    assert any("needs the learner's earlier states" in note for note in progress.notes) == (keep is None)
 
 
 def test_the_evaluation_at_a_change_of_text_raises_the_kl_alarm(tmp_path: Path) -> None:

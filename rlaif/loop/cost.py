@@ -183,8 +183,6 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
     held = min(job.eval.prompts, len(read.held_out)) * job.eval.samples
     schedule = _schedule(job)
     ballots = scores = eval_ballots = anchor_ballots = reference_ballots = since = 0
-    evaluations = 1  # of the base policy
-    ballots = scores = eval_ballots = 0
     evaluated = []
     for k in range(job.iterations):
         constitution = read.constitutions[schedule[max(i for i in schedule if i <= k)]]

@@ -18,14 +18,14 @@ import rlaif
 from rlaif import __version__, models
 from rlaif.config import Job, LikelihoodSettings, changed_keys, may_change, of_run, parse_job
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
-from rlaif.errors import RlaifError, RunInterrupted, UserError
+from rlaif.errors import RlaifError, RunInterrupted, RunPaused, UserError
 from rlaif.hardware import facts as hardware_facts
 from rlaif.hardware import gpu_names
 from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calibration
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of, likelihood_worker
 from rlaif.loop import Loop, Progress
-from rlaif.loop.branch import may_branch
+from rlaif.loop.branch import may_branch, rollback
 from rlaif.loop.in_force import InForce
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update
@@ -82,8 +82,25 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
     Raises:
         UserError: the job, a text, a prompt file or a model can't be used, or another process holds the run.
         RunInterrupted: Ctrl-C or SIGTERM; the same command goes on.
+        RunPaused: an alarm's action says so; the run may have been taken back.
     """
+    try:
+        return _execute(job, run_dir, base_dir, progress, allow_change)
+    except RunPaused as e:  # by now nobody holds the run
+        if e.back_to is None:
+            raise
+        try:
+            before = rollback(run_dir, e.back_to)
+        except UserError as why:
+            raise RunPaused(f"{e}, and it can't go back there ({why}); the same command goes on from here") from None
+        raise RunPaused(f"{e}, and is as it was then; what came after is kept in {before.path}") from None
+
+
+def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_change: bool) -> RunDir:
     job, own = resolved(job)
+    back = [kind for kind, monitor in job.monitors if monitor.action == "rollback"]
+    if back and job.keep_checkpoints is None:
+        progress.note(f"monitors.{back[0]}.action=rollback needs the learner's earlier states: set keep_checkpoints")
     for code in own:
         progress.note(f"code of yours: {code}")
     judge = kind_of(job.judge)

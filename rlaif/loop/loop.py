@@ -183,10 +183,7 @@ class Loop(Running):
             silent = self._silent_after(alarm)
             if silent is None:
                 raise RunPaused(f"{said}=rollback); no earlier iteration was silent; the same command goes on")
-            raise RunPaused(
-                f"{said}=rollback); it was silent after iteration {silent}: `rlaif rollback {self.dir.path} --to "
-                f"{silent}` takes the run back there; the same command goes on from here"
-            )
+            raise RunPaused(f"{said}=rollback); it was silent after iteration {silent}", back_to=silent)
 
     def _silent_after(self, alarm: Alarm) -> int | None:
         """After how many iterations an alarm's kind was silent last, before that began which it tells."""
