@@ -284,7 +284,8 @@ def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dic
     }
     judge = kind_of(job.judge)
     model = start.judge.path if start.judge else None
-    factories["judge"] = judge.worker(model, _votes(run, "votes", "anchor_votes"), run.path / "judge_wasted.jsonl")
+    votes = _votes(run, "votes", "rejudged_votes", "anchor_votes")
+    factories["judge"] = judge.worker(model, votes, run.path / "judge_wasted.jsonl")
     if job.eval.reference_judge:
         path = start.reference.path if start.reference else None
         votes = _votes(run, "reference_votes")
@@ -384,8 +385,6 @@ def calibration_of(
 def _votes(run: RunDir, *names: str) -> Iterator[Vote]:
     """Of this run's earlier processes, the rows of some stages."""
     stages = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
-    return (vote for stage in stages for name in ("votes", "rejudged_votes") for vote in stage.durable(name, Vote))
-    return (vote for stage in stages for vote in stage.durable(name, Vote))
     return (vote for stage in stages for name in names for vote in stage.durable(name, Vote))
 
 
