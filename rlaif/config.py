@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import datetime
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -178,6 +179,40 @@ class OwnSampling(Sampling):
 
     engine: CodeName  # type: ignore[assignment]
     """The class, as `module:Class`."""
+
+
+class Source(Section):
+    """Pairs that exist, in place of fresh ones ([offline.md](offline.md)): nothing is sampled to train on."""
+
+    run: str | None = None
+    """A run directory, whose stored pairs train: iteration k takes those of the k-th of its iterations, starting over
+    when there are fewer."""
+    iterations: str | int | None = None
+    """Which of that run's iterations, from 0: `0-5`, or one; all that are judged when absent."""
+    rejudge: bool = False
+    """Judge the pairs under this job's text. Else their labels are as stored: the run's votes, which this job's filters
+    decide on."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if self.run is None:
+            raise ValueError("source: name a `run`")
+        if self.iterations is not None and not _RANGE.fullmatch(str(self.iterations)):
+            raise ValueError(f"source.iterations: found {self.iterations!r}, expected one or a range, for example 0-5")
+        if self.iterations is not None and not self.wanted:
+            raise ValueError(f"source.iterations: {self.iterations} holds none; the first comes first, as in 0-5")
+        return self
+
+    @property
+    def wanted(self) -> range | None:
+        """The iterations that the job names; None for all."""
+        if self.iterations is None:
+            return None
+        first, _, last = str(self.iterations).partition("-")
+        return range(int(first), int(last or first) + 1)
+
+
+_RANGE = re.compile(r"\d+(-\d+)?")
 
 
 class Pairing(Section):
@@ -757,6 +792,8 @@ class Job(Section):
     """Folder that holds the constitutions."""
     policy: Policy = Policy()
     prompts: Prompts = Prompts()
+    source: Source | None = None
+    """Where pairs come from; absent: from the policy, which is sampled anew in every iteration."""
     sampling: Annotated[
         Annotated[Sampling, Tag("[Sampling]")] | Annotated[OwnSampling, Tag("[OwnSampling]")],
         Discriminator(_tag_by("engine", Sampling, OwnSampling)),

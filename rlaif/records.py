@@ -353,6 +353,7 @@ class Vote(Record):
     usage: Usage = Usage()
     latency_s: float = 0.0
     cached: bool = False
+    """It cost this run nothing: from the cache, or another run's vote that was taken over (`source`)."""
 
 
 class Verdict(Record):
@@ -495,12 +496,41 @@ class ConstitutionRef(Record):
         return f"{self.name}@{self.version}"
 
 
+class InForce(Record):
+    """A text in force, with what its judge reads beside it."""
+
+    constitution: ConstitutionRef
+    templates: dict[str, str] = Field(default_factory=dict)
+    """As in `Plan`."""
+    derived: dict[str, str] = Field(default_factory=dict)
+    """As in `Plan`."""
+
+
+class PlanSource(Record):
+    """Where an iteration's pairs are from, in a run with a `source`: nothing is sampled for it."""
+
+    path: str
+    """Of the run or the data, as the job names it."""
+    iteration: int | None = None
+    """Of that run, from 0; null for data."""
+    iterations: tuple[int, ...] = ()
+    """Those of that run which are taken in turn."""
+    sha256: str
+    """Of what was read: a source that changes is noticed."""
+    rejudged: bool = False
+    """Its pairs are judged under the text in force; else their labels are as stored."""
+    in_force: InForce | None = None
+    """By which held-out answers are judged, where labels are as stored and were given under another text than the one
+    in force: the plan's own `constitution` is the one that the pairs were judged under."""
+
+
 class Plan(Record):
     """What an iteration will do, written before it does anything."""
 
     iteration: int
     seed: int
     constitution: ConstitutionRef
+    """The text that its pairs are judged under."""
     templates: dict[str, str] = Field(default_factory=dict)
     """Judge templates in force, for a judge that reads: name → hash."""
     derived: dict[str, str] = Field(default_factory=dict)
@@ -508,8 +538,20 @@ class Plan(Record):
     code: dict[str, str] = Field(default_factory=dict)
     """Code of the user's own that the job names: `module:name` → sha256 of its source."""
     policy: PolicyVersion
+    """That begins it, and samples unless there is a `source`."""
     prompt_ids: tuple[str, ...]
     evaluate: bool
+    source: PlanSource | None = None
+    """Where its pairs are from; null: from the policy."""
+
+    @property
+    def in_force(self) -> Plan:
+        """The same under the text in force, as held-out answers are judged: another one than the pairs' where they have
+        labels as they were stored."""
+        text = self.source.in_force if self.source else None
+        if text is None:
+            return self
+        return self.model_copy(update={name: getattr(text, name) for name in InForce.model_fields})
 
 
 class AnswerStats(Record):
@@ -551,7 +593,7 @@ class IterationMetrics(Record):
     iteration: int
     constitution: ConstitutionRef
     policy: PolicyVersion
-    """The one that sampled."""
+    """The one that sampled; with a `source`, the one that began the iteration."""
     sampled: AnswerStats
     pairs: int
     votes: int

@@ -118,7 +118,12 @@ def exclude_held_out(
         note(f"{len(given) - len(left)} training prompts are held out, too, and left out; {len(left)} are left")
     if note and renamed:
         note(f"{renamed} training prompts have the id of another held-out one, and are known by their digest instead")
-    return [p.model_copy(update={"id": digest(p.model_dump(mode="json"))}) if p.id in ids else p for p in left]
+    return [p.model_copy(update={"id": held_out_id(p)}) if p.id in ids else p for p in left]
+
+
+def held_out_id(prompt: Prompt) -> str:
+    """How a training prompt is known whose own id is another held-out one's: by its digest."""
+    return digest(prompt.model_dump(mode="json"))
 
 
 def check_enough(train: list[Prompt], settings: Prompts) -> None:

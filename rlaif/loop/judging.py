@@ -83,7 +83,8 @@ def decide(run: Running, it: Iteration) -> list[Decision]:
     filters, of_pair = run.job.filters, by_pair(it.votes)
     # A calibration is a promise about pairs that train; held-out pairs only measure.
     calibration = run.calibration if it.role == "decide" else None
-    how = Asked.by(run.job) if calibration else None
+    asked_by = run.source.job if run.source and it.labels_as_stored else run.job
+    how = Asked.by(asked_by) if calibration else None
 
     def produce(_: list[Decision]) -> Iterator[list[Decision]]:
         jurors = _jurors(run, it)
@@ -108,7 +109,7 @@ def check_calibration(run: Running, it: Iteration) -> None:
     Raises:
         UserError: it isn't, and `filters.uncalibrated` says stop.
     """
-    if run.calibration:
+    if run.calibration and not it.labels_as_stored:
         any_pair = Pair(id="any", prompt_id="any", first="first", second="second", method="check")
         ballots, asked = _ballots(run, it, "decide", [any_pair]), Asked.by(run.job)
         check_calibrated(ballots, run.calibration, run.job.filters, asked=asked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlaif.config import Job
 from rlaif.constitutions.constitution import Constitution
@@ -20,6 +20,7 @@ from rlaif.records import (
     IterationMetrics,
     Pair,
     Plan,
+    PlanSource,
     Prompt,
     Score,
     TrainingRow,
@@ -30,6 +31,9 @@ from rlaif.rundir.stages import EVALUATION, ITERATION
 from rlaif.rundir.store import RunDir, StageDir
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
+
+if TYPE_CHECKING:
+    from rlaif.loop.source import StoredPairs
 
 
 class Progress(Protocol):
@@ -48,7 +52,7 @@ class Iteration:
     plan: Plan
     dir: StageDir
     constitution: Constitution
-    """In force."""
+    """In force; the one that its pairs were judged under, where a `source` gives them with their labels."""
     prompts: dict[str, Prompt]
     """By id; more than it asks for an iteration, just those asked for an evaluation."""
     role: Role = "decide"
@@ -67,6 +71,17 @@ class Iteration:
     def k(self) -> int:
         """The iteration's number, from 0; of an evaluation, that whose plan it follows."""
         return self.plan.iteration
+
+    @property
+    def source(self) -> PlanSource:
+        """Where its pairs are from, in a run with a `source`."""
+        assert self.plan.source is not None, "in a run with a source"
+        return self.plan.source
+
+    @property
+    def labels_as_stored(self) -> bool:
+        """Its pairs have been judged before."""
+        return self.plan.source is not None and not self.plan.source.rejudged
 
     def rows(
         self,
@@ -104,6 +119,8 @@ class Running:
     """Code of the user's own that the job names, as plans hold it."""
     calibration: Calibration | None = None
     """In force for the whole run (`filters.calibration`)."""
+    source: StoredPairs | None = None
+    """Where pairs come from; None: from the policy."""
     hand_over: HandOver = field(init=False)
     """Which policy sampler and learner hold."""
 
@@ -141,7 +158,7 @@ class Running:
 
     def text_number(self, k: int) -> int:
         """The text of iteration k, counted through the run's different texts from 1."""
-        hashes = [self.dir.plan(i).constitution.hash for i in range(k + 1)]
+        hashes = [self.dir.plan(i).in_force.constitution.hash for i in range(k + 1)]
         return list(dict.fromkeys(hashes)).index(hashes[-1]) + 1
 
     def advancing(self, chunks: Iterator[list[Any]]) -> Iterator[list[Any]]:
