@@ -58,6 +58,7 @@ AlarmKind = Literal[
 ]
 
 ReviewRule = Literal["below_agreement", "top_uncertain"]
+RowSource = Literal["judge", "replay", "human", "data"]
 
 
 def digest(value: Any, digits: int = 16) -> str:
@@ -389,7 +390,7 @@ class Verdict(Record):
 
 
 class Decision(Record):
-    """The filter's word on a verdict, and every rule that spoke against it."""
+    """The filter's word on a verdict, or on a data set's label, and every rule that spoke against it."""
 
     pair_id: str
     status: Literal["kept", "dropped", "review"]
@@ -400,6 +401,9 @@ class Decision(Record):
     """What rules of the job's own (`filters.rules`) said against it, by rule."""
     review_rule: ReviewRule | None = None
     """The setting of `filters.review` that sent the pair to review."""
+    source: Literal["votes", "data"] = "votes"
+    """Who says which side is better: the votes on the pair, or (`data`) the label of the data set that it is from. Then
+    nobody voted, and the verdict is empty."""
 
 
 class HumanLabel(Record):
@@ -424,8 +428,8 @@ class TrainingRow(Protocol):
         ...
 
     @property
-    def source(self) -> Literal["judge", "replay", "human"]:
-        """Who said so: this iteration's judge, that of an earlier one, or a person."""
+    def source(self) -> RowSource:
+        """Who said so: this iteration's judge, that of an earlier one, a person, or a data set's label."""
         ...
 
 
@@ -435,8 +439,9 @@ class Preference(Record):
     pair_id: str
     iteration: int
     """The iteration that sampled and judged the pair."""
-    source: Literal["judge", "replay", "human"]
+    source: RowSource
     constitution: str
+    """Hash of the text that it was judged under; empty for a data set's label, which no text was asked about."""
     prompt_id: str
     chosen_id: str
     rejected_id: str
@@ -515,6 +520,8 @@ class PlanSource(Record):
     """Of that run, from 0; null for data."""
     iterations: tuple[int, ...] = ()
     """Those of that run which are taken in turn."""
+    position: int | None = None
+    """Of data: the place of the iteration in the order in which rows are taken, from 0; null for a run."""
     sha256: str
     """Of what was read: a source that changes is noticed."""
     rejudged: bool = False

@@ -14,7 +14,7 @@ from rlaif.audit.verify import verify
 from rlaif.config import Job
 from rlaif.errors import RlaifError, UserError
 from rlaif.loop import Loop
-from rlaif.loop.source import StoredPairs
+from rlaif.loop.source_run import StoredPairs
 from rlaif.records import Completion, Decision, EvaluationMetrics, IterationMetrics, Pair, Preference, UpdateStep, Vote
 from rlaif.rundir.store import RunDir, read_record
 from tests.conftest import project_job

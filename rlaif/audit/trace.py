@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlaif.audit.index import Index
 from rlaif.errors import RlaifError, UserError
-from rlaif.records import Record
+from rlaif.records import Record, RowSource
 from rlaif.rundir.store import RunDir
 
 
@@ -48,7 +48,7 @@ class TracedPreference(Record):
     judged_in: int
     """The one that sampled and judged the pair, from 0."""
     pair_id: str
-    source: Literal["judge", "replay", "human"]
+    source: RowSource
     constitution: str | None
     constitution_hash: str
     prompt: str

@@ -225,12 +225,13 @@ def _print_decision(console: Console, found: PairDetail) -> None:
     if found.decision is None:
         console.print("the decision can't be read" if found.problems else "not decided yet")
         return
-    verdict = found.decision.verdict
-    sent_by = f" ({found.decision.review_rule})" if found.decision.review_rule else ""
-    console.print(
-        f"verdict: [bold]{verdict.outcome}[/], p(first) {number(verdict.p_first, 3)}, agreement "
-        f"{number(verdict.agreement, 3)}; decision: [bold]{found.decision.status}[/]{sent_by}"
-    )
+    decision, verdict = found.decision, found.decision.verdict
+    sent_by = f" ({decision.review_rule})" if decision.review_rule else ""
+    said = f"verdict: [bold]{verdict.outcome}[/], p(first) {number(verdict.p_first, 3)}, "
+    said += f"agreement {number(verdict.agreement, 3)}"
+    if decision.source == "data":
+        said = f"nobody voted: the data set that it is from calls {decision.winner or 'neither'} better"
+    console.print(f"{said}; decision: [bold]{decision.status}[/]{sent_by}")
     for rule in found.rules:
         mark = "[green]passed[/]" if rule.passed else "[red]against[/]"
         console.print(f"  {mark}  {inert(f'{rule.name:13} {rule.sentence}')}")

@@ -10,7 +10,7 @@ from rlaif.constitutions.templates import Template
 from rlaif.errors import RlaifError
 from rlaif.judging.ballots import Role, rounds, settled
 from rlaif.judging.calibration import EVERYTHING, Asked, ends_of
-from rlaif.judging.filters import check_calibrated, decide_votes, to_review
+from rlaif.judging.filters import check_calibrated, decide_label, decide_votes, to_review
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
 from rlaif.loop.pairing import make_pairs
@@ -83,13 +83,16 @@ def decide(run: Running, it: Iteration) -> list[Decision]:
     filters, of_pair = run.job.filters, by_pair(it.votes)
     # A calibration is a promise about pairs that train; held-out pairs only measure.
     calibration = run.calibration if it.role == "decide" else None
-    asked_by = run.source.job if run.source and it.labels_as_stored else run.job
-    how = Asked.by(asked_by) if calibration else None
+    asked_by = run.source.asked_by if run.source and it.labels_as_stored else run.job
+    how = Asked.by(asked_by) if calibration and asked_by else None
 
     def produce(_: list[Decision]) -> Iterator[list[Decision]]:
         jurors = _jurors(run, it)
         made = []
         for p in it.pairs:
+            if (label := it.labels.get(p.id)) is not None:
+                made.append(decide_label(p, label, texts))
+                continue
             part = it.prompts[p.prompt_id].category or EVERYTHING
             asked = how and how._replace(ends=ends_of(p, cut))
             made.append(

@@ -29,7 +29,8 @@ from rlaif.loop.branch import may_branch
 from rlaif.loop.in_force import InForce
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update
-from rlaif.loop.source import StoredPairs, open_source
+from rlaif.loop.running import PairSource
+from rlaif.loop.source import open_source
 from rlaif.loop.training import mix_for
 from rlaif.own_code import resolved
 from rlaif.records import SCHEMA_VERSION, Message, Prompt, Vote, digest
@@ -61,7 +62,7 @@ class _Start:
     held_out: list[Prompt]
     rows: dict[str, str]
     """Where each prompt stands in its file, by id; empty for a run that has its copies."""
-    source: StoredPairs | None
+    source: PairSource | None
     """Where pairs come from; None: from the policy."""
     calibration: Calibration | None
     base: WeightsRef
@@ -146,7 +147,7 @@ def _look(
     _clear_failed_start(run, job, own_code)
     check_code(run, own_code)
     changed = check_resume(run, job, allow_change)
-    source = open_source(job, base_dir, run)
+    source = open_source(job, base_dir, run, note)
     if not _begun(run):
         check_can_update(job, source.pairs_at_most if source else None)
         (run.path / _STARTING).touch()
@@ -212,6 +213,8 @@ def _load(
             asked[:] = start.train if start.source else sampled, held_out
             if asked != [start.train, start.held_out]:
                 _copy_prompts(run, *asked)
+            if start.source:
+                start.source.check_answers(workers["sampler"], note)
         elif start.changed:
             _check_still_askable(job, workers["sampler"], [*to_sample, *start.held_out])
 
@@ -453,7 +456,7 @@ def prompts_of(
     base_dir: Path,
     note: Callable[[str], None] | None = None,
     rows: dict[str, str] | None = None,
-    source: StoredPairs | None = None,
+    source: PairSource | None = None,
 ) -> tuple[list[Prompt], list[Prompt]]:
     """The run's own copies, made at the start: a prompt file that changes or vanishes can't change a run. `rows`
     gets where each prompt stands in its file, by id, when they are made. With a `source`, those that train are its."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rlaif.config import Job
 from rlaif.constitutions.constitution import Constitution
+from rlaif.data.prompts import held_out_id
 from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Calibration
 from rlaif.judging.candidates import Candidate
@@ -23,6 +24,7 @@ from rlaif.records import (
     PlanSource,
     Prompt,
     Score,
+    Side,
     TrainingRow,
     UpdateStep,
     Vote,
@@ -31,9 +33,6 @@ from rlaif.rundir.stages import EVALUATION, ITERATION
 from rlaif.rundir.store import RunDir, StageDir
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
-
-if TYPE_CHECKING:
-    from rlaif.loop.source import StoredPairs
 
 
 class Progress(Protocol):
@@ -62,6 +61,8 @@ class Iteration:
     scores: list[Score] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     votes: list[Vote] = field(default_factory=list)
+    labels: dict[str, Side] = field(default_factory=dict)
+    """Of pairs that a data set labelled, and nobody voted on: by pair."""
     decisions: list[Decision] = field(default_factory=list)
     training: Sequence[TrainingRow] = ()
     """Rows that train, of the type that the learner takes."""
@@ -96,6 +97,49 @@ class Iteration:
         )
 
 
+class Taken(NamedTuple):
+    """What a source gives an iteration, under the iteration's own ids."""
+
+    completions: list[Completion]
+    scores: list[Score]
+    pairs: list[Pair]
+    votes: list[Vote]
+
+
+class PairSource(Protocol):
+    """Where pairs come from in place of the policy: a run (`source_run`) or a data set (`source_data`)."""
+
+    prompts: list[Prompt]
+    """What its pairs are answers to."""
+    asked_by: Job | None
+    """The job whose judge cast the stored votes; None where nobody voted."""
+
+    @property
+    def pairs_at_most(self) -> int:
+        """Of one iteration."""
+
+    def check_tokenizer(self, found: Mapping[str, str | None]) -> None:
+        """Whether its token ids, if it has any, are those of the policy's tokenizer (`models.tokenizer_identity`)."""
+
+    def settle(self, train: Sequence[Prompt]) -> None:
+        """Leaves out pairs whose prompts aren't among `train`: the run's copies of `prompts`, but the held-out ones."""
+
+    def check_answers(self, sampler: Worker, note: Callable[[str], None]) -> None:
+        """Whether its answers can train, before any does; `note` is told how many are left out."""
+
+    def planned(self, plan: Plan, position: int, run: RunDir) -> Plan:
+        """The plan of the iteration at `position` among those with a source, from 0; copies the texts that it names."""
+
+    def check(self, noted: PlanSource) -> None:
+        """Whether it still is what a plan noted."""
+
+    def labels(self, it: Iteration) -> dict[str, Side]:
+        """Of an iteration's pairs that nobody voted on."""
+
+    def take(self, it: Iteration, sampler: Worker) -> Taken:
+        """What an iteration is given; `sampler` knows the policy's tokens."""
+
+
 @dataclass
 class Running:
     """A run on its way: its job, its directory, its texts and prompts, its workers."""
@@ -119,7 +163,7 @@ class Running:
     """Code of the user's own that the job names, as plans hold it."""
     calibration: Calibration | None = None
     """In force for the whole run (`filters.calibration`)."""
-    source: StoredPairs | None = None
+    source: PairSource | None = None
     """Where pairs come from; None: from the policy."""
     hand_over: HandOver = field(init=False)
     """Which policy sampler and learner hold."""
@@ -171,6 +215,13 @@ class Running:
 def candidates(completions: Iterable[Completion], prompts: dict[str, Prompt]) -> list[Candidate]:
     """Completions as a judge needs them."""
     return [Candidate.of(c, prompts[c.prompt_id]) for c in completions]
+
+
+def may_train(prompts: Iterable[Prompt], train: Iterable[Prompt]) -> dict[str, str]:
+    """Id in a source → id among the prompts that train (`exclude_held_out`), of those that are there."""
+    mine = {p.id for p in train}
+    known = {p.id: (p.id, held_out_id(p)) for p in prompts}
+    return {old: next(i for i in ids if i in mine) for old, ids in known.items() if mine & {*ids}}
 
 
 def in_order(completions: list[Completion], prompt_ids: Iterable[str]) -> list[Completion]:
