@@ -220,6 +220,11 @@ class Source(Section):
             raise ValueError(f"source.iterations: {self.iterations} holds none; the first comes first, as in 0-5")
         return self
 
+    def __str__(self) -> str:
+        which = "all iterations" if self.iterations is None else f"iterations {self.iterations}"
+        what = f"pairs of {self.data}" if self.run is None else f"pairs of {self.run}, {which}"
+        return f"{what}, {'judged again' if self.rejudge else 'labels as stored'}"
+
     @property
     def wanted(self) -> range | None:
         """The iterations that the job names; None for all."""

@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlaif.audit.verify import verify
-from rlaif.config import Job
 from rlaif.errors import RlaifError, UserError
-from rlaif.loop import Loop
 from rlaif.loop.source_run import StoredPairs
 from rlaif.records import Completion, Decision, EvaluationMetrics, IterationMetrics, Pair, Preference, UpdateStep, Vote
 from rlaif.rundir.store import RunDir, read_record
 from tests.conftest import project_job
 from tests.data.make_run import write_header
+from tests.offline import offline_job, offline_loop
 from tests.stubs import Quiet, stub_job, stub_loop
+from tests.test_resume import outcome
 
 SAME = ("completions", "scores", "pairs", "decisions", "preferences")
 
@@ -35,20 +37,6 @@ def online(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return loop.dir
 
 
-def offline_job(online: RunDir, rejudge: bool = False, iterations: str | None = None) -> Job:
-    return stub_job(source={"run": str(online.path), "iterations": iterations, "rejudge": rejudge})
-
-
-def offline_loop(root: Path, job: Job) -> Loop:
-    """A stub loop over `root/run` as a launch makes it, whose sampler may only be asked held-out prompts."""
-    loop = stub_loop(root, job)
-    write_header(loop.dir.path, job)
-    plans = [loop.dir.plan(k) for k in loop.dir.iterations()]
-    loop.source = StoredPairs(job.source, root, [plan.source for plan in plans if plan.source])
-    loop.source.settle(loop.train)
-    return loop
-
-
 def rows(run: RunDir, k: int, stage: str) -> str:
     return (run.iteration(k).path / f"{stage}.jsonl").read_text()
 
@@ -60,7 +48,7 @@ def casts(root: Path) -> list[str]:
 
 def test_an_offline_counterpart_has_the_rows_and_the_policies_of_the_run(online: RunDir, tmp_path: Path) -> None:
     """Same seed, same base, the run's own pairs: nothing can differ."""
-    loop = offline_loop(tmp_path, offline_job(online))
+    loop = offline_loop(tmp_path, offline_job(online.path))
     loop.run()
     assert loop.dir.iterations() == online.iterations()
     for k in online.iterations():
@@ -75,7 +63,7 @@ def test_an_offline_counterpart_has_the_rows_and_the_policies_of_the_run(online:
 
 
 def test_votes_that_are_taken_over_cost_nothing(online: RunDir, tmp_path: Path) -> None:
-    loop = offline_loop(tmp_path, offline_job(online))
+    loop = offline_loop(tmp_path, offline_job(online.path))
     loop.run()
     votes = loop.dir.iteration(0).read("votes", Vote)
     assert all(v.cached and not v.attempts for v in votes)
@@ -140,7 +128,7 @@ def test_rejudged_pairs_are_judged_under_the_text_in_force(online: RunDir, tmp_p
 def test_a_run_that_is_stopped_goes_on(
     stop: str, rejudge: bool, online: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = offline_job(online, rejudge, iterations="1-2")
+    job = offline_job(online.path, rejudge, iterations="1-2")
     whole = offline_loop(tmp_path / "whole", job)
     whole.run()
     with monkeypatch.context() as patch:
@@ -181,22 +169,22 @@ def test_a_source_that_changed_since_its_plan_is_noticed(
     with monkeypatch.context() as patch:
         patch.setattr("rlaif.loop.loop.take_over", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            offline_loop(tmp_path / "ours", offline_job(theirs)).run()
+            offline_loop(tmp_path / "ours", offline_job(theirs.path)).run()
     file = theirs.iteration(0).path / "votes.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[1:]))
     with pytest.raises(RlaifError, match=r"votes.jsonl: was changed after it was written"):
-        offline_loop(tmp_path / "ours", offline_job(theirs)).run()
+        offline_loop(tmp_path / "ours", offline_job(theirs.path)).run()
     meta = theirs.iteration(0).path / "votes.meta.json"
     content = json.loads(meta.read_text())
     meta.write_text(json.dumps(content | {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}))
     with pytest.raises(UserError, match=r"iteration 0 of .*theirs isn't what it was when this run's plan was written"):
-        offline_loop(tmp_path / "ours", offline_job(theirs)).run()
+        offline_loop(tmp_path / "ours", offline_job(theirs.path)).run()
 
 
 def test_iterations_that_are_not_there_are_named(online: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source.iterations: 2-7: the judged iterations of .* are 0-3"):
-        StoredPairs(offline_job(online, iterations="2-7").source, tmp_path)
+        StoredPairs(offline_job(online.path, iterations="2-7").source, tmp_path)
 
 
 # A whole launch: the tiny model, real sampler, judge and learner.
@@ -219,3 +207,20 @@ def test_the_offline_counterpart_makes_the_same_updates_to_the_bit(tiny_model: P
         assert run.iteration(k).policy_made() == again.iteration(k).policy_made() is not None
     assert (again.path / "prompts" / "train.jsonl").read_text() in (run.path / "prompts" / "train.jsonl").read_text()
     assert verify(again).holds
+
+
+@pytest.mark.parametrize(
+    "rejudge", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.nightly)]
+)
+def test_a_killed_run_trains_as_an_unkilled_one(rejudge: bool, online: RunDir, tmp_path: Path) -> None:
+    """Killed at writes of every stage, some twice, and resumed to its end."""
+    command = [sys.executable, "-m", "tests.kill_driver", str(tmp_path), "36", "0", str(online.path), str(int(rejudge))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert {k["exits"][-1] for k in said["kills"]} == {0}
+    assert {k["stage"] for k in said["kills"]} == {*said["stages"]}
+    expected = outcome(tmp_path / "whole" / "run")
+    for kill in said["kills"]:
+        assert outcome(tmp_path / kill["folder"] / "run") == expected, kill["label"]
+        assert not kill["again"], kill["label"]

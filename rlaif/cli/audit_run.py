@@ -90,6 +90,7 @@ def _about(found: Overview, most: int | None = None) -> list[str]:
     kept = share(t.kept / t.decided if t.decided else None)
     lines = [
         f"[bold]{inert(found.run)}[/]  {done} of {found.iterations_planned or '?'} iterations done",
+        *([f"source: {inert(found.source)}"] if found.source else []),
         "texts: " + "  ".join(_last(texts, most, "earlier")),
         f"pairs {t.pairs}, kept {t.kept} ({kept}), dropped {t.dropped}"
         + (f" ({counts(t.reasons)})" if t.reasons else "")

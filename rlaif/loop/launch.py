@@ -149,7 +149,7 @@ def _look(
     changed = check_resume(run, job, allow_change)
     source = open_source(job, base_dir, run, note)
     if not _begun(run):
-        check_can_update(job, source.pairs_at_most if source else None)
+        check_can_update(job, source)
         (run.path / _STARTING).touch()
     in_force = InForce(job, run, base_dir, note)
     rows: dict[str, str] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 from rlaif.config import Job
 from rlaif.errors import UserError
@@ -81,13 +81,20 @@ def pairs_at_most(job: Job) -> int:
     return job.prompts.per_iteration * min(pairing.max_pairs_per_prompt, possible)
 
 
-def check_can_update(job: Job, given: int | None = None) -> None:
-    """Whether an iteration can have enough pairs for an update; `given` are the most that a `source` gives one.
+class Gives(Protocol):
+    """A source of pairs, as far as it is counted here."""
+
+    def pairs_in(self, position: int) -> int: ...
+
+
+def check_can_update(job: Job, source: Gives | None = None) -> None:
+    """Whether an iteration can have enough pairs for an update; `source` gives them, if the job has one.
 
     Raises:
         UserError: not even if every pair were kept.
     """
-    if given is not None:
+    if source is not None:
+        given = max(source.pairs_in(position) for position in range(job.iterations))
         if given < job.filters.min_kept_pairs and job.filters.review is None:
             raise UserError(
                 f"filters.min_kept_pairs={job.filters.min_kept_pairs}: no iteration of the source has more pairs than "

@@ -114,9 +114,8 @@ class PairSource(Protocol):
     asked_by: Job | None
     """The job whose judge cast the stored votes; None where nobody voted."""
 
-    @property
-    def pairs_at_most(self) -> int:
-        """Of one iteration."""
+    def pairs_in(self, position: int) -> int:
+        """Pairs of the iteration at this place among those with a source, from 0; held-out ones not yet left out."""
 
     def check_tokenizer(self, found: Mapping[str, str | None]) -> None:
         """Whether its token ids, if it has any, are those of the policy's tokenizer (`models.tokenizer_identity`)."""

@@ -20,23 +20,25 @@ from rlaif.rundir.store import RunDir
 
 
 def open_source(
-    job: Job, base_dir: Path, run: RunDir, note: Callable[[str], None] = lambda message: None
+    job: Job, base_dir: Path, run: RunDir | None = None, note: Callable[[str], None] = lambda message: None
 ) -> PairSource | None:
-    """The job's source; None where its policy samples. `note` is told what a reader of the data should know.
+    """The job's source; None where its policy samples. `run` is the run that takes it, where there is one; `note` is
+    told what a reader of the data should know.
 
     Raises:
         UserError: it can't be used, or isn't any more what the run's last plan noted.
     """
     if job.source is None:
         return None
-    plans = [run.plan(k) for k in run.iterations() if (run.iteration(k).path / "plan.json").exists()]
+    begun = run.iterations() if run else []
+    plans = [run.plan(k) for k in begun if run and (run.iteration(k).path / "plan.json").exists()]
     noted = [plan.source for plan in plans if plan.source]
     source: PairSource
     if job.source.run is not None:
         source = StoredPairs(job.source, base_dir, noted)
     else:
         source = LabelledPairs(job.source, job, base_dir, note)
-    if noted and not (run.iteration(plans[-1].iteration).path / "metrics.json").exists():
+    if run and noted and not (run.iteration(plans[-1].iteration).path / "metrics.json").exists():
         source.check(noted[-1])
     return source
 

@@ -73,9 +73,8 @@ class LabelledPairs:
         self._ids: Mapping[str, str] = {}
         self.asked_by: Job | None = None
 
-    @property
-    def pairs_at_most(self) -> int:
-        """Of one iteration."""
+    def pairs_in(self, position: int) -> int:
+        """As many in every iteration."""
         return min(self._job.prompts.per_iteration, len(self._all))
 
     def check_tokenizer(self, found: Mapping[str, str | None]) -> None:

@@ -58,10 +58,10 @@ class StoredPairs:
         """What its pairs are answers to."""
         self._ids: Mapping[str, str] = {}
 
-    @property
-    def pairs_at_most(self) -> int:
-        """Of one iteration."""
-        return max(self._run.iteration(k).meta("pairs")["rows"] for k in self.iterations)
+    def pairs_in(self, position: int) -> int:
+        """Of the iteration at this place, from 0; those of held-out prompts not yet left out."""
+        rows: int = self._run.iteration(self._at(position)).meta("pairs")["rows"]
+        return rows
 
     def check_tokenizer(self, found: Mapping[str, str | None]) -> None:
         """Whether its token ids are this policy's; `found` is the policy's `models.tokenizer_identity`.
@@ -93,7 +93,7 @@ class StoredPairs:
     def planned(self, plan: Plan, position: int, run: RunDir) -> Plan:
         """The plan of the iteration at `position` among those with a source, from 0. Copies the texts that its pairs
         were judged under into `run`, where labels are as stored."""
-        k = self.iterations[position % len(self.iterations)]
+        k = self._at(position)
         theirs = self._run.plan(k)
         update = {"prompt_ids": tuple(self._ids[p] for p in theirs.prompt_ids if p in self._ids)}
         noted = PlanSource(
@@ -161,6 +161,9 @@ class StoredPairs:
             known = [v for v in here.read("votes", Vote) if v.ballot.pair_id in pairs]
             votes = [_taken_over(v, pairs[v.ballot.pair_id]) for v in known]
         return Taken([*completions.values()], scores, [*pairs.values()], votes)
+
+    def _at(self, position: int) -> int:
+        return self.iterations[position % len(self.iterations)]
 
     def _digest(self, k: int) -> str:
         """Of what an iteration has to be taken over.
