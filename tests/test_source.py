@@ -13,9 +13,20 @@ from typing import Any
 import pytest
 
 from rlaif.audit.verify import verify
+from rlaif.data.prompts import exclude_held_out, held_out_id
 from rlaif.errors import RlaifError, UserError
 from rlaif.loop.source_run import StoredPairs
-from rlaif.records import Completion, Decision, EvaluationMetrics, IterationMetrics, Pair, Preference, UpdateStep, Vote
+from rlaif.records import (
+    Completion,
+    Decision,
+    EvaluationMetrics,
+    IterationMetrics,
+    Pair,
+    Preference,
+    Score,
+    UpdateStep,
+    Vote,
+)
 from rlaif.rundir.store import RunDir, read_record
 from tests.conftest import project_job
 from tests.data.make_run import write_header
@@ -185,6 +196,55 @@ def test_a_source_that_changed_since_its_plan_is_noticed(
 def test_iterations_that_are_not_there_are_named(online: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source.iterations: 2-7: the judged iterations of .* are 0-3"):
         StoredPairs(offline_job(online.path, iterations="2-7").source, tmp_path)
+
+
+def test_held_out_prompts_never_train(online: RunDir, tmp_path: Path) -> None:
+    """Some are held out here that trained there, and one has the id of another held-out one."""
+    job = offline_job(online.path, iterations="0-1")
+    loop = offline_loop(tmp_path, job)
+    assert loop.source is not None
+    asked = online.plan(0).prompt_ids
+    known = {p.id: p for p in loop.train}
+    other = known[asked[2]].model_copy(update={"messages": known[asked[3]].messages})
+    held_out = [*loop.held_out, known[asked[0]], known[asked[1]], other]
+    notes: list[str] = []
+    loop.train = exclude_held_out(loop.source.prompts, held_out, notes.append)
+    loop.source.settle(loop.train)
+    loop.run()
+    assert any("3 training prompts are held out" in said for said in notes)
+    mine, theirs = loop.dir.iteration(0), online.iteration(0)
+    left = {p.prompt_id for p in mine.read("pairs", Pair)}
+    assert left == {*asked} - {*asked[:4]} | {held_out_id(known[asked[2]])}
+    assert {c.prompt_id for c in mine.read("completions", Completion)} == left == {*loop.dir.plan(0).prompt_ids}
+    assert len(mine.read("votes", Vote)) == len(theirs.read("votes", Vote)) * len(left) // len(asked)
+    assert {s.prompt_id for s in mine.read("scores", Score)} == left
+
+
+def test_an_iteration_whose_prompts_are_all_held_out_is_named(online: RunDir, tmp_path: Path) -> None:
+    source = StoredPairs(offline_job(online.path, iterations="1").source, tmp_path)
+    with pytest.raises(UserError, match=r"no prompt of iteration 1 of .*held out; leave it out"):
+        source.settle([p for p in source.prompts if p.id not in online.plan(1).prompt_ids])
+
+
+def test_another_tokenizers_run_is_refused(online: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(online.path, tmp_path / "theirs")
+    header = json.loads((tmp_path / "theirs" / "run.json").read_text())
+    header["models"]["tokenizer"] = "theirs"
+    (tmp_path / "theirs" / "run.json").write_text(json.dumps(header))
+    source = StoredPairs(offline_job(tmp_path / "theirs").source, tmp_path)
+    source.check_tokenizer({"tokenizer": "theirs", "chat_template": "another"})
+    with pytest.raises(UserError, match=r"theirs was sampled with another tokenizer \(theirs; policy.model has ours\)"):
+        source.check_tokenizer({"tokenizer": "ours", "chat_template": None})
+
+
+def test_a_source_is_counted_from_where_it_began(online: RunDir, tmp_path: Path) -> None:
+    """As a branch has it, that goes on offline."""
+    stub_loop(tmp_path, stub_job(iterations=3)).run()
+    loop = offline_loop(tmp_path, offline_job(online.path, iterations="0-1"))
+    loop.run()
+    assert [loop.dir.plan(k).source and loop.dir.plan(k).source.iteration for k in range(4)] == [None, None, None, 0]
+    ids = [p.id for k in range(4) for p in loop.dir.iteration(k).read("pairs", Pair)]
+    assert len(ids) == len({*ids})
 
 
 # A whole launch: the tiny model, real sampler, judge and learner.

@@ -16,11 +16,12 @@ from rlaif.config import Job, parse_job
 from rlaif.data.labelled import read_to_train
 from rlaif.errors import RunInterrupted, UserError
 from rlaif.loop.source_data import LabelledPairs
+from rlaif.loop.source_run import StoredPairs
 from rlaif.records import Completion, Decision, EvaluationMetrics, IterationMetrics, Message, Pair, Preference, Vote
 from rlaif.rendering import Renderer
 from rlaif.rundir.store import RunDir, read_record
 from tests.chat_tokenizers import KINDS
-from tests.conftest import project_job
+from tests.conftest import project_job, rlaif_here
 from tests.stubs import Quiet
 
 USER, ANSWER = "How do I keep  bread fresh?", "Put it into a <b>bag</b> 🙂 'now'"
@@ -216,6 +217,29 @@ def test_such_a_run_is_verified_measured_and_replayed(trained: RunDir, tmp_path:
     settings, _ = settings_of(trained, tmp_path, overrides=["filters.min_agreement=1.0"])
     again = replay(trained, settings)
     assert (again.total("kept_before"), again.total("kept_after"), again.problems) == (12, 12, ())
+
+
+@pytest.mark.slow
+def test_the_audit_says_that_nobody_voted(trained: RunDir) -> None:
+    pair = trained.iteration(0).read("pairs", Pair)[0].id
+    said = {name: " ".join(rlaif_here("audit", str(trained.path), *more).stdout.split()) for name, more in {
+        "overview": (), "show": ("show", pair), "trace": ("trace", "3"),
+    }.items()}  # fmt: skip
+    assert "source: pairs of pairs.jsonl, labels as stored" in said["overview"]
+    assert "labelled by the data set that it is from, paired by labelled" in said["show"]
+    assert "nobody voted: the data set that it is from calls" in said["show"]
+    assert "no text: 12 preferences with the label of a data set" in said["trace"]
+    assert "replay" in said["trace"]
+
+
+@pytest.mark.slow
+def test_a_run_on_data_is_no_source_of_labels(trained: RunDir, tmp_path: Path) -> None:
+    """It has no votes; its pairs can be judged."""
+    job = parse_job({"constitution": "rules", "source": {"run": str(trained.path)}}, "test")
+    assert job.source is not None
+    with pytest.raises(UserError, match=r"iteration 0 of .* has a data set's labels and no votes"):
+        StoredPairs(job.source, tmp_path)
+    StoredPairs(job.source.model_copy(update={"rejudge": True}), tmp_path)
 
 
 @pytest.mark.slow
