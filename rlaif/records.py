@@ -501,8 +501,8 @@ class ConstitutionRef(Record):
         return f"{self.name}@{self.version}"
 
 
-class InForce(Record):
-    """A text in force, with what its judge reads beside it."""
+class PlanTexts(Record):
+    """The text in force, with what its judge reads beside it."""
 
     constitution: ConstitutionRef
     templates: dict[str, str] = Field(default_factory=dict)
@@ -526,7 +526,7 @@ class PlanSource(Record):
     """Of what was read: a source that changes is noticed."""
     rejudged: bool = False
     """Its pairs are judged under the text in force; else their labels are as stored."""
-    in_force: InForce | None = None
+    in_force: PlanTexts | None = None
     """By which held-out answers are judged, where labels are as stored and were given under another text than the one
     in force: the plan's own `constitution` is the one that the pairs were judged under."""
 
@@ -558,7 +558,7 @@ class Plan(Record):
         text = self.source.in_force if self.source else None
         if text is None:
             return self
-        return self.model_copy(update={name: getattr(text, name) for name in InForce.model_fields})
+        return self.model_copy(update={name: getattr(text, name) for name in PlanTexts.model_fields})
 
 
 class AnswerStats(Record):

@@ -14,7 +14,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.loop.in_force import copy_texts
 from rlaif.loop.pairing import pair_id
 from rlaif.loop.running import Iteration, Taken, may_train
-from rlaif.records import Completion, InForce, Pair, Plan, PlanSource, Prompt, Score, Side, Vote, digest
+from rlaif.records import Completion, Pair, Plan, PlanSource, PlanTexts, Prompt, Score, Side, Vote, digest
 from rlaif.rundir.store import RunDir, file_digest, read_rows
 from rlaif.workers.worker import Worker
 
@@ -106,7 +106,7 @@ class StoredPairs:
         if self.settings.rejudge:
             return plan.model_copy(update={**update, "source": noted})
         copy_texts(self._run, theirs, run)
-        here, there = (InForce(**{n: getattr(p, n) for n in InForce.model_fields}) for p in (plan, theirs))
+        here, there = (PlanTexts(**{n: getattr(p, n) for n in PlanTexts.model_fields}) for p in (plan, theirs))
         noted = noted.model_copy(update={"in_force": None if here == there else here})
         return plan.model_copy(update={**update, **dict(there), "source": noted})
 

@@ -222,11 +222,7 @@ def _caveats(facts: Facts, job: dict[str, Any], done: int, calibrated: bool, hum
     """What to know before the numbers are relied on, one sentence each, the gravest first."""
     totals, last = facts.overview.totals, facts.last_judged
     stored = bool(job.get("source")) and not job["source"]["rejudge"]
-    judge = (
-        "the job's judge, which didn't make the training labels"
-        if stored
-        else "the judge that also made the training labels"
-    )
+    judge = "the job's judge" if stored else "the judge that also made the training labels"
     out = []
     if done < job["iterations"]:
         out.append(f"The run is not finished: {done} of {job['iterations']} iterations.")
