@@ -86,6 +86,14 @@ def test_rows_that_cannot_train_are_named(row: dict[str, Any], said: str, tmp_pa
         read_to_train("pairs.jsonl", tmp_path)
 
 
+def test_what_the_audit_exports_is_read(tmp_path: Path) -> None:
+    """As `rlaif audit RUN export` writes it: a chat, how answers ended, and more that is left alone."""
+    more = {"pair_id": "p1", "chosen_finish_reason": "length", "rejected_finish_reason": "stop", "label_author": None}
+    write_rows(tmp_path / "pairs.jsonl", [FORMS["chat"] | more])
+    [row] = read_to_train("pairs.jsonl", tmp_path).rows
+    assert (row.id, row.first, row.first_finish, row.second_finish) == ("p1", ANSWER, "length", "stop")
+
+
 def test_a_data_set_is_read_by_its_name(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list([FORMS["chat"], FORMS["chat"]]).save_to_disk(tmp_path / "saved")
