@@ -15,6 +15,7 @@ import pytest
 from rlaif.audit.verify import verify
 from rlaif.data.prompts import exclude_held_out, held_out_id
 from rlaif.errors import RlaifError, UserError
+from rlaif.loop.branch import branch
 from rlaif.loop.source_run import StoredPairs
 from rlaif.records import (
     Completion,
@@ -267,6 +268,33 @@ def test_the_offline_counterpart_makes_the_same_updates_to_the_bit(tiny_model: P
         assert run.iteration(k).policy_made() == again.iteration(k).policy_made() is not None
     assert (again.path / "prompts" / "train.jsonl").read_text() in (run.path / "prompts" / "train.jsonl").read_text()
     assert verify(again).holds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rejudge", [False, True])
+def test_a_branch_goes_on_offline(rejudge: bool, tiny_model: Path, tmp_path: Path) -> None:
+    """On what its parent sampled before, under the text that is in force after the change."""
+    pytest.importorskip("trl")
+    from rlaif.loop.launch import execute
+
+    parent = execute(project_job(tmp_path, tiny_model, iterations=2), tmp_path / "runs" / "p", tmp_path, Quiet())
+    source = f"source={{run: runs/p, iterations: 0-1, rejudge: {str(rejudge).lower()}}}"
+    child = branch(parent, 2, "child", [source, "iterations=4", "replay.share=0"])
+    execute(child.job(), child.path, tmp_path, Quiet())
+    assert [k.source and k.source.iteration for k in map(child.plan, range(4))] == [None, None, 0, 1]
+    old, new = parent.plan(0).constitution, child.plan(3).in_force.constitution
+    assert old.hash != new.hash
+    for k in (2, 3):
+        judged_under = {p.constitution for p in child.iteration(k).read("preferences", Preference)}
+        assert judged_under == {new.hash if rejudge else old.hash}
+        texts = [
+            {c.text for c in r.iteration(i).read("completions", Completion)} for r, i in ((child, k), (parent, k - 2))
+        ]
+        assert texts[0] == texts[1]
+    evaluated = read_record(child.evaluation(4).path / "metrics.json", EvaluationMetrics).constitution
+    assert evaluated == new
+    assert [e.iteration for e in child.events() if e.kind == "constitution_changed"] == [2]
+    assert verify(child).findings == ()
 
 
 @pytest.mark.parametrize(
