@@ -355,6 +355,8 @@ class Judge(Section):
 
     def check_in(self, job: Job) -> None:
         """Raises a ValueError where the rest of the job doesn't fit this judge."""
+        if job.replay.rejudge.tokens is not None or job.replay.rejudge.money is not None:
+            raise ValueError(f"replay.rejudge: `{self.kind}` counts no tokens, and has no price; limit calls")
 
 
 class LikelihoodSettings(Judge):
@@ -472,6 +474,9 @@ class ChatSettings(Judge, Juror):
             )
         if self.early_stop and job.filters.calibration:
             raise ValueError("judge.early_stop: never with filters.calibration, which counts on every vote; drop one")
+        unpriced = [juror.model for juror in self.jurors if juror.model not in self.prices]
+        if job.replay.rejudge.money is not None and unpriced:
+            raise ValueError(f"judge.prices: no price for `{unpriced[0]}`, and replay.rejudge.money needs one")
         if self.early_stop and job.filters.review:
             raise ValueError("judge.early_stop: never with filters.review, which compares pairs by all votes; drop one")
 
@@ -701,13 +706,43 @@ class OwnLearner(Learner):
     """The class, as `module:Class`."""
 
 
+OnChange = Literal["expire", "rejudge", "keep"]
+
+
+class Rejudge(Section):
+    """What judging old pairs again may cost in one iteration; what is left over waits for the next one. Without any of
+    these all of them are judged at once."""
+
+    calls: int | None = Field(None, ge=1)
+    """Ballots. Pairs are taken whole."""
+    tokens: int | None = Field(None, ge=1)
+    """Prompt and completion tokens; what a pair will cost is guessed by those before it."""
+    money: float | None = Field(None, gt=0)
+    """By `judge.prices`, in their currency; guessed like the tokens."""
+
+
 class Replay(Section):
     """Old preferences against forgetting."""
 
     share: float = Field(0.0, ge=0, le=0.9)
     """Share of an update that may be replayed pairs; they come after the fresh ones."""
     max_age: int = Field(4, ge=1)
-    """Oldest iteration that may be replayed, counted back. Pairs judged under another text are never replayed."""
+    """Oldest iteration that may be replayed, counted back."""
+    on_change: Adjustable[OnChange] = "expire"
+    """What a new text does to pairs that were judged under an old one ([change.md](change.md)). `expire`: a pair stays
+    if the new text asks again all that was asked about it. `rejudge`: what the new text asks and nobody asked yet is
+    asked now, and the pair is decided anew. `keep`: it stays as it was judged, drawn more rarely."""
+    rejudge: Adjustable[Rejudge] = Rejudge()
+    """Limits of `on_change: rejudge`, an iteration; pairs whose votes are most evenly split come first."""
+    stale_weight: Adjustable[float] = Field(0.25, gt=0, le=1)
+    """With `on_change: keep`: chance of a pair that the new text would judge by other questions, against that of
+    another one of its age."""
+    half_life: Adjustable[float | None] = Field(None, gt=0)
+    """Iterations after which a pair's chance of being drawn has halved; null: age doesn't count."""
+    half_distance: Adjustable[float | None] = Field(None, gt=0)
+    """How far the policy has moved on a pair's completions since it sampled them (|log p now - log p then|, nats a
+    token) when the pair's chance has halved; null: it isn't measured. Measuring costs a pass of the learner over the
+    old pairs, and needs an engine that records log p."""
 
 
 class Eval(Section):

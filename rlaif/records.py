@@ -417,6 +417,8 @@ class HumanLabel(Record):
     time: str
     """UTC, ISO 8601."""
     reason: str | None = None
+    constitution: str | None = None
+    """Hash of the text that the reviewer had before them; None: the one that the pair was judged under."""
 
 
 class TrainingRow(Protocol):
@@ -441,7 +443,8 @@ class Preference(Record):
     """The iteration that sampled and judged the pair."""
     source: RowSource
     constitution: str
-    """Hash of the text that it was judged under; empty for a data set's label, which no text was asked about."""
+    """Hash of the text that the verdict, or the person's word, is about. Of a replayed pair whose votes answer the
+    questions of a later text, too, that one. Empty for a data set's label, which no text was asked about."""
     prompt_id: str
     chosen_id: str
     rejected_id: str
@@ -455,9 +458,73 @@ class Preference(Record):
     agreement: float | None
 
     @property
+    def sequences(self) -> tuple[TokenSequence, TokenSequence]:
+        """The chosen and the rejected completion after their prompt."""
+        chosen, rejected = (
+            TokenSequence(prompt_token_ids=self.prompt_token_ids, token_ids=ids)
+            for ids in (self.chosen_token_ids, self.rejected_token_ids)
+        )
+        return chosen, rejected
+
+    def swap(self) -> Preference:
+        """The same pair with the other side chosen."""
+        return self.model_copy(
+            update={
+                "chosen_id": self.rejected_id,
+                "rejected_id": self.chosen_id,
+                "chosen_token_ids": self.rejected_token_ids,
+                "rejected_token_ids": self.chosen_token_ids,
+                "chosen": self.rejected,
+                "rejected": self.chosen,
+                "p_chosen": None if self.p_chosen is None else 1 - self.p_chosen,
+            }
+        )
+
+    @property
     def row_id(self) -> str:
         """The pair's: a pair trains at most once an iteration."""
         return self.pair_id
+
+
+Standing = Literal["kept", "turned", "dropped", "expired", "stale", "waiting"]
+
+
+class OldPair(Record):
+    """What a text made of a pair that was judged under an earlier one; the newest row of a pair and a text counts."""
+
+    pair_id: str
+    iteration: int
+    """The iteration that sampled the pair."""
+    source: Literal["judge", "human"]
+    """Whose word it trained on before."""
+    before: str
+    """Hash of the text that it was judged under then."""
+    constitution: str
+    """Hash of the text that this row is about."""
+    standing: Standing
+    """`kept`: it may train as before. `turned`: it may train, with the other side chosen. `dropped`: the filters keep
+    it no longer. `expired`: some of what was asked about it isn't asked any more. `stale`: the same, and it may train
+    all the same (`replay.on_change: keep`). `waiting`: it isn't judged again yet."""
+    carried: int = 0
+    """Votes that answer what the new text asks."""
+    lost: int = 0
+    """Votes that don't."""
+    asked: int = 0
+    """Ballots that had to be cast for it."""
+    decision: Decision | None = None
+    """By the votes that answer the new text's ballots; None where there is none yet, or a person's word counts."""
+
+
+class PolicyDistance(Record):
+    """How far the policy has moved on an old pair's completions since it sampled them."""
+
+    pair_id: str
+    tokens: int
+    """Of both completions."""
+    distance: float
+    """|log p now - log p then| of each completion, summed over both and divided by `tokens`: nats a token. Now is the
+    learner's policy before the update; within a completion the tokens' differences add up, since their sum is what was
+    recorded then."""
 
 
 class UpdateStep(Record):
@@ -621,6 +688,9 @@ class IterationMetrics(Record):
     human_pairs: int = 0
     """Of those, as people labelled them."""
     replayed_pairs: int
+    old_pairs: dict[Standing, int] = Field(default_factory=dict)
+    """What the text in force made of pairs that were judged under others (`OldPair.standing`); empty where none were
+    owed that."""
     steps: int
     """Optimizer steps; 0 when the update was skipped."""
     loss: float | None
@@ -644,7 +714,7 @@ class IterationMetrics(Record):
     judged: JudgedStats | None = None
     """What the judged pairs look like, for `monitors` to hold against the calibration's."""
     judge_calls: int = 0
-    """Requests to the judge's server."""
+    """Requests to the judge's server. These and the next count votes on old pairs, too."""
     judge_cached: int = 0
     """Votes from the cache."""
     judge_tokens: int

@@ -24,7 +24,7 @@ from typing import Any
 from rlaif.loop import Loop
 from rlaif.rundir.store import RunDir
 from tests.offline import offline_job, offline_loop
-from tests.stubs import stub_loop, write_texts
+from tests.stubs import stub_job, stub_loop, write_texts
 
 
 class Hooks:
@@ -78,7 +78,7 @@ def in_child(action: Callable[[], None]) -> int:
 def _loop(root: Path) -> Loop:
     if source := sys.argv[4:]:
         return offline_loop(root, offline_job(Path(source[0]), source[1] == "1"))
-    return stub_loop(root)
+    return stub_loop(root, stub_job(replay={"share": 0.4, "on_change": "rejudge"}))
 
 
 def run(root: Path, kill_at: int | None = None) -> None:
@@ -114,7 +114,7 @@ def choose(labels: list[str], count: int, seed: int) -> list[int]:
 def durable_ballots(root: Path) -> list[str]:
     """Ballots whose vote is a whole line on disk."""
     found = []
-    for path in [*root.glob("run/*/*/votes.jsonl"), *root.glob("run/*/*/votes.jsonl.partial")]:
+    for path in [*root.glob("run/*/*/*votes.jsonl"), *root.glob("run/*/*/*votes.jsonl.partial")]:
         whole = path.read_bytes()
         lines = whole[: whole.rfind(b"\n") + 1].splitlines()
         found += [json.loads(line)["ballot"]["id"] for line in lines]

@@ -274,7 +274,8 @@ def test_the_digests_in_the_meta_files_hold(finished: RunDir) -> None:
         for name, sha256 in meta["inputs"].items():
             assert sha256 == hashlib.sha256((path.parent / f"{name}.jsonl").read_bytes()).hexdigest()
     inputs = {k for p in metas for k in json.loads(p.read_text())["inputs"]}
-    assert {"completions", "scores", "pairs", "votes", "decisions", "preferences", "kl_completions"} == inputs
+    ours = {"completions", "scores", "pairs", "votes", "decisions", "old_pairs", "preferences", "kl_completions"}
+    assert ours == inputs
 
 
 def test_each_row_follows_from_the_rows_before_it(finished: RunDir) -> None:
@@ -330,6 +331,7 @@ def test_the_scheduled_text_takes_over_and_is_kept_in_the_run(finished: RunDir) 
         ("started", None),
         ("pruned", 1),
         ("constitution_changed", 2),
+        ("old_pairs", 2),
         ("pruned", 2),
         ("finished", None),
     ]

@@ -25,14 +25,14 @@ from rlaif.workers.process import ProcessWorker
 from tests.stubs import Quiet, stub_job, stub_loop
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = 30
+KILLS = 34
 
 
 def outcome(run: Path) -> dict[str, Any]:
     """What must not depend on kills: decisions, preferences, steps, final weights, and what is told once."""
-    stages = ("decisions", "preferences", "updates")
+    stages = ("decisions", "old_pairs", "preferences", "updates")
     rows = {str(p.relative_to(run)): p.read_text() for s in stages for p in sorted(run.glob(f"*/*/{s}.jsonl"))}
-    for path in sorted(run.glob("iterations/*/votes.jsonl")):
+    for path in sorted(run.glob("iterations/*/*votes.jsonl")):
         rows[str(path.relative_to(run))] = "".join(sorted(path.read_text().splitlines(keepends=True)))
     events = Counter((e.kind, e.iteration, e.message) for e in RunDir(run).events() if e.kind != "judging_interrupted")
     weights = {str(p.relative_to(run)): p.read_text() for p in sorted(run.glob("iterations/*/policy/weights.txt"))}
@@ -55,6 +55,7 @@ def test_the_kills_reach_every_stage(killed: tuple[Path, dict[str, Any]]) -> Non
     assert len(said["kills"]) == KILLS
     assert {k["stage"] for k in said["kills"]} == set(said["stages"])
     assert {"iterations/votes", "iterations/policy", "learner/state", "evaluations/votes"} < set(said["stages"])
+    assert {"iterations/rejudged_votes", "iterations/old_pairs", "replay/index"} < set(said["stages"])
 
 
 @pytest.mark.slow

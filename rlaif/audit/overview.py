@@ -83,6 +83,19 @@ class TextChange(Record):
     hash: str
 
 
+class MixedUpdate(Record):
+    """An update that trained on preferences of another text than the one in force."""
+
+    iteration: int
+    """From 0."""
+    preferences: int
+    """That it trained on."""
+    of_others: int
+    """Of them, those that another text judged (`replay.on_change: keep`)."""
+    texts: tuple[str, ...]
+    """These texts, as name@version, or by their hash where no iteration was under one."""
+
+
 class JudgeCost(Record):
     """What a judge cost."""
 
@@ -128,6 +141,8 @@ class Overview(Record):
     iterations_planned: int | None
     iterations: tuple[IterationRow, ...]
     changes: tuple[TextChange, ...]
+    mixed: tuple[MixedUpdate, ...] = ()
+    """Updates that mixed texts."""
     totals: Totals
     evaluations: tuple[EvaluationRow, ...]
     alarms: tuple[str, ...]
@@ -135,6 +150,14 @@ class Overview(Record):
     """events.jsonl isn't there, so nobody knows of alarms."""
     cost: tuple[JudgeCost, ...]
     problems: tuple[str, ...]
+
+
+def mixed_line(m: MixedUpdate) -> str:
+    """An update that mixed texts, in words."""
+    return (
+        f"iteration {m.iteration + 1}: {m.of_others} of the {m.preferences} preferences that it trained on were judged "
+        f"under another text than the one in force ({', '.join(m.texts)})"
+    )
 
 
 def overview(index: Index, run: RunDir) -> Overview:
@@ -155,6 +178,7 @@ def _overview(index: Index, run: RunDir) -> Overview:
         iterations_planned=header.get("job", {}).get("iterations"),
         iterations=tuple(_iteration_rows(index)),
         changes=tuple(changes),
+        mixed=tuple(MixedUpdate(**r) for r in index.rows(_MIXED)),
         totals=_totals(index),
         evaluations=tuple(_evaluation_rows(index)),
         alarms=tuple(
@@ -177,6 +201,17 @@ def _source(section: Any) -> str | None:
         return str(section)
 
 
+_MIXED = """
+SELECT t.iteration, any_value(n.preferences) AS preferences, count(*) AS of_others,
+    list_sort(list_distinct(list(coalesce(c.text_name, t.constitution)))) AS texts
+FROM trained t
+JOIN iterations i USING (iteration)
+JOIN (SELECT iteration, count(*) AS preferences FROM trained GROUP BY iteration) n USING (iteration)
+LEFT JOIN (SELECT constitution, any_value(text_name) AS text_name FROM iterations GROUP BY ALL) c
+    ON c.constitution = t.constitution
+WHERE t.constitution <> i.constitution
+GROUP BY t.iteration ORDER BY t.iteration
+"""
 _DECIDED = """count(*) AS decided, count(*) FILTER (status = 'kept') AS kept,
 count(*) FILTER (status = 'review') AS review, count(*) FILTER (status = 'dropped') AS dropped,
 avg(agreement) AS agreement, sum(order_flip::INTEGER) AS order_flips, sum(slot_first) AS slot_first,
@@ -303,9 +338,10 @@ def _totals(index: Index) -> Totals:
 
 
 def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
-    """What each judge cost, evaluations included."""
+    """What each judge cost, evaluations and old pairs that it judged again included."""
     out = []
-    for r in index.rows(f"SELECT judge, {_VOTED} FROM votes GROUP BY judge ORDER BY judge"):
+    every = "(SELECT * FROM votes UNION ALL BY NAME SELECT * FROM rejudged_votes)"
+    for r in index.rows(f"SELECT judge, {_VOTED} FROM {every} GROUP BY judge ORDER BY judge"):
         # A ballot's judge is `chat:MODEL@HOST`.
         price = prices.get(str(r["judge"]).removeprefix("chat:").rpartition("@")[0])
         money = None

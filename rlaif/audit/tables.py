@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import typing
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
@@ -17,7 +17,9 @@ from rlaif.records import (
     Decision,
     Event,
     HumanLabel,
+    OldPair,
     Pair,
+    PolicyDistance,
     Preference,
     Prompt,
     Quality,
@@ -116,6 +118,8 @@ def duckdb_type(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return duckdb_type(next(a for a in arguments if a is not type(None)))
+    if origin is Annotated:
+        return duckdb_type(arguments[0])
     if origin is Literal:
         return "VARCHAR"
     if origin is tuple:
@@ -229,6 +233,35 @@ STAGE_TABLES: dict[str, Table] = {
         Decision,
         "pair_id",
     ),
+    "old_pairs": Table(
+        "old_pairs",
+        "what a text made of pairs that were judged under an earlier one",
+        (
+            Column("pair_id", "VARCHAR", "r.pair_id"),
+            Column("sampled_in", "INTEGER", "r.iteration", "the iteration that sampled the pair"),
+            Column("source", "VARCHAR", "r.source", "judge, human"),
+            Column("before", "VARCHAR", "r.before", "hash of the text that it was judged under"),
+            Column("constitution", "VARCHAR", "r.constitution", "hash of the text that this is about"),
+            Column("standing", "VARCHAR", "r.standing", "kept, turned, stale: it may train; dropped, expired, waiting"),
+            Column("carried", "INTEGER", "coalesce(r.carried, 0)", "votes that answer what the text asks"),
+            Column("lost", "INTEGER", "coalesce(r.lost, 0)", "votes that don't"),
+            Column("asked", "INTEGER", "coalesce(r.asked, 0)", "ballots that were cast for it"),
+            Column("winner", "VARCHAR", "r.decision.winner", "first, second; NULL unless it was decided and kept"),
+        ),
+        OldPair,
+        "pair_id",
+    ),
+    "policy_distances": Table(
+        "policy_distances",
+        "how far the policy has moved on old pairs",
+        (
+            Column("pair_id", "VARCHAR", "r.pair_id"),
+            Column("tokens", "INTEGER", "r.tokens", "of both completions"),
+            Column("distance", "DOUBLE", "r.distance", "|log p now - log p then|, nats a token"),
+        ),
+        PolicyDistance,
+        "pair_id",
+    ),
     "preferences": Table(
         "preferences",
         "what each iteration mixed for its update, made or skipped (`trained`: only what training saw)",
@@ -321,12 +354,16 @@ STAGE_TABLES: dict[str, Table] = {
             Column("author", "VARCHAR", "r.author"),
             Column("time", "VARCHAR", "r.time", "UTC, ISO 8601"),
             Column("reason", "VARCHAR", "r.reason"),
+            Column("constitution", "VARCHAR", "r.constitution", "hash of the text it is about; NULL: the pair's own"),
         ),
         HumanLabel,
         "outcome",
         where=(LINE,),
     ),
 }  # fmt: skip
+STAGE_TABLES["rejudged_votes"] = STAGE_TABLES["votes"]._replace(
+    name="rejudged_votes", about="one row a vote on an old pair that a new text had judged again"
+)
 EVALUATION_STAGES = tuple(name for name in EVALUATION_NAMES if name in STAGE_TABLES)
 """Stages of an evaluation that have a table."""
 

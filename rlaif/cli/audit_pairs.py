@@ -244,9 +244,14 @@ def _print_decision(console: Console, found: PairDetail) -> None:
 
 
 def _print_training(console: Console, found: PairDetail) -> None:
-    """Into which policies it went."""
+    """Into which policies it went, and what later texts made of it."""
     from rlaif.console import inert
 
+    for later in found.later:
+        console.print(
+            f"iteration {later.iteration + 1}, {inert(later.constitution)}: [bold]{later.standing}[/]; {later.carried} "
+            f"votes carried over, {later.lost} lost, {later.asked} ballots cast anew"
+        )
     for t in found.preferences:
         steps = f"step {', '.join(map(str, t.steps))}" if t.steps else "no step"
         what = f"iteration {t.iteration + 1} as {t.source}, {t.chosen} chosen"

@@ -143,6 +143,7 @@ _WIDE = 90
 
 def _results(found: Overview, width: int, most: int | None = None) -> list[str]:
     """What an overview says after the iterations, as rich's markup; the last `most` evaluations and alarms."""
+    from rlaif.audit.overview import mixed_line
     from rlaif.audit.summary import length_line
     from rlaif.console import inert
 
@@ -159,7 +160,10 @@ def _results(found: Overview, width: int, most: int | None = None) -> list[str]:
     alarms = _last([f"[red]alarm[/] {inert(alarm)}" for alarm in found.alarms], most, "earlier alarms")
     if found.events_missing:
         alarms = ["alarms unknown: events.jsonl is missing"]
-    return [*_last(evaluations, most, "earlier evaluations"), *(alarms or ["no alarms"])]
+    mixed = _last(
+        [f"[red]mixed texts[/] {inert(mixed_line(m))}" for m in found.mixed], most, "earlier updates that mixed texts"
+    )
+    return [*_last(evaluations, most, "earlier evaluations"), *mixed, *(alarms or ["no alarms"])]
 
 
 def _kl(e: EvaluationRow) -> str:

@@ -16,7 +16,7 @@ from rlaif import models
 from rlaif.config import ChatSettings, Job, Judge, LikelihoodSettings, OwnJudge
 from rlaif.constitutions.constitution import Constitution, Principle
 from rlaif.constitutions.derived import NEWEST
-from rlaif.constitutions.templates import Template, template_names
+from rlaif.constitutions.templates import Template, shown_by, template_names
 from rlaif.errors import UserError
 from rlaif.judging.ballots import (
     Role,
@@ -138,6 +138,11 @@ class JudgeKind(Generic[S]):
         """
         raise NotImplementedError
 
+    def shows(self, ballot: Ballot, constitution: Constitution, templates: Sequence[Template]) -> str:
+        """What a ballot shows of its text, as a digest: with equal ones, and all else equal, two ballots about two
+        texts are one question. `templates` are those in force."""
+        return constitution.hash
+
     def places(
         self, pair: Pair, constitution: Constitution, name: str, templates: Sequence[Template], seen: Sequence[Ballot]
     ) -> dict[Place, int]:
@@ -248,6 +253,10 @@ class LikelihoodKind(JudgeKind[LikelihoodSettings]):
     ) -> list[Ballot]:
         return make_ballots(pairs, constitution, name, role, seed, likelihood_parameters(self.settings))
 
+    def shows(self, ballot: Ballot, constitution: Constitution, templates: Sequence[Template]) -> str:
+        """Nothing beside the contrast or the measure that the ballot's template is the hash of."""
+        return ""
+
     def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
         return likelihood_worker(model, self.settings)
 
@@ -329,6 +338,12 @@ class ChatKind(JudgeKind[ChatSettings]):
         return list(
             make_chat_ballots(pairs, constitution, jurors, templates, role, by_principle, seed, self.settings.clamp)
         )
+
+    def shows(self, ballot: Ballot, constitution: Constitution, templates: Sequence[Template]) -> str:
+        """The words that its template makes of the text. One with another template is another question anyway."""
+        template = next((t for t in templates if t.hash == ballot.template), None)
+        _, _, asked = ballot.voice.partition("/")
+        return "" if template is None else shown_by(template, constitution, asked or None)
 
     def cast_with(self, templates: Sequence[Template], journal: Path | None = None) -> dict[str, Any]:
         return {"templates": templates, "journal": journal}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
 from rlaif.loop.pairing import make_pairs
 from rlaif.loop.running import Iteration, Running, candidates
-from rlaif.records import Ballot, Decision, Pair, Score, Vote
+from rlaif.records import Ballot, Completion, Decision, Pair, Score, Vote
 from rlaif.rundir.store import write_json
 
 
@@ -48,14 +48,15 @@ def pair(run: Running, it: Iteration) -> list[Pair]:
 def judge(run: Running, it: Iteration) -> list[Vote]:
     """Every ballot's vote, in the order of the ballots."""
     kind, journal = kind_of(run.job.judge), it.dir.path / "votes.asked"
-    asked: dict[str, Any] = {"constitution": it.constitution, **kind.cast_with(_templates(run, it, it.role), journal)}
-    ballots = _ballots(run, it, it.role, it.pairs)
+    templates = templates_for(run, it, it.role)
+    asked: dict[str, Any] = {"constitution": it.constitution, **kind.cast_with(templates, journal)}
+    ballots = ballots_for(run, it, it.role, it.pairs)
     # Held-out pairs count by their verdict, kept or not, so every vote on them counts.
     early_stop = kind.early_stop and it.role == "decide"
     in_rounds = rounds(ballots) if early_stop else [ballots]
 
     def produce(done: list[Vote]) -> Iterator[list[Vote]]:
-        _tell_interrupted(run, it.k, done, ballots, journal)
+        tell_interrupted(run, it.k, done, ballots, journal)
         votes = list(done)
         wanted = {c for p in it.pairs for c in (p.first, p.second)}
         asked["candidates"] = candidates((c for c in it.completions if c.id in wanted), it.prompts)
@@ -78,32 +79,47 @@ def judge(run: Running, it: Iteration) -> list[Vote]:
 
 def decide(run: Running, it: Iteration) -> list[Decision]:
     """The filters' word on every pair."""
-    texts = {c.id: c.text for c in it.completions}
-    cut = {c.id for c in it.completions if c.cut_off}
-    filters, of_pair = run.job.filters, by_pair(it.votes)
-    # A calibration is a promise about pairs that train; held-out pairs only measure.
-    calibration = run.calibration if it.role == "decide" else None
-    asked_by = run.source.asked_by if run.source and it.labels_as_stored else run.job
-    how = Asked.by(asked_by) if calibration and asked_by else None
+    of_pair = by_pair(it.votes)
 
     def produce(_: list[Decision]) -> Iterator[list[Decision]]:
-        jurors = _jurors(run, it)
-        made = []
-        for p in it.pairs:
-            if (label := it.labels.get(p.id)) is not None:
-                made.append(decide_label(p, label, texts))
-                continue
-            part = it.prompts[p.prompt_id].category or EVERYTHING
-            asked = how and how._replace(ends=ends_of(p, cut))
-            made.append(
-                decide_votes(
-                    p, of_pair[p.id], filters, texts, it.constitution.weights, jurors, calibration, part, cut, asked
-                )
-            )
+        deciding = Deciding(run, it, it.completions, _jurors(run, it))
+        made = [deciding.decision(p, of_pair.get(p.id, ())) for p in it.pairs]
         # Held-out pairs are never labelled: they only measure.
-        yield to_review(made, filters) if it.role == "decide" else made
+        yield to_review(made, run.job.filters) if it.role == "decide" else made
 
     return it.rows("decisions", produce)
+
+
+class Deciding:
+    """Decides pairs under an iteration's text, by the job's filters."""
+
+    def __init__(self, run: Running, it: Iteration, completions: Iterable[Completion], jurors: JurorFit | None):
+        """`completions` are at least those of the pairs."""
+        sides = list(completions)
+        self._texts = {c.id: c.text for c in sides}
+        self._cut = {c.id for c in sides if c.cut_off}
+        self._filters, self._it, self._jurors = run.job.filters, it, jurors
+        # A calibration is a promise about pairs that train; held-out pairs only measure.
+        self._calibration = run.calibration if it.role == "decide" else None
+        asked_by = run.source.asked_by if run.source and it.labels_as_stored else run.job
+        self._how = Asked.by(asked_by) if self._calibration and asked_by else None
+
+    def decision(self, pair: Pair, votes: Sequence[Vote]) -> Decision:
+        """The filters' word on a pair, by the votes on it, or by the label that a data set has for it."""
+        if (label := self._it.labels.get(pair.id)) is not None:
+            return decide_label(pair, label, self._texts)
+        return decide_votes(
+            pair,
+            votes,
+            self._filters,
+            self._texts,
+            self._it.constitution.weights,
+            self._jurors,
+            self._calibration,
+            self._it.prompts[pair.prompt_id].category or EVERYTHING,
+            self._cut,
+            self._how and self._how._replace(ends=ends_of(pair, self._cut)),
+        )
 
 
 def check_calibration(run: Running, it: Iteration) -> None:
@@ -114,7 +130,7 @@ def check_calibration(run: Running, it: Iteration) -> None:
     """
     if run.calibration and not it.labels_as_stored:
         any_pair = Pair(id="any", prompt_id="any", first="first", second="second", method="check")
-        ballots, asked = _ballots(run, it, "decide", [any_pair]), Asked.by(run.job)
+        ballots, asked = ballots_for(run, it, "decide", [any_pair]), Asked.by(run.job)
         check_calibrated(ballots, run.calibration, run.job.filters, asked=asked)
         # Whether an answer is cut off is known once it is sampled; an hour later is too late to say so.
         dropped = run.calibration.cut_off_dropped(asked.cut_off_counts)
@@ -122,13 +138,15 @@ def check_calibration(run: Running, it: Iteration) -> None:
             run.progress.note(f"filters.calibration {run.job.filters.calibration}: {dropped}")
 
 
-def _templates(run: Running, it: Iteration, role: Role) -> list[Template]:
+def templates_for(run: Running, it: Iteration, role: Role) -> list[Template]:
+    """The run's copies of the templates that a role is asked with."""
     names = kind_of(run.job.judge).template_names(it.constitution, role, it.plan.templates)
     return [run.in_force.load_template(name, it.plan.templates[name]) for name in names]
 
 
-def _ballots(run: Running, it: Iteration, role: Role, pairs: list[Pair]) -> list[Ballot]:
-    templates = _templates(run, it, role)
+def ballots_for(run: Running, it: Iteration, role: Role, pairs: list[Pair]) -> list[Ballot]:
+    """What a judge is asked about pairs under the iteration's text."""
+    templates = templates_for(run, it, role)
     return kind_of(run.job.judge).ballots(pairs, it.constitution, role, run.job.seed, run.judge_name, templates)
 
 
@@ -143,7 +161,7 @@ def _settled(run: Running, it: Iteration, votes: list[Vote], in_rounds: list[lis
     return {p for p, mine in of_pair.items() if settled(mine, left.get(p, []), filters, weights)}
 
 
-def _tell_interrupted(run: Running, k: int, done: list[Vote], ballots: list[Ballot], journal: Path) -> None:
+def tell_interrupted(run: Running, k: int, done: list[Vote], ballots: list[Ballot], journal: Path) -> None:
     """Notes an earlier attempt at this judging, and which ballots it may have had asked for nothing."""
     asked = set(journal.read_text().split()) if journal.exists() else set()
     asked -= {v.ballot.id for v in done}

@@ -361,7 +361,7 @@ def calibration_of(
 def _votes(run: RunDir) -> Iterator[Vote]:
     """Of this run's earlier processes."""
     stages = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
-    return (vote for stage in stages for vote in stage.durable("votes", Vote))
+    return (vote for stage in stages for name in ("votes", "rejudged_votes") for vote in stage.durable(name, Vote))
 
 
 def _begun(run: RunDir) -> bool:

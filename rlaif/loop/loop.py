@@ -13,14 +13,15 @@ from rlaif.judging.verdicts import JurorFit
 from rlaif.loop.evaluation import BASE_POLICY, evaluate
 from rlaif.loop.hand_over import decoding_of, gap_of
 from rlaif.loop.judging import check_calibration, decide, judge, pair, score
+from rlaif.loop.old_pairs import judge_old_pairs
 from rlaif.loop.running import Iteration, Running
 from rlaif.loop.sampling import sample
 from rlaif.loop.source import take_over
 from rlaif.loop.training import mix, update
 from rlaif.monitors import tracking
-from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan
+from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan, Vote
 from rlaif.rundir.heads import Head, write_head
-from rlaif.rundir.stages import NAMES
+from rlaif.rundir.stages import ITERATION_NAMES
 from rlaif.rundir.store import read_record, write_json
 
 
@@ -46,6 +47,7 @@ class Loop(Running):
             it.pairs = pair(self, it)
             it.votes = judge(self, it)
         it.decisions = decide(self, it)
+        it.old_pairs = judge_old_pairs(self, it)
         it.training = mix(self, it)
         it.steps = update(self, it)
         self._end(it, self._evaluate(k + 1, it.plan) if it.plan.evaluate else None)
@@ -97,6 +99,7 @@ class Loop(Running):
     def _end(self, it: Iteration, evaluation: EvaluationMetrics | None) -> None:
         """The iteration in numbers, its alarms, its head."""
         ends, texts = {c.id: c.finish_reason for c in it.completions}, {c.id: c.text for c in it.completions}
+        rejudged = it.dir.durable("rejudged_votes", Vote)  # none in most iterations
         metrics = monitors.iteration_metrics(
             it.plan,
             it.completions,
@@ -106,17 +109,20 @@ class Loop(Running):
             it.training,
             it.steps,
             ballots=it.dir.meta("votes").get("ballots", len(it.votes)),
-            seconds={stage: it.dir.meta(stage)["seconds"] for stage in NAMES},
+            seconds={stage: it.dir.meta(stage)["seconds"] for stage in ITERATION_NAMES if it.dir.is_complete(stage)},
             jurors=self._tell_jurors(it),
             judged=judged_stats(list(zip(it.pairs, it.decisions, strict=True)), texts, ends),
             gap=gap_of(it.dir),
             decoding=decoding_of(it.dir),
+            old_pairs=it.old_pairs,
+            rejudged=rejudged,
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(metrics, evaluation)
         self.hand_over.prune(it.k)
         write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
-        told = tracking.of_iteration(metrics, it.votes, self.job.judge, self.text_number(it.k), self.dir.events())
+        votes = [*it.votes, *rejudged]
+        told = tracking.of_iteration(metrics, votes, self.job.judge, self.text_number(it.k), self.dir.events())
         self.track(it.k, it.k + 1, told)
         head = write_head(self.dir)
         self.progress.iteration_done(it.k, metrics)

@@ -19,6 +19,7 @@ from rlaif.records import (
     Completion,
     Decision,
     IterationMetrics,
+    OldPair,
     Pair,
     Plan,
     PlanSource,
@@ -64,6 +65,8 @@ class Iteration:
     labels: dict[str, Side] = field(default_factory=dict)
     """Of pairs that a data set labelled, and nobody voted on: by pair."""
     decisions: list[Decision] = field(default_factory=list)
+    old_pairs: list[OldPair] = field(default_factory=list)
+    """What its text made of pairs that were judged under others."""
     training: Sequence[TrainingRow] = ()
     """Rows that train, of the type that the learner takes."""
     steps: list[UpdateStep] = field(default_factory=list)
@@ -91,9 +94,11 @@ class Iteration:
         before_commit: Callable[[], dict[str, Any]] | None = None,
     ) -> list[Any]:
         """The stage's rows: read when complete, else produced; see `StageDir.rows`."""
-        of = next(s for s in (ITERATION if self.role == "decide" else EVALUATION) if s.name == stage)
+        stages = {s.name: s for s in (ITERATION if self.role == "decide" else EVALUATION)}
+        of = stages[stage]
+        inputs = [name for name in of.inputs if not stages[name].optional or self.dir.is_complete(name)]
         return self.dir.rows(
-            of.name, of.record, produce, inputs=of.inputs, resumable=of.resumable, before_commit=before_commit
+            of.name, of.record, produce, inputs=inputs, resumable=of.resumable, before_commit=before_commit
         )
 
 

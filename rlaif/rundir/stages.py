@@ -12,7 +12,9 @@ from rlaif.records import (
     Completion,
     Decision,
     Divergence,
+    OldPair,
     Pair,
+    PolicyDistance,
     Preference,
     Quality,
     Record,
@@ -33,6 +35,8 @@ class Stage(NamedTuple):
     """Stages that the rows are made from; their digests are in the meta file."""
     resumable: bool = False
     """Whether the rest can be made later: a vote stands by itself, an answer's sampling depends on its batch."""
+    optional: bool = False
+    """Only there where something was to be done."""
 
 
 ITERATION = (
@@ -41,7 +45,10 @@ ITERATION = (
     Stage("pairs", Pair, ("completions", "scores")),
     Stage("votes", Vote, ("pairs",), resumable=True),
     Stage("decisions", Decision, ("votes",)),
-    Stage("preferences", Preference, ("decisions",)),
+    Stage("rejudged_votes", Vote, resumable=True, optional=True),
+    Stage("old_pairs", OldPair, ("rejudged_votes",), optional=True),
+    Stage("policy_distances", PolicyDistance, ("old_pairs",), resumable=True, optional=True),
+    Stage("preferences", Preference, ("decisions", "old_pairs", "policy_distances")),
     Stage("updates", UpdateStep, ("preferences",)),
 )
 """Of an iteration, in the order of the data flow."""
@@ -57,5 +64,8 @@ EVALUATION = (
 )
 """Of an evaluation, in the same order; those after `completions` are there where they are asked for."""
 
-NAMES = tuple(stage.name for stage in ITERATION)
+NAMES = tuple(stage.name for stage in ITERATION if not stage.optional)
+"""Stages that every iteration has."""
+ITERATION_NAMES = tuple(stage.name for stage in ITERATION)
+"""Those, and the ones that only some have."""
 EVALUATION_NAMES = tuple(stage.name for stage in EVALUATION)

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from rlaif.audit.answers import Answers, answers_to, held_out_prompts
 from rlaif.audit.index import Index
-from rlaif.audit.overview import Overview
+from rlaif.audit.overview import Overview, mixed_line
 from rlaif.audit.summary import SHOWN_PROMPTS
 from rlaif.constitutions.constitution import Constitution
 from rlaif.constitutions.copies import constitution_copy
@@ -229,6 +229,7 @@ def _caveats(facts: Facts, job: dict[str, Any], done: int, calibrated: bool, hum
     out += [f"Alarm: {alarm}." for alarm in facts.overview.alarms]
     if facts.overview.source:
         out.append(f"Nothing was sampled to train on: {facts.overview.source}.")
+    out += [f"An update mixed texts, {mixed_line(mixed)}." for mixed in facts.overview.mixed]
     if last is None:
         out.append("Nothing was judged against the base policy: whether the training helped is not measured here.")
     else:
