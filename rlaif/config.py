@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import datetime
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -178,6 +179,62 @@ class OwnSampling(Sampling):
 
     engine: CodeName  # type: ignore[assignment]
     """The class, as `module:Class`."""
+
+
+class Source(Section):
+    """Pairs that exist, in place of fresh ones ([offline.md](offline.md)): nothing is sampled to train on. A name
+    alone is its `data`."""
+
+    run: str | None = None
+    """A run directory, whose stored pairs train: iteration k takes those of the k-th of its iterations, starting over
+    when there are fewer."""
+    iterations: str | int | None = None
+    """Which of that run's iterations, from 0: `0-5`, or one; all that are judged when absent."""
+    data: str | None = None
+    """A preference data set: a JSONL, JSON, CSV or Parquet file (or one with `.gz`), or `datasets:NAME` as in
+    `prompts.train`. A row has a prompt, `chosen` and `rejected`, text or chat. Each iteration takes the next
+    `prompts.per_iteration` rows, in a seeded order that starts again when it runs out."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of the data's columns, where they are others: `{prompt: question, first: a, second: b, label: winner}`; the
+    keys are those of `rlaif judge bench --map`."""
+    rejudge: bool = False
+    """Judge the pairs under this job's text. Else their labels are as stored: a run's votes, which this job's filters
+    decide on, or a data set's own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_alone(cls, tree: Any) -> Any:
+        return {"data": tree} if isinstance(tree, str) else tree
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.run is None) == (self.data is None):
+            raise ValueError("source: give exactly one of `run` and `data`")
+        if self.data is not None and self.iterations is not None:
+            raise ValueError("source.iterations: of a `run`; rows of `data` are taken prompts.per_iteration at a time")
+        if self.run is not None and self.columns:
+            raise ValueError("source.columns: of `data`; a run's files have columns of their own")
+        if self.iterations is not None and not _RANGE.fullmatch(str(self.iterations)):
+            raise ValueError(f"source.iterations: found {self.iterations!r}, expected one or a range, for example 0-5")
+        if self.iterations is not None and not self.wanted:
+            raise ValueError(f"source.iterations: {self.iterations} holds none; the first comes first, as in 0-5")
+        return self
+
+    def __str__(self) -> str:
+        which = "all iterations" if self.iterations is None else f"iterations {self.iterations}"
+        what = f"pairs of {self.data}" if self.run is None else f"pairs of {self.run}, {which}"
+        return f"{what}, {'judged again' if self.rejudge else 'labels as stored'}"
+
+    @property
+    def wanted(self) -> range | None:
+        """The iterations that the job names; None for all."""
+        if self.iterations is None:
+            return None
+        first, _, last = str(self.iterations).partition("-")
+        return range(int(first), int(last or first) + 1)
+
+
+_RANGE = re.compile(r"\d+(-\d+)?")
 
 
 class Pairing(Section):
@@ -1021,6 +1078,8 @@ class Job(Section):
     """Folder that holds the constitutions."""
     policy: Policy = Policy()
     prompts: Prompts = Prompts()
+    source: Source | None = None
+    """Where pairs come from; absent: from the policy, which is sampled anew in every iteration."""
     sampling: Annotated[
         Annotated[Sampling, Tag("[Sampling]")] | Annotated[OwnSampling, Tag("[OwnSampling]")],
         Discriminator(_tag_by("engine", Sampling, OwnSampling)),

@@ -71,6 +71,7 @@ Feature = Literal["length", "lists", "hedges", "repetition", "self_praise", "to_
 """What of an answer could please a judge without being better."""
 
 ReviewRule = Literal["below_agreement", "top_uncertain"]
+RowSource = Literal["judge", "replay", "human", "data"]
 
 
 def digest(value: Any, digits: int = 16) -> str:
@@ -366,6 +367,7 @@ class Vote(Record):
     usage: Usage = Usage()
     latency_s: float = 0.0
     cached: bool = False
+    """It cost this run nothing: from the cache, or another run's vote that was taken over (`source`)."""
 
 
 class Verdict(Record):
@@ -401,7 +403,7 @@ class Verdict(Record):
 
 
 class Decision(Record):
-    """The filter's word on a verdict, and every rule that spoke against it."""
+    """The filter's word on a verdict, or on a data set's label, and every rule that spoke against it."""
 
     pair_id: str
     status: Literal["kept", "dropped", "review"]
@@ -412,6 +414,9 @@ class Decision(Record):
     """What rules of the job's own (`filters.rules`) said against it, by rule."""
     review_rule: ReviewRule | None = None
     """The setting of `filters.review` that sent the pair to review."""
+    source: Literal["votes", "data"] = "votes"
+    """Who says which side is better: the votes on the pair, or (`data`) the label of the data set that it is from. Then
+    nobody voted, and the verdict is empty."""
 
 
 class HumanLabel(Record):
@@ -438,8 +443,8 @@ class TrainingRow(Protocol):
         ...
 
     @property
-    def source(self) -> Literal["judge", "replay", "human"]:
-        """Who said so: this iteration's judge, that of an earlier one, or a person."""
+    def source(self) -> RowSource:
+        """Who said so: this iteration's judge, that of an earlier one, a person, or a data set's label."""
         ...
 
 
@@ -449,10 +454,10 @@ class Preference(Record):
     pair_id: str
     iteration: int
     """The iteration that sampled and judged the pair."""
-    source: Literal["judge", "replay", "human"]
+    source: RowSource
     constitution: str
     """Hash of the text that the verdict, or the person's word, is about. Of a replayed pair whose votes answer the
-    questions of a later text, too, that one."""
+    questions of a later text, too, that one. Empty for a data set's label, which no text was asked about."""
     prompt_id: str
     chosen_id: str
     rejected_id: str
@@ -576,12 +581,43 @@ class ConstitutionRef(Record):
         return f"{self.name}@{self.version}"
 
 
+class PlanTexts(Record):
+    """The text in force, with what its judge reads beside it."""
+
+    constitution: ConstitutionRef
+    templates: dict[str, str] = Field(default_factory=dict)
+    """As in `Plan`."""
+    derived: dict[str, str] = Field(default_factory=dict)
+    """As in `Plan`."""
+
+
+class PlanSource(Record):
+    """Where an iteration's pairs are from, in a run with a `source`: nothing is sampled for it."""
+
+    path: str
+    """Of the run or the data, as the job names it."""
+    iteration: int | None = None
+    """Of that run, from 0; null for data."""
+    iterations: tuple[int, ...] = ()
+    """Those of that run which are taken in turn."""
+    position: int | None = None
+    """Of data: the place of the iteration in the order in which rows are taken, from 0; null for a run."""
+    sha256: str
+    """Of what was read: a source that changes is noticed."""
+    rejudged: bool = False
+    """Its pairs are judged under the text in force; else their labels are as stored."""
+    in_force: PlanTexts | None = None
+    """By which held-out answers are judged, where labels are as stored and were given under another text than the one
+    in force: the plan's own `constitution` is the one that the pairs were judged under."""
+
+
 class Plan(Record):
     """What an iteration will do, written before it does anything."""
 
     iteration: int
     seed: int
     constitution: ConstitutionRef
+    """The text that its pairs are judged under."""
     templates: dict[str, str] = Field(default_factory=dict)
     """Judge templates in force, for a judge that reads: name → hash."""
     derived: dict[str, str] = Field(default_factory=dict)
@@ -589,8 +625,25 @@ class Plan(Record):
     code: dict[str, str] = Field(default_factory=dict)
     """Code of the user's own that the job names: `module:name` → sha256 of its source."""
     policy: PolicyVersion
+    """That begins it, and samples unless there is a `source`."""
     prompt_ids: tuple[str, ...]
     evaluate: bool
+    source: PlanSource | None = None
+    """Where its pairs are from; null: from the policy."""
+
+    @property
+    def labels_as_stored(self) -> bool:
+        """Its pairs have been judged before, by whomever."""
+        return self.source is not None and not self.source.rejudged
+
+    @property
+    def in_force(self) -> Plan:
+        """The same under the text in force, as held-out answers are judged: another one than the pairs' where they have
+        labels as they were stored."""
+        text = self.source.in_force if self.source else None
+        if text is None:
+            return self
+        return self.model_copy(update={name: getattr(text, name) for name in PlanTexts.model_fields})
 
 
 class AnswerStats(Record):
@@ -679,7 +732,7 @@ class IterationMetrics(Record):
     iteration: int
     constitution: ConstitutionRef
     policy: PolicyVersion
-    """The one that sampled."""
+    """The one that sampled; with a `source`, the one that began the iteration."""
     sampled: AnswerStats
     pairs: int
     votes: int

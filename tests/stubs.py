@@ -167,9 +167,9 @@ class StubJudge:
             if self._casts:
                 with self._casts.open("a") as f:
                     f.writelines(f"{b.id}\n" for b in chunk)
-            yield [self._vote(b, *sides[b.pair_id]) for b in chunk]
+            yield [self.vote(b, *sides[b.pair_id]) for b in chunk]
 
-    def _vote(self, ballot: Ballot, first: str, second: str) -> Vote:
+    def vote(self, ballot: Ballot, first: str, second: str) -> Vote:
         if ballot.guard:
             return Vote(ballot=ballot, model="stub", outcome="tie", raw_reply="")
         # The voices agree on most pairs, and on some they don't.

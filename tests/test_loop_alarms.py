@@ -39,8 +39,8 @@ def votes(loop: Loop, change: Any) -> None:
     """From here on the judge's votes on two answers are other ones."""
     loop.judge.ready()
     judge = loop.judge.target  # type: ignore[attr-defined]
-    cast = judge._vote
-    judge._vote = lambda ballot, first, second: change(cast(ballot, first, second), first, second)
+    cast = judge.vote
+    judge.vote = lambda ballot, first, second: change(cast(ballot, first, second), first, second)
 
 
 def silent(vote: Vote, first: str, second: str) -> Vote:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import ValidationError
+
 from rlaif.audit.index import Index
-from rlaif.config import Price
+from rlaif.config import Price, Source
 from rlaif.judging.spending import cost
 from rlaif.judging.verdicts import position_bias
 from rlaif.records import LengthUnknown, Record, Usage
@@ -134,6 +136,8 @@ class Overview(Record):
     """A run on one screen."""
 
     run: str
+    source: str | None = None
+    """Where pairs are from, in words; None: from the policy."""
     iterations_planned: int | None
     iterations: tuple[IterationRow, ...]
     changes: tuple[TextChange, ...]
@@ -170,6 +174,7 @@ def _overview(index: Index, run: RunDir) -> Overview:
     header = run.header
     return Overview(
         run=str(run.path),
+        source=_source(header.get("job", {}).get("source")),
         iterations_planned=header.get("job", {}).get("iterations"),
         iterations=tuple(_iteration_rows(index)),
         changes=tuple(changes),
@@ -184,6 +189,16 @@ def _overview(index: Index, run: RunDir) -> Overview:
         cost=tuple(_costs(index, header.get("job", {}).get("judge", {}).get("prices") or {})),
         problems=tuple(index.problems),
     )
+
+
+def _source(section: Any) -> str | None:
+    """A job's `source` in words; as it stands where this version can't read it."""
+    if section is None:
+        return None
+    try:
+        return str(Source.model_validate(section))
+    except ValidationError:
+        return str(section)
 
 
 _MIXED = """

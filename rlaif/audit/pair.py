@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -28,6 +28,7 @@ from rlaif.records import (
     Message,
     Pair,
     Record,
+    RowSource,
     Side,
     Standing,
     Vote,
@@ -42,7 +43,7 @@ class Training(Record):
 
     iteration: int
     """From 0."""
-    source: Literal["judge", "replay", "human"]
+    source: RowSource
     chosen: Side | None
     steps: tuple[int, ...]
     """Global optimizer steps, from 1."""

@@ -79,7 +79,7 @@ def replay_set(run: RunDir) -> ReplaySet:
         pairs.setdefault((row.mixed_in, row.constitution), []).append((row, standing, why))
     groups = tuple(
         Group(
-            constitution=names.get(text, text),
+            constitution=names.get(text, text) or "no text",
             hash=text,
             mixed_in=i,
             age=k - i,

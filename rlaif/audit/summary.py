@@ -83,7 +83,7 @@ def status_of(run: RunDir, disk: bool = False) -> Status:
     text = None
     if run.iterations():
         plan = run.iteration(run.iterations()[-1]).path / "plan.json"
-        text = read_record(plan, Plan).constitution if plan.exists() else None
+        text = read_record(plan, Plan).in_force.constitution if plan.exists() else None
     stage = None
     if current is not None:
         here = run.iteration(current)

@@ -226,6 +226,7 @@ STAGE_TABLES: dict[str, Table] = {
             Column("order_flip", "BOOLEAN", "coalesce(r.verdict.order_flip, false)"),
             Column("slot_first", "INTEGER", "coalesce(r.verdict.slot_first, 0)", "votes for the slot shown first"),
             Column("slot_votes", "INTEGER", "coalesce(r.verdict.slot_votes, 0)", "votes for a slot"),
+            Column("source", "VARCHAR", "coalesce(r.source, 'votes')", "votes, or data: a data set's label"),
             Column("guard_first", "INTEGER", "r.verdict.guard_first"),
             Column("guard_second", "INTEGER", "r.verdict.guard_second"),
         ),
@@ -267,8 +268,8 @@ STAGE_TABLES: dict[str, Table] = {
         (
             Column("pair_id", "VARCHAR", "r.pair_id"),
             Column("judged_in", "INTEGER", "r.iteration", "the iteration that sampled and judged the pair"),
-            Column("source", "VARCHAR", "r.source", "judge, replay, human"),
-            Column("constitution", "VARCHAR", "r.constitution", "hash"),
+            Column("source", "VARCHAR", "r.source", "judge, replay, human, data"),
+            Column("constitution", "VARCHAR", "r.constitution", "hash; empty for a data set's label"),
             Column("prompt_id", "VARCHAR", "r.prompt_id"),
             Column("chosen_id", "VARCHAR", "r.chosen_id", "completion_id"),
             Column("rejected_id", "VARCHAR", "r.rejected_id", "completion_id"),

@@ -171,7 +171,7 @@ def _plans(run: RunDir) -> list[Plan]:
     begun = run.iterations()
     if begun and not (run.iteration(begun[-1]).path / "plan.json").exists():
         begun.pop()
-    return [run.plan(k) for k in begun]
+    return [run.plan(k).in_force for k in begun]
 
 
 def _stretches(plans: Sequence[Plan]) -> list[list[Plan]]:

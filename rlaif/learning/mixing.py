@@ -47,8 +47,8 @@ def preferences_of(
             Preference(
                 pair_id=pair.id,
                 iteration=k,
-                source="judge",
-                constitution=constitution.hash,
+                source="judge" if decision.source == "votes" else "data",
+                constitution=constitution.hash if decision.source == "votes" else "",
                 prompt_id=pair.prompt_id,
                 chosen_id=chosen.id,
                 rejected_id=rejected.id,

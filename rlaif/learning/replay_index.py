@@ -7,10 +7,9 @@ made anew from the log where it is lost, torn, or behind. No head covers it.
 from __future__ import annotations
 
 import os
-from typing import Literal
 
 from rlaif.errors import RlaifError
-from rlaif.records import Decision, PolicyVersion, Preference, Record
+from rlaif.records import Decision, PolicyVersion, Preference, Record, RowSource
 from rlaif.rundir.store import RunDir, disk_errors, make_folder, read_json, read_rows, write_json
 
 FOLDER = "replay"
@@ -27,7 +26,7 @@ class IndexRow(Record):
     """That sampled the pair."""
     mixed_in: int
     """That had it fresh in its mix; a pair that was labelled anew is in several."""
-    source: Literal["judge", "human"]
+    source: RowSource
     constitution: str
     """Hash of the text that it was judged under."""
     policy: PolicyVersion
@@ -97,7 +96,7 @@ def _rows_of(run: RunDir, k: int) -> list[IndexRow]:
             pair_id=row.pair_id,
             iteration=row.iteration,
             mixed_in=k,
-            source="human" if row.source == "human" else "judge",
+            source=row.source,
             constitution=row.constitution,
             policy=policies[row.iteration],
             votes=votes[row.pair_id],

@@ -34,7 +34,7 @@ _LEAST_WEIGHT = 1e-300
 
 def standing_of(row: Preference | IndexRow, about: OldPair | None, constitution: str) -> str:
     """How a pair stands under the text of this hash; `about` is the newest that this text made of it."""
-    if row.constitution == constitution:
+    if row.constitution == constitution or row.source == "data":  # a data set's label is under no text
         return UNDER_IT
     # Else it is about the pair as it was before a person labelled it anew.
     same = about is not None and (about.before, about.source) == (row.constitution, row.source)

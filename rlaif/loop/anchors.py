@@ -35,7 +35,7 @@ def ask_again(run: Running, it: Iteration) -> AnchorCounts | None:
     """The iteration's anchors, where it is one to ask in; None where nothing is to be asked."""
     settings, kind = run.job.monitors.anchors, kind_of(run.job.judge)
     asked_before = it.dir.is_complete("anchor_votes")  # it counts, whatever the settings are now
-    if not asked_before and not is_due(run.job, it.k):
+    if it.plan.labels_as_stored or not (asked_before or is_due(run.job, it.k)):
         return None
     anchors = _first_pairs(run, it, settings.pairs)
     if not anchors.votes:
@@ -66,7 +66,8 @@ def _first_pairs(run: Running, it: Iteration, most: int) -> _Anchors:
     """The first pairs that were asked about as this iteration's are."""
     found = _Anchors([], [], [])
     for k in range(it.k):
-        if _asked_as(run.dir.plan(k)) != _asked_as(it.plan):
+        plan = run.dir.plan(k)
+        if plan.labels_as_stored or _asked_as(plan) != _asked_as(it.plan):
             continue
         here = run.dir.iteration(k)
         pairs = here.read("pairs", Pair)[: most - len(found.pairs)]

@@ -25,6 +25,8 @@ from rlaif.judging.kinds import kind_of
 from rlaif.loop.anchors import is_due
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update, pairs_at_most
+from rlaif.loop.running import PairSource
+from rlaif.loop.source import open_source
 from rlaif.own_code import resolved
 from rlaif.records import Pair, Prompt
 from rlaif.rundir.checkpoints import kept
@@ -53,6 +55,7 @@ class _Read(NamedTuple):
     constitutions: dict[str, Constitution]
     """By how the job refers to them; as the judge is asked with them."""
     calibration: Calibration | None
+    source: PairSource | None
 
 
 class _Counts(NamedTuple):
@@ -110,6 +113,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     return {
         "iterations": job.iterations,
         "constitutions": {str(k): str(read.constitutions[ref].ref) for k, ref in _schedule(job).items()},
+        "source": str(job.source) if job.source else None,
         "train_prompts": len(read.train),
         "held_out_prompts": len(read.held_out),
         "samples": counts.samples,
@@ -153,16 +157,23 @@ def _read(job: Job, base_dir: Path) -> _Read:
     models.check_name(job.policy.model)
     if job.policy.adapter is not None:
         models.check_adapter_name(job.policy.adapter)
+    source = open_source(job, base_dir)
     if (policy := _folder(job.policy.model)).is_dir():
         check_policy(policy, job)
+        if source:
+            source.check_tokenizer(models.tokenizer_identity(policy).model_dump())
     kind = kind_of(job.judge)
     if kind.local_model:
         models.check_name(kind.local_model)
-    check_can_update(job)
+    check_can_update(job, source)
     columns = job.prompts.columns
     held_out = load_prompts(job.prompts.held_out, base_dir, columns=columns, columns_required=False)
-    train = exclude_held_out(load_prompts(job.prompts.train, base_dir, columns=columns), held_out)
-    check_enough(train, job.prompts)
+    if source:
+        train = exclude_held_out(source.prompts, held_out)
+        source.settle(train)
+    else:
+        train = exclude_held_out(load_prompts(job.prompts.train, base_dir, columns=columns), held_out)
+        check_enough(train, job.prompts)
     calibration = read_calibration(base_dir / job.filters.calibration) if job.filters.calibration else None
     if calibration is not None:
         check_asked(calibration, job.filters, Asked.by(job))
@@ -171,15 +182,17 @@ def _read(job: Job, base_dir: Path) -> _Read:
     }
     if kind.local_model and (judge := _folder(kind.local_model)).is_dir():
         check_likelihood_judge(judge, job, constitutions.values())
-    if job.pairing.method == "best_worst":
+    if job.pairing.method == "best_worst" and not source:
         for constitution in constitutions.values():
             kind.selecting(constitution)
-    return _Read(train, held_out, constitutions, calibration)
+    return _Read(train, held_out, constitutions, calibration, source)
 
 
 def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
-    samples = job.prompts.per_iteration * job.sampling.completions_per_prompt
-    pairs = pairs_at_most(job)
+    source = read.source
+    samples = 0 if source else job.prompts.per_iteration * job.sampling.completions_per_prompt
+    pairs = [source.pairs_in(k) if source else pairs_at_most(job) for k in range(job.iterations)]
+    judged = source is None or (job.source is not None and job.source.rejudge)
     held = min(job.eval.prompts, len(read.held_out)) * job.eval.samples
     schedule = _schedule(job)
     ballots = scores = eval_ballots = anchor_ballots = reference_ballots = since = 0
@@ -187,11 +200,12 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
     for k in range(job.iterations):
         constitution = read.constitutions[schedule[max(i for i in schedule if i <= k)]]
         since = 0 if k in schedule else since + 1  # iterations before, under the same text
-        if is_due(job, k):
-            again = min(job.monitors.anchors.pairs, since * pairs)
+        if judged and is_due(job, k):
+            again = min(job.monitors.anchors.pairs, sum(pairs[k - since : k]))
             anchor_ballots += again * _ballots_a_pair(job, constitution, "decide", base_dir)
-        ballots += pairs * _ballots_a_pair(job, constitution, "decide", base_dir)
-        if job.pairing.method == "best_worst":
+        if judged:
+            ballots += pairs[k] * _ballots_a_pair(job, constitution, "decide", base_dir)
+        if samples and job.pairing.method == "best_worst":
             scores += samples * len(kind_of(job.judge).selecting(constitution))
         last = k + 1 == job.iterations
         if last or (k + 1) % job.eval.every == 0 or (k + 1) in schedule:
@@ -203,7 +217,7 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
     evaluations = 1 + len(evaluated)  # with that of the base policy
     return _Counts(
         samples=samples * job.iterations,
-        pairs=pairs * job.iterations,
+        pairs=sum(pairs),
         scores=scores,
         ballots=ballots,
         evaluations=evaluations,
@@ -279,7 +293,7 @@ def _warnings(job: Job, calibration: Calibration | None, needed: _Needed, disk_f
             f"{', '.join(unknown)}: of unknown size until it is fetched (rlaif models NAME); time, memory and disk are "
             "those of 135M parameters"
         )
-    if hint := shipped_held_out(job.prompts):
+    if job.source is None and (hint := shipped_held_out(job.prompts)):
         warnings.append(hint)
     # What the run will say of its calibration, whatever it samples.
     if calibration is not None and (dropped := calibration.cut_off_dropped(job.judge.cut_off_counts)):
@@ -350,6 +364,7 @@ def table(costs: dict[str, Any], where: Path) -> None:
     tokens = costs["tokens"]
     rows = {
         "iterations": f"{costs['iterations']} ({texts})",
+        **({"source": costs["source"]} if costs["source"] else {}),
         "prompts": f"{costs['train_prompts']} to train on, {costs['held_out_prompts']} held out",
         "samples": f"{costs['samples']} answers, at most {costs['pairs_at_most']} pairs",
         "judging": f"{costs['scores']} scores, at most {costs['ballots_at_most']} ballots"

@@ -20,9 +20,9 @@ from rlaif.constitutions.constitution import Constitution, load_with_source
 from rlaif.constitutions.copies import CONSTITUTION_FILE, as_derived, constitution_copy, derived_copy, template_sources
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
 from rlaif.constitutions.templates import Template, evaluating_name, load_template, parse_template
-from rlaif.errors import UserError
+from rlaif.errors import RlaifError, UserError
 from rlaif.judging.kinds import kind_of
-from rlaif.records import ConstitutionRef
+from rlaif.records import ConstitutionRef, Plan
 from rlaif.rundir.store import RunDir, disk_errors, read_json, replace_dir, write_json
 
 _DERIVED_PIN = "derived wordings"
@@ -42,7 +42,7 @@ class InForce:
         self._directory = base_dir / job.constitutions_dir
         self._run = run
         self._note = note
-        self._selects = job.pairing.method == "best_worst"
+        self._selects = job.pairing.method == "best_worst" and job.source is None
         self._follows = job.constitution if job.constitution and "@" not in job.constitution else None
         self._schedule = job.schedule or {0: job.constitution or ""}
         self._alarmed: str | None = None
@@ -185,6 +185,20 @@ class InForce:
             content = json.dumps(constitution.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
             _copy(folder, {"source.yaml": source, CONSTITUTION_FILE: content.encode()})
         return constitution
+
+
+def copy_texts(source: RunDir, plan: Plan, into: RunDir) -> None:
+    """Copies a run's copies of what a plan of it names (text, templates, wordings) into another run.
+
+    Raises:
+        RlaifError: one of them is gone.
+    """
+    for name in (plan.constitution.hash, *plan.templates.values(), *plan.derived.values()):
+        folder, copy = (run.path / "constitutions" / name for run in (source, into))
+        if not folder.is_dir():
+            raise RlaifError(f"{folder}: the run's copy of a text is gone; restore it")
+        if not copy.exists():
+            _copy(copy, {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()})
 
 
 def _copy(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -29,7 +29,8 @@ from rlaif.loop.branch import may_branch, rollback
 from rlaif.loop.in_force import InForce
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update
-from rlaif.loop.running import Referee
+from rlaif.loop.running import PairSource, Referee
+from rlaif.loop.source import open_source
 from rlaif.loop.training import mix_for
 from rlaif.own_code import resolved
 from rlaif.records import SCHEMA_VERSION, Message, Prompt, Vote, digest
@@ -61,6 +62,8 @@ class _Start:
     held_out: list[Prompt]
     rows: dict[str, str]
     """Where each prompt stands in its file, by id; empty for a run that has its copies."""
+    source: PairSource | None
+    """Where pairs come from; None: from the policy."""
     calibration: Calibration | None
     base: WeightsRef
     """The untrained policy."""
@@ -146,6 +149,7 @@ def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_
                 judge_name=judge.name(start.judge.digest if start.judge else None),
                 progress=progress,
                 calibration=start.calibration,
+                source=start.source,
                 code=start.own_code,
                 referee=referee,
                 **workers,
@@ -170,12 +174,15 @@ def _look(
     _clear_failed_start(run, job, own_code)
     check_code(run, own_code)
     changed = check_resume(run, job, allow_change)
+    source = open_source(job, base_dir, run, note)
     if not _begun(run):
-        check_can_update(job)
+        check_can_update(job, source)
         (run.path / _STARTING).touch()
     in_force = InForce(job, run, base_dir, note)
     rows: dict[str, str] = {}
-    train, held_out = prompts_of(run, job, base_dir, note, rows)
+    train, held_out = prompts_of(run, job, base_dir, note, rows, source)
+    if source:
+        source.settle(train)
     calibration = calibration_of(run, job, base_dir, [p.category or EVERYTHING for p in train], note)
     note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
     base = models.resolve_policy(job.policy.model, job.policy.adapter, progress=lambda message, share: note(message))
@@ -192,7 +199,10 @@ def _look(
         path = models.resolve(local_model, progress=lambda message, share: note(message))
         digests["reference_judge"] = models.digest_of(path)
         reference = WeightsRef(digest=digests["reference_judge"], path=path)
-    found = digests | models.tokenizer_identity(base).model_dump()
+    tokenizer = models.tokenizer_identity(base).model_dump()
+    if source:
+        source.check_tokenizer(tokenizer)
+    found = digests | tokenizer
     code = _code() | ({"own_code": own_code} if own_code else {})
     _check_models(run, found)
     _tell_hardware(run, code["hardware"], note)
@@ -202,6 +212,7 @@ def _look(
         train=train,
         held_out=held_out,
         rows=rows,
+        source=source,
         calibration=calibration,
         base=WeightsRef(digest=digests["policy"], path=base),
         judge=judge,
@@ -229,10 +240,16 @@ def _load(
 
     def check_prompts() -> None:
         asked.extend((start.train, start.held_out))
+        to_sample = [] if start.source else start.train
         if not _begun(run):
-            asked[:] = _askable(run, job, workers["sampler"], start.train, start.held_out, start.rows, note)
+            sampled, held_out = _askable(job, workers["sampler"], to_sample, start.held_out, start.rows, note)
+            asked[:] = start.train if start.source else sampled, held_out
+            if asked != [start.train, start.held_out]:
+                _copy_prompts(run, *asked)
+            if start.source:
+                start.source.check_answers(workers["sampler"], note)
         elif start.changed:
-            _check_still_askable(job, workers["sampler"], [*start.train, *start.held_out])
+            _check_still_askable(job, workers["sampler"], [*to_sample, *start.held_out])
 
     def loaded(name: str, seconds: float, waiting: list[str]) -> None:
         others = f"; waiting for {', '.join(waiting)}" if waiting else ""
@@ -480,9 +497,10 @@ def prompts_of(
     base_dir: Path,
     note: Callable[[str], None] | None = None,
     rows: dict[str, str] | None = None,
+    source: PairSource | None = None,
 ) -> tuple[list[Prompt], list[Prompt]]:
     """The run's own copies, made at the start: a prompt file that changes or vanishes can't change a run. `rows`
-    gets where each prompt stands in its file, by id, when they are made."""
+    gets where each prompt stands in its file, by id, when they are made. With a `source`, those that train are its."""
     folder = run.path / "prompts"
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     if not all(f.exists() for f in files):
@@ -496,12 +514,14 @@ def prompts_of(
             return asked
 
         held_out = load(job.prompts.held_out, columns_required=False)
-        train = exclude_held_out(load(job.prompts.train, columns_required=True), held_out, note)
-        check_enough(train, job.prompts)
-        if note and (hint := shipped_held_out(job.prompts)):
-            note(hint)
+        given = source.prompts if source else load(job.prompts.train, columns_required=True)
+        train = exclude_held_out(given, held_out, note)
+        if not source:
+            check_enough(train, job.prompts)
+            if note and (hint := shipped_held_out(job.prompts)):
+                note(hint)
         if rows is not None:
-            rows |= {p.id: found[p.messages] for p in (*train, *held_out)}
+            rows |= {p.id: found[p.messages] for p in (*train, *held_out) if p.messages in found}
         _copy_prompts(run, train, held_out)
     return read_rows(files[0], Prompt), read_rows(files[1], Prompt)
 
@@ -515,7 +535,6 @@ def _copy_prompts(run: RunDir, train: list[Prompt], held_out: list[Prompt]) -> N
 
 
 def _askable(
-    run: RunDir,
     job: Job,
     sampler: Worker,
     train: list[Prompt],
@@ -523,7 +542,8 @@ def _askable(
     rows: dict[str, str],
     note: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Every prompt rendered and measured before one is sampled: those that can be asked.
+    """Every prompt rendered and measured before one is sampled: those that can be asked. With a `source`, `train` is
+    empty.
 
     Raises:
         UserError: the policy's template can't render one, or it leaves no room for an answer and
@@ -542,9 +562,10 @@ def _askable(
     named = ", ".join(rows.get(p.prompt_id, p.prompt_id) for p in problems[:3])
     note(f"{len(problems)} prompts are too long and left out: {named}{', ...' if len(problems) > 3 else ''}")
     gone = {p.prompt_id for p in problems}
+    some_train = bool(train)
     train, held_out = ([p for p in prompts if p.id not in gone] for prompts in (train, held_out))
     for left, needed, name, source in (
-        (train, job.prompts.per_iteration, "per_iteration", job.prompts.train),
+        (train, job.prompts.per_iteration if some_train else 0, "per_iteration", job.prompts.train),
         (held_out, 1, "held_out", job.prompts.held_out),
     ):
         if len(left) < needed:
@@ -552,7 +573,6 @@ def _askable(
                 f"prompts.{name}: needs {needed} prompts, and {len(left)} of {source} aren't too long (the first: "
                 f"{problems[0].problem}); raise that, or give shorter prompts"
             )
-    _copy_prompts(run, train, held_out)
     return train, held_out
 
 

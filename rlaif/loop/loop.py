@@ -17,9 +17,10 @@ from rlaif.loop.judging import check_calibration, decide, judge, pair, score
 from rlaif.loop.old_pairs import judge_old_pairs
 from rlaif.loop.running import Iteration, Running
 from rlaif.loop.sampling import sample
+from rlaif.loop.source import take_over
 from rlaif.loop.training import mix, update
 from rlaif.monitors import tracking
-from rlaif.records import Alarm, IterationMetrics, Plan, Vote
+from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan, Vote
 from rlaif.rundir.heads import Head, write_head
 from rlaif.rundir.stages import ITERATION_NAMES
 from rlaif.rundir.store import read_record, write_json
@@ -39,17 +40,20 @@ class Loop(Running):
     def iterate(self, k: int) -> None:
         """One iteration, from its first incomplete stage on."""
         it = self._begin(k)
-        it.completions = sample(self, it)
-        it.scores = score(self, it)
-        it.pairs = pair(self, it)
-        it.votes = judge(self, it)
+        if self.source:
+            take_over(self, it, self.source)
+        else:
+            it.completions = sample(self, it)
+            it.scores = score(self, it)
+            it.pairs = pair(self, it)
+            it.votes = judge(self, it)
         it.decisions = decide(self, it)
         it.old_pairs = judge_old_pairs(self, it)
         it.training = mix(self, it)
         it.steps = update(self, it)
         it.anchors = ask_again(self, it)
         if it.plan.evaluate:
-            evaluate(self, k + 1, it.plan, it.constitution)
+            self._evaluate(k + 1, it.plan)
         self._end(it)
 
     def _begin(self, k: int) -> Iteration:
@@ -57,14 +61,15 @@ class Loop(Running):
         plan = self._plan(k)
         constitution = self.in_force.load(plan.constitution, plan.derived)
         it = Iteration(plan, self.dir.iteration(k), constitution, {p.id: p for p in self.train})
-        changed = k > 0 and self.dir.plan(k - 1).constitution.hash != constitution.hash
+        now = plan.in_force.constitution
+        changed = k > 0 and self.dir.plan(k - 1).in_force.constitution.hash != now.hash
         if changed:  # not told when the plan is written: a run killed in between would never tell it
-            message = f"after {k} iterations, {constitution.ref} ({constitution.hash}) is in force"
-            if self.event_once("constitution_changed", message, k, **constitution.ref.model_dump()):
+            message = f"after {k} iterations, {now} ({now.hash}) is in force"
+            if self.event_once("constitution_changed", message, k, **now.model_dump()):
                 self.progress.note(f"constitution changed: {message}")
         check_calibration(self, it)
         if k == 0:
-            evaluate(self, BASE_POLICY, plan, constitution)
+            self._evaluate(BASE_POLICY, plan)
         elif changed:
             self._evaluate_after(k - 1)
         return it
@@ -76,6 +81,8 @@ class Loop(Running):
             return self.dir.plan(k)
         constitution, templates = self.in_force.at(k)
         last = k + 1 == self.job.iterations
+        source = self.source
+        asked = [] if source else prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)
         plan = Plan(
             iteration=k,
             seed=self.job.seed,
@@ -84,9 +91,11 @@ class Loop(Running):
             derived={constitution.wordings.id: constitution.wordings.hash} if constitution.wordings else {},
             code=self.code,
             policy=self.hand_over.policy_before(k)[0],
-            prompt_ids=tuple(p.id for p in prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)),
+            prompt_ids=tuple(p.id for p in asked),
             evaluate=last or (k + 1) % self.job.eval.every == 0,
         )
+        if source:  # counted from where it began: what was before, this run may have sampled
+            plan = source.planned(plan, sum(self.dir.plan(i).source is not None for i in range(k)), self.dir)
         here.path.mkdir(parents=True, exist_ok=True)
         write_json(path, plan.model_dump(mode="json"))
         return plan
@@ -125,10 +134,14 @@ class Loop(Running):
         self.progress.note(f"head {head.name}")
         self._pause_at(it.k, alarms)
 
+    def _evaluate(self, updates: int, plan: Plan) -> EvaluationMetrics:
+        """Held-out answers of the policy after `updates` iterations, under the text that was in force in a plan's."""
+        plan = plan.in_force
+        return evaluate(self, updates, plan, self.in_force.load(plan.constitution, plan.derived))
+
     def _evaluate_after(self, k: int) -> None:
         """Evaluates what iteration k made under its text, unless its plan had that done, and tells the alarms."""
-        plan = self.dir.plan(k)
-        evaluate(self, k + 1, plan, self.in_force.load(plan.constitution, plan.derived))
+        self._evaluate(k + 1, self.dir.plan(k))
         (ended,) = self.dir.iterations_measured([k])
         self._pause_at(k, self._alarms(ended))  # its own alarms were told when it ended
 

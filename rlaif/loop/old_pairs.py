@@ -48,7 +48,7 @@ def judge_old_pairs(run: Running, it: Iteration) -> list[OldPair]:
 
 def _owed(run: Running, it: Iteration) -> dict[str, Member]:
     """Pairs that could be replayed, and of which nobody knows yet what the text in force makes of them."""
-    if not run.job.replay.share:
+    if not run.job.replay.share or it.labels_as_stored:  # labels as stored: their judge isn't this job's
         return {}
     old = members(run.dir, it.k, it.constitution.hash, run.job.replay.max_age)
     open_ = (UNKNOWN, "waiting") if run.job.replay.on_change == "rejudge" else (UNKNOWN,)
