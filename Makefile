@@ -6,7 +6,7 @@ JOB ?= jobs/quickstart.yaml
 PORT ?= 8000
 export VENV
 
-.PHONY: help setup quickstart test test-all lint format bench bench-judge bench-audit bench-derived bench-probes gpu-check judge-server data-llmbar data-pandalm clean
+.PHONY: help setup quickstart test test-all lint format bench bench-judge bench-audit bench-derived bench-probes bench-monitors gpu-check judge-server data-llmbar data-pandalm clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ bench-derived: $(STAMP) ## how good contrasts derived from rules are (ARGS="--se
 
 bench-probes: $(STAMP) ## which probes a base policy passes, and the fixed texts' perplexity in two ways (docs/forgetting.md)
 	@$(BIN)/python -m benchmarks.probes $(ARGS)
+
+bench-monitors: $(STAMP) ## how often monitors cry wolf, and how soon they tell what is wrong, simulated
+	@$(BIN)/python -m benchmarks.monitors $(ARGS)
 
 gpu-check: $(STAMP) ## do learner, judge and hand-over compute on a GPU what they compute on the CPU? (no network)
 	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)

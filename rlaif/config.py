@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import datetime
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -180,6 +181,62 @@ class OwnSampling(Sampling):
     """The class, as `module:Class`."""
 
 
+class Source(Section):
+    """Pairs that exist, in place of fresh ones ([offline.md](offline.md)): nothing is sampled to train on. A name
+    alone is its `data`."""
+
+    run: str | None = None
+    """A run directory, whose stored pairs train: iteration k takes those of the k-th of its iterations, starting over
+    when there are fewer."""
+    iterations: str | int | None = None
+    """Which of that run's iterations, from 0: `0-5`, or one; all that are judged when absent."""
+    data: str | None = None
+    """A preference data set: a JSONL, JSON, CSV or Parquet file (or one with `.gz`), or `datasets:NAME` as in
+    `prompts.train`. A row has a prompt, `chosen` and `rejected`, text or chat. Each iteration takes the next
+    `prompts.per_iteration` rows, in a seeded order that starts again when it runs out."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of the data's columns, where they are others: `{prompt: question, first: a, second: b, label: winner}`; the
+    keys are those of `rlaif judge bench --map`."""
+    rejudge: bool = False
+    """Judge the pairs under this job's text. Else their labels are as stored: a run's votes, which this job's filters
+    decide on, or a data set's own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_alone(cls, tree: Any) -> Any:
+        return {"data": tree} if isinstance(tree, str) else tree
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.run is None) == (self.data is None):
+            raise ValueError("source: give exactly one of `run` and `data`")
+        if self.data is not None and self.iterations is not None:
+            raise ValueError("source.iterations: of a `run`; rows of `data` are taken prompts.per_iteration at a time")
+        if self.run is not None and self.columns:
+            raise ValueError("source.columns: of `data`; a run's files have columns of their own")
+        if self.iterations is not None and not _RANGE.fullmatch(str(self.iterations)):
+            raise ValueError(f"source.iterations: found {self.iterations!r}, expected one or a range, for example 0-5")
+        if self.iterations is not None and not self.wanted:
+            raise ValueError(f"source.iterations: {self.iterations} holds none; the first comes first, as in 0-5")
+        return self
+
+    def __str__(self) -> str:
+        which = "all iterations" if self.iterations is None else f"iterations {self.iterations}"
+        what = f"pairs of {self.data}" if self.run is None else f"pairs of {self.run}, {which}"
+        return f"{what}, {'judged again' if self.rejudge else 'labels as stored'}"
+
+    @property
+    def wanted(self) -> range | None:
+        """The iterations that the job names; None for all."""
+        if self.iterations is None:
+            return None
+        first, _, last = str(self.iterations).partition("-")
+        return range(int(first), int(last or first) + 1)
+
+
+_RANGE = re.compile(r"\d+(-\d+)?")
+
+
 class Pairing(Section):
     """Which completions are compared."""
 
@@ -298,6 +355,8 @@ class Judge(Section):
 
     def check_in(self, job: Job) -> None:
         """Raises a ValueError where the rest of the job doesn't fit this judge."""
+        if job.replay.rejudge.tokens is not None or job.replay.rejudge.money is not None:
+            raise ValueError(f"replay.rejudge: `{self.kind}` counts no tokens, and has no price; limit calls")
 
 
 class LikelihoodSettings(Judge):
@@ -415,6 +474,9 @@ class ChatSettings(Judge, Juror):
             )
         if self.early_stop and job.filters.calibration:
             raise ValueError("judge.early_stop: never with filters.calibration, which counts on every vote; drop one")
+        unpriced = [juror.model for juror in self.jurors if juror.model not in self.prices]
+        if job.replay.rejudge.money is not None and unpriced:
+            raise ValueError(f"judge.prices: no price for `{unpriced[0]}`, and replay.rejudge.money needs one")
         if self.early_stop and job.filters.review:
             raise ValueError("judge.early_stop: never with filters.review, which compares pairs by all votes; drop one")
 
@@ -613,7 +675,7 @@ class Learner(Section):
     learning_rate: Adjustable[float] = Field(1e-5, gt=0)
     """Adam's learning rate after the warm-up, constant by default (`args.lr_scheduler_type`). Found on 135M parameters;
     the shipped jobs take half as much again (docs/experiments.md). Untried: a third of it for 1B, a tenth for 7B, ten
-    times it for LoRA. Watch `monitors.max_kl`."""
+    times it for LoRA. Watch `monitors.kl`."""
     warmup_steps: int = Field(4, ge=0)
     """Optimizer steps over which the rate rises from 0, once a run: Adam's first steps are as large as its later ones,
     and know less."""
@@ -648,13 +710,43 @@ class OwnLearner(Learner):
     """The class, as `module:Class`."""
 
 
+OnChange = Literal["expire", "rejudge", "keep"]
+
+
+class Rejudge(Section):
+    """What judging old pairs again may cost in one iteration; what is left over waits for the next one. Without any of
+    these all of them are judged at once."""
+
+    calls: int | None = Field(None, ge=1)
+    """Ballots. Pairs are taken whole."""
+    tokens: int | None = Field(None, ge=1)
+    """Prompt and completion tokens; what a pair will cost is guessed by those before it."""
+    money: float | None = Field(None, gt=0)
+    """By `judge.prices`, in their currency; guessed like the tokens."""
+
+
 class Replay(Section):
     """Old preferences against forgetting."""
 
     share: float = Field(0.0, ge=0, le=0.9)
     """Share of an update that may be replayed pairs; they come after the fresh ones."""
     max_age: int = Field(4, ge=1)
-    """Oldest iteration that may be replayed, counted back. Pairs judged under another text are never replayed."""
+    """Oldest iteration that may be replayed, counted back."""
+    on_change: Adjustable[OnChange] = "expire"
+    """What a new text does to pairs that were judged under an old one ([change.md](change.md)). `expire`: a pair stays
+    if the new text asks again all that was asked about it. `rejudge`: what the new text asks and nobody asked yet is
+    asked now, and the pair is decided anew. `keep`: it stays as it was judged, drawn more rarely."""
+    rejudge: Adjustable[Rejudge] = Rejudge()
+    """Limits of `on_change: rejudge`, an iteration; pairs whose votes are most evenly split come first."""
+    stale_weight: Adjustable[float] = Field(0.25, gt=0, le=1)
+    """With `on_change: keep`: chance of a pair that the new text would judge by other questions, against that of
+    another one of its age."""
+    half_life: Adjustable[float | None] = Field(None, gt=0)
+    """Iterations after which a pair's chance of being drawn has halved; null: age doesn't count."""
+    half_distance: Adjustable[float | None] = Field(None, gt=0)
+    """How far the policy has moved on a pair's completions since it sampled them (|log p now - log p then|, nats a
+    token) when the pair's chance has halved; null: it isn't measured. Measuring costs a pass of the learner over the
+    old pairs, and needs an engine that records log p."""
 
 
 class Eval(Section):
@@ -681,42 +773,274 @@ class Eval(Section):
     probes: str | None = None
     """File of probes of your own, in place of those that come with rlaif: JSON, JSONL, CSV or Parquet, with `prompt`
     and `answer` (or `check`, or `refuses`), perhaps `kind`."""
+    reference_judge: AnyJudge | None = None
+    """Another judge, with settings as `judge` has them, that compares the same held-out answers and never trains:
+    another model, or another server. Where what trains is pleased and this one isn't, `monitors.hacking` tells
+    ([monitors.md](monitors.md#a-judge-that-is-being-fooled))."""
+
+    @field_validator("reference_judge")
+    @classmethod
+    def _of_ours(cls, judge: Judge | None) -> Judge | None:
+        if isinstance(judge, OwnJudge):
+            raise ValueError("a class of yours judges training alone; give a reference of kind `likelihood` or `chat`")
+        return judge
+
+
+class Monitor(Section):
+    """What is watched for, and what the run does when it is found."""
+
+    action: Literal["warn", "pause", "rollback", "off"] = "warn"
+    """`warn`: noted, and the run goes on. `pause`: the run stops after the iteration, and the same command goes on.
+    `rollback`: it stops the same, taken back to the newest iteration at which this was silent, if `keep_checkpoints`
+    kept that; what came after is kept beside it. `off`: nobody looks."""
+
+    @field_validator("action", mode="before")
+    @classmethod
+    def _off_without_quotes(cls, action: Any) -> Any:
+        return "off" if action is False else action  # YAML reads off as false
+
+
+class KlMonitor(Monitor):
+    """The policy is far from the base policy."""
+
+    limit: float = 0.5
+    """KL from the base policy, nats a token (`eval.kl_prompts`), at most."""
+
+
+class ShortAnswersMonitor(Monitor):
+    """Sampled answers are short."""
+
+    limit: float = 6.0
+    """Words of an iteration's sampled answers on average, at least."""
+
+
+class EqualAnswersMonitor(Monitor):
+    """Sampled answers repeat each other."""
+
+    limit: float = Field(0.5, ge=0, le=1)
+    """Share of different ones among an iteration's sampled answers, at least."""
+
+
+class CutOffMonitor(Monitor):
+    """The length limit ends most sampled answers."""
+
+    limit: float = Field(0.8, ge=0, le=1)
+    """Share of an iteration's sampled answers that the length limit cut off, at most."""
+
+
+class CutOffWonMonitor(Monitor):
+    """The judge prefers answers that were cut off."""
+
+    limit: float = Field(0.5, ge=0, le=1)
+    """Of two answers one of which was cut off, the judge prefers that one in at most this share of an iteration's
+    pairs (the lower end of the 95 % interval)."""
+
+
+class WeightsGapMonitor(Monitor):
+    """The policy that samples is not the one that is trained."""
+
+    limit: float = Field(0.02, gt=0)
+    """Both score fixed texts, which may differ by no more than this on average (nats a token), and by ten times this in
+    absolute value. Over 0.5 the run ends, whatever the action."""
+
+
+class DecodingGapMonitor(Monitor):
+    """Answers as they were decoded are not those of the policy that is trained."""
+
+    limit: float = Field(0.02, gt=0)
+    """The same for sampled answers, as they were decoded and as the learner scores them, beyond chance (two standard
+    errors)."""
+
+
+class CollapseMonitor(Monitor):
+    """The policy has few words left, or is sure of every one."""
+
+    vocabulary: float = Field(0.5, ge=0, le=1)
+    """Different words in 200 of the sampled answers' words: at least so many times those of the first iteration."""
+    entropy: float = Field(0.25, ge=0, le=1)
+    """-log p of a sampled token on average, at least so many times that of the first iteration."""
+
+
+class JumpMonitor(Monitor):
+    """Sampled answers are unlike those of the iteration before, under the same text."""
+
+    length_ratio: float = Field(2.0, ge=1)
+    """So many times longer, or shorter, may they be (mean words), beyond chance."""
+    ended: float = Field(0.4, ge=0, le=1)
+    """The share of those that end by themselves may differ by this, beyond chance."""
+
+
+class SelfPraiseMonitor(Monitor):
+    """Sampled answers praise themselves, or speak to whoever judges them."""
+
+    limit: float = Field(0.1, ge=0, le=1)
+    """Share of an iteration's sampled answers that do either, at most (the lower end of the 95 % interval)."""
+
+
+class AbstainedMonitor(Monitor):
+    """The judge abstains: failed calls, unreadable replies."""
+
+    limit: float = Field(0.2, ge=0, le=1)
+    """Share of the held-out answers that it abstained on, at most; and share of an iteration's pairs without a valid
+    vote (the lower end of the 95 % interval)."""
+
+
+class DriftMonitor(Monitor):
+    """A share of the judged pairs moves, under the same text."""
+
+    limit: float = Field(6.0, gt=0)
+    """The sum of the iterations' surprises, in standard deviations, at which it is told
+    ([monitors.md](monitors.md#charts))."""
+    least: float = Field(0.15, ge=0, le=1)
+    """Smallest difference of the shares, before and since, that is worth telling."""
+
+
+class AgreementDriftMonitor(DriftMonitor):
+    """Fewer pairs on which all votes name one side."""
+
+
+class OrderFlipDriftMonitor(DriftMonitor):
+    """More pairs on which the order that the judge is shown decides."""
+
+
+class AbstainedDriftMonitor(DriftMonitor):
+    """More pairs without a valid vote."""
+
+
+class KeptDriftMonitor(DriftMonitor):
+    """More pairs are kept, or fewer."""
+
+
+class AnchorsMonitor(Monitor):
+    """Pairs that were judged under the text in force are asked about again every few iterations: their verdicts must
+    not move while judge and text don't. A model behind an alias that changes is caught. A judge whose weights the run
+    knows isn't asked."""
+
+    pairs: int = Field(32, ge=1)
+    """Pairs that are asked about again: the first ones under the text. `judge.cache` isn't read for them."""
+    every: int = Field(4, ge=1)
+    """Iterations from one time to the next."""
+    limit: float = Field(0.1, ge=0, le=1)
+    """Share of them whose verdict moved, at most (the lower end of the 95 % interval)."""
+
+
+class HackingMonitor(Monitor):
+    """The win rate has risen, and what should have risen with it hasn't: the reference judge's, the length-controlled
+    one, or the checks; or what the base policy could is lost (`eval.retention`)."""
+
+    gap: float = Field(0.2, ge=0, le=1)
+    """So much more has the win rate risen above a half, at least, and more than chance does (99.5 %). It has surely
+    (its 99.5 % interval), the other hasn't (its 95 % interval)."""
+    kept: float = Field(0.8, ge=0, le=1)
+    """Share of the probes that the base policy passed which are still passed, at least (the upper end of the 95 %
+    interval)."""
+
+
+class LeaningMonitor(Monitor):
+    """Winners have more of something than losers that is no merit, in more of the kept pairs than the limit. It counts
+    the last 8 iterations under the text, and takes the lower end of the 95 % interval. What a principle's `check` asks
+    for is no finding, and of what is null nothing is."""
+
+    length: float | None = Field(0.9, ge=0.5, le=1)
+    """Words, or fewer of them."""
+    lists: float | None = Field(0.9, ge=0.5, le=1)
+    """List items, or fewer of them."""
+    hedges: float | None = Field(0.9, ge=0.5, le=1)
+    """Hedging words ("perhaps", "it depends") by word, or fewer of them."""
+    repetition: float | None = Field(0.8, ge=0.5, le=1)
+    """Runs of three words that come again."""
+    self_praise: float | None = Field(0.7, ge=0.5, le=1)
+    """Words in praise of the answer itself."""
+    to_judge: float | None = Field(0.7, ge=0.5, le=1)
+    """Words to whoever judges."""
+
+
+class CalibrationShiftMonitor(Monitor):
+    """With a calibration: judged pairs are unlike those that were calibrated."""
+
+    kept: float = Field(0.25, ge=0, le=1)
+    """The share of kept pairs may differ from the calibration's by this, and by chance (its 95 % interval)."""
+    agreement: float = Field(0.15, ge=0, le=1)
+    """The same for the votes' mean agreement; chance is two standard errors."""
+    cut_off: float = Field(0.25, ge=0, le=1)
+    """The same for the share of answers that the length limit cut off; labelled ones of which nothing says how they
+    ended count as ended."""
+    length_ratio: float = Field(2.0, ge=1)
+    """So many times longer, or shorter, than the labelled ones may the judged answers be (mean words)."""
+
+
+class JurorMonitor(Monitor):
+    """A juror's votes weigh nothing although no label says so."""
 
 
 class Monitors(Section):
-    """When a run raises an alarm."""
+    """What a run watches, by kind ([monitors.md](monitors.md)). Older keys (`max_kl`, `stop_on_alarm`) are read as they
+    were."""
 
-    max_kl: float | None = 0.5
-    """Alarm when KL per token from the base policy (nats; `eval.kl_prompts`) exceeds this."""
-    min_mean_words: float = 6.0
-    """Alarm when sampled answers are shorter than this on average."""
-    min_distinct_share: float = Field(0.5, ge=0, le=1)
-    """Alarm when fewer than this share of an iteration's sampled answers are distinct."""
-    max_weights_gap: float = Field(0.02, gt=0)
-    """Alarm when the policy that samples is not the one that is trained. Both score fixed texts, which may differ by no
-    more than this on average (nats a token), and by ten times this in absolute value. Over 0.5 the run stops. The same
-    for sampled answers, as they were decoded and as the learner scores them (`decoding_gap`), without the stop."""
-    max_abstained_share: float = Field(0.2, ge=0, le=1)
-    """Alarm when the judge abstained on more than this share of the held-out answers (failed calls, unreadable
-    replies)."""
-    max_cut_off_share: float = Field(0.8, ge=0, le=1)
-    """Alarm when the length limit cut off more than this share of an iteration's sampled answers."""
-    max_cut_off_won: float = Field(0.5, ge=0, le=1)
-    """Alarm when, of two answers one of which was cut off, the judge prefers that one in more than this share of an
-    iteration's pairs (the lower end of the 95 % interval)."""
-    max_kept_shift: float = Field(0.25, ge=0, le=1)
-    """With a calibration: alarm when the share of kept pairs differs from the calibration's by more than this, and by
-    more than chance (its 95 % interval excludes it)."""
-    max_agreement_shift: float = Field(0.15, ge=0, le=1)
-    """The same for the votes' mean agreement; chance is two standard errors."""
-    max_cut_off_shift: float = Field(0.25, ge=0, le=1)
-    """The same for the share of answers that the length limit cut off; labelled ones of which nothing says how they
-    ended count as ended."""
-    max_length_ratio: float = Field(2.0, ge=1)
-    """With a calibration: alarm when the judged answers are so many times longer, or shorter, than the labelled ones
-    (mean words)."""
-    stop_on_alarm: bool = False
-    """Stop the run at an alarm (it can be resumed) instead of noting it and going on."""
+    kl: KlMonitor = KlMonitor()
+    short_answers: ShortAnswersMonitor = ShortAnswersMonitor()
+    equal_answers: EqualAnswersMonitor = EqualAnswersMonitor()
+    cut_off: CutOffMonitor = CutOffMonitor()
+    cut_off_won: CutOffWonMonitor = CutOffWonMonitor()
+    weights_gap: WeightsGapMonitor = WeightsGapMonitor()
+    decoding_gap: DecodingGapMonitor = DecodingGapMonitor()
+    abstained: AbstainedMonitor = AbstainedMonitor()
+    calibration_shift: CalibrationShiftMonitor = CalibrationShiftMonitor()
+    juror: JurorMonitor = JurorMonitor()
+    collapse: CollapseMonitor = CollapseMonitor()
+    jump: JumpMonitor = JumpMonitor()
+    self_praise: SelfPraiseMonitor = SelfPraiseMonitor()
+    agreement_drift: AgreementDriftMonitor = AgreementDriftMonitor()
+    order_flip_drift: OrderFlipDriftMonitor = OrderFlipDriftMonitor()
+    abstained_drift: AbstainedDriftMonitor = AbstainedDriftMonitor()
+    kept_drift: KeptDriftMonitor = KeptDriftMonitor()
+    anchors: AnchorsMonitor = AnchorsMonitor()
+    leaning: LeaningMonitor = LeaningMonitor()
+    hacking: HackingMonitor = HackingMonitor()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_jobs(cls, tree: Any) -> Any:
+        return cls.lifted(tree) if isinstance(tree, dict) else tree
+
+    @classmethod
+    def lifted(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """A tree of before each kind had a section, when there was one number for it and one action for all."""
+        older = {key: tree[key] for key in (*_OLDER_LIMITS, "stop_on_alarm") if key in tree}
+        lifted = {key: value for key, value in tree.items() if key not in older}
+        for key, places in _OLDER_LIMITS.items():
+            for kind, setting in places if key in older else ():
+                said = lifted.get(kind) or {}
+                if not isinstance(said, dict):  # what is wrong with it is said of it
+                    continue
+                name, value = ("action", "off") if older[key] is None else (setting, older[key])
+                if name in said:
+                    raise ValueError(
+                        f"monitors.{key} is monitors.{kind}.{name} now, which is given too; set that alone"
+                    )
+                lifted[kind] = said | {name: value}
+        if older.get("stop_on_alarm") not in (None, True, False):
+            raise ValueError("monitors.stop_on_alarm: expected true or false; or give a kind `action: pause`")
+        for kind in cls.model_fields if older.get("stop_on_alarm") else ():
+            if isinstance(said := lifted.get(kind) or {}, dict):
+                lifted[kind] = {"action": "pause"} | said
+        return lifted
+
+
+_OLDER_LIMITS: dict[str, tuple[tuple[str, str], ...]] = {
+    "max_kl": (("kl", "limit"),),
+    "min_mean_words": (("short_answers", "limit"),),
+    "min_distinct_share": (("equal_answers", "limit"),),
+    "max_weights_gap": (("weights_gap", "limit"), ("decoding_gap", "limit")),
+    "max_abstained_share": (("abstained", "limit"),),
+    "max_cut_off_share": (("cut_off", "limit"),),
+    "max_cut_off_won": (("cut_off_won", "limit"),),
+    "max_kept_shift": (("calibration_shift", "kept"),),
+    "max_agreement_shift": (("calibration_shift", "agreement"),),
+    "max_cut_off_shift": (("calibration_shift", "cut_off"),),
+    "max_length_ratio": (("calibration_shift", "length_ratio"),),
+}
+"""Older key → where its number stands now: kind and setting."""
 
 
 class Checkpoints(Section):
@@ -768,6 +1092,8 @@ class Job(Section):
     """Folder that holds the constitutions."""
     policy: Policy = Policy()
     prompts: Prompts = Prompts()
+    source: Source | None = None
+    """Where pairs come from; absent: from the policy, which is sampled anew in every iteration."""
     sampling: Annotated[
         Annotated[Sampling, Tag("[Sampling]")] | Annotated[OwnSampling, Tag("[OwnSampling]")],
         Discriminator(_tag_by("engine", Sampling, OwnSampling)),
@@ -947,6 +1273,8 @@ def of_run(tree: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any
     tree = copy.deepcopy(tree)
     if isinstance(filters := tree.get("filters"), dict):
         filters.setdefault("cut_off", "keep")
+    if isinstance(watched := tree.get("monitors"), dict):  # before an override names the same by its newer key
+        tree["monitors"] = Monitors.lifted(watched)
     before = dict(judge) if isinstance(judge := tree.get("judge"), dict) else {}
     for override in overrides:
         apply_override(tree, override)

@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlaif.config import JUDGES, Job, Judge, MayChange, sections_in
+from rlaif.config import JUDGES, Job, Judge, MayChange, Monitor, Monitors, sections_in
 from rlaif.errors import UserError
 
 _BLOCK = re.compile(r"(<!-- generated: (?P<what>[\w ]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
@@ -83,6 +83,8 @@ def _job() -> str:
     sections: list[tuple[str, str, type[BaseModel], str]] = [("", "", Job, "")]
     parts = []
     for prefix, more, model, adjustable in sections:  # grows while it is read: a section can hold sections
+        if prefix == "eval.reference_judge":  # as `judge`
+            continue
         shown = model.model_fields.keys() - (Judge.model_fields.keys() - {"model"} if more else ())
         own = {k: f for k, f in model.model_fields.items() if k in shown and not (_sections(f) and not _optional(f))}
         sections += [
@@ -93,7 +95,7 @@ def _job() -> str:
         ]
         about = f"`{prefix}`{more}\n\n{_first_paragraph(model)} {adjustable}".rstrip()
         title = f"## {about if prefix else 'The job itself'}"
-        parts.append(f"{title}\n\n{_table(model, own)}")
+        parts.append(f"{title}\n\n{_watched() if model is Monitors else _table(model, own)}")
     return "\n\n".join(parts)
 
 
@@ -101,6 +103,8 @@ def _sections(field: FieldInfo) -> list[tuple[str, type[BaseModel]]]:
     """The sections that a field, or a list or mapping in it, can hold, and what a title says of each; none for a plain
     value."""
     found = sections_in(field.annotation)
+    if found and issubclass(found[0], Monitor):  # all in one table
+        return []
     if typing.get_origin(field.annotation) in (list, dict):
         found = [s for a in typing.get_args(field.annotation) for s in sections_in(a)]
     if found and issubclass(found[0], Judge):  # what all have in common, then each kind's own
@@ -121,6 +125,19 @@ def _table(model: type[BaseModel], fields: dict[str, FieldInfo] | None = None) -
         cells = f"`{name}`", _type(field.annotation) + _bounds(field), default, meaning
         rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(rows)
+
+
+def _watched() -> str:
+    """The settings of all kinds of monitor in one table, after what they share."""
+    head, rule, *shared = _table(Monitor).splitlines()
+    rows = [row.replace("| `action` |", "| `KIND.action` |", 1) for row in shared]
+    for kind, field in Monitors.model_fields.items():
+        (section,) = sections_in(field.annotation)
+        said = _first_paragraph(section).replace("|", "\\|")
+        rows.append(f"| `{kind}` | a kind | `{section.model_fields['action'].default}` | {said} |")
+        own = {name: f for name, f in section.model_fields.items() if name not in Monitor.model_fields}
+        rows += [row.replace("| `", f"| `{kind}.", 1) for row in _table(section, own).splitlines()[2:]]
+    return "\n".join([head, rule, *rows])
 
 
 def _listing(model: type[BaseModel]) -> str:
@@ -169,12 +186,14 @@ def _type(annotation: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" for a in args)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type(a) for a in args)
+        return " or ".join(dict.fromkeys(_type(a) for a in args))
     if origin in (list, tuple):
         items = _type(args[0])
         return f"list of {items}s" if items.endswith("number") else f"list of {items}"
     if origin is dict:
         return f"mapping of {_type(args[0])} to {_type(args[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, Judge):
+        return "as `judge`"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation.__name__
     if annotation not in _NAMES:

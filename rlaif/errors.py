@@ -37,6 +37,17 @@ class RunInterrupted(RlaifError):
     exit_code = 130
 
 
+class RunPaused(RlaifError):
+    """An alarm whose action is to pause: the run stopped cleanly, and the same command goes on. Exit code 3."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, back_to: int | None = None):
+        """`back_to`: after so many iterations all was well, and the run is to be taken back there."""
+        super().__init__(message)
+        self.back_to = back_to
+
+
 class JudgeUnavailable(UserError):
     """The judge's server is down, or refuses: the run pauses and can be resumed."""
 

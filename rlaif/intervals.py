@@ -19,6 +19,11 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
 
+def log_choose(n: int, k: int) -> float:
+    """Logarithm of the number of ways to draw k of n."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson 95 % interval of a share (Wilson 1927); (0, 1) when nothing was counted.
 

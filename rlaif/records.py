@@ -53,11 +53,25 @@ AlarmKind = Literal[
     "abstained",
     "calibration_shift",
     "juror",
+    "collapse",
+    "jump",
+    "self_praise",
+    "agreement_drift",
+    "order_flip_drift",
+    "abstained_drift",
+    "kept_drift",
+    "anchors",
+    "leaning",
+    "hacking",
     "labels",
     "constitution",
 ]
 
+Feature = Literal["length", "lists", "hedges", "repetition", "self_praise", "to_judge"]
+"""What of an answer could please a judge without being better."""
+
 ReviewRule = Literal["below_agreement", "top_uncertain"]
+RowSource = Literal["judge", "replay", "human", "data"]
 
 
 def digest(value: Any, digits: int = 16) -> str:
@@ -374,6 +388,7 @@ class Vote(Record):
     usage: Usage = Usage()
     latency_s: float = 0.0
     cached: bool = False
+    """It cost this run nothing: from the cache, or another run's vote that was taken over (`source`)."""
 
 
 class Verdict(Record):
@@ -409,7 +424,7 @@ class Verdict(Record):
 
 
 class Decision(Record):
-    """The filter's word on a verdict, and every rule that spoke against it."""
+    """The filter's word on a verdict, or on a data set's label, and every rule that spoke against it."""
 
     pair_id: str
     status: Literal["kept", "dropped", "review"]
@@ -420,6 +435,9 @@ class Decision(Record):
     """What rules of the job's own (`filters.rules`) said against it, by rule."""
     review_rule: ReviewRule | None = None
     """The setting of `filters.review` that sent the pair to review."""
+    source: Literal["votes", "data"] = "votes"
+    """Who says which side is better: the votes on the pair, or (`data`) the label of the data set that it is from. Then
+    nobody voted, and the verdict is empty."""
 
 
 class HumanLabel(Record):
@@ -433,6 +451,8 @@ class HumanLabel(Record):
     time: str
     """UTC, ISO 8601."""
     reason: str | None = None
+    constitution: str | None = None
+    """Hash of the text that the reviewer had before them; None: the one that the pair was judged under."""
 
 
 class TrainingRow(Protocol):
@@ -444,8 +464,8 @@ class TrainingRow(Protocol):
         ...
 
     @property
-    def source(self) -> Literal["judge", "replay", "human"]:
-        """Who said so: this iteration's judge, that of an earlier one, or a person."""
+    def source(self) -> RowSource:
+        """Who said so: this iteration's judge, that of an earlier one, a person, or a data set's label."""
         ...
 
 
@@ -455,8 +475,10 @@ class Preference(Record):
     pair_id: str
     iteration: int
     """The iteration that sampled and judged the pair."""
-    source: Literal["judge", "replay", "human"]
+    source: RowSource
     constitution: str
+    """Hash of the text that the verdict, or the person's word, is about. Of a replayed pair whose votes answer the
+    questions of a later text, too, that one. Empty for a data set's label, which no text was asked about."""
     prompt_id: str
     chosen_id: str
     rejected_id: str
@@ -470,9 +492,73 @@ class Preference(Record):
     agreement: float | None
 
     @property
+    def sequences(self) -> tuple[TokenSequence, TokenSequence]:
+        """The chosen and the rejected completion after their prompt."""
+        chosen, rejected = (
+            TokenSequence(prompt_token_ids=self.prompt_token_ids, token_ids=ids)
+            for ids in (self.chosen_token_ids, self.rejected_token_ids)
+        )
+        return chosen, rejected
+
+    def swap(self) -> Preference:
+        """The same pair with the other side chosen."""
+        return self.model_copy(
+            update={
+                "chosen_id": self.rejected_id,
+                "rejected_id": self.chosen_id,
+                "chosen_token_ids": self.rejected_token_ids,
+                "rejected_token_ids": self.chosen_token_ids,
+                "chosen": self.rejected,
+                "rejected": self.chosen,
+                "p_chosen": None if self.p_chosen is None else 1 - self.p_chosen,
+            }
+        )
+
+    @property
     def row_id(self) -> str:
         """The pair's: a pair trains at most once an iteration."""
         return self.pair_id
+
+
+Standing = Literal["kept", "turned", "dropped", "expired", "stale", "waiting"]
+
+
+class OldPair(Record):
+    """What a text made of a pair that was judged under an earlier one; the newest row of a pair and a text counts."""
+
+    pair_id: str
+    iteration: int
+    """The iteration that sampled the pair."""
+    source: Literal["judge", "human"]
+    """Whose word it trained on before."""
+    before: str
+    """Hash of the text that it was judged under then."""
+    constitution: str
+    """Hash of the text that this row is about."""
+    standing: Standing
+    """`kept`: it may train as before. `turned`: it may train, with the other side chosen. `dropped`: the filters keep
+    it no longer. `expired`: some of what was asked about it isn't asked any more. `stale`: the same, and it may train
+    all the same (`replay.on_change: keep`). `waiting`: it isn't judged again yet."""
+    carried: int = 0
+    """Votes that answer what the new text asks."""
+    lost: int = 0
+    """Votes that don't."""
+    asked: int = 0
+    """Ballots that had to be cast for it."""
+    decision: Decision | None = None
+    """By the votes that answer the new text's ballots; None where there is none yet, or a person's word counts."""
+
+
+class PolicyDistance(Record):
+    """How far the policy has moved on an old pair's completions since it sampled them."""
+
+    pair_id: str
+    tokens: int
+    """Of both completions."""
+    distance: float
+    """|log p now - log p then| of each completion, summed over both and divided by `tokens`: nats a token. Now is the
+    learner's policy before the update; within a completion the tokens' differences add up, since their sum is what was
+    recorded then."""
 
 
 class UpdateStep(Record):
@@ -516,12 +602,43 @@ class ConstitutionRef(Record):
         return f"{self.name}@{self.version}"
 
 
+class PlanTexts(Record):
+    """The text in force, with what its judge reads beside it."""
+
+    constitution: ConstitutionRef
+    templates: dict[str, str] = Field(default_factory=dict)
+    """As in `Plan`."""
+    derived: dict[str, str] = Field(default_factory=dict)
+    """As in `Plan`."""
+
+
+class PlanSource(Record):
+    """Where an iteration's pairs are from, in a run with a `source`: nothing is sampled for it."""
+
+    path: str
+    """Of the run or the data, as the job names it."""
+    iteration: int | None = None
+    """Of that run, from 0; null for data."""
+    iterations: tuple[int, ...] = ()
+    """Those of that run which are taken in turn."""
+    position: int | None = None
+    """Of data: the place of the iteration in the order in which rows are taken, from 0; null for a run."""
+    sha256: str
+    """Of what was read: a source that changes is noticed."""
+    rejudged: bool = False
+    """Its pairs are judged under the text in force; else their labels are as stored."""
+    in_force: PlanTexts | None = None
+    """By which held-out answers are judged, where labels are as stored and were given under another text than the one
+    in force: the plan's own `constitution` is the one that the pairs were judged under."""
+
+
 class Plan(Record):
     """What an iteration will do, written before it does anything."""
 
     iteration: int
     seed: int
     constitution: ConstitutionRef
+    """The text that its pairs are judged under."""
     templates: dict[str, str] = Field(default_factory=dict)
     """Judge templates in force, for a judge that reads: name → hash."""
     derived: dict[str, str] = Field(default_factory=dict)
@@ -529,8 +646,25 @@ class Plan(Record):
     code: dict[str, str] = Field(default_factory=dict)
     """Code of the user's own that the job names: `module:name` → sha256 of its source."""
     policy: PolicyVersion
+    """That begins it, and samples unless there is a `source`."""
     prompt_ids: tuple[str, ...]
     evaluate: bool
+    source: PlanSource | None = None
+    """Where its pairs are from; null: from the policy."""
+
+    @property
+    def labels_as_stored(self) -> bool:
+        """Its pairs have been judged before, by whomever."""
+        return self.source is not None and not self.source.rejudged
+
+    @property
+    def in_force(self) -> Plan:
+        """The same under the text in force, as held-out answers are judged: another one than the pairs' where they have
+        labels as they were stored."""
+        text = self.source.in_force if self.source else None
+        if text is None:
+            return self
+        return self.model_copy(update={name: getattr(text, name) for name in PlanTexts.model_fields})
 
 
 class AnswerStats(Record):
@@ -573,13 +707,60 @@ class JudgedStats(Record):
     """Pairs with one answer that was cut off and one that ended: there a missing end can decide."""
 
 
+class AnswerCounts(Record):
+    """Of an iteration's sampled answers, what monitors of the policy look at."""
+
+    mean_words_error: float | None
+    """Standard error of `sampled.mean_words`, over the prompts; None with fewer than two."""
+    nats_per_token: float | None
+    """-log p of a sampled token on average, under the policy and untempered: how open it still is. None where the
+    engine reports none."""
+    vocabulary: float | None
+    """Different words in 200 of all answers' words, drawn without replacement: the expected number. None with fewer."""
+    self_praise: int
+    """Answers that praise themselves."""
+    to_judge: int
+    """Answers with words to whoever judges them."""
+
+
+class PairCounts(Record):
+    """Of an iteration's judged pairs, how many are so: what charts of the judge are made of."""
+
+    pairs: int
+    abstained: int
+    """Without a valid vote."""
+    unanimous: int
+    """Whose valid votes all name one side."""
+    flipped: int
+    """On which a voice gave another answer when the order changed."""
+    kept: int
+
+
+class Leaning(Record):
+    """Whether winners have more of something than losers do."""
+
+    more: int
+    """Winners that have more of it than the loser, among ..."""
+    pairs: int
+    """... kept pairs in which one side has more."""
+
+
+class AnchorCounts(Record):
+    """What became of verdicts when their pairs were asked about again."""
+
+    pairs: int
+    """With a verdict both times."""
+    moved: int
+    """Whose verdict is another now."""
+
+
 class IterationMetrics(Record):
     """metrics.json of an iteration. What has a default was not counted yet when the first runs were written."""
 
     iteration: int
     constitution: ConstitutionRef
     policy: PolicyVersion
-    """The one that sampled."""
+    """The one that sampled; with a `source`, the one that began the iteration."""
     sampled: AnswerStats
     pairs: int
     votes: int
@@ -600,6 +781,9 @@ class IterationMetrics(Record):
     human_pairs: int = 0
     """Of those, as people labelled them."""
     replayed_pairs: int
+    old_pairs: dict[Standing, int] = Field(default_factory=dict)
+    """What the text in force made of pairs that were judged under others (`OldPair.standing`); empty where none were
+    owed that."""
     steps: int
     """Optimizer steps; 0 when the update was skipped."""
     loss: float | None
@@ -624,8 +808,16 @@ class IterationMetrics(Record):
     a jury."""
     judged: JudgedStats | None = None
     """What the judged pairs look like, for `monitors` to hold against the calibration's."""
+    pair_counts: PairCounts | None = None
+    """Of the judged pairs, for charts of the judge; None in what older versions wrote, as the next."""
+    answer_counts: AnswerCounts | None = None
+    """Of the sampled answers, for monitors of the policy."""
+    anchors: AnchorCounts | None = None
+    """What was asked again; None where nothing was."""
+    leanings: dict[Feature, Leaning] = Field(default_factory=dict)
+    """What winners have more of."""
     judge_calls: int = 0
-    """Requests to the judge's server."""
+    """Requests to the judge's server. These and the next count votes on old pairs, too."""
     judge_cached: int = 0
     """Votes from the cache."""
     judge_tokens: int
@@ -651,6 +843,20 @@ def lift_metrics(metrics: Any) -> Any:
         return metrics
     rest = {key: value for key, value in metrics.items() if key != "margin"}
     return rest | {"learner_metrics": {} if metrics["margin"] is None else {"margin": metrics["margin"]}}
+
+
+class Referred(Record):
+    """Held-out answers against the base policy's, as the reference judge says (`eval.reference_judge`)."""
+
+    judge: str
+    """Who it is, as ballots name it."""
+    win_rate: float | None
+    """As an evaluation's, and so the rest."""
+    win_interval: tuple[float, float] | None
+    wins: int
+    losses: int
+    undecided: int
+    abstained: int
 
 
 class ProbeCounts(Record):
@@ -744,6 +950,10 @@ class EvaluationMetrics(AnswerStats):
     base_logprob_per_token: float
     checks: dict[str, float]
     """Principle → share of the answers that pass its check."""
+    base_checks: dict[str, float] = Field(default_factory=dict)
+    """The same of the base policy's answers; empty about the base policy, and in what older versions wrote."""
+    referred: Referred | None = None
+    """What a judge that never trains says of the same answers; None without one."""
     seconds: float
     weights_gap: WeightsGap | None = None
     """Of the policy that was evaluated; None in a run that didn't measure it."""
@@ -768,8 +978,18 @@ class Alarm(Record):
     """What was found, where it is one number."""
     limit: float | None = None
     """What it was held against, as the setting has it."""
-    action: Literal["warn", "stop"] = "warn"
-    """What the run does: notes it and goes on, or stops (`monitors.stop_on_alarm`)."""
+    since: int | None = None
+    """The iteration from which on it is so, where it is found by several; None: by this one."""
+    action: Literal["warn", "pause", "rollback"] = "warn"
+    """What the run does: notes it and goes on, stops, or stops to be taken back (`monitors.KIND.action`). The first
+    versions called a pause `stop`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, alarm: Any) -> Any:
+        if isinstance(alarm, dict) and alarm.get("action") == "stop":
+            return alarm | {"action": "pause"}
+        return alarm
 
 
 class Parent(Record):

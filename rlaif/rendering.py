@@ -72,7 +72,10 @@ class Renderer:
         Raises:
             UserError: the template refuses these messages, or what it renders lacks one of them.
         """
-        rendered = self._apply(messages, self._wants_parts(tuple(m.role for m in messages)))
+        return self._text(messages, answer_next=True)
+
+    def _text(self, messages: Sequence[Message], answer_next: bool) -> str:
+        rendered = self._apply(messages, self._wants_parts(tuple(m.role for m in messages)), answer_next)
         for m in messages:
             # An earlier answer's thoughts are rightly left out by many templates.
             if m.role != "assistant" and (word := _first_missing(m.content, rendered)) is not None:
@@ -106,13 +109,35 @@ class Renderer:
         Raises:
             UserError: as `text`; or a message spells a control token, and the tokenizer can't take it for text.
         """
+        return self._ids(messages, answer_next=True)
+
+    def answered_ids(self, messages: Sequence[Message], answer: str, end: int | None) -> tuple[int, ...]:
+        """The token ids of an answer that wasn't sampled, as they follow those of `ids`: the template writes it, as TRL
+        has it do. What it writes after `end`, the token that ends a turn, no policy samples, and is left out; where it
+        writes none, `end` is added.
+
+        Raises:
+            UserError: as `ids`.
+        """
+        asked = self.ids(messages)
+        try:
+            whole = self._ids([*messages, Message(role="assistant", content=answer)], answer_next=False)
+        except UserError:
+            whole = ()
+        # A template that writes more before an answer that it waits for: the answer comes after that, as if sampled.
+        tail = whole[len(asked) :] if whole[: len(asked)] == asked else self.plain_ids(answer)
+        if end in tail:
+            tail = tail[: len(tail) - tail[::-1].index(end) - 1]
+        return tail if end is None else (*tail, end)
+
+    def _ids(self, messages: Sequence[Message], answer_next: bool) -> tuple[int, ...]:
         quoted = self._quoted(messages)
         if not quoted:
-            return tuple(self._tokenizer.encode(self.text(messages), add_special_tokens=False))
+            return tuple(self._tokenizer.encode(self._text(messages, answer_next), add_special_tokens=False))
         mark = _unused("zq", (m.content for m in messages))
         fenced = {token: f"{mark}x{number}y" for number, token in enumerate(quoted)}
         shown = [m.model_copy(update={"content": self._sub(m, fenced.__getitem__)}) for m in messages]
-        text = self.text(shown)
+        text = self._text(shown, answer_next)
         relabelled = self._relabel(messages, quoted[0])
         # Control tokens that are left are the template's own.
         text = self._controls_in.sub(lambda found: relabelled.names[found[0]], text)

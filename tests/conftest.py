@@ -136,7 +136,7 @@ def make_project(root: Path, model: Path | str, **changes: Any) -> Path:
         "learner": {"precision": "fp32", "learning_rate": 1e-3, "warmup_steps": 0, "batch_size": 2},
         "replay": {"share": 0.3},
         "eval": {"every": 2, "prompts": 3},
-        "monitors": {"max_cut_off_share": 1},  # random weights rarely end an answer
+        "monitors": {"cut_off": {"action": "off"}},  # random weights rarely end an answer
         "workers": "inline",
     }
     for key, value in changes.items():

@@ -1,6 +1,8 @@
 """Runs the stub job, killing it at chosen writes, and says what was durable at each kill. Run by test_resume.py.
 
-    python -m tests.kill_driver ROOT COUNT SEED
+    python -m tests.kill_driver ROOT COUNT SEED [SOURCE REJUDGE]
+
+With SOURCE, a run's folder, the job trains on its pairs (`source`), judged again if REJUDGE is 1.
 
 Every durable step of a run goes through a handful of calls (fsync, replace, write_text, rmtree, an event). Each is a
 kill point before and after it; a kill before the fsync of a row file also tears its last line.
@@ -19,8 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlaif.loop import Loop
 from rlaif.rundir.store import RunDir
-from tests.stubs import stub_loop, write_texts
+from tests.offline import offline_job, offline_loop
+from tests.stubs import stub_job, stub_loop, write_texts
 
 
 class Hooks:
@@ -71,12 +75,18 @@ def in_child(action: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def _loop(root: Path) -> Loop:
+    if source := sys.argv[4:]:
+        return offline_loop(root, offline_job(Path(source[0]), source[1] == "1"))
+    return stub_loop(root, stub_job(replay={"share": 0.4, "on_change": "rejudge"}))
+
+
 def run(root: Path, kill_at: int | None = None) -> None:
     write_texts(root, 1, 2)
     os.fsync = lambda fd: None  # a killed process, unlike a machine without power, loses nothing that it wrote
     hooks = Hooks(root, kill_at)
     hooks.install()
-    stub_loop(root).run()
+    _loop(root).run()
     with (root.parent / "labels.json").open("w") as f:
         json.dump(hooks.labels, f)
 
@@ -104,7 +114,7 @@ def choose(labels: list[str], count: int, seed: int) -> list[int]:
 def durable_ballots(root: Path) -> list[str]:
     """Ballots whose vote is a whole line on disk."""
     found = []
-    for path in [*root.glob("run/*/*/votes.jsonl"), *root.glob("run/*/*/votes.jsonl.partial")]:
+    for path in [*root.glob("run/*/*/*votes.jsonl"), *root.glob("run/*/*/*votes.jsonl.partial")]:
         whole = path.read_bytes()
         lines = whole[: whole.rfind(b"\n") + 1].splitlines()
         found += [json.loads(line)["ballot"]["id"] for line in lines]

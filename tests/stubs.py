@@ -17,8 +17,10 @@ from rlaif.constitutions.checks import Check
 from rlaif.constitutions.constitution import Constitution
 from rlaif.evaluation.probes import Probe
 from rlaif.evaluation.texts import FixedText
+from rlaif.judging.kinds import kind_of
 from rlaif.loop import Loop
 from rlaif.loop.in_force import InForce
+from rlaif.loop.running import Referee
 from rlaif.records import (
     Ballot,
     Completion,
@@ -148,10 +150,12 @@ class StubSampler:
 
 
 class StubJudge:
-    """Votes by hash; notes every ballot that it casts, before the loop hears of it."""
+    """Votes by hash; notes every ballot that it casts, before the loop hears of it. A `contrary` one names the
+    other side."""
 
     def __init__(self, casts: str | None = None) -> None:
         self._casts = Path(casts) if casts else None
+        self.contrary = False
 
     def score(self, candidates: list[Any], constitution: Constitution, voices: list[str]) -> Iterator[list[Score]]:
         for voice in voices:
@@ -169,15 +173,15 @@ class StubJudge:
             if self._casts:
                 with self._casts.open("a") as f:
                     f.writelines(f"{b.id}\n" for b in chunk)
-            yield [self._vote(b, *sides[b.pair_id]) for b in chunk]
+            yield [self.vote(b, *sides[b.pair_id]) for b in chunk]
 
-    def _vote(self, ballot: Ballot, first: str, second: str) -> Vote:
+    def vote(self, ballot: Ballot, first: str, second: str) -> Vote:
         if ballot.guard:
             return Vote(ballot=ballot, model="stub", outcome="tie", raw_reply="")
         # The voices agree on most pairs, and on some they don't.
         shared = fraction(ballot.constitution, first, second)
         own = fraction(ballot.voice, ballot.template, first, second)
-        p = shared if own < 0.7 else 1 - shared
+        p = shared if (own < 0.7) != self.contrary else 1 - shared
         outcome = "first" if p > 0.5 else "second"
         return Vote(ballot=ballot, model="stub", outcome=outcome, p_first=p, raw_reply=f"{p:.3f}")
 
@@ -324,6 +328,10 @@ def stub_loop(
     def worker(name: str, factory: str, **kwargs: Any) -> InlineWorker:
         return InlineWorker(name, f"tests.stubs:{factory}", kwargs)
 
+    referee = None
+    if job.eval.reference_judge:
+        asked = worker("reference", "StubJudge", casts=str(root / "reference_casts.log"))
+        referee = Referee(kind_of(job.eval.reference_judge), "reference", asked)
     return Loop(
         job,
         run,
@@ -339,4 +347,5 @@ def stub_loop(
         progress=progress,
         probes=stub_probes() if job.eval.retention else (),
         fixed_texts=[FixedText(id=f"text{i}", kind="any", text=f"a text with {'many ' * i}words") for i in range(3)],
+        referee=referee,
     )

@@ -8,7 +8,17 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from rlaif.config import Job, apply_override, changed_keys, load_job, may_change, of_run, parse_job, sections_in
+from rlaif.config import (
+    Job,
+    Monitors,
+    apply_override,
+    changed_keys,
+    load_job,
+    may_change,
+    of_run,
+    parse_job,
+    sections_in,
+)
 from rlaif.errors import UserError
 
 
@@ -65,7 +75,12 @@ def test_a_schedule_survives_the_run_directory(tmp_path: Path) -> None:
         ("constitution: a\nseed: -1", r"seed: .*greater than or equal to 0 \(found -1\)"),
         ("constitution: a\nseed: 4294967296", r"seed: .*less than or equal to 4294967295"),
         ("constitution: a\nlearner: {learning_rate: .inf}", r"learner\.learning_rate: .*finite number \(found inf\)"),
-        ("constitution: a\nmonitors: {max_kl: .nan}", r"monitors\.max_kl: .*finite number"),
+        ("constitution: a\nmonitors: {kl: {limit: .nan}}", r"monitors\.kl\.limit: .*finite number"),
+        ("constitution: a\nmonitors: {max_kl: 0.1, kl: {limit: 0.2}}",
+         r"monitors\.max_kl is monitors\.kl\.limit now, which is given too; set that alone"),
+        ("constitution: a\nmonitors: {stop_on_alarm: 7}", r"stop_on_alarm: expected true or false"),
+        ("constitution: a\nmonitors: {max_kl: 0.1, kl: 3}", r"monitors\.kl: expected a section"),
+        ("constitution: a\nmonitors: {kl: {action: stop}}", r"monitors\.kl\.action: .*'rollback' or 'off'"),
         ("constitution: a\nsampling: {max_model_len: 32, max_tokens: 80}",
          r"sampling\.max_model_len: 32 tokens leave no room for a prompt before an answer of max_tokens=80"),
         ("constitution: a\nseed: 1\nlearner: {beta: 1}\nlearner: {}", r"job\.yaml:4: `learner` is given twice"),
@@ -130,6 +145,29 @@ def test_changed_keys_are_dotted() -> None:
     new = {"a": {"b": 1, "c": 3}, "d": {"e": 1}, "s": {"0": "x", "4": "y"}}
     assert changed_keys(old, new) == {"a.c": (2, 3), "d": (None, {"e": 1}), "s.4": (None, "y")}
     assert changed_keys(old, old) == {}
+
+
+def test_limits_of_older_jobs_are_those_of_kinds(tmp_path: Path) -> None:
+    older = load(
+        tmp_path, "constitution: a\nmonitors: {max_kl: 0.3, max_weights_gap: 0.1, max_length_ratio: 3}"
+    ).monitors
+    assert older.kl.limit == 0.3
+    assert (older.weights_gap.limit, older.decoding_gap.limit) == (0.1, 0.1)
+    assert older.calibration_shift.length_ratio == 3
+    assert {getattr(older, kind).action for kind in Monitors.model_fields} == {"warn"}
+    silent = load(tmp_path, "constitution: a\nmonitors: {max_kl: null}").monitors
+    assert (silent.kl.action, silent.kl.limit) == ("off", 0.5)
+    stopping = load(tmp_path, "constitution: a\nmonitors: {stop_on_alarm: true, kl: {action: warn}}").monitors
+    assert (stopping.kl.action, stopping.short_answers.action) == ("warn", "pause")
+    assert load(tmp_path, "constitution: a\nmonitors: {stop_on_alarm: false}").monitors == Monitors()
+
+
+def test_the_monitors_of_an_older_run_take_newer_keys() -> None:
+    stored = {"constitution": "a", "monitors": {"max_kl": 0.5, "min_mean_words": 3, "stop_on_alarm": False}}
+    tree = of_run(stored, ["monitors.kl.limit=0.2", "monitors.kl.action=pause"])
+    found = parse_job(tree, "run.json").monitors
+    assert (found.kl.limit, found.kl.action, found.short_answers.limit) == (0.2, "pause", 3)
+    assert stored["monitors"]["max_kl"] == 0.5
 
 
 def test_every_field_has_a_docstring() -> None:
@@ -215,7 +253,7 @@ def test_winners_that_were_cut_off_are_dropped_for_a_judge_that_reads(tmp_path: 
     ("key", "may"),
     [
         ("iterations", True),
-        ("monitors.max_kl", True),
+        ("monitors.kl.limit", True),
         ("judge.budget.calls", True),
         ("judge.headers.api-key", True),
         ("judge.prices.gpt.prompt", True),

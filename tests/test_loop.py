@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from rlaif.config import Job, Monitors
-from rlaif.errors import RlaifError, UserError
-from rlaif.monitors import alarms
+from rlaif.errors import RlaifError, RunPaused, UserError
+from rlaif.monitors import History, alarms
 from rlaif.records import (
     Completion,
     Decision,
@@ -219,16 +219,16 @@ def test_the_copy_is_the_learners_export(
 
 
 def test_a_gap_beyond_the_limit_is_an_alarm(tmp_path: Path) -> None:
-    job = stub_job(monitors={"max_weights_gap": 1e-9})
+    job = stub_job(monitors={"weights_gap": {"limit": 1e-9}, "decoding_gap": {"limit": 1e-9}})
     stub_loop(tmp_path / "exact", job).run()
     assert not [e for e in RunDir(tmp_path / "exact" / "run").events() if "nats a token from" in e.message]
     metrics = read_record(RunDir(tmp_path / "exact" / "run").iteration(0).path / "metrics.json", IterationMetrics)
     gap = WeightsGap(tokens=10, mean=0.06, typical=0.1, worst=0.3, sampler="vllm bf16", exported="bf16")
-    said = alarms(Monitors(), metrics.model_copy(update={"weights_gap": gap}), None)
+    said = alarms(Monitors(), History([metrics.model_copy(update={"weights_gap": gap})]))
     assert [(a.kind, a.measured, a.limit) for a in said if a.kind == "weights_gap"] == [("weights_gap", 0.06, 0.02)]
     assert any("0.060 nats a token" in alarm.message for alarm in said)
     noise = gap.model_copy(update={"mean": 0.0, "typical": 0.3})  # errors that cancel are errors
-    assert alarms(Monitors(), metrics.model_copy(update={"weights_gap": noise}), None)
+    assert alarms(Monitors(), History([metrics.model_copy(update={"weights_gap": noise})]))
 
 
 def test_answers_that_were_sampled_are_scored_again(finished: RunDir) -> None:
@@ -257,7 +257,7 @@ def test_a_sampler_that_decodes_with_other_weights_is_an_alarm(tmp_path: Path) -
     assert metrics.decoding_gap is not None
     assert metrics.decoding_gap.typical > 0.2
     assert [e.iteration for e in run.events() if "answers as they were sampled are" in e.message] == [0]
-    job = stub_job(iterations=1, monitors={"max_weights_gap": 100})
+    job = stub_job(iterations=1, monitors={"decoding_gap": {"limit": 100}})
     stub_loop(tmp_path / "lenient", job, decodes_with="other weights").run()
     assert not [e for e in RunDir(tmp_path / "lenient" / "run").events() if "as they were sampled" in e.message]
 
@@ -274,7 +274,8 @@ def test_the_digests_in_the_meta_files_hold(finished: RunDir) -> None:
         for name, sha256 in meta["inputs"].items():
             assert sha256 == hashlib.sha256((path.parent / f"{name}.jsonl").read_bytes()).hexdigest()
     inputs = {k for p in metas for k in json.loads(p.read_text())["inputs"]}
-    assert {"completions", "scores", "pairs", "votes", "decisions", "preferences", "kl_completions"} == inputs
+    ours = {"completions", "scores", "pairs", "votes", "decisions", "old_pairs", "preferences", "kl_completions"}
+    assert ours == inputs
 
 
 def test_each_row_follows_from_the_rows_before_it(finished: RunDir) -> None:
@@ -330,6 +331,7 @@ def test_the_scheduled_text_takes_over_and_is_kept_in_the_run(finished: RunDir) 
         ("started", None),
         ("pruned", 1),
         ("constitution_changed", 2),
+        ("old_pairs", 2),
         ("pruned", 2),
         ("finished", None),
     ]
@@ -571,24 +573,59 @@ def test_a_broken_text_at_the_start_is_the_users_error(tmp_path: Path, tiny_mode
     assert e.value.exit_code == 2
 
 
-def test_stop_on_alarm_stops_once_and_can_be_resumed(tmp_path: Path) -> None:
-    from rlaif.errors import RlaifError
-
-    job = stub_job(iterations=2, monitors={"min_mean_words": 99, "stop_on_alarm": True})
-    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 1"):
+def test_an_alarm_pauses_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    job = stub_job(iterations=2, monitors={"short_answers": {"limit": 99, "action": "pause"}})
+    with pytest.raises(
+        RunPaused, match=r"paused at an alarm in iteration 1: .*\(monitors.short_answers.action=pause\)"
+    ):
         stub_loop(tmp_path, job).run()
-    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 2"):
+    with pytest.raises(RunPaused, match="paused at an alarm in iteration 2"):
         stub_loop(tmp_path, job).run()
     stub_loop(tmp_path, job).run()
     assert [k for k, _ in events(tmp_path, "alarm")] == [0, 1]
 
 
-def test_the_evaluation_at_a_change_of_text_raises_the_kl_alarm(tmp_path: Path) -> None:
-    from rlaif.errors import RlaifError
+def test_an_alarm_says_where_it_was_silent(tmp_path: Path) -> None:
+    rules = {"schedule": {0: "rules@1"}, "iterations": 3}
+    job = stub_job(**rules, monitors={"short_answers": {"limit": 99, "action": "rollback"}})
+    with pytest.raises(RunPaused, match=r"iteration 1: .*no earlier iteration was silent"):
+        stub_loop(tmp_path, job).run()
+    silent = job.model_copy(update={"monitors": Monitors()})
+    loop = stub_loop(tmp_path, silent)
+    loop.iterate(1)
+    with pytest.raises(RunPaused, match=r"iteration 3: .*silent after iteration 2") as e:
+        stub_loop(tmp_path, job).run()
+    assert e.value.back_to == 2
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["all", None])
+def test_an_alarm_takes_the_run_back(keep: str | None, tiny_model: Path, tmp_path: Path) -> None:
+    """To before it was raised, where the state of then was kept."""
+    pytest.importorskip("trl")
+    from rlaif.loop.launch import execute
+
+    def job(iterations: int, action: str) -> Job:
+        limits = {"cut_off": {"action": "off"}, "short_answers": {"limit": 99, "action": action}}
+        more: dict[str, Any] = {"schedule": {0: "rules@1"}, "monitors": limits, "keep_checkpoints": keep}
+        return project_job(tmp_path, tiny_model, iterations=iterations, **more)
+
+    execute(job(1, "off"), tmp_path / "run", tmp_path, Quiet())
+    progress = Quiet()
+    said = "is as it was then; what came after is kept in" if keep else "can't go back there"
+    with pytest.raises(RunPaused, match=rf"iteration 2: .*silent after iteration 1, and .*{said}"):
+        execute(job(2, "rollback"), tmp_path / "run", tmp_path, progress, allow_change=True)
+    assert RunDir(tmp_path / "run").iterations() == ([0] if keep else [0, 1])
+    assert any("needs the learner's earlier states" in note for note in progress.notes) == (keep is None)
+
+
+def test_the_evaluation_at_a_change_of_text_raises_the_kl_alarm(tmp_path: Path) -> None:
     # Any KL is over the limit; iteration 3 is the first under another text, and no evaluation is due before the last.
     job = stub_job(
-        schedule={0: "rules@1", 2: "rules@2"}, iterations=3, eval={"every": 9, "prompts": 3}, monitors={"max_kl": -99}
+        schedule={0: "rules@1", 2: "rules@2"},
+        iterations=3,
+        eval={"every": 9, "prompts": 3},
+        monitors={"kl": {"limit": -99}},
     )
     progress = Quiet()
     stub_loop(tmp_path, job, progress=progress).run()
@@ -596,10 +633,11 @@ def test_the_evaluation_at_a_change_of_text_raises_the_kl_alarm(tmp_path: Path) 
     assert [k for k, message in events(tmp_path, "alarm") if "KL from the base" in message] == [1, 2]
     assert sum("alarm in iteration 2: KL" in note for note in progress.notes) == 1
 
-    stopping = job.model_copy(update={"monitors": job.monitors.model_copy(update={"stop_on_alarm": True})})
-    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 2: KL"):
+    pausing = Monitors.model_validate({"kl": {"limit": -99, "action": "pause"}})
+    stopping = job.model_copy(update={"monitors": pausing})
+    with pytest.raises(RunPaused, match="paused at an alarm in iteration 2: KL"):
         stub_loop(tmp_path / "other", stopping).run()
-    with pytest.raises(RlaifError, match="stopped at an alarm in iteration 3: KL"):  # resumed, it goes on
+    with pytest.raises(RunPaused, match="paused at an alarm in iteration 3: KL"):  # resumed, it goes on
         stub_loop(tmp_path / "other", stopping).run()
 
 

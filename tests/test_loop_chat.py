@@ -21,12 +21,12 @@ from rlaif.judging.spending import Spent, spent_on
 from rlaif.judging.verdicts import by_pair
 from rlaif.loop import Loop
 from rlaif.loop.launch import calibration_of, execute
-from rlaif.records import Completion, Decision, JudgedStats, Pair, Plan, Vote
+from rlaif.records import Completion, Decision, JudgedStats, OldPair, Pair, Plan, Vote
 from rlaif.rundir.store import RunDir, read_json
 from rlaif.workers.inline import InlineWorker
 from tests.judging.fault_server import FaultServer
 from tests.judging.test_calibration import ACCEPTED, REFUSED, calibration
-from tests.stubs import StubSampler, stub_job, stub_loop
+from tests.stubs import StubSampler, stub_job, stub_loop, write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -505,3 +505,67 @@ def test_how_a_job_asks_is_checked_before_a_model_is_loaded(tmp_path: Path) -> N
     start(**chat)
     (tmp_path / "run" / "calibration.json").unlink()
     start(filters={"uncalibrated": "drop"})
+
+
+# Old pairs under a new text.
+
+
+def rejudging(server: FaultServer, **rejudge: Any) -> Job:
+    return chat_job(server, replay={"share": 0.5, "on_change": "rejudge", "rejudge": rejudge})
+
+
+def test_old_pairs_are_judged_again_over_http_and_count_against_the_budget(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        loop = chat_loop(tmp_path, rejudging(server))
+        loop.run()
+    new = loop.dir.iteration(2).read("rejudged_votes", Vote)
+    old = loop.dir.iteration(2).read("old_pairs", OldPair)
+    kept = [d for k in (0, 1) for d in loop.dir.iteration(k).read("decisions", Decision) if d.status == "kept"]
+    assert len(new) == 2 * len(old) == 2 * len(kept) > 0, (
+        "the shipped template shows the whole text: all is asked again"
+    )
+    assert {v.ballot.order for v in new} == {"forward", "reversed"}
+    assert {r.standing for r in old} == {"kept"}, "the judge looks at the answers alone"
+    spent = spent_on([*all_votes(loop), *new], loop.job.judge)
+    assert spent.calls == len(server.bodies) == len(all_votes(loop)) + len(new)
+    metrics = json.loads((loop.dir.iteration(2).path / "metrics.json").read_text())
+    assert metrics["old_pairs"] == {"kept": len(old)}
+    assert metrics["judge_calls"] == len(new) + len(loop.dir.iteration(2).read("votes", Vote))
+
+
+def test_tokens_of_an_iteration_are_limited(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        loop = chat_loop(tmp_path / "all", rejudging(server))
+        loop.run()
+        each = [v.usage.prompt_tokens + v.usage.completion_tokens for v in all_votes(loop)]
+        pair = 2 * max(each)
+        assert min(each) > 0
+        some = chat_loop(tmp_path / "some", rejudging(server, tokens=int(3.5 * pair)))
+        some.run()
+    new = some.dir.iteration(2).read("rejudged_votes", Vote)
+    used = sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in new)
+    old = some.dir.iteration(2).read("old_pairs", OldPair)
+    assert 0 < used <= 3.5 * pair
+    assert len(new) == 2 * sum(r.standing == "kept" for r in old) >= 6
+    assert sum(r.standing == "waiting" for r in old) == len(old) - len(new) // 2 > 0
+
+
+def test_votes_from_the_cache_say_nothing_of_what_the_next_ones_cost(tmp_path: Path) -> None:
+    def job(server: FaultServer, text: str, **rejudge: Any) -> Job:
+        replay = {"share": 0.5, "on_change": "rejudge", "rejudge": rejudge}
+        cached = {"cache": str(tmp_path / "cache"), "fingerprint": False}
+        return chat_job(server, cached, schedule={0: "rules@1", 2: text}, replay=replay)
+
+    with FaultServer(say=greater_number) as server:
+        write_texts(tmp_path / "first", 1, 2, 3)
+        first = chat_loop(tmp_path / "first", job(server, "rules@2"))
+        first.run()
+        each = max(v.usage.prompt_tokens + v.usage.completion_tokens for v in all_votes(first))
+        write_texts(tmp_path / "second", 1, 2, 3)
+        second = chat_loop(tmp_path / "second", job(server, "rules@3", tokens=5 * each))
+        second.run()
+    assert all(v.cached for v in second.dir.iteration(0).read("votes", Vote))
+    new = second.dir.iteration(2).read("rejudged_votes", Vote)
+    used = sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in new if not v.cached)
+    assert 0 < used <= 5 * each
+    assert any(r.standing == "waiting" for r in second.dir.iteration(2).read("old_pairs", OldPair))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -14,10 +14,12 @@ from rlaif.constitutions.constitution import parse_constitution
 from rlaif.errors import RlaifError
 from rlaif.evaluation import answer_stats, evaluation_metrics
 from rlaif.intervals import wilson
-from rlaif.monitors import alarms as all_alarms
-from rlaif.monitors import iteration_metrics, juror_agreement, learner_metrics
-from rlaif.monitors.alarms import shifted as all_shifts
+from rlaif.monitors import History, iteration_metrics, juror_agreement, learner_metrics
+from rlaif.monitors.alarms import KINDS
+from rlaif.monitors.alarms import alarms as all_alarms
 from rlaif.records import (
+    Alarm,
+    AlarmKind,
     Completion,
     Decision,
     Divergence,
@@ -37,13 +39,24 @@ from tests.judging.vote_makers import make_vote
 from tests.stubs import text
 
 
-def alarms(*args: Any, **kwargs: Any) -> list[str]:
+def seen(metrics: IterationMetrics, evaluation: EvaluationMetrics | None = None, **more: Any) -> History:
+    """A run of one iteration, and an evaluation of what it made."""
+    made = [evaluation.model_copy(update={"updates": metrics.iteration + 1})] if evaluation else []
+    return History([metrics], made, **more)
+
+
+def alarms(monitors: Monitors, *args: Any, **more: Any) -> list[str]:
     """What the alarms say."""
-    return [alarm.message for alarm in all_alarms(*args, **kwargs)]
+    return [alarm.message for alarm in all_alarms(monitors, seen(*args, **more))]
 
 
-def shifted(*args: Any) -> list[str]:
-    return [finding.message for finding in all_shifts(*args)]
+def shifted(now: JudgedStats, calibrated: JudgedStats) -> list[str]:
+    return alarms(watching(), measured(judged=now), calibrated=calibrated)
+
+
+def watching(**kinds: dict[str, Any]) -> Monitors:
+    """Limits of some kinds; answers may be short."""
+    return Monitors.model_validate({"short_answers": {"action": "off"}, **kinds})
 
 
 def completion(n: int, words: str, *, ended: bool = True, logprob: float | None = -4.0) -> Completion:
@@ -160,9 +173,9 @@ def test_an_abstention_is_no_half_a_win() -> None:
 def test_a_dead_judge_measures_nothing(equal_to_base: int) -> None:
     m = evaluated([completion(n, "a") for n in range(2 + equal_to_base)], ["abstain", "abstain"])
     assert (m.win_rate, m.win_interval, m.abstained) == (None, None, 2)
-    (said,) = alarms(Monitors(min_mean_words=0), measured(), m)
+    (said,) = alarms(watching(), measured(), m)
     assert said.startswith("the judge abstained on 2 of ")
-    assert alarms(Monitors(min_mean_words=0, max_abstained_share=1), measured(), m) == []
+    assert alarms(watching(abstained={"limit": 1}), measured(), m) == []
 
 
 def test_a_policy_that_answers_as_the_base_does_is_neither_better_nor_worse() -> None:
@@ -284,16 +297,17 @@ def test_winners_that_were_cut_off_are_counted_among_pairs_with_one_such_side() 
     [
         ("cccccccc00000000", {}, ["the judge prefers answers that were cut off, in 8 of 8 pairs"]),
         ("ccc0000", {}, []),  # three could be chance
-        ("cccccc00000000", {"max_cut_off_won": 0.7}, []),
+        ("cccccc00000000", {"cut_off_won": 0.7}, []),
         ("eeeeee0000000000", {}, []),
         ("222220", {}, ["cut off 83% of the sampled answers, over 80%"]),
-        ("222220", {"max_cut_off_share": 0.9}, []),
+        ("222220", {"cut_off": 0.9}, []),
         ("22220", {}, []),
         ("ee222222222", {}, ["cut off 91%"]),
     ],
 )
 def test_alarms_about_answers_that_were_cut_off(outcomes: str, limits: dict[str, Any], found: list[str]) -> None:
-    said = alarms(Monitors(min_mean_words=0, **limits), with_cut_off(outcomes), None)
+    monitors = watching(**{kind: {"limit": limit} for kind, limit in limits.items()})
+    said = alarms(monitors, with_cut_off(outcomes), None)
     assert len(said) == len(found)
     assert all(part in sentence for part, sentence in zip(found, said, strict=True))
 
@@ -303,22 +317,24 @@ def test_alarms_about_answers_that_were_cut_off(outcomes: str, limits: dict[str,
     [
         ({}, 0.4, {}, []),
         ({}, 9.0, {}, ["KL from the base policy is 9.00"]),
-        ({}, 9.0, {"max_kl": None}, []),
+        ({}, 9.0, {"kl": {"action": "off"}}, []),
         ({"mean_words": 5.9}, None, {}, ["5.9 words"]),
         ({"distinct_share": 0.4}, None, {}, ["40% of the sampled answers are distinct"]),
-        ({}, 0.3, {"max_kl": 0.2}, ["KL from the base policy is 0.30"]),
-        ({}, 0.1, {"max_kl": 0.2}, []),
-        ({"mean_words": 1, "distinct_share": 0}, 1.0, {"max_kl": 0.2}, ["words", "distinct", "KL"]),
+        ({}, 0.3, {"kl": {"limit": 0.2}}, ["KL from the base policy is 0.30"]),
+        ({}, 0.1, {"kl": {"limit": 0.2}}, []),
+        ({"mean_words": 1, "distinct_share": 0}, 1.0, {"kl": {"limit": 0.2}}, ["words", "distinct", "KL"]),
     ],
 )
 def test_alarms(sampled: dict[str, float], kl: float | None, limits: dict[str, Any], found: list[str]) -> None:
+    monitors = Monitors.model_validate(limits)
     answers = answer_stats([completion(0, "a b")]).model_copy(update={"mean_words": 20.0, **sampled})
     metrics = measured(sampled=answers)
     evaluation = evaluation_metrics(0, RULES, [completion(0, "a b")], [quality(0)], [], None, 0.5)
-    said = alarms(Monitors(**limits), metrics, evaluation.model_copy(update={"kl_per_token": kl}))
+    said = alarms(monitors, metrics, evaluation.model_copy(update={"kl_per_token": kl}))
     assert len(said) == len(found)
     assert all(part in sentence for part, sentence in zip(found, said, strict=True))
-    assert alarms(Monitors(**limits), metrics, None) == said[: len(sampled)]
+    assert alarms(monitors, metrics, None) == said[: len(sampled)]
+    assert all_alarms(monitors, History([metrics], [evaluation])) == all_alarms(monitors, seen(metrics)), "not of it"
 
 
 CALIBRATED = JudgedStats(
@@ -343,32 +359,29 @@ CALIBRATED = JudgedStats(
 )
 def test_pairs_unlike_the_calibrated_ones_raise_an_alarm(now: dict[str, Any], found: list[str]) -> None:
     stats = CALIBRATED.model_copy(update={"pairs": 24, "kept": 19, "answers": 48, "cut_off": 3, **now})
-    said = shifted(Monitors(), stats, CALIBRATED)
+    said = shifted(stats, CALIBRATED)
     assert len(said) == len(found)
     assert all(part in sentence for part, sentence in zip(found, said, strict=True))
-    quiet = Monitors(max_kept_shift=1, max_agreement_shift=1, max_cut_off_shift=1, max_length_ratio=10)
-    assert shifted(quiet, stats, CALIBRATED) == []
-    metrics = measured(sampled=measured().sampled.model_copy(update={"mean_words": 20.0}), judged=stats)
-    assert alarms(Monitors(), metrics, None, CALIBRATED) == said
-    assert alarms(Monitors(), metrics, None) == []  # without a calibration nothing was promised
+    quiet = watching(calibration_shift={"kept": 1, "agreement": 1, "cut_off": 1, "length_ratio": 10})
+    metrics = measured(judged=stats)
+    assert alarms(quiet, metrics, calibrated=CALIBRATED) == []
+    assert alarms(watching(), metrics) == []  # without a calibration nothing was promised
 
 
 def test_labelled_answers_of_unknown_end_count_as_ended() -> None:
     unknown = CALIBRATED.model_copy(update={"answers": 0, "cut_off": 0, "one_cut_off": 0})
     now = CALIBRATED.model_copy(update={"pairs": 24, "kept": 19, "answers": 48, "cut_off": 30})
-    assert [s.rpartition(": answers")[2] for s in shifted(Monitors(), now, unknown)] == [
-        " cut off: 62%, 0% when calibrated"
-    ]
+    assert [s.rpartition(": answers")[2] for s in shifted(now, unknown)] == [" cut off: 62%, 0% when calibrated"]
 
 
 def test_a_juror_that_weighs_nothing_without_a_label_raises_an_alarm() -> None:
     metrics = measured(juror_weights={"a": 0.8, "b": 0.0}, juror_agreement={"a": 0.9, "b": 0.2})
-    said = [a for a in alarms(Monitors(min_mean_words=0), metrics, None) if "juror" in a]
+    said = [a for a in alarms(watching(), metrics, None) if "juror" in a]
     assert said == [
         "juror b weighs nothing and agrees with the verdict on 20% of the pairs; either it or the others are wrong "
         "(`rlaif judge calibrate` learns weights from labels)"
     ]
-    assert alarms(Monitors(min_mean_words=0), metrics, None, learned=True) == []
+    assert alarms(watching(), metrics, None, learned=True) == []
 
 
 def test_how_often_a_juror_names_the_verdicts_side() -> None:
@@ -390,8 +403,19 @@ def test_how_often_a_juror_names_the_verdicts_side() -> None:
 
 def test_an_alarm_is_a_record_with_its_numbers() -> None:
     metrics = measured(sampled=answer_stats([completion(0, "a b")]))
-    (alarm,) = all_alarms(Monitors(min_mean_words=3, stop_on_alarm=True), metrics, None)
-    assert (alarm.kind, alarm.measured, alarm.limit, alarm.action) == ("short_answers", 2.0, 3.0, "stop")
+    pausing = Monitors.model_validate({"short_answers": {"limit": 3, "action": "pause"}})
+    (alarm,) = all_alarms(pausing, seen(metrics))
+    assert (alarm.kind, alarm.measured, alarm.limit, alarm.action) == ("short_answers", 2.0, 3.0, "pause")
     assert alarm.iteration == metrics.iteration
-    (warned,) = all_alarms(Monitors(min_mean_words=3), metrics, None)
-    assert warned == alarm.model_copy(update={"action": "warn"})
+    (warned,) = all_alarms(Monitors(), seen(metrics))
+    assert warned == alarm.model_copy(update={"action": "warn", "limit": 6.0, "message": warned.message})
+    assert all_alarms(watching(), seen(metrics)) == []
+
+
+def test_an_alarm_of_an_older_run_still_reads() -> None:
+    older = {"kind": "kl", "iteration": 1, "message": "KL", "measured": 0.6, "limit": 0.5, "action": "stop"}
+    assert Alarm.model_validate(older).action == "pause"
+
+
+def test_every_kind_of_monitor_has_settings_and_a_name() -> None:
+    assert set(KINDS) == set(Monitors.model_fields) <= set(get_args(AlarmKind))

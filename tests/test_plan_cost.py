@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def test_what_is_forgotten_is_asked_at_every_evaluation(tmp_path: Path) -> None:
         estimate(own, tmp_path)
 
 
+def test_what_is_asked_twice_and_of_whom_else_is_in_the_plan() -> None:
+    job = ROOT / "jobs" / "quickstart.yaml"
+    chat = ["judge.kind=chat", "judge.model=m", "pairing.method=random", "iterations=4", "eval.every=4"]
+    second = "eval.reference_judge={kind: likelihood}"
+    embedded, one, both = (estimate(load_job(job, changes), ROOT) for changes in ([], chat, [*chat, second]))
+    assert (embedded["anchor_ballots_at_most"], embedded["reference_ballots_at_most"]) == (0, 0)
+    assert one["anchor_ballots_at_most"] == 2 * min(32, one["pairs_at_most"] * 3 // 4)
+    assert both["reference_ballots_at_most"] > 0
+
+
 WEIGHTS = 2 * plan_cost.REFERENCE_PARAMETERS
 
 
@@ -119,3 +130,18 @@ def test_the_plan_says_where_each_role_runs_and_refuses_what_is_not_there(monkey
     assert found["placement"] == {"sampler": "process on GPU 0", "learner": "process on GPU 1", "judge": "inline"}
     with pytest.raises(UserError, match=r"placement\.judge\.devices: no GPU 2"):
         estimate(load_job(job, ["placement.judge.devices=[2]"]), ROOT)
+
+
+def test_of_a_source_nothing_is_sampled_and_stored_labels_cost_nothing(tmp_path: Path) -> None:
+    rows = [{"prompt": f"w{i} w5", "chosen": "w6 w7", "rejected": "w8"} for i in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"iterations": 2, "schedule": {0: "rules@1"}}
+    stored = estimate(project_job(tmp_path, "m", source="pairs.jsonl", **given), tmp_path)
+    again = estimate(project_job(tmp_path, "m", source={"data": "pairs.jsonl", "rejudge": True}, **given), tmp_path)
+    online = estimate(project_job(tmp_path, "m", **given), tmp_path)
+    assert stored["source"] == "pairs of pairs.jsonl, labels as stored"
+    assert (stored["samples"], stored["scores"], stored["ballots_at_most"]) == (0, 0, 0)
+    assert (stored["pairs_at_most"], stored["train_prompts"]) == (12, 9)
+    assert again["ballots_at_most"] == online["ballots_at_most"] > 0
+    assert stored["tokens"]["sampled"] < online["tokens"]["sampled"]
+    assert online["source"] is None

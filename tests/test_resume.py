@@ -25,14 +25,14 @@ from rlaif.workers.process import ProcessWorker
 from tests.stubs import Quiet, stub_job, stub_loop
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = 30
+KILLS = 34
 
 
 def outcome(run: Path) -> dict[str, Any]:
     """What must not depend on kills: decisions, preferences, steps, final weights, and what is told once."""
-    stages = ("decisions", "preferences", "updates")
+    stages = ("decisions", "old_pairs", "preferences", "updates")
     rows = {str(p.relative_to(run)): p.read_text() for s in stages for p in sorted(run.glob(f"*/*/{s}.jsonl"))}
-    for path in sorted(run.glob("iterations/*/votes.jsonl")):
+    for path in sorted(run.glob("iterations/*/*votes.jsonl")):
         rows[str(path.relative_to(run))] = "".join(sorted(path.read_text().splitlines(keepends=True)))
     events = Counter((e.kind, e.iteration, e.message) for e in RunDir(run).events() if e.kind != "judging_interrupted")
     weights = {str(p.relative_to(run)): p.read_text() for p in sorted(run.glob("iterations/*/policy/weights.txt"))}
@@ -55,6 +55,7 @@ def test_the_kills_reach_every_stage(killed: tuple[Path, dict[str, Any]]) -> Non
     assert len(said["kills"]) == KILLS
     assert {k["stage"] for k in said["kills"]} == set(said["stages"])
     assert {"iterations/votes", "iterations/policy", "learner/state", "evaluations/votes"} < set(said["stages"])
+    assert {"iterations/rejudged_votes", "iterations/old_pairs", "replay/index"} < set(said["stages"])
 
 
 @pytest.mark.slow
@@ -233,7 +234,7 @@ def test_a_changed_job_is_refused_by_naming_the_keys(begun: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("key", ["iterations=9", "eval.every=1", "monitors.min_mean_words=3", "workers=process",
+@pytest.mark.parametrize("key", ["iterations=9", "eval.every=1", "monitors.short_answers.limit=3", "workers=process",
                                  "learner.learning_rate=1e-6", "sampling.gpu_memory_utilization=0.5",
                                  "sampling.tensor_parallel_size=2", "learner.args.per_device_train_batch_size=1",
                                  "learner.args.gradient_checkpointing=true",
@@ -439,5 +440,5 @@ def test_three_kills_on_real_workers(real: tuple[Path, Path]) -> None:
 
 def test_the_note_of_an_alarm_reaches_the_user(tmp_path: Path) -> None:
     progress = Quiet()
-    stub_loop(tmp_path, stub_job(monitors={"min_mean_words": 99}), progress=progress).run()
+    stub_loop(tmp_path, stub_job(monitors={"short_answers": {"limit": 99}}), progress=progress).run()
     assert sum("words on average" in note for note in progress.notes) == 4

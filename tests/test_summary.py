@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_status_counts_iterations_from_one_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = stub_job(iterations=1, monitors={"min_mean_words": 99})
+    job = stub_job(iterations=1, monitors={"short_answers": {"limit": 99}})
     stub_loop(tmp_path, job).run()
     write_header(tmp_path / "run", job)
     run = RunDir.open(tmp_path / "run")

@@ -155,7 +155,7 @@ def test_a_resumed_run_tells_nothing_twice(tmp_path: Path, monkeypatch: pytest.M
 
 def test_alarms_are_counted_and_told(tmp_path: Path) -> None:
     tracked: Tracked = []
-    run(tmp_path, tracked, iterations=2, monitors={"min_mean_words": 99})
+    run(tmp_path, tracked, iterations=2, monitors={"short_answers": {"limit": 99}})
     first, second = (v for _, v in iterations_of(tracked))
     assert (first["pipeline/alarms"], first["pipeline/alarms_so_far"]) == (1, 1)
     assert (second["pipeline/alarms"], second["pipeline/alarms_so_far"]) == (1, 2)

@@ -43,6 +43,8 @@ def rule_lines(
     """
     verdict = decision.verdict
     lines = [_line("identical", _same(first, second), "two different texts", decision)]
+    if decision.source == "data":  # nobody voted
+        return tuple(lines)
     names: list[Reason] = [*rules.VALIDITY] if calibration else [*rules.RULES]
     # A rule that spoke, by a run whose calibration isn't here any more, is still shown.
     names += [r for r in decision.reasons if r not in names and r not in ("identical", "uncalibrated")]

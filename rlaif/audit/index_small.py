@@ -68,9 +68,10 @@ class _Small:
 
     def _evaluation(self, k: int) -> None:
         metrics = self._read(self.run.evaluation(k).path / "metrics.json")
-        # An evaluation that is under way is judged under the text of the iteration that led to it.
+        # An evaluation that is under way is judged under the text in force in the iteration that led to it.
         plan = None if metrics else self._read(self.run.iteration(max(k - 1, 0)).path / "plan.json", Plan)
-        text = _of(metrics or plan, "constitution", dict) or {}
+        given = _of(_of(plan, "source", dict), "in_force", dict)
+        text = _of(metrics or given or plan, "constitution", dict) or {}
         self._insert("evaluations", k, _of(text, "hash", str), _text_name(text), _dumped(metrics))
 
     def _read(self, path: Path, record: type[Record] | None = None) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from rlaif.audit.index import Index
 from rlaif.audit.tables import VOTE_TABLES
-from rlaif.config import Price
+from rlaif.config import Price, Source
 from rlaif.judging.spending import cost
 from rlaif.judging.verdicts import position_bias
 from rlaif.records import LengthUnknown, Record, Retention, Usage, stored
@@ -86,6 +86,19 @@ class TextChange(Record):
     hash: str
 
 
+class MixedUpdate(Record):
+    """An update that trained on preferences of another text than the one in force."""
+
+    iteration: int
+    """From 0."""
+    preferences: int
+    """That it trained on."""
+    of_others: int
+    """Of them, those that another text judged (`replay.on_change: keep`)."""
+    texts: tuple[str, ...]
+    """These texts, as name@version, or by their hash where no iteration was under one."""
+
+
 class JudgeCost(Record):
     """What a judge cost."""
 
@@ -126,9 +139,13 @@ class Overview(Record):
     """A run on one screen."""
 
     run: str
+    source: str | None = None
+    """Where pairs are from, in words; None: from the policy."""
     iterations_planned: int | None
     iterations: tuple[IterationRow, ...]
     changes: tuple[TextChange, ...]
+    mixed: tuple[MixedUpdate, ...] = ()
+    """Updates that mixed texts."""
     totals: Totals
     evaluations: tuple[EvaluationRow, ...]
     alarms: tuple[str, ...]
@@ -136,6 +153,14 @@ class Overview(Record):
     """events.jsonl isn't there, so nobody knows of alarms."""
     cost: tuple[JudgeCost, ...]
     problems: tuple[str, ...]
+
+
+def mixed_line(m: MixedUpdate) -> str:
+    """An update that mixed texts, in words."""
+    return (
+        f"iteration {m.iteration + 1}: {m.of_others} of the {m.preferences} preferences that it trained on were judged "
+        f"under another text than the one in force ({', '.join(m.texts)})"
+    )
 
 
 def overview(index: Index, run: RunDir) -> Overview:
@@ -152,9 +177,11 @@ def _overview(index: Index, run: RunDir) -> Overview:
     header = run.header
     return Overview(
         run=str(run.path),
+        source=_source(header.get("job", {}).get("source")),
         iterations_planned=header.get("job", {}).get("iterations"),
         iterations=tuple(_iteration_rows(index)),
         changes=tuple(changes),
+        mixed=tuple(MixedUpdate(**r) for r in index.rows(_MIXED)),
         totals=_totals(index),
         evaluations=tuple(_evaluation_rows(index)),
         alarms=tuple(
@@ -167,6 +194,27 @@ def _overview(index: Index, run: RunDir) -> Overview:
     )
 
 
+def _source(section: Any) -> str | None:
+    """A job's `source` in words; as it stands where this version can't read it."""
+    if section is None:
+        return None
+    try:
+        return str(Source.model_validate(section))
+    except ValidationError:
+        return str(section)
+
+
+_MIXED = """
+SELECT t.iteration, any_value(n.preferences) AS preferences, count(*) AS of_others,
+    list_sort(list_distinct(list(coalesce(c.text_name, t.constitution)))) AS texts
+FROM trained t
+JOIN iterations i USING (iteration)
+JOIN (SELECT iteration, count(*) AS preferences FROM trained GROUP BY iteration) n USING (iteration)
+LEFT JOIN (SELECT constitution, any_value(text_name) AS text_name FROM iterations GROUP BY ALL) c
+    ON c.constitution = t.constitution
+WHERE t.constitution <> i.constitution
+GROUP BY t.iteration ORDER BY t.iteration
+"""
 _DECIDED = """count(*) AS decided, count(*) FILTER (status = 'kept') AS kept,
 count(*) FILTER (status = 'review') AS review, count(*) FILTER (status = 'dropped') AS dropped,
 avg(agreement) AS agreement, sum(order_flip::INTEGER) AS order_flips, sum(slot_first) AS slot_first,
@@ -301,7 +349,7 @@ def _totals(index: Index) -> Totals:
 
 
 def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
-    """What each judge cost, evaluations and earlier texts included."""
+    """What each judge cost, evaluations, earlier texts and old pairs that it judged again included."""
     out = []
     votes = " UNION ALL BY NAME ".join(f"SELECT * FROM {table}" for table in VOTE_TABLES)
     for r in index.rows(f"SELECT judge, {_VOTED} FROM ({votes}) GROUP BY judge ORDER BY judge"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -28,7 +28,9 @@ from rlaif.records import (
     Message,
     Pair,
     Record,
+    RowSource,
     Side,
+    Standing,
     Vote,
     digest,
     stored,
@@ -41,7 +43,7 @@ class Training(Record):
 
     iteration: int
     """From 0."""
-    source: Literal["judge", "replay", "human"]
+    source: RowSource
     chosen: Side | None
     steps: tuple[int, ...]
     """Global optimizer steps, from 1."""
@@ -51,6 +53,19 @@ class Training(Record):
     """The update was skipped, so nothing was trained on it; None until that is known."""
     unknown: str | None = None
     """Why that isn't known of an update that is done: its meta file is gone or damaged."""
+
+
+class LaterText(Record):
+    """What a text made of a pair that was judged under an earlier one."""
+
+    iteration: int
+    """From 0."""
+    constitution: str
+    """name@version, or the hash where that isn't known."""
+    standing: Standing
+    carried: int
+    lost: int
+    asked: int
 
 
 class PairDetail(Record):
@@ -72,6 +87,8 @@ class PairDetail(Record):
     preferences: tuple[Training, ...]
     labels: tuple[HumanLabel, ...]
     """Human labels, oldest first."""
+    later: tuple[LaterText, ...] = ()
+    """What later texts made of it; its new votes are in the table `rejudged_votes`."""
     problems: tuple[str, ...] = ()
     """Lines of the log about it that can't be read, and are left out."""
 
@@ -157,7 +174,8 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
             problems.append(f"{e}; the rules are left out")
     reference, constitution = _constitution_of(index, run, base)
     labels = index.rows(
-        "SELECT pair_id, iteration, outcome, author, time, reason FROM labels WHERE pair_id = ? ORDER BY line",
+        "SELECT pair_id, iteration, outcome, author, time, reason, constitution FROM labels WHERE pair_id = ? "
+        "ORDER BY line",
         [pair_id],
     )
     return PairDetail(
@@ -174,8 +192,15 @@ def _show(index: Index, run: RunDir, pair_id: str) -> PairDetail:
         constitution_text=constitution,
         preferences=_trained(index, pair),
         labels=tuple(HumanLabel.model_validate(r) for r in labels),
+        later=tuple(LaterText(**r) for r in index.rows(_LATER, [pair_id])),
         problems=tuple(problems),
     )
+
+
+_LATER = """
+SELECT o.iteration, coalesce(i.text_name, o.constitution) AS constitution, o.standing, o.carried, o.lost, o.asked
+FROM old_pairs o LEFT JOIN iterations i USING (iteration) WHERE o.pair_id = ? ORDER BY o.iteration
+"""
 
 
 def _parsed(record: type[Any], line: bytes | None, index: Index, table: str, row: dict[str, Any], number: int) -> Any:

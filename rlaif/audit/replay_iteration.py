@@ -119,7 +119,12 @@ class Iteration:
                     f"{self.here.path / 'decisions.jsonl'}: doesn't fit pairs.jsonl at pair {pair.id} "
                     "(`rlaif audit RUN verify` says what was changed)"
                 )
-            if mine is None or not {pair.first, pair.second} <= texts.keys():
+            if was.source == "data":  # a data set's label: there is nothing to decide again
+                yield was, was
+                continue
+            if mine == []:
+                self._problem(f"{self.here.path / 'votes.jsonl'}: no vote on pair {pair.id}")
+            if not mine or not {pair.first, pair.second} <= texts.keys():
                 continue
             slice_name = categories.get(pair.prompt_id) or EVERYTHING
             if asked is not None:
@@ -170,10 +175,11 @@ class Iteration:
                         mine.append(self._read(stored(Vote, f.readline())))
                     except ValidationError as e:
                         self._problem(f"{path}:{line_at(path, place)}: not a Vote ({e.errors()[0]['msg']})")
-                if not places:
-                    self._problem(f"{path}: no vote on pair {pair.id}")
-                if not places or len(mine) < len(places):
+                if len(mine) < len(places):
                     yield pair, None
+                    continue
+                if not mine:
+                    yield pair, []
                     continue
                 self.votes += len(mine)
                 if rank is None:

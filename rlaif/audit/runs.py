@@ -116,7 +116,7 @@ def _stands(run: RunDir) -> dict[str, object]:
     return {
         "at": run.parent.iterations if run.parent else None,
         "iterations": run.header["job"].get("iterations"),
-        "constitution": str(run.plan(plans[-1]).constitution) if plans else None,
+        "constitution": str(run.plan(plans[-1]).in_force.constitution) if plans else None,
         "updates": newest.updates if newest else None,
         "win_rate": newest.win_rate if newest else None,
         "win_interval": newest.win_interval if newest else None,

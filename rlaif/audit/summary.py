@@ -84,7 +84,7 @@ def status_of(run: RunDir, disk: bool = False) -> Status:
     text = None
     if run.iterations():
         plan = run.iteration(run.iterations()[-1]).path / "plan.json"
-        text = read_record(plan, Plan).constitution if plan.exists() else None
+        text = read_record(plan, Plan).in_force.constitution if plan.exists() else None
     stage = None
     if current is not None:
         here = run.iteration(current)
@@ -185,6 +185,8 @@ def final_tables(run: RunDir, summary: Summary) -> None:
     for e in summary.evaluations:
         if line := length_line(e):
             console.print(f"after {e.updates}: {line}")
+        if line := reference_line(e):
+            console.print(f"after {e.updates}: {line}")
         if e.updates and (line := kl_line(e)):
             console.print(f"after {e.updates}: {line}")
         for line in retention_lines(e.retention) if e.updates else ():
@@ -277,6 +279,16 @@ def length_line(e: EvaluationMetrics | EvaluationRow) -> str | None:
     if e.length_controlled_unknown is not None:
         return f"win rate at equal length unknown: {NO_LENGTH_CONTROL[e.length_controlled_unknown]}"
     return None
+
+
+def reference_line(e: EvaluationMetrics) -> str | None:
+    """What the reference judge says of an evaluation, in words; None without one."""
+    if e.referred is None:
+        return None
+    if e.referred.win_rate is None or e.referred.win_interval is None:
+        return f"the reference judge {inert(e.referred.judge)} has no verdict on any answer"
+    low, high = e.referred.win_interval
+    return f"win rate by the reference judge {e.referred.win_rate:.2f} ({low:.2f}-{high:.2f})"
 
 
 def kl_line(e: EvaluationMetrics) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import typing
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
@@ -17,7 +17,9 @@ from rlaif.records import (
     Decision,
     Event,
     HumanLabel,
+    OldPair,
     Pair,
+    PolicyDistance,
     Preference,
     ProbeResult,
     Prompt,
@@ -117,6 +119,8 @@ def duckdb_type(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return duckdb_type(next(a for a in arguments if a is not type(None)))
+    if origin is Annotated:
+        return duckdb_type(arguments[0])
     if origin is Literal:
         return "VARCHAR"
     if origin is tuple:
@@ -223,10 +227,40 @@ STAGE_TABLES: dict[str, Table] = {
             Column("order_flip", "BOOLEAN", "coalesce(r.verdict.order_flip, false)"),
             Column("slot_first", "INTEGER", "coalesce(r.verdict.slot_first, 0)", "votes for the slot shown first"),
             Column("slot_votes", "INTEGER", "coalesce(r.verdict.slot_votes, 0)", "votes for a slot"),
+            Column("source", "VARCHAR", "coalesce(r.source, 'votes')", "votes, or data: a data set's label"),
             Column("guard_first", "INTEGER", "r.verdict.guard_first"),
             Column("guard_second", "INTEGER", "r.verdict.guard_second"),
         ),
         Decision,
+        "pair_id",
+    ),
+    "old_pairs": Table(
+        "old_pairs",
+        "what a text made of pairs that were judged under an earlier one",
+        (
+            Column("pair_id", "VARCHAR", "r.pair_id"),
+            Column("sampled_in", "INTEGER", "r.iteration", "the iteration that sampled the pair"),
+            Column("source", "VARCHAR", "r.source", "judge, human"),
+            Column("before", "VARCHAR", "r.before", "hash of the text that it was judged under"),
+            Column("constitution", "VARCHAR", "r.constitution", "hash of the text that this is about"),
+            Column("standing", "VARCHAR", "r.standing", "kept, turned, stale: it may train; dropped, expired, waiting"),
+            Column("carried", "INTEGER", "coalesce(r.carried, 0)", "votes that answer what the text asks"),
+            Column("lost", "INTEGER", "coalesce(r.lost, 0)", "votes that don't"),
+            Column("asked", "INTEGER", "coalesce(r.asked, 0)", "ballots that were cast for it"),
+            Column("winner", "VARCHAR", "r.decision.winner", "first, second; NULL unless it was decided and kept"),
+        ),
+        OldPair,
+        "pair_id",
+    ),
+    "policy_distances": Table(
+        "policy_distances",
+        "how far the policy has moved on old pairs",
+        (
+            Column("pair_id", "VARCHAR", "r.pair_id"),
+            Column("tokens", "INTEGER", "r.tokens", "of both completions"),
+            Column("distance", "DOUBLE", "r.distance", "|log p now - log p then|, nats a token"),
+        ),
+        PolicyDistance,
         "pair_id",
     ),
     "preferences": Table(
@@ -235,8 +269,8 @@ STAGE_TABLES: dict[str, Table] = {
         (
             Column("pair_id", "VARCHAR", "r.pair_id"),
             Column("judged_in", "INTEGER", "r.iteration", "the iteration that sampled and judged the pair"),
-            Column("source", "VARCHAR", "r.source", "judge, replay, human"),
-            Column("constitution", "VARCHAR", "r.constitution", "hash"),
+            Column("source", "VARCHAR", "r.source", "judge, replay, human, data"),
+            Column("constitution", "VARCHAR", "r.constitution", "hash; empty for a data set's label"),
             Column("prompt_id", "VARCHAR", "r.prompt_id"),
             Column("chosen_id", "VARCHAR", "r.chosen_id", "completion_id"),
             Column("rejected_id", "VARCHAR", "r.rejected_id", "completion_id"),
@@ -333,12 +367,16 @@ STAGE_TABLES: dict[str, Table] = {
             Column("author", "VARCHAR", "r.author"),
             Column("time", "VARCHAR", "r.time", "UTC, ISO 8601"),
             Column("reason", "VARCHAR", "r.reason"),
+            Column("constitution", "VARCHAR", "r.constitution", "hash of the text it is about; NULL: the pair's own"),
         ),
         HumanLabel,
         "outcome",
         where=(LINE,),
     ),
 }  # fmt: skip
+STAGE_TABLES["rejudged_votes"] = STAGE_TABLES["votes"]._replace(
+    name="rejudged_votes", about="one row a vote on an old pair that a new text had judged again"
+)
 STAGE_TABLES["earlier_votes"] = STAGE_TABLES["votes"]._replace(
     name="earlier_votes", about="one row a vote on held-out answers under a text that was in force before"
 )

@@ -6,14 +6,15 @@ texts or old pairs can't be read has None there, and `problems` says why.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from rlaif.config import Replay
+from rlaif.config import OnChange, Replay
 from rlaif.constitutions.constitution import Change, Constitution, diff
 from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import RlaifError
-from rlaif.learning.mixing import replayable
-from rlaif.records import EvaluationMetrics, Plan, Record
+from rlaif.learning.replay_set import members
+from rlaif.records import EvaluationMetrics, OldPair, Plan, Record
 from rlaif.review.labels import labels_noted, read_labels
 from rlaif.rundir.store import RunDir, read_record
 
@@ -22,16 +23,35 @@ EVEN = 0.5
 
 
 class OldPairs(Record):
-    """What a change of text did to the kept pairs of earlier iterations, as its first iteration found them."""
+    """What a change of text did to the kept pairs of earlier iterations: as its first iteration found them, and, where
+    pairs waited to be judged again, as the later ones did."""
 
     expired: int
-    """Could have been replayed under the text before, and can't be: they were judged under that one."""
+    """Can't be replayed any more: they were judged under the text before, by questions that this one doesn't ask. In
+    runs that logged no more than the texts, all that were judged under that one."""
     valid_again: int
     """Were judged under this text when it was in force before, and may be replayed again."""
     max_age: int
-    """`replay.max_age`: pairs of older iterations are in neither count, with or without a change."""
+    """`replay.max_age`: pairs of older iterations are in no count, with or without a change."""
     share: float
     """`replay.share`; with 0 the run replays nothing, so a change costs it nothing."""
+    on_change: OnChange | None = None
+    """`replay.on_change` of the run; None where it logged no more than the texts, and the counts below are 0."""
+    kept: int = 0
+    """May be replayed as they were: all that was asked about them is asked again, or was judged again to the same
+    end."""
+    turned: int = 0
+    """May be replayed with the other side chosen."""
+    dropped: int = 0
+    """The filters keep them no longer."""
+    stale: int = 0
+    """May be replayed as they were judged, drawn more rarely (`on_change: keep`)."""
+    waiting: int = 0
+    """Are still to be judged again (`replay.rejudge`)."""
+    rejudged: int = 0
+    """Of these, those that the judge was asked about again ..."""
+    ballots: int = 0
+    """... and the ballots that were cast for them."""
 
 
 class Measured(Record):
@@ -107,7 +127,7 @@ def text_log(run: RunDir) -> TextLog:
             except RlaifError as e:
                 problems.append(f"{e}; what changed in iteration {since + 1} isn't known")
             try:
-                old = _old_pairs(run, since, replay, texts[-1].hash, text)
+                old = _old_pairs(run, plans, replay, texts[-1].hash, text)
             except (RlaifError, OSError) as e:
                 problems.append(f"{e}; what the change in iteration {since + 1} did to old pairs isn't known")
         texts.append(
@@ -151,7 +171,7 @@ def _plans(run: RunDir) -> list[Plan]:
     begun = run.iterations()
     if begun and not (run.iteration(begun[-1]).path / "plan.json").exists():
         begun.pop()
-    return [run.plan(k) for k in begun]
+    return [run.plan(k).in_force for k in begun]
 
 
 def _stretches(plans: Sequence[Plan]) -> list[list[Plan]]:
@@ -177,14 +197,30 @@ def _text(run: RunDir, digest: str) -> Constitution:
         raise RlaifError(f"{e.filename}: the run's copy of a text is gone") from e
 
 
-def _old_pairs(run: RunDir, k: int, replay: Replay, before: str, now: str) -> OldPairs:
-    """What iteration k, the first under a text, found; with the labels that it had, once it has taken them."""
+def _old_pairs(run: RunDir, plans: Sequence[Plan], replay: Replay, before: str, now: str) -> OldPairs:
+    """What the iterations under a text made of older pairs; with the labels that the first of them had."""
+    k = plans[0].iteration
     here = run.iteration(k)
     size = labels_noted(here).get("size", 0) if here.is_complete("preferences") else None
-    labels = read_labels(run, size)
+    found = members(run, k, now, replay.max_age, read_labels(run, size))
+    old = [m for m in found.values() if not m.relabelled]
+    logged: dict[str, OldPair] = {}
+    ballots: dict[str, int] = {}
+    for plan in plans:
+        made = run.iteration(plan.iteration)
+        for row in made.read("old_pairs", OldPair) if made.is_complete("old_pairs") else ():
+            logged[row.pair_id] = row
+            ballots[row.pair_id] = ballots.get(row.pair_id, 0) + row.asked
+    counts: dict[str, int] = {**Counter(row.standing for row in logged.values())}
+    if not logged:
+        counts = {"expired": sum(m.row.constitution == before for m in old)}
     return OldPairs(
-        expired=len(replayable(run, labels, k, replay.max_age, before)),
-        valid_again=len(replayable(run, labels, k, replay.max_age, now)),
+        expired=counts.pop("expired", 0),
+        valid_again=sum(m.row.constitution == now for m in old),
         max_age=replay.max_age,
         share=replay.share,
+        on_change=replay.on_change if logged else None,
+        rejudged=sum(n > 0 for n in ballots.values()),
+        ballots=sum(ballots.values()),
+        **counts,
     )

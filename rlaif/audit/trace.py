@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlaif.audit.index import Index
 from rlaif.errors import RlaifError, UserError
-from rlaif.records import Record
+from rlaif.records import Record, RowSource
 from rlaif.rundir.store import RunDir
 
 
@@ -19,7 +19,7 @@ class TracedText(Record):
     hash: str
     preferences: int
     file: str
-    """The run's copy, as its author wrote it."""
+    """The run's copy, as its author wrote it; empty for pairs with a data set's label, which follows from no text."""
 
 
 class TracedIteration(Record):
@@ -33,6 +33,8 @@ class TracedIteration(Record):
     judged: int
     replayed: int
     human: int
+    data: int = 0
+    """With a data set's label."""
     votes: int
     """Votes on these pairs."""
     agreement: float | None
@@ -48,7 +50,7 @@ class TracedPreference(Record):
     judged_in: int
     """The one that sampled and judged the pair, from 0."""
     pair_id: str
-    source: Literal["judge", "replay", "human"]
+    source: RowSource
     constitution: str | None
     constitution_hash: str
     prompt: str
@@ -177,7 +179,10 @@ def _texts(index: Index, run: RunDir, after: int) -> list[TracedText]:
     folder = run.path / "constitutions"
     return [
         TracedText(
-            name=r["text_name"], hash=r["hash"], preferences=r["n"], file=str(folder / r["hash"] / "source.yaml")
+            name=r["text_name"],
+            hash=r["hash"],
+            preferences=r["n"],
+            file=str(folder / r["hash"] / "source.yaml") if r["hash"] else "",
         )
         for r in found
     ]
@@ -188,7 +193,8 @@ def _iterations(index: Index, after: int, steps: dict[int, int]) -> list[TracedI
         """WITH cast_votes AS (SELECT pair_id, count(*) AS n FROM votes WHERE iteration IS NOT NULL GROUP BY ALL)
         SELECT t.iteration, c.text_name, any_value(t.policy_after) AS policy_after, count(*) AS preferences,
             count(*) FILTER (source = 'judge') AS judged, count(*) FILTER (source = 'replay') AS replayed,
-            count(*) FILTER (source = 'human') AS human, sum(v.n) AS votes, avg(t.agreement) AS agreement
+            count(*) FILTER (source = 'human') AS human, count(*) FILTER (source = 'data') AS data,
+            sum(v.n) AS votes, avg(t.agreement) AS agreement
         FROM trained t LEFT JOIN cast_votes v USING (pair_id) LEFT JOIN constitutions c USING (constitution)
         WHERE t.iteration < ? GROUP BY t.iteration, t.constitution, c.text_name ORDER BY t.iteration, c.text_name""",
         [after],
@@ -201,6 +207,7 @@ def _iterations(index: Index, after: int, steps: dict[int, int]) -> list[TracedI
             judged=r["judged"],
             replayed=r["replayed"],
             human=r["human"],
+            data=r["data"],
             votes=int(r["votes"] or 0),
             agreement=r["agreement"],
             steps=steps.get(r["iteration"], 0),

@@ -512,10 +512,12 @@ class _Checking:
         templates: dict[str, str] = {}
         derived: set[str] = set()
         for k in self.iterations:
-            if (self.run.iteration(k).path / "plan.json").exists() and (plan := self._plan(k)) is not None:
-                constitutions[plan.constitution.hash] = plan.constitution
-                templates |= {text_hash: name for name, text_hash in plan.templates.items()}
-                derived.update(plan.derived.values())
+            if not (self.run.iteration(k).path / "plan.json").exists() or (plan := self._plan(k)) is None:
+                continue
+            for text in (plan, plan.in_force):
+                constitutions[text.constitution.hash] = text.constitution
+                templates |= {text_hash: name for name, text_hash in text.templates.items()}
+                derived.update(text.derived.values())
         for text_hash, ref in constitutions.items():
             folder = self.run.path / "constitutions" / text_hash
             self._text(folder / "constitution.json", text_hash, lambda p: read_record(p, Constitution).hash)

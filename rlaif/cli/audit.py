@@ -13,6 +13,7 @@ from rlaif.cli import audit_pairs, audit_run
 from rlaif.cli.audit_agreement import agreement
 from rlaif.cli.audit_common import Json, opened, print_json
 from rlaif.cli.audit_replay import replay
+from rlaif.cli.audit_replay_set import replay_set
 from rlaif.cli.audit_run import print_overview
 from rlaif.cli.audit_verify import verify
 
@@ -68,4 +69,5 @@ app.command(cls=audit_run.WithTables, context_settings={"max_content_width": 120
 app.command()(audit_run.export)
 app.command()(verify)
 app.command()(replay)
+app.command("replay-set")(replay_set)
 app.command()(agreement)

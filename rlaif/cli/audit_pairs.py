@@ -164,7 +164,8 @@ def _print_pair(found: PairDetail, asked: dict[str, str]) -> None:
     row = found.row
     where = f"evaluation after {row.iteration}" if row.evaluation else f"iteration {row.iteration + 1}"
     text = f"{found.constitution} ({found.constitution.hash})" if found.constitution else "text unknown"
-    judged = inert(f"judged under {text}, paired by {found.pair.method}")
+    by = "labelled by the data set that it is from" if _by_data(found) else f"judged under {text}"
+    judged = inert(f"{by}, paired by {found.pair.method}")
     console.print(f"[bold]pair {inert(row.pair_id)}[/]  {where}, {judged}")
     for m in found.prompt_messages:
         console.print(f"[dim]{m.role}:[/] {inert(m.content)}", soft_wrap=True)
@@ -218,6 +219,11 @@ def _votes(found: PairDetail) -> Listing:
     return votes
 
 
+def _by_data(found: PairDetail) -> bool:
+    """Its label is a data set's: nobody voted."""
+    return found.decision is not None and found.decision.source == "data"
+
+
 def _print_decision(console: Console, found: PairDetail) -> None:
     """The verdict, the filter's word, and what each rule said."""
     from rlaif.console import inert
@@ -225,21 +231,27 @@ def _print_decision(console: Console, found: PairDetail) -> None:
     if found.decision is None:
         console.print("the decision can't be read" if found.problems else "not decided yet")
         return
-    verdict = found.decision.verdict
-    sent_by = f" ({found.decision.review_rule})" if found.decision.review_rule else ""
-    console.print(
-        f"verdict: [bold]{verdict.outcome}[/], p(first) {number(verdict.p_first, 3)}, agreement "
-        f"{number(verdict.agreement, 3)}; decision: [bold]{found.decision.status}[/]{sent_by}"
-    )
+    decision, verdict = found.decision, found.decision.verdict
+    sent_by = f" ({decision.review_rule})" if decision.review_rule else ""
+    said = f"verdict: [bold]{verdict.outcome}[/], p(first) {number(verdict.p_first, 3)}, "
+    said += f"agreement {number(verdict.agreement, 3)}"
+    if _by_data(found):
+        said = f"nobody voted: the data set that it is from calls {decision.winner or 'neither'} better"
+    console.print(f"{said}; decision: [bold]{decision.status}[/]{sent_by}")
     for rule in found.rules:
         mark = "[green]passed[/]" if rule.passed else "[red]against[/]"
         console.print(f"  {mark}  {inert(f'{rule.name:13} {rule.sentence}')}")
 
 
 def _print_training(console: Console, found: PairDetail) -> None:
-    """Into which policies it went."""
+    """Into which policies it went, and what later texts made of it."""
     from rlaif.console import inert
 
+    for later in found.later:
+        console.print(
+            f"iteration {later.iteration + 1}, {inert(later.constitution)}: [bold]{later.standing}[/]; {later.carried} "
+            f"votes carried over, {later.lost} lost, {later.asked} ballots cast anew"
+        )
     for t in found.preferences:
         steps = f"step {', '.join(map(str, t.steps))}" if t.steps else "no step"
         what = f"iteration {t.iteration + 1} as {t.source}, {t.chosen} chosen"

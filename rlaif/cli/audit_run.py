@@ -90,6 +90,7 @@ def _about(found: Overview, most: int | None = None) -> list[str]:
     kept = share(t.kept / t.decided if t.decided else None)
     lines = [
         f"[bold]{inert(found.run)}[/]  {done} of {found.iterations_planned or '?'} iterations done",
+        *([f"source: {inert(found.source)}"] if found.source else []),
         "texts: " + "  ".join(_last(texts, most, "earlier")),
         f"pairs {t.pairs}, kept {t.kept} ({kept}), dropped {t.dropped}"
         + (f" ({counts(t.reasons)})" if t.reasons else "")
@@ -142,6 +143,7 @@ _WIDE = 90
 
 def _results(found: Overview, width: int, most: int | None = None) -> list[str]:
     """What an overview says after the iterations, as rich's markup; the last `most` evaluations and alarms."""
+    from rlaif.audit.overview import mixed_line
     from rlaif.audit.summary import length_line, retention_lines
     from rlaif.console import inert
 
@@ -159,7 +161,10 @@ def _results(found: Overview, width: int, most: int | None = None) -> list[str]:
     alarms = _last([f"[red]alarm[/] {inert(alarm)}" for alarm in found.alarms], most, "earlier alarms")
     if found.events_missing:
         alarms = ["alarms unknown: events.jsonl is missing"]
-    return [*_last(evaluations, most, "earlier evaluations"), *(alarms or ["no alarms"])]
+    mixed = _last(
+        [f"[red]mixed texts[/] {inert(mixed_line(m))}" for m in found.mixed], most, "earlier updates that mixed texts"
+    )
+    return [*_last(evaluations, most, "earlier evaluations"), *mixed, *(alarms or ["no alarms"])]
 
 
 def _kl(e: EvaluationRow) -> str:
@@ -205,16 +210,19 @@ def trace(
     for why in found.unknown:
         console.print(inert(f"without what isn't known: {why}"), soft_wrap=True)
     for text in found.texts:
+        if not text.hash:
+            console.print(f"no text: {text.preferences} preferences with the label of a data set")
+            continue
         console.print(
             inert(f"{text.name or 'unknown text'} ({text.hash}): {text.preferences} preferences; {text.file}")
         )
-    numbers = ("iteration", "preferences", "judge", "replay", "human", "votes", "agree", "steps")
+    numbers = ("iteration", "preferences", "judge", "replay", "human", "data", "votes", "agree", "steps")
     table = Listing(numbers[0], "judged under", *numbers[1:], "policy after",
                     right=numbers, whole=("policy after",), title="what each iteration added")  # fmt: skip
     for r in found.iterations:
         table.add(
             str(r.iteration + 1), r.constitution or "-", str(r.preferences), str(r.judged), str(r.replayed),
-            str(r.human), str(r.votes), number(r.agreement), str(r.steps), r.policy_after or "-",
+            str(r.human), str(r.data), str(r.votes), number(r.agreement), str(r.steps), r.policy_after or "-",
         )  # fmt: skip
     table.print(console)
     if not found.rows:
@@ -226,7 +234,7 @@ def trace(
         if p.vote_lines:
             lines += f": line {p.vote_lines[0]}" + (" …" if len(p.vote_lines) > 1 else "")
         table.add(
-            str(p.iteration + 1), p.pair_id, p.source, p.constitution or p.constitution_hash,
+            str(p.iteration + 1), p.pair_id, p.source, p.constitution or p.constitution_hash or "-",
             short(p.prompt, 40), p.chosen_id, number(p.p_chosen), number(p.agreement),
             ", ".join(map(str, p.steps)), lines,
         )  # fmt: skip

@@ -216,11 +216,20 @@ def log(
 
 
 def _old_pairs(found: OldPairs) -> str:
-    said = f"{found.expired} kept pairs can't be replayed any more"
-    if found.valid_again:
-        said += f", {found.valid_again} of this text can again"
+    counted = (
+        (found.expired, "can't be replayed any more"),
+        (found.valid_again, "of this text can again"),
+        (found.kept, "can be replayed as they were"),
+        (found.turned, "can be replayed with the other side chosen"),
+        (found.stale, "can be replayed as they were judged, more rarely"),
+        (found.dropped, "are dropped by the filters"),
+        (found.waiting, "wait to be judged again"),
+    )
+    (first, what), *others = [(n, what) for n, what in counted if n] or counted[:1]
+    said = ", ".join([f"{first} kept pairs {what}", *(f"{n} {what}" for n, what in others)])
+    asked = f"; {found.ballots} ballots were cast anew about {found.rejudged} of them" if found.ballots else ""
     unused = "; this job replays none (replay.share 0)" if not found.share else ""
-    return f"{said} (within replay.max_age {found.max_age}){unused}"
+    return f"{said} (within replay.max_age {found.max_age}){asked}{unused}"
 
 
 def _followed(found: Followed) -> str:

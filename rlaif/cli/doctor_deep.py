@@ -10,6 +10,9 @@ import typer
 from rlaif.config import Job, apply_override, parse_job
 from rlaif.errors import UserError
 
+_GAP = ("monitors.weights_gap.", "monitors.max_weights_gap")
+"""How a job names the limit, and how older ones did."""
+
 
 def check(what: str | Job, overrides: list[str], as_json: bool) -> None:
     """Prints a row for each load; exit code 1 when sampler and learner disagree after one.
@@ -70,12 +73,10 @@ def check(what: str | Job, overrides: list[str], as_json: bool) -> None:
 def _job_of(model: str, overrides: list[str]) -> Job:
     tree: dict[str, Any] = {"constitution": "none", "policy": {"model": model}}
     for override in overrides:
-        if not override.startswith(
-            ("sampling.", "learner.", "placement.", "devices.", "monitors.max_weights_gap", "seed=")
-        ):
+        if not override.startswith(("sampling.", "learner.", "placement.", "devices.", *_GAP, "seed=")):
             raise UserError(
                 f"--set {override}: with --deep, only settings of sampling, learner and placement, "
-                "monitors.max_weights_gap and seed count"
+                "monitors.weights_gap.limit and seed count"
             )
         apply_override(tree, override)
     return parse_job(tree, "doctor --deep")

@@ -80,9 +80,10 @@ class _Reviewer:
                 self._queue.release(self._author, self._session)
         self._counts = self._queue.counts()
         others = f", {self._counts.claimed} of them shown to others" if all_seen and self._counts.claimed else ""
+        stale = f"; {self._counts.stale} labels are of another text" if self._counts.stale else ""
         self._say(
             f"{len(self._given)} labelled by {visible(self._author)} now; {self._counts.labelled} in all, "
-            f"{self._counts.waiting} waiting{others}"
+            f"{self._counts.waiting} waiting{others}{stale}"
         )
 
     def _ask_all(self) -> bool:
@@ -124,13 +125,14 @@ class _Reviewer:
                     return False
                 self._show(question)
             elif key in ("1", "2", "t", "s"):
-                self._answer(question.pair_id, cast("Shown", key), rest or reason)
+                self._answer(question, cast("Shown", key), rest or reason)
                 return True
             elif key:
                 print(f"{visible(key)!r} is no key: {KEYS}", file=sys.stderr)
 
-    def _answer(self, pair_id: str, key: Shown, reason: str | None) -> None:
-        self._queue.answer(pair_id, key, self._author, reason)
+    def _answer(self, question: Question, key: Shown, reason: str | None) -> None:
+        pair_id = question.pair_id
+        self._queue.answer(pair_id, key, self._author, reason, constitution=question.constitution.hash)
         self._say({"1": "→ the first shown", "2": "→ the second shown", "t": "→ tie", "s": "→ skipped"}[key])
         if key == "s":
             self._skipped.add(pair_id)
@@ -148,6 +150,8 @@ class _Reviewer:
         constitution = question.constitution
         what = "correct your label (s takes it back)" if correcting else f"{counts.waiting} waiting"
         self._console.print(Rule(Text(f"{what}, {counts.labelled} labelled"), align="left"))
+        if question.again and not correcting:
+            self._say("you labelled this pair under another text: what do you say under this one?")
         self._say(f"rules: {constitution.ref}, {visible(constitution.summary)}")
         for principle in constitution.principles:
             self._text(f"- {principle.rule}")

@@ -209,6 +209,19 @@ def render(
     return (Message(role="system", content=texts["system"]), Message(role="user", content=texts["user"]))
 
 
+def shown_by(template: Template, constitution: Constitution, principle: str | None) -> str:
+    """Digest of the words that a template makes of a text, whatever the pair: the question about some pair that doesn't
+    matter, with answers that ended and with ones that were cut off. `principle` is the id of the one asked about.
+
+    Raises:
+        UserError: the template fails.
+    """
+    about = constitution.principle(principle) if principle else None
+    prompt = (Message(role="user", content="?"),)
+    asked = [render(template, constitution, about, prompt, "1", "2", (cut, cut)) for cut in (False, True)]
+    return digest([[m.content for m in messages] for messages in asked])
+
+
 def asks_by_principle(template: Template) -> bool:
     """Whether a question about one principle differs from a question about all."""
     probe = _probe()

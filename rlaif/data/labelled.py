@@ -9,6 +9,7 @@ in one string; what both share is the prompt.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rlaif.data.prompts import chat_in, rows_of
 from rlaif.data.sides import NAME_KEYS, Cell, Sides, count_cells
 from rlaif.data.tables import Row, columns_of, file_names, read_table, with_paths
 from rlaif.errors import UserError
@@ -251,6 +253,60 @@ def read_labelled(
                        notes=tuple(notes), keys=keys, counts=counts)  # fmt: skip
 
 
+def read_to_train(source: str, base_dir: Path, columns: Mapping[str, str] | None = None) -> LabelledSet:
+    """The labelled pairs of a file or of `datasets:NAME[:SPLIT]`, to train on: every prompt can be asked, and every
+    answer is one message. `columns` are as for `read_labelled`.
+
+    Raises:
+        UserError: it can't be read, a row doesn't fit (with its line), or nothing is left.
+    """
+    path, chosen = Path(source), dict(columns or {})
+    placed = rows_of(source, base_dir, "file of pairs", _EXAMPLE)
+    table = [Row(where, n, _with_chats(row, where)) for n, (where, row) in enumerate(placed)]
+    table = [row for row in table if not all(map(_is_blank, row.values.values()))]  # as spreadsheets end a table
+    if not table:
+        raise UserError(f"{source}: no rows in it; a row looks like {_EXAMPLE}")
+    labels = chosen.get("label", "").split("|")
+    named = [column for key, column in chosen.items() if key not in NAME_KEYS and key != "label"]
+    table = with_paths(table, [*named, *labels])
+    reader = _Reader(path, path.name, table, chosen, "unanimous", (), several=False, to_train=True)
+    read = [reader.read(row) for row in table if reader.split(row, None)]
+    rows = [row for row in read if isinstance(row, Labelled)]
+    excluded = Counter(row for row in read if not isinstance(row, Labelled))
+    if twice := [i for i, count in Counter(row.id for row in rows).items() if count > 1]:
+        raise UserError(
+            f"{source}: two rows have the id `{twice[0]}`; each needs its own, or none (columns: {{id: ''}})"
+        )
+    if not rows:
+        raise UserError(f"{source}: no labelled pairs ({excluded.total()} rows are ties, disputed or unlabelled)")
+    return LabelledSet(
+        rows=tuple(rows),
+        excluded=dict(excluded),
+        digest=_digest_of(table),
+        labels=count_cells(reader.cells),
+        notes=tuple(reader.notes),
+    )
+
+
+_EXAMPLE = '{"prompt": "How do I keep bread fresh?", "chosen": "In a linen bag.", "rejected": "In the fridge."}'
+
+
+def _with_chats(row: Any, where: str) -> dict[str, Any]:
+    """A row whose cells of text that hold a chat, as CSV files have it, hold messages."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object, found {type(row).__name__}; a row looks like {_EXAMPLE}")
+    chats = {k: chat_in(v, k, where) for k, v in row.items() if isinstance(v, str)}
+    return row | {k: chat for k, chat in chats.items() if chat is not None}
+
+
+def _digest_of(table: Sequence[Row]) -> str:
+    """sha256 over the rows' content, whatever file they are in."""
+    h = hashlib.sha256()
+    for row in table:
+        h.update(json.dumps(row.values, sort_keys=True, default=str).encode() + b"\n")
+    return h.hexdigest()
+
+
 class _Reader:
     """How one file's columns are read: settled once, from its first row."""
 
@@ -263,9 +319,10 @@ class _Reader:
         annotators: Annotators,
         also: Iterable[str],
         several: bool,
+        to_train: bool = False,
     ):
         self.path, self.name = path, name
-        self.several = several
+        self.several, self.to_train = several, to_train
         self.majority = annotators == "majority"
         self.also = tuple(also)
         self.notes: list[str] = []
@@ -429,7 +486,10 @@ class _Reader:
         """Prompt, first and second, and where the prompt is a chat its messages."""
         given = self.columns["prompt"]
         if not self.talks:
-            return self._prompt(row), self._text(row, self.first), self._text(row, self.second), self._chat(row)
+            prompt, chat = self._prompt(row), self._chat(row)
+            if self.to_train and not chat and isinstance(row.values.get(str(given)), list):
+                self._refuse_chat(row, str(given))
+            return prompt, self._text(row, self.first), self._text(row, self.second), chat
         first, second = self._talk(row, self.first), self._talk(row, self.second)
         n = 0
         while n < min(len(first), len(second)) - 1 and first[n] == second[n]:
@@ -441,7 +501,23 @@ class _Reader:
             )
         prompt = _transcript(first[:n], "user") if n else self._prompt(row)
         messages = _messages(first[:n]) if n else self._chat(row)
+        if self.to_train:
+            if not messages and (n or isinstance(row.values.get(str(given)), list)):
+                self._refuse_chat(row, str(self.first if n else given))
+            for column, talk in ((self.first, first[n:]), (self.second, second[n:])):
+                if len(talk) != 1 or _ROLES.get(talk[0][0]) != "assistant":
+                    said = ", ".join(role for role, _ in talk) or "none"
+                    raise UserError(
+                        f"{row.where}: {column}: expected one message by the assistant after the prompt, found {said}"
+                    )
         return prompt, _transcript(first[n:], "assistant"), _transcript(second[n:], "assistant"), messages
+
+    @staticmethod
+    def _refuse_chat(row: Row, column: str) -> None:
+        raise UserError(
+            f"{row.where}: {column}: the prompt's messages must be by system, user and assistant, and the last one by "
+            "the user"
+        )
 
     def _chat(self, row: Row) -> tuple[Message, ...]:
         column = self.columns["prompt"]

@@ -21,7 +21,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from pydantic import ValidationError
 
@@ -67,7 +67,7 @@ def load_prompts(
     conversations: dict[str, tuple[Message, ...]] = {}
     named = _Named(columns or Columns(), columns_required)
     transcripts: list[_Cut] = []
-    for where, given in _rows(source, base_dir):
+    for where, given in rows_of(source, base_dir):
         row = named.usual(given, where)
         prompt = _prompt(row, where, foreign, transcripts)
         if foreign and conversations.setdefault(prompt.id, prompt.messages) == prompt.messages and prompt.id in seen:
@@ -118,7 +118,12 @@ def exclude_held_out(
         note(f"{len(given) - len(left)} training prompts are held out, too, and left out; {len(left)} are left")
     if note and renamed:
         note(f"{renamed} training prompts have the id of another held-out one, and are known by their digest instead")
-    return [p.model_copy(update={"id": digest(p.model_dump(mode="json"))}) if p.id in ids else p for p in left]
+    return [p.model_copy(update={"id": held_out_id(p)}) if p.id in ids else p for p in left]
+
+
+def held_out_id(prompt: Prompt) -> str:
+    """How a training prompt is known whose own id is another held-out one's: by its digest."""
+    return digest(prompt.model_dump(mode="json"))
 
 
 def check_enough(train: list[Prompt], settings: Prompts) -> None:
@@ -146,8 +151,18 @@ def shipped_held_out(settings: Prompts) -> str | None:
     )
 
 
-def prompts_for(prompts: Sequence[Prompt], seed: int, iteration: int, per_iteration: int) -> list[Prompt]:
-    """The prompts of one iteration, a pure function of its arguments.
+class Named(Protocol):
+    """A prompt, or another row that has an id."""
+
+    @property
+    def id(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def prompts_for(prompts: Sequence[N], seed: int, iteration: int, per_iteration: int) -> list[N]:
+    """The prompts (or other rows with an id) of one iteration, a pure function of its arguments.
 
     Iterations follow each other through passes over all prompts, each shuffled anew. Where one crosses into the next
     pass, it skips there what it already has, and leaves that for later in the pass: no iteration asks a prompt twice,
@@ -177,7 +192,7 @@ def prompts_for(prompts: Sequence[Prompt], seed: int, iteration: int, per_iterat
     return (current + following)[offset : offset + per_iteration]
 
 
-def _following(current: list[Prompt], shuffled: list[Prompt], begun: int, per_iteration: int) -> list[Prompt]:
+def _following(current: list[N], shuffled: list[N], begun: int, per_iteration: int) -> list[N]:
     """The next pass, for an iteration that took the last `begun` prompts of the current one."""
     if not begun:
         return shuffled
@@ -191,13 +206,13 @@ _WANTED = {"prompt": "text that isn't blank", "messages": "a list of {role, cont
 _EXAMPLE = '{"id": "bread", "prompt": "How do I keep bread fresh?"}'
 
 
-def _shuffled(prompts: Sequence[Prompt], seed: int, epoch: int) -> list[Prompt]:
+def _shuffled(prompts: Sequence[N], seed: int, epoch: int) -> list[N]:
     shuffled = list(prompts)
     random.Random(f"prompts/{seed}/{epoch}").shuffle(shuffled)
     return shuffled
 
 
-def _refuse_empty(prompts: Sequence[Prompt]) -> None:
+def _refuse_empty(prompts: Sequence[Named]) -> None:
     if not prompts:
         raise UserError(
             "no training prompts are left; check `prompts.train`, and that it isn't all in the held-out set"
@@ -374,7 +389,7 @@ def _chat(value: Any, column: str, where: str, transcripts: list[_Cut]) -> list[
     if isinstance(value, str) and column == "prompt":
         if not value.strip():
             raise UserError(f"{where}: `prompt` must be {_WANTED['prompt']}, found {value!r}")
-        if (found := _chat_in(value, column, where)) is not None:
+        if (found := chat_in(value, column, where)) is not None:
             return _messages(found, column, where)
         if not (turns := _transcript(value)):
             _refuse_transcript(value, column, where)
@@ -397,7 +412,7 @@ def _before_the_answers(fields: dict[str, Any], where: str) -> list[Message]:
         if name not in fields:
             continue
         value = fields[name]
-        found = _chat_in(value, name, where) if isinstance(value, str) else value
+        found = chat_in(value, name, where) if isinstance(value, str) else value
         if found is None:
             if not (side := _transcript(value)):
                 raise UserError(
@@ -489,7 +504,7 @@ _ROLE = re.compile(
 _CONTENT = re.compile(r"""\b(?:content|value|parts|text)\\*["']?\s*[:=]""", re.I)
 
 
-def _chat_in(text: str, column: str, where: str) -> Any:
+def chat_in(text: str, column: str, where: str) -> Any:
     """The messages that a text cell holds, as JSON, or as Python or numpy print them; None for text.
 
     Raises:
@@ -618,18 +633,21 @@ def _question(messages: list[Message], column: str, where: str) -> tuple[Message
     return tuple(messages)
 
 
-def _rows(source: str, base_dir: Path) -> Iterable[Placed]:
+def rows_of(source: str, base_dir: Path, what: str = "prompt file", example: str = _EXAMPLE) -> Iterable[Placed]:
+    """The rows of a file or a data set, as they stand; `what` it is and what a row looks like are for errors.
+
+    Raises:
+        UserError: it can't be read.
+    """
     if source.startswith(DATASETS_PREFIX):
         return _dataset_rows(source)
     path = base_dir / source
     if not path.exists():
-        raise UserError(
-            f"{path}: no such prompt file; give a {', '.join(FORMATS)} file or `{DATASETS_PREFIX}NAME[:SPLIT]`"
-        )
+        raise UserError(f"{path}: no such {what}; give a {', '.join(FORMATS)} file or `{DATASETS_PREFIX}NAME[:SPLIT]`")
     kind = "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]).lower()
     if kind not in FORMATS:
-        raise UserError(f"{path}: unknown format `{kind}`; prompts are read from {', '.join(FORMATS)}")
-    return read_rows(path, f"; a row looks like {_EXAMPLE}")
+        raise UserError(f"{path}: unknown format `{kind}`; {what}s are read from {', '.join(FORMATS)}")
+    return read_rows(path, f"; a row looks like {example}")
 
 
 def _dataset_rows(source: str) -> Iterator[Placed]:

@@ -20,6 +20,7 @@ from rlaif.records import (
     Outcome,
     Pair,
     Quality,
+    Referred,
     Retention,
     WeightsGap,
 )
@@ -37,11 +38,12 @@ def evaluation_metrics(
     gap: WeightsGap | None = None,
     base: Sequence[Completion] = (),
     retention: Retention | None = None,
+    second: Referred | None = None,
 ) -> EvaluationMetrics:
     """An evaluation in numbers; `decisions` are None when nobody was asked: about the base policy itself, or under a
     text without a held-out contrast. `pairs` show the policy's answer first, the base policy's second; an answer equal
     to the base policy's has no pair and counts as tied. `base` holds the base policy's answers. `drift` is empty about
-    the base policy, None where nobody measured it."""
+    the base policy, None where nobody measured it. `second` is what the reference judge says."""
     won = _won(completions, pairs, decisions)
     controlled = LengthControlled()
     if won.by_prompt:
@@ -59,10 +61,21 @@ def evaluation_metrics(
         relevance=fmean([q.relevance for q in quality if q.tokens] or [0.0]),  # an empty answer has neither
         base_logprob_per_token=fmean([q.logprob_per_token for q in quality if q.tokens] or [0.0]),
         checks={p.id: sum(p.check.passes(c.text) for c in completions) / n for p in constitution.principles if p.check},
+        base_checks={
+            p.id: sum(p.check.passes(c.text) for c in base) / len(base)
+            for p in constitution.principles
+            if p.check and base
+        },
+        referred=second,
         seconds=seconds,
         weights_gap=gap,
         retention=retention,
     )
+
+
+def referred(judge: str, completions: list[Completion], pairs: list[Pair], decisions: list[Decision]) -> Referred:
+    """What the reference judge says of held-out answers; arguments as in `evaluation_metrics`."""
+    return Referred(judge=judge, **_won(completions, pairs, decisions).fields())
 
 
 def earlier_text(

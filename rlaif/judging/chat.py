@@ -107,11 +107,13 @@ class ChatJudge:
         constitution: Constitution,
         templates: Sequence[Template],
         journal: Path | None = None,
+        fresh: bool = False,
     ) -> Iterator[list[Vote]]:
         """Votes on the given ballots, in chunks: write each before asking for the next.
 
         `journal` is a file that gets the id of every ballot before a server is asked: those without a vote may have
-        been asked for nothing when the process is killed.
+        been asked for nothing when the process is killed. `fresh`: the servers are asked, whatever is in the cache, and
+        what they say doesn't go there.
 
         A generator that is closed early leaves the ballots under way unanswered: they are owed again.
 
@@ -127,7 +129,7 @@ class ChatJudge:
             {t.hash: t for t in templates},
         )
         with _runner() as run, _lines(journal) as asked:
-            casting = _Casting(self, iter(ballots), questions, asked)
+            casting = _Casting(self, iter(ballots), questions, asked, fresh)
             run(casting.start())
             try:
                 while (chunk := run(casting.next_chunk())) is not None:
@@ -271,8 +273,16 @@ class _Streak:
 class _Casting:
     """One `cast` on its way: a fixed number of tasks take ballots from one iterator."""
 
-    def __init__(self, judge: ChatJudge, ballots: Iterator[Ballot], questions: _Questions, asked: TextIO | None):
+    def __init__(
+        self,
+        judge: ChatJudge,
+        ballots: Iterator[Ballot],
+        questions: _Questions,
+        asked: TextIO | None,
+        fresh: bool = False,
+    ):
         self.judge = judge
+        self.cache = None if fresh else judge._cache
         self.ballots = ballots
         self.asked = asked
         self.questions = questions
@@ -294,7 +304,7 @@ class _Casting:
         self.going.set()
         self.told: dict[str, asyncio.Event] = {}
         """By juror: set when the first reply of this process is there, if one is asked for (`_of_this_model`)."""
-        if self.judge._cache is not None and self.judge.settings.fingerprint and not self.judge._identities:
+        if self.cache is not None and self.judge.settings.fingerprint and not self.judge._identities:
             found = await asyncio.gather(*(server.identity() for server in self.servers.values()))
             self.judge._identities.update(zip(self.servers, found, strict=True))
         tasks = 2 * self.judge.settings.concurrency
@@ -394,8 +404,8 @@ class _Casting:
     def _take(self) -> list[_Done]:
         """Votes that can be yielded, their replies stored."""
         out, self.ready = self.ready, []
-        if self.judge._cache is not None and (new := [d.store for d in out if d.store is not None]):
-            self.judge._cache.put(new)
+        if self.cache is not None and (new := [d.store for d in out if d.store is not None]):
+            self.cache.put(new)
         return out
 
     def _last(self) -> list[_Done]:
@@ -475,10 +485,10 @@ class _Casting:
         prompt_hash = digest(body["messages"])
         key, stored = "", None
         how: dict[str, Any] = {"cached": True, "attempts": 0}
-        if self.judge._cache is not None:
+        if self.cache is not None:
             of = juror.query, self.judge._identities.get(ballot.judge)
             key = reply_key(juror.base_url, body, ballot.seed, ballot.sample_index, *of)
-            stored = self.judge._cache.get(key)
+            stored = self.cache.get(key)
             if stored is not None and await self._of_this_model(ballot.judge, stored):
                 how["fingerprint"] = self._named(ballot, stored)
                 return _Done(_vote(ballot, template, stored, prompt_hash, settings.clamp, how))

@@ -18,7 +18,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import EVERYTHING, Asked, Calibration
 from rlaif.judging.verdicts import JurorFit, aggregate
 from rlaif.own_code import of_rule
-from rlaif.records import Ballot, CodeName, Decision, DropReason, Pair, Reason, ReviewRule, Verdict, Vote
+from rlaif.records import Ballot, CodeName, Decision, DropReason, Pair, Reason, ReviewRule, Side, Verdict, Vote
 
 Rule = Callable[[Verdict, Filters], bool]
 
@@ -107,6 +107,22 @@ def decide_votes(
     verdict = aggregate(votes, weights, settings.aggregate, jurors.weights if jurors else None)
     promised = trusted(verdict, votes, calibration, settings, slice_name, asked) if calibration else None
     return decide(verdict, pair, settings, texts, promised, cut)
+
+
+def decide_label(pair: Pair, label: Side, texts: Mapping[str, str]) -> Decision:
+    """A pair that a data set labelled. Nobody voted on it, so no rule about votes speaks: it is dropped where its texts
+    are identical, and kept otherwise."""
+    same = identical(pair, texts)
+    return Decision(
+        pair_id=pair.id,
+        status="dropped" if same else "kept",
+        reasons=("identical",) if same else (),
+        winner=None if same else label,
+        verdict=Verdict(
+            pair_id=pair.id, outcome="abstain", p_first=None, agreement=None, valid_votes=0, electing_votes=0
+        ),
+        source="data",
+    )
 
 
 def to_review(decisions: Sequence[Decision], settings: Filters) -> list[Decision]:

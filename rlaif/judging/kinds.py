@@ -16,7 +16,7 @@ from rlaif import models
 from rlaif.config import ChatSettings, Job, Judge, LikelihoodSettings, OwnJudge
 from rlaif.constitutions.constitution import Constitution, Principle
 from rlaif.constitutions.derived import NEWEST
-from rlaif.constitutions.templates import Template, template_names
+from rlaif.constitutions.templates import Template, shown_by, template_names
 from rlaif.errors import UserError
 from rlaif.judging.ballots import (
     Role,
@@ -70,6 +70,8 @@ class JudgeKind(Generic[S]):
     """How long it takes isn't known from the size of a model here."""
     local_model: str | None = None
     """The model that its worker loads on this machine."""
+    frozen = False
+    """It answers from weights whose digest the run holds: asked again, it says the same."""
     unshown: str | None = None
     """Why its questions can't be shown from the log; None where they can."""
     note_on_reading: str | None = None
@@ -138,6 +140,11 @@ class JudgeKind(Generic[S]):
         """
         raise NotImplementedError
 
+    def shows(self, ballot: Ballot, constitution: Constitution, templates: Sequence[Template]) -> str:
+        """What a ballot shows of its text, as a digest: with equal ones, and all else equal, two ballots about two
+        texts are one question. `templates` are those in force."""
+        return constitution.hash
+
     def places(
         self, pair: Pair, constitution: Constitution, name: str, templates: Sequence[Template], seen: Sequence[Ballot]
     ) -> dict[Place, int]:
@@ -154,6 +161,10 @@ class JudgeKind(Generic[S]):
 
     def cast_with(self, templates: Sequence[Template], journal: Path | None = None) -> dict[str, Any]:
         """Further arguments of its `cast`. `journal` is a file for the ballots that were sent off."""
+        return {}
+
+    def afresh(self) -> dict[str, Any]:
+        """Further arguments of its `cast` for questions that were asked before, to be asked again."""
         return {}
 
     def again(self, ballots: int) -> str:
@@ -209,6 +220,7 @@ class LikelihoodKind(JudgeKind[LikelihoodSettings]):
     """A frozen model that compares likelihoods."""
 
     derives = True
+    frozen = True
     per_principle = True
     shows_slots = False
     own_time = False
@@ -247,6 +259,10 @@ class LikelihoodKind(JudgeKind[LikelihoodSettings]):
         templates: Sequence[Template] = (),
     ) -> list[Ballot]:
         return make_ballots(pairs, constitution, name, role, seed, likelihood_parameters(self.settings))
+
+    def shows(self, ballot: Ballot, constitution: Constitution, templates: Sequence[Template]) -> str:
+        """Nothing beside the contrast or the measure that the ballot's template is the hash of."""
+        return ""
 
     def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
         return likelihood_worker(model, self.settings)
@@ -330,8 +346,17 @@ class ChatKind(JudgeKind[ChatSettings]):
             make_chat_ballots(pairs, constitution, jurors, templates, role, by_principle, seed, self.settings.clamp)
         )
 
+    def shows(self, ballot: Ballot, constitution: Constitution, templates: Sequence[Template]) -> str:
+        """The words that its template makes of the text. One with another template is another question anyway."""
+        template = next((t for t in templates if t.hash == ballot.template), None)
+        _, _, asked = ballot.voice.partition("/")
+        return "" if template is None else shown_by(template, constitution, asked or None)
+
     def cast_with(self, templates: Sequence[Template], journal: Path | None = None) -> dict[str, Any]:
         return {"templates": templates, "journal": journal}
+
+    def afresh(self) -> dict[str, Any]:
+        return {"fresh": True}
 
     def again(self, ballots: int) -> str:
         return f"{ballots} ballots that had been sent off have no vote, and may be asked twice"

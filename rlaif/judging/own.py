@@ -77,6 +77,13 @@ class OwnKind(JudgeKind[OwnJudge]):
         ]
         return list(ballots_of(pairs, voices, orders))
 
+    def shows(self, ballot: Ballot, constitution: Constitution, templates: Sequence[Template]) -> str:
+        """A class that votes by principle promises to look at that one alone; another may look at all of the text."""
+        _, _, asked = ballot.voice.partition("/")
+        if not asked:
+            return constitution.hash
+        return digest(constitution.principle(asked).model_dump(mode="json", exclude={"weight"}))
+
     def places(
         self, pair: Pair, constitution: Constitution, name: str, templates: Sequence[Template], seen: Sequence[Ballot]
     ) -> dict[Place, int]:

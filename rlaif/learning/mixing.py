@@ -5,20 +5,19 @@ In: decisions of this iteration, the run's labels, the preferences of earlier it
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlaif.config import Replay
 from rlaif.constitutions.constitution import Constitution
-from rlaif.records import Completion, Decision, Pair, Preference, Prompt, Side
+from rlaif.learning.replay_set import draw, members
+from rlaif.records import Completion, Decision, Pair, PolicyDistance, Preference, Prompt, Side
 from rlaif.review.labels import (
     REVIEW,
     LabelLog,
     in_force,
-    joined_sides,
+    joined_last,
     joining,
-    labels_of,
     labels_path,
     read_labels,
     review_lock,
@@ -48,8 +47,8 @@ def preferences_of(
             Preference(
                 pair_id=pair.id,
                 iteration=k,
-                source="judge",
-                constitution=constitution.hash,
+                source="judge" if decision.source == "votes" else "data",
+                constitution=constitution.hash if decision.source == "votes" else "",
                 prompt_id=pair.prompt_id,
                 chosen_id=chosen.id,
                 rejected_id=rejected.id,
@@ -87,7 +86,7 @@ def labelled(
     given_in = {x.iteration for x in labels.values()}
     plans = {i: run.plan(i) for i in range(k) if i in given_in}
     judged_under = {i: plan.constitution.hash for i, plan in plans.items()}
-    joins, stale = joining(labels, joined_sides(run, range(k)), judged_under, k, constitution.hash)
+    joins, stale = joining(labels, joined_last(run, range(k)), judged_under, k, constitution.hash)
     rows: list[Preference] = []
     joined: dict[str, Side] = {}
     for i in sorted({x.iteration for x in joins}):
@@ -109,26 +108,6 @@ def labelled(
     return rows, said
 
 
-def replayable(run: RunDir, log: LabelLog | None, k: int, max_age: int, constitution: str) -> dict[str, Preference]:
-    """Pair id → the pair as iteration k may replay it: judged under this text (its hash), from one of the `max_age`
-    iterations before.
-
-    A pair that people labelled is replayed only as its label in force has it.
-    """
-    labels = in_force(log.labels) if log else {}
-    old: dict[str, Preference] = {}
-    for i in range(max(0, k - max_age), k):
-        here = run.iteration(i)
-        sides = labels_of(here)
-        for p in here.read("preferences", Preference):
-            if p.source == "replay" or p.constitution != constitution:
-                continue
-            label = labels.get(p.pair_id)
-            if p.source == "judge" or (label is not None and label.outcome == sides[p.pair_id]):
-                old[p.pair_id] = p
-    return old
-
-
 def replayed(
     run: RunDir,
     log: LabelLog | None,
@@ -138,11 +117,13 @@ def replayed(
     seed: int,
     constitution: Constitution,
 ) -> list[Preference]:
-    """Older pairs for this update: `replayable` under the text in force, and none beside itself."""
+    """Older pairs for this update: those that may train under the text in force, and none beside itself."""
+    here = run.iteration(k)
+    moved = here.read("policy_distances", PolicyDistance) if here.is_complete("policy_distances") else []
     wanted = round(len(fresh) * settings.share / (1 - settings.share))
     if not wanted:
         return []
     now = {p.pair_id for p in fresh}
-    old = [p for p in replayable(run, log, k, settings.max_age, constitution.hash).values() if p.pair_id not in now]
-    drawn = random.Random(f"replay-{seed}-{k}").sample(old, min(wanted, len(old)))
-    return [p.model_copy(update={"source": "replay"}) for p in drawn]
+    old = members(run, k, constitution.hash, settings.max_age, log or LabelLog(labels=()))
+    old = {i: m for i, m in old.items() if i not in now}
+    return draw(old, wanted, settings, k, seed, {d.pair_id: d.distance for d in moved})

@@ -34,6 +34,7 @@ MAY_BRANCH = (
     "constitution",
     "schedule",
     "prompts.per_iteration",
+    "source",
     "sampling.completions_per_prompt",
     "pairing",
     "replay",

@@ -12,7 +12,7 @@ import psutil
 from rich.table import Table
 
 from rlaif import models
-from rlaif.config import Job, PlacedRole, Precision
+from rlaif.config import Job, Judge, PlacedRole, Precision
 from rlaif.console import inert, stdout_console
 from rlaif.constitutions.constitution import Constitution, load_constitution
 from rlaif.constitutions.templates import load_template, templates_in
@@ -24,8 +24,11 @@ from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Asked, Calibration, read_calibration
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of
+from rlaif.loop.anchors import is_due
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update, pairs_at_most
+from rlaif.loop.running import PairSource
+from rlaif.loop.source import open_source
 from rlaif.own_code import resolved
 from rlaif.records import Pair, Prompt
 from rlaif.rundir.checkpoints import kept
@@ -56,6 +59,7 @@ class _Read(NamedTuple):
     calibration: Calibration | None
     probes: Sequence[Probe]
     """Asked at every evaluation."""
+    source: PairSource | None
 
 
 class _Counts(NamedTuple):
@@ -74,6 +78,10 @@ class _Counts(NamedTuple):
     """Answers that KL is measured on."""
     probed: int
     """Answers to probes."""
+    anchor_ballots: int
+    """Cast a second time."""
+    reference_ballots: int
+    """Of the reference judge."""
 
 
 class _Tokens(NamedTuple):
@@ -111,6 +119,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
     return {
         "iterations": job.iterations,
         "constitutions": {str(k): str(read.constitutions[ref].ref) for k, ref in _schedule(job).items()},
+        "source": str(job.source) if job.source else None,
         "train_prompts": len(read.train),
         "held_out_prompts": len(read.held_out),
         "samples": counts.samples,
@@ -123,6 +132,8 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "evaluations": counts.evaluations,
         "held_out_answers": counts.held_out_answers,
         "evaluation_ballots_at_most": counts.evaluation_ballots,
+        "anchor_ballots_at_most": counts.anchor_ballots,
+        "reference_ballots_at_most": counts.reference_ballots,
         "tokens": {
             "sampled": round(tokens.sampled),
             "judged": round(tokens.judged + tokens.measured),
@@ -152,16 +163,23 @@ def _read(job: Job, base_dir: Path) -> _Read:
     models.check_name(job.policy.model)
     if job.policy.adapter is not None:
         models.check_adapter_name(job.policy.adapter)
+    source = open_source(job, base_dir)
     if (policy := _folder(job.policy.model)).is_dir():
         check_policy(policy, job)
+        if source:
+            source.check_tokenizer(models.tokenizer_identity(policy).model_dump())
     kind = kind_of(job.judge)
     if kind.local_model:
         models.check_name(kind.local_model)
-    check_can_update(job)
+    check_can_update(job, source)
     columns = job.prompts.columns
     held_out = load_prompts(job.prompts.held_out, base_dir, columns=columns, columns_required=False)
-    train = exclude_held_out(load_prompts(job.prompts.train, base_dir, columns=columns), held_out)
-    check_enough(train, job.prompts)
+    if source:
+        train = exclude_held_out(source.prompts, held_out)
+        source.settle(train)
+    else:
+        train = exclude_held_out(load_prompts(job.prompts.train, base_dir, columns=columns), held_out)
+        check_enough(train, job.prompts)
     calibration = read_calibration(base_dir / job.filters.calibration) if job.filters.calibration else None
     if calibration is not None:
         check_asked(calibration, job.filters, Asked.by(job))
@@ -170,23 +188,30 @@ def _read(job: Job, base_dir: Path) -> _Read:
     }
     if kind.local_model and (judge := _folder(kind.local_model)).is_dir():
         check_likelihood_judge(judge, job, constitutions.values())
-    if job.pairing.method == "best_worst":
+    if job.pairing.method == "best_worst" and not source:
         for constitution in constitutions.values():
             kind.selecting(constitution)
-    return _Read(train, held_out, constitutions, calibration, probes_of(job, base_dir))
+    return _Read(train, held_out, constitutions, calibration, probes_of(job, base_dir), source)
 
 
 def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
-    samples = job.prompts.per_iteration * job.sampling.completions_per_prompt
-    pairs = pairs_at_most(job)
+    source = read.source
+    samples = 0 if source else job.prompts.per_iteration * job.sampling.completions_per_prompt
+    pairs = [source.pairs_in(k) if source else pairs_at_most(job) for k in range(job.iterations)]
+    judged = source is None or (job.source is not None and job.source.rejudge)
     held = min(job.eval.prompts, len(read.held_out)) * job.eval.samples
     schedule = _schedule(job)
-    ballots = scores = eval_ballots = 0
+    ballots = scores = eval_ballots = anchor_ballots = reference_ballots = since = 0
     evaluated = []
     for k in range(job.iterations):
         constitution = read.constitutions[schedule[max(i for i in schedule if i <= k)]]
-        ballots += pairs * _ballots_a_pair(job, constitution, "decide", base_dir)
-        if job.pairing.method == "best_worst":
+        since = 0 if k in schedule else since + 1  # iterations before, under the same text
+        if judged and is_due(job, k):
+            again = min(job.monitors.anchors.pairs, sum(pairs[k - since : k]))
+            anchor_ballots += again * _ballots_a_pair(job, constitution, "decide", base_dir)
+        if judged:
+            ballots += pairs[k] * _ballots_a_pair(job, constitution, "decide", base_dir)
+        if samples and job.pairing.method == "best_worst":
             scores += samples * len(kind_of(job.judge).selecting(constitution))
         last = k + 1 == job.iterations
         if last or (k + 1) % job.eval.every == 0 or (k + 1) in schedule:
@@ -196,10 +221,13 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
                 earlier = {c.hash: c for i, ref in schedule.items() if i < k and (c := read.constitutions[ref])}
                 earlier.pop(constitution.hash, None)
                 eval_ballots += held * sum(_ballots_a_pair(job, c, "evaluate", base_dir) for c in earlier.values())
+            if (reference := job.eval.reference_judge) is not None:
+                asked = kind_of(reference).as_read(constitution)
+                reference_ballots += held * _ballots_a_pair(job, asked, "evaluate", base_dir, reference)
     evaluations = 1 + len(evaluated)  # with that of the base policy
     return _Counts(
         samples=samples * job.iterations,
-        pairs=pairs * job.iterations,
+        pairs=sum(pairs),
         scores=scores,
         ballots=ballots,
         evaluations=evaluations,
@@ -208,6 +236,8 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
         evaluation_ballots=eval_ballots,
         untempered=min(job.eval.kl_prompts, job.eval.prompts, len(read.held_out)) * (evaluations - 1),
         probed=len(read.probes) * evaluations,
+        anchor_ballots=anchor_ballots,
+        reference_ballots=reference_ballots,
     )
 
 
@@ -274,7 +304,7 @@ def _warnings(job: Job, calibration: Calibration | None, needed: _Needed, disk_f
             f"{', '.join(unknown)}: of unknown size until it is fetched (rlaif models NAME); time, memory and disk are "
             "those of 135M parameters"
         )
-    if hint := shipped_held_out(job.prompts):
+    if job.source is None and (hint := shipped_held_out(job.prompts)):
         warnings.append(hint)
     # What the run will say of its calibration, whatever it samples.
     if calibration is not None and (dropped := calibration.cut_off_dropped(job.judge.cut_off_counts)):
@@ -297,9 +327,11 @@ def _width(precision: Precision, fast: bool) -> int:
     return 2 if _computes(precision, fast) == "fp32" else 1
 
 
-def _ballots_a_pair(job: Job, constitution: Constitution, role: Role, base_dir: Path) -> int:
-    """Questions to the judge about one pair; for a judge behind a server each is a request."""
-    judge = kind_of(job.judge)
+def _ballots_a_pair(
+    job: Job, constitution: Constitution, role: Role, base_dir: Path, asked: Judge | None = None
+) -> int:
+    """Questions to the job's judge, or to another one, about a pair; for a judge behind a server each is a request."""
+    judge = kind_of(asked or job.judge)
     pair = Pair(id="any", prompt_id="any", first="first", second="second", method="plan")
     folder = base_dir / judge.templates_dir
     names = judge.template_names(constitution, role, templates_in(folder))
@@ -343,11 +375,14 @@ def table(costs: dict[str, Any], where: Path) -> None:
     tokens = costs["tokens"]
     rows = {
         "iterations": f"{costs['iterations']} ({texts})",
+        **({"source": costs["source"]} if costs["source"] else {}),
         "prompts": f"{costs['train_prompts']} to train on, {costs['held_out_prompts']} held out",
         "samples": f"{costs['samples']} answers, at most {costs['pairs_at_most']} pairs",
-        "judging": f"{costs['scores']} scores, at most {costs['ballots_at_most']} ballots",
+        "judging": f"{costs['scores']} scores, at most {costs['ballots_at_most']} ballots"
+        + (f", and {again} of them again (monitors.anchors)" if (again := costs["anchor_ballots_at_most"]) else ""),
         "evaluation": f"{costs['evaluations']} times, {costs['held_out_answers']} answers, "
-        f"at most {costs['evaluation_ballots_at_most']} ballots",
+        f"at most {costs['evaluation_ballots_at_most']} ballots"
+        + (f", and {second} of the reference judge" if (second := costs["reference_ballots_at_most"]) else ""),
         "tokens": f"about {tokens['sampled']:,} sampled, {tokens['judged']:,} judged, {tokens['trained']:,} trained on",
         "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores like these, without a GPU, after set-up"
         + (", and the judge's own" if costs["judge_takes_own_time"] else ""),

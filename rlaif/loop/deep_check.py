@@ -62,7 +62,7 @@ class CheckedLoad(Record):
     moved: float
     """Mean of |log p now - log p as given| of the learner, in nats a token: what would show if the load did nothing."""
     holds: bool
-    """Whether the gap is within `monitors.max_weights_gap`."""
+    """Whether the gap is within `monitors.weights_gap.limit`."""
 
 
 def settings_for(learner: Learner) -> Learner:
@@ -144,7 +144,7 @@ def check_hand_over(
         questions = with_system(QUESTIONS, job.policy.system_prompt)
         trained = train(learner, sampler.call("sequences_of", prompts=questions), scratch)
         note("loading and comparing")
-        yield from compare(sampler, model, trained, job.monitors.max_weights_gap)
+        yield from compare(sampler, model, trained, job.monitors.weights_gap.limit)
 
 
 def _preferences(texts: list[TokenSequence]) -> list[Preference]:

@@ -10,6 +10,7 @@ from rlaif.constitutions.constitution import Constitution
 from rlaif.judging.kinds import kind_of
 from rlaif.loop.hand_over import gap_of
 from rlaif.loop.judging import decide, judge
+from rlaif.loop.reference import referred
 from rlaif.loop.retention import BASE_POLICY, against_base, retained
 from rlaif.loop.running import Iteration, Running, candidates, in_order
 from rlaif.loop.sampling import answers
@@ -23,6 +24,7 @@ from rlaif.records import (
     PolicyVersion,
     Prompt,
     Quality,
+    Referred,
     Vote,
 )
 from rlaif.rundir.store import read_record, write_json
@@ -57,6 +59,7 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
     drift = _drift(run, it, updates, policy, prompts[: run.job.eval.kl_prompts])
     decisions: list[Decision] | None = None
     base: list[Completion] = []
+    second: Referred | None = None
     if updates != BASE_POLICY:
         base = in_order(run.dir.evaluation(BASE_POLICY).read("completions", Completion), it.prompts)
         it.completions = completions + base
@@ -65,10 +68,23 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
         it.votes = judge(run, it)
         it.decisions = decide(run, it)
         decisions = it.decisions if judged else None
+        if run.referee and judged:
+            second = evaluation.referred(run.referee.name, completions, it.pairs, referred(run, it))
     kept = retained(run, it, updates, policy, completions, base)
     seconds = round(time.monotonic() - started, 1)
     metrics = evaluation.evaluation_metrics(
-        updates, constitution, completions, quality, it.pairs, decisions, seconds, drift, gap_of(here), base, kept
+        updates,
+        constitution,
+        completions,
+        quality,
+        it.pairs,
+        decisions,
+        seconds,
+        drift,
+        gap_of(here),
+        base,
+        kept,
+        second,
     )
     write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
     earlier = here.read("earlier_votes", Vote) if here.is_complete("earlier_votes") else []

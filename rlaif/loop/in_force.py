@@ -20,9 +20,9 @@ from rlaif.constitutions.constitution import Constitution, load_with_source
 from rlaif.constitutions.copies import CONSTITUTION_FILE, as_derived, constitution_copy, derived_copy, template_sources
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
 from rlaif.constitutions.templates import Template, evaluating_name, load_template, parse_template
-from rlaif.errors import UserError
+from rlaif.errors import RlaifError, UserError
 from rlaif.judging.kinds import kind_of
-from rlaif.records import ConstitutionRef
+from rlaif.records import ConstitutionRef, Plan
 from rlaif.rundir.store import RunDir, disk_errors, read_json, replace_dir, write_json
 
 _DERIVED_PIN = "derived wordings"
@@ -42,13 +42,19 @@ class InForce:
         self._directory = base_dir / job.constitutions_dir
         self._run = run
         self._note = note
-        self._selects = job.pairing.method == "best_worst"
+        self._selects = job.pairing.method == "best_worst" and job.source is None
         self._follows = job.constitution if job.constitution and "@" not in job.constitution else None
         self._schedule = job.schedule or {0: job.constitution or ""}
         self._alarmed: str | None = None
         self._said = False
         self._judge = kind_of(job.judge)
-        self._templates_dir = base_dir / self._judge.templates_dir
+        self._reference = kind_of(job.eval.reference_judge) if job.eval.reference_judge else None
+        folders = {kind.templates_dir for kind in (self._judge, self._reference) if kind and kind.templates_dir}
+        if len(folders) > 1:
+            raise UserError(
+                f"eval.reference_judge.templates_dir: the judge's is {self._judge.templates_dir}; give both the same"
+            )
+        self._templates_dir = base_dir / next(iter(folders), "")
         # A pinned text comes from the run's own copy once there is one; what is on disk no longer matters.
         constitutions = (
             [self._newest(self._follows)] if self._follows else list(map(self._pinned, self._schedule.values()))
@@ -94,7 +100,16 @@ class InForce:
                 f"{self._templates_dir / evaluating_name(same[0])}.jinja, or set judge.evaluate_templates"
             )
         # Evaluating ones first: with a deciding one's pin there is its counterpart's, if there ever was one.
-        return {name: self._template(name) for name in dict.fromkeys([*evaluating, *deciding])}
+        names = [*evaluating, *self._templates_of_reference(constitution), *deciding]
+        return {name: self._template(name) for name in dict.fromkeys(names)}
+
+    def _templates_of_reference(self, constitution: Constitution) -> list[str]:
+        """With which the reference judge is asked."""
+        if not self._reference:
+            return []
+        deciding = self._reference.template_names(constitution, "decide")
+        known = {other for name in deciding if self._is_known(other := evaluating_name(name), name)}
+        return self._reference.template_names(constitution, "evaluate", known)
 
     def _is_known(self, name: str, deciding: str) -> bool:
         """Whether there is an evaluating template beside a deciding one: in the run where that one is pinned, so that a
@@ -158,6 +173,8 @@ class InForce:
         constitution = self._judge.as_read(constitution)
         if self._selects:
             self._judge.selecting(constitution)
+        if self._reference:
+            self._reference.as_read(constitution)
         if constitution.wordings is not None:
             copy = self._run.path / "constitutions" / constitution.wordings.hash
             if not copy.exists():
@@ -168,6 +185,20 @@ class InForce:
             content = json.dumps(constitution.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
             _copy(folder, {"source.yaml": source, CONSTITUTION_FILE: content.encode()})
         return constitution
+
+
+def copy_texts(source: RunDir, plan: Plan, into: RunDir) -> None:
+    """Copies a run's copies of what a plan of it names (text, templates, wordings) into another run.
+
+    Raises:
+        RlaifError: one of them is gone.
+    """
+    for name in (plan.constitution.hash, *plan.templates.values(), *plan.derived.values()):
+        folder, copy = (run.path / "constitutions" / name for run in (source, into))
+        if not folder.is_dir():
+            raise RlaifError(f"{folder}: the run's copy of a text is gone; restore it")
+        if not copy.exists():
+            _copy(copy, {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()})
 
 
 def _copy(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -10,7 +10,7 @@ from rlaif.constitutions.templates import Template
 from rlaif.errors import RlaifError
 from rlaif.judging.ballots import Role, rounds, settled
 from rlaif.judging.calibration import EVERYTHING, Asked, ends_of
-from rlaif.judging.filters import check_calibrated, decide_votes, to_review
+from rlaif.judging.filters import check_calibrated, decide_label, decide_votes, to_review
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
 from rlaif.loop.pairing import make_pairs
@@ -83,7 +83,7 @@ def decide(run: Running, it: Iteration) -> list[Decision]:
 
     def produce(_: list[Decision]) -> Iterator[list[Decision]]:
         deciding = Deciding(run, it, it.completions, _jurors(run, it))
-        made = [deciding.decision(p, of_pair[p.id]) for p in it.pairs]
+        made = [deciding.decision(p, of_pair.get(p.id, ())) for p in it.pairs]
         # Held-out pairs are never labelled: they only measure.
         yield to_review(made, run.job.filters) if it.role == "decide" else made
 
@@ -101,10 +101,13 @@ class Deciding:
         self._filters, self._it, self._jurors = run.job.filters, it, jurors
         # A calibration is a promise about pairs that train; held-out pairs only measure.
         self._calibration = run.calibration if it.role == "decide" else None
-        self._how = Asked.by(run.job) if self._calibration else None
+        asked_by = run.source.asked_by if run.source and it.labels_as_stored else run.job
+        self._how = Asked.by(asked_by) if self._calibration and asked_by else None
 
     def decision(self, pair: Pair, votes: Sequence[Vote]) -> Decision:
-        """The filters' word on a pair, by the votes on it."""
+        """The filters' word on a pair, by the votes on it, or by the label that a data set has for it."""
+        if (label := self._it.labels.get(pair.id)) is not None:
+            return decide_label(pair, label, self._texts)
         return decide_votes(
             pair,
             votes,
@@ -125,7 +128,7 @@ def check_calibration(run: Running, it: Iteration) -> None:
     Raises:
         UserError: it isn't, and `filters.uncalibrated` says stop.
     """
-    if run.calibration:
+    if run.calibration and not it.labels_as_stored:
         any_pair = Pair(id="any", prompt_id="any", first="first", second="second", method="check")
         ballots, asked = ballots_for(run, it, "decide", [any_pair]), Asked.by(run.job)
         check_calibrated(ballots, run.calibration, run.job.filters, asked=asked)

@@ -18,7 +18,7 @@ import rlaif
 from rlaif import __version__, models
 from rlaif.config import Job, LikelihoodSettings, changed_keys, may_change, of_run, parse_job
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
-from rlaif.errors import RlaifError, RunInterrupted, UserError
+from rlaif.errors import RlaifError, RunInterrupted, RunPaused, UserError
 from rlaif.evaluation.probes import Probe, probes_of
 from rlaif.evaluation.texts import FixedText
 from rlaif.evaluation.texts import shipped as shipped_texts
@@ -28,16 +28,18 @@ from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calib
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of, likelihood_worker
 from rlaif.loop import Loop, Progress
-from rlaif.loop.branch import may_branch
+from rlaif.loop.branch import may_branch, rollback
 from rlaif.loop.in_force import InForce
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update
 from rlaif.loop.retention import BASE_POLICY
+from rlaif.loop.running import PairSource, Referee
+from rlaif.loop.source import open_source
 from rlaif.loop.training import mix_for
 from rlaif.own_code import resolved
 from rlaif.records import SCHEMA_VERSION, Message, Prompt, Record, Vote, digest
 from rlaif.rundir.heads import write_head
-from rlaif.rundir.stages import VOTES
+from rlaif.rundir.stages import REFERENCE_VOTES, VOTES
 from rlaif.rundir.store import RunDir, read_json, read_rows, replacing, write_json
 from rlaif.sampling import PromptProblem
 from rlaif.workers.placement import Placed, place, usable_gpus
@@ -65,6 +67,8 @@ class _Start:
     held_out: list[Prompt]
     rows: dict[str, str]
     """Where each prompt stands in its file, by id; empty for a run that has its copies."""
+    source: PairSource | None
+    """Where pairs come from; None: from the policy."""
     calibration: Calibration | None
     probes: Sequence[Probe]
     fixed_texts: Sequence[FixedText]
@@ -72,6 +76,8 @@ class _Start:
     """The untrained policy."""
     judge: WeightsRef | None
     """The model that judges on this machine, if one does."""
+    reference: WeightsRef | None
+    """That of the reference judge."""
     own_code: dict[str, str]
     """What the job names of the user's own → sha256 of its source."""
     models: dict[str, str]
@@ -86,12 +92,32 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
     Raises:
         UserError: the job, a text, a prompt file or a model can't be used, or another process holds the run.
         RunInterrupted: Ctrl-C or SIGTERM; the same command goes on.
+        RunPaused: an alarm's action says so; the run may have been taken back.
     """
+    try:
+        return _execute(job, run_dir, base_dir, progress, allow_change)
+    except RunPaused as e:  # by now nobody holds the run
+        if e.back_to is None:
+            raise
+        try:
+            before = rollback(run_dir, e.back_to)
+        except UserError as why:
+            raise RunPaused(f"{e}, and it can't go back there ({why}); the same command goes on from here") from None
+        raise RunPaused(f"{e}, and is as it was then; what came after is kept in {before.path}") from None
+
+
+def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_change: bool) -> RunDir:
     job, own = resolved(job)
+    back = [kind for kind, monitor in job.monitors if monitor.action == "rollback"]
+    if back and job.keep_checkpoints is None:
+        progress.note(f"monitors.{back[0]}.action=rollback needs the learner's earlier states: set keep_checkpoints")
     for code in own:
         progress.note(f"code of yours: {code}")
     judge = kind_of(job.judge)
     judge.check()  # before minutes of sampling
+    reference = kind_of(job.eval.reference_judge) if job.eval.reference_judge else None
+    if reference:
+        reference.check()
     mix_for(job.learner)
     places = place(job, usable_gpus(len(gpu_names())))
     run = RunDir(run_dir)
@@ -116,6 +142,10 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
             run.event(kind, f"{job.iterations} iterations", seed=job.seed, **start.code)
             if tracked:  # a missing package is told now, not after an hour
                 _tell_trackers(run, workers["learner"].call("track", values={}, step=0), progress.note)
+            referee = None
+            if reference:
+                name = reference.name(start.reference.digest if start.reference else None)
+                referee = Referee(reference, name, workers.pop("reference"))
             loop = Loop(
                 job,
                 run,
@@ -128,7 +158,9 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
                 calibration=start.calibration,
                 probes=start.probes,
                 fixed_texts=start.fixed_texts,
+                source=start.source,
                 code=start.own_code,
+                referee=referee,
                 **workers,
             )
             head = loop.run().name
@@ -151,12 +183,15 @@ def _look(
     _clear_failed_start(run, job, own_code)
     check_code(run, own_code)
     changed = check_resume(run, job, allow_change)
+    source = open_source(job, base_dir, run, note)
     if not _begun(run):
-        check_can_update(job)
+        check_can_update(job, source)
         (run.path / _STARTING).touch()
     in_force = InForce(job, run, base_dir, note)
     rows: dict[str, str] = {}
-    train, held_out = prompts_of(run, job, base_dir, note, rows)
+    train, held_out = prompts_of(run, job, base_dir, note, rows, source)
+    if source:
+        source.settle(train)
     calibration = calibration_of(run, job, base_dir, [p.category or EVERYTHING for p in train], note)
     probes, fixed_texts = asked_about_the_past(run, job, base_dir)
     note(f"policy {job.policy.model}, judge {job.judge.model} ({job.judge.kind})")
@@ -169,7 +204,15 @@ def _look(
         digests["judge"] = models.digest_of(judge_model)
         check_likelihood_judge(judge_model, job, [in_force.at(k)[0] for k in job.schedule or (0,)])
         judge = WeightsRef(digest=digests["judge"], path=judge_model)
-    found = digests | models.tokenizer_identity(base).model_dump()
+    reference = None
+    if job.eval.reference_judge and (local_model := kind_of(job.eval.reference_judge).local_model):
+        path = models.resolve(local_model, progress=lambda message, share: note(message))
+        digests["reference_judge"] = models.digest_of(path)
+        reference = WeightsRef(digest=digests["reference_judge"], path=path)
+    tokenizer = models.tokenizer_identity(base).model_dump()
+    if source:
+        source.check_tokenizer(tokenizer)
+    found = digests | tokenizer
     code = _code() | ({"own_code": own_code} if own_code else {})
     _check_models(run, found)
     _tell_hardware(run, code["hardware"], note)
@@ -179,11 +222,13 @@ def _look(
         train=train,
         held_out=held_out,
         rows=rows,
+        source=source,
         calibration=calibration,
         probes=probes,
         fixed_texts=fixed_texts,
         base=WeightsRef(digest=digests["policy"], path=base),
         judge=judge,
+        reference=reference,
         own_code=own_code,
         models=found,
         code=code,
@@ -207,12 +252,18 @@ def _load(
 
     def check_prompts() -> None:
         asked.extend((start.train, start.held_out))
+        to_sample = [] if start.source else start.train
         probes = with_system([p.asked() for p in start.probes], job.policy.system_prompt)
         if not _begun(run):
             _check_probes(workers["sampler"], probes)
-            asked[:] = _askable(run, job, workers["sampler"], start.train, start.held_out, start.rows, note)
+            sampled, held_out = _askable(job, workers["sampler"], to_sample, start.held_out, start.rows, note)
+            asked[:] = start.train if start.source else sampled, held_out
+            if asked != [start.train, start.held_out]:
+                _copy_prompts(run, *asked)
+            if start.source:
+                start.source.check_answers(workers["sampler"], note)
         elif start.changed:
-            _check_still_askable(job, workers["sampler"], [*start.train, *start.held_out, *probes])
+            _check_still_askable(job, workers["sampler"], [*to_sample, *start.held_out, *probes])
 
     def loaded(name: str, seconds: float, waiting: list[str]) -> None:
         others = f"; waiting for {', '.join(waiting)}" if waiting else ""
@@ -222,7 +273,7 @@ def _load(
 
     unready: list[Worker] = []
     for name, (factory, kwargs) in factories.items():
-        at, log = places[name], run.path / "logs" / f"{name}.log"
+        at, log = places["judge" if name == "reference" else name], run.path / "logs" / f"{name}.log"
         worker = start_worker(at.worker, name, factory, kwargs, log, at.environment)
         workers[name] = stack.enter_context(closing(worker))
         if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
@@ -264,7 +315,14 @@ def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dic
     }
     judge = kind_of(job.judge)
     model = start.judge.path if start.judge else None
-    factories["judge"] = judge.worker(model, _votes(run), run.path / "judge_wasted.jsonl")
+    votes = _votes(run, VOTES)
+    factories["judge"] = judge.worker(model, votes, run.path / "judge_wasted.jsonl")
+    if job.eval.reference_judge:
+        path = start.reference.path if start.reference else None
+        votes = _votes(run, [REFERENCE_VOTES])
+        factories["reference"] = kind_of(job.eval.reference_judge).worker(
+            path, votes, run.path / "reference_wasted.jsonl"
+        )
     # Sanity is measured under the frozen base policy, whoever judges.
     if not judge.measures(job, start.judge is not None and start.judge.digest == start.base.digest):
         args = job.policy.chat_template_args
@@ -280,6 +338,7 @@ def _holds(job: Job) -> dict[str, str]:
         "learner": f"{job.policy.model} and its {job.learner.kind} trainer",
         "judge": f"{job.judge.model} ({job.judge.kind})",
         "measurer": f"{job.policy.model}, frozen",
+        "reference": f"{job.eval.reference_judge.model}, who never trains" if job.eval.reference_judge else "",
     }
 
 
@@ -354,10 +413,10 @@ def calibration_of(
     return read_calibration(copy)
 
 
-def _votes(run: RunDir) -> Iterator[Vote]:
-    """Of this run's earlier processes."""
+def _votes(run: RunDir, names: Sequence[str]) -> Iterator[Vote]:
+    """Of this run's earlier processes, the rows of some stages."""
     folders = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
-    return (vote for here in folders for stage in VOTES for vote in here.durable(stage, Vote))
+    return (vote for here in folders for name in names for vote in here.durable(name, Vote))
 
 
 def _begun(run: RunDir) -> bool:
@@ -452,9 +511,10 @@ def prompts_of(
     base_dir: Path,
     note: Callable[[str], None] | None = None,
     rows: dict[str, str] | None = None,
+    source: PairSource | None = None,
 ) -> tuple[list[Prompt], list[Prompt]]:
     """The run's own copies, made at the start: a prompt file that changes or vanishes can't change a run. `rows`
-    gets where each prompt stands in its file, by id, when they are made."""
+    gets where each prompt stands in its file, by id, when they are made. With a `source`, those that train are its."""
     folder = run.path / "prompts"
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     if not all(f.exists() for f in files):
@@ -468,12 +528,14 @@ def prompts_of(
             return asked
 
         held_out = load(job.prompts.held_out, columns_required=False)
-        train = exclude_held_out(load(job.prompts.train, columns_required=True), held_out, note)
-        check_enough(train, job.prompts)
-        if note and (hint := shipped_held_out(job.prompts)):
-            note(hint)
+        given = source.prompts if source else load(job.prompts.train, columns_required=True)
+        train = exclude_held_out(given, held_out, note)
+        if not source:
+            check_enough(train, job.prompts)
+            if note and (hint := shipped_held_out(job.prompts)):
+                note(hint)
         if rows is not None:
-            rows |= {p.id: found[p.messages] for p in (*train, *held_out)}
+            rows |= {p.id: found[p.messages] for p in (*train, *held_out) if p.messages in found}
         _copy_prompts(run, train, held_out)
     return read_rows(files[0], Prompt), read_rows(files[1], Prompt)
 
@@ -508,7 +570,6 @@ def _copy_rows(path: Path, rows: Sequence[Record]) -> None:
 
 
 def _askable(
-    run: RunDir,
     job: Job,
     sampler: Worker,
     train: list[Prompt],
@@ -516,7 +577,8 @@ def _askable(
     rows: dict[str, str],
     note: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Every prompt rendered and measured before one is sampled: those that can be asked.
+    """Every prompt rendered and measured before one is sampled: those that can be asked. With a `source`, `train` is
+    empty.
 
     Raises:
         UserError: the policy's template can't render one, or it leaves no room for an answer and
@@ -535,9 +597,10 @@ def _askable(
     named = ", ".join(rows.get(p.prompt_id, p.prompt_id) for p in problems[:3])
     note(f"{len(problems)} prompts are too long and left out: {named}{', ...' if len(problems) > 3 else ''}")
     gone = {p.prompt_id for p in problems}
+    some_train = bool(train)
     train, held_out = ([p for p in prompts if p.id not in gone] for prompts in (train, held_out))
     for left, needed, name, source in (
-        (train, job.prompts.per_iteration, "per_iteration", job.prompts.train),
+        (train, job.prompts.per_iteration if some_train else 0, "per_iteration", job.prompts.train),
         (held_out, 1, "held_out", job.prompts.held_out),
     ):
         if len(left) < needed:
@@ -545,7 +608,6 @@ def _askable(
                 f"prompts.{name}: needs {needed} prompts, and {len(left)} of {source} aren't too long (the first: "
                 f"{problems[0].problem}); raise that, or give shorter prompts"
             )
-    _copy_prompts(run, train, held_out)
     return train, held_out
 
 

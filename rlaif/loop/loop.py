@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from rlaif import monitors
 from rlaif.data.prompts import prompts_for
-from rlaif.errors import RlaifError
+from rlaif.errors import RunPaused
 from rlaif.judging.calibration import judged_stats
 from rlaif.judging.verdicts import JurorFit
+from rlaif.loop.anchors import ask_again
 from rlaif.loop.evaluation import evaluate
 from rlaif.loop.hand_over import decoding_of, gap_of
 from rlaif.loop.judging import check_calibration, decide, judge, pair, score
+from rlaif.loop.old_pairs import judge_old_pairs
 from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.running import Iteration, Running
 from rlaif.loop.sampling import sample
+from rlaif.loop.source import take_over
 from rlaif.loop.training import mix, stopped_at_kl, update
 from rlaif.monitors import tracking
-from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan
+from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan, Vote
 from rlaif.rundir.heads import Head, write_head
-from rlaif.rundir.stages import NAMES
+from rlaif.rundir.stages import ITERATION_NAMES
 from rlaif.rundir.store import read_record, write_json
 
 
@@ -38,28 +41,36 @@ class Loop(Running):
     def iterate(self, k: int) -> None:
         """One iteration, from its first incomplete stage on."""
         it = self._begin(k)
-        it.completions = sample(self, it)
-        it.scores = score(self, it)
-        it.pairs = pair(self, it)
-        it.votes = judge(self, it)
+        if self.source:
+            take_over(self, it, self.source)
+        else:
+            it.completions = sample(self, it)
+            it.scores = score(self, it)
+            it.pairs = pair(self, it)
+            it.votes = judge(self, it)
         it.decisions = decide(self, it)
+        it.old_pairs = judge_old_pairs(self, it)
         it.training = mix(self, it)
         it.steps = update(self, it)
-        self._end(it, evaluate(self, k + 1, it.plan, it.constitution) if it.plan.evaluate else None)
+        it.anchors = ask_again(self, it)
+        if it.plan.evaluate:
+            self._evaluate(k + 1, it.plan)
+        self._end(it)
 
     def _begin(self, k: int) -> Iteration:
         """The plan and the text in force; what a first iteration and a change of text owe before they sample."""
         plan = self._plan(k)
         constitution = self.in_force.load(plan.constitution, plan.derived)
         it = Iteration(plan, self.dir.iteration(k), constitution, {p.id: p for p in self.train})
-        changed = k > 0 and self.dir.plan(k - 1).constitution.hash != constitution.hash
+        now = plan.in_force.constitution
+        changed = k > 0 and self.dir.plan(k - 1).in_force.constitution.hash != now.hash
         if changed:  # not told when the plan is written: a run killed in between would never tell it
-            message = f"after {k} iterations, {constitution.ref} ({constitution.hash}) is in force"
-            if self.event_once("constitution_changed", message, k, **constitution.ref.model_dump()):
+            message = f"after {k} iterations, {now} ({now.hash}) is in force"
+            if self.event_once("constitution_changed", message, k, **now.model_dump()):
                 self.progress.note(f"constitution changed: {message}")
         check_calibration(self, it)
         if k == 0:
-            evaluate(self, BASE_POLICY, plan, constitution)
+            self._evaluate(BASE_POLICY, plan)
         elif changed:
             self._evaluate_after(k - 1)
         return it
@@ -71,6 +82,8 @@ class Loop(Running):
             return self.dir.plan(k)
         constitution, templates = self.in_force.at(k)
         last = k + 1 == self.job.iterations
+        source = self.source
+        asked = [] if source else prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)
         plan = Plan(
             iteration=k,
             seed=self.job.seed,
@@ -79,16 +92,19 @@ class Loop(Running):
             derived={constitution.wordings.id: constitution.wordings.hash} if constitution.wordings else {},
             code=self.code,
             policy=self.hand_over.policy_before(k)[0],
-            prompt_ids=tuple(p.id for p in prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)),
+            prompt_ids=tuple(p.id for p in asked),
             evaluate=last or (k + 1) % self.job.eval.every == 0,
         )
+        if source:  # counted from where it began: what was before, this run may have sampled
+            plan = source.planned(plan, sum(self.dir.plan(i).source is not None for i in range(k)), self.dir)
         here.path.mkdir(parents=True, exist_ok=True)
         write_json(path, plan.model_dump(mode="json"))
         return plan
 
-    def _end(self, it: Iteration, evaluation: EvaluationMetrics | None) -> None:
+    def _end(self, it: Iteration) -> None:
         """The iteration in numbers, its alarms, its head."""
         ends, texts = {c.id: c.finish_reason for c in it.completions}, {c.id: c.text for c in it.completions}
+        rejudged = it.dir.durable("rejudged_votes", Vote)  # none in most iterations
         metrics = monitors.iteration_metrics(
             it.plan,
             it.completions,
@@ -98,30 +114,38 @@ class Loop(Running):
             it.training,
             it.steps,
             ballots=it.dir.meta("votes").get("ballots", len(it.votes)),
-            seconds={stage: it.dir.meta(stage)["seconds"] for stage in NAMES},
+            seconds={stage: it.dir.meta(stage)["seconds"] for stage in ITERATION_NAMES if it.dir.is_complete(stage)},
             jurors=self._tell_jurors(it),
             judged=judged_stats(list(zip(it.pairs, it.decisions, strict=True)), texts, ends),
             gap=gap_of(it.dir),
             decoding=decoding_of(it.dir),
             stopped_at_kl=stopped_at_kl(self, it, it.steps),
+            old_pairs=it.old_pairs,
+            rejudged=rejudged,
+            anchors=it.anchors,
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
-        alarms = self._alarms(metrics, evaluation)
+        alarms = self._alarms(metrics)
         self.hand_over.prune(it.k)
         write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
-        told = tracking.of_iteration(metrics, it.votes, self.job.judge, self.text_number(it.k), self.dir.events())
+        votes = [*it.votes, *rejudged]
+        told = tracking.of_iteration(metrics, votes, self.job.judge, self.text_number(it.k), self.dir.events())
         self.track(it.k, it.k + 1, told)
         head = write_head(self.dir)
         self.progress.iteration_done(it.k, metrics)
         self.progress.note(f"head {head.name}")
-        self._stop_at(it.k, alarms)
+        self._pause_at(it.k, alarms)
+
+    def _evaluate(self, updates: int, plan: Plan) -> EvaluationMetrics:
+        """Held-out answers of the policy after `updates` iterations, under the text that was in force in a plan's."""
+        plan = plan.in_force
+        return evaluate(self, updates, plan, self.in_force.load(plan.constitution, plan.derived))
 
     def _evaluate_after(self, k: int) -> None:
         """Evaluates what iteration k made under its text, unless its plan had that done, and tells the alarms."""
-        plan = self.dir.plan(k)
-        evaluation = evaluate(self, k + 1, plan, self.in_force.load(plan.constitution, plan.derived))
-        ended = read_record(self.dir.iteration(k).path / "metrics.json", IterationMetrics)
-        self._stop_at(k, self._alarms(ended, evaluation))  # its own alarms were told when it ended
+        self._evaluate(k + 1, self.dir.plan(k))
+        (ended,) = self.dir.iterations_measured([k])
+        self._pause_at(k, self._alarms(ended))  # its own alarms were told when it ended
 
     def _tell_jurors(self, it: Iteration) -> JurorFit | None:
         """Notes what a jury's weights are and how its jurors agree; the weights, where it has such."""
@@ -142,15 +166,43 @@ class Loop(Running):
         self.tell_once("jurors", message, it.k, **data)
         return fit
 
-    def _alarms(self, metrics: IterationMetrics, evaluation: EvaluationMetrics | None) -> list[Alarm]:
+    def _alarms(self, metrics: IterationMetrics) -> list[Alarm]:
         """Tells the alarms of an iteration, and returns those that weren't told before."""
-        calibrated = self.calibration.judged if self.calibration else None
-        learned = bool(self.calibration and self.calibration.jurors and self.calibration.jurors.source == "labels")
-        alarms = monitors.alarms(self.job.monitors, metrics, evaluation, calibrated, learned)
-        return [alarm for alarm in alarms if self.raise_alarm(alarm)]
+        return [
+            alarm for alarm in monitors.alarms(self.job.monitors, self._history(metrics)) if self.raise_alarm(alarm)
+        ]
 
-    @staticmethod
-    def _stop_at(k: int, alarms: list[Alarm]) -> None:
+    def _history(self, metrics: IterationMetrics) -> monitors.History:
+        """The run up to an iteration, which may have no metrics.json yet."""
+        k = metrics.iteration
+        return monitors.History(
+            [*self.dir.iterations_measured(range(k)), metrics],
+            self.dir.evaluations_measured(range(k + 2)),
+            calibrated=self.calibration.judged if self.calibration else None,
+            asked=monitors.asked_for(self.in_force.load(metrics.constitution)),
+            learned=bool(self.calibration and self.calibration.jurors and self.calibration.jurors.source == "labels"),
+        )
+
+    def _pause_at(self, k: int, alarms: list[Alarm]) -> None:
+        """Stops the run at the first alarm that says so; it was told, and stops no later attempt.
+
+        Raises:
+            RunPaused: there is one.
+        """
         for alarm in alarms:
-            if alarm.action == "stop":
-                raise RlaifError(f"stopped at an alarm in iteration {k + 1}: {alarm.message} (monitors.stop_on_alarm)")
+            if alarm.action == "warn":
+                continue
+            said = f"paused at an alarm in iteration {k + 1}: {alarm.message} (monitors.{alarm.kind}.action"
+            if alarm.action == "pause":
+                raise RunPaused(f"{said}=pause); the same command goes on")
+            silent = self._silent_after(alarm)
+            if silent is None:
+                raise RunPaused(f"{said}=rollback); no earlier iteration was silent; the same command goes on")
+            raise RunPaused(f"{said}=rollback); it was silent after iteration {silent}", back_to=silent)
+
+    def _silent_after(self, alarm: Alarm) -> int | None:
+        """After how many iterations an alarm's kind was silent last, before that began which it tells."""
+        first = alarm.iteration if alarm.since is None else alarm.since
+        told = (e for e in self.dir.events() if e.kind == "alarm" and e.data.get("kind") == alarm.kind)
+        raised = {e.iteration for e in told}
+        return next((j + 1 for j in range(first - 1, -1, -1) if j not in raised), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 from rlaif.config import Job
 from rlaif.errors import UserError
@@ -58,7 +58,7 @@ def make_pairs(
             first, second = (a, b) if rng.random() < 0.5 else (b, a)
             pairs.append(
                 Pair(
-                    id=digest([prompt_id, first.id, second.id, method]),
+                    id=pair_id(prompt_id, first.id, second.id, method),
                     prompt_id=prompt_id,
                     first=first.id,
                     second=second.id,
@@ -69,6 +69,11 @@ def make_pairs(
     return pairs
 
 
+def pair_id(prompt_id: str, first: str, second: str, method: str) -> str:
+    """The id of a pair of completions, by their ids."""
+    return digest([prompt_id, first, second, method])
+
+
 def pairs_at_most(job: Job) -> int:
     """Pairs of an iteration in which no two answers are the same."""
     answers, pairing = job.sampling.completions_per_prompt, job.pairing
@@ -76,12 +81,26 @@ def pairs_at_most(job: Job) -> int:
     return job.prompts.per_iteration * min(pairing.max_pairs_per_prompt, possible)
 
 
-def check_can_update(job: Job) -> None:
-    """Whether an iteration can have enough pairs for an update.
+class Gives(Protocol):
+    """A source of pairs, as far as it is counted here."""
+
+    def pairs_in(self, position: int) -> int: ...
+
+
+def check_can_update(job: Job, source: Gives | None = None) -> None:
+    """Whether an iteration can have enough pairs for an update; `source` gives them, if the job has one.
 
     Raises:
         UserError: not even if every pair were kept.
     """
+    if source is not None:
+        given = max(source.pairs_in(position) for position in range(job.iterations))
+        if given < job.filters.min_kept_pairs and job.filters.review is None:
+            raise UserError(
+                f"filters.min_kept_pairs={job.filters.min_kept_pairs}: no iteration of the source has more pairs than "
+                f"{given}, so no update could ever happen; lower it"
+            )
+        return
     pairs = pairs_at_most(job)
     # People's labels of earlier iterations may join an update beside these.
     if pairs < job.filters.min_kept_pairs and job.filters.review is None:

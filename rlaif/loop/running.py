@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rlaif.config import Job
 from rlaif.constitutions.constitution import Constitution
+from rlaif.data.prompts import held_out_id
 from rlaif.evaluation.probes import Probe
 from rlaif.evaluation.texts import FixedText
 from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Calibration
 from rlaif.judging.candidates import Candidate
+from rlaif.judging.kinds import JudgeKind
 from rlaif.loop.hand_over import HandOver
 from rlaif.loop.in_force import InForce
 from rlaif.records import (
     Alarm,
+    AnchorCounts,
     Completion,
     Decision,
     IterationMetrics,
+    OldPair,
     Pair,
     Plan,
+    PlanSource,
     Prompt,
     Score,
+    Side,
     TrainingRow,
     UpdateStep,
     Vote,
@@ -50,7 +56,7 @@ class Iteration:
     plan: Plan
     dir: StageDir
     constitution: Constitution
-    """In force."""
+    """In force; the one that its pairs were judged under, where a `source` gives them with their labels."""
     prompts: dict[str, Prompt]
     """By id; more than it asks for an iteration, just those asked for an evaluation."""
     role: Role = "decide"
@@ -60,15 +66,32 @@ class Iteration:
     scores: list[Score] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     votes: list[Vote] = field(default_factory=list)
+    labels: dict[str, Side] = field(default_factory=dict)
+    """Of pairs that a data set labelled, and nobody voted on: by pair."""
     decisions: list[Decision] = field(default_factory=list)
+    old_pairs: list[OldPair] = field(default_factory=list)
+    """What its text made of pairs that were judged under others."""
     training: Sequence[TrainingRow] = ()
     """Rows that train, of the type that the learner takes."""
     steps: list[UpdateStep] = field(default_factory=list)
+    anchors: AnchorCounts | None = None
+    """What became of verdicts when their pairs were asked about again; None where none were."""
 
     @property
     def k(self) -> int:
         """The iteration's number, from 0; of an evaluation, that whose plan it follows."""
         return self.plan.iteration
+
+    @property
+    def source(self) -> PlanSource:
+        """Where its pairs are from, in a run with a `source`."""
+        assert self.plan.source is not None, "in a run with a source"
+        return self.plan.source
+
+    @property
+    def labels_as_stored(self) -> bool:
+        """Its pairs have been judged before."""
+        return self.plan.labels_as_stored
 
     def rows(
         self,
@@ -77,10 +100,64 @@ class Iteration:
         before_commit: Callable[[], dict[str, Any]] | None = None,
     ) -> list[Any]:
         """The stage's rows: read when complete, else produced; see `StageDir.rows`."""
-        of = next(s for s in (ITERATION if self.role == "decide" else EVALUATION) if s.name == stage)
+        stages = {s.name: s for s in (ITERATION if self.role == "decide" else EVALUATION)}
+        of = stages[stage]
+        inputs = [name for name in of.inputs if not stages[name].optional or self.dir.is_complete(name)]
         return self.dir.rows(
-            of.name, of.record, produce, inputs=of.inputs, resumable=of.resumable, before_commit=before_commit
+            of.name, of.record, produce, inputs=inputs, resumable=of.resumable, before_commit=before_commit
         )
+
+
+@dataclass(frozen=True)
+class Referee:
+    """The reference judge (`eval.reference_judge`), at work."""
+
+    kind: JudgeKind[Any]
+    name: str
+    """What ballots call it."""
+    worker: Worker
+
+
+class Taken(NamedTuple):
+    """What a source gives an iteration, under the iteration's own ids."""
+
+    completions: list[Completion]
+    scores: list[Score]
+    pairs: list[Pair]
+    votes: list[Vote]
+
+
+class PairSource(Protocol):
+    """Where pairs come from in place of the policy: a run (`source_run`) or a data set (`source_data`)."""
+
+    prompts: list[Prompt]
+    """What its pairs are answers to."""
+    asked_by: Job | None
+    """The job whose judge cast the stored votes; None where nobody voted."""
+
+    def pairs_in(self, position: int) -> int:
+        """Pairs of the iteration at this place among those with a source, from 0; held-out ones not yet left out."""
+
+    def check_tokenizer(self, found: Mapping[str, str | None]) -> None:
+        """Whether its token ids, if it has any, are those of the policy's tokenizer (`models.tokenizer_identity`)."""
+
+    def settle(self, train: Sequence[Prompt]) -> None:
+        """Leaves out pairs whose prompts aren't among `train`: the run's copies of `prompts`, but the held-out ones."""
+
+    def check_answers(self, sampler: Worker, note: Callable[[str], None]) -> None:
+        """Whether its answers can train, before any does; `note` is told how many are left out."""
+
+    def planned(self, plan: Plan, position: int, run: RunDir) -> Plan:
+        """The plan of the iteration at `position` among those with a source, from 0; copies the texts that it names."""
+
+    def check(self, noted: PlanSource) -> None:
+        """Whether it still is what a plan noted."""
+
+    def labels(self, it: Iteration) -> dict[str, Side]:
+        """Of an iteration's pairs that nobody voted on."""
+
+    def take(self, it: Iteration, sampler: Worker) -> Taken:
+        """What an iteration is given; `sampler` knows the policy's tokens."""
 
 
 @dataclass
@@ -110,6 +187,10 @@ class Running:
     """What is asked to see what is forgotten (`eval.retention`), ..."""
     fixed_texts: Sequence[FixedText] = ()
     """... and what is scored."""
+    referee: Referee | None = None
+    """Who compares held-out answers and never trains."""
+    source: PairSource | None = None
+    """Where pairs come from; None: from the policy."""
     hand_over: HandOver = field(init=False)
     """Which policy sampler and learner hold."""
 
@@ -147,7 +228,7 @@ class Running:
 
     def text_number(self, k: int) -> int:
         """The text of iteration k, counted through the run's different texts from 1."""
-        hashes = [self.dir.plan(i).constitution.hash for i in range(k + 1)]
+        hashes = [self.dir.plan(i).in_force.constitution.hash for i in range(k + 1)]
         return list(dict.fromkeys(hashes)).index(hashes[-1]) + 1
 
     def advancing(self, chunks: Iterator[list[Any]]) -> Iterator[list[Any]]:
@@ -160,6 +241,13 @@ class Running:
 def candidates(completions: Iterable[Completion], prompts: dict[str, Prompt]) -> list[Candidate]:
     """Completions as a judge needs them."""
     return [Candidate.of(c, prompts[c.prompt_id]) for c in completions]
+
+
+def may_train(prompts: Iterable[Prompt], train: Iterable[Prompt]) -> dict[str, str]:
+    """Id in a source → id among the prompts that train (`exclude_held_out`), of those that are there."""
+    mine = {p.id for p in train}
+    known = {p.id: (p.id, held_out_id(p)) for p in prompts}
+    return {old: next(i for i in ids if i in mine) for old, ids in known.items() if mine & {*ids}}
 
 
 def in_order(completions: list[Completion], prompt_ids: Iterable[str]) -> list[Completion]:

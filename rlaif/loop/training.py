@@ -6,15 +6,17 @@ function here that makes them, and a line in `MIXES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlaif import config
 from rlaif.errors import UserError
 from rlaif.learning import KL_METRIC, kind_of, too_far
 from rlaif.learning.mixing import labelled, preferences_of, read_now, replayed
+from rlaif.learning.replay_index import update_index
+from rlaif.learning.replay_set import members
 from rlaif.loop.running import Iteration, Running
-from rlaif.records import Alarm, Preference, TrainingRow, UpdateStep
+from rlaif.records import Alarm, Completion, PolicyDistance, Preference, TrainingRow, UpdateStep
 from rlaif.review.labels import labels_noted
 
 Mix = Callable[[Running, Iteration], Sequence[TrainingRow]]
@@ -44,6 +46,7 @@ def mix_for(learner: config.Learner) -> Mix:
 
 def mix_preferences(run: Running, it: Iteration) -> list[Preference]:
     """Kept pairs and labelled ones, and replayed pairs after them."""
+    _measure_distances(run, it)
     labels: dict[str, Any] = {}
 
     def produce(_: list[Preference]) -> Iterator[list[Preference]]:
@@ -54,6 +57,7 @@ def mix_preferences(run: Running, it: Iteration) -> list[Preference]:
         yield fresh + replayed(run.dir, now, it.k, fresh, run.job.replay, run.job.seed, it.constitution)
 
     rows = it.rows("preferences", produce, before_commit=lambda: {"labels": labels} if labels else {})
+    update_index(run.dir, it.k)
     _tell_labels(run, it.k)
     return rows
 
@@ -107,6 +111,47 @@ def stopped_at_kl(run: Running, it: Iteration, steps: Sequence[UpdateStep]) -> f
     if steps and len(steps) < steps_planned(run, it) and too_far(steps[-1], run.job.learner.max_kl):
         return steps[-1].metrics[KL_METRIC]
     return None
+
+
+def _measure_distances(run: Running, it: Iteration) -> None:
+    """How far the policy has moved on the pairs that may be replayed, where that says how likely one is drawn."""
+    settings = run.job.replay
+    if not settings.share or settings.half_distance is None or it.dir.is_complete("preferences"):
+        return
+    found = members(run.dir, it.k, it.constitution.hash, settings.max_age)
+    rows = [row for m in found.values() if (row := m.as_trained()) is not None]
+    then: dict[str, float] = {}
+    for i in sorted({row.iteration for row in rows}):
+        sampled = run.dir.iteration(i).read("completions", Completion)
+        then |= {c.id: c.logprob for c in sampled if c.logprob is not None}
+    rows = [row for row in rows if {row.chosen_id, row.rejected_id} <= then.keys()]
+    if not rows:
+        return
+
+    def produce(done: list[PolicyDistance]) -> Iterator[list[PolicyDistance]]:
+        have = {d.pair_id for d in done}
+        owed = [row for row in rows if row.pair_id not in have]
+        run.hand_over.load_learner(it.k)
+        run.progress.stage(it.k, "distance", len(owed), "pairs", str(it.constitution.ref))
+        for n in range(0, len(owed), _SCORED_AT_ONCE):
+            chunk = owed[n : n + _SCORED_AT_ONCE]
+            sequences = [sequence for row in chunk for sequence in row.sequences]
+            now = iter([sum(logps) for logps in run.learner.call("logprobs", sequences=sequences)])
+            yield [_distance(row, then, (next(now), next(now))) for row in chunk]
+            run.progress.advance(len(chunk))
+
+    it.rows("policy_distances", produce)
+
+
+_SCORED_AT_ONCE = 16
+"""Pairs: a kill loses the work on no more."""
+
+
+def _distance(row: Preference, then: Mapping[str, float], now: tuple[float, float]) -> PolicyDistance:
+    """`now` is log p of the chosen and of the rejected completion."""
+    tokens = len(row.chosen_token_ids) + len(row.rejected_token_ids)
+    moved = abs(now[0] - then[row.chosen_id]) + abs(now[1] - then[row.rejected_id])
+    return PolicyDistance(pair_id=row.pair_id, tokens=tokens, distance=moved / max(tokens, 1))
 
 
 def _tell_labels(run: Running, k: int) -> None:

@@ -1,10 +1,13 @@
 """What a run says of itself: each iteration in numbers (`metrics`), and what to look at (`alarms`).
 
-In: the rows of an iteration's stages. Out: the records of its `metrics.json`, and `Alarm`s. Pure. An evaluation's
-numbers are made in `rlaif/evaluation/`.
+In: the rows of an iteration's stages, and the records of all so far. Out: the records of its `metrics.json`, and
+`Alarm`s. Pure. An evaluation's numbers are made in `rlaif/evaluation/`. To add a kind of monitor:
+`rlaif.monitors.alarms`.
 """
 
 from rlaif.monitors.alarms import alarms
+from rlaif.monitors.history import History
+from rlaif.monitors.leaning import asked_for
 from rlaif.monitors.metrics import iteration_metrics, juror_agreement, learner_metrics
 
-__all__ = ["alarms", "iteration_metrics", "juror_agreement", "learner_metrics"]
+__all__ = ["History", "alarms", "asked_for", "iteration_metrics", "juror_agreement", "learner_metrics"]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from rlaif.evaluation.answers import answer_stats
 from rlaif.intervals import share
 from rlaif.judging.filters import cut_off_won
 from rlaif.judging.verdicts import JurorFit, juror_verdicts, position_bias
+from rlaif.monitors.counts import answer_counts, leanings, pair_counts
 from rlaif.records import (
+    AnchorCounts,
     Completion,
     Decision,
     DecodingGap,
     IterationMetrics,
     JudgedStats,
+    OldPair,
     Pair,
     Plan,
     TrainingRow,
@@ -40,11 +43,15 @@ def iteration_metrics(
     gap: WeightsGap | None = None,
     decoding: DecodingGap | None = None,
     stopped_at_kl: float | None = None,
+    old_pairs: Sequence[OldPair] = (),
+    rejudged: Sequence[Vote] = (),
+    anchors: AnchorCounts | None = None,
 ) -> IterationMetrics:
-    """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage."""
+    """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage,
+    `rejudged` are votes on `old_pairs`."""
     kept = sum(d.status == "kept" for d in decisions)
     agreements = [d.verdict.agreement for d in decisions if d.verdict.agreement is not None]
-    tokens = sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes if not v.cached)
+    tokens = _tokens(votes)
     sides = {p.id: p for p in pairs}
     cut = {c.id for c in completions if c.cut_off}
     won = [w for d in decisions if (w := cut_off_won(d.verdict, sides[d.pair_id], cut)) is not None]
@@ -66,6 +73,7 @@ def iteration_metrics(
         trained_pairs=len(trained),
         human_pairs=sum(p.source == "human" for p in trained),
         replayed_pairs=sum(p.source == "replay" for p in trained),
+        old_pairs=Counter(row.standing for row in old_pairs),
         steps=len(steps),
         loss=fmean(s.loss for s in steps) if steps else None,
         grad_norm=fmean(s.grad_norm for s in steps) if steps else None,
@@ -79,15 +87,24 @@ def iteration_metrics(
         juror_weights=jurors.weights if jurors else {},
         juror_agreement=juror_agreement(votes, decisions),
         judged=judged,
-        judge_calls=sum(v.attempts for v in votes),
-        judge_cached=sum(v.cached for v in votes),
-        judge_tokens=tokens,
+        judge_calls=sum(v.attempts for v in (*votes, *rejudged)),
+        judge_cached=sum(v.cached for v in (*votes, *rejudged)),
+        judge_tokens=tokens + _tokens(rejudged),
+        pair_counts=pair_counts(decisions),
+        answer_counts=answer_counts(completions),
+        leanings=leanings(completions, pairs, decisions),
+        anchors=anchors,
         judge_tokens_per_kept_pair=share(tokens, kept),
         seconds=seconds,
         weights_gap=gap,
         decoding_gap=decoding,
         stopped_at_kl=stopped_at_kl,
     )
+
+
+def _tokens(votes: Iterable[Vote]) -> int:
+    """That were paid for: a reply from the cache costs nothing."""
+    return sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes if not v.cached)
 
 
 def learner_metrics(steps: Sequence[UpdateStep]) -> dict[str, float]:

@@ -23,6 +23,8 @@ from rlaif.records import HumanLabel, Record, Side, stored
 from rlaif.rundir.store import RunDir, StageDir, disk_errors
 
 LOCK_TIMEOUT_S = 30.0
+Joined = tuple[Side, str]
+"""A label that an update took: the side that it chose, and the hash of the text that it was given under."""
 REVIEW = re.compile(rb'"status":\s*"review"')
 """In the line of a decision that sent its pair to review."""
 
@@ -156,17 +158,17 @@ def in_force(labels: Iterable[HumanLabel]) -> dict[str, HumanLabel]:
 
 def joining(
     labels: Mapping[str, HumanLabel],
-    joined: Mapping[str, Side],
+    joined: Mapping[str, Joined],
     texts: Mapping[int, str],
     iteration: int,
     text: str,
 ) -> tuple[list[HumanLabel], list[HumanLabel]]:
     """(labels that join an update, labels that are stale for it).
 
-    `labels` are those in force, `joined` says which side of a pair an earlier update took last as chosen, `texts` maps
-    iteration to its constitution's hash, `text` is the one in force in `iteration`. A label joins once, after the
-    iteration that its pair is from, and again when it names the other side since. Stale is one whose pair was judged
-    under another text: it waits until that is in force again. Ties never train.
+    `labels` are those in force, `joined` says how an update took a pair last, `texts` maps iteration to its
+    constitution's hash, `text` is the one in force in `iteration`. A label joins once, after the iteration that its
+    pair is from, and again when it names the other side since, or was given under another text. Stale is one that was
+    given under another text than the one in force: it waits until that is in force again. Ties never train.
     """
     owed = [
         label
@@ -174,14 +176,20 @@ def joining(
         if label.outcome in ("first", "second")
         and label.iteration < iteration
         and label.iteration in texts
-        and joined.get(label.pair_id) != label.outcome
+        and joined.get(label.pair_id) != (label.outcome, given_under(label, texts))
     ]
     owed.sort(key=lambda label: (label.iteration, label.pair_id))
-    return [x for x in owed if texts[x.iteration] == text], [x for x in owed if texts[x.iteration] != text]
+    current = {x.pair_id for x in owed if given_under(x, texts) == text}
+    return [x for x in owed if x.pair_id in current], [x for x in owed if x.pair_id not in current]
 
 
-def joined_sides(run: RunDir, iterations: Iterable[int], told: Callable[[str], None] | None = None) -> dict[str, Side]:
-    """Pair id → the side that an update of these iterations took last as chosen by a person.
+def given_under(label: HumanLabel, texts: Mapping[int, str]) -> str:
+    """Hash of the text that a label was given under; `texts` maps its pair's iteration to its text's."""
+    return label.constitution or texts[label.iteration]
+
+
+def joined_last(run: RunDir, iterations: Iterable[int], told: Callable[[str], None] | None = None) -> dict[str, Joined]:
+    """Pair id → how an update of these iterations took it last as a person labelled it.
 
     An iteration whose update was skipped trained on nothing: its labels are still owed. `told` gets a line for each
     iteration whose meta files are damaged, which is left out.
@@ -189,12 +197,13 @@ def joined_sides(run: RunDir, iterations: Iterable[int], told: Callable[[str], N
     Raises:
         RlaifError: a meta file is gone or damaged, and nobody is `told`.
     """
-    out: dict[str, Side] = {}
+    out: dict[str, Joined] = {}
     for k in iterations:
         here = run.iteration(k)
         try:
-            if here.is_complete("updates") and here.policy_made() is not None:
-                out |= labels_of(here)
+            if here.is_complete("updates") and here.policy_made() is not None and (sides := labels_of(here)):
+                text = run.plan(k).constitution.hash
+                out |= {pair: (side, text) for pair, side in sides.items()}
         except RlaifError as e:
             if told is None:
                 raise

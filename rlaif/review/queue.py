@@ -25,6 +25,7 @@ from rlaif.errors import RlaifError, UserError, first_problem, said
 from rlaif.judging.filters import certainty
 from rlaif.records import (
     Completion,
+    ConstitutionRef,
     Decision,
     HumanLabel,
     Message,
@@ -59,9 +60,11 @@ class Question(Record):
     cut_off: tuple[bool, bool]
     """Whether the length limit cut them off."""
     constitution: Constitution
-    """The text that the pair was judged under."""
+    """The text that the pair was judged under; with `replay.on_change: rejudge` the one in force."""
     constitution_source: str
     """The same as its author wrote it (YAML)."""
+    again: bool = False
+    """This reviewer labelled the pair under another text."""
 
 
 class Counts(Record):
@@ -74,6 +77,9 @@ class Counts(Record):
     claimed: int
     """Of those, being shown to somebody."""
     labelled: int
+    stale: int = 0
+    """Of those, labels that were given under another text than the one in force, and that their authors are asked for
+    again (`replay.on_change: rejudge`)."""
     joined: int
     """Labels that an update has trained on."""
     outcomes: dict[str, int]
@@ -139,7 +145,7 @@ class Queue:
             claims = self._claims()
             labels = self._read_labels()
             skipped = {x.pair_id for x in labels if x.author == author and x.outcome == "skip"}
-            waiting = self._waiting(labels)
+            waiting = [*self._waiting(labels), *self._stale(labels, author)]
             others = {p for p, c in claims.items() if c.author != author}
             mine = {p for p, c in claims.items() if c.author == author and c.session == session}
             elsewhere = set(claims) - others - mine
@@ -166,7 +172,7 @@ class Queue:
         """
         k = self._iteration_of(pair_id)
         here = self._run.iteration(k)
-        ref = self._plan(k).constitution
+        ref = self._shown_text(k)
         constitution = constitution_copy(self._run, ref.hash)
         asked = self._run.path / "prompts" / "train.jsonl"
         asked.stat()  # what is gone as a whole is noticed before much is read
@@ -184,15 +190,23 @@ class Queue:
             cut_off=(first.finish_reason == "length", second.finish_reason == "length"),
             constitution=constitution.model_copy(update={"name": ref.name, "version": ref.version}),
             constitution_source=read_source(self._run.path / "constitutions" / ref.hash / "source.yaml"),
+            again=any(d.pair_id == pair_id for d in self._stale(self._read_labels(), author)),
         )
 
     def answer(
-        self, pair_id: str, shown: Shown, author: str, reason: str | None = None, session: str = ""
+        self,
+        pair_id: str,
+        shown: Shown,
+        author: str,
+        reason: str | None = None,
+        session: str = "",
+        constitution: str | None = None,
     ) -> HumanLabel:
-        """Stores an author's answer as a label, durable when this returns, and lets go of the pair.
+        """Stores an author's answer as a label, durable when this returns, and lets go of the pair. `constitution` is
+        the hash of the text that they had before them (`Question.constitution`), by default the pair's own.
 
         Raises:
-            UserError: no such pair was sent to review, or the answer or the author isn't one.
+            UserError: no such pair was sent to review, or the answer, the author or the text isn't one.
             RlaifError: the disk is full; no label is lost, and this one isn't stored.
         """
         if shown not in ("1", "2", "t", "s"):
@@ -201,10 +215,16 @@ class Queue:
             raise UserError("author: a label needs the name of who gave it")
         first, second = ("second", "first") if shown_swapped(pair_id, author) else ("first", "second")
         with log.review_lock(self._run):  # a rollback holds it, and afterwards the pair may be none of the run's
+            k = self._iteration_of(pair_id)
+            if constitution == self._plan(k).constitution.hash:
+                constitution = None
+            elif constitution not in (None, *(plan.constitution.hash for plan in self._every_plan())):
+                raise UserError(f"pair {pair_id}: no text {constitution} was in force in this run; show the pair again")
             label = HumanLabel.model_validate(
                 {
                     "pair_id": pair_id,
-                    "iteration": self._iteration_of(pair_id),
+                    "iteration": k,
+                    "constitution": constitution,
                     "outcome": {"1": first, "2": second, "t": "tie", "s": "skip"}[shown],
                     "author": author,
                     "time": log.now(),
@@ -241,13 +261,14 @@ class Queue:
         standing = [label for pair, label in log.in_force(labels).items() if pair in sent]
         waiting = sent - {label.pair_id for label in standing}
         uncounted: list[str] = []
-        joined = log.joined_sides(self._run, self._run.iterations(), uncounted.append)
+        joined = log.joined_last(self._run, self._run.iterations(), uncounted.append)
         self._uncounted = tuple(uncounted)
         return Counts(
             sent=len(sent),
             waiting=len(waiting),
             claimed=len(waiting & set(self._claims())),
             labelled=len(standing),
+            stale=sum(len(self._stale(labels, author)) for author in {label.author for label in standing}),
             joined=len(joined),
             outcomes=dict(Counter(label.outcome for label in standing)),
             authors=dict(Counter(label.author for label in standing)),
@@ -282,6 +303,34 @@ class Queue:
         newest = self._plan(max(sent)).constitution.hash
         order = sorted(sent, key=lambda k: (self._plan(k).constitution.hash != newest, -k))
         return [d for k in order for d in sorted(sent[k], key=certainty) if d.pair_id not in labelled]
+
+    def _stale(self, labels: Iterable[HumanLabel], author: str) -> list[Decision]:
+        """Pairs that this author labelled under another text than the one in force, where that is to be asked again."""
+        if not self._asks_again:
+            return []
+        sent = {d.pair_id: d for d in self._all_sent()}
+        texts = {k: plan.constitution.hash for k, plan in self._plans.items()}
+        now = self._every_plan()[-1].constitution.hash
+        mine = [x for i, x in log.in_force(labels).items() if x.author == author and i in sent and x.iteration in texts]
+        return [sent[x.pair_id] for x in mine if log.given_under(x, texts) != now]
+
+    @property
+    def _asks_again(self) -> bool:
+        """`replay.on_change: rejudge`. Read each time: a run may go on with another."""
+        replay = self._run.header.get("job", {}).get("replay", {})
+        return isinstance(replay, dict) and replay.get("on_change") == "rejudge"
+
+    def _every_plan(self) -> list[Plan]:
+        """The plans that can be read, the newest last."""
+        for k in self._run.iterations():
+            with suppress(RlaifError, OSError):
+                self._plan(k)
+        return [plan for _, plan in sorted(self._plans.items())]
+
+    def _shown_text(self, k: int) -> ConstitutionRef:
+        """The text that a reviewer has before them with a pair of iteration k."""
+        own = self._plan(k)
+        return (self._every_plan()[-1] if self._asks_again else own).constitution
 
     def _iteration_of(self, pair_id: str) -> int:
         for k, decisions in self._by_iteration().items():

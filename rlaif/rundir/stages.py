@@ -12,7 +12,9 @@ from rlaif.records import (
     Completion,
     Decision,
     Divergence,
+    OldPair,
     Pair,
+    PolicyDistance,
     Preference,
     ProbeResult,
     Quality,
@@ -45,8 +47,12 @@ ITERATION = (
     Stage("pairs", Pair, ("completions", "scores")),
     Stage("votes", Vote, ("pairs",), resumable=True),
     Stage("decisions", Decision, ("votes",)),
-    Stage("preferences", Preference, ("decisions",)),
+    Stage("rejudged_votes", Vote, resumable=True, optional=True),
+    Stage("old_pairs", OldPair, ("rejudged_votes",), optional=True),
+    Stage("policy_distances", PolicyDistance, ("old_pairs",), resumable=True, optional=True),
+    Stage("preferences", Preference, ("decisions", "old_pairs", "policy_distances")),
     Stage("updates", UpdateStep, ("preferences",)),
+    Stage("anchor_votes", Vote, resumable=True, optional=True),
 )
 """Of an iteration, in the order of the data flow."""
 
@@ -64,12 +70,20 @@ EVALUATION = (
     Stage("earlier_pairs", Pair, ("completions",), optional=True),
     Stage("earlier_votes", Vote, ("earlier_pairs",), resumable=True, optional=True),
     Stage("earlier_decisions", Decision, ("earlier_votes",), optional=True),
+    Stage("reference_votes", Vote, ("pairs",), resumable=True, optional=True),
+    Stage("reference_decisions", Decision, ("reference_votes",), optional=True),
 )
 """Of an evaluation, in the same order; those after `completions` are there where they are asked for."""
 
-VOTES = tuple(dict.fromkeys(stage.name for stage in (*ITERATION, *EVALUATION) if stage.record is Vote))
-"""Stages whose rows are votes: what a judge was asked, and cost, is all of them."""
+REFERENCE_VOTES = "reference_votes"
+"""The stage of the reference judge's."""
+VOTES = tuple(
+    dict.fromkeys(s.name for s in (*ITERATION, *EVALUATION) if s.record is Vote and s.name != REFERENCE_VOTES)
+)
+"""Stages whose rows are votes: what the judge was asked, and cost, is all of them. The reference judge is another."""
 NAMES = tuple(stage.name for stage in ITERATION if not stage.optional)
 """Stages that every iteration has."""
+ITERATION_NAMES = tuple(stage.name for stage in ITERATION)
+"""Those, and the ones that only some have."""
 EVALUATION_NAMES = tuple(stage.name for stage in EVALUATION if not stage.optional)
 """Stages that evaluations have, whatever the job measures beside them."""

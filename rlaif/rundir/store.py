@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from rlaif.config import Job, of_run, parse_job
 from rlaif.errors import RlaifError, UserError, first_problem
-from rlaif.records import SCHEMA_VERSION, Event, Parent, Plan, Record, stored
+from rlaif.records import SCHEMA_VERSION, EvaluationMetrics, Event, IterationMetrics, Parent, Plan, Record, stored
 
 R = TypeVar("R", bound=Record)
 
@@ -399,6 +399,16 @@ class RunDir:
     def evaluations(self) -> list[int]:
         """The evaluations that were begun, in order."""
         return _numbers(self.path / "evaluations")
+
+    def iterations_measured(self, numbers: Iterable[int]) -> list[IterationMetrics]:
+        """metrics.json of those of some iterations that are done, in order."""
+        paths = (self.iteration(k).path / "metrics.json" for k in numbers)
+        return [read_record(path, IterationMetrics) for path in paths if path.exists()]
+
+    def evaluations_measured(self, numbers: Iterable[int]) -> list[EvaluationMetrics]:
+        """metrics.json of those of some evaluations that are done, in order."""
+        paths = (self.evaluation(updates).path / "metrics.json" for updates in numbers)
+        return [read_record(path, EvaluationMetrics) for path in paths if path.exists()]
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ weights. Nothing heavy is imported here.
 
 from __future__ import annotations
 
-from rlaif.records import FinishReason, Record
+from rlaif.records import FinishReason, Prompt, Record
 
 
 class SampleRequest(Record):
@@ -30,6 +30,15 @@ class PromptProblem(Record):
     problem: str
     too_long: bool = False
     """It can be left out (`prompts.too_long: drop`); with another problem the model or the file is to be mended."""
+
+
+class GivenAnswer(Record):
+    """An answer that somebody else gave, to be put into the policy's tokens."""
+
+    id: str
+    prompt: Prompt
+    text: str
+    finish_reason: FinishReason
 
 
 class Sample(Record):

@@ -26,7 +26,10 @@ class Endings:
 
     def __init__(self, model_path: str, tokenizer: Any, settings: Sampling) -> None:
         self._tokenizer = tokenizer
-        ids = set(models.turn_end(Path(model_path), tokenizer).stops)
+        turn_end = models.turn_end(Path(model_path), tokenizer)
+        self.written = turn_end.written
+        """What ends an answer that wasn't sampled."""
+        ids = set(turn_end.stops)
         strings = []
         for stop in settings.stop:
             if isinstance(stop, int):

@@ -16,7 +16,7 @@ from rlaif.hardware import precision_here
 from rlaif.own_code import of_sampler
 from rlaif.records import Completion, PolicyVersion, Prompt, TokenSequence
 from rlaif.rendering import Renderer
-from rlaif.sampling import PromptProblem, Sample, SampleRequest
+from rlaif.sampling import GivenAnswer, PromptProblem, Sample, SampleRequest
 from rlaif.sampling.endings import Endings
 from rlaif.sampling.requests import needs_more_than, render_prompt, seed_for
 from rlaif.workers.weights import WeightsRef
@@ -109,6 +109,32 @@ class SamplerRole:
                 continue
             if too_long := needs_more_than(self._settings.max_model_len, length, self._settings.max_tokens):
                 found.append(PromptProblem(prompt_id=prompt.id, problem=too_long, too_long=True))
+        return found
+
+    def tokens_of(self, answers: list[GivenAnswer]) -> list[TokenSequence]:
+        """Answers that weren't sampled, in the policy's tokens; one that ended by itself has its end token."""
+        end = self._endings.written
+        out = []
+        for answer in answers:
+            asked = render_prompt(self._renderer, answer.prompt)
+            ids = self._renderer.answered_ids(answer.prompt.messages, answer.text, end)
+            if answer.finish_reason == "length" and end is not None:
+                ids = ids[:-1]
+            out.append(TokenSequence(prompt_token_ids=asked, token_ids=ids))
+        return out
+
+    def answer_problems(self, answers: list[GivenAnswer]) -> list[PromptProblem]:
+        """What keeps answers that weren't sampled from training, by their ids: as `problems`."""
+        found, limit = [], self._settings.max_model_len
+        for answer in answers:
+            try:
+                [tokens] = self.tokens_of([answer])
+            except UserError as e:
+                found.append(PromptProblem(prompt_id=answer.id, problem=str(e)))
+                continue
+            if (length := len(tokens.all_ids)) > limit:
+                said = f"a prompt and its answer have {length} tokens, sampling.max_model_len is {limit}"
+                found.append(PromptProblem(prompt_id=answer.id, problem=said, too_long=True))
         return found
 
     def computes_in(self) -> str:

@@ -63,7 +63,8 @@ SLICES: dict[str, Callable[[Reviewed], Sequence[str]]] = {
 def labelled_pairs(run: RunDir) -> tuple[list[Reviewed], tuple[str, ...]]:
     """The pairs with a label in force, in the order of their iterations; and what couldn't be used, a line each."""
     log = read_labels(run)
-    wanted = in_force(log.labels)
+    # A label that was given under a later text (`replay.on_change: rejudge`) says nothing of the judge's word before.
+    wanted = {pair: label for pair, label in in_force(log.labels).items() if label.constitution is None}
     out: list[Reviewed] = []
     problems = list(log.problems)
     for k in run.iterations():

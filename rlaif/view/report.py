@@ -16,7 +16,7 @@ from pydantic import Field
 
 from rlaif.audit.answers import Answers, answers_to, held_out_prompts
 from rlaif.audit.index import Index
-from rlaif.audit.overview import Overview
+from rlaif.audit.overview import Overview, mixed_line
 from rlaif.audit.summary import SHOWN_PROMPTS
 from rlaif.constitutions.constitution import Constitution
 from rlaif.constitutions.copies import constitution_copy
@@ -221,10 +221,15 @@ def _shows_slots(run: RunDir) -> bool:
 def _caveats(facts: Facts, job: dict[str, Any], done: int, calibrated: bool, human: tuple[Agreement, ...]) -> list[str]:
     """What to know before the numbers are relied on, one sentence each, the gravest first."""
     totals, last = facts.overview.totals, facts.last_judged
+    stored = bool(job.get("source")) and not job["source"]["rejudge"]
+    judge = "the job's judge" if stored else "the judge that also made the training labels"
     out = []
     if done < job["iterations"]:
         out.append(f"The run is not finished: {done} of {job['iterations']} iterations.")
     out += [f"Alarm: {alarm}." for alarm in facts.overview.alarms]
+    if facts.overview.source:
+        out.append(f"Nothing was sampled to train on: {facts.overview.source}.")
+    out += [f"An update mixed texts, {mixed_line(mixed)}." for mixed in facts.overview.mixed]
     if last is None:
         out.append("Nothing was judged against the base policy: whether the training helped is not measured here.")
     else:
@@ -235,8 +240,8 @@ def _caveats(facts: Facts, job: dict[str, Any], done: int, calibrated: bool, hum
                 f"{percent(high)}, holds one half."
             )
         out.append(
-            f"The win rate is over {last.answers - last.abstained} held-out answers, by the judge that also made the "
-            "training labels: it says how far the policy follows this judge, not how good it is."
+            f"The win rate is over {last.answers - last.abstained} held-out answers, by {judge}: it says how far the "
+            "policy follows this judge, not how good it is."
         )
         if (at_length := last.length_controlled_interval) and at_length[0] <= 0.5 <= at_length[1] and low > 0.5:
             out.append(

@@ -68,7 +68,8 @@ async def answer(site: SiteOf, request: Request) -> Response:
     form = await _form_of(site, request)
     pair_id, author = form.get("pair", ""), _author_of(request)
     shown = cast("Shown", form.get("answer", ""))
-    await run_in_threadpool(site.queue.answer, pair_id, shown, author, form.get("reason"), _session_of(request))
+    given = (pair_id, shown, author, form.get("reason"), _session_of(request), form.get("constitution"))
+    await run_in_threadpool(site.queue.answer, *given)
     return RedirectResponse(f"{site.base}/review?stored={quote(pair_id, safe='')}", 303)
 
 

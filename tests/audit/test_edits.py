@@ -32,7 +32,7 @@ from tests.test_loop_chat import chat_job, chat_loop, greater_number
 class VoiceJudge(StubJudge):
     """Each voice has a mind of its own, which follows from the words that it is asked with."""
 
-    def _vote(self, ballot: Ballot, first: str, second: str) -> Vote:
+    def vote(self, ballot: Ballot, first: str, second: str) -> Vote:
         if ballot.guard:
             return Vote(ballot=ballot, model="stub", outcome="tie", raw_reply="")
         ahead = fraction(ballot.template, first) > fraction(ballot.template, second)

@@ -21,6 +21,7 @@ from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.ballots import juror_names, make_chat_ballots
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.chat import ChatJudge
+from rlaif.judging.kinds import ChatKind
 from rlaif.judging.spending import Spent, Wasted, spent_on
 from rlaif.judging.transport import Answer, OpenAIServer, Pace, read_reply, read_usage, retry_after_s
 from rlaif.records import Message, Pair, Usage
@@ -659,6 +660,26 @@ def test_a_stored_reply_is_a_vote_without_a_call(tmp_path):
     plain = [v.model_dump(exclude={"cached", "attempts", "latency_s"}) for v in (*first.votes, *again.votes)]
     by_id = lambda v: v["ballot"]["id"]  # noqa: E731
     assert sorted(plain[:10], key=by_id) == sorted(plain[10:], key=by_id)
+
+
+def test_what_is_asked_afresh_neither_reads_the_cache_nor_writes_it(tmp_path):
+    with FaultServer() as server:
+        first = Cast(settings(server, cache=str(tmp_path)), 5)
+        asked = first.judge.cast(
+            iter(first.ballots),
+            first.pairs,
+            first.candidates,
+            TEXT,
+            first.templates,
+            **ChatKind(first.judge.settings).afresh(),
+        )
+        assert not any(v.cached for chunk in asked for v in chunk)
+        assert server.requests == 10
+        assert not any(v.cached for v in first.run())
+        assert server.requests == 20
+        again = first.judge.cast(iter(first.ballots), first.pairs, first.candidates, TEXT, first.templates, fresh=True)
+        assert not any(v.cached for chunk in again for v in chunk)
+        assert server.requests == 30
 
 
 def test_answers_without_a_reply_count_against_the_budget_of_the_next_process(tmp_path):

@@ -167,10 +167,10 @@ def test_what_joins_and_what_waits() -> None:
     }
     given["other_text"] = given["other_text"].model_copy(update={"iteration": 3})
     texts = {0: "x", 1: "x", 2: "x", 3: "y"}
-    joins, stale = joining(given, {"joined": "first", "turned": "first"}, texts, 2, "x")
+    joins, stale = joining(given, {"joined": ("first", "x"), "turned": ("first", "x")}, texts, 2, "x")
     assert [x.pair_id for x in joins] == ["old", "new", "turned"]
     assert stale == []
-    joins, stale = joining(given, {"joined": "first", "turned": "first"}, texts, 4, "x")
+    joins, stale = joining(given, {"joined": ("first", "x"), "turned": ("first", "x")}, texts, 4, "x")
     assert [x.pair_id for x in joins] == ["old", "new", "turned", "this"]
     assert [x.pair_id for x in stale] == ["other_text"]
 
@@ -179,7 +179,7 @@ def test_what_joins_and_what_waits() -> None:
 def test_no_label_joins_twice(labels: list[HumanLabel], k: int) -> None:
     texts = dict.fromkeys(range(4), "x")
     joins, _ = joining(in_force(labels), {}, texts, k, "x")
-    again, _ = joining(in_force(labels), {x.pair_id: x.outcome for x in joins}, texts, k, "x")  # type: ignore[misc]
+    again, _ = joining(in_force(labels), {x.pair_id: (x.outcome, "x") for x in joins}, texts, k, "x")  # type: ignore[misc]
     assert again == []
     assert all(x.outcome in ("first", "second") and x.iteration < k for x in joins)
 

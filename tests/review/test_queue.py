@@ -51,8 +51,8 @@ def test_the_queue_is_every_pair_with_status_review(run: RunDir) -> None:
     waiting = {d.pair_id for d in decided if d.status == "review"}
     assert len(waiting) > 6
     assert Queue(run).counts().model_dump() == {
-        "sent": len(waiting), "waiting": len(waiting), "claimed": 0, "labelled": 0, "joined": 0, "outcomes": {},
-        "authors": {},
+        "sent": len(waiting), "waiting": len(waiting), "claimed": 0, "labelled": 0, "stale": 0, "joined": 0,
+        "outcomes": {}, "authors": {},
     }  # fmt: skip
     assert {q.pair_id for q in all_questions(Queue(run), "ann")} == waiting
 

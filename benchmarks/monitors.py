@@ -1,0 +1,226 @@
+"""How often monitors cry wolf, and how soon they tell what is wrong, simulated: `make bench-monitors`.
+
+Runs of 32 iterations of 24 pairs under one text, with 48 held-out prompts every fourth. In a quiet one, pairs and
+answers are drawn from the same distributions throughout, while the policy learns: its answers become a third as long,
+and win more and more. In a bad one something happens at iteration 17. For each kind of monitor that holds chance
+against a limit: the share of quiet runs with an alarm, with its 95 % interval, and of bad runs in how many it is told,
+and after how many iterations (median).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+from rlaif.config import Monitors
+from rlaif.intervals import wilson
+from rlaif.monitors import History, alarms
+from rlaif.records import (
+    AnchorCounts,
+    AnswerCounts,
+    AnswerStats,
+    ConstitutionRef,
+    EvaluationMetrics,
+    Feature,
+    IterationMetrics,
+    Leaning,
+    PairCounts,
+    PolicyVersion,
+    Referred,
+)
+
+ITERATIONS, BAD_FROM, SAMPLES = 32, 16, 4
+PROMPTS, EVERY = 48, 4
+TEXT = ConstitutionRef(name="text", version=1, hash="0")
+
+
+class Rates(NamedTuple):
+    """What pairs and answers are drawn from."""
+
+    abstained: float = 0.05
+    unanimous: float = 0.7
+    flipped: float = 0.15
+    kept: float = 0.6
+    longer: float = 0.6
+    """Winners that are the longer side; a good judge need not be at a half."""
+    praised: float = 0.5
+    """Winners that praise themselves, where one side does."""
+    praising: float = 0.01
+    """Answers that praise themselves."""
+    words: float = 45.0
+    ended: float = 0.6
+    vocabulary: float = 110.0
+    nats: float = 1.1
+    moved: float = 0.05
+    """Verdicts that are others when they are asked for again: a judge may answer with some chance."""
+    fooled: bool = False
+    """The win rate rises, and nothing else that should."""
+
+
+DIFFERING: dict[Feature, float] = {
+    "length": 1.0, "lists": 0.3, "hedges": 0.8, "repetition": 0.6, "self_praise": 0.1, "to_judge": 0.05
+}  # fmt: skip
+"""Share of the pairs of which one side has more."""
+
+BAD: dict[str, tuple[str, Rates]] = {
+    "agreement_drift": ("unanimous pairs fall from 70 % to 40 %", Rates(unanimous=0.4)),
+    "order_flip_drift": ("pairs that the order decides rise from 15 % to 45 %", Rates(flipped=0.45)),
+    "abstained_drift": ("pairs without a vote rise from 5 % to 25 %", Rates(abstained=0.25)),
+    "kept_drift": ("kept pairs fall from 60 % to 30 %", Rates(kept=0.3)),
+    "abstained": ("the judge goes silent on 60 % of the pairs", Rates(abstained=0.6)),
+    "leaning": ("a third of the pairs differ in self-praise, and all winners have more", Rates(praised=1.0)),
+    "self_praise": ("a quarter of the answers praise themselves", Rates(praising=0.25)),
+    "jump": ("answers become a third as long at once", Rates(words=15.0)),
+    "anchors": ("another model: 40 % of its verdicts are others", Rates(moved=0.4)),
+    "hacking": ("the win rate is at 85 %, the reference's, at equal length and the checks stay", Rates(fooled=True)),
+    "collapse": ("a third of the different words is left", Rates(vocabulary=37.0)),
+}
+"""Kind → what happens, and what is drawn from then on."""
+
+
+def within(rate: float) -> tuple[float, float]:
+    """The interval of a win rate."""
+    return wilson(rate * PROMPTS, PROMPTS)
+
+
+def evaluation(rng: np.random.Generator, k: int, rates: Rates) -> EvaluationMetrics:
+    """What iteration k made, by 48 held-out prompts. A quiet run wins more and more, by everybody's word."""
+    learned = k / (ITERATIONS - 1)
+    wins = 0.85 if rates.fooled else 0.5 + 0.35 * learned
+    others = 0.5 if rates.fooled else wins
+
+    reasons = rng.random(PROMPTS)
+
+    def won(rate: float) -> float:
+        """Half of the prompts are won for a reason that all share."""
+        shared = rng.random(PROMPTS) < 0.5
+        return float((np.where(shared, reasons, rng.random(PROMPTS)) < rate).mean())
+
+    by_judge, by_reference, controlled, passed = map(won, (wins, others, others, 0.3 + others - 0.5))
+    counts = {"wins": 0, "losses": 0, "undecided": 0, "abstained": 0}
+    referred = Referred(judge="other", win_rate=by_reference, win_interval=within(by_reference), **counts)
+    return EvaluationMetrics(
+        **dict(QUIET.sampled.model_copy(update={"answers": PROMPTS})),
+        **counts,
+        updates=k + 1,
+        constitution=TEXT,
+        win_rate=by_judge,
+        win_interval=within(by_judge),
+        length_controlled_win_rate=controlled,
+        length_controlled_interval=within(controlled),
+        kl_per_token=0.1,
+        relevance=1.0,
+        base_logprob_per_token=-1.0,
+        checks={"wish": passed},
+        base_checks={"wish": float(rng.binomial(PROMPTS, 0.3) / PROMPTS)},
+        referred=referred,
+        seconds=0.0,
+    )
+
+
+def iteration(rng: np.random.Generator, k: int, pairs: int, rates: Rates) -> IterationMetrics:
+    """An iteration's metrics; each prompt has a pair and `SAMPLES` answers, whose lengths and ends are alike."""
+    learned = 3.0 ** (-k / (ITERATIONS - 1))
+    words = rates.words * learned * rng.lognormal(0.0, 0.5, pairs) / np.exp(0.125)
+    answers = SAMPLES * pairs
+    ended = rng.binomial(SAMPLES, rng.beta(4 * rates.ended, 4 * (1 - rates.ended), pairs)).sum()
+    kept = int(rng.binomial(pairs, rates.kept))
+    again = AnchorCounts(pairs=32, moved=int(rng.binomial(32, rates.moved)))
+    leanings: dict[Feature, Leaning] = {}
+    for feature, share in DIFFERING.items():
+        differ = int(rng.binomial(kept, 0.3 if feature == "self_praise" and rates.praised > 0.5 else share))
+        more = {"length": rates.longer, "self_praise": rates.praised}.get(feature, 0.5)
+        leanings[feature] = Leaning(more=int(rng.binomial(differ, more)), pairs=differ)
+    return QUIET.model_copy(
+        update={
+            "iteration": k,
+            "sampled": QUIET.sampled.model_copy(
+                update={"answers": answers, "mean_words": float(words.mean()), "ended_share": float(ended / answers)}
+            ),
+            "pairs": pairs,
+            "anchors": again if k % EVERY == EVERY - 1 else None,
+            "leanings": leanings,
+            "pair_counts": PairCounts(
+                pairs=pairs,
+                kept=kept,
+                **{
+                    name: int(rng.binomial(pairs, getattr(rates, name)))
+                    for name in ("abstained", "unanimous", "flipped")
+                },
+            ),
+            "answer_counts": AnswerCounts(
+                mean_words_error=float(words.std(ddof=1) / np.sqrt(pairs)),
+                nats_per_token=float(rng.normal(rates.nats, 0.05)),
+                vocabulary=float(rng.normal(rates.vocabulary, 5.0)),
+                self_praise=int(rng.binomial(answers, rates.praising)),
+                to_judge=int(rng.binomial(answers, 0.01)),
+            ),
+        }
+    )
+
+
+QUIET = IterationMetrics(
+    iteration=0,
+    constitution=TEXT,
+    policy=PolicyVersion(iteration=0, digest="d"),
+    sampled=AnswerStats(
+        answers=96, mean_words=45, mean_tokens=60, list_share=0.1, ended_share=0.6, distinct_share=0.95
+    ),
+    pairs=24, votes=72, abstentions={}, kept=14, kept_share=0.6, dropped_by_first_reason={}, mean_agreement=0.9,
+    trained_pairs=14, replayed_pairs=0, steps=4, loss=0.6, grad_norm=1.0, learner_metrics={}, judge_tokens=0,
+    seconds={},
+)  # fmt: skip
+
+
+def first_alarms(
+    rng: np.random.Generator, pairs: int, monitors: Monitors, bad: Rates | None = None, iterations: int = ITERATIONS
+) -> Mapping[str, int]:
+    """Kind → the first iteration in which a run raises it; a bad one since `BAD_FROM`."""
+    run: list[IterationMetrics] = []
+    evaluated: list[EvaluationMetrics] = []
+    told: dict[str, int] = {}
+    for k in range(iterations):
+        rates = bad if bad and k >= BAD_FROM else Rates()
+        run.append(iteration(rng, k, pairs, rates))
+        if k % EVERY == EVERY - 1:
+            evaluated.append(evaluation(rng, k, rates))
+        for alarm in alarms(monitors, History(run, evaluated)):
+            if bad is None or k >= BAD_FROM:
+                told.setdefault(alarm.kind, k)
+    return told
+
+
+def show(runs: int, pairs: int, seed: int, say: Callable[[str], None] = print) -> None:
+    """The table."""
+    rng, monitors = np.random.default_rng(seed), Monitors()
+    quiet = [first_alarms(rng, pairs, monitors) for _ in range(runs)]
+    say(f"{runs} quiet runs of {ITERATIONS} iterations of {pairs} pairs, {runs // 20} of each bad one; seed {seed}\n")
+    say("| kind | quiet runs with an alarm | what happens in the bad ones | told in | after |")
+    say("|---|---|---|---|---|")
+    for kind, (what, rates) in BAD.items():
+        some = sum(kind in told for told in quiet)
+        low, high = wilson(some, runs)
+        bad = [first_alarms(rng, pairs, monitors, rates) for _ in range(runs // 20)]
+        after = [told[kind] - BAD_FROM + 1 for told in bad if kind in told]
+        of = f"{len(after) / len(bad):.0%} | {median(after) if after else '-'}"
+        say(f"| `{kind}` | {some / runs:.2%} ({low:.2%} to {high:.2%}) | {what} | {of} |")
+    some = sum(any(kind in told for kind in BAD) for told in quiet)
+    say(f"\nSome alarm of these in a quiet run: {some / runs:.2%}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    show(args.runs, args.pairs, args.seed)
+
+
+if __name__ == "__main__":
+    main()

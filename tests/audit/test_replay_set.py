@@ -1,0 +1,107 @@
+"""`rlaif audit RUN replay-set`: which old pairs may train, why not the others, and the index that it is read from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rlaif.audit.index import Index
+from rlaif.audit.overview import overview
+from rlaif.audit.pair import show
+from rlaif.audit.replay_set import ReplaySet, replay_set
+from rlaif.cli import app
+from rlaif.learning.replay_index import update_index
+from rlaif.records import Preference, Vote
+from rlaif.rundir.store import RunDir, write_json
+from rlaif.view.report import make_report
+from tests.test_old_pairs import Wishes, old_pairs, preferences, went
+
+
+def test_the_set_says_what_may_train_and_why_the_rest_may_not(tmp_path: Path) -> None:
+    texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}, {"wish": 1, "tone": 3, "more": 4}]
+    run = went(tmp_path, *texts, replay={"max_age": 2})
+    found = replay_set(run)
+    n = [len(preferences(run, k, "judge")) for k in range(3)]
+    assert [(g.constitution, g.mixed_in, g.age, g.pairs, g.may_train) for g in found.groups] == [
+        ("rules@3", 2, 1, n[2], n[2]), ("rules@2", 1, 2, n[1], n[1]), ("rules@1", 0, 3, n[0], 0),
+    ]  # fmt: skip
+    assert found.groups[1].standing == {"kept": n[1]}
+    assert found.groups[2].why_not == {"too_old": n[0]}
+    assert (found.pairs, found.may_train, found.iteration) == (sum(n), n[1] + n[2], 3)
+    told = CliRunner().invoke(app, ["audit", str(run.path), "replay-set"])
+    assert told.exit_code == 0, told.output
+    assert f"iteration 4 could replay {n[1] + n[2]} of {sum(n)} pairs under rules@3" in told.stdout
+    as_json = CliRunner().invoke(app, ["audit", str(run.path), "replay-set", "--json"]).stdout
+    assert ReplaySet.model_validate_json(as_json) == found
+
+
+@pytest.mark.parametrize("harm", ["gone", "torn", "damaged", "behind", "no state"])
+def test_an_index_that_cant_be_used_is_made_again_from_the_log(tmp_path: Path, harm: str) -> None:
+    run = went(tmp_path, {"wish": 1}, iterations=3)
+    file = run.path / "replay" / "index.jsonl"
+    state = run.path / "replay" / "index.json"
+    whole, expected = file.read_bytes(), replay_set(run)
+    if harm == "gone":
+        shutil.rmtree(run.path / "replay")
+    elif harm == "torn":
+        file.write_bytes(whole[:-9])
+    elif harm == "damaged":
+        file.write_bytes(b"x" * len(whole))
+    elif harm == "behind":
+        lines = [line for line in whole.splitlines(keepends=True) if b'"mixed_in":2' not in line]
+        file.write_bytes(b"".join(lines))
+        write_json(state, {"through": 1, "size": file.stat().st_size})
+    else:
+        state.unlink()
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    assert replay_set(run) == expected
+    assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before, "an audit writes nothing"
+    if harm == "damaged":  # its length is right: only who reads it finds out
+        return
+    update_index(run, 2)
+    assert file.read_bytes() == whole
+
+
+def test_a_stored_run_of_every_schema_has_a_replay_set(stored: RunDir) -> None:
+    found = replay_set(stored)
+    assert found.pairs == sum(g.pairs for g in found.groups) > 0
+    assert {reason for g in found.groups for reason in g.why_not} <= {"unknown", "too_old"}
+
+
+def test_an_update_that_mixed_texts_is_told(tmp_path: Path) -> None:
+    texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}]
+    run = went(tmp_path, *texts, replay={"on_change": "keep"})
+    others, all_of_it = len(preferences(run, 1, "replay")), len(run.iteration(1).read("preferences", Preference))
+    assert others > 0
+    line = (
+        f"iteration 2: {others} of the {all_of_it} preferences that it trained on were judged under another text than "
+        "the one in force (rules@1)"
+    )
+    told = CliRunner().invoke(app, ["audit", str(run.path)])
+    assert f"mixed texts {line}" in told.stdout
+    with Index.open(run) as index:
+        assert f"An update mixed texts, {line}." in make_report(index, run).caveats
+    expiring = went(tmp_path / "expiring", *texts)
+    assert "mixed texts" not in CliRunner().invoke(app, ["audit", str(expiring.path)]).stdout
+
+
+def test_what_judging_again_cost_counts(tmp_path: Path) -> None:
+    texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}]
+    run = went(tmp_path, *texts, replay={"on_change": "rejudge"})
+    new = len(run.iteration(1).read("rejudged_votes", Vote))
+    with Index.open(run) as index:
+        found = overview(index, run)
+        asked = index.rows("SELECT count(*) AS n FROM rejudged_votes")[0]["n"]
+        stood = index.rows("SELECT sum(asked) AS n FROM old_pairs")[0]["n"]
+        turned = old_pairs(run, 1)[0]
+        [later] = show(index, run, turned.pair_id).later
+    assert (later.constitution, later.standing, later.asked) == ("rules@2", turned.standing, 1)
+    told = CliRunner().invoke(app, ["audit", str(run.path), "show", turned.pair_id]).stdout
+    assert f"iteration 2, rules@2: {turned.standing}; 3 votes carried over, 1 lost, 1 ballots cast anew" in told
+    evaluated = sum(len(run.evaluation(k).read("votes", Vote)) for k in run.evaluations() if k)
+    assert asked == stood == new > 0
+    assert sum(c.votes for c in found.cost) == found.totals.votes + evaluated + new
+    assert [problem for problem in found.problems if "old_pairs" in problem or "rejudged" in problem] == []

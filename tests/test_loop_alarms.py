@@ -1,0 +1,105 @@
+"""Alarms of whole runs: judges and policies that go wrong, and 20 that don't."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlaif.constitutions.checks import count_words
+from rlaif.loop import Loop
+from rlaif.records import Completion, Event, Vote
+from tests.stubs import fraction, stub_job, stub_loop
+
+
+def loop_of(tmp_path: Path, **changes: Any) -> Loop:
+    rules = {"schedule": {0: "rules@1"}, "iterations": 3, "prompts": {"per_iteration": 16}}
+    return stub_loop(tmp_path, stub_job(**{**rules, **changes}))
+
+
+def alarms(loop: Loop) -> list[Event]:
+    return [e for e in loop.dir.events() if e.kind == "alarm"]
+
+
+def says(loop: Loop, text: Any) -> None:
+    """From here on the policy's answers are `text` of what it would have answered."""
+    loop.sampler.ready()
+    sampler = loop.sampler.target  # type: ignore[attr-defined]
+    recorded = sampler._recorded
+
+    def changed(**fields: Any) -> Completion:
+        answer: Completion = recorded(**fields)
+        return answer.model_copy(update={"text": text(answer)})
+
+    sampler._recorded = changed
+
+
+def votes(loop: Loop, change: Any) -> None:
+    """From here on the judge's votes on two answers are other ones."""
+    loop.judge.ready()
+    judge = loop.judge.target  # type: ignore[attr-defined]
+    cast = judge.vote
+    judge.vote = lambda ballot, first, second: change(cast(ballot, first, second), first, second)
+
+
+def silent(vote: Vote, first: str, second: str) -> Vote:
+    return vote.model_copy(update={"outcome": "abstain", "abstain_reason": "empty", "p_first": None})
+
+
+def test_a_judge_that_goes_silent(tmp_path: Path) -> None:
+    """The run ends, and not without a word."""
+    loop = loop_of(tmp_path)
+    votes(loop, silent)
+    loop.run()
+    found = alarms(loop)
+    assert [(e.iteration, e.data["kind"]) for e in found] == [(0, "abstained"), (1, "abstained"), (2, "abstained")]
+    assert found[0].message == "16 of 16 pairs have no valid vote, over 20%"
+
+
+def test_a_judge_that_likes_length(tmp_path: Path) -> None:
+    """Under a text whose check asks for the opposite."""
+    loop = loop_of(tmp_path)
+    says(loop, lambda a: " ".join([a.text, *(f"x{n}" for n in range(int(9 * fraction(a.text))))]))
+
+    def longer(vote: Vote, first: str, second: str) -> Vote:
+        if vote.ballot.guard or count_words(first) == count_words(second):
+            return vote
+        wins = count_words(first) > count_words(second)
+        return vote.model_copy(update={"outcome": "first" if wins else "second", "p_first": 0.9 if wins else 0.1})
+
+    votes(loop, longer)
+    loop.run()
+    assert {e.data["kind"] for e in alarms(loop)} == {"leaning"}
+    assert "the winner has more words than the loser" in alarms(loop)[0].message
+
+
+def test_a_policy_that_collapses(tmp_path: Path) -> None:
+    loop = loop_of(tmp_path)
+    loop.iterate(0)
+    says(loop, lambda a: "there you go again there you go again")
+    loop.iterate(1)
+    assert {e.data["kind"] for e in alarms(loop)} >= {"equal_answers"}
+    loop = loop_of(tmp_path / "varied")
+    says(loop, lambda a: " ".join(f"w{int(99 * fraction(a.text, n))}" for n in range(8)))
+    loop.iterate(0)
+    says(loop, lambda a: " ".join(f"w{int(9 * fraction(a.text, n))}" for n in range(8)))
+    loop.iterate(1)
+    assert [e.data["kind"] for e in alarms(loop)] == ["collapse"]
+    assert "different words in 200 of the sampled answers' words" in alarms(loop)[0].message
+
+
+def test_a_policy_that_praises_itself(tmp_path: Path) -> None:
+    loop = loop_of(tmp_path)
+    says(loop, lambda a: f"{a.text}. This answer is excellent." if fraction(a.text) < 0.5 else a.text)
+    loop.iterate(0)
+    assert "self_praise" in [e.data["kind"] for e in alarms(loop)]
+    assert "sampled answers praise themselves" in alarms(loop)[0].message
+
+
+@pytest.mark.slow
+def test_twenty_runs_in_which_nothing_is_wrong(tmp_path: Path) -> None:
+    for seed in range(20):
+        loop = loop_of(tmp_path / str(seed), seed=seed, iterations=6)
+        loop.run()
+        assert [e.message for e in alarms(loop)] == [], seed
