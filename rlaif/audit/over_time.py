@@ -195,15 +195,20 @@ def reach(found: OverTime, group: str, measure: str, share: float) -> Reach:
     """Which evaluations of each group are the first to be as far as `share` of the way that one group went: from its
     first value (of a win rate: one half) to its last.
 
+    What was before the axis begins is no part of it: a policy may have been there under another text. Nor is a group's
+    mean over some of its runs, as of seeds that haven't gone as far as others.
+
     Raises:
         UserError: no such group, or it has no such way.
     """
     named = {g.name: g for g in found.groups}
     if group not in named:
         raise UserError(f"no group `{group}`; there are {', '.join(named)}")
-    way = [(p.after, p.values[measure].mean) for p in named[group].points if measure in p.values]
-    start = EVEN if measure in ("win_rate", "equal_length") else way[0][1] if way else 0.0
-    if not way or way[-1][1] == start:
+    way = _means(named[group], measure)
+    if not way:
+        raise UserError(f"group `{group}`: no evaluation at which all of its runs have a {measure}")
+    start = EVEN if measure in ("win_rate", "equal_length") else way[0][1]
+    if way[-1][1] == start:
         raise UserError(f"group `{group}`: its {measure} didn't move, so nothing can be held against it")
     end = way[-1][1]
     aim = start + share * (end - start)
@@ -213,15 +218,25 @@ def reach(found: OverTime, group: str, measure: str, share: float) -> Reach:
 
     reached = []
     for g in found.groups:
-        means = [(p.after, p.values[measure].mean) for p in g.points if measure in p.values]
+        means = _means(g, measure)
         first = _first(means, there)
         before = [after for after, _ in means if first is not None and after < first]
         each = tuple(
-            _first([(e.after, e.values[measure]) for e in run.evaluations if measure in e.values], there)
+            _first([(e.after, e.values[measure]) for e in run.evaluations if _is_on(e, measure)], there)
             for run in g.runs
         )
         reached.append(Reached(group=g.name, after=first, not_after=before[-1] if before else None, runs=each))
     return Reach(measure=measure, group=group, share=share, start=start, end=end, aim=aim, reached=tuple(reached))
+
+
+def _means(group: Group, measure: str) -> list[tuple[int, float]]:
+    """What a group's runs have on average from where the axis begins, after so many iterations."""
+    points = [(p.after, p.values[measure]) for p in group.points if _is_on(p, measure)]
+    return [(after, spread.mean) for after, spread in points if spread.runs == len(group.runs)]
+
+
+def _is_on(point: GroupPoint | Evaluated, measure: str) -> bool:
+    return point.after >= 0 and measure in point.values
 
 
 def _first(values: Sequence[tuple[int, float]], there: Callable[[float], bool]) -> int | None:

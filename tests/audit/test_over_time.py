@@ -128,7 +128,30 @@ def test_how_soon_each_group_is_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no group `x`"):
         reach(found, "x", "words", 0.8)
     with pytest.raises(UserError, match="didn't move"):
+        reach(over_time({"on": on}, "start", ["relevance"]), "on", "relevance", 0.8)
+    with pytest.raises(UserError, match="no evaluation at which all of its runs have a kl"):
         reach(over_time({"on": on}, "start", ["kl"]), "on", "kl", 0.8)
+
+
+def test_what_was_before_the_change_is_no_way_to_it(tmp_path: Path) -> None:
+    on = made(tmp_path, "on", {0: 50, 2: 95, 4: 20, 6: 60, 8: 88}, {0: OLD, 4: NEW})
+    anew = made(tmp_path, "anew", {0: 50, 2: 70, 4: 90}, {0: NEW})
+    found = over_time({"on": [on], "anew": [anew]}, "change", ["words"])
+    [first, _] = reach(found, "anew", "words", 0.8).reached
+    assert (first.after, first.not_after, first.runs) == (4, 2, (4,))
+    of_itself = reach(found, "on", "words", 0.5)
+    assert (of_itself.start, of_itself.end, of_itself.reached[0].after) == (20, 88, 2)
+
+
+def test_a_mean_over_some_of_the_seeds_is_no_aim(tmp_path: Path) -> None:
+    done = made(tmp_path, "done", {0: 50, 2: 70, 4: 100}, {0: NEW})
+    at_work = made(tmp_path, "at_work", {0: 50, 2: 60}, {0: NEW}, seed=1)
+    found = over_time({"both": [done, at_work]}, "start", ["words"])
+    words = reach(found, "both", "words", 1.0)
+    assert (words.end, words.reached[0].after, words.reached[0].runs) == (65, 2, (2, None))
+    apart = made(tmp_path, "apart", {1: 70, 3: 100}, {0: NEW}, seed=2)
+    with pytest.raises(UserError, match="no evaluation at which all of its runs have a words"):
+        reach(over_time({"both": [done, apart]}, "start", ["words"]), "both", "words", 1.0)
 
 
 def test_a_real_loops_runs_are_what_their_metrics_say(tmp_path: Path) -> None:
