@@ -88,6 +88,16 @@ def test_killed_while_it_is_asked_it_asks_for_the_rest(tmp_path: Path) -> None:
     assert not {v.ballot.id for v in durable} & set((tmp_path / "casts.log").read_text().split())
 
 
+def test_after_a_kill_more_anchors_may_be_wanted(tmp_path: Path) -> None:
+    """What was asked before it counts."""
+    loop = stub_loop(tmp_path, job(pairs=3))
+    for k in (0, 1):
+        loop.iterate(k)
+    (loop.dir.iteration(1).path / "metrics.json").unlink()
+    stub_loop(tmp_path, job(pairs=6)).iterate(1)
+    assert [a.pairs for a in anchored(loop.dir).values()] == [3]
+
+
 def test_a_judge_whose_weights_the_run_knows_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LikelihoodKind, "frozen", True)
     stub_loop(tmp_path, job()).run()

@@ -56,7 +56,9 @@ def ask_again(run: Running, it: Iteration) -> AnchorCounts | None:
     weights, method = it.constitution.weights, run.job.filters.aggregate
     compared = moved = 0
     for pair_id, before in by_pair(anchors.votes).items():
-        outcomes = {aggregate(votes, weights, method).outcome for votes in (before, again.get(pair_id, ()))}
+        if pair_id not in again:  # asked before a kill, by other settings
+            continue
+        outcomes = {aggregate(votes, weights, method).outcome for votes in (before, again[pair_id])}
         if "abstain" not in outcomes:  # a server that is down moves no verdict
             compared, moved = compared + 1, moved + len(outcomes) - 1
     return AnchorCounts(pairs=compared, moved=moved)
