@@ -762,6 +762,8 @@ class IterationMetrics(Record):
     policy: PolicyVersion
     """The one that sampled; with a `source`, the one that began the iteration."""
     sampled: AnswerStats
+    given: bool = False
+    """Its answers are those of a `source`: the policy sampled none."""
     pairs: int
     votes: int
     ballots_saved: int = 0

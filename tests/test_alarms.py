@@ -11,11 +11,21 @@ import pytest
 from benchmarks.monitors import BAD, BAD_FROM, first_alarms
 from rlaif.config import Monitors
 from rlaif.constitutions.constitution import parse_constitution
+from rlaif.judging.filters import decide_label
 from rlaif.monitors import History, alarms, asked_for
 from rlaif.monitors.charts import Counted, shift, surprise
 from rlaif.monitors.counts import answer_counts, leanings, pair_counts, vocabulary
 from rlaif.monitors.features import FEATURES
-from rlaif.records import AbstainReason, Completion, Decision, IterationMetrics, Pair, PolicyVersion, Verdict
+from rlaif.records import (
+    AbstainReason,
+    AnswerCounts,
+    Completion,
+    Decision,
+    IterationMetrics,
+    Pair,
+    PolicyVersion,
+    Verdict,
+)
 from tests.stubs import text
 from tests.test_monitors import measured
 
@@ -194,6 +204,34 @@ def test_a_text_that_asks_for_length_may_have_it() -> None:
 def test_pairs_are_counted_for_charts() -> None:
     found = pair_counts([decided(0, "first"), decided(1, None, "dropped", "empty"), decided(2, "second", "dropped")])
     assert (found.pairs, found.abstained, found.unanimous, found.kept, found.flipped) == (3, 1, 2, 1, 0)
+
+
+def test_pairs_that_a_data_set_labelled_are_no_silent_judge() -> None:
+    labelled = [decide_label(pair(n), "first", {f"c{2 * n}": "a", f"c{2 * n + 1}": "b"}) for n in range(8)]
+    assert pair_counts([*labelled, decided(8, "first")]) == pair_counts([decided(8, "first")])
+    assert told([measured(pair_counts=pair_counts(labelled))]) == []
+
+
+def test_answers_of_a_source_say_nothing_about_the_policy() -> None:
+    bad = {
+        "sampled": measured().sampled.model_copy(update={"mean_words": 2.0, "distinct_share": 0.1, "ended_share": 0.0}),
+        "answer_counts": AnswerCounts(
+            mean_words_error=0.1, nats_per_token=0.1, vocabulary=9.0, self_praise=1, to_judge=1
+        ),
+    }
+    good = {
+        "sampled": measured().sampled.model_copy(update={"mean_words": 90.0}),
+        "answer_counts": AnswerCounts(
+            mean_words_error=0.1, nats_per_token=1.0, vocabulary=90.0, self_praise=0, to_judge=0
+        ),
+    }
+    its_own, of_others = measured(**good), measured(**bad)
+    kinds = {kind for kind, _ in told([its_own, of_others], short_answers={})}
+    given = of_others.model_copy(update={"given": True})
+    assert kinds == {"short_answers", "equal_answers", "cut_off", "collapse", "jump", "self_praise"}
+    assert told([its_own, given], short_answers={}) == []
+    # Nor is what it samples afterwards held against them.
+    assert told([given, its_own], short_answers={}) == []
 
 
 def test_what_is_counted_of_answers() -> None:

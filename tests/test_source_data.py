@@ -221,6 +221,10 @@ def test_such_a_run_is_verified_measured_and_replayed(trained: RunDir, tmp_path:
     assert verify(trained).holds
     metrics = read_record(trained.iteration(0).path / "metrics.json", IterationMetrics)
     assert (metrics.kept, metrics.votes, metrics.mean_agreement, metrics.trained_pairs) == (4, 0, None, 4)
+    # Its answers are short, and nobody voted: neither the policy nor the judge is at fault.
+    told = {e.data["kind"] for e in trained.events() if e.kind == "alarm"}
+    assert not told & {"abstained", "short_answers"}
+    assert (metrics.given, metrics.judged) == (True, None)
     assert read_record(trained.evaluation(3).path / "metrics.json", EvaluationMetrics).win_rate is not None
     settings, _ = settings_of(trained, tmp_path, overrides=["filters.min_agreement=1.0"])
     again = replay(trained, settings)

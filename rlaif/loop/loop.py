@@ -116,7 +116,9 @@ class Loop(Running):
             ballots=it.dir.meta("votes").get("ballots", len(it.votes)),
             seconds={stage: it.dir.meta(stage)["seconds"] for stage in ITERATION_NAMES if it.dir.is_complete(stage)},
             jurors=self._tell_jurors(it),
-            judged=judged_stats(list(zip(it.pairs, it.decisions, strict=True)), texts, ends),
+            judged=judged_stats(
+                [(p, d) for p, d in zip(it.pairs, it.decisions, strict=True) if d.source == "votes"], texts, ends
+            ),
             gap=gap_of(it.dir),
             decoding=decoding_of(it.dir),
             stopped_at_kl=stopped_at_kl(self, it, it.steps),

@@ -1,4 +1,7 @@
-"""Monitors of the answers that the policy samples, whoever judges them. Pure."""
+"""Monitors of the answers that the policy samples, whoever judges them. Pure.
+
+They say nothing where it sampled none (`source`).
+"""
 
 from __future__ import annotations
 
@@ -25,22 +28,20 @@ _BEYOND_CHANCE = 3.5
 
 def short_answers(settings: ShortAnswersMonitor, history: History) -> Iterator[Finding]:
     """Few words an answer."""
-    words, least = history.now.sampled.mean_words, settings.limit
-    if words < least:
+    if (now := history.sampled) and (words := now.sampled.mean_words) < (least := settings.limit):
         yield Finding(f"sampled answers have {words:.1f} words on average, under {least:g}", words, least)
 
 
 def equal_answers(settings: EqualAnswersMonitor, history: History) -> Iterator[Finding]:
     """The same answer again and again."""
-    share = history.now.sampled.distinct_share
-    if share < settings.limit:
+    if (now := history.sampled) and (share := now.sampled.distinct_share) < settings.limit:
         yield Finding(f"only {share:.0%} of the sampled answers are distinct", share, settings.limit)
 
 
 def cut_off(settings: CutOffMonitor, history: History) -> Iterator[Finding]:
     """Answers that don't end."""
-    cut, most = 1 - history.now.sampled.ended_share, settings.limit
-    if cut > most:
+    most = settings.limit
+    if (now := history.sampled) and (cut := 1 - now.sampled.ended_share) > most:
         message = (
             f"the length limit cut off {cut:.0%} of the sampled answers, over {most:.0%}: raise "
             "sampling.max_tokens, or ask for shorter answers"
@@ -49,10 +50,10 @@ def cut_off(settings: CutOffMonitor, history: History) -> Iterator[Finding]:
 
 
 def collapse(settings: CollapseMonitor, history: History) -> Iterator[Finding]:
-    """Few different words, or no doubt about any. Held against the run's first iteration, whatever the text: one text
-    may ask for other words than another, none for so few."""
-    first, now = history.iterations[0].answer_counts, history.now.answer_counts
-    if first is None or now is None:
+    """Few different words, or no doubt about any. Held against the run's first iteration that sampled, whatever the
+    text: one text may ask for other words than another, none for so few."""
+    sampled = [m.answer_counts for m in history.iterations if not m.given]
+    if history.sampled is None or (first := sampled[0]) is None or (now := sampled[-1]) is None:
         return
     what = f"different words in {VOCABULARY_WORDS} of the sampled answers' words"
     for before, measured, least, said, digits in (
@@ -69,7 +70,7 @@ def collapse(settings: CollapseMonitor, history: History) -> Iterator[Finding]:
 
 def jump(settings: JumpMonitor, history: History) -> Iterator[Finding]:
     """From one iteration to the next: what training does in many is no jump."""
-    if len(under := history.under_this_text) < 2:
+    if len(under := history.under_this_text) < 2 or under[-2].given or under[-1].given:
         return
     before, now = under[-2], under[-1]
     longer, shorter = sorted((now.sampled.mean_words, before.sampled.mean_words), reverse=True)
@@ -99,7 +100,7 @@ def _length_error(*iterations: IterationMetrics) -> float | None:
 
 def self_praise(settings: SelfPraiseMonitor, history: History) -> Iterator[Finding]:
     """What pleases a judge, in place of an answer."""
-    counts, of = history.now.answer_counts, history.now.sampled.answers
+    counts, of = history.sampled and history.sampled.answer_counts, history.now.sampled.answers
     for some, doing in (
         ((counts.self_praise, "praise themselves"), (counts.to_judge, "speak to their judge")) if counts else ()
     ):

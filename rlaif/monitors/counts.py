@@ -51,14 +51,15 @@ def vocabulary(texts: Iterable[str], words: int = VOCABULARY_WORDS) -> float | N
 
 
 def pair_counts(decisions: Sequence[Decision]) -> PairCounts:
-    """What charts of the judge are made of."""
-    verdicts = [d.verdict for d in decisions]
+    """What charts of the judge are made of. A pair that a data set labelled was put before no judge."""
+    judged = [d for d in decisions if d.source == "votes"]
+    verdicts = [d.verdict for d in judged]
     return PairCounts(
         pairs=len(verdicts),
         abstained=sum(v.outcome == "abstain" for v in verdicts),
         unanimous=sum(v.agreement is not None and v.agreement > 1 - 1e-9 for v in verdicts),
         flipped=sum(v.order_flip for v in verdicts),
-        kept=sum(d.status == "kept" for d in decisions),
+        kept=sum(d.status == "kept" for d in judged),
     )
 
 

@@ -43,6 +43,12 @@ class History:
         return self.iterations[-1]
 
     @property
+    def sampled(self) -> IterationMetrics | None:
+        """The iteration that is looked at, where the policy sampled its answers: those of a `source` say nothing about
+        it."""
+        return None if self.now.given else self.now
+
+    @property
     def evaluated(self) -> EvaluationMetrics | None:
         """The evaluation of what that iteration made, where there is one."""
         newest = self.evaluations[-1] if self.evaluations else None

@@ -61,6 +61,7 @@ def iteration_metrics(
         constitution=plan.constitution,
         policy=plan.policy,
         sampled=answer_stats(completions),
+        given=plan.source is not None,
         pairs=len(pairs),
         votes=len(votes),
         ballots_saved=ballots - len(votes),

@@ -21,7 +21,7 @@ _PIPELINE = "pipeline"
 _HELD_OUT = f"{_PIPELINE}/held_out"
 _GAPS = ("weights_gap", "decoding_gap")
 """Fields with names of their own: of the hand-over, not of iteration or evaluation."""
-_NO_NUMBERS = frozenset({"iteration", "updates", "policy", "constitution", "learner_metrics", *_GAPS})
+_NO_NUMBERS = frozenset({"iteration", "updates", "policy", "given", "constitution", "learner_metrics", *_GAPS})
 """Fields that say what was measured, and those with names of their own."""
 
 
