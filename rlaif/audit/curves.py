@@ -37,8 +37,9 @@ def curve_of(run: RunDir) -> Curve:
     changes: list[TextChange] = []
     for k in run.iterations():
         plan = _found(run.iteration(k).path / "plan.json", Plan, problems)
-        if plan and (not changes or changes[-1].hash != plan.constitution.hash):
-            changes.append(TextChange(iteration=k, constitution=str(plan.constitution), hash=plan.constitution.hash))
+        text = plan.in_force.constitution if plan else None  # not what a source's pairs were judged under
+        if text and (not changes or changes[-1].hash != text.hash):
+            changes.append(TextChange(iteration=k, constitution=str(text), hash=text.hash))
     metrics = [_found(run.evaluation(k).path / "metrics.json", EvaluationMetrics, problems) for k in run.evaluations()]
     return Curve(
         run=run.path.name,

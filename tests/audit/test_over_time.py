@@ -15,7 +15,7 @@ from rlaif.audit.over_time import MEASURES, Reach, grouped, over_time, reach
 from rlaif.audit.picture import draw_over_time
 from rlaif.cli import app
 from rlaif.errors import UserError
-from rlaif.records import ConstitutionRef, EvaluationMetrics, Plan, PolicyVersion
+from rlaif.records import ConstitutionRef, EvaluationMetrics, Plan, PlanSource, PlanTexts, PolicyVersion
 from rlaif.rundir.store import RunDir, read_record, write_json
 from tests.stubs import stub_job, stub_loop
 
@@ -141,6 +141,22 @@ def test_what_was_before_the_change_is_no_way_to_it(tmp_path: Path) -> None:
     assert (first.after, first.not_after, first.runs) == (4, 2, (4,))
     of_itself = reach(found, "on", "words", 0.5)
     assert (of_itself.start, of_itself.end, of_itself.reached[0].after) == (20, 88, 2)
+
+
+def test_a_change_is_one_of_the_text_in_force_whatever_labelled_the_pairs(tmp_path: Path) -> None:
+    """A branch that goes on offline under the new text, on pairs that were judged under the old one."""
+    run = made(tmp_path, "offline", {0: 50, 2: 20, 4: 60}, {0: OLD, 2: NEW})
+    for k in (2, 3):
+        path = run.iteration(k).path / "plan.json"
+        plan = read_record(path, Plan)
+        noted = PlanSource(
+            path="online", iteration=0, iterations=(0, 1), sha256="0" * 64, in_force=PlanTexts(constitution=NEW)
+        )
+        stored = plan.model_copy(update={"constitution": OLD, "source": noted})
+        write_json(path, stored.model_dump(mode="json"))
+    [group] = over_time({"offline": [run]}, "change", ["win_rate"]).groups
+    assert [(c.after, c.constitution) for c in group.changes] == [(0, "rules@2")]
+    assert [(p.after, p.values["win_rate"].mean) for p in group.points if p.values] == [(2, 0.6)]
 
 
 def test_a_mean_over_some_of_the_seeds_is_no_aim(tmp_path: Path) -> None:
