@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,8 @@ def overview(
     """Without a command: the run on one screen."""
     from rlaif.rundir.store import RunDir
 
+    if ctx.invoked_subcommand is not None and "--help" in sys.argv[1:]:
+        return  # what a command does can be read without a run
     ctx.obj = RunDir.open(run)
     if ctx.invoked_subcommand is None:
         from rlaif.audit.overview import overview as ask

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlaif.errors import UserError
+
 if TYPE_CHECKING:
     from rlaif.audit.runs import RunRow
 
@@ -19,12 +21,17 @@ def runs(
     """List the runs of a folder, each branch below the run that it went on from."""
     import json
 
-    from rlaif.audit.runs import runs_in
+    from rlaif.audit.runs import is_run, runs_in
     from rlaif.console import Listing, stdout_console, visible
 
+    if is_run(folder):
+        raise UserError(f"{folder}: this is a run, not a folder of them; `rlaif status {folder}` says where it stands")
     rows = runs_in(folder)
     if json_:
         typer.echo(json.dumps([row.model_dump(mode="json") for row in rows], indent=1))
+        return
+    if not rows:
+        typer.echo(f"no run in {folder}; `rlaif run JOB` makes one", err=True)
         return
     columns = ("run", "from", "iterations", "text", "win rate", "95%", "KL/token", "alarms", "size", "shared")
     listing = Listing(*columns, right=("iterations", "win rate", "KL/token", "alarms", "size", "shared"))

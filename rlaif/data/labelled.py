@@ -376,9 +376,8 @@ class _Reader:
             if not found
         ]
         if missing:
-            raise UserError(
-                f"{path}: which column is the {missing[0]}? It has {', '.join(head)}; say --map {missing[0]}=COLUMN"
-            )
+            how = f"set source.columns.{missing[0]}=COLUMN" if to_train else f"say --map {missing[0]}=COLUMN"
+            raise UserError(f"{path}: which column is the {missing[0]}? It has {', '.join(head)}; {how}")
         # Another project's `split` (train, validation, ...) is a column like any other.
         self.has_splits = any(row.values.get("split") in ("dev", "test") for row in table)
         self.cells: list[tuple[Any, Outcome]] = []

@@ -41,6 +41,8 @@ class IndexRow(Record):
 def index_rows(run: RunDir) -> list[IndexRow]:
     """The index up to the newest mix: as it lies in the run where it is whole, else from the log. Writes nothing."""
     last = _newest_mix(run)
+    if last < 0:
+        return []
     if _covers(run) == last:
         try:
             return read_rows(run.path / FOLDER / FILE, IndexRow)

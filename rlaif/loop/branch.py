@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from rlaif.config import Job, changed_keys, may_change, of_run, parse_job
+from rlaif.constitutions.constitution import load_constitution
 from rlaif.errors import UserError
 from rlaif.own_code import load
 from rlaif.records import Event, HumanLabel, Parent, Record, UpdateStep, digest, stored
@@ -74,6 +75,7 @@ def branch(run: RunDir, at: int, name: str, overrides: Sequence[str] = (), new_o
         raise UserError(f"--name {name}: {where} is there already; take another name")
     start = _start(run, at, new_optimizer)
     job, changed = _job(run, at, overrides)
+    _check_there(job, run, where)
     if job.name is not None:
         job = job.model_copy(update={"name": name})
     partial = _beside(run, f"{name}.partial")
@@ -106,7 +108,8 @@ def rollback(path: Path, to: int, new_optimizer: bool = False) -> RunDir:
         start = _start(run, to, new_optimizer)
         if run.iterations()[-1] < to and not new_optimizer:
             raise UserError(
-                f"{to} iterations: nothing came after them in {path}; `rlaif run {path}` goes on from there"
+                f"after {to}: nothing came after that in {path}; `rlaif run {path}` goes on from there, with more "
+                "iterations where it is done (--set iterations=N --allow-change)"
             )
         number = next(n for n in itertools.count(1) if not _beside(run, _before(run, n)).exists())
         before, partial = _beside(run, _before(run, number)), half.with_name(f"{half.name}.partial")
@@ -116,6 +119,23 @@ def rollback(path: Path, to: int, new_optimizer: bool = False) -> RunDir:
         os.rename(path, before)
         os.rename(half, path)
     return RunDir(before)
+
+
+def _check_there(job: Job, run: RunDir, where: Path) -> None:
+    """Whether the texts and the source that a branch names, and its parent didn't, are there: found an hour later, it
+    could not be mended any more.
+
+    Raises:
+        UserError: they aren't, or can't be read.
+    """
+    from rlaif.loop.source import open_source
+
+    before = run.job()
+    known = {before.constitution, *(before.schedule or {}).values()}
+    for reference in {job.constitution, *(job.schedule or {}).values()} - known - {None}:
+        load_constitution(Path(job.constitutions_dir), str(reference))
+    if job.source is not None and job.source != before.source:
+        open_source(job, Path(), RunDir(where))
 
 
 class _Start(NamedTuple):
@@ -137,13 +157,15 @@ def _start(run: RunDir, at: int, new_optimizer: bool) -> _Start:
     kept = {found.iterations: found for found in checkpoints(run)}
     if at not in kept:
         done = f"has done {len(kept)} iterations; give one of 1 to {len(kept)}" if kept else "has done no iteration yet"
-        raise UserError(f"{at} iterations: {run.path} {done}")
+        raise UserError(f"after {at}: {run.path} {done}")
     found = kept[at]
     if found.updated is None:
         return _Start(at, None, None)
     if not found.policy or not (found.state or new_optimizer):
         what = "the learner's state" if found.policy else "the policy"
-        raise UserError(f"{at} iterations: {run.path} has {what} of then no more; {_nearest([*kept.values()], at)}")
+        raise UserError(
+            f"after {at}: {run.path} no longer has {what} of then (keep_checkpoints); {_nearest([*kept.values()], at)}"
+        )
     if not new_optimizer:
         return _Start(at, found.updated, None)
     learner = run.job().learner

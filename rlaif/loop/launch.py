@@ -40,14 +40,13 @@ from rlaif.own_code import resolved
 from rlaif.records import SCHEMA_VERSION, Message, Prompt, Record, Vote, digest
 from rlaif.rundir.heads import write_head
 from rlaif.rundir.stages import REFERENCE_VOTES, VOTES
-from rlaif.rundir.store import RunDir, read_json, read_rows, replacing, write_json
+from rlaif.rundir.store import STARTING, RunDir, read_json, read_rows, replacing, write_json
 from rlaif.sampling import PromptProblem
 from rlaif.workers.placement import Placed, place, usable_gpus
 from rlaif.workers.start import start_worker, wait_until_ready
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
 
-_STARTING = ".starting"
 """Marks a folder in which a start writes and that has no run.json yet."""
 
 _COPIES = ("prompts", "constitutions", "calibration.json", "events.jsonl")
@@ -186,7 +185,7 @@ def _look(
     source = open_source(job, base_dir, run, note)
     if not _begun(run):
         check_can_update(job, source)
-        (run.path / _STARTING).touch()
+        (run.path / STARTING).touch()
     in_force = InForce(job, run, base_dir, note)
     rows: dict[str, str] = {}
     train, held_out = prompts_of(run, job, base_dir, note, rows, source)
@@ -433,8 +432,8 @@ def _clear_failed_start(run: RunDir, job: Job, own_code: dict[str, str]) -> None
     header = run.path / "run.json"
     if not _begun(run):
         left = [".lock", "logs", header.name]
-        if (run.path / _STARTING).exists():  # without it, folders of these names are somebody's own
-            left += [_STARTING, *_COPIES]
+        if (run.path / STARTING).exists():  # without it, folders of these names are somebody's own
+            left += [STARTING, *_COPIES]
         if others := sorted(p.name for p in run.path.iterdir() if p.name.removesuffix(".partial") not in left):
             raise UserError(
                 f"{run.path}: holds `{others[0]}` but no run.json, so it is no run to go on with and no place for a "
@@ -684,7 +683,7 @@ def write_header(
     if changed:  # before run.json says it: were the run killed in between, the change would never be told
         run.event("job_changed", changed)
     write_json(path, header)
-    (run.path / _STARTING).unlink(missing_ok=True)
+    (run.path / STARTING).unlink(missing_ok=True)
 
 
 def _check_models(run: RunDir, found: dict[str, Any]) -> None:

@@ -31,6 +31,8 @@ from rlaif.records import SCHEMA_VERSION, EvaluationMetrics, Event, IterationMet
 R = TypeVar("R", bound=Record)
 
 ROW_DIGEST_BYTES = 4
+STARTING = ".starting"
+"""File in a run that has no run.json yet: its models are being loaded."""
 
 
 @contextmanager
@@ -321,6 +323,8 @@ class RunDir:
             UserError: no run there, or one that a newer rlaif wrote.
         """
         refuse_half_rolled_back(path)
+        if (path / STARTING).exists() and not (path / "run.json").exists():
+            raise UserError(f"{path}: this run is starting, or stopped while it was; nothing is in it yet")
         if not (path / "run.json").exists():
             raise UserError(f"{path}: not a run directory (no run.json in it); `rlaif run JOB` makes one under runs/")
         run = cls(path)

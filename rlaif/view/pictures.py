@@ -346,7 +346,7 @@ class _OverTime:
             intervals=_intervals(self.evaluations, lambda e: e.kl_interval),
             write=decimals(3),
             note=_about_kl(self.evaluations),
-            empty="not measured (eval.kl_prompts: 0)",
+            empty="not measured (eval.kl_prompts: 0)" if self.evaluations else "no evaluation yet",
         )
         yield self._line(
             "sanity",
@@ -381,7 +381,7 @@ class _OverTime:
             write=percent,
             y_range=(0, 1),
             note="mechanical, never a training label",
-            empty="no principle has a check",
+            empty="no principle has a check" if self.evaluations else "no evaluation yet",
         )
 
     def _line(
