@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -279,10 +280,10 @@ def test_what_a_branch_may_change_is_a_setting(key: str) -> None:
 def test_a_state_that_is_not_kept_is_named_with_the_nearest(tmp_path: Path) -> None:
     parent = go_on(tmp_path, iterations=4, filters={"min_kept_pairs": 1})
     for at, message in (
-        (2, "no more; the nearest that is kept whole is after 4, --new-optimizer goes on .* alone, after 2"),
-        (1, "has the policy of then no more"),
-        (0, "0 iterations: .*run has done 4 iterations; give one of 1 to 4"),
-        (5, "5 iterations: .*run has done 4"),
+        (2, "the nearest that is kept whole is after 4, --new-optimizer goes on .* alone, after 2"),
+        (1, "no longer has the policy of then"),
+        (0, "after 0: .*run has done 4 iterations; give one of 1 to 4"),
+        (5, "after 5: .*run has done 4"),
     ):
         with pytest.raises(UserError, match=message):
             branch(parent, at, "child")
@@ -407,3 +408,22 @@ def test_a_branch_takes_nothing_from_the_lock_of_a_run_at_work(tmp_path: Path) -
     assert child.iterations() == [0, 1, 2]
     assert parent.iterations() == [0, 1]
     assert verify(parent).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("constitution=none", "constitution `none`"),
+        ("source={run: none}", "none"),
+        ("source={data: none.jsonl}", "none.jsonl"),
+    ],
+)
+def test_a_text_or_a_source_that_is_not_there_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, message: str
+) -> None:
+    parent = go_on(tmp_path, iterations=3)
+    monkeypatch.chdir(tmp_path)
+    more = ["schedule=null"] if changed.startswith("constitution") else []
+    with pytest.raises(UserError, match=re.escape(message)):
+        branch(parent, 2, "child", [*more, changed])
+    assert not (tmp_path / "child").exists()

@@ -118,7 +118,7 @@ def test_who_reads_the_run_meanwhile_reads_what_it_is_now(tmp_path: Path) -> Non
 def test_what_a_rollback_refuses(tmp_path: Path, run: RunDir) -> None:
     with pytest.raises(UserError, match="the nearest that is kept whole is after 2"):
         rollback(run.path, 1)
-    with pytest.raises(UserError, match="nothing came after them"):
+    with pytest.raises(UserError, match="nothing came after that"):
         rollback(run.path, 4)
     with run.lock(), pytest.raises(UserError, match="another process writes this run"):
         rollback(run.path, 2)

@@ -56,7 +56,7 @@ def test_pairs_of_a_skipped_update_trained_nothing() -> None:
     assert facts.trained == all_ - left
     assert f"Only {all_ - left} preferences were trained on." in make_report(Index.open(run), run).caveats
     html = render("report.html", report=(r := make_report(Index.open(run), run)), facts=r.facts, pictures=[], style="",
-                  reasons={}, job_yaml="")  # fmt: skip
+                  reasons={}, answers=[], job_yaml="")  # fmt: skip
     assert f"{all_ - left} trained on" in html
 
 
@@ -106,7 +106,9 @@ def test_the_win_rate_at_equal_length_stands_beside_the_raw_one(
         assert [found for found in out.splitlines() if "equal length" in found] == ([line] if line else [])
     assert "win rate 0.90 (0.80-0.95)" in in_audit
     report = make_report(index, run)
-    html = render("report.html", report=report, facts=report.facts, pictures=[], style="", reasons={}, job_yaml="")
+    html = render(
+        "report.html", report=report, facts=report.facts, pictures=[], style="", reasons={}, answers=[], job_yaml=""
+    )
     assert ("60 % (40 % to 80 %)" in html.replace("\N{NO-BREAK SPACE}", " ")) == (fields == CONTROLLED)
     assert ("unknown: one sided" in html) == ("length_controlled_unknown" in fields)
     assert any("may be a matter of length" in c for c in report.caveats) == (fields == CONTROLLED)

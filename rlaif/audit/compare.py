@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlaif.audit.curves import TextChange
 from rlaif.audit.index import Index
-from rlaif.audit.overview import EvaluationRow, TextChange, Totals, overview
+from rlaif.audit.overview import EvaluationRow, Totals, overview
 from rlaif.config import changed_keys
 from rlaif.records import Outcome, Record
 from rlaif.rundir.store import RunDir

@@ -9,13 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlaif.audit.overview import TextChange
 from rlaif.config import changed_keys
 from rlaif.errors import RlaifError
 from rlaif.records import EvaluationMetrics, Plan, Record
 from rlaif.rundir.store import RunDir, read_record
 
 R = TypeVar("R", bound=Record)
+
+
+class TextChange(Record):
+    """A text came into force."""
+
+    iteration: int
+    """The first one under it, from 0."""
+    constitution: str
+    hash: str
 
 
 class Curve(Record):

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rlaif.audit.curves import TextChange
 from rlaif.audit.index import Index
 from rlaif.audit.tables import VOTE_TABLES
 from rlaif.config import Price, Source
@@ -75,15 +76,6 @@ class EvaluationRow(Record):
     checks: dict[str, float]
     retention: Retention | None = None
     """What of the base policy's abilities is left; None where it isn't measured."""
-
-
-class TextChange(Record):
-    """A text came into force."""
-
-    iteration: int
-    """The first one under it, from 0."""
-    constitution: str
-    hash: str
 
 
 class MixedUpdate(Record):

@@ -68,6 +68,9 @@ def compare(
         from rlaif.view.comparison import write_comparison
 
         write_comparison(found, reached, html)
+    for written in (picture, html):
+        if written is not None:
+            typer.echo(f"written: {written}", err=True)
     if json_:
         import json
 
@@ -75,10 +78,14 @@ def compare(
         typer.echo(json.dumps(whole, ensure_ascii=False))
         return
     _print(found, reached)
+    for name in measures:
+        if not any(name in point.values for group in found.groups for point in group.points):
+            typer.echo(f"rlaif: {name}: not measured in any of these runs", err=True)
 
 
 def _groups(arguments: Sequence[str]) -> dict[str, list[RunDir]]:
     """Groups as they were named, then the runs without a name by their jobs."""
+    from rlaif.audit.curves import curve_of
     from rlaif.audit.over_time import grouped
 
     named: dict[str, list[RunDir]] = {}
@@ -89,6 +96,11 @@ def _groups(arguments: Sequence[str]) -> dict[str, list[RunDir]]:
             named.setdefault(name, []).extend(_opened(pattern))
         else:
             others += _opened(argument)
+    without = [run for run in others if not curve_of(run).evaluations]
+    if len(without) < len(others):  # of a folder, runs that have just begun
+        for run in without:
+            typer.echo(f"rlaif: {run.path}: no evaluation in it yet; it is left out", err=True)
+        others = [run for run in others if run not in without]
     rest = grouped(others)
     if twice := sorted(named.keys() & rest.keys()):
         raise UserError(f"two groups are called `{twice[0]}`; give one of them another name, as NAME=RUN")

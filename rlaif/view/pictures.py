@@ -237,7 +237,7 @@ def of_groups(found: OverTime) -> list[Picture]:
         _Change(at, " / ".join(names), who="; ".join(f"{name} in {', '.join(of)}" for name, of in names.items()))
         for at, names in sorted(turns.items())
     ]
-    after = [p.after for group in found.groups for p in group.points]
+    after = [e.after for group in found.groups for run in group.runs for e in run.evaluations]
     label = "iterations since the change" if found.axis == "change" else "iteration"
     time = _Time(label, min(after), max(max(after), min(after) + 1), changes)
     made = []
@@ -250,7 +250,10 @@ def of_groups(found: OverTime) -> list[Picture]:
                 measure.says,
                 {group: [(x, s.mean) for x, s in points] for group, points in spread.items()},
                 time,
-                intervals={group: [(x, s.low, s.high) for x, s in points] for group, points in spread.items()},
+                # Between runs: a single one has no such interval.
+                intervals={g: [(x, s.low, s.high) for x, s in of if s.runs > 1] for g, of in spread.items()},
+                # A number that depends on the text isn't joined across a change of it.
+                breaks={g.name: [c.after + 0.5 for c in g.changes] for g in found.groups} if measure.depends else None,
                 write=percent if measure.percent else plain,
                 empty="not measured",
             )

@@ -276,7 +276,10 @@ def test_any_flipped_bit_of_any_covered_file_is_found(written: Path, tmp_path: P
     files = [
         p
         for p in sorted((tmp_path / "run").rglob("*"))
-        if p.is_file() and p.parent.name != "policy" and "learner" not in p.parts and p.name != "run.json"
+        if p.is_file()
+        and p.parent.name not in ("policy", "replay")
+        and "learner" not in p.parts
+        and p.name != "run.json"
     ]
     assert {"heads.jsonl", "events.jsonl", "plan.json", "votes.jsonl", "votes.meta.json"} < {p.name for p in files}
     grown = next(head.growing for head in reversed(read_heads(tmp_path / "run")) if head)

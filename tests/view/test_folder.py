@@ -20,6 +20,7 @@ from rlaif.audit.curves import curve_of
 from rlaif.loop.branch import rollback
 from rlaif.rundir.store import RunDir
 from rlaif.view.pictures import side_by_side
+from tests.audit.conftest import STORED
 from tests.stubs import stub_job
 from tests.test_branch import keep
 from tests.view.conftest import served, tab
@@ -208,3 +209,14 @@ def test_screenshot_of_the_folder(chromium: Browser, folder: Path, tmp_path: Pat
         bottom = t.page.locator(".pictures").evaluate("e => e.getBoundingClientRect().bottom + scrollY")
         t.page.screenshot(path=picture, full_page=True, clip={"x": 0, "y": 0, "width": 1260, "height": bottom + 16})
     assert 10_000 < picture.stat().st_size < 150_000
+
+
+def test_a_run_that_has_just_begun_stands_in_the_tree(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for name in ("done", "begun"):
+        shutil.copytree(STORED, runs / name)
+    shutil.rmtree(runs / "begun" / "evaluations")
+    with served(runs) as url:
+        code, _, page = get(url)
+    assert code == 200, page
+    assert "begun" in page
