@@ -425,5 +425,5 @@ def test_a_text_or_a_source_that_is_not_there_is_told_before_anything_is_made(
     monkeypatch.chdir(tmp_path)
     more = ["schedule=null"] if changed.startswith("constitution") else []
     with pytest.raises(UserError, match=re.escape(message)):
-        branch(parent, 2, "child", [*more, changed])
+        branch(parent, 3, "child", [*more, changed])
     assert not (tmp_path / "child").exists()
