@@ -16,6 +16,7 @@ from rlaif.audit.verify import verify
 from rlaif.data.prompts import exclude_held_out, held_out_id
 from rlaif.errors import RlaifError, UserError
 from rlaif.loop.branch import branch
+from rlaif.loop.source import open_source
 from rlaif.loop.source_run import StoredPairs
 from rlaif.records import (
     Completion,
@@ -32,7 +33,7 @@ from rlaif.rundir.store import RunDir, read_record
 from tests.conftest import project_job
 from tests.data.make_run import write_header
 from tests.offline import offline_job, offline_loop
-from tests.stubs import Quiet, stub_job, stub_loop
+from tests.stubs import Quiet, stub_job, stub_loop, write_texts
 from tests.test_resume import outcome
 
 SAME = ("completions", "scores", "pairs", "decisions", "preferences")
@@ -246,6 +247,52 @@ def test_a_source_is_counted_from_where_it_began(online: RunDir, tmp_path: Path)
     assert [loop.dir.plan(k).source and loop.dir.plan(k).source.iteration for k in range(4)] == [None, None, None, 0]
     ids = [p.id for k in range(4) for p in loop.dir.iteration(k).read("pairs", Pair)]
     assert len(ids) == len({*ids})
+
+
+def go_on(root: Path, run: RunDir) -> None:
+    job = run.job()
+    loop = stub_loop(root, job, name=run.path.name)
+    loop.source = open_source(job, root, run)
+    assert loop.source is not None
+    loop.source.settle(loop.train)
+    loop.run()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "then"),
+    [
+        ([], [0, 1, 0, 1, 0]),
+        (["source.rejudge=true"], [0, 1, 0, 1, 0]),
+        (["source.iterations=2-3"], [0, 1, 0, 2, 3]),
+        (["source={run: theirs}"], [0, 1, 0, 0, 1]),
+    ],
+)
+def test_a_branch_may_take_other_pairs(online: RunDir, tmp_path: Path, overrides: list[str], then: list[int]) -> None:
+    """Another source begins at its first iteration; the same one goes on where it was."""
+    shutil.copytree(online.path, tmp_path / "theirs")
+    loop = offline_loop(tmp_path, offline_job(online.path, iterations="0-1", filters={"min_kept_pairs": 1}))
+    for k in range(3):
+        loop.iterate(k)
+    child = branch(loop.dir, 3, "child", [*overrides, "iterations=5"])
+    go_on(tmp_path, child)
+    assert [child.plan(k).source.iteration for k in range(5)] == then  # type: ignore[union-attr]
+    assert verify(child).findings == ()
+
+
+def test_a_text_of_the_source_alone_was_never_in_force(online: RunDir, tmp_path: Path) -> None:
+    """Labels under two texts, none of them the job's: nothing changes, and nobody is asked about them."""
+    job = stub_job(
+        iterations=4, schedule={0: "rules@3"}, source={"run": str(online.path)}, filters={"min_kept_pairs": 1},
+        eval={"every": 1, "prompts": 3, "retention": True}, learner={"reference": "at_change"},
+    )  # fmt: skip
+    write_texts(tmp_path, 3)
+    loop = offline_loop(tmp_path, job)
+    loop.run()
+    assert len({loop.dir.plan(k).constitution.hash for k in range(4)}) == 2
+    for found in loop.dir.evaluations_measured(range(5)):
+        assert found.retention is not None
+        assert found.retention.earlier == {}
+    assert [loop.hand_over.reference_at_change(k) for k in range(4)] == [None] * 4
 
 
 # A whole launch: the tiny model, real sampler, judge and learner.

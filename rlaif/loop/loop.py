@@ -95,8 +95,9 @@ class Loop(Running):
             prompt_ids=tuple(p.id for p in asked),
             evaluate=last or (k + 1) % self.job.eval.every == 0,
         )
-        if source:  # counted from where it began: what was before, this run may have sampled
-            plan = source.planned(plan, sum(self.dir.plan(i).source is not None for i in range(k)), self.dir)
+        if source:  # counted from where it began: what was before, this run may have sampled, or taken elsewhere
+            before = (self.dir.plan(i).source for i in range(k))
+            plan = source.planned(plan, sum(noted is not None and source.gave(noted) for noted in before), self.dir)
         here.path.mkdir(parents=True, exist_ok=True)
         write_json(path, plan.model_dump(mode="json"))
         return plan

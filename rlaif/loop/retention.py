@@ -175,6 +175,6 @@ def earlier_plans(run: Running, plan: Plan) -> list[Plan]:
     """The newest plan under each text that was in force before and isn't under this plan, oldest text first."""
     newest: dict[str, Plan] = {}
     for k in range(plan.iteration):
-        before = run.dir.plan(k)
+        before = run.dir.plan(k).in_force
         newest[before.constitution.hash] = before
     return [before for digest, before in newest.items() if digest != plan.constitution.hash]

@@ -150,6 +150,9 @@ class PairSource(Protocol):
     def planned(self, plan: Plan, position: int, run: RunDir) -> Plan:
         """The plan of the iteration at `position` among those with a source, from 0; copies the texts that it names."""
 
+    def gave(self, noted: PlanSource) -> bool:
+        """Whether a plan took its pairs from it: the next one goes on after them. A branch may have another source."""
+
     def check(self, noted: PlanSource) -> None:
         """Whether it still is what a plan noted."""
 

@@ -120,6 +120,10 @@ class LabelledPairs:
         noted = PlanSource(path=self.path, position=position, sha256=self.sha256, rejudged=self.settings.rejudge)
         return plan.model_copy(update={"prompt_ids": tuple(asked), "source": noted})
 
+    def gave(self, noted: PlanSource) -> bool:
+        """Whether a plan took its rows from it."""
+        return noted.position is not None and noted.path == self.path
+
     def check(self, noted: PlanSource) -> None:
         """Whether it is what a plan noted.
 

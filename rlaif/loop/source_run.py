@@ -30,12 +30,14 @@ class StoredPairs:
     """
 
     def __init__(self, settings: Source, base_dir: Path, planned: Sequence[PlanSource] = ()):
-        """`planned` are what the plans of this run note so far: a run that goes on takes the same iterations."""
+        """`planned` are what the plans of this run note so far: where the job names no iterations, a run that goes on
+        takes the same ones."""
         self.settings = settings
         self.path = str(settings.run)
         self._run = RunDir.open(base_dir / self.path)
         judged = [k for k in self._run.iterations() if self._run.iteration(k).is_complete("votes")]
-        wanted = planned[0].iterations if planned else tuple(self.settings.wanted or judged)
+        noted = next((p.iterations for p in reversed(planned) if p.path == self.path), None)
+        wanted = tuple(self.settings.wanted or noted or judged)
         if not wanted or not {*wanted} <= {*judged}:
             has = f"{judged[0]}-{judged[-1]}" if judged else "none"
             asked = (
@@ -109,6 +111,10 @@ class StoredPairs:
         here, there = (PlanTexts(**{n: getattr(p, n) for n in PlanTexts.model_fields}) for p in (plan, theirs))
         noted = noted.model_copy(update={"in_force": None if here == there else here})
         return plan.model_copy(update={**update, **dict(there), "source": noted})
+
+    def gave(self, noted: PlanSource) -> bool:
+        """Whether a plan took its pairs from it."""
+        return (noted.path, noted.iterations) == (self.path, self.iterations)
 
     def check(self, noted: PlanSource) -> None:
         """Whether it is what a plan noted.
