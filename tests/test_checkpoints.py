@@ -13,7 +13,7 @@ from rlaif.errors import UserError
 from rlaif.loop.branch import branch
 from rlaif.rundir.checkpoints import checkpoints, kept
 from rlaif.rundir.store import RunDir
-from tests.stubs import stub_job, stub_loop
+from tests.stubs import stub_job, stub_loop, write_texts
 from tests.test_branch import go_on, made
 
 
@@ -64,6 +64,31 @@ def test_which_updates_stay_by_number() -> None:
         assert kept(choice, 6, [0, 2, 4], updated) == (stay, stay), keep
     assert kept(None, 6, [0, 2, 4], updated) == ({0, 3, 5}, {5})
     assert kept(None, 3, [], []) == (frozenset(), frozenset())
+
+
+def at_change(root: Path, reference: str) -> RunDir:
+    """Three texts; a checkpoint is kept after every third iteration."""
+    write_texts(root, 1, 2, 3)
+    return go_on(
+        root, iterations=5, schedule={0: "rules@1", 1: "rules@2", 4: "rules@3"}, filters={"min_kept_pairs": 1},
+        learner={"reference": reference}, eval={"every": 9, "prompts": 3}, keep_checkpoints={"every": 3},
+    )  # fmt: skip
+
+
+def test_what_a_kept_state_is_pulled_to_stays(tmp_path: Path) -> None:
+    """Of another text than the one in force, too: a branch goes on under it."""
+    run = at_change(tmp_path, "at_change")
+    assert on_disk(run) == ([1, 3, 4, 5], [3, 5])
+    branch(run, 3, "child")
+    assert made(go_on(tmp_path, "child")) == made(run)
+
+
+def test_a_reference_that_was_not_kept_is_told_before_anything_is_sampled(tmp_path: Path) -> None:
+    run = at_change(tmp_path, "base")
+    child = branch(run, 3, "child", ["learner.reference=at_change"])
+    with pytest.raises(UserError, match=r"learner.reference=at_change: .*iterations/0000/policy\); restore it"):
+        go_on(tmp_path, "child")
+    assert not list(child.iteration(3).path.glob("completions*"))
 
 
 def test_a_run_that_goes_on_with_another_choice_removes_what_is_too_much(tmp_path: Path) -> None:

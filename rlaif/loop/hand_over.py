@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlaif.errors import RlaifError
+from rlaif.errors import RlaifError, UserError
 from rlaif.loop.gaps import WRONG, decoding_gap, to_score_again, weights_gap
 from rlaif.records import Completion, DecodingGap, PolicyVersion, TokenSequence, WeightsGap
 from rlaif.rundir.checkpoints import new_optimizer, policy_dir, state_dir, superfluous
@@ -48,11 +48,24 @@ class HandOver:
     def reference_at_change(self, k: int) -> WeightsRef | None:
         """The policy that the text of iteration k came into force with (`learner.reference: at_change`); None: the
         untrained one."""
-        text, first = self._run.dir.plan(k).constitution.hash, k
-        while first and self._run.dir.plan(first - 1).constitution.hash == text:
+        text, first = self._run.dir.plan(k).in_force.constitution.hash, k
+        while first and self._run.dir.plan(first - 1).in_force.constitution.hash == text:
             first -= 1
         version, weights = self.policy_before(first)
         return weights if version.iteration else None
+
+    def check_reference(self, k: int) -> None:
+        """Before anything is sampled: the reference that iteration k's update needs is there.
+
+        Raises:
+            UserError: it isn't: a branch asks for it whose parent didn't keep it.
+        """
+        reference = self.reference_at_change(k) if self._run.job.learner.reference == "at_change" else None
+        if reference is not None and not reference.path.is_dir():
+            raise UserError(
+                f"learner.reference=at_change: the policy that the text in force began with isn't kept "
+                f"({reference.path}); restore it, or branch with learner.reference=base or previous"
+            )
 
     def load_sampler(self, k: int) -> None:
         """Gives the sampler the policy that iteration k samples from, and compares it with the learner's.
@@ -104,13 +117,14 @@ class HandOver:
 
     def prune(self, k: int) -> None:
         """After iteration k, removes the checkpoints that `keep_checkpoints` doesn't name, and tells it before: each
-        policy has the size of the model, each learner's state some six times that. The reference policy stays."""
+        policy has the size of the model, each learner's state some six times that. Reference policies stay: of this
+        iteration, and of those that a branch or a rollback may go on from."""
         run = self._run
         gone = superfluous(run.dir, run.job.keep_checkpoints, k + 1)
-        if run.job.learner.reference == "at_change" and (reference := self.reference_at_change(k)) is not None:
-            gone = gone._replace(
-                policies=frozenset(i for i in gone.policies if policy_dir(run.dir, i) != reference.path)
-            )
+        if run.job.learner.reference == "at_change" and gone.policies:
+            behind = [i for i in range(k) if self._state(i).is_dir() and i not in gone.states]
+            needed = {found.path for i in (*behind, k) if (found := self.reference_at_change(i)) is not None}
+            gone = gone._replace(policies=frozenset(i for i in gone.policies if policy_dir(run.dir, i) not in needed))
         parts = [("policies", gone.policies), ("learner's states", gone.states)]
         named = [f"{what} after {', '.join(str(i + 1) for i in sorted(of))}" for what, of in parts if of]
         # A killed attempt at this iteration told it of all, and removed some.

@@ -69,6 +69,8 @@ class Loop(Running):
             if self.event_once("constitution_changed", message, k, **now.model_dump()):
                 self.progress.note(f"constitution changed: {message}")
         check_calibration(self, it)
+        if not it.dir.is_complete("updates"):
+            self.hand_over.check_reference(k)
         if k == 0:
             self._evaluate(BASE_POLICY, plan)
         elif changed:
