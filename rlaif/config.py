@@ -33,7 +33,7 @@ from pydantic import (
 )
 
 from rlaif.errors import UserError
-from rlaif.records import CodeName
+from rlaif.records import CodeName, OnChange
 
 _T = TypeVar("_T")
 Precision = Literal["auto", "bf16", "fp32"]
@@ -708,9 +708,6 @@ class OwnLearner(Learner):
 
     kind: CodeName  # type: ignore[assignment]
     """The class, as `module:Class`."""
-
-
-OnChange = Literal["expire", "rejudge", "keep"]
 
 
 class Rejudge(Section):

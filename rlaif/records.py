@@ -521,6 +521,7 @@ class Preference(Record):
 
 
 Standing = Literal["kept", "turned", "dropped", "expired", "stale", "waiting"]
+OnChange = Literal["expire", "rejudge", "keep"]
 
 
 class OldPair(Record):
@@ -539,6 +540,8 @@ class OldPair(Record):
     """`kept`: it may train as before. `turned`: it may train, with the other side chosen. `dropped`: the filters keep
     it no longer. `expired`: some of what was asked about it isn't asked any more. `stale`: the same, and it may train
     all the same (`replay.on_change: keep`). `waiting`: it isn't judged again yet."""
+    on_change: OnChange | None = None
+    """`replay.on_change` then. A run that goes on with another one looks at the pair again."""
     carried: int = 0
     """Votes that answer what the new text asks."""
     lost: int = 0

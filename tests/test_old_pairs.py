@@ -160,6 +160,54 @@ def test_kept_as_judged_is_drawn_more_rarely_and_says_which_text_judged_it(tmp_p
         assert row == fresh[row.pair_id].model_copy(update={"source": "replay"})
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "expected"),
+    [
+        ("expire", "rejudge", {"kept", "turned"}),
+        ("expire", "keep", {"stale"}),
+        ("keep", "expire", {"expired"}),
+        ("keep", "rejudge", {"kept", "turned"}),
+        ("rejudge", "expire", {"expired"}),
+        ("rejudge", "keep", {"stale"}),
+    ],
+)
+def test_a_run_goes_on_with_another_setting(tmp_path: Path, first: str, then: str, expected: set[str]) -> None:
+    """What the first made of the pairs under the same text is looked at again, but for what has all its answers."""
+    texts = ({"wish": 1, "tone": 2}, {"wish": 1, "tone": 3})
+    limit = {"rejudge": {"calls": 3}} if first == "rejudge" else {}
+    run = went(tmp_path, *texts, replay={"on_change": first, **limit})
+    before = {row.pair_id: row.standing for row in old_pairs(run, 1)}
+    went(tmp_path, *texts, iterations=4, replay={"on_change": then, **limit})
+    after = {row.pair_id: row.standing for row in old_pairs(run, 2)}
+    answered = {i for i, standing in before.items() if first == "rejudge" and standing != "waiting"}
+    assert after.keys() == before.keys() - answered
+    assert set(after.values()) <= expected
+    assert after
+    again = {p.pair_id for p in preferences(run, 2, "replay") if p.iteration == 0}
+    assert again == (answered if then == "expire" else {*before})
+    assert old_pairs(run, 3) == []
+
+
+def test_a_mix_that_is_made_is_looked_at_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after it, and gone on with another setting: what nothing trains on isn't asked."""
+    texts = ({"wish": 1, "tone": 2}, {"wish": 1, "tone": 3})
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    went(tmp_path, *texts, iterations=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("rlaif.loop.loop.update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            went(tmp_path, *texts)
+    here = RunDir(tmp_path / "run").iteration(1)
+    for name in ("old_pairs.jsonl", "old_pairs.meta.json"):  # as a version that had no such stage left it
+        (here.path / name).unlink()
+    run = went(tmp_path, *texts, replay={"on_change": "rejudge"})
+    assert not {"rejudged_votes", "old_pairs"} & {p.stem for p in here.path.glob("*.jsonl")}
+    assert run.done() == [0, 1]
+
+
 def test_a_run_that_replays_nothing_has_no_such_stage(tmp_path: Path) -> None:
     run = went(tmp_path, {"wish": 1}, {"wish": 2}, replay={"share": 0.0})
     assert not run.iteration(1).is_complete("old_pairs")

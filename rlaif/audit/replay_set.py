@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from rlaif.config import OnChange
 from rlaif.learning.replay_index import IndexRow, index_rows
 from rlaif.learning.replay_set import TRAINS, newest_about, relabelled, standing_of
-from rlaif.records import ConstitutionRef, Record
+from rlaif.records import ConstitutionRef, OnChange, Record
 from rlaif.review.labels import read_labels
 from rlaif.rundir.store import RunDir
 

@@ -244,6 +244,7 @@ STAGE_TABLES: dict[str, Table] = {
             Column("before", "VARCHAR", "r.before", "hash of the text that it was judged under"),
             Column("constitution", "VARCHAR", "r.constitution", "hash of the text that this is about"),
             Column("standing", "VARCHAR", "r.standing", "kept, turned, stale: it may train; dropped, expired, waiting"),
+            Column("on_change", "VARCHAR", "r.on_change", "replay.on_change then"),
             Column("carried", "INTEGER", "coalesce(r.carried, 0)", "votes that answer what the text asks"),
             Column("lost", "INTEGER", "coalesce(r.lost, 0)", "votes that don't"),
             Column("asked", "INTEGER", "coalesce(r.asked, 0)", "ballots that were cast for it"),

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rlaif.config import OnChange, Replay
+from rlaif.config import Replay
 from rlaif.constitutions.constitution import Change, Constitution, diff
 from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import RlaifError
 from rlaif.learning.replay_set import members
-from rlaif.records import EvaluationMetrics, OldPair, Plan, Record
+from rlaif.records import EvaluationMetrics, OldPair, OnChange, Plan, Record
 from rlaif.review.labels import labels_noted, read_labels
 from rlaif.rundir.store import RunDir, read_record
 

@@ -14,10 +14,10 @@ from rlaif.constitutions.copies import constitution_copy
 from rlaif.judging.carried import Carried, Shows, carry
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, aggregate, by_pair
-from rlaif.learning.replay_set import UNKNOWN, Member, members
+from rlaif.learning.replay_set import UNDER_IT, UNKNOWN, Member, members
 from rlaif.loop.judging import Deciding, ballots_for, tell_interrupted, templates_for
 from rlaif.loop.running import Iteration, Running, candidates
-from rlaif.records import Ballot, Completion, OldPair, Pair, Preference, Standing, Vote
+from rlaif.records import Ballot, Completion, OldPair, OnChange, Pair, Preference, Standing, Vote
 from rlaif.rundir.store import RunDir, read_record
 
 
@@ -37,7 +37,8 @@ class _Case(NamedTuple):
 def judge_old_pairs(run: Running, it: Iteration) -> list[OldPair]:
     """What the text in force makes of pairs that were judged under others; no rows where none is owed that."""
     if not it.dir.is_complete("old_pairs"):
-        owed = _owed(run, it)
+        mixed = it.dir.is_complete("preferences")  # before a kill, by other settings: nothing here would train now
+        owed = {} if mixed else _owed(run, it)
         if not owed:
             return []
         _judge(run, it, owed)
@@ -47,12 +48,27 @@ def judge_old_pairs(run: Running, it: Iteration) -> list[OldPair]:
 
 
 def _owed(run: Running, it: Iteration) -> dict[str, Member]:
-    """Pairs that could be replayed, and of which nobody knows yet what the text in force makes of them."""
+    """Pairs that could be replayed, and of which nobody knows yet what the text in force makes of them, or not by the
+    job's `replay.on_change`."""
     if not run.job.replay.share or it.labels_as_stored:  # labels as stored: their judge isn't this job's
         return {}
     old = members(run.dir, it.k, it.constitution.hash, run.job.replay.max_age)
-    open_ = (UNKNOWN, "waiting") if run.job.replay.on_change == "rejudge" else (UNKNOWN,)
-    return {i: m for i, m in old.items() if m.standing in open_}
+    return {i: m for i, m in old.items() if _is_open(m, run.job.replay.on_change)}
+
+
+def _is_open(member: Member, on_change: OnChange) -> bool:
+    if member.standing in (UNKNOWN, "waiting"):
+        return True
+    if member.standing == UNDER_IT or member.about is None:
+        return False
+    # The run goes on with another setting. What was judged again has all its answers, whatever the setting.
+    answered = member.about.on_change == "rejudge" and member.about.decision is not None
+    return member.about.on_change not in (None, on_change) and not answered
+
+
+def _is_news(row: OldPair, owed: Member) -> bool:
+    """A pair that waited before and waits still is none."""
+    return row.standing != owed.standing or owed.about is None or row.on_change != owed.about.on_change
 
 
 def _judge(run: Running, it: Iteration, owed: Mapping[str, Member]) -> None:
@@ -67,8 +83,7 @@ def _judge(run: Running, it: Iteration, owed: Mapping[str, Member]) -> None:
         deciding = Deciding(run, it, log.completions.values(), jurors)
         made = [_by_a_person(run, it, m.row) for m in owed.values() if m.row.source == "human"]
         made += [_by_the_judge(run, it, case, deciding) for case in cases]
-        # A pair that waited before and waits still is no news.
-        yield [row for row in made if row.standing != owed[row.pair_id].standing]
+        yield [row for row in made if _is_news(row, owed[row.pair_id])]
 
     it.rows("old_pairs", produce)
 
@@ -252,6 +267,7 @@ def _by_a_person(run: Running, it: Iteration, row: Preference) -> OldPair:
         before=row.constitution,
         constitution=it.constitution.hash,
         standing="stale" if run.job.replay.on_change == "keep" else "expired",
+        on_change=run.job.replay.on_change,
     )
 
 
@@ -276,6 +292,7 @@ def _by_the_judge(run: Running, it: Iteration, case: _Case, deciding: Deciding) 
         before=case.row.constitution,
         constitution=it.constitution.hash,
         standing=standing,
+        on_change=run.job.replay.on_change,
         carried=len(carried.votes) - case.asked,
         lost=len(carried.lost),
         asked=case.asked,
