@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from rlaif.audit.index import Index
+from rlaif.audit.overview import overview
 from rlaif.config import Job, Monitors
 from rlaif.judging.kinds import ChatKind, LikelihoodKind
 from rlaif.monitors import History, alarms
 from rlaif.records import AnchorCounts, IterationMetrics, Vote
-from rlaif.rundir.store import RunDir
+from rlaif.rundir.store import RunDir, write_json
 from tests.stubs import stub_job, stub_loop
 from tests.test_monitors import measured
 
@@ -41,6 +43,22 @@ def test_a_judge_that_stays_says_the_same(tmp_path: Path) -> None:
     first = {v.ballot.id for v in run.iteration(0).read("votes", Vote)}
     assert {v.ballot.id for v in run.iteration(1).read("anchor_votes", Vote)} == first
     assert not [e for e in run.events() if e.kind == "alarm"]
+
+
+def test_what_is_asked_again_is_counted_in_what_the_judge_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLAIF_CACHE", str(tmp_path / "cache"))
+    wanted = job(iterations=2, schedule={0: "rules@1"})
+    loop = stub_loop(tmp_path, wanted)
+    write_json(loop.dir.path / "run.json", {"schema_version": 2, "job": wanted.model_dump(mode="json")})
+    loop.run()
+    votes = [len(loop.dir.iteration(k).read("votes", Vote)) for k in (0, 1)]
+    again = len(loop.dir.iteration(1).read("anchor_votes", Vote))
+    assert again
+    assert [m.judge_calls for m in loop.dir.iterations_measured((0, 1))] == [votes[0], votes[1] + again]
+    held_out = len(loop.dir.evaluation(2).read("votes", Vote))
+    with Index.open(loop.dir) as index:
+        [cost] = overview(index, loop.dir).cost
+    assert cost.votes == sum(votes) + again + held_out
 
 
 def test_a_judge_that_changes_its_mind_is_told(tmp_path: Path) -> None:

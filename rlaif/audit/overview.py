@@ -181,7 +181,7 @@ def _overview(index: Index, run: RunDir) -> Overview:
             for r in index.rows("SELECT iteration, message FROM events WHERE kind = 'alarm' ORDER BY line")
         ),
         events_missing=not (run.path / "events.jsonl").exists(),
-        cost=tuple(_costs(index, header.get("job", {}).get("judge", {}).get("prices") or {})),
+        cost=tuple(_costs(index, _prices(header.get("job", {})))),
         problems=tuple(index.problems),
     )
 
@@ -340,8 +340,14 @@ def _totals(index: Index) -> Totals:
     )
 
 
+def _prices(job: dict[str, Any]) -> dict[str, Any]:
+    """By model, those of the judge and of the reference judge."""
+    judges = ((job.get("eval") or {}).get("reference_judge") or {}, job.get("judge") or {})
+    return {model: price for judge in judges for model, price in (judge.get("prices") or {}).items()}
+
+
 def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
-    """What each judge cost, evaluations, earlier texts and old pairs that it judged again included."""
+    """What each judge cost, evaluations, earlier texts, anchors and old pairs that it judged again included."""
     out = []
     votes = " UNION ALL BY NAME ".join(f"SELECT * FROM {table}" for table in VOTE_TABLES)
     for r in index.rows(f"SELECT judge, {_VOTED} FROM ({votes}) GROUP BY judge ORDER BY judge"):

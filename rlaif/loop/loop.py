@@ -23,7 +23,7 @@ from rlaif.loop.training import mix, stopped_at_kl, update
 from rlaif.monitors import tracking
 from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan, Vote
 from rlaif.rundir.heads import Head, write_head
-from rlaif.rundir.stages import ITERATION_NAMES
+from rlaif.rundir.stages import ITERATION_NAMES, MORE_VOTES
 from rlaif.rundir.store import read_record, write_json
 
 
@@ -107,7 +107,7 @@ class Loop(Running):
     def _end(self, it: Iteration) -> None:
         """The iteration in numbers, its alarms, its head."""
         ends, texts = {c.id: c.finish_reason for c in it.completions}, {c.id: c.text for c in it.completions}
-        rejudged = it.dir.durable("rejudged_votes", Vote)  # none in most iterations
+        more_votes = [vote for stage in MORE_VOTES for vote in it.dir.durable(stage, Vote)]  # none in most iterations
         metrics = monitors.iteration_metrics(
             it.plan,
             it.completions,
@@ -126,14 +126,14 @@ class Loop(Running):
             decoding=decoding_of(it.dir),
             stopped_at_kl=stopped_at_kl(self, it, it.steps),
             old_pairs=it.old_pairs,
-            rejudged=rejudged,
+            more_votes=more_votes,
             anchors=it.anchors,
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(metrics)
         self.hand_over.prune(it.k)
         write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
-        votes = [*it.votes, *rejudged]
+        votes = [*it.votes, *more_votes]
         told = tracking.of_iteration(metrics, votes, self.job.judge, self.text_number(it.k), self.dir.events())
         self.track(it.k, it.k + 1, told)
         head = write_head(self.dir)

@@ -81,6 +81,8 @@ VOTES = tuple(
     dict.fromkeys(s.name for s in (*ITERATION, *EVALUATION) if s.record is Vote and s.name != REFERENCE_VOTES)
 )
 """Stages whose rows are votes: what the judge was asked, and cost, is all of them. The reference judge is another."""
+MORE_VOTES = tuple(s.name for s in ITERATION if s.record is Vote and s.optional)
+"""Of an iteration, those on pairs of earlier ones."""
 NAMES = tuple(stage.name for stage in ITERATION if not stage.optional)
 """Stages that every iteration has."""
 ITERATION_NAMES = tuple(stage.name for stage in ITERATION)
