@@ -18,12 +18,13 @@ from rlaif.audit.verify import verify
 from rlaif.config import parse_job
 from rlaif.errors import RlaifError, UserError
 from rlaif.loop.branch import MAY_BRANCH, branch
-from rlaif.loop.launch import write_header
+from rlaif.loop.launch import prompts_of, write_header
 from rlaif.records import SCHEMA_VERSION, HumanLabel, UpdateStep, digest
 from rlaif.rundir.checkpoints import checkpoints
 from rlaif.rundir.heads import read_heads
 from rlaif.rundir.store import RunDir, write_json
 from tests.conftest import project_job
+from tests.data import make_run
 from tests.stubs import BASE_DIGEST, Quiet, stub_job, stub_loop
 from tests.test_resume import outcome
 
@@ -323,6 +324,16 @@ def test_a_job_with_a_name_gets_the_branchs(tmp_path: Path) -> None:
     header["job"]["name"] = "run"
     write_json(parent.path / "run.json", header)
     assert branch(parent, 2, "other").job().name == "other"
+
+
+def test_more_prompts_than_the_parent_had_are_refused(tmp_path: Path) -> None:
+    parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})
+    header = parent.header
+    make_run.write_header(parent.path, parent.job())  # with prompts
+    write_json(parent.path / "run.json", header)
+    child = branch(parent, 2, "child", ["prompts.per_iteration=21"])
+    with pytest.raises(UserError, match=r"prompts.per_iteration=21: .* has 20 prompts to train on"):
+        prompts_of(child, child.job(), tmp_path)
 
 
 def test_an_adapter_needs_its_state(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rlaif.audit.verify import verify
 from rlaif.config import Job
 from rlaif.evaluation.texts import FixedText
 from rlaif.learning import too_far
+from rlaif.loop.launch import asked_about_the_past
 from rlaif.monitors.tracking import of_evaluation
 from rlaif.records import EvaluationMetrics, IterationMetrics, Pair, ProbeResult, TextScore, Vote
 from rlaif.rundir import store
@@ -218,6 +219,29 @@ def test_trackers_get_it(finished: RunDir) -> None:
 
 def test_the_judges_budget_counts_votes_under_earlier_texts() -> None:
     assert set(VOTES) >= {"votes", "earlier_votes"}
+
+
+def test_a_run_stopped_before_the_base_policy_was_measured_may_still_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlaif.loop.evaluation.judge", interrupted)  # after the base policy
+        with pytest.raises(KeyboardInterrupt):
+            run_of(tmp_path / "late", eval={"every": 2, "prompts": 3})
+    run = RunDir(tmp_path / "late" / "run")
+    assert asked_about_the_past(run, job(), tmp_path) == ((), ())
+    with monkeypatch.context() as patch:
+        patch.setattr("rlaif.loop.evaluation._drift", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_of(tmp_path / "soon", eval={"every": 2, "prompts": 3})
+    run = RunDir(tmp_path / "soon" / "run")
+    assert run.evaluation(0).is_complete("completions")
+    probes, texts = asked_about_the_past(run, job(), tmp_path)
+    assert probes
+    assert texts
 
 
 @pytest.mark.parametrize("stop", [None, 2, 3])

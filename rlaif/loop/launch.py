@@ -183,8 +183,9 @@ def _look(
     check_code(run, own_code)
     changed = check_resume(run, job, allow_change)
     source = open_source(job, base_dir, run, note)
-    if not _begun(run):
+    if not _begun(run) or run.parent is not None:  # a branch may pair otherwise
         check_can_update(job, source)
+    if not _begun(run):
         (run.path / STARTING).touch()
     in_force = InForce(job, run, base_dir, note)
     rows: dict[str, str] = {}
@@ -529,14 +530,15 @@ def prompts_of(
         held_out = load(job.prompts.held_out, columns_required=False)
         given = source.prompts if source else load(job.prompts.train, columns_required=True)
         train = exclude_held_out(given, held_out, note)
-        if not source:
-            check_enough(train, job.prompts)
-            if note and (hint := shipped_held_out(job.prompts)):
-                note(hint)
+        if not source and note and (hint := shipped_held_out(job.prompts)):
+            note(hint)
         if rows is not None:
             rows |= {p.id: found[p.messages] for p in (*train, *held_out) if p.messages in found}
         _copy_prompts(run, train, held_out)
-    return read_rows(files[0], Prompt), read_rows(files[1], Prompt)
+    train = read_rows(files[0], Prompt)
+    if not source:  # a branch may ask for more than its parent did
+        check_enough(train, job.prompts)
+    return train, read_rows(files[1], Prompt)
 
 
 def _copy_prompts(run: RunDir, train: list[Prompt], held_out: list[Prompt]) -> None:
@@ -555,7 +557,7 @@ def asked_about_the_past(run: RunDir, job: Job, base_dir: Path) -> tuple[Sequenc
         return (), ()
     probes, texts = (run.path / "prompts" / name for name in ("probes.jsonl", "texts.jsonl"))
     if not (probes.exists() and texts.exists()):
-        if run.evaluation(BASE_POLICY).is_complete("completions"):  # too late: whoever evaluates says so
+        if (run.evaluation(BASE_POLICY).path / "metrics.json").exists():  # too late: whoever evaluates says so
             return (), ()
         _copy_rows(probes, probes_of(job, base_dir))
         _copy_rows(texts, shipped_texts())
