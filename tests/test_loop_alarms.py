@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rlaif.constitutions.checks import count_words
+from rlaif.errors import RunPaused
 from rlaif.loop import Loop
 from rlaif.records import Completion, Event, Vote
 from tests.stubs import fraction, stub_job, stub_loop
@@ -103,3 +104,24 @@ def test_twenty_runs_in_which_nothing_is_wrong(tmp_path: Path) -> None:
         loop = loop_of(tmp_path / str(seed), seed=seed, iterations=6)
         loop.run()
         assert [e.message for e in alarms(loop)] == [], seed
+
+
+def test_a_run_killed_between_its_alarm_and_its_pause_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes on after it: the alarm was seen then."""
+    pausing = {"monitors": {"abstained": {"action": "pause"}}}
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for stops in (KeyboardInterrupt, RunPaused):
+        loop = loop_of(tmp_path, **pausing)
+        votes(loop, silent)
+        with monkeypatch.context() as patch, pytest.raises(stops):
+            if stops is KeyboardInterrupt:
+                patch.setattr(loop.hand_over, "prune", interrupted)
+            loop.run()
+        assert [e.iteration for e in alarms(loop)] == [0]
+    loop = loop_of(tmp_path, **pausing)
+    with pytest.raises(RunPaused, match="in iteration 2"):
+        votes(loop, silent)
+        loop.run()

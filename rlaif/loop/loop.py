@@ -131,6 +131,8 @@ class Loop(Running):
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(metrics)
+        for alarm in alarms:
+            self.raise_alarm(alarm)
         self.hand_over.prune(it.k)
         write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
         votes = [*it.votes, *more_votes]
@@ -150,7 +152,8 @@ class Loop(Running):
         """Evaluates what iteration k made under its text, unless its plan had that done, and tells the alarms."""
         self._evaluate(k + 1, self.dir.plan(k))
         (ended,) = self.dir.iterations_measured([k])
-        self._pause_at(k, self._alarms(ended))  # its own alarms were told when it ended
+        # Its own alarms were told when it ended.
+        self._pause_at(k, [alarm for alarm in self._alarms(ended) if self.raise_alarm(alarm)])
 
     def _tell_jurors(self, it: Iteration) -> JurorFit | None:
         """Notes what a jury's weights are and how its jurors agree; the weights, where it has such."""
@@ -172,10 +175,8 @@ class Loop(Running):
         return fit
 
     def _alarms(self, metrics: IterationMetrics) -> list[Alarm]:
-        """Tells the alarms of an iteration, and returns those that weren't told before."""
-        return [
-            alarm for alarm in monitors.alarms(self.job.monitors, self._history(metrics)) if self.raise_alarm(alarm)
-        ]
+        """The alarms of an iteration, told or not."""
+        return monitors.alarms(self.job.monitors, self._history(metrics))
 
     def _history(self, metrics: IterationMetrics) -> monitors.History:
         """The run up to an iteration, which may have no metrics.json yet."""
