@@ -6,7 +6,7 @@ JOB ?= jobs/quickstart.yaml
 PORT ?= 8000
 export VENV
 
-.PHONY: help setup quickstart test test-all lint format bench bench-judge bench-audit bench-derived bench-probes bench-monitors gpu-check judge-server data-llmbar data-pandalm clean
+.PHONY: help setup quickstart test test-all lint format bench bench-judge bench-audit bench-derived bench-probes bench-monitors bench-change gpu-check judge-server data-llmbar data-pandalm clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ bench-probes: $(STAMP) ## which probes a base policy passes, and the fixed texts
 
 bench-monitors: $(STAMP) ## how often monitors cry wolf, and how soon they tell what is wrong, simulated
 	@$(BIN)/python -m benchmarks.monitors $(ARGS)
+
+bench-change: $(STAMP) ## what it is worth to go on online when the rules change; an hour a seed (docs/change.md)
+	@$(BIN)/python -m benchmarks.change $(ARGS)
 
 gpu-check: $(STAMP) ## do learner, judge and hand-over compute on a GPU what they compute on the CPU? (no network)
 	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)
