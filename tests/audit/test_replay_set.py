@@ -108,6 +108,19 @@ def test_what_judging_again_cost_counts(tmp_path: Path) -> None:
     assert [problem for problem in found.problems if "old_pairs" in problem or "rejudged" in problem] == []
 
 
+def test_a_replay_says_that_it_leaves_old_pairs(tmp_path: Path) -> None:
+    texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}]
+    run = went(tmp_path, *texts, replay={"on_change": "rejudge"})
+    n = len(old_pairs(run, 1))
+    told = CliRunner().invoke(app, ["audit", str(run.path), "replay", "--set", "filters.min_agreement=1"])
+    assert told.exit_code == 0, told.output
+    said = " ".join(told.stdout.split())
+    assert f"note: old_pairs: {n} decisions on earlier pairs under a later text are left as they were made" in said
+    for without in (run, went(tmp_path / "expired", *texts)):  # nothing differs, or nothing was decided
+        keys = [] if without is run else ["--set", "filters.min_agreement=1"]
+        assert "old_pairs" not in CliRunner().invoke(app, ["audit", str(without.path), "replay", *keys]).stdout
+
+
 def test_a_label_that_was_made_anew_is_traced_to_all_its_votes(tmp_path: Path) -> None:
     texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}, {"wish": 4, "tone": 3}]
     run = went(tmp_path, *texts, iterations=4, replay={"on_change": "rejudge"})
