@@ -380,6 +380,9 @@ STAGE_TABLES["rejudged_votes"] = STAGE_TABLES["votes"]._replace(
 STAGE_TABLES["earlier_votes"] = STAGE_TABLES["votes"]._replace(
     name="earlier_votes", about="one row a vote on held-out answers under a text that was in force before"
 )
+STAGE_TABLES["anchor_votes"] = STAGE_TABLES["votes"]._replace(
+    name="anchor_votes", about="one row a vote on an earlier pair that the judge was asked about again, to see it move"
+)
 VOTE_TABLES = tuple(name for name, table in STAGE_TABLES.items() if table.record is Vote)
 """All that a judge was asked, and cost."""
 EVALUATION_STAGES = tuple(stage.name for stage in EVALUATION if stage.name in STAGE_TABLES)

@@ -104,7 +104,8 @@ class Loop(Running):
     def _end(self, it: Iteration) -> None:
         """The iteration in numbers, its alarms, its head."""
         ends, texts = {c.id: c.finish_reason for c in it.completions}, {c.id: c.text for c in it.completions}
-        rejudged = it.dir.durable("rejudged_votes", Vote)  # none in most iterations
+        # On old pairs and on anchors: none in most iterations.
+        beside = [v for stage in ("rejudged_votes", "anchor_votes") for v in it.dir.durable(stage, Vote)]
         metrics = monitors.iteration_metrics(
             it.plan,
             it.completions,
@@ -123,14 +124,14 @@ class Loop(Running):
             decoding=decoding_of(it.dir),
             stopped_at_kl=stopped_at_kl(self, it, it.steps),
             old_pairs=it.old_pairs,
-            rejudged=rejudged,
+            beside=beside,
             anchors=it.anchors,
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(metrics)
         self.hand_over.prune(it.k)
         write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
-        votes = [*it.votes, *rejudged]
+        votes = [*it.votes, *beside]
         told = tracking.of_iteration(metrics, votes, self.job.judge, self.text_number(it.k), self.dir.events())
         self.track(it.k, it.k + 1, told)
         head = write_head(self.dir)

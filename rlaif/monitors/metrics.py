@@ -44,11 +44,11 @@ def iteration_metrics(
     decoding: DecodingGap | None = None,
     stopped_at_kl: float | None = None,
     old_pairs: Sequence[OldPair] = (),
-    rejudged: Sequence[Vote] = (),
+    beside: Sequence[Vote] = (),
     anchors: AnchorCounts | None = None,
 ) -> IterationMetrics:
     """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage,
-    `rejudged` are votes on `old_pairs`."""
+    `beside` are further votes of the judge, on `old_pairs` and on anchors: they cost, and count in nothing else."""
     kept = sum(d.status == "kept" for d in decisions)
     agreements = [d.verdict.agreement for d in decisions if d.verdict.agreement is not None]
     tokens = _tokens(votes)
@@ -88,9 +88,9 @@ def iteration_metrics(
         juror_weights=jurors.weights if jurors else {},
         juror_agreement=juror_agreement(votes, decisions),
         judged=judged,
-        judge_calls=sum(v.attempts for v in (*votes, *rejudged)),
-        judge_cached=sum(v.cached for v in (*votes, *rejudged)),
-        judge_tokens=tokens + _tokens(rejudged),
+        judge_calls=sum(v.attempts for v in (*votes, *beside)),
+        judge_cached=sum(v.cached for v in (*votes, *beside)),
+        judge_tokens=tokens + _tokens(beside),
         pair_counts=pair_counts(decisions),
         answer_counts=answer_counts(completions),
         leanings=leanings(completions, pairs, decisions),
