@@ -223,7 +223,8 @@ def _iterations(index: Index, after: int, steps: dict[int, int]) -> list[TracedI
             count(*) FILTER (source = 'judge') AS judged, count(*) FILTER (source = 'replay') AS replayed,
             count(*) FILTER (source = 'human') AS human, count(*) FILTER (source = 'data') AS data,
             sum(coalesce(v.n, 0) + coalesce(a.n, 0)) AS votes, avg(t.agreement) AS agreement
-        FROM trained t LEFT JOIN cast_votes v USING (pair_id) LEFT JOIN anew a USING (iteration, pair_id) LEFT JOIN constitutions c USING (constitution)
+        FROM trained t LEFT JOIN cast_votes v USING (pair_id) LEFT JOIN anew a USING (iteration, pair_id)
+        LEFT JOIN constitutions c USING (constitution)
         WHERE t.iteration < ? GROUP BY t.iteration, t.constitution, c.text_name ORDER BY t.iteration, c.text_name""",
         [after],
     )
