@@ -91,7 +91,9 @@ def test_judging_old_pairs_again_is_in_the_plan(tmp_path: Path, capsys: pytest.C
             written(tmp_path, version, wishes)
         return estimate(job, tmp_path)
 
-    one, other, more = {"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}, {"wish": 1, "tone": 3, "more": 4}
+    one: Wishes = {"wish": 1, "tone": 2}
+    other: Wishes = {"wish": 1, "tone": 3}
+    more: Wishes = {"wish": 1, "tone": 3, "more": 4}
     each = plan(one, other, more)["pairs_at_most"] // 6
 
     def owed(*texts: Wishes, **replay: Any) -> int:
