@@ -183,6 +183,27 @@ class Run:
 
         return policy_path(self._dir, updates)[1]
 
+    def branch(self, name: str, at: int, overrides: Sequence[str] = (), *, new_optimizer: bool = False) -> Run:
+        """A run beside this one that goes on from here after `at` iterations, with other settings (docs/runs.md).
+
+        Args:
+            name: of the new run's folder.
+            at: how many iterations of this run are its past.
+            overrides: settings that are to be others from there on, as `a.b=value`.
+            new_optimizer: go on from the policy alone, where the learner's state of then isn't kept.
+
+        Raises:
+            UserError: there is no such state, a setting may not change, or there is a run of that name.
+
+        >>> import rlaif
+        >>> warmer = rlaif.open_run("runs/quickstart").branch("warmer", 2, ["learner.beta=0.2"])  # doctest: +SKIP
+        >>> rlaif.run(warmer.job, "warmer", runs=warmer.path.parent)  # doctest: +SKIP
+        Run('runs/warmer')
+        """
+        from rlaif.loop.branch import branch
+
+        return Run(branch(self._dir, at, name, overrides, new_optimizer))
+
     def prompts(self, held_out: bool = False) -> Iterator[Prompt]:
         """What the policy is asked: the prompts that train, or the held-out ones."""
         yield from read_rows(self.path / "prompts" / f"{'held_out' if held_out else 'train'}.jsonl", Prompt)

@@ -822,7 +822,7 @@ class IterationMetrics(Record):
     leanings: dict[Feature, Leaning] = Field(default_factory=dict)
     """What winners have more of."""
     judge_calls: int = 0
-    """Requests to the judge's server. These and the next count votes on old pairs and on anchors, too."""
+    """Requests to the judge's server. These and the next two count votes on old pairs and on anchors, too."""
     judge_cached: int = 0
     """Votes from the cache."""
     judge_tokens: int

@@ -61,6 +61,28 @@ def test_what_is_asked_again_is_counted_in_what_the_judge_cost(tmp_path: Path, m
     assert cost.votes == sum(votes) + again + held_out
 
 
+def test_what_anchors_cost_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLAIF_CACHE", str(tmp_path / "cache"))
+    told: dict[int, dict[str, Any]] = {}
+    wanted = job(schedule={0: "rules@1"})
+    loop = stub_loop(tmp_path, wanted)
+    write_json(loop.dir.path / "run.json", {"schema_version": 2, "job": wanted.model_dump(mode="json")})
+    monkeypatch.setattr(loop, "track", lambda k, at, numbers: told.update({k: numbers}))
+    loop.run()
+    run = RunDir(tmp_path / "run")
+    (metrics,) = run.iterations_measured([1])
+    votes, again = (run.iteration(1).read(stage, Vote) for stage in ("votes", "anchor_votes"))
+    calls = sum(v.attempts for v in (*votes, *again))
+    assert again
+    assert metrics.votes == len(votes), "what was asked about the iteration's own pairs"
+    assert metrics.judge_calls == told[1]["pipeline/judge_calls"] == calls > sum(v.attempts for v in votes)
+    with Index.open(run) as index:
+        counted = {t: index.rows(f"SELECT count(*) AS n FROM {t}")[0]["n"] for t in ("votes", "anchor_votes")}
+        found = overview(index, run)
+    assert counted["anchor_votes"] == sum(len(run.iteration(k).read("anchor_votes", Vote)) for k in (1, 3))
+    assert sum(c.votes for c in found.cost) == sum(counted.values())
+
+
 def test_a_judge_that_changes_its_mind_is_told(tmp_path: Path) -> None:
     wanted = job(pairs=32, schedule={0: "rules@1"}, prompts={"per_iteration": 16})
     loop = stub_loop(tmp_path, wanted)

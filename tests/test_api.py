@@ -20,6 +20,7 @@ from rlaif.errors import UserError
 from tests.architectures import make_model
 from tests.learning.conftest import make_preferences
 from tests.stubs import stub_job, stub_loop
+from tests.test_branch import go_on
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "tests" / "data" / "run_schema1"
@@ -91,6 +92,16 @@ def test_a_runs_rows(stored: Path) -> None:
         list(run.votes(9))
     with pytest.raises(UserError, match="there are prompts, completions"):
         run.frame("vote")  # type: ignore[arg-type]
+
+
+def test_a_branch_goes_on_from_an_earlier_state(tmp_path: Path) -> None:
+    parent = rlaif.open_run(go_on(tmp_path, filters={"min_kept_pairs": 1}, keep_checkpoints="all").path)
+    child = parent.branch("child", 2, ["replay.share=0.5"])
+    assert child.path == tmp_path / "child"
+    assert child.iterations == parent.iterations[:2]
+    assert child.job.replay.share == 0.5 != parent.job.replay.share
+    with pytest.raises(UserError, match="is there already"):
+        parent.branch("child", 1)
 
 
 def test_a_run_under_way_gives_what_is_complete(tmp_path: Path) -> None:

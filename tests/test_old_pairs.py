@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rlaif.audit.summary import status_of
 from rlaif.audit.text_log import text_log
 from rlaif.config import Replay
 from rlaif.constitutions.copies import constitution_copy
@@ -354,6 +355,33 @@ def test_a_kill_loses_nothing_and_asks_nobody_twice(tmp_path: Path, at: str) -> 
     ]
     index = Path("replay") / "index.jsonl"
     assert (run.path / index).read_text() == (whole.path / index).read_text()
+
+
+class Looks(Quiet):
+    """Notes what `rlaif status` says whenever votes came in."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self._run, self._name, self.seen = run, "", dict[str, str | None]()
+
+    def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
+        self._name = name
+
+    def advance(self, n: int) -> None:
+        if (self._run / "run.json").exists():
+            self.seen[self._name] = status_of(RunDir(self._run)).current_stage
+
+
+def test_status_names_old_pairs_while_they_are_judged(tmp_path: Path) -> None:
+    looks = Looks(tmp_path / "run")
+    run = went(
+        tmp_path, {"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}, progress=looks, replay={"on_change": "rejudge"}
+    )
+    assert (looks.seen["judge"], looks.seen["rejudge"]) == ("votes", "old_pairs")
+    here = run.iteration(1).path
+    for name in ("metrics.json", "updates.jsonl", "preferences.jsonl", "old_pairs.jsonl"):
+        (here / name).unlink()
+    assert status_of(run).current_stage == "old_pairs", "all is asked, and nothing decided"
 
 
 # No iteration mixes two texts.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from rlaif.records import JudgedStats
 from tests.conftest import project_job
 from tests.judging.test_calibration import calibration
 from tests.stubs import write_texts
+from tests.test_old_pairs import Wishes, written
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,6 +78,36 @@ def test_what_is_asked_twice_and_of_whom_else_is_in_the_plan() -> None:
     assert (embedded["anchor_ballots_at_most"], embedded["reference_ballots_at_most"]) == (0, 0)
     assert one["anchor_ballots_at_most"] == 2 * min(32, one["pairs_at_most"] * 3 // 4)
     assert both["reference_ballots_at_most"] > 0
+
+
+def test_judging_old_pairs_again_is_in_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a new text asks anew of the pairs within `max_age`, as far as a limit goes; one that is back has its own."""
+
+    def plan(*texts: Wishes, **replay: Any) -> dict[str, Any]:
+        schedule = {2 * n: f"rules@{n + 1}" for n in range(len(texts))}
+        tree = {"share": 0.5, "on_change": "rejudge", **replay}
+        job = project_job(tmp_path, "m", iterations=6, schedule=schedule, replay=tree)
+        for version, wishes in enumerate(texts, 1):
+            written(tmp_path, version, wishes)
+        return estimate(job, tmp_path)
+
+    one: Wishes = {"wish": 1, "tone": 2}
+    other: Wishes = {"wish": 1, "tone": 3}
+    more: Wishes = {"wish": 1, "tone": 3, "more": 4}
+    each = plan(one, other, more)["pairs_at_most"] // 6
+
+    def owed(*texts: Wishes, **replay: Any) -> int:
+        found = plan(*texts, **replay)["rejudged_ballots_at_most"]
+        assert isinstance(found, int)
+        return found
+
+    assert owed(one, other, more) == each * (2 * 1 + 2 * 2 + 2 * 1), "of the first text's pairs two questions are new"
+    assert owed(one, other, more, max_age=1) == each * (1 + 1)
+    assert owed(one, other, one) == each * (2 * 1 + 2 * 1)
+    assert owed(one, other, more, rejudge={"calls": 1}) == 2 + 2
+    assert owed(one, other, more, on_change="expire") == owed(one, other, more, share=0) == 0
+    plan_cost.table(plan(one, other, one), tmp_path / "job.yaml")
+    assert f"and {4 * each} about old pairs (replay.on_change)" in " ".join(capsys.readouterr().out.split())
 
 
 WEIGHTS = 2 * plan_cost.REFERENCE_PARAMETERS

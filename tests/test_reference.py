@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from rlaif.audit.index import Index
+from rlaif.audit.over_time import over_time, reach
 from rlaif.audit.summary import reference_line
 from rlaif.audit.verify import verify
+from rlaif.cli import app
 from rlaif.config import Job, Monitors, parse_job
 from rlaif.errors import UserError
 from rlaif.monitors import History, alarms
 from rlaif.records import Decision, EvaluationMetrics, ProbeCounts, Retention, Vote
 from rlaif.rundir.store import RunDir, read_record
+from rlaif.view.pictures import percent, pictures
+from rlaif.view.report import make_report, write_report
 from tests.conftest import project_job
 from tests.stubs import BASE_DIGEST, Quiet, stub_job, stub_loop
 from tests.test_monitors import completion, evaluated, measured
+from tests.view.runs import make_run
 
 REFERENCE = {"kind": "likelihood", "model": "another"}
 
@@ -42,6 +49,33 @@ def test_held_out_answers_are_judged_by_who_never_trains(tmp_path: Path) -> None
     assert (reference_line(found) or "").startswith("win rate by the reference judge ")
     trained = {v.ballot.judge for k in (0, 1) for v in run.iteration(k).read("votes", Vote)}
     assert trained == {"stub"}
+
+
+def test_what_it_says_is_shown_wherever_the_win_rate_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLAIF_CACHE", str(tmp_path / "cache"))
+    run = RunDir.open(make_run(tmp_path, job()))
+    said = read_record(run.evaluation(2).path / "metrics.json", EvaluationMetrics).referred
+    assert said is not None
+    assert said.win_rate is not None
+    assert said.win_interval is not None
+    told = CliRunner().invoke(app, ["audit", str(run.path)])
+    low, high = said.win_interval
+    assert f"after 2: win rate by the reference judge {said.win_rate:.2f} ({low:.2f}-{high:.2f})" in told.stdout
+    compared = over_time({"one": [run]}, "start", ["win_rate", "reference"])
+    assert compared.groups[0].points[-1].values["reference"].mean == said.win_rate
+    if said.win_rate != 0.5:
+        assert reach(compared, "one", "reference", 0.5).start == 0.5
+    with Index.open(run) as index:
+        report = make_report(index, run)
+        facts = report.facts
+    assert report.overview.evaluations[-1].referred == said
+    html = write_report(report, tmp_path / "report.html").read_text()
+    shown = f"{percent(said.win_rate)} ({percent(low)} to {percent(high)})"
+    assert html.count(shown) == 2, "among the figures, and in the table"
+    assert '<th scope="col" class="n">By the reference judge</th>' in html
+    picture = next(p for p in pictures(facts) if p.key == "win-rate")
+    assert [line.name for line in picture.lines] == ["held-out answers", "by the reference judge"]
+    assert all(line.bars for line in picture.lines)
 
 
 def test_killed_while_it_is_asked_it_is_not_asked_again(tmp_path: Path) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from rlaif.audit.curves import curve_of
 from rlaif.audit.index import Index
 from rlaif.audit.over_time import over_time
 from rlaif.audit.overview import overview
 from rlaif.audit.picture import draw
+from rlaif.audit.runs import runs_in
 from rlaif.audit.summary import retention_lines
 from rlaif.audit.verify import verify
+from rlaif.cli import app
 from rlaif.config import Job
 from rlaif.evaluation.texts import FixedText
 from rlaif.learning import too_far
@@ -23,6 +28,7 @@ from rlaif.records import EvaluationMetrics, IterationMetrics, Pair, ProbeResult
 from rlaif.rundir import store
 from rlaif.rundir.stages import VOTES
 from rlaif.rundir.store import RunDir, read_record
+from rlaif.view.pictures import side_by_side
 from tests.conftest import project_job
 from tests.stubs import Quiet, StubLearner, stub_job, stub_loop, stub_probes, write_texts
 
@@ -203,6 +209,26 @@ def test_runs_are_compared_by_it(finished: RunDir) -> None:
     assert last.retention is not None
     assert found.groups[0].points[-1].values["retained"].mean == last.retention.kept_share
     assert found.groups[0].points[-1].values["perplexity"].mean == last.retention.perplexity_ratio
+
+
+def test_runs_stand_side_by_side_with_it(finished: RunDir, tmp_path: Path) -> None:
+    for name in ("with", "without"):
+        shutil.copytree(finished.path, tmp_path / name)
+        store.write_json(tmp_path / name / "run.json", {"schema_version": 2, "job": job().model_dump(mode="json")})
+    for file in (tmp_path / "without").glob("evaluations/*/metrics.json"):
+        store.write_json(file, json.loads(file.read_text()) | {"retention": None})
+    both = [curve_of(RunDir(tmp_path / name)) for name in ("with", "without")]
+    picture = next(p for p in side_by_side(both) if p.key == "retention")
+    assert [(line.name, bool(line.path), bool(line.bars)) for line in picture.lines][:1] == [("with", True, True)]
+    assert not [line for line in picture.lines if line.name == "without" and line.path]
+    assert "retention" not in {p.key for p in side_by_side(both[1:])}
+    rows = {row.run: row for row in runs_in(tmp_path)}
+    found = metrics_of(finished, 4).retention
+    assert found is not None
+    assert (rows["with"].kept_share, rows["without"].kept_share) == (found.kept_share, None)
+    head, *lines = CliRunner().invoke(app, ["runs", str(tmp_path)]).stdout.splitlines()
+    at = head.split("\t").index("kept")
+    assert [line.split("\t")[at] for line in lines] == [f"{found.kept_share or 0:.0%}", "-"]
 
 
 def test_trackers_get_it(finished: RunDir) -> None:

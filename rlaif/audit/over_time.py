@@ -37,6 +37,9 @@ class Measure(NamedTuple):
 MEASURES: Mapping[str, Measure] = {
     "win_rate": Measure("win rate", lambda e: e.win_rate, depends=True),
     "equal_length": Measure("win rate at equal length", lambda e: e.length_controlled_win_rate, depends=True),
+    "reference": Measure(
+        "win rate by the reference judge", lambda e: e.referred.win_rate if e.referred else None, depends=True
+    ),
     "words": Measure("words", lambda e: e.mean_words),
     "lists": Measure("lists", lambda e: e.list_share, percent=True),
     "ended": Measure("ended", lambda e: e.ended_share, percent=True),
@@ -49,6 +52,7 @@ MEASURES: Mapping[str, Measure] = {
     "repeated": Measure("repeated lines", lambda e: e.repeated_line_share, percent=True),
 }
 """Name, as options have it → measure. A text's checks are measures too: `check:ID`."""
+_WIN_RATES = ("win_rate", "equal_length", "reference")
 CHECK = "check:"
 
 
@@ -207,7 +211,7 @@ def reach(found: OverTime, group: str, measure: str, share: float) -> Reach:
     way = _means(named[group], measure)
     if not way:
         raise UserError(f"group `{group}`: no evaluation at which all of its runs have a {measure}")
-    start = EVEN if measure in ("win_rate", "equal_length") else way[0][1]
+    start = EVEN if measure in _WIN_RATES else way[0][1]
     if way[-1][1] == start:
         raise UserError(f"group `{group}`: its {measure} didn't move, so nothing can be held against it")
     end = way[-1][1]

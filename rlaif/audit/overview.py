@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -13,8 +13,10 @@ from rlaif.audit.tables import VOTE_TABLES
 from rlaif.config import Price, Source
 from rlaif.judging.spending import cost
 from rlaif.judging.verdicts import position_bias
-from rlaif.records import LengthUnknown, Record, Retention, Usage, stored
+from rlaif.records import LengthUnknown, Record, Referred, Retention, Usage, stored
 from rlaif.rundir.store import RunDir
+
+R = TypeVar("R", bound=Record)
 
 
 class IterationRow(Record):
@@ -74,6 +76,8 @@ class EvaluationRow(Record):
     """`kl_per_token` is the estimate of an older version, off by temperature and top-p, even in its sign."""
     relevance: float | None
     checks: dict[str, float]
+    referred: Referred | None = None
+    """What a judge that never trains says of the same answers; None without one."""
     retention: Retention | None = None
     """What of the base policy's abilities is left; None where it isn't measured."""
 
@@ -290,15 +294,16 @@ def _evaluation_rows(index: Index) -> list[EvaluationRow]:
                 kl_by_older_version=m.get("kl_answers") is None and m.get("kl_per_token") is not None,
                 relevance=m.get("relevance"),
                 checks=m.get("checks") or {},
-                retention=_retention(m),
+                referred=_section(m, "referred", Referred),
+                retention=_section(m, "retention", Retention),
             )
         )
     return out
 
 
-def _retention(metrics: dict[str, Any]) -> Retention | None:
+def _section(metrics: dict[str, Any], name: str, record: type[R]) -> R | None:
     try:
-        return stored(Retention, metrics["retention"]) if metrics.get("retention") else None
+        return stored(record, metrics[name]) if metrics.get(name) else None
     except ValidationError:  # damaged, as `verify` says
         return None
 

@@ -17,7 +17,7 @@ from rlaif.audit.replay_settings import Settings
 from rlaif.audit.rows import rows_or_problems, sound_rows
 from rlaif.config import Job
 from rlaif.judging.kinds import kind_of
-from rlaif.records import Completion, Decision, Pair, Prompt, Record
+from rlaif.records import Completion, Decision, OldPair, Pair, Prompt, Record
 from rlaif.review.labels import labels_of
 from rlaif.rundir.store import RunDir, StageDir
 
@@ -141,6 +141,11 @@ def replay(
     judge = kind_of(own.judge)
     if judge.early_stop:
         notes.append("judge.early_stop left ballots out that the run's own filters didn't need; others might have")
+    if (old := _decided_later(run)) and any(key.startswith("filters.") for key in changed or {}):
+        notes.append(
+            f"old_pairs: {old} decisions on earlier pairs under a later text are left as they were made; a replay "
+            "decides pairs under the text of the iteration that sampled them"
+        )
     if own.filters.rules:
         named = ", ".join(own.filters.rules)
         notes.append(f"filters.rules: a replay imports no code, so what {named} said is taken as the log has it")
@@ -156,6 +161,12 @@ def replay(
         notes=tuple(notes),
         problems=tuple(problems),
     )
+
+
+def _decided_later(run: RunDir) -> int:
+    """How often a later text decided a pair that was judged under an earlier one; damaged rows aren't counted."""
+    files = [run.iteration(k).path / "old_pairs.jsonl" for k in run.iterations()]
+    return sum(row.decision is not None for f in files if f.exists() for row in sound_rows(f, OldPair))
 
 
 class _Tally:

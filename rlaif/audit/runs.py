@@ -33,10 +33,12 @@ class RunRow(Record):
     constitution: str | None
     """The newest that was in force."""
     updates: int | None
-    """Iterations before the newest evaluation, from which the next three are; None without one."""
+    """Iterations before the newest evaluation, from which the next four are; None without one."""
     win_rate: float | None
     win_interval: tuple[float, float] | None
     kl_per_token: float | None
+    kept_share: float | None = None
+    """Of the probes that the base policy passed; None where it isn't measured."""
     alarms: int
     bytes: int
     shared: int
@@ -121,4 +123,5 @@ def _stands(run: RunDir) -> dict[str, object]:
         "win_rate": newest.win_rate if newest else None,
         "win_interval": newest.win_interval if newest else None,
         "kl_per_token": newest.kl_per_token if newest else None,
+        "kept_share": newest.retention.kept_share if newest and newest.retention else None,
     }

@@ -23,8 +23,8 @@ from rlaif.records import (
     Retention,
 )
 from rlaif.review.queue import Queue
-from rlaif.rundir.stages import NAMES
-from rlaif.rundir.store import RunDir, read_record, read_rows, write_json
+from rlaif.rundir.stages import ITERATION
+from rlaif.rundir.store import RunDir, StageDir, read_record, read_rows, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +49,7 @@ class Status(Record):
     current_iteration: int | None
     """The first that isn't done, from 0."""
     current_stage: str | None
+    """Of `rlaif.rundir.stages`, or `evaluate`; `old_pairs` while these are judged again, too."""
     constitution: ConstitutionRef | None
     """Of the newest plan."""
     last_event: Event | None
@@ -87,8 +88,7 @@ def status_of(run: RunDir, disk: bool = False) -> Status:
         text = read_record(plan, Plan).in_force.constitution if plan.exists() else None
     stage = None
     if current is not None:
-        here = run.iteration(current)
-        stage = next((s for s in NAMES if not here.is_complete(s)), "evaluate")
+        stage = _stage_of(run.iteration(current))
     return Status(
         run=str(run.path),
         iterations_done=len(done),
@@ -102,6 +102,19 @@ def status_of(run: RunDir, disk: bool = False) -> Status:
         parent=run.parent,
         disk=disk_of(run) if disk else None,
     )
+
+
+def _stage_of(here: StageDir) -> str:
+    """The stage that an iteration is at. One that only some iterations have is named from its beginning on."""
+    for stage in ITERATION:
+        if here.is_complete(stage.name):
+            continue
+        # What is asked about old pairs has a file of its own, and is made for the next stage alone.
+        if stage.name == "old_pairs" and here.is_complete("rejudged_votes"):
+            return stage.name
+        if not stage.optional or here.is_begun(stage.name):
+            return "old_pairs" if stage.name == "rejudged_votes" else stage.name
+    return "evaluate"
 
 
 def status_table(run: RunDir) -> None:
@@ -281,7 +294,7 @@ def length_line(e: EvaluationMetrics | EvaluationRow) -> str | None:
     return None
 
 
-def reference_line(e: EvaluationMetrics) -> str | None:
+def reference_line(e: EvaluationMetrics | EvaluationRow) -> str | None:
     """What the reference judge says of an evaluation, in words; None without one."""
     if e.referred is None:
         return None

@@ -36,10 +36,19 @@ class TracedIteration(Record):
     data: int = 0
     """With a data set's label."""
     votes: int
-    """Votes on these pairs."""
+    """Votes on these pairs, those that were cast when a later text had them judged again included."""
     agreement: float | None
     steps: int
     policy_after: str | None
+
+
+class TracedVotes(Record):
+    """Votes on an old pair that a later text had judged again."""
+
+    iteration: int
+    """The one that asked for them, from 0."""
+    votes_file: str
+    vote_lines: tuple[int, ...]
 
 
 class TracedPreference(Record):
@@ -61,7 +70,11 @@ class TracedPreference(Record):
     steps: tuple[int, ...]
     """Global optimizer steps, from 1."""
     votes_file: str
+    """Of `judged_in`, as the next."""
     vote_lines: tuple[int, ...]
+    rejudged: tuple[TracedVotes, ...] = ()
+    """Of a replayed pair whose label is that of a later text: what was asked anew up to the verdict under that text. Of
+    these and the votes before them, those count that answer what that text asks (change.md)."""
 
 
 class Trace(Record):
@@ -188,14 +201,30 @@ def _texts(index: Index, run: RunDir, after: int) -> list[TracedText]:
     ]
 
 
+# A replayed pair that a later text decided: what was asked anew about it, up to that decision.
+_REJUDGED = """
+decided AS (
+    SELECT t.iteration, t.pair_id, max(o.iteration) AS decided_in
+    FROM trained t JOIN old_pairs o ON o.pair_id = t.pair_id AND o.constitution = t.constitution
+        AND o.iteration <= t.iteration AND o.source = 'judge' AND o.standing IN ('kept', 'turned')
+    WHERE t.source = 'replay' GROUP BY ALL),
+rejudged AS (
+    SELECT d.iteration, d.pair_id, r.iteration AS asked_in, list(r.line ORDER BY r.line) AS lines
+    FROM decided d JOIN rejudged_votes r ON r.pair_id = d.pair_id AND r.iteration <= d.decided_in GROUP BY ALL)
+"""
+
+
 def _iterations(index: Index, after: int, steps: dict[int, int]) -> list[TracedIteration]:
     found = index.rows(
-        """WITH cast_votes AS (SELECT pair_id, count(*) AS n FROM votes WHERE iteration IS NOT NULL GROUP BY ALL)
+        f"""WITH cast_votes AS (SELECT pair_id, count(*) AS n FROM votes WHERE iteration IS NOT NULL GROUP BY ALL),
+            {_REJUDGED},
+            anew AS (SELECT iteration, pair_id, sum(len(lines)) AS n FROM rejudged GROUP BY ALL)
         SELECT t.iteration, c.text_name, any_value(t.policy_after) AS policy_after, count(*) AS preferences,
             count(*) FILTER (source = 'judge') AS judged, count(*) FILTER (source = 'replay') AS replayed,
             count(*) FILTER (source = 'human') AS human, count(*) FILTER (source = 'data') AS data,
-            sum(v.n) AS votes, avg(t.agreement) AS agreement
-        FROM trained t LEFT JOIN cast_votes v USING (pair_id) LEFT JOIN constitutions c USING (constitution)
+            sum(coalesce(v.n, 0) + coalesce(a.n, 0)) AS votes, avg(t.agreement) AS agreement
+        FROM trained t LEFT JOIN cast_votes v USING (pair_id) LEFT JOIN anew a USING (iteration, pair_id)
+        LEFT JOIN constitutions c USING (constitution)
         WHERE t.iteration < ? GROUP BY t.iteration, t.constitution, c.text_name ORDER BY t.iteration, c.text_name""",
         [after],
     )
@@ -235,12 +264,23 @@ def _rows(index: Index, after: int, limit: int | None, offset: int) -> list[Trac
         ORDER BY t.iteration, t.line""",
         [after, limit, offset],
     )
-    files: dict[int, str] = {}
+    files: dict[tuple[str, int], str] = {}
+
+    def file_of(table: str, iteration: int) -> str:
+        if (table, iteration) not in files:
+            where: dict[str, Any] = {"iteration": iteration, "evaluation": None}
+            files[table, iteration] = str(index.file_of(table, where))
+        return files[table, iteration]
+
+    anew: dict[tuple[int, str], list[TracedVotes]] = {}
+    for r in index.rows(
+        f"WITH {_REJUDGED} SELECT * FROM rejudged WHERE iteration < ? ORDER BY iteration, pair_id, asked_in", [after]
+    ):
+        file = file_of("rejudged_votes", r["asked_in"])
+        asked = TracedVotes(iteration=r["asked_in"], votes_file=file, vote_lines=tuple(r["lines"]))
+        anew.setdefault((r["iteration"], r["pair_id"]), []).append(asked)
     rows = []
     for r in found:
-        judged: dict[str, Any] = {"iteration": r["judged_in"], "evaluation": None}
-        if r["judged_in"] not in files:
-            files[r["judged_in"]] = str(index.file_of("votes", judged))
         rows.append(
             TracedPreference(
                 iteration=r["iteration"],
@@ -255,8 +295,9 @@ def _rows(index: Index, after: int, limit: int | None, offset: int) -> list[Trac
                 p_chosen=r["p_chosen"],
                 agreement=r["agreement"],
                 steps=tuple(r["steps"] or ()),
-                votes_file=files[r["judged_in"]],
+                votes_file=file_of("votes", r["judged_in"]),
                 vote_lines=tuple(r["lines"] or ()),
+                rejudged=tuple(anew.get((r["iteration"], r["pair_id"]), ())),
             )
         )
     return rows

@@ -40,7 +40,8 @@ def replay(
 ) -> None:
     """Decide the run's pairs again from their recorded votes, and show what changes. Writes nothing, asks no model.
 
-    Keys that nobody names stay as the run has them; without any, the run's own decisions come out.
+    Keys that nobody names stay as the run has them; without any, the run's own decisions come out. What a later text
+    made of pairs that were judged under an earlier one isn't decided again.
     """
     from rlaif.audit.replay import replay as run_replay
     from rlaif.audit.replay_settings import settings_of

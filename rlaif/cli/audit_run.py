@@ -144,7 +144,7 @@ _WIDE = 90
 def _results(found: Overview, width: int, most: int | None = None) -> list[str]:
     """What an overview says after the iterations, as rich's markup; the last `most` evaluations and alarms."""
     from rlaif.audit.overview import mixed_line
-    from rlaif.audit.summary import length_line, retention_lines
+    from rlaif.audit.summary import length_line, reference_line, retention_lines
     from rlaif.console import inert
 
     against = " against the base policy" if width >= _WIDE else ""
@@ -155,7 +155,7 @@ def _results(found: Overview, width: int, most: int | None = None) -> list[str]:
             evaluations.append(
                 f"after {e.updates}: win rate {e.win_rate:.2f} ({low:.2f}-{high:.2f}){against}, "
                 f"{number(e.mean_words, 1)} words, KL {_kl(e)} a token"
-                + (f"\nafter {e.updates}: {line}" if (line := length_line(e)) else "")
+                + "".join(f"\nafter {e.updates}: {line}" for line in (length_line(e), reference_line(e)) if line)
                 + "".join(f"\nafter {e.updates}: {inert(line)}" for line in retention_lines(e.retention))
             )
     alarms = _last([f"[red]alarm[/] {inert(alarm)}" for alarm in found.alarms], most, "earlier alarms")
@@ -230,16 +230,20 @@ def trace(
     table = Listing("in", "pair", "source", "judged under", "prompt", "chosen", "p", "agree", "steps", "votes",
                     right=("in", "p", "agree"), whole=("pair",), title="preferences")  # fmt: skip
     for p in found.rows:
-        lines = f"{len(p.vote_lines)} in {p.judged_in + 1}"
-        if p.vote_lines:
-            lines += f": line {p.vote_lines[0]}" + (" …" if len(p.vote_lines) > 1 else "")
+        cast = [_votes_in(p.vote_lines, p.judged_in), *(_votes_in(r.vote_lines, r.iteration) for r in p.rejudged)]
         table.add(
             str(p.iteration + 1), p.pair_id, p.source, p.constitution or p.constitution_hash or "-",
             short(p.prompt, 40), p.chosen_id, number(p.p_chosen), number(p.agreement),
-            ", ".join(map(str, p.steps)), lines,
+            ", ".join(map(str, p.steps)), ", ".join(cast),
         )  # fmt: skip
     table.print(console)
     print_total(found.preferences, offset, len(found.rows), "preferences")
+
+
+def _votes_in(lines: tuple[int, ...], iteration: int) -> str:
+    """How many votes an iteration cast on a pair, and where they begin."""
+    where = f": line {lines[0]}" + (" …" if len(lines) > 1 else "") if lines else ""
+    return f"{len(lines)} in {iteration + 1}{where}"
 
 
 def compare(

@@ -33,17 +33,19 @@ def runs(
     if not rows:
         typer.echo(f"no run in {folder}; `rlaif run JOB` makes one", err=True)
         return
-    columns = ("run", "from", "iterations", "text", "win rate", "95%", "KL/token", "alarms", "size", "shared")
-    listing = Listing(*columns, right=("iterations", "win rate", "KL/token", "alarms", "size", "shared"))
+    probes = any(row.kept_share is not None for row in rows)
+    kept = ("kept",) if probes else ()  # of probes
+    columns = ("run", "from", "iterations", "text", "win rate", "95%", "KL/token", *kept, "alarms", "size", "shared")
+    listing = Listing(*columns, right=("iterations", "win rate", "KL/token", "kept", "alarms", "size", "shared"))
     for row in rows:
-        listing.add(*_cells(row))
+        listing.add(*_cells(row, probes))
     listing.print(stdout_console())
     for row in rows:
         if row.problem:
             print(visible(f"{row.run}: {row.problem}"), file=sys.stderr)
 
 
-def _cells(row: RunRow) -> tuple[str, ...]:
+def _cells(row: RunRow, probes: bool) -> tuple[str, ...]:
     from rlaif.audit.disk import in_words
 
     low, high = row.win_interval or (None, None)
@@ -55,6 +57,7 @@ def _cells(row: RunRow) -> tuple[str, ...]:
         "-" if row.win_rate is None else f"{row.win_rate:.2f}",
         "-" if low is None or high is None else f"{low:.2f}-{high:.2f}",
         "-" if row.kl_per_token is None else f"{row.kl_per_token:.3f}",
+        *(["-" if row.kept_share is None else f"{row.kept_share:.0%}"] if probes else []),
         str(row.alarms),
         in_words(row.bytes),
         in_words(row.shared) if row.shared else "",

@@ -15,13 +15,14 @@ from rlaif import models
 from rlaif.config import Job, Judge, PlacedRole, Precision
 from rlaif.console import inert, stdout_console
 from rlaif.constitutions.constitution import Constitution, load_constitution
-from rlaif.constitutions.templates import load_template, templates_in
+from rlaif.constitutions.templates import Template, load_template, templates_in
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out
 from rlaif.errors import UserError
 from rlaif.evaluation.probes import Probe, probes_of
 from rlaif.hardware import cpu_has_bf16, gpu_names
 from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Asked, Calibration, read_calibration
+from rlaif.judging.carried import carry
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of
 from rlaif.loop.anchors import is_due
@@ -30,7 +31,7 @@ from rlaif.loop.pairing import check_can_update, pairs_at_most
 from rlaif.loop.running import PairSource
 from rlaif.loop.source import open_source
 from rlaif.own_code import resolved
-from rlaif.records import Pair, Prompt
+from rlaif.records import Ballot, Pair, Prompt, Vote
 from rlaif.rundir.checkpoints import kept
 from rlaif.workers.placement import place, usable_gpus
 
@@ -82,6 +83,8 @@ class _Counts(NamedTuple):
     """Cast a second time."""
     reference_ballots: int
     """Of the reference judge."""
+    rejudged_ballots: int
+    """About old pairs, at changes of text (`replay.on_change: rejudge`)."""
 
 
 class _Tokens(NamedTuple):
@@ -134,6 +137,7 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "evaluation_ballots_at_most": counts.evaluation_ballots,
         "anchor_ballots_at_most": counts.anchor_ballots,
         "reference_ballots_at_most": counts.reference_ballots,
+        "rejudged_ballots_at_most": counts.rejudged_ballots,
         "tokens": {
             "sampled": round(tokens.sampled),
             "judged": round(tokens.judged + tokens.measured),
@@ -238,17 +242,61 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
         probed=len(read.probes) * evaluations,
         anchor_ballots=anchor_ballots,
         reference_ballots=reference_ballots,
+        rejudged_ballots=_rejudged(job, base_dir, read, pairs) if judged else 0,
     )
+
+
+def _rejudged(job: Job, base_dir: Path, read: _Read, pairs: Sequence[int]) -> int:
+    """Ballots about old pairs at the changes of text that the job schedules, if every pair were kept: what the new text
+    asks and the text that judged the pair didn't. Votes that a change in between had cast aren't known here."""
+    if not job.replay.share or job.replay.on_change != "rejudge":
+        return 0
+    schedule, max_age, calls = _schedule(job), job.replay.max_age, job.replay.rejudge.calls
+    texts = [read.constitutions[schedule[max(i for i in schedule if i <= k)]] for k in range(job.iterations)]
+    changes = [k for k in range(1, job.iterations) if texts[k].hash != texts[k - 1].hash]
+    owed_a_pair: dict[tuple[str, str], int] = {}
+    total = 0
+    for k, until in zip(changes, [*changes[1:], job.iterations], strict=True):
+        owed = 0
+        for i in range(max(0, k - max_age), k):
+            texts_of = texts[i].hash, texts[k].hash
+            if texts_of not in owed_a_pair:
+                owed_a_pair[texts_of] = _owed_a_pair(job, base_dir, texts[i], texts[k])
+            owed += pairs[i] * owed_a_pair[texts_of]
+        # What a limit leaves waits for the next iterations under the same text, until the pairs are too old.
+        total += owed if calls is None else min(owed, calls * min(until - k, max_age))
+    return total
+
+
+def _owed_a_pair(job: Job, base_dir: Path, before: Constitution, now: Constitution) -> int:
+    """Ballots of a text that no vote under an earlier one answers."""
+    if before.hash == now.hash:
+        return 0
+    judge, texts = kind_of(job.judge), {c.hash: c for c in (before, now)}
+    votes = [
+        Vote(ballot=b, model="plan", outcome="tie", raw_reply="") for b in _ballots(job, before, "decide", base_dir)
+    ]
+    templates = _templates(job.judge, now, "decide", base_dir)
+
+    def shows(ballot: Ballot) -> str:
+        return judge.shows(ballot, texts[ballot.constitution], templates)
+
+    return len(carry(_ballots(job, now, "decide", base_dir), votes, shows).owed)
 
 
 def _tokens(job: Job, counts: _Counts) -> _Tokens:
     answer = job.sampling.max_tokens * 0.8
     return _Tokens(
         sampled=(counts.samples + counts.held_out_answers + counts.untempered + counts.probed) * answer,
-        judged=kind_of(job.judge).tokens(counts.scores, counts.ballots + counts.evaluation_ballots, answer),
+        judged=kind_of(job.judge).tokens(counts.scores, _own_ballots(counts), answer),
         measured=(counts.held_out_answers + counts.untempered) * 2 * (answer + 40),
         trained=counts.pairs * job.learner.epochs * 2 * (answer + PROMPT_TOKENS),
     )
+
+
+def _own_ballots(counts: _Counts) -> int:
+    """All of the job's judge, but for anchors: one that runs here has none."""
+    return counts.ballots + counts.rejudged_ballots + counts.evaluation_ballots
 
 
 def _judge_parameters(job: Job) -> float:
@@ -331,12 +379,23 @@ def _ballots_a_pair(
     job: Job, constitution: Constitution, role: Role, base_dir: Path, asked: Judge | None = None
 ) -> int:
     """Questions to the job's judge, or to another one, about a pair; for a judge behind a server each is a request."""
-    judge = kind_of(asked or job.judge)
+    return len(_ballots(job, constitution, role, base_dir, asked))
+
+
+def _ballots(
+    job: Job, constitution: Constitution, role: Role, base_dir: Path, asked: Judge | None = None
+) -> list[Ballot]:
+    """What the job's judge, or another one, is asked about a pair."""
     pair = Pair(id="any", prompt_id="any", first="first", second="second", method="plan")
+    settings = asked or job.judge
+    templates = _templates(settings, constitution, role, base_dir)
+    return kind_of(settings).ballots([pair], constitution, role, templates=templates)
+
+
+def _templates(settings: Judge, constitution: Constitution, role: Role, base_dir: Path) -> list[Template]:
+    judge = kind_of(settings)
     folder = base_dir / judge.templates_dir
-    names = judge.template_names(constitution, role, templates_in(folder))
-    templates = [load_template(folder, name) for name in names]
-    return len(judge.ballots([pair], constitution, role, templates=templates))
+    return [load_template(folder, name) for name in judge.template_names(constitution, role, templates_in(folder))]
 
 
 def _trained_share(job: Job) -> float:
@@ -379,7 +438,8 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "prompts": f"{costs['train_prompts']} to train on, {costs['held_out_prompts']} held out",
         "samples": f"{costs['samples']} answers, at most {costs['pairs_at_most']} pairs",
         "judging": f"{costs['scores']} scores, at most {costs['ballots_at_most']} ballots"
-        + (f", and {again} of them again (monitors.anchors)" if (again := costs["anchor_ballots_at_most"]) else ""),
+        + (f", and {again} of them again (monitors.anchors)" if (again := costs["anchor_ballots_at_most"]) else "")
+        + (f", and {old} about old pairs (replay.on_change)" if (old := costs["rejudged_ballots_at_most"]) else ""),
         "evaluation": f"{costs['evaluations']} times, {costs['held_out_answers']} answers, "
         f"at most {costs['evaluation_ballots_at_most']} ballots"
         + (f", and {second} of the reference judge" if (second := costs["reference_ballots_at_most"]) else ""),

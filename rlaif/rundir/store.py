@@ -182,6 +182,10 @@ class StageDir:
         """Whether the stage's rows are all there."""
         return self._file(stage).exists()
 
+    def is_begun(self, stage: str) -> bool:
+        """Whether the stage was begun and isn't complete, by a process that is at work or by one that was stopped."""
+        return (self.path / f"{stage}.jsonl.partial").exists()
+
     def meta(self, stage: str) -> dict[str, Any]:
         """The stage's meta file: rows, digest, inputs, seconds.
 

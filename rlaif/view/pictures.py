@@ -30,6 +30,8 @@ STYLES = 6
 APART = 5
 """Between intervals of two series at one place."""
 
+_REFERENCE = "by the reference judge"
+
 Format = Callable[[float], str]
 Spot = tuple[float, float]
 """x and y in data units."""
@@ -191,7 +193,7 @@ def side_by_side(curves: Sequence[Curve]) -> list[Picture]:
     def intervals(get: Callable[[EvaluationMetrics], Spot | None]) -> dict[str, list[Interval]]:
         return {c.run: _intervals(c.evaluations, get) for c in curves}
 
-    return [
+    made = [
         _line_picture(
             "win-rate",
             "Win rate against base",
@@ -224,6 +226,21 @@ def side_by_side(curves: Sequence[Curve]) -> list[Picture]:
             empty="not measured (eval.kl_prompts: 0)",
         ),
     ]
+    if any(e.retention for c in curves for e in c.evaluations):
+        made.append(
+            _line_picture(
+                "retention",
+                "Probes kept, of those that the base policy passed",
+                series(lambda e: e.retention.kept_share if e.retention else None),
+                time,
+                intervals=intervals(lambda e: e.retention.kept_interval if e.retention else None),
+                write=percent,
+                y_range=(0, 1),
+                note="95 % interval; no judge",
+                empty="not measured (eval.retention)",
+            )
+        )
+    return made
 
 
 def of_groups(found: OverTime) -> list[Picture]:
@@ -292,15 +309,23 @@ class _OverTime:
 
     def of_the_judge(self) -> Iterator[Picture]:
         """What the judge says, and how far it agrees with itself."""
-        yield self._line(
+        rates = {"held-out answers": self._held_out(lambda e: e.win_rate)}
+        intervals = {"held-out answers": _intervals(self.evaluations, lambda e: e.win_interval)}
+        if any(e.referred for e in self.evaluations):
+            rates[_REFERENCE] = self._held_out(lambda e: e.referred.win_rate if e.referred else None)
+            intervals[_REFERENCE] = _intervals(
+                self.evaluations, lambda e: e.referred.win_interval if e.referred else None
+            )
+        yield _line_picture(
             "win-rate",
             "Win rate against base",
-            {"held-out answers": self._held_out(lambda e: e.win_rate)},
-            intervals=_intervals(self.evaluations, lambda e: e.win_interval),
+            rates,
+            self.time,
+            intervals=intervals,
             write=percent,
             y_range=(0, 1),
             reference=0.5,
-            breaks={"held-out answers": [change.at for change in self.time.changes]},
+            breaks={name: [change.at for change in self.time.changes] for name in rates},
             note="95 % interval; judged under the text in force",
             empty="nothing was judged against the base policy yet",
         )

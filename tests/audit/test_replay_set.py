@@ -12,6 +12,7 @@ from rlaif.audit.index import Index
 from rlaif.audit.overview import overview
 from rlaif.audit.pair import show
 from rlaif.audit.replay_set import ReplaySet, replay_set
+from rlaif.audit.trace import trace
 from rlaif.cli import app
 from rlaif.learning.replay_index import update_index
 from rlaif.records import Preference, Vote
@@ -105,3 +106,53 @@ def test_what_judging_again_cost_counts(tmp_path: Path) -> None:
     assert asked == stood == new > 0
     assert sum(c.votes for c in found.cost) == found.totals.votes + evaluated + new
     assert [problem for problem in found.problems if "old_pairs" in problem or "rejudged" in problem] == []
+
+
+def test_a_replay_says_that_it_leaves_old_pairs(tmp_path: Path) -> None:
+    texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}]
+    run = went(tmp_path, *texts, replay={"on_change": "rejudge"})
+    n = len(old_pairs(run, 1))
+    told = CliRunner().invoke(app, ["audit", str(run.path), "replay", "--set", "filters.min_agreement=1"])
+    assert told.exit_code == 0, told.output
+    said = " ".join(told.stdout.split())
+    assert f"note: old_pairs: {n} decisions on earlier pairs under a later text are left as they were made" in said
+    for without in (run, went(tmp_path / "expired", *texts)):  # nothing differs, or nothing was decided
+        keys = [] if without is run else ["--set", "filters.min_agreement=1"]
+        assert "old_pairs" not in CliRunner().invoke(app, ["audit", str(without.path), "replay", *keys]).stdout
+
+
+def test_a_label_that_was_made_anew_is_traced_to_all_its_votes(tmp_path: Path) -> None:
+    texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}, {"wish": 4, "tone": 3}]
+    run = went(tmp_path, *texts, iterations=4, replay={"on_change": "rejudge"})
+    with Index.open(run) as index:
+        found = trace(index, run, "4")
+    anew = {(p.iteration, p.pair_id): p for p in found.rows if p.rejudged}
+    assert {k for k, _ in anew} == {1, 2, 3}
+    for k, pair in anew:
+        row = anew[k, pair]
+        about = next(r for i in range(k, -1, -1) for r in old_pairs(run, i) if r.pair_id == pair)
+        assert about.decision is not None
+        parts = [(row.votes_file, row.vote_lines), *((r.votes_file, r.vote_lines) for r in row.rejudged)]
+        votes = [
+            Vote.model_validate_json(Path(file).read_text().splitlines()[n - 1]) for file, lines in parts for n in lines
+        ]
+        assert {v.ballot.pair_id for v in votes} == {pair}
+        assert len({v.ballot.id for v in votes}) == len(votes) == about.carried + about.lost + about.asked
+        # The newest answer of each principle makes the verdict.
+        electing = {v.ballot.voice: v.p_first for v in votes if not v.ballot.guard}
+        assert about.decision.verdict.p_first == pytest.approx(sum(p or 0 for p in electing.values()) / len(electing))
+    assert not [p for p in found.rows if p.source != "replay" and p.rejudged]
+    for r in found.iterations:
+        rows = [p for p in found.rows if (p.iteration, p.constitution) == (r.iteration, r.constitution)]
+        assert r.votes == sum(len(p.vote_lines) + sum(len(v.vote_lines) for v in p.rejudged) for p in rows)
+    told = CliRunner().invoke(app, ["audit", str(run.path), "trace", "4", "--limit", "99"], env={"COLUMNS": "300"})
+    assert f"{len(row.vote_lines)} in {row.judged_in + 1}: line " in told.stdout
+    assert f", 1 in {row.rejudged[-1].iteration + 1}: line " in told.stdout
+
+
+def test_a_text_that_came_back_is_traced_to_its_own_votes_alone(tmp_path: Path) -> None:
+    run = went(tmp_path, {"wish": 1}, {"wish": 2}, {"wish": 1}, replay={"on_change": "rejudge"})
+    with Index.open(run) as index:
+        rows = trace(index, run, "3").rows
+    again = {p.judged_in: bool(p.rejudged) for p in rows if (p.iteration, p.source) == (2, "replay")}
+    assert again == {0: False, 1: True}
