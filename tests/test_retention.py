@@ -260,7 +260,7 @@ def test_a_run_stopped_before_the_base_policy_was_measured_may_still_have_it(
     run = RunDir(tmp_path / "late" / "run")
     assert asked_about_the_past(run, job(), tmp_path) == ((), ())
     with monkeypatch.context() as patch:
-        patch.setattr("rlaif.loop.evaluation._drift", interrupted)
+        patch.setattr("rlaif.loop.evaluation.candidates", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_of(tmp_path / "soon", eval={"every": 2, "prompts": 3})
     run = RunDir(tmp_path / "soon" / "run")
