@@ -223,11 +223,67 @@ def vote(**changes: Any) -> Vote:
     return Vote.model_construct(**{"ballot": ballot, "outcome": "first", "usage": usage, "attempts": 2, **changes})
 
 
+COUNTS = {"probes": 4, "base_passed": 3, "kept": 2, "gained": 1}
+RETENTION = {
+    "probes": COUNTS,
+    "kept_share": 0.67,
+    "kept_interval": (0.2, 0.9),
+    "by_kind": {"fact": COUNTS},
+    "perplexity": 21.0,
+    "base_perplexity": 20.0,
+    "perplexity_ratio": 1.05,
+    "perplexity_ratio_interval": (1.0, 1.1),
+    "earlier": {
+        "d4c239e08ff69c8d": {
+            "constitution": {"name": "rules", "version": 1, "hash": "d4c239e08ff69c8d"},
+            "win_rate": 0.5,
+            "win_interval": (0.2, 0.8),
+            "wins": 1,
+            "losses": 1,
+            "undecided": 0,
+            "abstained": 0,
+        }
+    },
+}
+
+NEWER: dict[str, Any] = {
+    "old_pairs": {"expired": 2},
+    "stopped_at_kl": 0.3,
+    "pair_counts": {"pairs": 6, "abstained": 0, "unanimous": 2, "flipped": 0, "kept": 5},
+    "answer_counts": {
+        "mean_words_error": 0.9,
+        "nats_per_token": 1.7,
+        "vocabulary": 126.4,
+        "self_praise": 0,
+        "to_judge": 0,
+    },
+    "anchors": {"pairs": 32, "moved": 1},
+    "leanings": {"length": {"more": 3, "pairs": 5}},
+}
+NEWER_OF_EVALUATION: dict[str, Any] = {
+    "retention": RETENTION,
+    "distinct_1": 0.8,
+    "distinct_2": 0.9,
+    "repeated_line_share": 0.1,
+    "base_checks": {"wish": 0.2},
+    "referred": {
+        "judge": "r",
+        "win_rate": 0.5,
+        "win_interval": (0.2, 0.8),
+        "wins": 1,
+        "losses": 1,
+        "undecided": 0,
+        "abstained": 0,
+    },
+}
+"""What is there with some settings alone."""
+
+
 def all_values() -> dict[str, float | str]:
     judge = chat_judge(prices={"m": {"prompt": 1.0, "completion": 10.0}})
     events = [Event(time="", kind="alarm", iteration=2, message="look"), Event(time="", kind="started", message="")]
-    iteration = IterationMetrics.model_validate(METRICS)
-    evaluation = EvaluationMetrics.model_validate(EVALUATION)
+    iteration = IterationMetrics.model_validate(METRICS | NEWER)
+    evaluation = EvaluationMetrics.model_validate(EVALUATION | NEWER_OF_EVALUATION)
     return {
         **tracking.of_evaluation(evaluation, [vote()], judge, 2),
         **tracking.of_iteration(iteration, [vote(), vote(cached=True, attempts=0)], judge, 2, events),
