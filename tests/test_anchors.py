@@ -17,6 +17,8 @@ from rlaif.rundir.store import RunDir, write_json
 from tests.stubs import stub_job, stub_loop
 from tests.test_monitors import measured
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def behind_an_alias(monkeypatch: pytest.MonkeyPatch) -> None:

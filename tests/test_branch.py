@@ -28,6 +28,8 @@ from tests.data import make_run
 from tests.stubs import BASE_DIGEST, Quiet, stub_job, stub_loop
 from tests.test_resume import outcome
 
+pytestmark = pytest.mark.slow
+
 
 def go_on(root: Path, name: str = "run", **changes: Any) -> RunDir:
     """The stub run of this name, to the end of its own job or of another one; with a run.json, as `execute` has it."""
@@ -67,7 +69,6 @@ def made(run: RunDir) -> list[str | None]:
     return [run.iteration(k).policy_made() for k in run.iterations()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_branch_makes_the_policies_that_its_parent_makes(tiny_model: Path, tmp_path: Path, lora: bool) -> None:
     """A real learner and sampler: weights, Adam's moments, schedule, random numbers, step and seeds all go on."""

@@ -16,6 +16,8 @@ from rlaif.rundir.store import RunDir
 from tests.stubs import stub_job, stub_loop, write_texts
 from tests.test_branch import go_on, made
 
+pytestmark = pytest.mark.slow
+
 
 def on_disk(run: RunDir) -> tuple[list[int], list[int]]:
     """After how many iterations there is a policy, and a learner's state."""

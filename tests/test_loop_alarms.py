@@ -13,6 +13,8 @@ from rlaif.loop import Loop
 from rlaif.records import Completion, Event, Vote
 from tests.stubs import fraction, stub_job, stub_loop
 
+pytestmark = pytest.mark.slow
+
 
 def loop_of(tmp_path: Path, **changes: Any) -> Loop:
     rules = {"schedule": {0: "rules@1"}, "iterations": 3, "prompts": {"per_iteration": 16}}
@@ -98,7 +100,6 @@ def test_a_policy_that_praises_itself(tmp_path: Path) -> None:
     assert "sampled answers praise themselves" in alarms(loop)[0].message
 
 
-@pytest.mark.slow
 def test_twenty_runs_in_which_nothing_is_wrong(tmp_path: Path) -> None:
     for seed in range(20):
         loop = loop_of(tmp_path / str(seed), seed=seed, iterations=6)

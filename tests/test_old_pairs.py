@@ -38,6 +38,8 @@ from tests.kill_driver import in_child
 from tests.review.runs import give, key_for, reviewed
 from tests.stubs import Quiet, stub_job, stub_logprobs, stub_loop
 
+pytestmark = pytest.mark.slow
+
 Wishes = dict[str, int | tuple[int, float]]
 """Principle → the number of its words, and its weight where that isn't 1."""
 
@@ -566,7 +568,6 @@ def test_a_limit_that_nothing_counts_against_is_refused() -> None:
     assert job({"money": 1.0}, **chat, prices={"m": {"prompt": 1, "completion": 1}})
 
 
-@pytest.mark.slow
 def test_a_real_judge_says_of_an_old_pair_what_it_says_of_a_new_one(tiny_model: Path, tmp_path: Path) -> None:
     """Carried and new votes together are what the judge says when it is asked everything anew; on a real update."""
     pytest.importorskip("trl")

@@ -26,6 +26,8 @@ from tests.stubs import BASE_DIGEST, Quiet, stub_job, stub_loop
 from tests.test_monitors import completion, evaluated, measured
 from tests.view.runs import make_run
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = {"kind": "likelihood", "model": "another"}
 
 
@@ -178,7 +180,6 @@ def test_a_run_with_a_reference_is_what_was_written(tmp_path: Path) -> None:
     assert verify(RunDir(tmp_path / "run"), weights=False).findings == ()
 
 
-@pytest.mark.slow
 def test_a_reference_judge_has_a_worker_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
     """Loaded, asked and named by its weights; run.json holds whose they are."""
     pytest.importorskip("trl")

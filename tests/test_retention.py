@@ -32,6 +32,8 @@ from rlaif.view.pictures import side_by_side
 from tests.conftest import project_job
 from tests.stubs import Quiet, StubLearner, stub_job, stub_loop, stub_probes, write_texts
 
+pytestmark = pytest.mark.slow
+
 STAGES = ("probe_completions", "probe_results", "texts", "earlier_pairs", "earlier_votes", "earlier_decisions")
 
 
@@ -324,7 +326,6 @@ def test_an_update_that_stops_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     assert said.data["planned"] > 2
 
 
-@pytest.mark.slow
 def test_real_models_read_texts_as_transformers_does(tiny_model: Path, tmp_path: Path) -> None:
     """The base policy's perplexity and a trained one's, against the models' own loss; probes of the user's own."""
     pytest.importorskip("trl")

@@ -23,6 +23,8 @@ from tests.kill_driver import in_child
 from tests.review.runs import give, reviewed
 from tests.test_branch import go_on, keep, made
 
+pytestmark = pytest.mark.slow
+
 BEFORE = "run.before-rollback-1"
 
 
@@ -85,7 +87,6 @@ def test_a_branch_of_what_was_rolled_back_still_holds(tmp_path: Path, run: RunDi
     assert verify(child).findings == ()
 
 
-@pytest.mark.slow
 def test_who_reads_the_run_meanwhile_reads_what_it_is_now(tmp_path: Path) -> None:
     """A server's index and its queue are opened before the rollback, and asked after it."""
     done = reviewed(tmp_path)
@@ -155,7 +156,6 @@ def kill_at(point: int) -> list[str]:
     return calls
 
 
-@pytest.mark.slow
 def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, run: RunDir) -> None:
     before = content(run.path)
 
@@ -201,7 +201,6 @@ def test_a_kill_at_any_point_loses_nothing(tmp_path: Path, run: RunDir) -> None:
     assert interrupted == 1
 
 
-@pytest.mark.slow
 def test_a_branch_that_is_killed_touches_nothing(tmp_path: Path, run: RunDir) -> None:
     before = content(run.path)
 

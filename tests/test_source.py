@@ -36,6 +36,8 @@ from tests.offline import offline_job, offline_loop
 from tests.stubs import Quiet, stub_job, stub_loop, write_texts
 from tests.test_resume import outcome
 
+pytestmark = pytest.mark.slow
+
 SAME = ("completions", "scores", "pairs", "decisions", "preferences")
 
 
@@ -298,7 +300,6 @@ def test_a_text_of_the_source_alone_was_never_in_force(online: RunDir, tmp_path:
 # A whole launch: the tiny model, real sampler, judge and learner.
 
 
-@pytest.mark.slow
 def test_the_offline_counterpart_makes_the_same_updates_to_the_bit(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from rlaif.loop.launch import execute
@@ -317,7 +318,6 @@ def test_the_offline_counterpart_makes_the_same_updates_to_the_bit(tiny_model: P
     assert verify(again).holds
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rejudge", [False, True])
 def test_a_branch_goes_on_offline(rejudge: bool, tiny_model: Path, tmp_path: Path) -> None:
     """On what its parent sampled before, under the text that is in force after the change."""

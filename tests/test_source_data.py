@@ -24,6 +24,8 @@ from tests.chat_tokenizers import KINDS
 from tests.conftest import project_job, rlaif_here
 from tests.stubs import Quiet
 
+pytestmark = pytest.mark.slow
+
 USER, ANSWER = "How do I keep  bread fresh?", "Put it into a <b>bag</b> 🙂 'now'"
 
 
@@ -105,7 +107,6 @@ def test_a_data_set_is_read_by_its_name(tmp_path: Path) -> None:
 # In the policy's tokens.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_token_ids_are_those_of_trls_own_tokenization(kind: str, tmp_path: Path) -> None:
     """Of the same rows in chat form, by `DPOTrainer`; what the template writes after the end of a turn is left out."""
@@ -190,7 +191,6 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDi
     return execute(data_job(root, tiny_model), root / "run", root, Quiet())
 
 
-@pytest.mark.slow
 def test_a_run_trains_on_a_files_pairs_without_a_vote(trained: RunDir) -> None:
     assert trained.iterations() == [0, 1, 2]
     seen = []
@@ -216,7 +216,6 @@ def test_a_run_trains_on_a_files_pairs_without_a_vote(trained: RunDir) -> None:
     assert {*firsts} == {"first", "second"}, "no order carries the label"
 
 
-@pytest.mark.slow
 def test_such_a_run_is_verified_measured_and_replayed(trained: RunDir, tmp_path: Path) -> None:
     assert verify(trained).holds
     metrics = read_record(trained.iteration(0).path / "metrics.json", IterationMetrics)
@@ -231,7 +230,6 @@ def test_such_a_run_is_verified_measured_and_replayed(trained: RunDir, tmp_path:
     assert (again.total("kept_before"), again.total("kept_after"), again.problems) == (12, 12, ())
 
 
-@pytest.mark.slow
 def test_the_audit_says_that_nobody_voted(trained: RunDir) -> None:
     pair = trained.iteration(0).read("pairs", Pair)[0].id
     said = {name: " ".join(rlaif_here("audit", str(trained.path), *more).stdout.split()) for name, more in {
@@ -244,7 +242,6 @@ def test_the_audit_says_that_nobody_voted(trained: RunDir) -> None:
     assert "replay" in said["trace"]
 
 
-@pytest.mark.slow
 def test_a_run_on_data_is_no_source_of_labels(trained: RunDir, tmp_path: Path) -> None:
     """It has no votes; its pairs can be judged."""
     job = parse_job({"constitution": "rules", "source": {"run": str(trained.path)}}, "test")
@@ -254,7 +251,6 @@ def test_a_run_on_data_is_no_source_of_labels(trained: RunDir, tmp_path: Path) -
     StoredPairs(job.source.model_copy(update={"rejudge": True}), tmp_path)
 
 
-@pytest.mark.slow
 def test_its_pairs_can_be_judged_under_the_jobs_text(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from rlaif.loop.launch import execute
@@ -267,7 +263,6 @@ def test_its_pairs_can_be_judged_under_the_jobs_text(tiny_model: Path, tmp_path:
     assert {v.ballot.constitution for v in votes} == {run.plan(0).constitution.hash}
 
 
-@pytest.mark.slow
 def test_a_file_that_changed_is_noticed_when_a_run_goes_on(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +286,6 @@ def _interrupted(*_: Any) -> Any:
     raise KeyboardInterrupt
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("too_long", ["refuse", "drop"])
 def test_pairs_that_are_too_long_are_told_at_the_start(too_long: str, tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")

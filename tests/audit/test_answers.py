@@ -18,6 +18,8 @@ from tests.audit.conftest import ALL_STORED
 from tests.stubs import stub_job
 from tests.view.runs import make_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:

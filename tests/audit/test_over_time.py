@@ -19,6 +19,8 @@ from rlaif.records import ConstitutionRef, EvaluationMetrics, Plan, PlanSource, 
 from rlaif.rundir.store import RunDir, read_record, write_json
 from tests.stubs import stub_job, stub_loop
 
+pytestmark = pytest.mark.slow
+
 OLD, NEW = (
     ConstitutionRef(name="rules", version=1, hash="a" * 16),
     ConstitutionRef(name="rules", version=2, hash="b" * 16),

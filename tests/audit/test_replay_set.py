@@ -20,6 +20,8 @@ from rlaif.rundir.store import RunDir, write_json
 from rlaif.view.report import make_report
 from tests.test_old_pairs import Wishes, old_pairs, preferences, went
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_set_says_what_may_train_and_why_the_rest_may_not(tmp_path: Path) -> None:
     texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}, {"wish": 1, "tone": 3, "more": 4}]

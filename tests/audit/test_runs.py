@@ -17,6 +17,8 @@ from rlaif.rundir.store import RunDir, read_record
 from tests.conftest import rlaif_here
 from tests.test_branch import go_on
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -109,7 +111,6 @@ def test_the_command(runs: Path) -> None:
         runs_in(runs / "run")
 
 
-@pytest.mark.slow
 def test_what_each_choice_costs(tmp_path: Path) -> None:
     """As the run itself has it after its end, with another choice each."""
     for name, choice in (("null", None), ("evaluated", "evaluated"), ("last", {"last": 3}), ("all", "all")):

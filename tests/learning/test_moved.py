@@ -29,6 +29,8 @@ from tests.learning.test_contract import (
     weights,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def sequence(*token_ids: int) -> TokenSequence:
     return TokenSequence(prompt_token_ids=(1,), token_ids=token_ids)
@@ -60,7 +62,6 @@ def test_terms_estimate_kl() -> None:
     assert found == pytest.approx(truth, rel=0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "online_dpo"])
 def test_an_update_stops_at_the_step_that_goes_too_far(kind: str, model_path: str, settings: config.Learner) -> None:
     pairs = make_preferences(16)
@@ -80,7 +81,6 @@ def test_an_update_stops_at_the_step_that_goes_too_far(kind: str, model_path: st
     assert next(held.update(pairs, 1)).metrics["kl"] > 0
 
 
-@pytest.mark.slow
 def test_the_brake_measures_and_changes_nothing(model_path: str, settings: config.Learner) -> None:
     pairs = make_preferences(8)
     made = [learner("dpo", model_path, settings, max_kl=limit) for limit in (None, 1e9)]
@@ -90,7 +90,6 @@ def test_the_brake_measures_and_changes_nothing(model_path: str, settings: confi
     close(weights(made[0]), weights(made[1]))
 
 
-@pytest.mark.slow
 def test_kl_is_that_of_the_steps_rows(model_path: str, settings: config.Learner) -> None:
     pairs = make_preferences(4)
     made = learner("dpo", model_path, settings, max_kl=1e9)
@@ -111,7 +110,6 @@ def test_kl_is_that_of_the_steps_rows(model_path: str, settings: config.Learner)
     assert step.metrics["kl"] == pytest.approx(sum(terms) / len(terms), rel=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, config.Lora(r=4)])
 @pytest.mark.parametrize("kind", ["dpo", "online_dpo"])
 def test_the_reference_is_the_policy_at_the_change(
@@ -136,7 +134,6 @@ def test_the_reference_is_the_policy_at_the_change(
     assert next(iter(made.update(later, 3))).loss == pytest.approx(math.log(2), abs=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, config.Lora(r=4)])
 def test_in_bf16_the_policy_at_the_change_is_its_export(
     lora: config.Lora | None, model_path: str, settings: config.Learner, tmp_path: Path
@@ -148,7 +145,6 @@ def test_in_bf16_the_policy_at_the_change_is_its_export(
     assert next(iter(made.update(make_preferences(4), 0))).loss == pytest.approx(math.log(2), abs=1e-3)
 
 
-@pytest.mark.slow
 def test_loss_against_the_policy_at_the_change(model_path: str, settings: config.Learner, tmp_path: Path) -> None:
     settings = settings.model_copy(update={"reference": "at_change", "max_grad_norm": 1e6})
     made: Any = make_learner("dpo", model_path, settings, 7, None, "fp32")
@@ -165,7 +161,6 @@ def test_loss_against_the_policy_at_the_change(model_path: str, settings: config
     assert settings.beta == BETA
 
 
-@pytest.mark.slow
 def test_kl_from_the_base_policy_is_not_from_the_reference(
     model_path: str, settings: config.Learner, tmp_path: Path
 ) -> None:
@@ -179,7 +174,6 @@ def test_kl_from_the_base_policy_is_not_from_the_reference(
     assert min(by_hand) > 1e-3
 
 
-@pytest.mark.slow
 def test_a_reference_whose_files_are_gone(model_path: str, settings: config.Learner, tmp_path: Path) -> None:
     made = learner("dpo", model_path, settings, reference="at_change")
     with pytest.raises(UserError, match="weights are gone"):

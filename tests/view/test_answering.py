@@ -9,6 +9,8 @@ import pytest
 from rlaif.audit.answers import AgainstBase, Answer, Answers, Evaluated, Evaluation, PromptLine
 from rlaif.view.answering import MOST_COLUMNS, AnswersAsked, answers_table, near
 
+pytestmark = pytest.mark.slow
+
 
 def said(texts: Mapping[int, str]) -> Answers:
     """A prompt's answer after so many iterations."""
