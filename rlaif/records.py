@@ -850,11 +850,9 @@ def lift_metrics(metrics: Any) -> Any:
     return rest | {"learner_metrics": {} if metrics["margin"] is None else {"margin": metrics["margin"]}}
 
 
-class Referred(Record):
-    """Held-out answers against the base policy's, as the reference judge says (`eval.reference_judge`)."""
+class AgainstBase(Record):
+    """Held-out answers against the base policy's, counted as an evaluation's are."""
 
-    judge: str
-    """Who it is, as ballots name it."""
     win_rate: float | None
     """As an evaluation's, and so the rest."""
     win_interval: tuple[float, float] | None
@@ -862,6 +860,13 @@ class Referred(Record):
     losses: int
     undecided: int
     abstained: int
+
+
+class Referred(AgainstBase):
+    """Held-out answers against the base policy's, as the reference judge says (`eval.reference_judge`)."""
+
+    judge: str
+    """Who it is, as ballots name it."""
 
 
 class ProbeCounts(Record):
@@ -876,17 +881,10 @@ class ProbeCounts(Record):
     """Passed by this policy and not by the base policy."""
 
 
-class EarlierText(Record):
+class EarlierText(AgainstBase):
     """Held-out answers against the base policy's, judged under a text that was in force before."""
 
     constitution: ConstitutionRef
-    win_rate: float | None
-    """As an evaluation's."""
-    win_interval: tuple[float, float] | None
-    wins: int
-    losses: int
-    undecided: int
-    abstained: int
 
 
 class Retention(Record):

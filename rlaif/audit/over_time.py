@@ -69,6 +69,11 @@ def measure_of(name: str) -> Measure:
     return MEASURES[name]
 
 
+def plain(value: float) -> str:
+    """A number with digits that say something."""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
 class Change(Record):
     """A text came into force."""
 

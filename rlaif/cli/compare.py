@@ -85,7 +85,6 @@ def compare(
 
 def _groups(arguments: Sequence[str]) -> dict[str, list[RunDir]]:
     """Groups as they were named, then the runs without a name by their jobs."""
-    from rlaif.audit.curves import curve_of
     from rlaif.audit.over_time import grouped
 
     named: dict[str, list[RunDir]] = {}
@@ -96,7 +95,7 @@ def _groups(arguments: Sequence[str]) -> dict[str, list[RunDir]]:
             named.setdefault(name, []).extend(_opened(pattern))
         else:
             others += _opened(argument)
-    without = [run for run in others if not curve_of(run).evaluations]
+    without = [run for run in others if not _evaluated(run)]
     if len(without) < len(others):  # of a folder, runs that have just begun
         for run in without:
             typer.echo(f"rlaif: {run.path}: no evaluation in it yet; it is left out", err=True)
@@ -105,6 +104,10 @@ def _groups(arguments: Sequence[str]) -> dict[str, list[RunDir]]:
     if twice := sorted(named.keys() & rest.keys()):
         raise UserError(f"two groups are called `{twice[0]}`; give one of them another name, as NAME=RUN")
     return named | rest
+
+
+def _evaluated(run: RunDir) -> bool:
+    return any((run.evaluation(k).path / "metrics.json").exists() for k in run.evaluations())
 
 
 def _opened(pattern: str) -> Iterable[RunDir]:
@@ -179,9 +182,9 @@ def _cell(spread: Spread | None, percent: bool) -> str:
 
 
 def _number(value: float, percent: bool) -> str:
-    if percent:
-        return f"{value:.0%}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    from rlaif.audit.over_time import plain
+
+    return f"{value:.0%}" if percent else plain(value)
 
 
 def _or_dash(value: int | None) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlaif.audit.over_time import OverTime, Reach, Spread, measure_of
+from rlaif.audit.over_time import OverTime, Reach, Spread, measure_of, plain
 from rlaif.errors import UserError
 from rlaif.rundir.store import replacing
 from rlaif.view.html import MISSING
-from rlaif.view.pictures import STYLES, of_groups, percent, plain
+from rlaif.view.pictures import STYLES, of_groups, percent
 
 
 def write_comparison(found: OverTime, reached: Sequence[Reach], to: Path) -> Path:

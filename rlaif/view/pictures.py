@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any, get_args
 
 from rlaif.audit.curves import Curve
-from rlaif.audit.over_time import OverTime, measure_of
+from rlaif.audit.over_time import OverTime, measure_of, plain
 from rlaif.audit.overview import IterationRow
 from rlaif.intervals import share
 from rlaif.records import DropReason, EvaluationMetrics
@@ -276,11 +276,6 @@ def of_groups(found: OverTime) -> list[Picture]:
             )
         )
     return made
-
-
-def plain(value: float) -> str:
-    """A number with digits that say something."""
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def _held_out(evaluations: Sequence[EvaluationMetrics], get: Callable[[EvaluationMetrics], float | None]) -> list[Spot]:
