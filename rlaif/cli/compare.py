@@ -59,6 +59,10 @@ def compare(
     for name in measures:
         over_time.measure_of(name)
     found = over_time.over_time(_groups(runs), axis, measures)
+    for group in found.groups:
+        if len({run.seed for run in group.runs}) < len(group.runs):
+            same = f"rlaif: {group.name}: several of its runs have one seed, so the spread is too small"
+            typer.echo(f"{same}; name groups as NAME=RUN", err=True)
     reached = [over_time.reach(found, reach, name, share) for name in measures] if reach else []
     if picture is not None:
         from rlaif.audit.picture import draw_over_time

@@ -252,3 +252,14 @@ def test_the_report_is_one_file_with_every_number(tmp_path: Path) -> None:
     assert "src=" not in said
     assert "href=" not in said
     assert "no folder" in str(cli(anew.path, "--html", tmp_path / "none" / "c.html"))
+
+
+def test_runs_of_one_seed_are_no_spread(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        made(tmp_path, name, {0: 50, 2: 60}, {0: OLD}, seed=seed)
+
+    def told(*names: str) -> str:
+        return CliRunner().invoke(app, ["compare", *(str(tmp_path / name) for name in names)]).stderr
+
+    assert "several of its runs have one seed" in told("a", "b", "c")
+    assert "seed" not in told("a", "c")
