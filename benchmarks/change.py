@@ -2,9 +2,9 @@
 
     python -m benchmarks.change [--seeds 0 1 2] [--runs DIR] [--change 4] [--iterations 12] [--set KEY=VALUE ...]
 
-For each seed, jobs/change_guidelines.yaml (brief answers, then thorough ones) runs up to the change of text: half of its
-prompts an iteration, shorter answers, at twice its rate, so that a seed is done in about an hour. Five ways to go on are
-tried, each up to the same number of iterations after the change:
+For each seed, jobs/change_guidelines.yaml (brief answers, then thorough ones) runs up to the change of text, with half
+of its prompts an iteration, shorter answers and twice its rate, so that a seed is done in about an hour. Five ways to
+go on are tried, each up to the same number of iterations after the change:
 
     online          the run goes on under the new text, with fresh pairs
     online-rejudge  the same, and old pairs judged again under the new text are replayed

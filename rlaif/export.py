@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif import models
-from rlaif.audit.summary import retention_lines, summarise
+from rlaif.audit.summary import reference_line, retention_lines, summarise
 from rlaif.errors import UserError
 from rlaif.models import hub_id
 from rlaif.records import EvaluationMetrics
@@ -205,10 +205,15 @@ def _made_whole(to: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _retention(evaluations: Iterable[EvaluationMetrics], updates: int) -> list[str]:
-    """What this policy kept of the base policy's abilities, where it was measured."""
-    mine = next((e.retention for e in evaluations if e.updates == updates), None)
-    return [*(f"- {' '.join(line.split())}" for line in retention_lines(mine)), *([""] if mine else [])]
+def _beside_the_table(evaluations: Iterable[EvaluationMetrics], updates: int) -> list[str]:
+    """What the reference judge says of this policy, and what it kept of the base policy's abilities, where that was
+    measured."""
+    mine = next((e for e in evaluations if e.updates == updates), None)
+    if mine is None:
+        return []
+    by_reference = reference_line(mine)
+    lines = [*([f"{by_reference}; it never trains"] if by_reference else []), *retention_lines(mine.retention)]
+    return [*(f"- {' '.join(line.split())}" for line in lines), *([""] if lines else [])]
 
 
 def model_card(run: RunDir, updates: int) -> str:
@@ -264,7 +269,7 @@ def model_card(run: RunDir, updates: int) -> str:
         )
     lines += [
         "",
-        *_retention(summary.evaluations, updates),
+        *_beside_the_table(summary.evaluations, updates),
         "The win rate says how far the policy follows the text in the judge's eyes; it is no measure of truth.",
         "",
         "## Versions",

@@ -115,6 +115,18 @@ def test_the_win_rate_at_equal_length_stands_beside_the_raw_one(
     assert ("| 0.90 (0.80-0.95) | 0.60 (0.40-0.80) |" in model_card(run, 4)) == (fields == CONTROLLED)
 
 
+@pytest.mark.slow
+def test_a_model_card_has_the_reference_judges_word(tmp_path: Path) -> None:
+    shutil.copytree(STORED, tmp_path / "run")
+    path = tmp_path / "run" / "evaluations" / "0004" / "metrics.json"
+    counts = {"wins": 5, "losses": 3, "undecided": 0, "abstained": 0}
+    referred = {"judge": "chat:big@host", "win_rate": 0.62, "win_interval": [0.31, 0.86], **counts}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"referred": referred}))
+    run = RunDir.open(tmp_path / "run")
+    assert "- win rate by the reference judge 0.62 (0.31-0.86); it never trains" in model_card(run, 4)
+    assert "reference judge" not in model_card(run, 2)
+
+
 def test_a_prompt_that_nobody_answered_is_not_shown(tmp_path: Path) -> None:
     job = stub_job(iterations=1, eval={"prompts": 2})
     stub_loop(tmp_path, job).run()
