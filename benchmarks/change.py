@@ -28,6 +28,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rlaif.audit.answers import answers_to, held_out_prompts
+from rlaif.audit.index import Index
+from rlaif.rundir.store import RunDir
+
 JOB = Path("jobs/change_guidelines.yaml")
 BEFORE, AFTER = "assistant@1", "assistant@2"
 MEASURES = ("win_rate", "words", "kl", "retained")
@@ -42,6 +46,9 @@ SETTINGS = (
 )
 """Of all runs, beside the job's own; `--set` comes after them."""
 ARMS = ("online", "online-rejudge", "offline-old", "offline-new", "restart")
+
+ANSWERS = 10
+"""Prompts whose answers are printed."""
 
 
 class Plan(NamedTuple):
@@ -127,6 +134,19 @@ def tell(plan: Plan, seeds: Sequence[int]) -> None:
     subprocess.run([sys.executable, "-m", "rlaif", *command], check=True)
 
 
+def show_answers(plan: Plan, seed: int) -> None:
+    """Some held-out answers of the run that goes on: of the base policy, at the change, and at the end."""
+    shown = (0, plan.change, plan.iterations)
+    run = RunDir.open(plan.run("online", seed))
+    with Index.open(run) as index:
+        for line in held_out_prompts(index).prompts[:ANSWERS]:
+            print(f"\n{line.prompt}")
+            for found in answers_to(index, run, line.prompt_id).evaluated:
+                if found.evaluation.updates in shown:
+                    said = " ".join(found.answers[0].text.split())
+                    print(f"  after {found.evaluation.updates:2}: {said}")
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,6 +166,7 @@ def main() -> None:
             go_on(plan, arm, seed)
         print(f"seed {seed}: {(time.monotonic() - began) / 60:.0f} min", file=sys.stderr, flush=True)
     tell(plan, args.seeds)
+    show_answers(plan, args.seeds[0])
 
 
 if __name__ == "__main__":
