@@ -273,7 +273,7 @@ def of_groups(found: OverTime) -> list[Picture]:
                 {group: [(x, s.mean) for x, s in points] for group, points in spread.items()},
                 time,
                 # Between runs: a single one has no such interval.
-                intervals={g: [(x, s.low, s.high) for x, s in of if s.runs > 1] for g, of in spread.items()},
+                intervals={g: [(x, s.low, s.high) for x, s in of if s.evaluations > 1] for g, of in spread.items()},
                 # A number that depends on the text isn't joined across a change of it.
                 breaks={g.name: [c.after + 0.5 for c in g.changes] for g in found.groups} if measure.depends else None,
                 write=percent if measure.percent else plain,
