@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -1206,7 +1206,95 @@ def load_job(path: Path | str, overrides: list[str] | None = None) -> Job:
         raise UserError(f"{path}: a job is a mapping of settings, found {type(tree).__name__}; see docs/job.md")
     for override in overrides or []:
         apply_override(tree, override)
-    return parse_job(tree, str(path))
+    job = parse_job(tree, str(path))
+    if idle := without_effect(job):
+        raise UserError("; ".join(f"{path}: {message}" for message in idle))
+    return job
+
+
+class _Needs(NamedTuple):
+    """Settings that do nothing unless another one says so."""
+
+    keys: tuple[str, ...]
+    """Of settings, or of sections, which stand for each setting in them but for a monitor's action."""
+    switch: str
+    """The other one's key. A job that gives it, too, turns them off knowingly, as one of several variants does."""
+    on: Callable[[Job], bool]
+    says: str
+
+
+_NEEDS = (
+    _Needs(
+        ("replay.max_age", "replay.rejudge", "replay.stale_weight", "replay.half_life", "replay.half_distance"),
+        "replay.share",
+        lambda job: job.replay.share > 0,
+        "nothing is replayed while replay.share is 0; set it, for example replay.share=0.3",
+    ),
+    _Needs(
+        ("replay.rejudge",),
+        "replay.on_change",
+        lambda job: job.replay.on_change == "rejudge",
+        "a limit of `replay.on_change: rejudge`; set that",
+    ),
+    _Needs(
+        ("replay.stale_weight",),
+        "replay.on_change",
+        lambda job: job.replay.on_change == "keep",
+        "for `replay.on_change: keep`; set that",
+    ),
+    _Needs(
+        ("eval.probes", "monitors.hacking.kept"),
+        "eval.retention",
+        lambda job: job.eval.retention,
+        "probes are asked with eval.retention alone; set eval.retention=true",
+    ),
+    _Needs(
+        ("monitors.anchors",),
+        "judge.kind",
+        lambda job: job.judge.kind != "likelihood",
+        "a likelihood judge isn't asked again, since the run knows its weights; they are for another judge.kind",
+    ),
+)
+
+
+def without_effect(job: Job) -> list[str]:
+    """What a job gives that does nothing, or that no number can meet: a line each, with the key and what to do. Where a
+    job was stored by a run, which gives everything, only the latter."""
+    said = []
+    for needs in _NEEDS:
+        if not needs.on(job) and not _given(job, needs.switch):
+            idle = [key for key in needs.keys if _given(job, key)]
+            said += [f"{key}: without effect; {needs.says}, or leave {key} out" for key in idle]
+    for kind, settings, what in (
+        ("kl", job.monitors.kl, "KL from the base policy is 0 or more, so every evaluation would raise the alarm"),
+        ("short_answers", job.monitors.short_answers, "answers have no fewer words than 0, so none would raise it"),
+    ):
+        if settings.limit < 0:
+            said.append(
+                f"monitors.{kind}.limit: {settings.limit:g}, and {what}; give a limit of 0 or more, or set "
+                f"monitors.{kind}.action=off"
+            )
+    return said
+
+
+def worth_knowing(job: Job) -> list[str]:
+    """What whoever starts a job should know of it, and a dry run says before."""
+    back = [kind for kind, monitor in job.monitors if monitor.action == "rollback"]
+    if not back or job.keep_checkpoints is not None:
+        return without_effect(job)
+    named = ", ".join(f"monitors.{kind}.action=rollback" for kind in back)
+    none = f"{named}: only the newest checkpoint is kept, so there is none to go back to; set keep_checkpoints"
+    return [none, *without_effect(job)]
+
+
+def _given(job: Job, key: str) -> bool:
+    """Whether a job gives a setting, or anything but an action in a section."""
+    at: Any = job
+    for part in key.split("."):
+        if part not in at.model_fields_set:
+            return False
+        at = getattr(at, part)
+    return bool(at.model_fields_set - {"action"}) if isinstance(at, Section) else at is not None
 
 
 def parse_job(tree: dict[str, Any], source: str) -> Job:
@@ -1245,17 +1333,26 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected KEY=VALUE, for example --set learner.beta=0.2")
     *parents, last = key.split(".")
     node = tree
-    for part in parents:
+    for n, part in enumerate(parents):
         child = node.setdefault(part, {})
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise UserError(f"--set {override}: `{part}` is a value, not a section")
+            raise UserError(f"--set {override}: {_no_section(parents[: n + 1], child)}")
         node = child
     try:
         node[last] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"--set {override}: the value is not valid YAML") from e
+
+
+def _no_section(path: list[str], value: Any) -> str:
+    """Why no setting can be set in a value, and where it can."""
+    key, known = ".".join(path), _known_keys(tuple(path))
+    if not known:
+        return f"`{key}` is a value, not a section"
+    keys = ", ".join(f"{key}.{name}" for name in known)
+    return f"`{key}` was given as {value!r}, and only a section has settings in it; give {keys}, each by its key"
 
 
 def of_run(tree: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -1295,6 +1392,10 @@ _YAML_READS = {
 """What YAML makes of text without quotes."""
 
 
+_FEW = 4
+"""Places that are named of a key which stands in another section."""
+
+
 def _explain(error: Any) -> str:
     where = ".".join(str(p) for p in error["loc"] if not _is_tag(p))
     if error["type"] == "union_tag_invalid":
@@ -1304,6 +1405,8 @@ def _explain(error: Any) -> str:
         return _NO_SERVERS_NAME
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")
+        if where and re.match(rf"{re.escape(where)}[.:]", message):  # it names its own key
+            return str(message)
         if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
             message = "expected a section, `key: value` lines below it"
         if not where:
@@ -1320,6 +1423,8 @@ def _explain(error: Any) -> str:
         mine = next(kind for kind, cls in JUDGES.items() if error["loc"][1] == _tag_of(cls))
         return f"unknown key `{where}` for `judge.kind: {mine}`; it is known to `{'`, `'.join(knowing)}`"
     elsewhere = [path for path in _paths(Job) if path.rpartition(".")[2] == key]  # right, but in another section
+    if len(elsewhere) > _FEW:  # as a monitor's `limit`: nobody can say which was meant
+        elsewhere = []
     near = elsewhere or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else f"known keys: {', '.join(known)}"
     if not elsewhere and where.startswith("learner."):

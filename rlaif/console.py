@@ -40,6 +40,11 @@ def inert(text: str) -> str:
     return escape(visible(text))
 
 
+def counted(n: int, one: str, several: str = "") -> str:
+    """A number with what is counted: `1 pair`, `2 pairs`; `several` where it isn't `one` with an s."""
+    return f"{n} {one if n == 1 else several or one + 's'}"
+
+
 class Listing:
     """Rows of text under headings: a table on a terminal, lines with tabs when piped. No character is left out.
 

@@ -1,12 +1,15 @@
 """A project to work in: the constitutions, prompts and jobs that are shipped, and a README of what to edit.
 
 In: a folder. Out: the files in it, what was written, and what was left alone. The files are those of the repository's
-top-level folders. A wheel carries them inside the package (pyproject.toml says where); a clone has them beside it.
+top-level folders. A wheel carries them inside the package (pyproject.toml says where); a clone has them beside it, with
+its owner's edits, which a project gets, too.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from rlaif.errors import SHIPPED, RlaifError, UserError, checkout
@@ -25,6 +28,8 @@ class Written(Record):
     written: tuple[str, ...]
     left_alone: tuple[str, ...]
     """Were there before: nothing is overwritten, whether it differs or not."""
+    clone: str | None
+    """The clone whose files these are, edits included; None where the package carries its own."""
 
 
 def shipped_files() -> dict[str, Path]:
@@ -33,7 +38,7 @@ def shipped_files() -> dict[str, Path]:
     Raises:
         RlaifError: the installation lacks them.
     """
-    root = _PACKED if _PACKED.is_dir() else checkout() or _PACKED
+    root = _clone() or _PACKED
     found = {README: _HERE / "project_readme.md"}
     for path in (p for folder in FOLDERS for p in (root / folder).rglob("*")):
         name = path.relative_to(root)
@@ -44,13 +49,22 @@ def shipped_files() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def _clone() -> Path | None:
+    """The clone whose files are copied; None where the package has its own."""
+    return None if _PACKED.is_dir() else checkout()
+
+
 def write_project(folder: Path) -> Written:
     """Writes what is shipped into a folder, which is made if it isn't there.
 
     Raises:
-        UserError: the folder, or one in it, is a file or can't be written. Nothing is written where one is a file.
+        UserError: the folder, or one in it, is a file or can't be written, or a file of the clone can't be used.
+            Nothing is written where one is a file, or can't be used.
     """
     files = shipped_files()
+    clone = _clone()
+    if clone is not None:
+        _refuse_broken(clone, files)
     places = {folder, *(folder / parent for name in files for parent in Path(name).parents)}
     for place in sorted((*folder.parents, *places)):
         if os.path.lexists(place) and not place.is_dir():
@@ -60,7 +74,28 @@ def write_project(folder: Path) -> Written:
         folder=str(folder),
         written=tuple(name for name, wrote in new.items() if wrote),
         left_alone=tuple(name for name, wrote in new.items() if not wrote),
+        clone=None if clone is None else str(clone),
     )
+
+
+def _refuse_broken(clone: Path, files: Mapping[str, Path]) -> None:
+    """Whoever owns a clone may be in the middle of an edit of its texts and jobs.
+
+    Raises:
+        UserError: one of them can't be read; file, line, and how to get the shipped one back.
+    """
+    from rlaif.config import load_job
+    from rlaif.constitutions.constitution import list_constitutions
+
+    try:
+        list_constitutions(clone / "constitutions")
+        for job in (path for name, path in files.items() if Path(name).match("jobs/*.yaml")):
+            load_job(job)
+    except UserError as e:
+        raise UserError(
+            f"{e}. `rlaif init` copies the files of this clone: mend that one, or `git -C {shlex.quote(str(clone))} "
+            "checkout -- FILE` brings the shipped one back"
+        ) from e
 
 
 def _write(target: Path, content: bytes) -> bool:

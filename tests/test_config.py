@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from rlaif.config import (
     of_run,
     parse_job,
     sections_in,
+    worth_knowing,
 )
 from rlaif.errors import UserError
 
@@ -65,6 +67,26 @@ def test_a_schedule_survives_the_run_directory(tmp_path: Path) -> None:
         ("constitution: a\nlearning_rate: 1", r"`learning_rate`; did you mean `learner\.learning_rate`\?"),
         ("constitution: a\ntop_p: 1", r"did you mean `sampling\.top_p` or `eval\.top_p`\?"),
         ("constitution: a\nlearner: {weight_decay: 1}", r"go into learner\.args"),
+        ("constitution: a\nmonitors: {collapse: {limit: 1}}",
+         r"unknown key `monitors\.collapse\.limit`; known keys: action, entropy, vocabulary"),
+        ("constitution: a\nmonitors: {colapse: {limit: 1}}",
+         r"unknown key `monitors\.colapse`; did you mean `collapse`\?"),
+        ("constitution: a\nsource: {rejudge: true}", r"job\.yaml: source: give exactly one of `run` and `data`"),
+        ("constitution: a\nsource: {run: r, iterations: x}", r"job\.yaml: source\.iterations: found 'x', expected one"),
+        ("constitution: a\nfilters: {review: {}}", r"job\.yaml: filters\.review: give below_agreement"),
+        ("constitution: a\neval: {probes: p.jsonl}",
+         r"eval\.probes: without effect; probes are asked with eval\.retention alone; set eval\.retention=true"),
+        ("constitution: a\nreplay: {share: 0.5, rejudge: {calls: 9}}",
+         r"replay\.rejudge: without effect; a limit of `replay\.on_change: rejudge`; set that, or leave"),
+        ("constitution: a\nreplay: {share: 0.5, stale_weight: 0.5}",
+         r"replay\.stale_weight: without effect; for `replay\.on_change: keep`; set that"),
+        ("constitution: a\nreplay: {max_age: 8, half_life: 2}",
+         r"replay\.max_age: without effect; .*replay\.share=0\.3.*; .*replay\.half_life: without effect"),
+        ("constitution: a\nmonitors: {hacking: {kept: 0.9}}", r"monitors\.hacking\.kept: without effect; .*retention"),
+        ("constitution: a\nmonitors: {anchors: {every: 2}}", r"monitors\.anchors: without effect; .*judge\.kind"),
+        ("constitution: a\nmonitors: {kl: {limit: -1}}",
+         r"monitors\.kl\.limit: -1, and KL .*; give a limit of 0 or more, or set monitors\.kl\.action=off"),
+        ("constitution: a\nmonitors: {short_answers: {limit: -1}}", r"monitors\.short_answers\.limit: -1, and answers"),
         ("constitution: a\nitterations: 1", r"unknown key `itterations`; did you mean `iterations`\?"),
         ("constitution: a\niterations: 0", r"iterations: .*greater than or equal to 1 \(found 0\)"),
         ("constitution: a\nsampling: {engine: hf}", r"sampling\.engine: .*'vllm' or 'transformers' \(found 'hf'\)"),
@@ -97,6 +119,33 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
         load(tmp_path, text)
     assert "job.yaml" in str(e.value)
     assert "\n" not in str(e.value)
+    assert not re.search(r"(\b\w+): \1[:.]", str(e.value))  # source: source:
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eval: {probes: p.jsonl, retention: false}",  # the variant of a job in which it is off
+        "replay: {share: 0, max_age: 8, half_life: 2, rejudge: {calls: 3}, on_change: expire}",
+        "replay: {on_change: rejudge}",  # people's labels follow it, too
+        "monitors: {anchors: {action: pause}}",
+        "monitors: {stop_on_alarm: true}",
+        "judge: {kind: likelihood}\nmonitors: {anchors: {every: 2}}",
+    ],
+)
+def test_what_a_job_turns_off_itself_is_no_mistake(tmp_path: Path, text: str) -> None:
+    load(tmp_path, f"constitution: a\n{text}")
+
+
+def test_a_stored_run_is_read_whatever_has_no_effect_in_it(tmp_path: Path) -> None:
+    job = load(tmp_path, "constitution: a")
+    tree = job.model_dump(mode="json")
+    assert worth_knowing(parse_job(tree, "run.json")) == []
+    tree["monitors"]["kl"] |= {"limit": -1, "action": "rollback"}
+    rollback, limit = worth_knowing(parse_job(tree, "run.json"))
+    assert rollback.startswith("monitors.kl.action=rollback: only the newest checkpoint is kept")
+    assert limit.startswith("monitors.kl.limit: -1")
+    assert worth_knowing(parse_job(tree | {"keep_checkpoints": "all"}, "run.json")) == [limit]
 
 
 def test_a_job_that_is_not_utf8(tmp_path: Path) -> None:
@@ -124,13 +173,18 @@ def test_overrides(tmp_path: Path) -> None:
         ("beta", "expected KEY=VALUE"),
         ("=1", "expected KEY=VALUE"),
         ("constitution.x=1", "`constitution` is a value, not a section"),
+        (
+            "source.rejudge=true",
+            r"`source` was given as 'd\.jsonl', .*; give source\.columns, source\.data, source\.iterations, "
+            r"source\.rejudge, source\.run, each by its key",
+        ),
         ("seed=[", "not valid YAML"),
         ("name=2024-13-45", "not valid YAML"),
     ],
 )
 def test_bad_overrides(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        apply_override({"constitution": "a"}, override)
+        apply_override({"constitution": "a", "source": "d.jsonl"}, override)
 
 
 def test_jurors_that_differ_in_anything_are_two(tmp_path: Path) -> None:

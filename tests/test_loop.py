@@ -616,7 +616,7 @@ def test_an_alarm_takes_the_run_back(keep: str | None, tiny_model: Path, tmp_pat
     with pytest.raises(RunPaused, match=rf"iteration 2: .*silent after iteration 1, and .*{said}"):
         execute(job(2, "rollback"), tmp_path / "run", tmp_path, progress, allow_change=True)
     assert RunDir(tmp_path / "run").iterations() == ([0] if keep else [0, 1])
-    assert any("needs the learner's earlier states" in note for note in progress.notes) == (keep is None)
+    assert any("none to go back to; set keep_checkpoints" in note for note in progress.notes) == (keep is None)
 
 
 def test_the_evaluation_at_a_change_of_text_raises_the_kl_alarm(tmp_path: Path) -> None:

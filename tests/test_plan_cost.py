@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from rlaif.errors import UserError
 from rlaif.evaluation.probes import shipped
 from rlaif.loop import cost as plan_cost
 from rlaif.loop.cost import GIB, estimate
+from rlaif.loop.launch import asked_about_the_past
 from rlaif.records import JudgedStats
+from rlaif.rundir.store import RunDir
 from tests.conftest import project_job
 from tests.judging.test_calibration import calibration
-from tests.stubs import write_texts
+from tests.stubs import stub_loop, write_texts
 from tests.test_old_pairs import Wishes, written
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +113,60 @@ def test_judging_old_pairs_again_is_in_the_plan(tmp_path: Path, capsys: pytest.C
     assert f"and {4 * each} about old pairs (replay.on_change)" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
+def test_of_a_begun_run_what_is_left_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes: dict[str, Any] = {"schedule": {0: "rules@1", 2: "rules@2"}, "eval": {"retention": True, "every": 2}}
+    job = project_job(tmp_path, "m", iterations=4, **changes)
+    run = RunDir(tmp_path / "run")
+    asked_about_the_past(run, job, tmp_path)  # makes the run's copies
+    stub_loop(tmp_path, job).run()
+    longer = job.model_copy(update={"iterations": 6})
+    whole, left = estimate(longer, tmp_path), estimate(longer, tmp_path, run)
+    assert (whole["iterations_done"], left["iterations_done"]) == (None, 4)
+    for counted in ("samples", "pairs_at_most", "scores", "ballots_at_most"):
+        assert left[counted] * 3 == whole[counted] > 0, counted
+    assert (whole["evaluations"], left["evaluations"]) == (4, 1)
+    assert left["held_out_answers"] * 4 == whole["held_out_answers"]
+    # After 2 under one text; after 4 and 6 under the second and, since it came before, the first.
+    assert left["evaluation_ballots_at_most"] * (1 + 2 + 2) == whole["evaluation_ballots_at_most"] * 2
+    assert left["tokens"]["trained"] == pytest.approx(whole["tokens"]["trained"] / 3, abs=1)
+    plan_cost.table(left, tmp_path / "job.yaml")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "4 of these are done, 2 are left; what follows counts what is left" in said
+    assert f"{len(shipped())} probes and 20 fixed texts' perplexity at each evaluation" in said
+    nothing = estimate(job, tmp_path, run)
+    assert all(nothing[counted] == 0 for counted in ("samples", "ballots_at_most", "evaluations", "held_out_answers"))
+    (run.path / "prompts" / "probes.jsonl").unlink()  # as of a run that began without them
+    assert estimate(longer, tmp_path, run)["probes"] == 0
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_change_of_text_owes_is_counted(tmp_path: Path) -> None:
+    """A branch lacks the parent's, which only its next iteration made."""
+    job = project_job(tmp_path, "m", iterations=3, schedule={0: "rules@1", 3: "rules@2"}, eval={"every": 9})
+    stub_loop(tmp_path, job).run()
+    run, longer = RunDir(tmp_path / "run"), job.model_copy(update={"iterations": 4})
+    assert estimate(longer, tmp_path, run)["evaluations"] == 1
+    shutil.rmtree(run.evaluation(3).path)
+    assert estimate(longer, tmp_path, run)["evaluations"] == 2
+
+
+def test_the_plan_says_what_is_replayed_and_where_no_rollback_leads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: dict[str, Any] = {"monitors": {"kl": {"action": "rollback"}}, "replay": {"share": 0.5, "max_age": 3}}
+    found = estimate(project_job(tmp_path, "m", **changes), tmp_path)
+    warning = "monitors.kl.action=rollback: only the newest checkpoint is kept, so there is none to go back to"
+    assert any(warning in said for said in found["warnings"])
+    plan_cost.table(found, tmp_path / "job.yaml")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "at most 50% of an update, pairs of the last 3 iterations; on a change of text: expire" in said
+    assert "probes" not in said
+    fresh = estimate(project_job(tmp_path, "m", **changes | {"replay": {"share": 0}}, keep_checkpoints="all"), tmp_path)
+    assert fresh["tokens"]["trained"] * 2 == pytest.approx(found["tokens"]["trained"], abs=1)
+    assert not any("rollback" in said for said in fresh["warnings"])
+
+
 WEIGHTS = 2 * plan_cost.REFERENCE_PARAMETERS
 
 
@@ -117,6 +174,7 @@ def test_two_states_of_the_learner_lie_side_by_side_from_the_second_update_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_cost, "parameters_of", lambda model: None)
+    monkeypatch.setattr(plan_cost, "cpu_has_bf16", lambda: True)
     schedule = {"schedule": {0: "rules@1"}}
     one, two = (estimate(project_job(tmp_path, "m", iterations=n, **schedule), tmp_path) for n in (1, 2))
     assert one["evaluations"] == two["evaluations"] == 2

@@ -142,6 +142,7 @@ def test_the_command_says_what_it_did(init: Callable[..., tuple[int, str, str]])
     code, out, err = init("my folder")
     assert (code, err) == (0, "")
     assert "  written     jobs/quickstart.yaml\n" in out
+    assert f"copied from the clone {ROOT}, as its files are now\n" in out
     assert out.endswith("next: cd 'my folder' && rlaif doctor && rlaif run jobs/quickstart.yaml\n")
     code, out, _ = init("my folder")
     assert out.startswith("my folder: 0 files written, ")
@@ -153,6 +154,26 @@ def test_the_command_says_what_it_did(init: Callable[..., tuple[int, str, str]])
     assert said["folder"] == "my folder"
     code, out, _ = init(".")
     assert out.endswith("next: rlaif doctor && rlaif run jobs/quickstart.yaml\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("constitutions/assistant/v2.yaml", "summary: Be brief.\nprincipals: []\n", "v2.yaml"),
+        ("jobs/quickstart.yaml", "constitution: assistant\nlerner: {}\n", "unknown key `lerner`"),
+    ],
+)
+def test_a_clones_broken_file_is_not_handed_on(
+    file: str, content: str, says: str, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(project, "checkout", lambda: checkout)
+    (checkout / file).write_text(content)
+    with pytest.raises(UserError) as e:
+        write_project(tmp_path / "new")
+    assert str(checkout / file) in str(e.value)
+    assert says in str(e.value)
+    assert f"`git -C {checkout} checkout -- FILE` brings the shipped one back" in str(e.value)
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_installation_without_the_files_is_our_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

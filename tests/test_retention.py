@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from rlaif.rundir import store
 from rlaif.rundir.stages import VOTES
 from rlaif.rundir.store import RunDir, read_record
 from rlaif.view.pictures import side_by_side
-from tests.conftest import project_job
+from tests.conftest import ROOT, project_job
 from tests.stubs import Quiet, StubLearner, stub_job, stub_loop, stub_probes, write_texts
 
 pytestmark = pytest.mark.slow
@@ -202,6 +203,34 @@ def test_the_index_has_it(finished: RunDir, monkeypatch: pytest.MonkeyPatch, tmp
     }
     assert sum(c.votes for c in seen.cost) == votes["votes"] + votes["earlier_votes"]
     assert {e.updates: e.retention for e in seen.evaluations} == kept
+
+
+def test_every_query_of_the_docs_is_answered_and_lost_probes_have_their_prompts(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RLAIF_CACHE", str(tmp_path / "cache"))
+    run = RunDir(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    store.write_json(run.path / "run.json", {"schema_version": 2, "job": job().model_dump(mode="json")})
+    probes = stub_probes()
+    (run.path / "prompts").mkdir(exist_ok=True)
+    (run.path / "prompts" / "probes.jsonl").write_text("".join(p.model_dump_json() + "\n" for p in probes))
+    prompts = {p.id: p.prompt for p in probes}
+    asked = {}
+    with Index.open(run) as index:
+        for page in sorted((ROOT / "docs").glob("*.md")):
+            for query in re.findall(r'^rlaif audit \S+ sql "([^"]+)"', page.read_text(), re.MULTILINE):
+                asked.setdefault(page.name, []).append(index.ask(query, 1000))
+    assert len(asked["audit.md"]) > 1
+    ((columns, lost),) = asked["forgetting.md"]
+    assert columns == ["evaluation", "kind", "prompt"]
+    base = {r.probe_id for r in run.evaluation(0).read("probe_results", ProbeResult) if r.passed}
+    assert [(u, prompt) for u, _, prompt in lost] == sorted(
+        (u, prompts[r.probe_id])
+        for u in run.evaluations()
+        for r in run.evaluation(u).read("probe_results", ProbeResult)
+        if r.probe_id in base and not r.passed
+    )
+    assert lost, "this run loses some"
 
 
 def test_runs_are_compared_by_it(finished: RunDir) -> None:

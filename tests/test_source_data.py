@@ -329,3 +329,9 @@ def test_too_few_pairs_are_told(tmp_path: Path) -> None:
 def test_a_source_that_says_two_things_is_refused(source: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         parse_job({"constitution": "rules", "source": source}, "test")
+
+
+def test_a_key_that_no_column_has_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "good": "b", "bad": "c"}\n')
+    with pytest.raises(UserError, match=r"source\.columns\.chosen: no such key; .*keys: id, prompt, .*first, second"):
+        read_to_train("pairs.jsonl", tmp_path, {"chosen": "good", "rejected": "bad"})

@@ -42,6 +42,35 @@ def test_status_counts_iterations_from_one_for_people(tmp_path: Path, capsys: py
     assert said["constitution"]["name"] == "rules"
 
 
+def test_status_tells_a_run_that_is_at_work_from_one_to_go_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    write_header(tmp_path / "run", stub_job())
+    run = RunDir.open(tmp_path / "run")
+    status_table(run)
+    assert "go on with: rlaif run" in capsys.readouterr().out
+    assert not (run.path / ".lock").exists()  # who only looks makes nothing
+    with run.lock():
+        status_table(run)
+        assert status_of(run).at_work
+    said = capsys.readouterr().out
+    assert "a process is at work on it now" in said
+    assert "go on with" not in said
+    assert not status_of(run).at_work
+
+
+def test_status_counts_one_as_one_and_says_no_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = stub_job(iterations=1)
+    stub_loop(tmp_path, job).run()
+    write_header(tmp_path / "run", job)
+    status_table(RunDir.open(tmp_path / "run"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "; 1 policy " in said
+    assert ", 1 learner's state " in said
+    assert "checkpoints after 1 iteration, by keep_checkpoints (not set here): not set " in said
+
+
 @pytest.mark.slow
 def test_pairs_of_a_skipped_update_trained_nothing() -> None:
     """The second iteration's update was skipped; in this stored run its pairs still count as trained."""

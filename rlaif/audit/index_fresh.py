@@ -101,6 +101,7 @@ def sources(run: RunDir) -> list[Source]:
         # Two files of one table: the number only tells them apart (column `held_out`).
         Source("prompts", 0, None, run.path / "prompts" / "train.jsonl", False),
         Source("prompts", 1, None, run.path / "prompts" / "held_out.jsonl", False),
+        Source("probes", None, None, run.path / "prompts" / "probes.jsonl", False),
         Source("events", None, None, run.path / "events.jsonl", True),
         Source("labels", None, None, run.path / "review" / "labels.jsonl", True),
     ]

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
-from rlaif.audit.curves import curve_of
+from rlaif.audit.curves import Curve, curve_of
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import EvaluationMetrics, Record, digest
+from rlaif.rundir.heads import read_heads
 from rlaif.rundir.store import RunDir
 
 Axis = Literal["start", "change"]
@@ -90,6 +91,9 @@ class Evaluated(Record):
     updates: int
     """So many iterations of the run."""
     constitution: str
+    head: str | None
+    """The first head of the run's log that covers it; runs that went apart later have it in common. None in a run
+    without heads, and until there is one."""
     values: dict[str, float]
     """By measure; without what wasn't measured or doesn't compare."""
 
@@ -104,12 +108,15 @@ class RunOverTime(Record):
 
 
 class Spread(Record):
-    """A number over a group's runs."""
+    """A number over a group's runs. An evaluation that several of them share counts once."""
 
     runs: int
+    """That have it."""
+    evaluations: int
+    """That were made: fewer where runs share a past."""
     mean: float
     sd: float | None
-    """Between runs; None of a single one."""
+    """Between these evaluations; None of a single one."""
     low: float
     high: float
 
@@ -121,12 +128,33 @@ class GroupPoint(Record):
     values: dict[str, Spread]
 
 
+class SharedPast(Record):
+    """Runs of a group that went apart after some iterations: branches of one run, or one and its branch."""
+
+    runs: tuple[str, ...]
+    iterations: int
+
+    def in_words(self, group: str) -> str:
+        """For people."""
+        first = "first iteration" if self.iterations == 1 else f"first {self.iterations} iterations"
+        return (
+            f"{group}: {', '.join(self.runs)} share their {first}; an evaluation of these counts once, and what came "
+            "after is less independent than runs with seeds of their own"
+        )
+
+
 class Group(Record):
     """Runs that are one thing tried several times."""
 
     name: str
     runs: tuple[RunOverTime, ...]
     points: tuple[GroupPoint, ...]
+    shared: tuple[SharedPast, ...]
+    """Its runs that aren't independent of each other."""
+
+    def texts_at(self, after: int) -> list[str]:
+        """The texts under which its answers of then were judged."""
+        return [*dict.fromkeys(e.constitution for run in self.runs for e in run.evaluations if e.after == after)]
 
     @property
     def changes(self) -> tuple[Change, ...]:
@@ -193,10 +221,16 @@ def over_time(groups: Mapping[str, Sequence[RunDir]], axis: Axis, measures: Sequ
         RlaifError: a plan or an evaluation's metrics are damaged.
     """
     chosen = {name: measure_of(name) for name in measures}
+    curves = {name: [_curve(run) for run in runs] for name, runs in groups.items()}
+    _refuse_unknown_checks(measures, [curve for some in curves.values() for curve in some])
     made = []
     for name, runs in groups.items():
-        of_runs = tuple(_of_run(run, axis, chosen) for run in runs)
-        made.append(Group(name=name, runs=of_runs, points=_points(of_runs)))
+        covered = [_covered(run) for run in runs]
+        of_runs = tuple(
+            _of_run(run, curve, by, axis, chosen) for run, curve, by in zip(runs, curves[name], covered, strict=True)
+        )
+        shared = _shared([run.path.name for run in runs], covered)
+        made.append(Group(name=name, runs=of_runs, points=_points(of_runs), shared=shared))
     return OverTime(axis=axis, measures=tuple(measures), groups=tuple(made))
 
 
@@ -252,12 +286,50 @@ def _first(values: Sequence[tuple[int, float]], there: Callable[[float], bool]) 
     return next((after for after, value in values if there(value)), None)
 
 
-def _of_run(run: RunDir, axis: Axis, measures: Mapping[str, Measure]) -> RunOverTime:
+class _Covered(NamedTuple):
+    """What a run's heads cover."""
+
+    iterations: dict[str, int]
+    """Head → how many iterations were done."""
+    evaluations: dict[str, str]
+    """File of an evaluation's metrics → the first head that covers it."""
+
+
+def _covered(run: RunDir) -> _Covered:
+    heads = [head for head in read_heads(run.path) if head is not None]
+    return _Covered(
+        {head.head: head.iteration + 1 for head in heads},
+        {name: head.head for head in heads for name in head.files if name.startswith("evaluations/")},
+    )
+
+
+def _shared(names: Sequence[str], covered: Sequence[_Covered]) -> tuple[SharedPast, ...]:
+    """Which runs have a past in common, and how far: their newest common head."""
+    sharing: dict[tuple[str, ...], int] = {}
+    for head, iterations in (item for one in covered for item in one.iterations.items()):
+        runs = tuple(name for name, one in zip(names, covered, strict=True) if head in one.iterations)
+        if len(runs) > 1:
+            sharing[runs] = max(iterations, sharing.get(runs, 0))
+    return tuple(SharedPast(runs=runs, iterations=iterations) for runs, iterations in sharing.items())
+
+
+def _curve(run: RunDir) -> Curve:
     curve = curve_of(run)
     if curve.problems:  # a mean without one of its runs would be another number
         raise RlaifError(curve.problems[0])
     if not curve.evaluations:
         raise UserError(f"{run.path}: no evaluation in it yet; the first one is made before the first update")
+    return curve
+
+
+def _refuse_unknown_checks(measures: Iterable[str], curves: Sequence[Curve]) -> None:
+    known = sorted({f"{CHECK}{principle}" for curve in curves for e in curve.evaluations for principle in e.checks})
+    if unknown := [name for name in measures if name.startswith(CHECK) and name not in known]:
+        there = f"there are {', '.join(known)}" if known else "none of their texts has a check"
+        raise UserError(f"--measure {unknown[0]}: no run has a check of this name; {there}")
+
+
+def _of_run(run: RunDir, curve: Curve, covered: _Covered, axis: Axis, measures: Mapping[str, Measure]) -> RunOverTime:
     changed = curve.changes[1:]
     zero = changed[-1].iteration if changed and axis == "change" else 0
     newest = changed[-1].hash if changed else None
@@ -271,6 +343,7 @@ def _of_run(run: RunDir, axis: Axis, measures: Mapping[str, Measure]) -> RunOver
                 after=e.updates - zero,
                 updates=e.updates,
                 constitution=str(e.constitution),
+                head=covered.evaluations.get(f"evaluations/{e.updates:04d}/metrics.json"),
                 values={name: value for name, value in values.items() if value is not None},
             )
         )
@@ -283,20 +356,24 @@ def _of_run(run: RunDir, axis: Axis, measures: Mapping[str, Measure]) -> RunOver
 
 
 def _points(runs: Sequence[RunOverTime]) -> tuple[GroupPoint, ...]:
-    at: dict[int, dict[str, list[float]]] = {}
+    at: dict[int, dict[str, list[tuple[str, float]]]] = {}
     for run in runs:
         for e in run.evaluations:
+            made = f"{e.head}/{e.updates}" if e.head else run.run
             for name, value in e.values.items():
-                at.setdefault(e.after, {}).setdefault(name, []).append(value)
+                at.setdefault(e.after, {}).setdefault(name, []).append((made, value))
     return tuple(
         GroupPoint(after=after, values={name: _spread(values) for name, values in at[after].items()})
         for after in sorted(at)
     )
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def _spread(found: Sequence[tuple[str, float]]) -> Spread:
+    """Of what each run has: which evaluation it is, and the number."""
+    values = [*dict(found).values()]
     return Spread(
-        runs=len(values),
+        runs=len(found),
+        evaluations=len(values),
         mean=fmean(values),
         sd=stdev(values) if len(values) > 1 else None,
         low=min(values),

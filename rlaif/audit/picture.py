@@ -101,7 +101,7 @@ def draw_over_time(found: OverTime, path: Path) -> None:
                 points = [(p.after, p.values[name]) for p in group.points if name in p.values]
                 x = [after for after, _ in points]
                 axis.plot(x, [s.mean for _, s in points], "o-", color=f"C{n}", label=group.name)
-                if any(s.runs > 1 for _, s in points):
+                if any(s.evaluations > 1 for _, s in points):
                     low, high = [s.low for _, s in points], [s.high for _, s in points]
                     axis.fill_between(x, low, high, color=f"C{n}", alpha=0.15, linewidth=0)
             for after in texts:

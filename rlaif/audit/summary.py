@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlaif.audit.disk import Disk, disk_of, in_words
 from rlaif.audit.picture import draw
-from rlaif.console import inert, stdout_console
+from rlaif.console import counted, inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import (
     Completion,
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from rlaif.audit.overview import EvaluationRow
 
 SHOWN_PROMPTS = 3
+_NOT_SET = "not set"
+"""What people read for null."""
 NO_LENGTH_CONTROL: dict[LengthUnknown, str] = {
     "few_prompts": "verdicts on too few prompts",
     "one_sided": "all verdicts are for one side",
@@ -57,6 +59,8 @@ class Status(Record):
     waiting_for_review: int
     parent: Parent | None = None
     """The run that it went on from, where it is a branch."""
+    at_work: bool = False
+    """Whether a process writes the run now."""
     disk: Disk | None = None
     """None where nobody asked for it."""
 
@@ -100,6 +104,7 @@ def status_of(run: RunDir, disk: bool = False) -> Status:
         alarms=tuple(e for e in events if e.kind == "alarm"),
         waiting_for_review=Queue(run).waiting(),
         parent=run.parent,
+        at_work=run.is_held(),
         disk=disk_of(run) if disk else None,
     )
 
@@ -123,7 +128,7 @@ def status_table(run: RunDir) -> None:
     console = stdout_console()
     console.print(f"[bold]{inert(status.run)}[/]  {status.iterations_done} of {status.iterations} iterations done")
     if status.parent:
-        console.print(f"goes on from {inert(status.parent.run)} after {status.parent.iterations} iterations")
+        console.print(f"goes on from {inert(status.parent.run)} after {counted(status.parent.iterations, 'iteration')}")
     if status.current_iteration is not None:
         console.print(f"iteration {status.current_iteration + 1} is at stage {status.current_stage}")
     if status.constitution:
@@ -134,23 +139,30 @@ def status_table(run: RunDir) -> None:
         where = "" if alarm.iteration is None else f" in iteration {alarm.iteration + 1}"
         console.print(f"[red]alarm[/]{where}: {inert(alarm.message)}")
     if status.waiting_for_review:
-        console.print(f"{status.waiting_for_review} pairs wait for a person: rlaif review {inert(status.run)}")
+        wait = "pair waits" if status.waiting_for_review == 1 else "pairs wait"
+        console.print(f"{status.waiting_for_review} {wait} for a person: rlaif review {inert(status.run)}")
     if status.disk:
         _print_disk(console, status.disk, status.iterations)
-    if status.iterations_done < status.iterations:
+    if status.at_work:
+        console.print("a process is at work on it now; Ctrl-C there stops it, and nothing is lost")
+    elif status.iterations_done < status.iterations:
         console.print(f"go on with: rlaif run {inert(status.run)}")
 
 
 def _print_disk(console: Console, disk: Disk, iterations: int) -> None:
     """Prints what a run takes on the disk, and what its checkpoints would by choice."""
     shared = f", {in_words(disk.shared)} of it shared with other runs" if disk.shared else ""
+    policies = counted(disk.policies, "policy", "policies")
+    states = counted(disk.states, "learner's state")
     console.print(
-        f"disk: {in_words(disk.bytes)}{shared}; {disk.policies} policies {in_words(disk.policy_bytes)}, "
-        f"{disk.states} learner's states {in_words(disk.state_bytes)}"
+        f"disk: {in_words(disk.bytes)}{shared}; {policies} {in_words(disk.policy_bytes)}, "
+        f"{states} {in_words(disk.state_bytes)}"
     )
     if disk.costs:
-        listed = ", ".join(f"{cost.keep} {in_words(cost.bytes)}" for cost in disk.costs)
-        console.print(f"checkpoints after {iterations} iterations, by keep_checkpoints ({disk.keep} here): {listed}")
+        said = {cost.keep: _NOT_SET if cost.keep == "null" else cost.keep for cost in disk.costs}
+        listed = ", ".join(f"{said[cost.keep]} {in_words(cost.bytes)}" for cost in disk.costs)
+        after = counted(iterations, "iteration")
+        console.print(f"checkpoints after {after}, by keep_checkpoints ({said[disk.keep]} here): {listed}")
 
 
 def summarise(run: RunDir) -> Summary:

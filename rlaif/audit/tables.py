@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
+from rlaif.evaluation.probes import Probe
 from rlaif.records import (
     Completion,
     Decision,
@@ -330,6 +331,19 @@ STAGE_TABLES: dict[str, Table] = {
         ),
         ProbeResult,
         "probe_id",
+    ),
+    "probes": Table(
+        "probes",
+        "what was asked at every evaluation to see what is forgotten (eval.retention)",
+        (
+            Column("probe_id", "VARCHAR", "r.id"),
+            Column("kind", "VARCHAR", "r.kind", "what it tests"),
+            Column("prompt", "VARCHAR", "r.prompt"),
+            Column("answer", "VARCHAR[]", "r.answer", "right ones; empty where a check or a refusal is wanted"),
+        ),
+        Probe,
+        "id",
+        where=(LINE,),
     ),
     "prompts": Table(
         "prompts",

@@ -12,7 +12,7 @@ from rlaif.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rlaif.audit.over_time import Axis, Group, GroupPoint, OverTime, Reach, Spread
+    from rlaif.audit.over_time import Axis, Group, OverTime, Reach, Spread
     from rlaif.rundir.store import RunDir
 
 _SHOWN = ("win_rate", "words", "kl")
@@ -60,6 +60,8 @@ def compare(
         over_time.measure_of(name)
     found = over_time.over_time(_groups(runs), axis, measures)
     for group in found.groups:
+        for shared in group.shared:
+            typer.echo(f"rlaif: {shared.in_words(group.name)}", err=True)
         if len({run.seed for run in group.runs}) < len(group.runs):
             same = f"rlaif: {group.name}: several of its runs have one seed, so the spread is too small"
             typer.echo(f"{same}; name groups as NAME=RUN", err=True)
@@ -140,11 +142,11 @@ def _print(found: OverTime, reached: Sequence[Reach]) -> None:
     for group in found.groups:
         for n, point in enumerate(group.points):
             cells = [_cell(point.values.get(name), measure_of(name).percent) for name in found.measures]
-            table.add(_named(group) if n == 0 else "", str(point.after), _texts(group, point), *cells)
+            table.add(_named(group) if n == 0 else "", str(point.after), ", ".join(group.texts_at(point.after)), *cells)
         table.end_section()
     table.print(console)
     if any(len(g.runs) > 1 for g in found.groups):
-        console.print("mean ± standard deviation between runs (so many runs)")
+        console.print("mean ± standard deviation between runs (so many; what they share counts once)")
     what = "the newest change of text, or the start of a run without one" if found.axis == "change" else "the start"
     console.print(f"after: iterations since {what}")
     for r in reached:
@@ -172,17 +174,11 @@ def _named(group: Group) -> str:
     return group.name if len(group.runs) == 1 else f"{group.name} ({len(group.runs)} runs)"
 
 
-def _texts(group: Group, point: GroupPoint) -> str:
-    """The texts under which a group's answers were judged."""
-    under = (e.constitution for run in group.runs for e in run.evaluations if e.after == point.after)
-    return ", ".join(dict.fromkeys(under))
-
-
 def _cell(spread: Spread | None, percent: bool) -> str:
     if spread is None:
         return "-"
     mean = _number(spread.mean, percent)
-    return mean if spread.sd is None else f"{mean} ± {_number(spread.sd, percent)} ({spread.runs})"
+    return mean if spread.sd is None else f"{mean} ± {_number(spread.sd, percent)} ({spread.evaluations})"
 
 
 def _number(value: float, percent: bool) -> str:

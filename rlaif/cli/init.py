@@ -18,7 +18,8 @@ def init(
 ) -> None:
     """Write a project to work in: constitutions, prompts, jobs, and a README of what to edit.
 
-    Files that are there already are left alone, and named. A clone of the repository has all of them.
+    Files that are there already are left alone, and named. A clone of the repository has all of them, and its own are
+    what is copied there, edits included.
     """
     from rlaif.project import write_project
 
@@ -32,6 +33,8 @@ def _lines(done: Written) -> list[str]:
     lines = [f"{done.folder}: {len(done.written)} files written, {len(done.left_alone)} left alone"]
     lines += [f"  written     {name}" for name in done.written]
     lines += [f"  left alone  {name}" for name in done.left_alone]
+    if done.clone is not None:
+        lines.append(f"copied from the clone {done.clone}, as its files are now")
     there = "" if Path(done.folder) == Path() else f"cd {shlex.quote(done.folder)} && "
     lines.append(f"next: {there}rlaif doctor && rlaif run jobs/quickstart.yaml")
     return [visible(line) for line in lines]

@@ -84,7 +84,6 @@ def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) 
 
 
 def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> None:
-    from rlaif.audit.summary import status_of
     from rlaif.config import Columns
     from rlaif.loop.cost import estimate, table
     from rlaif.loop.launch import check_code, check_resume
@@ -100,9 +99,7 @@ def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> Non
             update={**{name: str(path) for name, path in copies.items()}, "columns": Columns()}
         )
         job = job.model_copy(update={"prompts": prompts})
-    costs = estimate(job, Path.cwd())
-    if (where / "run.json").exists():
-        costs["iterations_done"] = status_of(RunDir.open(where)).iterations_done
+    costs = estimate(job, Path.cwd(), RunDir.open(where) if (where / "run.json").exists() else None)
     if as_json:
         typer.echo(json.dumps({"run": str(where), **costs}, indent=1))
     else:

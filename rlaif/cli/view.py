@@ -29,9 +29,14 @@ def view(
     import socket
 
     from rlaif.audit.runs import is_run
-    from rlaif.rundir.store import RunDir
+    from rlaif.rundir.store import STARTING, RunDir
 
     holds_runs = run.is_dir() and not is_run(run) and any(is_run(path) for path in run.iterdir())
+    if run.is_dir() and not holds_runs and not any((run / name).exists() for name in ("run.json", STARTING)):
+        raise UserError(
+            f"{run}: no run (there is no run.json in it), and no folder of runs either (nor in any folder in it); "
+            "`rlaif run JOB` makes a run under runs/, and `rlaif view runs` shows all that are there"
+        )
     opened = None if holds_runs else RunDir.open(run)
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -261,6 +261,11 @@ def read_to_train(source: str, base_dir: Path, columns: Mapping[str, str] | None
         UserError: it can't be read, a row doesn't fit (with its line), or nothing is left.
     """
     path, chosen = Path(source), dict(columns or {})
+    if unknown := [key for key in chosen if key not in _MAP_KEYS]:
+        raise UserError(
+            f"source.columns.{unknown[0]}: no such key; `first` and `second` are the columns of the two answers, "
+            f"`label` says which is better; keys: {', '.join(_MAP_KEYS)}"
+        )
     placed = rows_of(source, base_dir, "file of pairs", _EXAMPLE)
     table = [Row(where, n, _with_chats(row, where)) for n, (where, row) in enumerate(placed)]
     table = [row for row in table if not all(map(_is_blank, row.values.values()))]  # as spreadsheets end a table

@@ -6,6 +6,7 @@ In: `probes.jsonl` beside this module, or a file of the user's own (`eval.probes
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections import Counter
@@ -19,7 +20,7 @@ from pydantic import ValidationError, field_validator, model_validator
 from rlaif.config import Job
 from rlaif.constitutions.checks import Check
 from rlaif.data.tables import read_rows
-from rlaif.errors import UserError, first_problem
+from rlaif.errors import UserError
 from rlaif.records import Message, Prompt, Record, digest
 
 EXAMPLE = '{"prompt": "What is the capital of France?", "answer": "Paris"}'
@@ -155,4 +156,35 @@ def _probe(where: str, row: Any) -> Probe:
     try:
         return Probe.model_validate(given)
     except ValidationError as e:
-        raise UserError(f"{where}: no probe ({first_problem(e)}); a row looks like {EXAMPLE}") from e
+        raise UserError(f"{where}: {_explain(e.errors()[0])}; a row looks like {EXAMPLE}") from e
+
+
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "greater_than_equal": "0 or more",
+    "model_type": 'conditions, for example {"max_words": 5}',
+}
+"""What pydantic calls a mistake → what was expected."""
+
+
+def _explain(error: Any) -> str:
+    """A mistake in a row, in a user's words."""
+    keys = [part for part in error["loc"] if isinstance(part, str)]  # which of several answers, nobody counts
+    where = ".".join(keys)
+    if error["type"] == "missing":
+        return f"the probe has no `{where}`"
+    if error["type"] == "extra_forbidden":
+        known = [*(Check if keys[:-1] else Probe).model_fields]
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        return f"unknown key `{where}`; " + (f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}")
+    if (expected := _EXPECTED.get(error["type"])) is not None:
+        return f"`{where}`: expected {expected}, found {json.dumps(error['input'], ensure_ascii=False, default=str)}"
+    said: str = error["msg"].removeprefix("Value error, ")
+    return f"`{where}`: {said}" if where else said

@@ -1,4 +1,7 @@
-"""`rlaif run --dry-run`: what a job would do and cost, before it does anything. No model is loaded."""
+"""`rlaif run --dry-run`: what a job would do and cost, before it does anything. No model is loaded.
+
+Of a run that was begun, or a branch, what is left is counted. An iteration that is under way counts as a whole.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ import psutil
 from rich.table import Table
 
 from rlaif import models
-from rlaif.config import Job, Judge, PlacedRole, Precision
-from rlaif.console import inert, stdout_console
+from rlaif.config import Job, Judge, PlacedRole, Precision, worth_knowing
+from rlaif.console import counted, inert, stdout_console
 from rlaif.constitutions.constitution import Constitution, load_constitution
 from rlaif.constitutions.templates import Template, load_template, templates_in
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out
 from rlaif.errors import UserError
-from rlaif.evaluation.probes import Probe, probes_of
+from rlaif.evaluation.probes import Probe
+from rlaif.evaluation.texts import shipped as fixed_texts
 from rlaif.hardware import cpu_has_bf16, gpu_names
 from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Asked, Calibration, read_calibration
@@ -26,13 +30,16 @@ from rlaif.judging.carried import carry
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of
 from rlaif.loop.anchors import is_due
+from rlaif.loop.begun import Begun, begun, probes_asked
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update, pairs_at_most
+from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.running import PairSource
 from rlaif.loop.source import open_source
 from rlaif.own_code import resolved
 from rlaif.records import Ballot, Pair, Prompt, Vote
 from rlaif.rundir.checkpoints import kept
+from rlaif.rundir.store import RunDir
 from rlaif.workers.placement import place, usable_gpus
 
 PROMPT_TOKENS = 40
@@ -61,10 +68,11 @@ class _Read(NamedTuple):
     probes: Sequence[Probe]
     """Asked at every evaluation."""
     source: PairSource | None
+    begun: Begun
 
 
 class _Counts(NamedTuple):
-    """How much of what, over all iterations; of pairs and ballots at most."""
+    """How much of what, over all iterations that are left; of pairs and ballots at most."""
 
     samples: int
     pairs: int
@@ -72,7 +80,7 @@ class _Counts(NamedTuple):
     ballots: int
     evaluations: int
     evaluated: tuple[int, ...]
-    """After how many iterations each is, but for the base policy's."""
+    """After how many iterations each is, but for the base policy's; those that are done, too."""
     held_out_answers: int
     evaluation_ballots: int
     untempered: int
@@ -105,22 +113,24 @@ class _Needed(NamedTuple):
     disk: float
 
 
-def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
-    """Counts (exact) and time, memory, disk (rough, for the reference machine).
+def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, Any]:
+    """Counts (exact) and time, memory, disk (rough, for the reference machine): of the whole job, or of what is left of
+    a `run` that was begun.
 
     Raises:
         UserError: a model, a prompt file or a text is missing or broken, or a GPU: a dry run finds it too.
     """
     job, own = resolved(job)
     places = place(job, usable_gpus(len(gpu_names())))
-    read = _read(job, base_dir)
+    read = _read(job, base_dir, run)
     counts = _count(job, base_dir, read)
     tokens = _tokens(job, counts)
     fast = cpu_has_bf16() or bool(gpu_names())  # as `hardware.precision_here`, without torch
-    needed = _needed(job, counts, fast)
+    needed = _needed(job, counts, fast, read.begun.checkpoint_bytes)
     disk_free = shutil.disk_usage(base_dir).free
     return {
         "iterations": job.iterations,
+        "iterations_done": None if run is None else read.begun.done,
         "constitutions": {str(k): str(read.constitutions[ref].ref) for k, ref in _schedule(job).items()},
         "source": str(job.source) if job.source else None,
         "train_prompts": len(read.train),
@@ -138,6 +148,9 @@ def estimate(job: Job, base_dir: Path) -> dict[str, Any]:
         "anchor_ballots_at_most": counts.anchor_ballots,
         "reference_ballots_at_most": counts.reference_ballots,
         "rejudged_ballots_at_most": counts.rejudged_ballots,
+        "probes": len(read.probes),
+        "fixed_texts": len(fixed_texts()) if read.probes else 0,
+        "replay": job.replay.model_dump(mode="json") if job.replay.share else None,
         "tokens": {
             "sampled": round(tokens.sampled),
             "judged": round(tokens.judged + tokens.measured),
@@ -158,7 +171,7 @@ def _schedule(job: Job) -> dict[int, str]:
     return job.schedule or {0: job.constitution or ""}
 
 
-def _read(job: Job, base_dir: Path) -> _Read:
+def _read(job: Job, base_dir: Path, run: RunDir | None) -> _Read:
     """Reads everything that the job names and that is here, and checks it.
 
     Raises:
@@ -167,7 +180,7 @@ def _read(job: Job, base_dir: Path) -> _Read:
     models.check_name(job.policy.model)
     if job.policy.adapter is not None:
         models.check_adapter_name(job.policy.adapter)
-    source = open_source(job, base_dir)
+    source = open_source(job, base_dir, run)
     if (policy := _folder(job.policy.model)).is_dir():
         check_policy(policy, job)
         if source:
@@ -195,65 +208,85 @@ def _read(job: Job, base_dir: Path) -> _Read:
     if job.pairing.method == "best_worst" and not source:
         for constitution in constitutions.values():
             kind.selecting(constitution)
-    return _Read(train, held_out, constitutions, calibration, probes_of(job, base_dir), source)
+    probes = probes_asked(job, run, base_dir)
+    return _Read(train, held_out, constitutions, calibration, probes, source, begun(run, source))
 
 
 def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
-    source = read.source
+    source, behind = read.source, read.begun
     samples = 0 if source else job.prompts.per_iteration * job.sampling.completions_per_prompt
-    pairs = [source.pairs_in(k) if source else pairs_at_most(job) for k in range(job.iterations)]
+    left = range(behind.done, job.iterations)
+    coming = [source.pairs_in(behind.taken + n) if source else pairs_at_most(job) for n in range(len(left))]
+    pairs, texts = [*behind.pairs, *coming], _texts_of(job, read)
     judged = source is None or (job.source is not None and job.source.rejudge)
     held = min(job.eval.prompts, len(read.held_out)) * job.eval.samples
-    schedule = _schedule(job)
-    ballots = scores = eval_ballots = anchor_ballots = reference_ballots = since = 0
-    evaluated = []
-    for k in range(job.iterations):
-        constitution = read.constitutions[schedule[max(i for i in schedule if i <= k)]]
-        since = 0 if k in schedule else since + 1  # iterations before, under the same text
+    ballots = scores = anchor_ballots = 0
+    for k in left:
         if judged and is_due(job, k):
+            since = next((n for n in range(k) if texts[k - n - 1].hash != texts[k].hash), k)  # under the same text
             again = min(job.monitors.anchors.pairs, sum(pairs[k - since : k]))
-            anchor_ballots += again * _ballots_a_pair(job, constitution, "decide", base_dir)
+            anchor_ballots += again * _ballots_a_pair(job, texts[k], "decide", base_dir)
         if judged:
-            ballots += pairs[k] * _ballots_a_pair(job, constitution, "decide", base_dir)
+            ballots += pairs[k] * _ballots_a_pair(job, texts[k], "decide", base_dir)
         if samples and job.pairing.method == "best_worst":
-            scores += samples * len(kind_of(job.judge).selecting(constitution))
-        last = k + 1 == job.iterations
-        if last or (k + 1) % job.eval.every == 0 or (k + 1) in schedule:
-            evaluated.append(k + 1)
-            eval_ballots += held * _ballots_a_pair(job, constitution, "evaluate", base_dir)
-            if job.eval.retention:  # asked about under each earlier text, too
-                earlier = {c.hash: c for i, ref in schedule.items() if i < k and (c := read.constitutions[ref])}
-                earlier.pop(constitution.hash, None)
-                eval_ballots += held * sum(_ballots_a_pair(job, c, "evaluate", base_dir) for c in earlier.values())
-            if (reference := job.eval.reference_judge) is not None:
-                asked = kind_of(reference).as_read(constitution)
-                reference_ballots += held * _ballots_a_pair(job, asked, "evaluate", base_dir, reference)
-    evaluations = 1 + len(evaluated)  # with that of the base policy
+            scores += samples * len(kind_of(job.judge).selecting(texts[k]))
+    evaluated = [k + 1 for k in range(job.iterations) if _is_evaluated(job, k, texts)]
+    eval_ballots = reference_ballots = 0
+    owed = [k for k in evaluated if _is_owed(k, behind, texts)]
+    for updates in owed:
+        constitution = texts[updates - 1]
+        eval_ballots += held * _ballots_a_pair(job, constitution, "evaluate", base_dir)
+        if read.probes:  # asked about under each earlier text, too
+            earlier = {c.hash: c for c in texts[:updates] if c.hash != constitution.hash}
+            eval_ballots += held * sum(_ballots_a_pair(job, c, "evaluate", base_dir) for c in earlier.values())
+        if (reference := job.eval.reference_judge) is not None:
+            asked = kind_of(reference).as_read(constitution)
+            reference_ballots += held * _ballots_a_pair(job, asked, "evaluate", base_dir, reference)
+    evaluations = len(owed) + (BASE_POLICY not in behind.evaluated)
     return _Counts(
-        samples=samples * job.iterations,
-        pairs=sum(pairs),
+        samples=samples * len(left),
+        pairs=sum(coming),
         scores=scores,
         ballots=ballots,
         evaluations=evaluations,
         evaluated=tuple(evaluated),
         held_out_answers=held * evaluations,
         evaluation_ballots=eval_ballots,
-        untempered=min(job.eval.kl_prompts, job.eval.prompts, len(read.held_out)) * (evaluations - 1),
+        untempered=min(job.eval.kl_prompts, job.eval.prompts, len(read.held_out)) * len(owed),
         probed=len(read.probes) * evaluations,
         anchor_ballots=anchor_ballots,
         reference_ballots=reference_ballots,
-        rejudged_ballots=_rejudged(job, base_dir, read, pairs) if judged else 0,
+        rejudged_ballots=_rejudged(job, base_dir, texts, pairs, behind.done) if judged else 0,
     )
 
 
-def _rejudged(job: Job, base_dir: Path, read: _Read, pairs: Sequence[int]) -> int:
-    """Ballots about old pairs at the changes of text that the job schedules, if every pair were kept: what the new text
-    asks and the text that judged the pair didn't. Votes that a change in between had cast aren't known here."""
+def _texts_of(job: Job, read: _Read) -> list[Constitution]:
+    """The text of each iteration: the one that was in force, and for those to come what the job names."""
+    schedule, known = _schedule(job), read.begun.texts
+    to_come = range(len(known), job.iterations)
+    return [*known, *(read.constitutions[schedule[max(i for i in schedule if i <= k)]] for k in to_come)]
+
+
+def _is_evaluated(job: Job, k: int, texts: Sequence[Constitution]) -> bool:
+    """Whether there is an evaluation after iteration k."""
+    last = k + 1 == job.iterations
+    return last or (k + 1) % job.eval.every == 0 or texts[k + 1].hash != texts[k].hash
+
+
+def _is_owed(updates: int, begun: Begun, texts: Sequence[Constitution]) -> bool:
+    """Whether an evaluation is still to be made. That of a change of text is made by the iteration after it."""
+    if updates in begun.evaluated or updates < begun.done:
+        return False
+    return updates > begun.done or (updates < len(texts) and texts[updates].hash != texts[updates - 1].hash)
+
+
+def _rejudged(job: Job, base_dir: Path, texts: Sequence[Constitution], pairs: Sequence[int], done: int) -> int:
+    """Ballots about old pairs at the changes of text to come, if every pair were kept: what the new text asks and the
+    text that judged the pair didn't. Votes that a change in between had cast aren't known here."""
     if not job.replay.share or job.replay.on_change != "rejudge":
         return 0
-    schedule, max_age, calls = _schedule(job), job.replay.max_age, job.replay.rejudge.calls
-    texts = [read.constitutions[schedule[max(i for i in schedule if i <= k)]] for k in range(job.iterations)]
-    changes = [k for k in range(1, job.iterations) if texts[k].hash != texts[k - 1].hash]
+    max_age, calls = job.replay.max_age, job.replay.rejudge.calls
+    changes = [k for k in range(max(done, 1), job.iterations) if texts[k].hash != texts[k - 1].hash]
     owed_a_pair: dict[tuple[str, str], int] = {}
     total = 0
     for k, until in zip(changes, [*changes[1:], job.iterations], strict=True):
@@ -290,7 +323,8 @@ def _tokens(job: Job, counts: _Counts) -> _Tokens:
         sampled=(counts.samples + counts.held_out_answers + counts.untempered + counts.probed) * answer,
         judged=kind_of(job.judge).tokens(counts.scores, _own_ballots(counts), answer),
         measured=(counts.held_out_answers + counts.untempered) * 2 * (answer + 40),
-        trained=counts.pairs * job.learner.epochs * 2 * (answer + PROMPT_TOKENS),
+        # Replayed pairs come on top of the fresh ones.
+        trained=counts.pairs / (1 - job.replay.share) * job.learner.epochs * 2 * (answer + PROMPT_TOKENS),
     )
 
 
@@ -315,7 +349,8 @@ def _seconds(job: Job, tokens: _Tokens, fast: bool) -> float:
     )
 
 
-def _needed(job: Job, counts: _Counts, fast: bool) -> _Needed:
+def _needed(job: Job, counts: _Counts, fast: bool, there: int) -> _Needed:
+    """`there`: bytes of checkpoints that are on the disk already."""
     weights = 2 * (parameters_of(job.policy.model) or REFERENCE_PARAMETERS)  # bf16
     trained_share = _trained_share(job)
     # fp32 weights, and for what is trained a gradient, Adam's two moments and the reference or what a step needs.
@@ -330,7 +365,7 @@ def _needed(job: Job, counts: _Counts, fast: bool) -> _Needed:
     return _Needed(
         memory=frozen + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB,
         # A policy is exported in what the sampler computes in.
-        disk=weights * _width(job.sampling.precision, fast) * (len(stay.policies) + 2) + states,
+        disk=max(weights * _width(job.sampling.precision, fast) * (len(stay.policies) + 2) + states - there, 0),
     )
 
 
@@ -346,6 +381,7 @@ def _warnings(job: Job, calibration: Calibration | None, needed: _Needed, disk_f
         for k, reference in _schedule(job).items()
         if k >= job.iterations
     ]
+    warnings += worth_knowing(job)
     named = [name for name in (job.policy.model, kind_of(job.judge).local_model) if name]
     if unknown := sorted({n for n in named if not n.startswith("embedded:") and parameters_of(n) is None}):
         warnings.append(
@@ -432,8 +468,10 @@ def table(costs: dict[str, Any], where: Path) -> None:
     plan = Table(title=inert(f"plan of {where} (nothing was run)"), title_justify="left", show_header=False)
     texts = ", ".join(f"after {k}: {ref}" if int(k) else f"first {ref}" for k, ref in costs["constitutions"].items())
     tokens = costs["tokens"]
+    done, replay = costs["iterations_done"], costs["replay"]
     rows = {
         "iterations": f"{costs['iterations']} ({texts})",
+        **({"begun": _left(done, costs["iterations"])} if done is not None else {}),
         **({"source": costs["source"]} if costs["source"] else {}),
         "prompts": f"{costs['train_prompts']} to train on, {costs['held_out_prompts']} held out",
         "samples": f"{costs['samples']} answers, at most {costs['pairs_at_most']} pairs",
@@ -443,15 +481,15 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "evaluation": f"{costs['evaluations']} times, {costs['held_out_answers']} answers, "
         f"at most {costs['evaluation_ballots_at_most']} ballots"
         + (f", and {second} of the reference judge" if (second := costs["reference_ballots_at_most"]) else ""),
+        **({"forgetting": _forgetting(costs)} if costs["probes"] else {}),
+        **({"replay": _replayed(replay)} if replay else {}),
         "tokens": f"about {tokens['sampled']:,} sampled, {tokens['judged']:,} judged, {tokens['trained']:,} trained on",
         "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores like these, without a GPU, after set-up"
         + (", and the judge's own" if costs["judge_takes_own_time"] else ""),
         "placement": ", ".join(f"{role}: {where}" for role, where in costs["placement"].items()),
         "memory": f"about {costs['memory_gib']} GiB ({costs['memory_here_gib']} GiB here)",
-        "disk": f"about {costs['disk_gib']} GiB ({costs['disk_free_gib']} GiB free)",
+        "disk": f"about {costs['disk_gib']} GiB{' more' if done else ''} ({costs['disk_free_gib']} GiB free)",
     }
-    if (done := costs.get("iterations_done")) is not None:
-        rows["begun"] = f"{done} of these iterations are done, {max(costs['iterations'] - done, 0)} are owed"
     for name, own in costs["own_code"].items():
         rows[inert(f"your {name}")] = inert(f"{own['file']}, sha256 {own['sha256']}")
     for name, value in rows.items():
@@ -459,3 +497,21 @@ def table(costs: dict[str, Any], where: Path) -> None:
     console.print(plan)
     for warning in costs["warnings"]:
         console.print(f"[yellow]warning[/] {inert(warning)}")
+
+
+def _left(done: int, iterations: int) -> str:
+    left = max(iterations - done, 0)
+    done_and_left = f"{done} of these {'is' if done == 1 else 'are'} done, {left} {'is' if left == 1 else 'are'} left"
+    return f"{done_and_left}; what follows counts what is left"
+
+
+def _forgetting(costs: dict[str, Any]) -> str:
+    asked = f"{costs['probes']} probes and {costs['fixed_texts']} fixed texts' perplexity at each evaluation"
+    return f"{asked}, and the win rate under each earlier text (eval.retention)"
+
+
+def _replayed(replay: dict[str, Any]) -> str:
+    return (
+        f"at most {replay['share']:.0%} of an update, pairs of the last {counted(replay['max_age'], 'iteration')}; "
+        f"on a change of text: {replay['on_change']}"
+    )

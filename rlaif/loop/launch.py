@@ -16,7 +16,7 @@ from typing import Any
 
 import rlaif
 from rlaif import __version__, models
-from rlaif.config import Job, LikelihoodSettings, changed_keys, may_change, of_run, parse_job
+from rlaif.config import Job, LikelihoodSettings, changed_keys, may_change, of_run, parse_job, worth_knowing
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
 from rlaif.errors import RlaifError, RunInterrupted, RunPaused, UserError
 from rlaif.evaluation.probes import Probe, probes_of
@@ -40,7 +40,7 @@ from rlaif.own_code import resolved
 from rlaif.records import SCHEMA_VERSION, Message, Prompt, Record, Vote, digest
 from rlaif.rundir.heads import write_head
 from rlaif.rundir.stages import REFERENCE_VOTES, VOTES
-from rlaif.rundir.store import STARTING, RunDir, read_json, read_rows, replacing, write_json
+from rlaif.rundir.store import LOCK, STARTING, RunDir, read_json, read_rows, replacing, write_json
 from rlaif.sampling import PromptProblem
 from rlaif.workers.placement import Placed, place, usable_gpus
 from rlaif.workers.start import start_worker, wait_until_ready
@@ -107,9 +107,8 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
 
 def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_change: bool) -> RunDir:
     job, own = resolved(job)
-    back = [kind for kind, monitor in job.monitors if monitor.action == "rollback"]
-    if back and job.keep_checkpoints is None:
-        progress.note(f"monitors.{back[0]}.action=rollback needs the learner's earlier states: set keep_checkpoints")
+    for message in worth_knowing(job):
+        progress.note(message)
     for code in own:
         progress.note(f"code of yours: {code}")
     judge = kind_of(job.judge)
@@ -432,7 +431,7 @@ def _clear_failed_start(run: RunDir, job: Job, own_code: dict[str, str]) -> None
     """
     header = run.path / "run.json"
     if not _begun(run):
-        left = [".lock", "logs", header.name]
+        left = [LOCK, "logs", header.name]
         if (run.path / STARTING).exists():  # without it, folders of these names are somebody's own
             left += [STARTING, *_COPIES]
         if others := sorted(p.name for p in run.path.iterdir() if p.name.removesuffix(".partial") not in left):

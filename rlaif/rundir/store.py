@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import datetime
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +32,9 @@ from rlaif.records import SCHEMA_VERSION, EvaluationMetrics, Event, IterationMet
 R = TypeVar("R", bound=Record)
 
 ROW_DIGEST_BYTES = 4
+LOCK = ".lock"
+_LOOKED_AT_S = 0.2
+"""Who looks whether a run is held holds it for a moment, which must not keep a writer out."""
 STARTING = ".starting"
 """File in a run that has no run.json yet: its models are being loaded."""
 
@@ -429,15 +433,27 @@ class RunDir:
 
         refuse_half_rolled_back(self.path)
         make_folder(self.path)
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.path / LOCK)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=_LOOKED_AT_S)
         except Timeout as e:
             raise UserError(f"{self.path}: another process writes this run; wait for it, or use another --name") from e
         try:
             yield
         finally:
             lock.release()
+
+    def is_held(self) -> bool:
+        """Whether a process writes the run now; nothing is made for that, so a run that may only be read can be
+        asked."""
+        try:
+            with (self.path / LOCK).open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # never held, or a file system without locks
+            return False
+        return False
 
     def event(self, kind: str, message: str, iteration: int | None = None, /, **data: Any) -> Event:
         """Appends one line to events.jsonl."""

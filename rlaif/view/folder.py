@@ -85,8 +85,8 @@ def runs(folder: FolderOf, request: Request) -> Response:
     """The tree of branches, and the chosen runs side by side."""
     rows = runs_in(folder.path)
     curves = {row.run: curve_of(RunDir(folder.path / row.run)) for row in rows if row.problem is None}
-    chosen, problems = _chosen(curves.values(), request.query_params.getlist("run"))
-    problems += [f"{row.run}: {row.problem}" for row in rows if row.problem]
+    chosen, notes = _chosen(curves.values(), request.query_params.getlist("run"))
+    problems = [f"{row.run}: {row.problem}" for row in rows if row.problem]
     problems += [problem for curve in curves.values() for problem in curve.problems]
     headers = [RunDir(folder.path / curve.run).header for curve in chosen]
     differing = settings_that_differ(headers) if len(headers) > 1 else {}
@@ -101,6 +101,7 @@ def runs(folder: FolderOf, request: Request) -> Response:
         left_out=max(len(differing) - MOST_SETTINGS, 0),
         most=STYLES,
         problems=problems,
+        notes=notes,
     )
 
 
@@ -108,7 +109,7 @@ def runs(folder: FolderOf, request: Request) -> Response:
 def answers(folder: FolderOf, request: Request) -> Response:
     """The chosen runs' answers to one prompt of the first of them, a row each."""
     query = {name: value for name, value in request.query_params.items() if name != "run"}
-    asked, problems = AnswersAsked.parse(query)
+    asked, notes = AnswersAsked.parse(query)
     curves = [curve_of(RunDir(folder.path / row.run)) for row in runs_in(folder.path) if row.problem is None]
     chosen, unknown = _chosen(curves, request.query_params.getlist("run"))
     asked = asked.model_copy(update={"run": tuple(curve.run for curve in chosen)})
@@ -126,7 +127,7 @@ def answers(folder: FolderOf, request: Request) -> Response:
         with site.fresh() as index:
             here = same_prompt(index, shown[sites[0].name].messages)
             if here is None:
-                problems.append(f"{site.name} has no answer to this prompt")
+                notes.append(f"{site.name} has no answer to this prompt")
             else:
                 shown[site.name] = answers_to(index, site.run, here)
     return folder.page(
@@ -140,7 +141,8 @@ def answers(folder: FolderOf, request: Request) -> Response:
         near=near(prompts, prompt_id),
         shown=shown[sites[0].name] if shown else None,
         table=answers_table(shown, asked.marked, {site.name: site.base for site in sites}) if shown else None,
-        problems=[*problems, *unknown, *(problem for one in shown.values() for problem in one.problems)],
+        problems=[problem for one in shown.values() for problem in one.problems],
+        notes=[*notes, *unknown],
     )
 
 
@@ -148,11 +150,11 @@ def _chosen(curves: Iterable[Curve], names: Sequence[str]) -> tuple[list[Curve],
     """The runs that an address names, or the first ones with an evaluation; and a line for each that can't be shown."""
     there = {curve.run: curve for curve in curves if curve.evaluations}
     unknown = [name for name in names if name not in there]
-    problems = [f"run={name}: no such run with an evaluation here; it is left out" for name in unknown]
+    notes = [f"run={name}: no such run with an evaluation here; it is left out" for name in unknown]
     wanted = [there[name] for name in dict.fromkeys(names) if name in there] or list(there.values())
     if len(wanted) > STYLES and names:
-        problems.append(f"at most {STYLES} runs are shown side by side; the others are left out")
-    return wanted[:STYLES], problems
+        notes.append(f"at most {STYLES} runs are shown side by side; the others are left out")
+    return wanted[:STYLES], notes
 
 
 def _short(value: Any) -> str:

@@ -77,7 +77,7 @@ def overview(site: SiteOf) -> Response:
 @router.get("/answers")
 def answers(site: SiteOf, request: Request) -> Response:
     """A held-out prompt's answers over all evaluations; the first prompt's where the address names none."""
-    asked, problems = AnswersAsked.parse(request.query_params)
+    asked, notes = AnswersAsked.parse(request.query_params)
     with site.fresh() as index:
         found = held_out_prompts(index, asked.text)
         lines = [line for line in found.prompts if asked.shows(line)]
@@ -93,7 +93,8 @@ def answers(site: SiteOf, request: Request) -> Response:
         near=near(lines, prompt_id),
         shown=shown,
         table=answers_table({site.name: shown}, asked.marked, {site.name: site.base}) if shown else None,
-        problems=[*problems, *(shown.problems if shown else ())],
+        problems=shown.problems if shown else (),
+        notes=notes,
     )
 
 

@@ -27,6 +27,10 @@ MOST_LABELS = 4
 """More changes of text than this are marked without their names."""
 STYLES = 6
 """Lines that can be told apart."""
+BESIDE = 5
+"""Between a mark and its label."""
+LETTER = 6.5
+"""Width of a label's letter, at most on average; a browser's font isn't known here."""
 APART = 5
 """Between intervals of two series at one place."""
 
@@ -130,6 +134,7 @@ class Picture:
     """Height of a line to compare with."""
 
     width, height, left, right, top, bottom = WIDTH, HEIGHT, LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
+    beside = BESIDE
 
 
 class _Scale:
@@ -268,7 +273,7 @@ def of_groups(found: OverTime) -> list[Picture]:
                 {group: [(x, s.mean) for x, s in points] for group, points in spread.items()},
                 time,
                 # Between runs: a single one has no such interval.
-                intervals={g: [(x, s.low, s.high) for x, s in of if s.runs > 1] for g, of in spread.items()},
+                intervals={g: [(x, s.low, s.high) for x, s in of if s.evaluations > 1] for g, of in spread.items()},
                 # A number that depends on the text isn't joined across a change of it.
                 breaks={g.name: [c.after + 0.5 for c in g.changes] for g in found.groups} if measure.depends else None,
                 write=percent if measure.percent else plain,
@@ -460,7 +465,14 @@ class _Time:
             x = scale.x(change.at)
             says = f"in force from here on: {change.who or change.name}"
             end = x > LEFT + 0.6 * (WIDTH - LEFT - RIGHT)
-            yield Mark(x, change.name if named else "", says, end, change.page)
+            room = (x if end else WIDTH - x) - BESIDE
+            yield Mark(x, _within(change.name, room) if named else "", says, end, change.page)
+
+
+def _within(name: str, room: float) -> str:
+    """A label that is no wider than `room`; what a mark says when pointed at has all of it."""
+    most = int(room / LETTER)
+    return name if len(name) <= most else f"{name[: most - 1].rstrip()}…"
 
 
 def _line_picture(

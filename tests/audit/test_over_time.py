@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,9 +16,11 @@ from rlaif.audit.over_time import MEASURES, Reach, grouped, over_time, reach
 from rlaif.audit.picture import draw_over_time
 from rlaif.cli import app
 from rlaif.errors import UserError
+from rlaif.loop.branch import branch
 from rlaif.records import ConstitutionRef, EvaluationMetrics, Plan, PlanSource, PlanTexts, PolicyVersion
 from rlaif.rundir.store import RunDir, read_record, write_json
 from tests.stubs import stub_job, stub_loop
+from tests.test_branch import go_on
 
 pytestmark = pytest.mark.slow
 
@@ -202,6 +205,7 @@ def test_the_command_by_folder_name_and_pattern(stored: RunDir, tmp_path: Path) 
         header = stored.header
         header["job"] |= {"seed": seed}
         write_json(tmp_path / "runs" / f"r{seed}" / "run.json", header)
+        (tmp_path / "runs" / f"r{seed}" / "heads.jsonl").unlink(missing_ok=True)  # else they are one run, twice
     said = cli(tmp_path / "runs")
     assert "r3 (2 runs)" in said
     assert "± 0.0" in said
@@ -220,6 +224,7 @@ def test_mistakes_are_told(stored: RunDir, tmp_path: Path) -> None:
         (f"x={tmp_path}/none-*",): "no such run",
         (tmp_path / "runs",): "not a run directory",
         (stored.path, "--measure", "taste"): "no measure `taste`",
+        (stored.path, "--measure", "check:foo"): "no run has a check of this name; ",
         (stored.path, "--from", "middle"): "expected start or change",
         (stored.path, "--picture", "c.gif"): "png or svg",
         (stored.path, f"{stored.path.name}={stored.path}"): "two groups",
@@ -248,6 +253,11 @@ def test_the_report_is_one_file_with_every_number(tmp_path: Path) -> None:
     assert said.count(">20.5 ± 0.71<") == 1
     for part in ("2 runs, seeds 0, 1", "rules@2 after 0", "80 % of the way of <strong>anew</strong>", ">71.0<"):
         assert part in said, part
+    # Each row says under which text its answers were judged.
+    table = said.partition("<h2>All evaluations</h2>")[2]
+    assert re.findall(r'<td class="n">(-?\d)</td><td>(rules@\d)</td>', table) == [
+        ("-2", "rules@1"), ("0", "rules@1"), ("2", "rules@2"), ("0", "rules@2"), ("2", "rules@2"),
+    ]  # fmt: skip
     assert said.count("<figure") == 1
     assert "src=" not in said
     assert "href=" not in said
@@ -263,3 +273,35 @@ def test_runs_of_one_seed_are_no_spread(tmp_path: Path) -> None:
 
     assert "several of its runs have one seed" in told("a", "b", "c")
     assert "seed" not in told("a", "c")
+
+
+def test_what_branches_share_counts_once(tmp_path: Path) -> None:
+    parent = go_on(tmp_path, filters={"min_kept_pairs": 1}, keep_checkpoints="all")
+    branches = [branch(parent, 2, name).path.name for name in ("b", "c")]
+    for name in branches:
+        go_on(tmp_path, name)
+    alone = go_on(tmp_path, "alone", seed=8)
+    runs = [RunDir(tmp_path / name) for name in ("run", *branches, "alone")]
+    (group,) = over_time({"g": runs}, "start", ["words"]).groups
+    assert [(shared.runs, shared.iterations) for shared in group.shared] == [(("run", "b", "c"), 2)]
+    spreads = {p.after: p.values["words"] for p in group.points}
+    assert {after: (s.runs, s.evaluations) for after, s in spreads.items()} == {0: (4, 2), 2: (4, 2), 4: (4, 4)}
+    words = {
+        name: read_record(RunDir(tmp_path / name).evaluation(2).path / "metrics.json", EvaluationMetrics).mean_words
+        for name in ("run", "alone")
+    }
+    assert spreads[2].mean == pytest.approx(fmean(words.values()))
+    assert spreads[2].sd == pytest.approx(stdev(words.values()))
+    to = tmp_path / "c.html"
+    three = [f"g={run.path}" for run in runs[:3]]
+    said = CliRunner().invoke(app, ["compare", *three, "--html", str(to)])
+    assert "g: run, b, c share their first 2 iterations; an evaluation of these counts once" in said.stderr
+    only = over_time({"g": [runs[0], alone]}, "start", ["words"]).groups[0]
+    assert only.shared == ()
+    assert "share their first 2 iterations" in to.read_text()
+
+
+def test_a_check_of_no_text_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    run = made(tmp_path, "a", {0: 50, 2: 60}, {0: OLD})
+    with pytest.raises(UserError, match=r"--measure check:foo: no run has a check of this name; there are check:long"):
+        over_time({"a": [run]}, "start", ["check:long", "check:foo"])

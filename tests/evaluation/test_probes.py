@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,17 @@ def test_probes_of_ones_own(tmp_path: Path) -> None:
     ("row", "said"),
     [
         ({"prompt": "What?"}, "needs an `answer`, a `check` or `refuses`"),
-        ({"prompt": "What?", "answer": " "}, "blank"),
-        ({"prompt": "What?", "check": {"max_word": 1}}, "max_word"),
-        ({"question": "What?", "answer": "a"}, "prompt"),
+        ({"prompt": "What?", "answer": " "}, r":2: `answer`: an answer is blank"),
+        ({"prompt": "What?", "check": {"max_word": 1}}, r"unknown key `check.max_word`; did you mean `max_words`\?"),
+        ({"prompt": "What?", "answer": "a", "colour": 1}, r"unknown key `colour`; known: id, kind, prompt, answer"),
+        ({"question": "What?", "answer": "a"}, r":2: the probe has no `prompt`; a row looks like"),
+        ({"prompt": 7, "answer": "a"}, r":2: `prompt`: expected text, found 7; a row"),
+        ({"prompt": "What?", "answer": [{"a": 1}]}, r"`answer`: expected text, found .\"a\": 1.; a row"),
+        ({"prompt": "What?", "answer": "a", "check": 3}, r"`check`: expected conditions, for example"),
+        ({"prompt": "What?", "check": {"max_words": -1}}, r"`check.max_words`: expected 0 or more, found -1"),
+        ({"prompt": "What?", "check": {"max_words": "x"}}, r"`check.max_words`: expected a whole number, found"),
+        ({"prompt": "What?", "check": {}}, r"`check`: a check needs at least one of"),
+        ({"prompt": "What?", "refuses": "perhaps"}, r"`refuses`: expected true or false, found .perhaps"),
         ({"prompt": "What?", "answer": "a", "check": "max_words"}, "no JSON"),
         ("What?", "a probe is an object"),
     ],
@@ -145,6 +154,7 @@ def test_no_probe_is_named_with_its_line(row: Any, said: str, tmp_path: Path) ->
     with pytest.raises(UserError, match=said) as e:
         load_probes(file)
     assert "probes.jsonl:2" in str(e.value)
+    assert not re.search("Value error|Input should|Field required|valid ", str(e.value))
     assert "\n" not in str(e.value)
 
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from rlaif.audit.curves import curve_of
+from rlaif.audit.curves import TextChange, curve_of
 from rlaif.loop.branch import rollback
 from rlaif.rundir.store import RunDir
-from rlaif.view.pictures import side_by_side
+from rlaif.view.pictures import BESIDE, LETTER, WIDTH, side_by_side
 from tests.audit.conftest import STORED
 from tests.stubs import stub_job
 from tests.test_branch import keep
@@ -158,10 +158,12 @@ def test_what_is_not_there_is_a_line(there: str) -> None:
         assert status in (404, 500), path
         assert "Traceback" not in text
     _, _, text = get(f"{there}/?run=nosuch&run=online")
-    assert "run=nosuch: no such run" in text
+    assert "<li>run=nosuch: no such run" in text
+    assert re.findall(r"Unreadable:</strong> ([\w.]*)", text) == ["broken"]
     status, _, text = get(f"{there}/answers?run=broken&run=asks&newest=best&colour=red")
     assert status == 200
     assert all(part in text for part in ("run=broken", "newest=best", "colour=red"))
+    assert "Unreadable" not in text
     assert get(there, Host="rebound.example")[0] == 400
 
 
@@ -199,6 +201,29 @@ def test_marks_say_which_text_in_which_run(folder: Path) -> None:
     lines = found["win-rate"].lines
     assert [line.path.count("M") for line in lines] == [2, 2, 1]
     assert len({round(bar[0], 2) for line in lines for bar in line.bars}) == 6
+
+
+def test_a_label_stands_within_its_picture(folder: Path) -> None:
+    online = curve_of(RunDir(folder / "online"))
+    named = [
+        online.model_copy(
+            update={
+                "run": f"run {at}",
+                "changes": (
+                    online.changes[0],
+                    TextChange(iteration=at, constitution=f"a-text-of-a-rather-long-name-{at}@{'1' * 30}", hash="c"),
+                ),
+            }
+        )
+        for at in range(4)
+    ]
+    marks = [mark for picture in side_by_side(named) for mark in picture.marks]
+    assert {mark.end for mark in marks} == {False, True}
+    for mark in marks:
+        wide = BESIDE + LETTER * len(mark.label)
+        assert 0 <= (mark.x - wide if mark.end else mark.x) < (mark.x if mark.end else mark.x + wide) <= WIDTH
+        assert mark.label.endswith("…")
+        assert "@111111111111111111111111111111 in run" in mark.says  # what is cut off is said
 
 
 def test_screenshot_of_the_folder(chromium: Browser, folder: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_shown(stub_run: Path, tmp_path:
     with served(run) as url:
         status, _, text = get(url)
     assert status == 200
-    assert "iterations/0001/metrics.json" in text
+    assert re.search("Unreadable:</strong> [^<]*iterations/0001/metrics.json", text)
     assert "rules@2" in text
 
 
@@ -196,7 +196,9 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rlaif", "view", str(tmp_path), "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "not a run directory" in done.stderr
+    assert f"{tmp_path}: no run" in done.stderr
+    assert "no folder of runs either" in done.stderr
+    assert "`rlaif view runs`" in done.stderr
 
 
 def test_the_version_is_json(address: str) -> None:
