@@ -363,7 +363,6 @@ def test_line_changes_say_what_happened() -> None:
 
 
 def test_the_command(run: RunDir) -> None:
-
     head = read_heads(run.path)[-1]
     assert head is not None
     clean = CliRunner().invoke(app, ["audit", str(run.path), "verify", "--head", head.name])
