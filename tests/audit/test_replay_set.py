@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rlaif.audit.index import Index
 from rlaif.audit.overview import overview
 from rlaif.audit.pair import show
 from rlaif.audit.replay_set import ReplaySet, replay_set
+from rlaif.audit.text_log import text_log
 from rlaif.audit.trace import trace
 from rlaif.cli import app
 from rlaif.learning.replay_index import update_index
@@ -72,6 +74,20 @@ def test_a_stored_run_of_every_schema_has_a_replay_set(stored: RunDir) -> None:
     found = replay_set(stored)
     assert found.pairs == sum(g.pairs for g in found.groups) > 0
     assert {reason for g in found.groups for reason in g.why_not} <= {"unknown", "too_old"}
+
+
+def test_the_log_of_texts_and_the_set_call_a_pair_the_same(stored: RunDir, tmp_path: Path) -> None:
+    texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}]
+    back = went(tmp_path, *texts, schedule={0: "rules@1", 1: "rules@2", 2: "rules@1", 3: "rules@2"}, iterations=4)
+    for run, expected in ((stored, {"unknown"}), (back, {"expired"})):
+        old = text_log(run).texts[-1].old_pairs
+        assert old is not None
+        now = run.plan(run.iterations()[-1]).constitution.hash
+        in_set = Counter[str]()
+        for group in (g for g in replay_set(run).groups if g.hash != now):
+            in_set += Counter(group.standing)
+        assert in_set.keys() == expected
+        assert {what: getattr(old, what) for what in in_set} == in_set
 
 
 def test_an_update_that_mixed_texts_is_told(tmp_path: Path) -> None:
