@@ -43,6 +43,30 @@ def test_the_set_says_what_may_train_and_why_the_rest_may_not(tmp_path: Path) ->
     assert ReplaySet.model_validate_json(as_json) == found
 
 
+def test_the_set_is_held_against_the_text_of_the_next_iteration(tmp_path: Path) -> None:
+    texts: list[Wishes] = [{"wish": 1}, {"wish": 2}]
+    run = went(tmp_path, *texts, schedule={0: "rules@1", 2: "rules@2"}, iterations=2)
+    found = replay_set(run)
+    assert str(found.constitution) == "rules@2"
+    assert (found.may_train, found.may_differ) == (0, None), "as scheduled, and nobody has looked at a pair yet"
+    assert [g.why_not for g in found.groups] == [{"unknown": g.pairs} for g in found.groups]
+    header = run.header
+    write_json(run.path / "run.json", header | {"job": header["job"] | {"schedule": {0: "rules@1", 2: "rules@7"}}})
+    found = replay_set(run)
+    assert (str(found.constitution), found.may_train) == ("rules@1", found.pairs)
+    assert found.may_differ == "the job names rules@7 for it, and the run has no copy of that yet"
+
+
+def test_the_set_says_where_another_text_may_be_next(tmp_path: Path) -> None:
+    """An edit since then lies outside of the run."""
+    run = went(tmp_path, {"wish": 1}, constitution="rules", iterations=2)
+    found = replay_set(run)
+    assert (str(found.constitution), found.may_train) == ("rules@1", found.pairs)
+    told = CliRunner().invoke(app, ["audit", str(run.path), "replay-set"]).stdout
+    said = "note: another text may be in force then: the job follows `rules`, which is read again then"
+    assert said in " ".join(told.split())
+
+
 @pytest.mark.parametrize("harm", ["gone", "torn", "damaged", "behind", "no state"])
 def test_an_index_that_cant_be_used_is_made_again_from_the_log(tmp_path: Path, harm: str) -> None:
     run = went(tmp_path, {"wish": 1}, iterations=3)
