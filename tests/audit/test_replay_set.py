@@ -12,7 +12,11 @@ from typer.testing import CliRunner
 from rlaif.audit.index import Index
 from rlaif.audit.overview import overview
 from rlaif.audit.pair import show
+from rlaif.audit.replay import replay
+from rlaif.audit.replay_iteration import Iteration
+from rlaif.audit.replay_old_pairs import decided_anew, old_decisions
 from rlaif.audit.replay_set import ReplaySet, replay_set
+from rlaif.audit.replay_settings import settings_of
 from rlaif.audit.text_log import text_log
 from rlaif.audit.trace import trace
 from rlaif.cli import app
@@ -150,17 +154,55 @@ def test_what_judging_again_cost_counts(tmp_path: Path) -> None:
     assert [problem for problem in found.problems if "old_pairs" in problem or "rejudged" in problem] == []
 
 
-def test_a_replay_says_that_it_leaves_old_pairs(tmp_path: Path) -> None:
-    texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}]
-    run = went(tmp_path, *texts, replay={"on_change": "rejudge"})
-    n = len(old_pairs(run, 1))
+THREE_TEXTS: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}, {"wish": (4, 2.0), "tone": 3, "more": 5}]
+
+
+@pytest.mark.parametrize("on_change", ["rejudge", "expire"])
+def test_a_replay_decides_old_pairs_again_as_the_run_did(tmp_path: Path, on_change: str) -> None:
+    texts: list[Wishes] = THREE_TEXTS if on_change == "rejudge" else [{"wish": (1, 9.0), "tone": 2}, {"wish": 1}]
+    texts = [*texts, {**texts[-1], "new": 6}]
+    run = went(tmp_path, *texts, replay={"on_change": on_change})
+    decided = {k: sum(r.decision is not None for r in old_pairs(run, k)) for k in run.iterations()}
+    found = replay(run, *settings_of(run, run.path))
+    assert {o.iteration: o.pairs for o in found.old_pairs} == {k: n for k, n in decided.items() if n} != {}
+    for k in decided:
+        again = Iteration(run, k, settings_of(run, run.path)[0])
+        rows = decided_anew(again)
+        assert [(was, now) for was, now in old_decisions(again, rows)] == [(r.decision, r.decision) for r in rows]
+    assert (found.problems, found.notes) == ((), ())
+
+
+def test_a_replay_says_what_other_settings_make_of_old_pairs(tmp_path: Path) -> None:
+    run = went(tmp_path, *THREE_TEXTS[:2], replay={"on_change": "rejudge"})
+    rows = old_pairs(run, 1)
+    [found] = replay(run, *settings_of(run, run.path, overrides=["filters.min_agreement=1"])).old_pairs
+    agreed = sum(r.decision is not None and r.decision.verdict.agreement == 1 for r in rows)
+    assert (found.pairs, found.kept_after) == (len(rows), agreed)
+    assert found.newly_dropped == found.kept_before - agreed > 0
     told = CliRunner().invoke(app, ["audit", str(run.path), "replay", "--set", "filters.min_agreement=1"])
-    assert told.exit_code == 0, told.output
-    said = " ".join(told.stdout.split())
-    assert f"note: old_pairs: {n} decisions on earlier pairs under a later text are left as they were made" in said
-    for without in (run, went(tmp_path / "expired", *texts)):  # nothing differs, or nothing was decided
-        keys = [] if without is run else ["--set", "filters.min_agreement=1"]
-        assert "old_pairs" not in CliRunner().invoke(app, ["audit", str(without.path), "replay", *keys]).stdout
+    assert "earlier pairs in iteration" in told.stdout
+    # Another reading of the scores asks nothing else.
+    [colder] = replay(
+        run, *settings_of(run, run.path, overrides=["judge.score_temperature=0.1"], parser=True)
+    ).old_pairs
+    assert (colder.pairs, colder.kept_after > 0) == (len(rows), True)
+
+
+def test_a_replay_notices_a_decision_on_an_old_pair_that_doesnt_follow(tmp_path: Path) -> None:
+    run = went(tmp_path, *THREE_TEXTS[:2], replay={"on_change": "rejudge"})
+    file = run.iteration(1).path / "old_pairs.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    n = next(n for n, row in enumerate(old_pairs(run, 1)) if row.decision and row.decision.winner == "first")
+    changed = lines[n].replace('"winner":"first"', '"winner":"second"')
+    file.write_text("".join([*lines[:n], changed, *lines[n + 1 :]]))
+    [found] = replay(run, *settings_of(run, run.path)).old_pairs
+    assert (found.reversed, found.newly_kept, found.newly_dropped) == (1, 0, 0)
+    told = CliRunner().invoke(app, ["audit", str(run.path), "replay"])
+    assert "every decision is as it was made" not in told.stdout
+    (run.iteration(0).path / "votes.jsonl").write_text("")
+    damaged = replay(run, *settings_of(run, run.path))
+    assert damaged.old_pairs == ()
+    assert any("the earlier pairs that iteration 2 decided anew are left out" in p for p in damaged.problems)
 
 
 def test_a_label_that_was_made_anew_is_traced_to_all_its_votes(tmp_path: Path) -> None:
