@@ -624,6 +624,8 @@ class PlanSource(Record):
     """Of that run, from 0; null for data."""
     iterations: tuple[int, ...] = ()
     """Those of that run which are taken in turn."""
+    named: bool = False
+    """The job names these iterations; else they are all that were judged when the first of them was taken."""
     position: int | None = None
     """Of data: the place of the iteration in the order in which rows are taken, from 0; null for a run."""
     sha256: str

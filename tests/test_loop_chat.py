@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from rlaif.audit.replay import replay
+from rlaif.audit.replay_settings import settings_of
 from rlaif.config import Job
 from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.calibration import panels_of
@@ -22,7 +24,7 @@ from rlaif.judging.verdicts import by_pair
 from rlaif.loop import Loop
 from rlaif.loop.launch import calibration_of, execute
 from rlaif.records import Completion, Decision, JudgedStats, OldPair, Pair, Plan, Vote
-from rlaif.rundir.store import RunDir, read_json
+from rlaif.rundir.store import RunDir, read_json, write_json
 from rlaif.workers.inline import InlineWorker
 from tests.judging.fault_server import FaultServer
 from tests.judging.test_calibration import ACCEPTED, REFUSED, calibration
@@ -531,6 +533,10 @@ def test_old_pairs_are_judged_again_over_http_and_count_against_the_budget(tmp_p
     metrics = json.loads((loop.dir.iteration(2).path / "metrics.json").read_text())
     assert metrics["old_pairs"] == {"kept": len(old)}
     assert metrics["judge_calls"] == len(new) + len(loop.dir.iteration(2).read("votes", Vote))
+    write_json(loop.dir.path / "run.json", {"schema_version": 2, "job": loop.job.model_dump(mode="json")})
+    again = replay(loop.dir, *settings_of(loop.dir, tmp_path))
+    assert [(o.pairs, o.kept_before, o.kept_after) for o in again.old_pairs] == [(len(old),) * 3]
+    assert again.problems == ()
 
 
 def test_tokens_of_an_iteration_are_limited(tmp_path: Path) -> None:

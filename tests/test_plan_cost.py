@@ -108,6 +108,7 @@ def test_judging_old_pairs_again_is_in_the_plan(tmp_path: Path, capsys: pytest.C
     assert owed(one, other, more, max_age=1) == each * (1 + 1)
     assert owed(one, other, one) == each * (2 * 1 + 2 * 1)
     assert owed(one, other, more, rejudge={"calls": 1}) == 2 + 2
+    assert owed(one) == 0, "the text stays"
     assert owed(one, other, more, on_change="expire") == owed(one, other, more, share=0) == 0
     plan_cost.table(plan(one, other, one), tmp_path / "job.yaml")
     assert f"and {4 * each} about old pairs (replay.on_change)" in " ".join(capsys.readouterr().out.split())
@@ -165,6 +166,25 @@ def test_the_plan_says_what_is_replayed_and_where_no_rollback_leads(
     fresh = estimate(project_job(tmp_path, "m", **changes | {"replay": {"share": 0}}, keep_checkpoints="all"), tmp_path)
     assert fresh["tokens"]["trained"] * 2 == pytest.approx(found["tokens"]["trained"], abs=1)
     assert not any("rollback" in said for said in fresh["warnings"])
+
+
+def test_the_plan_says_what_it_cant_count_of_old_pairs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody knows before a ballot is cast how many tokens it takes: a limit in them is said, not counted."""
+    changes = [
+        "judge.kind=chat", "judge.model=m", "judge.prices={m: {prompt: 1, completion: 1}}", "pairing.method=random",
+        "iterations=4", "constitution=null", "schedule={0: assistant@1, 2: assistant@2}",
+        "replay={share: 0.5, on_change: rejudge}",
+    ]  # fmt: skip
+    job = ROOT / "jobs" / "quickstart.yaml"
+    limits = ["replay.rejudge.tokens=2500", "replay.rejudge.money=0.5"]
+    free, limited = (estimate(load_job(job, [*changes, *more]), ROOT) for more in ([], limits))
+    assert free["rejudged_ballots_at_most"] == limited["rejudged_ballots_at_most"] > 0
+    for costs, told in ((free, False), (limited, True)):
+        plan_cost.table(costs, job)
+        said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"and {costs['rejudged_ballots_at_most']} about old pairs (replay.on_change)" in said
+        more = "; fewer where an iteration's 2500 tokens or 0.5 money (replay.rejudge) are spent before"
+        assert (more in said) == told
 
 
 WEIGHTS = 2 * plan_cost.REFERENCE_PARAMETERS

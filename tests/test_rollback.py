@@ -12,16 +12,20 @@ import pytest
 
 from rlaif.audit.index import Index
 from rlaif.audit.verify import verify
+from rlaif.config import ChatSettings
 from rlaif.errors import UserError
+from rlaif.judging.spending import Spent, Wasted, spent_on
 from rlaif.loop.branch import branch, rollback
-from rlaif.records import Decision
+from rlaif.records import Decision, Vote
 from rlaif.review.labels import read_labels
 from rlaif.review.queue import Queue
-from rlaif.rundir.store import RunDir
+from rlaif.rundir.store import RunDir, read_grown, write_json
 from tests.conftest import rlaif_here
+from tests.judging.fault_server import FaultServer
 from tests.kill_driver import in_child
 from tests.review.runs import give, reviewed
 from tests.test_branch import go_on, keep, made
+from tests.test_loop_chat import chat_job, chat_loop, greater_number
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +67,28 @@ def test_a_run_goes_on_from_an_earlier_state_and_what_it_was_stays(tmp_path: Pat
     assert made(run) == policies
     assert verify(run).findings == ()
     assert {p.name for p in tmp_path.iterdir()} == {"run", BEFORE, "constitutions", "casts.log"}
+
+
+def test_what_was_paid_for_what_is_set_aside_counts_still(tmp_path: Path) -> None:
+    with FaultServer(say=greater_number) as server:
+        loop = chat_loop(tmp_path, chat_job(server))
+        write_json(loop.dir.path / "run.json", {"schema_version": 2, "job": loop.job.model_dump(mode="json")})
+        loop.run()
+    run, settings = loop.dir, loop.job.judge
+    assert isinstance(settings, ChatSettings)
+    keep(run, 0)
+
+    def spent(some: RunDir) -> Spent:
+        folders = [*map(some.iteration, some.iterations()), *map(some.evaluation, some.evaluations())]
+        votes = [v for here in folders for v in here.durable("votes", Vote)]
+        return spent_on(votes, settings, read_grown(some.path / "judge_wasted.jsonl", Wasted))
+
+    assert spent(run).calls == server.requests
+    before = rollback(run.path, 1)
+    assert run.iterations() == [0]
+    assert spent(run) == spent(before)
+    child = branch(before, 1, "child")
+    assert spent(child).calls < server.requests, "a branch has paid for none of what its parent did later"
 
 
 def test_a_second_rollback_has_a_name_of_its_own(tmp_path: Path, run: RunDir) -> None:

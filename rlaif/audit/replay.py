@@ -8,14 +8,16 @@ settings every decision comes out as it was made.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any, Literal, get_args
 
 from rlaif.audit.replay_iteration import Iteration, Misfit, unreadable
+from rlaif.audit.replay_old_pairs import decided_anew, old_decisions
 from rlaif.audit.replay_settings import Settings
 from rlaif.audit.rows import rows_or_problems, sound_rows
 from rlaif.config import Job
+from rlaif.errors import RlaifError, said
 from rlaif.judging.kinds import kind_of
 from rlaif.records import Completion, Decision, OldPair, Pair, Prompt, Record
 from rlaif.review.labels import labels_of
@@ -70,6 +72,20 @@ class Replayed(Record):
     """... and would have now, the same labels given. What later iterations would have sampled, no replay can tell."""
 
 
+class ReplayedOld(Record):
+    """What an iteration's text made of earlier pairs, before and after: those that it decided anew."""
+
+    iteration: int
+    constitution: str
+    pairs: int
+    kept_before: int
+    kept_after: int
+    newly_kept: int
+    newly_dropped: int
+    reversed: int
+    other_reasons: int
+
+
 class Replay(Record):
     """What other settings would have decided."""
 
@@ -78,6 +94,8 @@ class Replay(Record):
     """Key → the run's value and the replay's, where they differ."""
     votes: int
     iterations: tuple[Replayed, ...]
+    old_pairs: tuple[ReplayedOld, ...]
+    """Of iterations that decided pairs of earlier ones anew, under a text that was new then."""
     transitions: tuple[Transition, ...]
     examples: tuple[Change, ...]
     notes: tuple[str, ...]
@@ -95,14 +113,17 @@ def replay(
     changed: Mapping[str, tuple[Any, Any]] | None = None,
     progress: Callable[[int], None] = lambda iteration: None,
 ) -> Replay:
-    """Decides every complete iteration again; `progress` is told each.
+    """Decides every complete iteration again, and earlier pairs that it decided anew; `progress` is told each.
 
     Raises:
         UserError: the calibration isn't about this run's votes, and `filters.uncalibrated` says stop.
         RlaifError: a judge template is gone, and `settings.parser` needs it.
     """
     own = run.job()
+    judge = kind_of(own.judge)
     iterations: list[Replayed] = []
+    old_pairs: list[ReplayedOld] = []
+    undecided = 0
     transitions: Counter[tuple[str, str]] = Counter()
     found: dict[Kind, list[Change]] = defaultdict(list)
     problems: list[str] = []
@@ -117,7 +138,7 @@ def replay(
         progress(k)
         again = Iteration(run, k, settings)
         try:
-            tally = _Tally.of(again)
+            tally = _Tally.counting(k, again.decisions())
         except Misfit as e:
             problems.append(f"{e}; iteration {k + 1} is left out")
             continue
@@ -126,6 +147,14 @@ def replay(
             found[change.kind].append(change)
         votes += again.votes
         problems += again.problems
+        try:
+            if rows := decided_anew(again):
+                if judge.unshown:
+                    undecided += len(rows)
+                else:
+                    old_pairs.append(_old_pairs(again, rows))
+        except (OSError, RlaifError) as e:
+            problems.append(f"{said(e)}; the earlier pairs that iteration {k + 1} decided anew are left out")
         iterations.append(
             Replayed(
                 iteration=k,
@@ -138,13 +167,12 @@ def replay(
         )
     examples = tuple(_with_texts(run, _in_turn(found), problems))
     notes = []
-    judge = kind_of(own.judge)
     if judge.early_stop:
         notes.append("judge.early_stop left ballots out that the run's own filters didn't need; others might have")
-    if (old := _decided_later(run)) and any(key.startswith("filters.") for key in changed or {}):
+    if undecided:
         notes.append(
-            f"old_pairs: {old} decisions on earlier pairs under a later text are left as they were made; a replay "
-            "decides pairs under the text of the iteration that sampled them"
+            f"old_pairs: {undecided} decisions on earlier pairs under a later text are left as they were made; what "
+            f"{own.judge.kind} is asked is in its source, and a replay imports no code"
         )
     if own.filters.rules:
         named = ", ".join(own.filters.rules)
@@ -156,6 +184,7 @@ def replay(
         settings=dict(changed or {}),
         votes=votes,
         iterations=tuple(iterations),
+        old_pairs=tuple(old_pairs),
         transitions=tuple(Transition(before=b, after=a, pairs=n) for (b, a), n in transitions.most_common()),
         examples=examples,
         notes=tuple(notes),
@@ -163,14 +192,16 @@ def replay(
     )
 
 
-def _decided_later(run: RunDir) -> int:
-    """How often a later text decided a pair that was judged under an earlier one; damaged rows aren't counted."""
-    files = [run.iteration(k).path / "old_pairs.jsonl" for k in run.iterations()]
-    return sum(row.decision is not None for f in files if f.exists() for row in sound_rows(f, OldPair))
+def _old_pairs(again: Iteration, rows: list[OldPair]) -> ReplayedOld:
+    """Decides earlier pairs again, and counts."""
+    tally = _Tally.counting(again.number, old_decisions(again, rows))
+    names = [name for name in ReplayedOld.model_fields if name not in ("iteration", "constitution")]
+    counts = {name: tally.counts[name] for name in names}
+    return ReplayedOld(iteration=again.number, constitution=str(again.plan.constitution), **counts)
 
 
 class _Tally:
-    """One iteration's decisions, before and after, counted."""
+    """Decisions of an iteration, before and after, counted."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -179,15 +210,15 @@ class _Tally:
         """The first of each kind, as examples."""
 
     @classmethod
-    def of(cls, again: Iteration) -> _Tally:
-        """Decides the iteration, and counts.
+    def counting(cls, iteration: int, decisions: Iterable[tuple[Decision, Decision]]) -> _Tally:
+        """Of an iteration's decisions, before and after.
 
         Raises:
             Misfit: its files don't fit each other.
         """
         tally = cls()
-        for before, after in again.decisions():
-            tally._add(again.number, before, after)
+        for before, after in decisions:
+            tally._add(iteration, before, after)
         return tally
 
     def _add(self, iteration: int, before: Decision, after: Decision) -> None:

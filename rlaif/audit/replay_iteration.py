@@ -8,8 +8,9 @@ A pair at a time: of a million votes only their places in the file are held.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -100,14 +101,8 @@ class Iteration:
         )
 
     def _decided(self) -> Iterator[tuple[Decision, Decision]]:
-        own, calibration = self.settings.job.filters.rules, self.settings.calibration
-        filters = self.settings.job.filters.model_copy(update={"rules": ()})
-        jurors = self.juror_fit()
         texts, cut = self._completions()
-        weights = self.constitution.weights
-        sliced = calibration is not None and EVERYTHING not in calibration.slices
-        categories = self._categories() if sliced else {}
-        asked = Asked.by(self.settings.job) if calibration else None
+        again = self.decider(texts, cut)
         self.votes = self.reparsed = 0
         before = self._sound("decisions", Decision)
         for pair, mine in self._pairs():
@@ -126,15 +121,33 @@ class Iteration:
                 self._problem(f"{self.here.path / 'votes.jsonl'}: no vote on pair {pair.id}")
             if not mine or not {pair.first, pair.second} <= texts.keys():
                 continue
+            yield was, again(pair, mine, was)
+
+    def decider(self, texts: Mapping[str, str], cut: Set[str]) -> Callable[[Pair, Sequence[Vote], Decision], Decision]:
+        """How a pair is decided by its votes under the iteration's text, when a decision was made before. `texts` has
+        what `identical` compares of its completions, `cut` those that the length limit cut off."""
+        own, calibration = self.settings.job.filters.rules, self.settings.calibration
+        filters = self.settings.job.filters.model_copy(update={"rules": ()})
+        jurors, weights = self._jurors, self.constitution.weights
+        sliced = calibration is not None and EVERYTHING not in calibration.slices
+        categories = self._categories() if sliced else {}
+        asked = Asked.by(self.settings.job) if calibration else None
+
+        def decided(pair: Pair, votes: Sequence[Vote], was: Decision) -> Decision:
             slice_name = categories.get(pair.prompt_id) or EVERYTHING
-            if asked is not None:
-                asked = asked._replace(ends=ends_of(pair, cut))
-            now = decide_votes(pair, mine, filters, texts, weights, jurors, calibration, slice_name, cut, asked)
-            yield was, _with_own_reasons(now, was, own)
+            how = asked and asked._replace(ends=ends_of(pair, cut))
+            now = decide_votes(pair, votes, filters, texts, weights, jurors, calibration, slice_name, cut, how)
+            return _with_own_reasons(now, was, own)
+
+        return decided
 
     def _categories(self) -> dict[str, str | None]:
         """Prompt → its category: the slice of a calibration."""
         return {p.id: p.category for p in read_rows(self.run.path / "prompts" / "train.jsonl", Prompt)}
+
+    @functools.cached_property
+    def _jurors(self) -> JurorFit | None:
+        return self.juror_fit()
 
     def juror_fit(self) -> JurorFit | None:
         """What each juror's votes weigh, as the loop fits it."""
@@ -172,7 +185,7 @@ class Iteration:
                 for place in places:
                     f.seek(place)
                     try:
-                        mine.append(self._read(stored(Vote, f.readline())))
+                        mine.append(self.read(stored(Vote, f.readline())))
                     except ValidationError as e:
                         self._problem(f"{path}:{line_at(path, place)}: not a Vote ({e.errors()[0]['msg']})")
                 if len(mine) < len(places):
@@ -205,13 +218,15 @@ class Iteration:
                 at += len(line)
         return places
 
+    def deciding_templates(self) -> list[Template]:
+        """With which a pair is asked about, in order; those that are gone are left out."""
+        by_name = {t.name: t for t in self.templates.values()}
+        return [by_name[name] for name in self._judge.template_names(self.constitution, "decide") if name in by_name]
+
     def _asked(self, pair: Pair, ballots: Sequence[Ballot]) -> dict[Place, int]:
         """The order in which a pair's ballots are made."""
         any_pair = pair.model_copy(update={"selected_by": ()})
-        by_name = {t.name: t for t in self.templates.values()}
-        names = self._judge.template_names(self.constitution, "decide")
-        templates = [by_name[name] for name in names if name in by_name]
-        return self._judge.places(any_pair, self.constitution, ballots[0].judge, templates, ballots)
+        return self._judge.places(any_pair, self.constitution, ballots[0].judge, self.deciding_templates(), ballots)
 
     def _completions(self) -> tuple[dict[str, str], set[str]]:
         """Completion → a digest of its text without the space around it: all that `identical` needs of it; and those
@@ -220,18 +235,23 @@ class Iteration:
         cut: set[str] = set()
         for c in self._sound("completions", Completion):
             if c is not None:
-                texts[c.id] = hashlib.blake2b(c.text.strip().encode(), digest_size=12).hexdigest()
+                texts[c.id] = text_digest(c)
                 if c.cut_off:
                     cut.add(c.id)
         return texts, cut
 
-    def _read(self, vote: Vote) -> Vote:
+    def read(self, vote: Vote) -> Vote:
         """The vote, with `parser` as its reply is read today."""
         if not self.settings.parser:
             return vote
         again = self._judge.read_again(vote, self.templates.get(vote.ballot.template))
         self.reparsed += again is not vote
         return again
+
+
+def text_digest(completion: Completion) -> str:
+    """All that `identical` needs of a completion's text: a digest of it without the space around it."""
+    return hashlib.blake2b(completion.text.strip().encode(), digest_size=12).hexdigest()
 
 
 class _Juror(NamedTuple):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from rlaif.config import Job
+from rlaif.constitutions.copies import pinned_text
 from rlaif.learning.replay_index import IndexRow, index_rows
 from rlaif.learning.replay_set import TRAINS, newest_about, relabelled, standing_of
 from rlaif.records import ConstitutionRef, OnChange, Record
@@ -32,7 +34,7 @@ class Group(Record):
     """Valid votes behind the judge's verdicts on them."""
     may_train: int
     standing: dict[str, int]
-    """How many are what (`OldPair.standing`) under the text in force; `valid`: judged under that one; `unknown`:
+    """How many are what (`OldPair.standing`) under the set's text; `valid`: judged under that one; `unknown`:
     judged under another, and nobody has looked yet."""
     why_not: dict[str, int]
     """How many may not train for which reason."""
@@ -45,7 +47,10 @@ class ReplaySet(Record):
     iteration: int
     """The next one, from 0, as it would find the set."""
     constitution: ConstitutionRef | None
-    """The text in force; None before the first iteration."""
+    """The text that the pairs are held against: that of the next iteration, where the run directory tells it; else the
+    newest, None before the first iteration."""
+    may_differ: str | None = None
+    """Why the next iteration may be under another text, and what the run directory says of it; None where it won't."""
     share: float
     max_age: int
     on_change: OnChange
@@ -56,17 +61,20 @@ class ReplaySet(Record):
 
 
 def replay_set(run: RunDir) -> ReplaySet:
-    """The pairs that the next iteration could replay under the newest text, and the others.
+    """The pairs that the next iteration could replay under its text, and the others.
 
     Raises:
         RlaifError: a file that it is made from is damaged.
     """
-    settings = run.job().replay
+    job = run.job()
+    settings = job.replay
     mixed = [k for k in run.iterations() if run.iteration(k).is_complete("preferences")]
     planned = [k for k in run.iterations() if (run.iteration(k).path / "plan.json").exists()]
     names = {run.plan(k).constitution.hash: str(run.plan(k).constitution) for k in planned}
-    now = run.plan(planned[-1]).constitution if planned else None
     k = mixed[-1] + 1 if mixed else 0
+    newest = run.plan(planned[-1]).constitution if planned else None
+    now, may_differ = (newest, None) if k in planned else _next_text(run, job, k, newest)
+    names |= {now.hash: str(now)} if now else {}
     log = read_labels(run)
     anew = {i: relabelled(run, i, log) for i in mixed}
     rows = {row.pair_id: row for row in index_rows(run)}  # of a pair in several mixes the newest
@@ -95,6 +103,7 @@ def replay_set(run: RunDir) -> ReplaySet:
         run=str(run.path),
         iteration=k,
         constitution=now,
+        may_differ=may_differ,
         share=settings.share,
         max_age=settings.max_age,
         on_change=settings.on_change,
@@ -102,6 +111,21 @@ def replay_set(run: RunDir) -> ReplaySet:
         may_train=sum(g.may_train for g in groups),
         groups=groups,
     )
+
+
+def _next_text(
+    run: RunDir, job: Job, k: int, newest: ConstitutionRef | None
+) -> tuple[ConstitutionRef | None, str | None]:
+    """The text of iteration k, which has no plan yet; or the newest, and why another one may be in force then."""
+    if job.source is not None and not job.source.rejudge:
+        return newest, "its text is the one that its stored pairs were judged under"
+    schedule = job.schedule or {0: job.constitution or ""}
+    reference = schedule[max(i for i in schedule if i <= k)]
+    if job.schedule is None and "@" not in reference:
+        return newest, f"the job follows `{reference}`, which is read again then"
+    if (pinned := pinned_text(run, reference)) is None:
+        return newest, f"the job names {reference} for it, and the run has no copy of that yet"
+    return pinned, None
 
 
 def _why_not(row: IndexRow, standing: str, k: int, max_age: int, relabelled: bool) -> str | None:

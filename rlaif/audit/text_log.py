@@ -13,7 +13,7 @@ from rlaif.config import Replay
 from rlaif.constitutions.constitution import Change, Constitution, diff
 from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import RlaifError
-from rlaif.learning.replay_set import members
+from rlaif.learning.replay_set import UNDER_IT, members, standing_of
 from rlaif.records import EvaluationMetrics, OldPair, OnChange, Plan, Record
 from rlaif.review.labels import labels_noted, read_labels
 from rlaif.rundir.store import RunDir, read_record
@@ -27,8 +27,10 @@ class OldPairs(Record):
     pairs waited to be judged again, as the later ones did."""
 
     expired: int
-    """Can't be replayed any more: they were judged under the text before, by questions that this one doesn't ask. In
-    runs that logged no more than the texts, all that were judged under that one."""
+    """Can't be replayed any more: they were judged under another text, by questions that this one doesn't ask."""
+    unknown: int = 0
+    """Were judged under another text, and no iteration has looked at what this one makes of them: the run replays none,
+    or is from before iterations did."""
     valid_again: int
     """Were judged under this text when it was in force before, and may be replayed again."""
     max_age: int
@@ -36,7 +38,7 @@ class OldPairs(Record):
     share: float
     """`replay.share`; with 0 the run replays nothing, so a change costs it nothing."""
     on_change: OnChange | None = None
-    """`replay.on_change` of the run; None where it logged no more than the texts, and the counts below are 0."""
+    """`replay.on_change` of the run; None where no iteration looked, and the counts below are 0."""
     kept: int = 0
     """May be replayed as they were: all that was asked about them is asked again, or was judged again to the same
     end."""
@@ -127,7 +129,7 @@ def text_log(run: RunDir) -> TextLog:
             except RlaifError as e:
                 problems.append(f"{e}; what changed in iteration {since + 1} isn't known")
             try:
-                old = _old_pairs(run, plans, replay, texts[-1].hash, text)
+                old = _old_pairs(run, plans, replay, text)
             except (RlaifError, OSError) as e:
                 problems.append(f"{e}; what the change in iteration {since + 1} did to old pairs isn't known")
         texts.append(
@@ -197,7 +199,7 @@ def _text(run: RunDir, digest: str) -> Constitution:
         raise RlaifError(f"{e.filename}: the run's copy of a text is gone") from e
 
 
-def _old_pairs(run: RunDir, plans: Sequence[Plan], replay: Replay, before: str, now: str) -> OldPairs:
+def _old_pairs(run: RunDir, plans: Sequence[Plan], replay: Replay, now: str) -> OldPairs:
     """What the iterations under a text made of older pairs; with the labels that the first of them had."""
     k = plans[0].iteration
     here = run.iteration(k)
@@ -211,16 +213,15 @@ def _old_pairs(run: RunDir, plans: Sequence[Plan], replay: Replay, before: str, 
         for row in made.read("old_pairs", OldPair) if made.is_complete("old_pairs") else ():
             logged[row.pair_id] = row
             ballots[row.pair_id] = ballots.get(row.pair_id, 0) + row.asked
-    counts: dict[str, int] = {**Counter(row.standing for row in logged.values())}
-    if not logged:
-        counts = {"expired": sum(m.row.constitution == before for m in old)}
+    standing = Counter(standing_of(m.row, logged.get(m.row.pair_id, m.about), now) for m in old)
+    del standing[UNDER_IT]
     return OldPairs(
-        expired=counts.pop("expired", 0),
+        expired=standing.pop("expired", 0),
         valid_again=sum(m.row.constitution == now for m in old),
         max_age=replay.max_age,
         share=replay.share,
         on_change=replay.on_change if logged else None,
         rejudged=sum(n > 0 for n in ballots.values()),
         ballots=sum(ballots.values()),
-        **counts,
+        **standing,
     )

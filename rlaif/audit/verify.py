@@ -59,6 +59,9 @@ class Report(Record):
     rows: int
     heads: int
     texts: int
+    """Copies of constitutions."""
+    templates: int
+    """Copies of a judge's templates, and of the wordings by which contrasts are derived."""
     policies: int
     """Whose weights are on the disk."""
     findings: tuple[Finding, ...]
@@ -112,7 +115,7 @@ class _Checking:
         self.weights = weights
         self.findings: list[Finding] = []
         self.notes: list[str] = []
-        self.counts = dict.fromkeys(("stages", "rows", "texts", "policies"), 0)
+        self.counts = dict.fromkeys(("stages", "rows", "texts", "templates", "policies"), 0)
         self.chain: list[Head] = []
         self.line_of: list[int] = []
         """Of each head of the chain, its line."""
@@ -518,6 +521,7 @@ class _Checking:
                 constitutions[text.constitution.hash] = text.constitution
                 templates |= {text_hash: name for name, text_hash in text.templates.items()}
                 derived.update(text.derived.values())
+        self.counts |= {"texts": len(constitutions), "templates": len({*templates, *derived})}
         for text_hash, ref in constitutions.items():
             folder = self.run.path / "constitutions" / text_hash
             self._text(folder / "constitution.json", text_hash, lambda p: read_record(p, Constitution).hash)
@@ -542,7 +546,6 @@ class _Checking:
                 )
 
     def _text(self, path: Path, text_hash: str, hash_of: Callable[[Path], str]) -> None:
-        self.counts["texts"] += 1
         if not path.exists():
             self.found(path, "is gone")
             return

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rlaif.audit.replay import Change, Replay
 
 _PREVIEW = 140
+_OLD = ("pairs", "kept_before", "kept_after", "newly_kept", "newly_dropped", "reversed", "other_reasons")
 _COUNTED = ("pairs", "kept_before", "kept_after", "newly_kept", "newly_dropped", "newly_reviewed", "reversed",
             "other_reasons")  # fmt: skip
 
@@ -41,7 +42,7 @@ def replay(
     """Decide the run's pairs again from their recorded votes, and show what changes. Writes nothing, asks no model.
 
     Keys that nobody names stay as the run has them; without any, the run's own decisions come out. What a later text
-    made of pairs that were judged under an earlier one isn't decided again.
+    made of pairs that were judged under an earlier one is decided again too, and counted apart.
     """
     from rlaif.audit.replay import replay as run_replay
     from rlaif.audit.replay_settings import settings_of
@@ -79,11 +80,18 @@ def _show(found: Replay, parser: bool) -> None:
     table.end_section()
     table.add("all", "", *(str(found.total(name)) for name in _COUNTED), "")
     table.print(console)
+    if found.old_pairs:
+        of_old = (*numbers[1:6], *numbers[7:])
+        old = Listing("earlier pairs in iteration", "constitution", *of_old, right=of_old)
+        for o in found.old_pairs:
+            old.add(str(o.iteration + 1), o.constitution, *(str(getattr(o, name)) for name in _OLD))
+        old.print(console)
     reasons = Listing("before", "after", "pairs", right=("pairs",))
     for t in found.transitions:
         reasons.add(t.before, t.after if t.after != t.before else "the same", str(t.pairs))
     reasons.print(console)
-    if not any(found.total(name) for name in _COUNTED[3:]):
+    changed = any(getattr(o, name) for o in found.old_pairs for name in _OLD[3:])
+    if not changed and not any(found.total(name) for name in _COUNTED[3:]):
         console.print("every decision is as it was made")
     for change in found.examples:
         _example(console, change)

@@ -31,10 +31,12 @@ def _show(found: ReplaySet) -> None:
         f"[bold]{inert(found.run)}[/]: iteration {found.iteration + 1} could replay {found.may_train} of {found.pairs} "
         f"pairs under {text} (replay.share {found.share:g}, max_age {found.max_age}, on_change {found.on_change})"
     )
+    if found.may_differ:
+        console.print(f"note: another text may be in force then: {inert(found.may_differ)}")
     if not found.groups:
         return
     table = Listing(
-        "judged under", "iteration", "age", "pairs", "human", "votes", "may train", "by the text in force", "why not",
+        "judged under", "iteration", "age", "pairs", "human", "votes", "may train", "by that text", "why not",
         right=("iteration", "age", "pairs", "human", "votes", "may train"),
     )  # fmt: skip
     for g in found.groups:

@@ -39,7 +39,7 @@ def verify(
         console = stdout_console()
         console.print(
             f"checked in {inert(report.run)}: {report.stages} stages with {report.rows} rows, {report.heads} heads, "
-            f"{report.texts} texts, {report.policies} policies"
+            f"{report.texts} texts, {report.templates} templates or wordings, {report.policies} policies"
         )
         for note in report.notes:
             console.print(f"note: {inert(note)}")

@@ -218,6 +218,7 @@ def log(
 def _old_pairs(found: OldPairs) -> str:
     counted = (
         (found.expired, "can't be replayed any more"),
+        (found.unknown, "were judged under another text, and no iteration has looked yet"),
         (found.valid_again, "of this text can again"),
         (found.kept, "can be replayed as they were"),
         (found.turned, "can be replayed with the other side chosen"),

@@ -11,10 +11,13 @@ from pathlib import Path
 from rlaif.constitutions.constitution import Constitution
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
 from rlaif.constitutions.derived import Wordings
-from rlaif.rundir.store import RunDir, read_record
+from rlaif.records import ConstitutionRef
+from rlaif.rundir.store import RunDir, read_json, read_record
 
 CONSTITUTION_FILE = "constitution.json"
 """What the parsed text is called in its folder."""
+PINS_FILE = "constitutions/pins.json"
+"""What a run's references to texts and templates were pinned to at its start."""
 
 
 def constitution_copy(run: RunDir, digest: str) -> Constitution:
@@ -25,6 +28,19 @@ def constitution_copy(run: RunDir, digest: str) -> Constitution:
         RlaifError: it is damaged.
     """
     return read_record(run.path / "constitutions" / digest / CONSTITUTION_FILE, Constitution)
+
+
+def pinned_text(run: RunDir, reference: str) -> ConstitutionRef | None:
+    """The text that a job's reference, `rules` or `rules@2`, was pinned to in a run; None where it is none yet."""
+    path = run.path / PINS_FILE
+    known: dict[str, str] = read_json(path) if path.exists() else {}
+    if (named := known.get(reference)) is None:
+        return None
+    if named in known:  # without a version it is pinned to one with, and that one to its text
+        reference, named = named, known[named]
+    ref = constitution_copy(run, named).ref
+    name, _, version = reference.partition("@")
+    return ref.model_copy(update={"name": name, "version": int(version)}) if version else ref
 
 
 def derived_copy(run: RunDir, digest: str) -> Wordings:

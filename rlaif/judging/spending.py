@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rlaif.config import ChatSettings, Juror, Price
 from rlaif.judging.ballots import juror_names
@@ -43,12 +43,28 @@ def cost(usage: Usage, price: Price) -> float:
     return (asked + (usage.completion_tokens - thought) * price.completion + thought * of_thought) / 1e6
 
 
+WASTED = "judge_wasted.jsonl"
+"""A run's file of what its judge was paid for and no vote of it tells of ..."""
+REFERENCE_WASTED = "reference_wasted.jsonl"
+"""... and of the reference judge."""
+
+
 class Wasted(Record):
-    """A server's answer that held no reply, and was paid for. No vote tells of it."""
+    """What was paid for, and no vote of the run tells of: a server's answer that held no reply, or a vote that a
+    rollback set aside."""
 
     judge: str
     """Juror, as ballots name it."""
     usage: Usage
+    calls: int = 1
+    """Answered ones, which used this much together."""
+
+
+def wasted_by(votes: Iterable[Vote]) -> Iterator[Wasted]:
+    """What votes cost that are none of the run's any more; nothing where nobody was asked."""
+    for vote in votes:
+        if not vote.cached and vote.abstain_reason != "infra_error":
+            yield Wasted(judge=vote.ballot.judge, usage=vote.usage, calls=1 + vote.reasked)
 
 
 def spent_on(votes: Iterable[Vote], settings: ChatSettings, wasted: Iterable[Wasted] = ()) -> Spent:
@@ -64,5 +80,5 @@ def spent_on(votes: Iterable[Vote], settings: ChatSettings, wasted: Iterable[Was
                 spent = spent.plus(vote.usage, jurors[vote.ballot.judge], settings, 1 + vote.reasked)
     for answer in wasted:
         if answer.judge in jurors:
-            spent = spent.plus(answer.usage, jurors[answer.judge], settings)
+            spent = spent.plus(answer.usage, jurors[answer.judge], settings, answer.calls)
     return spent.model_copy(update={"answered": frozenset(answered)})

@@ -21,13 +21,16 @@ from pydantic import ValidationError
 from rlaif.config import Job, changed_keys, may_change, of_run, parse_job
 from rlaif.constitutions.constitution import load_constitution
 from rlaif.errors import UserError
+from rlaif.judging.kinds import kind_of
+from rlaif.judging.spending import REFERENCE_WASTED, WASTED, Wasted, wasted_by
 from rlaif.own_code import load
-from rlaif.records import Event, HumanLabel, Parent, Record, UpdateStep, digest, stored
+from rlaif.records import Event, HumanLabel, Parent, Record, UpdateStep, Vote, digest, stored
 from rlaif.review.labels import review_lock
 from rlaif.rundir.checkpoints import Checkpoint, checkpoints, policy_dir, state_dir, write_new_optimizer
 from rlaif.rundir.heads import EVENTS, LABELS, Head, heads_up_to, write_head
 from rlaif.rundir.heads import FILE as HEADS
-from rlaif.rundir.store import RunDir, disk_errors, make_folder, rolling_back, write_json
+from rlaif.rundir.stages import REFERENCE_VOTES, VOTES
+from rlaif.rundir.store import RunDir, disk_errors, make_folder, read_grown, rolling_back, write_json
 
 R = TypeVar("R", bound=Record)
 
@@ -229,9 +232,14 @@ def _build(to: Path, run: RunDir, start: _Start, job: Job, parent_name: str, kin
         except FileNotFoundError as e:
             raise UserError(f"{e.filename}: the run at work removed it just now; try again") from e
         # The parent may go on writing these: what texts were pinned to, and what a judge wasted, which counts as spent.
-        for path in (run.path / "constitutions" / "pins.json", *run.path.glob("*_wasted.jsonl")):
-            if path.exists():
-                _write(to / path.relative_to(run.path), path.read_bytes())
+        if (pins := run.path / "constitutions" / "pins.json").exists():
+            _write(to / "constitutions" / "pins.json", pins.read_bytes())
+        for name in (WASTED, REFERENCE_WASTED):
+            content = b"".join(line for _, line in _lines(run.path / name))
+            if kind == "rolled_back":  # what was paid was paid, though what it was paid for is set aside
+                content += b"".join(row.model_dump_json().encode() + b"\n" for row in _set_aside(run, made, name))
+            if content:
+                _write(to / name, content)
         for name, content in ((HEADS, past.lines), (EVENTS, _events(run, past)), (LABELS, _labels(run, past))):
             if content:
                 _write(to / name, content)
@@ -249,6 +257,17 @@ def _build(to: Path, run: RunDir, start: _Start, job: Job, parent_name: str, kin
     message = "; ".join([f"goes on from {parent_name} after {start.iterations} iterations", *more])
     made.event(kind, message, **parent.model_dump(mode="json"), **({"changed": changed} if changed else {}))
     write_head(made, anew=True)  # from here on nobody changes what was written, unnoticed
+
+
+def _set_aside(run: RunDir, made: RunDir, name: str) -> list[Wasted]:
+    """What the votes of a run cost that are none of the one made from it, by the judge whose file this is."""
+    job = run.job()
+    judge, stages = (job.judge, VOTES) if name == WASTED else (job.eval.reference_judge, (REFERENCE_VOTES,))
+    paid = kind_of(judge).priced() if judge else {}
+    folders = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
+    gone = [here.path for here in folders if not (made.path / here.path.relative_to(run.path)).exists()]
+    files = [here / f"{stage}.jsonl{end}" for here in gone for stage in stages for end in ("", ".partial")]
+    return [row for file in files for row in wasted_by(read_grown(file, Vote)) if row.judge in paid]
 
 
 class _Past(NamedTuple):

@@ -289,7 +289,7 @@ def _rejudged(job: Job, base_dir: Path, texts: Sequence[Constitution], pairs: Se
     changes = [k for k in range(max(done, 1), job.iterations) if texts[k].hash != texts[k - 1].hash]
     owed_a_pair: dict[tuple[str, str], int] = {}
     total = 0
-    for k, until in zip(changes, [*changes[1:], job.iterations], strict=True):
+    for k, until in zip(changes, [*changes, job.iterations][1:], strict=True):
         owed = 0
         for i in range(max(0, k - max_age), k):
             texts_of = texts[i].hash, texts[k].hash
@@ -462,6 +462,16 @@ def parameters_of(model: str) -> int | None:
         return None
 
 
+def _about_old_pairs(costs: dict[str, Any]) -> str:
+    """Ballots at changes of text, in words. What one will take in tokens or money nobody knows before it is cast."""
+    if not (old := costs["rejudged_ballots_at_most"]):
+        return ""
+    rejudge = costs["replay"]["rejudge"]
+    limits = " or ".join(f"{rejudge[what]:g} {what}" for what in ("tokens", "money") if rejudge[what] is not None)
+    fewer = f"; fewer where an iteration's {limits} (replay.rejudge) are spent before" if limits else ""
+    return f", and {old} about old pairs (replay.on_change){fewer}"
+
+
 def table(costs: dict[str, Any], where: Path) -> None:
     """Prints the plan."""
     console = stdout_console()
@@ -477,7 +487,7 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "samples": f"{costs['samples']} answers, at most {costs['pairs_at_most']} pairs",
         "judging": f"{costs['scores']} scores, at most {costs['ballots_at_most']} ballots"
         + (f", and {again} of them again (monitors.anchors)" if (again := costs["anchor_ballots_at_most"]) else "")
-        + (f", and {old} about old pairs (replay.on_change)" if (old := costs["rejudged_ballots_at_most"]) else ""),
+        + _about_old_pairs(costs),
         "evaluation": f"{costs['evaluations']} times, {costs['held_out_answers']} answers, "
         f"at most {costs['evaluation_ballots_at_most']} ballots"
         + (f", and {second} of the reference judge" if (second := costs["reference_ballots_at_most"]) else ""),

@@ -17,7 +17,15 @@ from types import MappingProxyType
 
 from rlaif.config import Job
 from rlaif.constitutions.constitution import Constitution, load_with_source
-from rlaif.constitutions.copies import CONSTITUTION_FILE, as_derived, constitution_copy, derived_copy, template_sources
+from rlaif.constitutions.copies import (
+    CONSTITUTION_FILE,
+    PINS_FILE,
+    as_derived,
+    constitution_copy,
+    derived_copy,
+    pinned_text,
+    template_sources,
+)
 from rlaif.constitutions.derived import FILE as DERIVED_FILE
 from rlaif.constitutions.templates import Template, evaluating_name, load_template, parse_template
 from rlaif.errors import RlaifError, UserError
@@ -120,7 +128,7 @@ class InForce:
         return (self._templates_dir / f"{name}.jinja").is_file()
 
     def _pins(self) -> dict[str, str]:
-        path = self._run.path / "constitutions" / "pins.json"
+        path = self._run.path / PINS_FILE
         known: dict[str, str] = read_json(path) if path.exists() else {}
         return known
 
@@ -131,8 +139,7 @@ class InForce:
 
     def _template(self, name: str) -> str:
         """Hash of a template: the pinned one where texts are pinned, else the one on disk. Copies it into the run."""
-        pins = self._run.path / "constitutions" / "pins.json"
-        known: dict[str, str] = read_json(pins) if pins.exists() else {}
+        known = self._pins()
         key = f"template {name}"
         if not self._follows and key in known:
             return known[key]
@@ -141,12 +148,11 @@ class InForce:
         if not folder.exists():
             _copy(folder, {source.name: source.text.encode() for source in template.sources})
         if not self._follows:
-            write_json(pins, known | {key: template.hash})
+            write_json(self._run.path / PINS_FILE, known | {key: template.hash})
         return template.hash
 
     def _pinned(self, reference: str) -> Constitution:
-        pins = self._run.path / "constitutions" / "pins.json"
-        known: dict[str, str] = read_json(pins) if pins.exists() else {}
+        known = self._pins()
         if reference not in known:
             newest = self._newest(reference)
             ref = newest.ref
@@ -154,13 +160,11 @@ class InForce:
             known |= {reference: str(ref), str(ref): ref.hash}
             if newest.wordings is not None:
                 known.setdefault(f"{_DERIVED_PIN} {ref.hash}", newest.wordings.hash)
-            write_json(pins, known)
-        if known[reference] in known:
-            reference = known[reference]
-        constitution = constitution_copy(self._run, known[reference])
-        name, _, version = reference.partition("@")
-        constitution = (
-            constitution.model_copy(update={"name": name, "version": int(version)}) if version else constitution
+            write_json(self._run.path / PINS_FILE, known)
+        pinned = pinned_text(self._run, reference)
+        assert pinned is not None, "just now"
+        constitution = constitution_copy(self._run, pinned.hash).model_copy(
+            update={"name": pinned.name, "version": pinned.version}
         )
         # Without a pin the run is from before contrasts were derived, and goes on without; one without a text's name is
         # from before opposites were, which are a text's own.

@@ -27,6 +27,7 @@ from rlaif.hardware import gpu_names
 from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calibration
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of, likelihood_worker
+from rlaif.judging.spending import REFERENCE_WASTED, WASTED
 from rlaif.loop import Loop, Progress
 from rlaif.loop.branch import may_branch, rollback
 from rlaif.loop.in_force import InForce
@@ -315,13 +316,11 @@ def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dic
     judge = kind_of(job.judge)
     model = start.judge.path if start.judge else None
     votes = _votes(run, VOTES)
-    factories["judge"] = judge.worker(model, votes, run.path / "judge_wasted.jsonl")
+    factories["judge"] = judge.worker(model, votes, run.path / WASTED)
     if job.eval.reference_judge:
         path = start.reference.path if start.reference else None
         votes = _votes(run, [REFERENCE_VOTES])
-        factories["reference"] = kind_of(job.eval.reference_judge).worker(
-            path, votes, run.path / "reference_wasted.jsonl"
-        )
+        factories["reference"] = kind_of(job.eval.reference_judge).worker(path, votes, run.path / REFERENCE_WASTED)
     # Sanity is measured under the frozen base policy, whoever judges.
     if not judge.measures(job, start.judge is not None and start.judge.digest == start.base.digest):
         args = job.policy.chat_template_args

@@ -10,15 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlaif.constitutions.copies import constitution_copy
-from rlaif.judging.carried import Carried, Shows, carry
+from rlaif.judging.carried import Carried
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, aggregate, by_pair
+from rlaif.learning.old_pairs import PairLog, held_against, shows_of, standing_by
 from rlaif.learning.replay_set import UNDER_IT, UNKNOWN, Member, members
 from rlaif.loop.judging import Deciding, ballots_for, tell_interrupted, templates_for
 from rlaif.loop.running import Iteration, Running, candidates
-from rlaif.records import Ballot, Completion, OldPair, OnChange, Pair, Preference, Standing, Vote
-from rlaif.rundir.store import RunDir, read_record
+from rlaif.records import Ballot, OldPair, OnChange, Pair, Preference, Side, Standing, Vote
+from rlaif.rundir.store import read_record
 
 
 class _Case(NamedTuple):
@@ -72,10 +72,11 @@ def _is_news(row: OldPair, owed: Member) -> bool:
 
 
 def _judge(run: Running, it: Iteration, owed: Mapping[str, Member]) -> None:
-    log = _Log(run.dir, it.k, [m.row for m in owed.values() if m.row.source == "judge"])
+    rows = [m.row for m in owed.values() if m.row.source == "judge"]
+    log = PairLog(run.dir, it.k, rows)
     jurors_file = it.dir.path / "jurors.json"
     jurors = read_record(jurors_file, JurorFit) if jurors_file.exists() else None
-    cases = _cases(run, it, log)
+    cases = _cases(run, it, rows, log)
     if run.job.replay.on_change == "rejudge":
         cases = _Rejudging(run, it, log, jurors).answered(cases)
 
@@ -88,66 +89,17 @@ def _judge(run: Running, it: Iteration, owed: Mapping[str, Member]) -> None:
     it.rows("old_pairs", produce)
 
 
-class _Log:
-    """What a run's log holds about some pairs."""
-
-    def __init__(self, run: RunDir, k: int, rows: Sequence[Preference]):
-        """`rows` are of iterations before k."""
-        self.rows = rows
-        sampled_in: dict[int, set[str]] = {}
-        for row in rows:
-            sampled_in.setdefault(row.iteration, set()).add(row.pair_id)
-        self.pairs: dict[str, Pair] = {}
-        self.completions: dict[str, Completion] = {}
-        votes: list[Vote] = []
-        for i, ids in sorted(sampled_in.items()):
-            here = run.iteration(i)
-            mine = [p for p in here.read("pairs", Pair) if p.id in ids]
-            sides = {c for p in mine for c in (p.first, p.second)}
-            self.pairs |= {p.id: p for p in mine}
-            self.completions |= {c.id: c for c in here.read("completions", Completion) if c.id in sides}
-            votes += [v for v in here.read("votes", Vote) if v.ballot.pair_id in ids]
-        for i in range(min(sampled_in, default=k), k):
-            here = run.iteration(i)
-            if here.is_complete("rejudged_votes"):
-                votes += [v for v in here.read("rejudged_votes", Vote) if v.ballot.pair_id in self.pairs]
-        self.votes = by_pair(votes)
-        """By pair, all that it ever got, in the order in which they were cast."""
-
-
-def _cases(run: Running, it: Iteration, log: _Log) -> list[_Case]:
-    pairs = [log.pairs[row.pair_id] for row in log.rows]
-    ballots: dict[str, list[Ballot]] = {p.id: [] for p in pairs}
-    for ballot in ballots_for(run, it, "decide", pairs):
-        ballots[ballot.pair_id].append(ballot)
-    shows = _shows(run, it)
-    return [
-        _Case(row, pair, ballots[pair.id], carry(ballots[pair.id], log.votes.get(pair.id, []), shows))
-        for row, pair in zip(log.rows, pairs, strict=True)
-    ]
-
-
-def _shows(run: Running, it: Iteration) -> Shows:
-    """What ballots show of their texts; each text is read, and each question rendered, once."""
-    kind, templates = kind_of(run.job.judge), templates_for(run, it, "decide")
-    texts = {it.constitution.hash: it.constitution}
-    known: dict[tuple[str, str, str], str] = {}
-
-    def shows(ballot: Ballot) -> str:
-        key = ballot.constitution, ballot.template, ballot.voice
-        if key not in known:
-            if ballot.constitution not in texts:
-                texts[ballot.constitution] = constitution_copy(run.dir, ballot.constitution)
-            known[key] = kind.shows(ballot, texts[ballot.constitution], templates)
-        return known[key]
-
-    return shows
+def _cases(run: Running, it: Iteration, rows: Sequence[Preference], log: PairLog) -> list[_Case]:
+    pairs = [log.pairs[row.pair_id] for row in rows]
+    shows = shows_of(run.dir, kind_of(run.job.judge), it.constitution, templates_for(run, it, "decide"))
+    held = held_against(pairs, ballots_for(run, it, "decide", pairs), log.votes, shows)
+    return [_Case(row, pair, *found) for row, pair, found in zip(rows, pairs, held, strict=True)]
 
 
 class _Rejudging:
     """Casts what nobody has answered yet about old pairs, as far as `replay.rejudge` goes."""
 
-    def __init__(self, run: Running, it: Iteration, log: _Log, jurors: JurorFit | None):
+    def __init__(self, run: Running, it: Iteration, log: PairLog, jurors: JurorFit | None):
         self._run, self._it, self._log = run, it, log
         self._kind = kind_of(run.job.judge)
         self._limits = run.job.replay.rejudge
@@ -283,8 +235,8 @@ def _by_the_judge(run: Running, it: Iteration, case: _Case, deciding: Deciding) 
     decision = None
     if standing is None:
         decision = deciding.decision(case.pair, carried.votes)
-        was = "first" if case.row.chosen_id == case.pair.first else "second"
-        standing = "kept" if decision.winner == was else "turned" if decision.winner else "dropped"
+        was: Side = "first" if case.row.chosen_id == case.pair.first else "second"
+        standing = standing_by(decision, was)
     return OldPair(
         pair_id=case.pair.id,
         iteration=case.row.iteration,

@@ -31,12 +31,12 @@ class StoredPairs:
 
     def __init__(self, settings: Source, base_dir: Path, planned: Sequence[PlanSource] = ()):
         """`planned` are what the plans of this run note so far: where the job names no iterations, a run that goes on
-        takes the same ones."""
+        takes the same ones. A branch whose job names none any more takes all, as any job does."""
         self.settings = settings
         self.path = str(settings.run)
         self._run = RunDir.open(base_dir / self.path)
         judged = [k for k in self._run.iterations() if self._run.iteration(k).is_complete("votes")]
-        noted = next((p.iterations for p in reversed(planned) if p.path == self.path), None)
+        noted = next((p.iterations for p in reversed(planned) if p.path == self.path and not p.named), None)
         wanted = tuple(self.settings.wanted or noted or judged)
         if not wanted or not {*wanted} <= {*judged}:
             has = f"{judged[0]}-{judged[-1]}" if judged else "none"
@@ -102,6 +102,7 @@ class StoredPairs:
             path=self.path,
             iteration=k,
             iterations=self.iterations,
+            named=self.settings.wanted is not None,
             sha256=self._digest(k),
             rejudged=self.settings.rejudge,
         )

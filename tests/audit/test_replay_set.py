@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,12 @@ from typer.testing import CliRunner
 from rlaif.audit.index import Index
 from rlaif.audit.overview import overview
 from rlaif.audit.pair import show
+from rlaif.audit.replay import replay
+from rlaif.audit.replay_iteration import Iteration
+from rlaif.audit.replay_old_pairs import decided_anew, old_decisions
 from rlaif.audit.replay_set import ReplaySet, replay_set
+from rlaif.audit.replay_settings import settings_of
+from rlaif.audit.text_log import text_log
 from rlaif.audit.trace import trace
 from rlaif.cli import app
 from rlaif.learning.replay_index import update_index
@@ -39,6 +45,30 @@ def test_the_set_says_what_may_train_and_why_the_rest_may_not(tmp_path: Path) ->
     assert f"iteration 4 could replay {n[1] + n[2]} of {sum(n)} pairs under rules@3" in told.stdout
     as_json = CliRunner().invoke(app, ["audit", str(run.path), "replay-set", "--json"]).stdout
     assert ReplaySet.model_validate_json(as_json) == found
+
+
+def test_the_set_is_held_against_the_text_of_the_next_iteration(tmp_path: Path) -> None:
+    texts: list[Wishes] = [{"wish": 1}, {"wish": 2}]
+    run = went(tmp_path, *texts, schedule={0: "rules@1", 2: "rules@2"}, iterations=2)
+    found = replay_set(run)
+    assert str(found.constitution) == "rules@2"
+    assert (found.may_train, found.may_differ) == (0, None), "as scheduled, and nobody has looked at a pair yet"
+    assert [g.why_not for g in found.groups] == [{"unknown": g.pairs} for g in found.groups]
+    header = run.header
+    write_json(run.path / "run.json", header | {"job": header["job"] | {"schedule": {0: "rules@1", 2: "rules@7"}}})
+    found = replay_set(run)
+    assert (str(found.constitution), found.may_train) == ("rules@1", found.pairs)
+    assert found.may_differ == "the job names rules@7 for it, and the run has no copy of that yet"
+
+
+def test_the_set_says_where_another_text_may_be_next(tmp_path: Path) -> None:
+    """An edit since then lies outside of the run."""
+    run = went(tmp_path, {"wish": 1}, constitution="rules", iterations=2)
+    found = replay_set(run)
+    assert (str(found.constitution), found.may_train) == ("rules@1", found.pairs)
+    told = CliRunner().invoke(app, ["audit", str(run.path), "replay-set"]).stdout
+    said = "note: another text may be in force then: the job follows `rules`, which is read again then"
+    assert said in " ".join(told.split())
 
 
 @pytest.mark.parametrize("harm", ["gone", "torn", "damaged", "behind", "no state"])
@@ -72,6 +102,20 @@ def test_a_stored_run_of_every_schema_has_a_replay_set(stored: RunDir) -> None:
     found = replay_set(stored)
     assert found.pairs == sum(g.pairs for g in found.groups) > 0
     assert {reason for g in found.groups for reason in g.why_not} <= {"unknown", "too_old"}
+
+
+def test_the_log_of_texts_and_the_set_call_a_pair_the_same(stored: RunDir, tmp_path: Path) -> None:
+    texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}]
+    back = went(tmp_path, *texts, schedule={0: "rules@1", 1: "rules@2", 2: "rules@1", 3: "rules@2"}, iterations=4)
+    for run, expected in ((stored, {"unknown"}), (back, {"expired"})):
+        old = text_log(run).texts[-1].old_pairs
+        assert old is not None
+        now = run.plan(run.iterations()[-1]).constitution.hash
+        in_set = Counter[str]()
+        for group in (g for g in replay_set(run).groups if g.hash != now):
+            in_set += Counter(group.standing)
+        assert in_set.keys() == expected
+        assert {what: getattr(old, what) for what in in_set} == in_set
 
 
 def test_an_update_that_mixed_texts_is_told(tmp_path: Path) -> None:
@@ -110,17 +154,55 @@ def test_what_judging_again_cost_counts(tmp_path: Path) -> None:
     assert [problem for problem in found.problems if "old_pairs" in problem or "rejudged" in problem] == []
 
 
-def test_a_replay_says_that_it_leaves_old_pairs(tmp_path: Path) -> None:
-    texts: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}]
-    run = went(tmp_path, *texts, replay={"on_change": "rejudge"})
-    n = len(old_pairs(run, 1))
+THREE_TEXTS: list[Wishes] = [{"wish": 1, "tone": 2}, {"wish": 1, "tone": 3}, {"wish": (4, 2.0), "tone": 3, "more": 5}]
+
+
+@pytest.mark.parametrize("on_change", ["rejudge", "expire"])
+def test_a_replay_decides_old_pairs_again_as_the_run_did(tmp_path: Path, on_change: str) -> None:
+    texts: list[Wishes] = THREE_TEXTS if on_change == "rejudge" else [{"wish": (1, 9.0), "tone": 2}, {"wish": 1}]
+    texts = [*texts, {**texts[-1], "new": 6}]
+    run = went(tmp_path, *texts, replay={"on_change": on_change})
+    decided = {k: sum(r.decision is not None for r in old_pairs(run, k)) for k in run.iterations()}
+    found = replay(run, *settings_of(run, run.path))
+    assert {o.iteration: o.pairs for o in found.old_pairs} == {k: n for k, n in decided.items() if n} != {}
+    for k in decided:
+        again = Iteration(run, k, settings_of(run, run.path)[0])
+        rows = decided_anew(again)
+        assert [(was, now) for was, now in old_decisions(again, rows)] == [(r.decision, r.decision) for r in rows]
+    assert (found.problems, found.notes) == ((), ())
+
+
+def test_a_replay_says_what_other_settings_make_of_old_pairs(tmp_path: Path) -> None:
+    run = went(tmp_path, *THREE_TEXTS[:2], replay={"on_change": "rejudge"})
+    rows = old_pairs(run, 1)
+    [found] = replay(run, *settings_of(run, run.path, overrides=["filters.min_agreement=1"])).old_pairs
+    agreed = sum(r.decision is not None and r.decision.verdict.agreement == 1 for r in rows)
+    assert (found.pairs, found.kept_after) == (len(rows), agreed)
+    assert found.newly_dropped == found.kept_before - agreed > 0
     told = CliRunner().invoke(app, ["audit", str(run.path), "replay", "--set", "filters.min_agreement=1"])
-    assert told.exit_code == 0, told.output
-    said = " ".join(told.stdout.split())
-    assert f"note: old_pairs: {n} decisions on earlier pairs under a later text are left as they were made" in said
-    for without in (run, went(tmp_path / "expired", *texts)):  # nothing differs, or nothing was decided
-        keys = [] if without is run else ["--set", "filters.min_agreement=1"]
-        assert "old_pairs" not in CliRunner().invoke(app, ["audit", str(without.path), "replay", *keys]).stdout
+    assert "earlier pairs in iteration" in told.stdout
+    # Another reading of the scores asks nothing else.
+    [colder] = replay(
+        run, *settings_of(run, run.path, overrides=["judge.score_temperature=0.1"], parser=True)
+    ).old_pairs
+    assert (colder.pairs, colder.kept_after > 0) == (len(rows), True)
+
+
+def test_a_replay_notices_a_decision_on_an_old_pair_that_doesnt_follow(tmp_path: Path) -> None:
+    run = went(tmp_path, *THREE_TEXTS[:2], replay={"on_change": "rejudge"})
+    file = run.iteration(1).path / "old_pairs.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    n = next(n for n, row in enumerate(old_pairs(run, 1)) if row.decision and row.decision.winner == "first")
+    changed = lines[n].replace('"winner":"first"', '"winner":"second"')
+    file.write_text("".join([*lines[:n], changed, *lines[n + 1 :]]))
+    [found] = replay(run, *settings_of(run, run.path)).old_pairs
+    assert (found.reversed, found.newly_kept, found.newly_dropped) == (1, 0, 0)
+    told = CliRunner().invoke(app, ["audit", str(run.path), "replay"])
+    assert "every decision is as it was made" not in told.stdout
+    (run.iteration(0).path / "votes.jsonl").write_text("")
+    damaged = replay(run, *settings_of(run, run.path))
+    assert damaged.old_pairs == ()
+    assert any("the earlier pairs that iteration 2 decided anew are left out" in p for p in damaged.problems)
 
 
 def test_a_label_that_was_made_anew_is_traced_to_all_its_votes(tmp_path: Path) -> None:

@@ -51,7 +51,10 @@ def test_a_stored_run_of_every_schema_answers(stored: RunDir) -> None:
     assert second.changes is not None
     assert {c.principle for c in second.changes} == {None, "wish"}
     assert second.old_pairs is not None
-    assert (second.old_pairs.expired, second.old_pairs.valid_again) == (kept(stored, 0, 1), 0) == (5, 0)
+    assert (second.old_pairs.unknown, second.old_pairs.valid_again) == (kept(stored, 0, 1), 0) == (5, 0)
+    assert second.old_pairs.expired == 0, "from before iterations looked at old pairs"
+    told = CliRunner().invoke(app, ["constitution", "log", str(stored.path)]).stdout
+    assert "old pairs: 5 kept pairs were judged under another text, and no iteration has looked yet" in told
     assert [(t.followed.evaluations, t.followed.first) for t in found.texts] == [(1, None), (1, None)]
 
 
@@ -71,7 +74,7 @@ def test_pairs_past_replays_age_are_not_lost_to_a_change(tmp_path: Path) -> None
     run = finished(tmp_path, replay={"share": 0.0, "max_age": 1})
     old = text_log(run).texts[1].old_pairs
     assert old is not None
-    assert (old.expired, old.share) == (kept(run, 1), 0.0)
+    assert (old.unknown, old.expired, old.share) == (kept(run, 1), 0, 0.0)
     told = CliRunner().invoke(app, ["constitution", "log", str(run.path)])
     assert "(within replay.max_age 1); this job replays none (replay.share 0)" in told.stdout
 

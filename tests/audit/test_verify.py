@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rlaif.audit.verify import line_changes, verify
+from rlaif.cli import app
 from rlaif.errors import RlaifError, UserError
 from rlaif.rundir.heads import read_heads, write_head
 from rlaif.rundir.store import RunDir, write_json
@@ -56,7 +57,16 @@ def test_a_run_that_nobody_touched_holds(written: Path) -> None:
     assert report.heads == 4
     assert report.stages == len(list(written.glob("*/*/*.jsonl")))
     assert report.rows == sum(len(p.read_text().splitlines()) for p in written.glob("*/*/*.jsonl"))
-    assert report.texts == 4
+    assert (report.texts, report.templates) == (2, 0)
+
+
+@pytest.mark.parametrize(("schema", "templates"), [("run_schema1", 2), ("run_schema2", 4)])
+def test_a_text_counts_once_whatever_files_it_has(schema: str, templates: int) -> None:
+    run = RunDir.open(Path(__file__).resolve().parent.parent / "data" / schema)
+    report = verify(run)
+    assert (report.texts, report.templates) == (2, templates)
+    told = CliRunner().invoke(app, ["audit", str(run.path), "verify"]).stdout
+    assert f"2 texts, {templates} templates or wordings, " in " ".join(told.split())
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -353,8 +363,6 @@ def test_line_changes_say_what_happened() -> None:
 
 
 def test_the_command(run: RunDir) -> None:
-    from rlaif.cli import app
-
     head = read_heads(run.path)[-1]
     assert head is not None
     clean = CliRunner().invoke(app, ["audit", str(run.path), "verify", "--head", head.name])
