@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeGuard, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -46,6 +46,8 @@ class MayChange:
     comparable; what is below it, too. Of a free mapping, those keys alone, where some are named."""
 
     keys: tuple[str, ...] = ()
+    lists: bool = False
+    """Only a list, for another list."""
 
 
 Adjustable = Annotated[_T, MayChange()]
@@ -248,12 +250,13 @@ class Pairing(Section):
 
 
 class Juror(Section):
-    """One model behind an OpenAI-compatible server (`/v1/chat/completions`)."""
+    """One model behind an OpenAI-compatible server (`/v1/chat/completions`), or several that serve the same one."""
 
     model: str
     """The name that the server knows."""
-    base_url: str = "https://api.openai.com/v1"
-    """The server, up to and including `/v1`."""
+    base_url: Annotated[str | list[str], MayChange(lists=True)] = "https://api.openai.com/v1"
+    """The server, up to and including `/v1`; or a list of servers with the same model, which share the requests
+    ([judges.md](judges.md#one-model-on-several-servers))."""
     api_key_env: Adjustable[str | None] = "OPENAI_API_KEY"
     """The environment variable that holds the key; null for a server without one. Keys are never written or logged."""
     temperature: float = Field(0.0, ge=0)
@@ -277,21 +280,32 @@ class Juror(Section):
     ca_file: Adjustable[str | None] = None
     """PEM file of certificates to trust beside the system's, for a server with one of your own."""
 
-    @field_validator("base_url")
+    @field_validator("base_url", mode="before")
     @classmethod
-    def _can_be_taken_apart(cls, url: str) -> str:
+    def _can_be_taken_apart(cls, given: Any) -> Any:
+        urls = given if isinstance(given, list) else [given]
+        if not urls or not all(isinstance(url, str) for url in urls):
+            raise ValueError("expected http(s)://HOST[:PORT]/v1, or a list of such, as text; put them in quotes")
         try:
-            _ = urlsplit(url).port  # raises at a port that is none, as urlsplit at an unfinished [IPv6]
+            for url in urls:
+                _ = urlsplit(url).port  # raises at a port that is none, as urlsplit at an unfinished [IPv6]
         except ValueError as e:
             raise ValueError(f"no address ({e}); expected http(s)://HOST[:PORT]/v1") from e
-        return url
+        if len({url.rstrip("/") for url in urls}) < len(urls):
+            raise ValueError("a server is named twice; name it once")
+        return given
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Its server, or all of them."""
+        return (self.base_url,) if isinstance(self.base_url, str) else tuple(self.base_url)
 
     @property
     def request(self) -> dict[str, Any]:
         """What is asked of whom: everything but the key, and how often."""
         how = ("api_key_env", "samples", "ca_file")
         asked = {name: getattr(self, name) for name in Juror.model_fields if name not in how}
-        return asked | {"base_url": self.base_url.rstrip("/")}
+        return asked | {"base_url": sorted(url.rstrip("/") for url in self.addresses)}
 
 
 class Budget(Section):
@@ -428,17 +442,18 @@ class ChatSettings(Judge, Juror):
     clamp: tuple[float, float] | None = None
     """Bounds of p(first) for templates that reason first, as in Constitutional AI: `[0.4, 0.6]`."""
     concurrency: Adjustable[int] = Field(16, ge=1)
-    """Requests under way at once, all judges together."""
+    """Requests under way at once, all judges and their servers together."""
     timeout_s: Adjustable[float] = Field(120.0, gt=0)
     """Longest wait for one reply."""
     max_retries: Adjustable[int] = Field(5, ge=0)
-    """Further attempts after a 429, a 5xx, a timeout or a cut connection, with jittered exponential waits."""
+    """Further attempts after a 429, a 5xx, a timeout or a cut connection, with jittered exponential waits. With several
+    servers, an attempt is over when none is left to ask at once."""
     reask: Adjustable[int] = Field(1, ge=0)
     """How often a question is asked again whose reply is empty or unreadable; each costs a call."""
     requests_per_minute: Adjustable[int | None] = Field(None, ge=1)
-    """Limit of the server."""
+    """Limit of the server; of each, where there are several."""
     tokens_per_minute: Adjustable[int | None] = Field(None, ge=1)
-    """Limit of the server, prompt and completion together."""
+    """Limit of the server, prompt and completion together; of each, where there are several."""
     breaker_failures: Adjustable[int] = Field(20, ge=1)
     """After this many in a row the judge is down, and the run pauses. Counted are ballots that failed after all retries
     or were left without a word, and pairs that were rejected as a short question is too."""
@@ -449,7 +464,7 @@ class ChatSettings(Judge, Juror):
     """Folder of stored replies, shared between runs; null for none."""
     fingerprint: Adjustable[bool] = True
     """Stored replies count only for the model that gave them: what the server's list of models says of it (asked at the
-    start), and its `system_fingerprint` where it gives one."""
+    start), and its `system_fingerprint` where it gives one. And several servers must say the same of it."""
     early_stop: bool = False
     """Cast ballots in rounds, and leave out a pair whose decision can't change any more. Never with a calibrated
     filter."""
@@ -1473,27 +1488,42 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def may_change(key: str, job: Job) -> bool:
-    """Whether a run may go on with a job that has another value of a dotted key."""
+def may_change(key: str, *jobs: Job) -> bool:
+    """Whether a run may go on with another value of a dotted key: in the run's job, and in the one that it is to go on
+    with, where both are given."""
+    return all(_may_change_in(job, key.split(".")) for job in jobs)
+
+
+def _may_change_in(job: Job, parts: Sequence[str]) -> bool:
     at: Any = job
-    parts = key.split(".")
     for number, part in enumerate(parts):
+        if isinstance(at, list) and part.isdecimal() and int(part) < len(at):
+            at = at[int(part)]
+            continue
         field = type(at).model_fields.get(part) if isinstance(at, BaseModel) else None
         if field is None:
             return False
-        if marks := [m for m in field.metadata if isinstance(m, MayChange)]:
-            return not marks[0].keys or bool({*parts[number + 1 :]} & {*marks[0].keys})
         at = getattr(at, part)
+        if marks := [m for m in field.metadata if isinstance(m, MayChange)]:
+            named = not marks[0].keys or bool({*parts[number + 1 :]} & {*marks[0].keys})
+            return named and (isinstance(at, list) or not marks[0].lists)
     return False
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The dotted keys whose values differ between two resolved jobs: `{key: (old, new)}`."""
+    """The dotted keys whose values differ between two resolved jobs: `{key: (old, new)}`. Sections in lists of one
+    length go by their place (`judge.jury.0.model`)."""
     out: dict[str, tuple[Any, Any]] = {}
     for key in sorted(set(old) | set(new), key=str):
         a, b = old.get(key), new.get(key)
+        if _sections(a) and _sections(b) and len(a) == len(b):
+            a, b = dict(enumerate(a)), dict(enumerate(b))
         if isinstance(a, dict) and isinstance(b, dict):
             out |= changed_keys(a, b, f"{prefix}{key}.")
         elif a != b:
             out[f"{prefix}{key}"] = (a, b)
     return out
+
+
+def _sections(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)

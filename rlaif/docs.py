@@ -204,6 +204,8 @@ def _type(annotation: Any) -> str:
 def _adjustable(field: FieldInfo) -> str:
     """Whether a run may go on with another value."""
     for mark in (m for m in field.metadata if isinstance(m, MayChange)):
+        if mark.lists:
+            return "*May change, one list for another.*"
         return f"*May change: {', '.join(f'`{k}`' for k in mark.keys)}.*" if mark.keys else "*May change.*"
     return ""
 

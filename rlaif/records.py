@@ -385,6 +385,8 @@ class Vote(Record):
     those replies too."""
     fingerprint: str | None = None
     """What the server says of the model that answered: its `system_fingerprint` and what its list of models holds."""
+    server: str | None = None
+    """Which server answered: host, port and path. None where none was asked, none answered, or the run is older."""
     usage: Usage = Usage()
     latency_s: float = 0.0
     cached: bool = False

@@ -201,6 +201,25 @@ def test_changed_keys_are_dotted() -> None:
     assert changed_keys(old, old) == {}
 
 
+def test_sections_in_a_list_go_by_their_place() -> None:
+    old = {"jury": [{"model": "m", "urls": ["a"]}, {"model": "n"}]}
+    assert changed_keys(old, {"jury": [{"model": "m", "urls": ["b"]}, {"model": "n"}]}) == {
+        "jury.0.urls": (["a"], ["b"])
+    }
+    shorter = {"jury": [{"model": "n"}]}
+    assert changed_keys(old, shorter) == {"jury": (old["jury"], shorter["jury"])}
+
+
+def test_a_list_of_servers_may_change_for_another() -> None:
+    def job(base_url: Any) -> Job:
+        return parse_job({"constitution": "c", "judge": {"kind": "chat", "model": "m", "base_url": base_url}}, "job")
+
+    one, some, more = job("http://a/v1"), job(["http://a/v1"]), job(["http://b/v1", "http://a/v1"])
+    assert may_change("judge.base_url", some, more)
+    assert not may_change("judge.base_url", one, more)
+    assert not may_change("judge.base_url", some, one)
+
+
 def test_limits_of_older_jobs_are_those_of_kinds(tmp_path: Path) -> None:
     older = load(
         tmp_path, "constitution: a\nmonitors: {max_kl: 0.3, max_weights_gap: 0.1, max_length_ratio: 3}"
@@ -318,13 +337,19 @@ def test_winners_that_were_cut_off_are_dropped_for_a_judge_that_reads(tmp_path: 
         ("learner.args", False),
         ("learner", False),
         ("judge.jury", False),
+        ("judge.jury.0.api_key_env", True),
+        ("judge.jury.0.base_url", True),  # a list
+        ("judge.jury.0.model", False),
+        ("judge.jury.1.api_key_env", False),  # there is none
+        ("judge.base_url", False),  # a single one
         ("judge.temperature", False),
         ("iterations_of", False),
         ("seed", False),
     ],
 )
 def test_what_may_change_in_a_run_is_said_on_the_setting(key: str, may: bool) -> None:
-    chat = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:1/v1"}
+    jury = [{"model": "n", "base_url": ["http://127.0.0.1:1/v1"]}]
+    chat = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:1/v1", "jury": jury}
     assert may_change(key, parse_job({"constitution": "c", "judge": chat}, "job")) == may
 
 

@@ -351,13 +351,19 @@ def _prices(job: dict[str, Any]) -> dict[str, Any]:
     return {model: price for judge in judges for model, price in (judge.get("prices") or {}).items()}
 
 
+def _price_of(judge: str, prices: dict[str, Any]) -> dict[str, Any] | None:
+    """That of a ballot's judge, `chat:MODEL@HOST` or `chat:MODEL`; two alike are numbered (`#2`)."""
+    name = judge.removeprefix("chat:")
+    known = (name, name.rpartition("#")[0], name.rpartition("@")[0])
+    return next((prices[model] for model in known if model in prices), None)
+
+
 def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
     """What each judge cost, evaluations, earlier texts, anchors and old pairs that it judged again included."""
     out = []
     votes = " UNION ALL BY NAME ".join(f"SELECT * FROM {table}" for table in VOTE_TABLES)
     for r in index.rows(f"SELECT judge, {_VOTED} FROM ({votes}) GROUP BY judge ORDER BY judge"):
-        # A ballot's judge is `chat:MODEL@HOST`.
-        price = prices.get(str(r["judge"]).removeprefix("chat:").rpartition("@")[0])
+        price = _price_of(str(r["judge"]), prices)
         money = None
         if price:
             money = cost(Usage(**{n: int(r[n]) for n in Usage.model_fields if n != "estimated"}), Price(**price))

@@ -205,6 +205,7 @@ STAGE_TABLES: dict[str, Table] = {
             Column("reasoning_tokens", "BIGINT", "coalesce(r.usage.reasoning_tokens, 0)", "of the completion's"),
             Column("reasked", "INTEGER", "coalesce(r.reasked, 0)", "asked again: a reply was empty or unreadable"),
             Column("fingerprint", "VARCHAR", "r.fingerprint", "what the server says of its model"),
+            Column("server", "VARCHAR", "r.server", "which server answered; NULL from the cache, and in older runs"),
             Column("latency_s", "DOUBLE", "r.latency_s"),
             Column("cached", "BOOLEAN", "coalesce(r.cached, false)"),
         ),

@@ -209,7 +209,7 @@ def _votes(found: PairDetail) -> Listing:
         b = v.ballot
         votes.add(
             b.id,
-            f"{b.judge} ({v.model})",
+            f"{b.judge} ({v.model}{f' at {v.server}' if v.server else ''})",
             f"{b.voice}{f' #{b.sample_index}' if b.sample_index else ''}{' guard' if b.guard else ''}",
             {"forward": "first, second", "reversed": "second, first"}.get(b.order, "no slots"),
             f"{v.outcome}{f' ({v.abstain_reason})' if v.abstain_reason else ''}",

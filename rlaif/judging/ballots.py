@@ -104,12 +104,14 @@ def likelihood_parameters(settings: LikelihoodSettings) -> str:
 
 
 def juror_names(jurors: Sequence[Juror]) -> list[str]:
-    """What ballots call each juror: model and server, numbered where two have both in common. Never a key."""
+    """What ballots call each juror: model and server, numbered where two have both in common. Never a key. One with a
+    list of servers is the model alone: who of them is asked changes no question."""
     names: list[str] = []
     for juror in jurors:
-        # Without the user and password that an address can hold.
-        host = urlsplit(juror.base_url).netloc.rpartition("@")[2]
-        name = f"chat:{juror.model}@{host}"
+        name = f"chat:{juror.model}"
+        if isinstance(juror.base_url, str):
+            # Without the user and password that an address can hold.
+            name += f"@{urlsplit(juror.base_url).netloc.rpartition('@')[2]}"
         same = sum(n == name or n.startswith(f"{name}#") for n in names)
         names.append(f"{name}#{same + 1}" if same else name)
     return names

@@ -34,8 +34,9 @@ from rlaif.judging.cache import ReplyCache, reply_key
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.outcomes import said_in_reply
 from rlaif.judging.parsing import Reply
+from rlaif.judging.servers import Address, Pace, server_name
 from rlaif.judging.spending import Spent, Wasted
-from rlaif.judging.transport import Answer, CallFailed, OpenAIServer, Pace, Server, merge_system, shown_url
+from rlaif.judging.transport import Answer, CallFailed, OpenAIServer, Server, merge_system, shown_urls
 from rlaif.records import Ballot, Message, Pair, Usage, Vote, digest
 from rlaif.rundir.store import append_line
 
@@ -48,7 +49,7 @@ _OF_THE_QUESTION = re.compile(
 _CHUNK_S = 0.02
 """Replies that come within this time are one chunk: one write to the cache, and one by whoever keeps the votes."""
 
-Connect = Callable[[Juror, ChatSettings, asyncio.Semaphore, Pace, Pace, float, Callable[[Usage], None]], Server]
+Connect = Callable[[Juror, ChatSettings, asyncio.Semaphore, Sequence[Address], float, Callable[[Usage], None]], Server]
 
 
 def make(settings: ChatSettings, spent: Spent | None = None, wasted: Path | None = None) -> ChatJudge:
@@ -68,8 +69,8 @@ class ChatJudge:
         backoff_s: float = 0.5,
         wasted: Path | None = None,
     ):
-        """`connect` makes a juror's server; `backoff_s` is the longest first wait before another attempt; `wasted` is
-        a file that gets a line (`Wasted`) for every answer without a reply.
+        """`connect` makes what asks a juror's servers; `backoff_s` is the longest first wait before another attempt;
+        `wasted` is a file that gets a line (`Wasted`) for every answer without a reply.
 
         `spent` also says which jurors have answered: their failed ballots are votes, however few are left.
 
@@ -89,10 +90,10 @@ class ChatJudge:
         self._connect = connect
         self._backoff_s = backoff_s
         self._wasted = wasted
-        self._paces: dict[str, tuple[Pace, Pace]] = {}
-        """By address: requests and tokens a minute, over all casts."""
-        self._identities: dict[str, str | None] = {}
-        """By juror: what its server says of the model, asked once."""
+        self._addresses: dict[str, Address] = {}
+        """By server, as votes name it: its limits, and whether it is left out, over all casts."""
+        self._identities: dict[str, dict[str, str | None]] = {}
+        """By juror and server: what the server says of the model, asked once."""
         self._fingerprints: dict[str, set[str | None]] = defaultdict(set)
         """By juror: the `system_fingerprint`s of the replies so far, those from the cache apart."""
         self._servers(asyncio.Semaphore(), lambda name, usage: None)  # a missing key is found before any call
@@ -130,8 +131,8 @@ class ChatJudge:
         )
         with _runner() as run, _lines(journal) as asked:
             casting = _Casting(self, iter(ballots), questions, asked, fresh)
-            run(casting.start())
             try:
+                run(casting.start())
                 while (chunk := run(casting.next_chunk())) is not None:
                     if chunk:
                         yield chunk
@@ -144,16 +145,20 @@ class ChatJudge:
             self._cache.close()
 
     def _servers(self, slots: asyncio.Semaphore, wasted: Callable[[str, Usage], None]) -> dict[str, Server]:
-        """A server for each juror; jurors at one address share its limits."""
-        for juror in self._jurors.values():
-            limits = Pace(self.settings.requests_per_minute), Pace(self.settings.tokens_per_minute)
-            self._paces.setdefault(shown_url(juror), limits)
+        """What asks each juror's servers; jurors at one address share its limits."""
         return {
             name: self._connect(
-                juror, self.settings, slots, *self._paces[shown_url(juror)], self._backoff_s, partial(wasted, name)
+                juror, self.settings, slots, self._addresses_of(juror), self._backoff_s, partial(wasted, name)
             )
             for name, juror in self._jurors.items()
         }
+
+    def _addresses_of(self, juror: Juror) -> list[Address]:
+        found = []
+        for url in juror.addresses:
+            limits = Pace(self.settings.requests_per_minute), Pace(self.settings.tokens_per_minute)
+            found.append(self._addresses.setdefault(server_name(url), Address(url, *limits)))
+        return found
 
 
 @cache
@@ -292,9 +297,15 @@ class _Casting:
         self.error: Exception | None = None
         """Why no more ballots are taken."""
         self.under_way = 0
+        self.tasks: list[asyncio.Task[None]] = []
+        self.servers: dict[str, Server] = {}
 
     async def start(self) -> None:
-        """Starts the tasks. More than there are request slots, so that a wait before a retry leaves none empty."""
+        """Starts the tasks. More than there are request slots, so that a wait before a retry leaves none empty.
+
+        Raises:
+            UserError: two servers of one list say that they have different models.
+        """
         self.wake = asyncio.Event()
         self.room = asyncio.Condition()
         self.turn = asyncio.Lock()
@@ -304,8 +315,9 @@ class _Casting:
         self.going.set()
         self.told: dict[str, asyncio.Event] = {}
         """By juror: set when the first reply of this process is there, if one is asked for (`_of_this_model`)."""
-        if self.cache is not None and self.judge.settings.fingerprint and not self.judge._identities:
-            found = await asyncio.gather(*(server.identity() for server in self.servers.values()))
+        matters = self.cache is not None or any(len(j.addresses) > 1 for j in self.judge._jurors.values())
+        if matters and self.judge.settings.fingerprint and not self.judge._identities:
+            found = await asyncio.gather(*(server.identities() for server in self.servers.values()))
             self.judge._identities.update(zip(self.servers, found, strict=True))
         tasks = 2 * self.judge.settings.concurrency
         self.tasks = [asyncio.create_task(self._work()) for _ in range(tasks)]
@@ -428,7 +440,7 @@ class _Casting:
         """Why a row of failures ends the casting."""
         ballot, failure = streak.held[-1].vote.ballot, streak.held[-1].failure
         said = failure.error if failure else ""
-        url = shown_url(self.judge._jurors[ballot.judge])
+        url = shown_urls(self.judge._jurors[ballot.judge])
         if all(d.rejected for d in streak.held):
             if streak.excused:
                 return UserError(
@@ -483,16 +495,13 @@ class _Casting:
         settings = self.judge.settings
         body = self._body(ballot, template, self.questions.messages(ballot, template))
         prompt_hash = digest(body["messages"])
-        key, stored = "", None
         how: dict[str, Any] = {"cached": True, "attempts": 0}
-        if self.cache is not None:
-            of = juror.query, self.judge._identities.get(ballot.judge)
-            key = reply_key(juror.base_url, body, ballot.seed, ballot.sample_index, *of)
-            stored = self.cache.get(key)
-            if stored is not None and await self._of_this_model(ballot.judge, stored):
-                how["fingerprint"] = self._named(ballot, stored)
-                return _Done(_vote(ballot, template, stored, prompt_hash, settings.clamp, how))
-        vote, reply, failure = None, None, None
+        keys = self._keys(ballot, juror, body)
+        stored, stored_at = self._stored(keys)
+        if stored is not None and await self._of_this_model(ballot.judge, stored):
+            how["fingerprint"] = self._named(ballot, stored, stored_at)
+            return _Done(_vote(ballot, template, stored, prompt_hash, settings.clamp, how))
+        vote, reply, failure, server = None, None, None, None
         attempts, usage = 0, None
         for asked in range(1 + settings.reask):
             if asked and "seed" in body and "seed" not in juror.extra_body:  # or it would say the same
@@ -509,9 +518,10 @@ class _Casting:
                     raise
                 break
             reply, attempts, usage = answer.reply, attempts + answer.attempts, _sum(usage, answer.reply.usage)
+            server = answer.server
             how = {
                 "attempts": attempts, "reasked": asked, "latency_s": round(answer.latency_s, 4),
-                "fingerprint": self._named(ballot, reply),
+                "fingerprint": self._named(ballot, reply, server), "server": server,
             }  # fmt: skip
             vote = _vote(ballot, template, reply, prompt_hash, settings.clamp, how, usage)
             if vote.abstain_reason not in ("empty", "unparsed"):
@@ -520,7 +530,7 @@ class _Casting:
         async with self.turn:
             await asyncio.sleep(0)
         if failure is not None and vote is None and stored is not None and not self.judge._fingerprints[ballot.judge]:
-            how["fingerprint"] = self._named(ballot, stored)  # nobody says that it is another model's
+            how["fingerprint"] = self._named(ballot, stored, stored_at)  # nobody says that it is another model's
             return _Done(_vote(ballot, template, stored, prompt_hash, settings.clamp, how))
         if failure is not None and (vote is None or reply is None):
             failed = Vote(
@@ -533,7 +543,27 @@ class _Casting:
         if vote.abstain_reason == "empty":
             return _Done(vote, failure=CallFailed("an empty reply", "empty", vote.attempts))
         complete = vote.outcome != "abstain" or reply.ending == "finished"
-        return _Done(vote, store=(key, reply) if key and complete else None)
+        key = keys.get(server) if complete else None
+        return _Done(vote, store=(key, reply) if key else None)
+
+    def _keys(self, ballot: Ballot, juror: Juror, body: dict[str, Any]) -> dict[str | None, str]:
+        """By server, in an order that isn't the job's: where the cache has its reply."""
+        if self.cache is None:
+            return {}
+        identities = self.judge._identities.get(ballot.judge, {})
+        return {
+            (name := server_name(url)): reply_key(
+                url, body, ballot.seed, ballot.sample_index, juror.query, identities.get(name)
+            )
+            for url in sorted(juror.addresses)
+        }
+
+    def _stored(self, keys: Mapping[str | None, str]) -> tuple[Reply | None, str | None]:
+        """The stored reply of one of the servers, and which one's it is."""
+        for server, key in keys.items():
+            if self.cache is not None and (reply := self.cache.get(key)) is not None:
+                return reply, server
+        return None, None
 
     def _body(self, ballot: Ballot, template: Template, messages: Sequence[Message]) -> dict[str, Any]:
         """The request that asks a ballot's juror these messages."""
@@ -589,9 +619,9 @@ class _Casting:
             await self.told[name].wait()
         return stored.system_fingerprint in seen or not seen  # no reply, so nobody says that it is another model
 
-    def _named(self, ballot: Ballot, reply: Reply) -> str | None:
-        """What the server says of the model that gave a reply."""
-        identity = self.judge._identities.get(ballot.judge)
+    def _named(self, ballot: Ballot, reply: Reply, server: str | None) -> str | None:
+        """What a server says of the model that gave a reply."""
+        identity = self.judge._identities.get(ballot.judge, {}).get(server or "")
         if reply.system_fingerprint and identity:
             return f"{reply.system_fingerprint} {identity}"
         return reply.system_fingerprint or identity

@@ -3,6 +3,7 @@
 In: the body of a chat completion. Out: a finished `Reply` as the server gave it, or one of two errors: `UserError`
 (key, model or address), `CallFailed` (no reply after all attempts), both with one line that holds no key. Waits between
 attempts are exponential with full jitter; what a server asks to wait is honoured by all requests to it, up to a minute.
+Of several servers of one model (`servers`) the least busy one is asked; what fails there is asked of another at once.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import random
 import re
 import socket
 import ssl
+import sys
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from rlaif.config import ChatSettings, Juror
 from rlaif.errors import UserError
@@ -38,13 +42,13 @@ from rlaif.judging.answers import (
     tree_of,
 )
 from rlaif.judging.parsing import Reply
+from rlaif.judging.servers import MAX_RETRY_AFTER_S, Address, least_busy, others_left, shown_url, to_be_tried
 from rlaif.records import Record, Usage
 
 if TYPE_CHECKING:
     import httpx2
     from openai import AsyncOpenAI
 
-MAX_RETRY_AFTER_S = 60.0
 MAX_BACKOFF_S = 30.0
 _DOWN = (408, 425, 429, 498, 502, 503, 504, 507, 520, 521, 522, 523, 524, 529, 530)
 _ERROR_CHARACTERS = 300
@@ -140,6 +144,8 @@ class Answer(Record):
     attempts: int
     latency_s: float
     """Of the attempt that succeeded."""
+    server: str | None = None
+    """Which server it is of, as votes name it."""
 
 
 class Server(Protocol):
@@ -149,43 +155,13 @@ class Server(Protocol):
         """The reply to one chat completion."""
         ...
 
-    async def identity(self) -> str | None:
-        """What the server says of its model, whoever asks; None when it says nothing."""
+    async def identities(self) -> dict[str, str | None]:
+        """By server, as votes name it: what it says of its model, whoever asks; None when it says nothing."""
         ...
 
     async def close(self) -> None:
         """Closes the connections."""
         ...
-
-
-class Pace:
-    """So many a minute, evenly spaced: no burst can break the limit. `None` is no limit.
-
-    Whoever waits should go on at once afterwards: those that queue behind it would go together.
-    """
-
-    def __init__(self, per_minute: int | None):
-        self._interval_s = 60 / per_minute if per_minute else 0.0
-        self._free_at = 0.0
-        self._held_until = 0.0
-
-    async def wait(self, amount: float = 1.0) -> None:
-        """Returns when `amount` more may be used."""
-        while (held_s := self._held_until - time.monotonic()) > 0:
-            await asyncio.sleep(held_s)
-        if self._interval_s:
-            now = time.monotonic()
-            start = max(now, self._free_at)
-            self._free_at = start + amount * self._interval_s
-            await asyncio.sleep(start - now)
-
-    def correct(self, amount: float) -> None:
-        """More (or less) was used than announced."""
-        self._free_at += amount * self._interval_s
-
-    def hold(self, seconds: float) -> None:
-        """Nothing more may be used before so many seconds have gone by."""
-        self._held_until = max(self._held_until, time.monotonic() + seconds)
 
 
 def api_key(juror: Juror) -> str | None:
@@ -205,7 +181,7 @@ def api_key(juror: Juror) -> str | None:
         )
     raise UserError(
         f"judge.api_key_env: the environment variable {juror.api_key_env} is not set; export it with the key for "
-        f"{shown_url(juror)}, or set judge.api_key_env: null for a server without keys"
+        f"{shown_urls(juror)}, or set judge.api_key_env: null for a server without keys"
     )
 
 
@@ -213,30 +189,33 @@ def check_address(juror: Juror) -> None:
     """Whether the juror can be asked at all, without asking.
 
     Raises:
-        UserError: its key isn't set, or its address is none.
+        UserError: its key isn't set, or one of its addresses is none.
     """
     api_key(juror)
     header_values(juror)
     _trusted(juror)
-    parts = urlsplit(juror.base_url)
+    for url in juror.addresses:
+        _check_url(url)
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"judge.base_url: `{shown_url(juror)}` is no address; expected http(s)://HOST[:PORT]/v1")
+        raise UserError(f"judge.base_url: `{shown_url(url)}` is no address; expected http(s)://HOST[:PORT]/v1")
     why = _host_fault(parts.hostname)
-    if re.search(r"\s", juror.base_url):
+    if re.search(r"\s", url):
         why = "there is a space in it"
     elif parts.fragment:
         why = "a `#` is part of no server's address"
     if why:
-        raise UserError(
-            f"judge.base_url: `{shown_url(juror)}` is no address ({why}); expected http(s)://HOST[:PORT]/v1"
-        )
+        raise UserError(f"judge.base_url: `{shown_url(url)}` is no address ({why}); expected http(s)://HOST[:PORT]/v1")
     if "@" in parts.netloc or parts.query:  # the job, address included, is written into the run
         raise UserError(
-            f"judge.base_url: {shown_url(juror)} comes with a user, a password or a query, and would be written into "
+            f"judge.base_url: {shown_url(url)} comes with a user, a password or a query, and would be written into "
             "the run; put the secret into a variable and name it in judge.api_key_env or judge.headers, and what is "
             "none into judge.query"
         )
-    if (proxy := _proxy(juror.base_url)) is not None and (why := _host_fault(proxy.host)):
+    if (proxy := _proxy(url)) is not None and (why := _host_fault(proxy.host)):
         raise UserError(
             f"{proxy.variable}: `{proxy.shown}` is no address ({why}); name a proxy that there is, or unset it"
         )
@@ -355,8 +334,9 @@ def _trusted(juror: Juror) -> ssl.SSLContext | None:
 @contextmanager
 def _without_openai_settings(juror: Juror) -> Iterator[None]:
     """Within it, openai's client is made without what the environment sets for OpenAI, unless it is asked there."""
-    host = urlsplit(juror.base_url).hostname or ""
-    names = [] if f".{host}".endswith(".openai.com") else [n for n in os.environ if n.startswith("OPENAI_")]
+    hosts = (urlsplit(url).hostname or "" for url in juror.addresses)
+    theirs = all(f".{host}".endswith(".openai.com") for host in hosts)
+    names = [] if theirs else [n for n in os.environ if n.startswith("OPENAI_")]
     kept = {name: os.environ.pop(name) for name in names}
     try:
         yield
@@ -375,26 +355,44 @@ def merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*others[:at], first, *others[at + 1 :]]
 
 
-def shown_url(juror: Juror) -> str:
-    """The juror's address without a user, a password or a query."""
-    parts = urlsplit(juror.base_url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def shown_urls(juror: Juror) -> str:
+    """The juror's addresses without a user, a password or a query."""
+    return ", ".join(map(shown_url, juror.addresses))
+
+
+@dataclass
+class _Attempt:
+    """A request to one server, while it is chosen and asked."""
+
+    failed: frozenset[Address] = frozenset()
+    """Not to be chosen."""
+    at: Address | None = None
+    """The server that is asked; None until it is chosen, when there is a slot for the request."""
+    spell: int = 0
+    """Of the server, when it was chosen."""
+
+    def choose(self, at: Address) -> None:
+        """This is the server that is asked."""
+        self.at, self.spell = at, at.spell
+
+
+_ATTEMPT: ContextVar[_Attempt] = ContextVar("attempt")
+"""Of this task: openai's client hands a request on to ours without a word about whose it is."""
 
 
 class OpenAIServer:
-    """One juror's server. Belongs to the event loop that it is first used in."""
+    """One juror's server, or its servers. Belongs to the event loop that it is first used in."""
 
     def __init__(
         self,
         juror: Juror,
         settings: ChatSettings,
         slots: AbstractAsyncContextManager[Any],
-        requests: Pace,
-        tokens: Pace,
+        addresses: Sequence[Address],
         backoff_s: float,
         wasted: Callable[[Usage], None] = lambda usage: None,
     ):
-        """`slots` bounds the requests under way; `requests` and `tokens` are the server's limits.
+        """`slots` bounds the requests under way; `addresses` are the juror's servers, in the order of the job.
 
         `wasted` is told of every answer that holds no reply, with what it cost; an error that it raises ends the
         attempts.
@@ -410,15 +408,14 @@ class OpenAIServer:
         self._juror = juror
         self._settings = settings
         self._slots = slots
-        self._requests = requests
-        self._tokens = tokens
+        self._addresses = addresses
         self._backoff_s = backoff_s
         self._wasted = wasted
         # Retries are ours: they are counted, limited and recorded.
         self._connect = partial(
             AsyncOpenAI,
             api_key=self._key or "none",
-            base_url=juror.base_url,
+            base_url=juror.addresses[0],
             max_retries=0,
             timeout=settings.timeout_s,
             default_headers=self._headers,
@@ -426,70 +423,171 @@ class OpenAIServer:
         )
         self._left_out = self._not_sent()
         self._merges = False
-        """The server takes no system message."""
+        """A server takes no system message: none gets one, so that the question doesn't depend on who is asked."""
         self._counted: dict[int, int] = defaultdict(int)
-        """Most tokens that the server has counted in prompts of about a length (bytes, by steps of a tenth)."""
-        self._answered = False
-        """Whatever it said, the server has spoken HTTP."""
-        self._url = f"{juror.base_url.rstrip('/')}/chat/completions"
+        """Most tokens that were counted in prompts of about a length (bytes, by steps of a tenth)."""
+        self._spoken: set[Address] = set()
+        """Whatever they said, these servers have spoken HTTP."""
         self._made: AsyncOpenAI | None = None
+
+    @property
+    def _several(self) -> bool:
+        return len(self._addresses) > 1
 
     async def ask(self, body: dict[str, Any]) -> Answer:
         """The reply to one chat completion.
 
         Raises:
             CallFailed: no reply after all attempts, or the server rejects the request.
-            UserError: the key, the model or the address is wrong.
+            UserError: the key, the model or the address is wrong, or two servers have different models.
         """
-        attempt = 1
+        attempt, tries = 1, 1
+        failed: dict[Address, NoReply] = {}
+        """Of this try: servers that gave no reply. It is over when there is nobody else to ask at once."""
         while True:
+            to = _Attempt(frozenset(failed))
+            try:
+                return await self._ask_one(body, to, attempt)
+            except NoReply as e:
+                failure = e
+            assert to.at is not None
+            failed[to.at] = failure
+            self._leave_out(to, failure)
+            over = not others_left(self._addresses, failed)
+            if failure.kind == "rejected" or (over and tries > self._settings.max_retries):
+                raise CallFailed(failure.error, failure.kind, attempt) from None
+            if failure.retry_after_s is not None:
+                to.at.requests.hold(min(failure.retry_after_s, MAX_RETRY_AFTER_S))
+            if over:
+                asked = [e.retry_after_s for e in failed.values() if e.retry_after_s is not None]
+                await asyncio.sleep(self._wait_s(tries, min(asked) if len(asked) == len(failed) else None))
+                tries += 1
+                failed.clear()
+            attempt += 1
+
+    async def _ask_one(self, body: dict[str, Any], to: _Attempt, attempt: int) -> Answer:
+        """The reply of one server.
+
+        Raises:
+            NoReply: none, another attempt may get one.
+            CallFailed, UserError: as `ask`.
+        """
+        with ExitStack() as trying:
+            if (back := to_be_tried(self._addresses, to.failed)) is not None:
+                to.choose(back)
+                if back.is_due:
+                    trying.enter_context(back.tried_again())
+                await self._check_again(to)
             if self._merges:
                 body = {**body, "messages": merge_system(body["messages"])}
             try:
-                reply, latency_s = await self._attempt(body)
-                return Answer(reply=reply, attempts=attempt, latency_s=latency_s)
+                reply, latency_s = await self._attempt(body, to)
             except _SystemRefused as e:
                 merged = {**body, "messages": merge_system(body["messages"])}
                 try:
-                    reply, latency_s = await self._attempt(merged)
+                    reply, latency_s = await self._attempt(merged, to)
                 except (CallFailed, NoReply, _SystemRefused):  # it wasn't why
-                    failed = e.otherwise
-                else:
-                    self._merges = True
-                    return Answer(reply=reply, attempts=attempt + 1, latency_s=latency_s)
-            except NoReply as e:
-                failed = e
-            if not isinstance(failed, NoReply):
-                raise failed
-            if failed.kind == "rejected" or attempt > self._settings.max_retries:
-                raise CallFailed(failed.error, failed.kind, attempt) from None
-            if failed.retry_after_s is not None:
-                self._requests.hold(min(failed.retry_after_s, MAX_RETRY_AFTER_S))
-            await asyncio.sleep(self._wait_s(attempt, failed.retry_after_s))
-            attempt += 1
+                    raise e.otherwise from None
+                self._merges = True
+                attempt += 1
+        assert to.at is not None
+        if to.at.answered(to.spell) and self._several:
+            print(f"judge: {to.at.name} is back", file=sys.stderr)
+        return Answer(reply=reply, attempts=attempt, latency_s=latency_s, server=to.at.name)
 
-    async def identity(self) -> str | None:
-        """What the server's list of models says of this one, in one line; None when it says nothing."""
+    def _leave_out(self, to: _Attempt, failure: NoReply) -> None:
+        """Keeps requests from a server that is down, where there are others; an answer that is no reply may be the
+        question's fault."""
+        if failure.kind not in ("down", "broken") or to.at is None:
+            return
+        if to.at.failed(to.spell, 2 * self._backoff_s, failure.retry_after_s) and self._several:
+            print(f"judge: {to.at.name} is left out for now ({failure.error})", file=sys.stderr)
+
+    async def identities(self) -> dict[str, str | None]:
+        """By server: what its list of models says of this one, in one line; None when it says nothing.
+
+        Raises:
+            UserError: two servers say different things.
+        """
+        found = await asyncio.gather(*(self._listing_at_start(at) for at in self._addresses))
+        out: dict[str, str | None] = {}
+        for at, known in zip(self._addresses, found, strict=True):
+            self._compare(at, known)
+            line = json.dumps({"id": self._juror.model, **known}, sort_keys=True)
+            out[at.name] = self._scrub(line) if known else None
+        return out
+
+    async def _listing_at_start(self, at: Address) -> dict[str, Any]:
+        """As `_listing`; one that isn't there is left out from the start."""
+        to = _Attempt()
+        to.choose(at)
+        try:
+            return await self._listing(to)
+        except NoReply as e:
+            self._leave_out(to, e)
+            return {}
+
+    async def _check_again(self, to: _Attempt) -> None:
+        """Before a server that was left out is asked: is it there, and is its model still that of the others?
+
+        Raises:
+            NoReply: it isn't there.
+            UserError: another model answers.
+        """
+        if self._several and self._settings.fingerprint and to.at is not None:
+            self._compare(to.at, await self._listing(to))
+
+    def _compare(self, at: Address, known: dict[str, Any]) -> None:
+        """Keeps what a server says of its model, if the others, and it itself, say the same.
+
+        Raises:
+            UserError: they don't.
+        """
+        model = self._juror.model
+        for other in self._addresses:
+            said = other.listed.get(model, {})
+            for name in sorted((said.keys() & known.keys()) - {"created"}):
+                if said[name] != known[name]:
+                    values = self._scrub(f"{json.dumps(said[name])} and {json.dumps(known[name])}")
+                    where = f"{shown_url(other.url)} and {shown_url(at.url)} list"
+                    where = f"{shown_url(at.url)} lists first one and then" if other is at else where
+                    raise UserError(
+                        f"judge.base_url: {where} another model as `{model}` ({name}: {values}); let all servers of "
+                        "the list serve the same one, make the other a juror of its own (judge.jury), or, if they are "
+                        "the same, set judge.fingerprint: false"
+                    )
+        at.listed[model] = known
+
+    async def _listing(self, to: _Attempt) -> dict[str, Any]:
+        """What a server's list of models says of this one; nothing from many servers.
+
+        Raises:
+            NoReply: no connection to it.
+        """
         import openai
 
+        assert to.at is not None
         for wait_s in (0.2, 1.0, None):
+            _ATTEMPT.set(to)
             try:
                 answer = await self._client().get(
-                    f"{self._juror.base_url.rstrip('/')}/models",
+                    f"{to.at.url}/models",
                     cast_to=openai.HttpxBinaryResponseContent,
                     options={"headers": self._left_out, "timeout": _IDENTITY_S},
                 )
                 return self._listed(tree_of(answer.response.content))
             except openai.APIStatusError as e:
                 if not asks_again(e.status_code):
-                    return None
+                    return {}
+            except (openai.APIConnectionError, TimeoutError) as e:
+                raise self._no_connection(e, to.at, _IDENTITY_S) from None
             except Exception:  # an answer that many servers don't give: no reason to stop
-                return None
+                return {}
             if wait_s is not None:
                 await asyncio.sleep(wait_s)
-        return None
+        return {}
 
-    def _listed(self, tree: Any) -> str | None:
+    def _listed(self, tree: Any) -> dict[str, Any]:
         """What a list of models says of this juror's."""
         rows = (tree.get("data") or tree.get("models")) if isinstance(tree, dict) else tree
         names = {self._juror.model, f"models/{self._juror.model}"}
@@ -499,8 +597,8 @@ class OpenAIServer:
                 # Some give the time of the answer.
                 if isinstance(at := known.get("created"), int | float) and abs(time.time() - at) < 86_400:
                     del known["created"]
-                return self._scrub(json.dumps({"id": self._juror.model, **known}, sort_keys=True)) if known else None
-        return None
+                return known
+        return {}
 
     def _wait_s(self, attempt: int, asked_s: float | None) -> float:
         """Before the next attempt: exponential with full jitter, or what the server asked for and a little jitter."""
@@ -512,8 +610,9 @@ class OpenAIServer:
         if self._made is not None:
             await self._made.close()
 
-    async def _attempt(self, body: dict[str, Any]) -> tuple[Reply, float]:
-        answer = await self._post(body)
+    async def _attempt(self, body: dict[str, Any], to: _Attempt) -> tuple[Reply, float]:
+        answer = await self._post(body, to)
+        assert to.at is not None
         # A redirected one holds its content no more.
         expected = _expected_tokens((answer.history or [answer])[0].request)
         try:
@@ -525,7 +624,7 @@ class OpenAIServer:
                 e.retry_after_s = retry_after_s(answer.headers)
             failed: Exception = e
             if e.status is not None and not asks_again(e.status):
-                failed = self._refused(e.status, f"error {e.status} under HTTP 200", e.said)
+                failed = self._refused(to.at, e.status, f"error {e.status} under HTTP 200", e.said)
             raise self._unless_for_system(failed, body, e.status, e.said) from None
         latency_s = answer.elapsed.total_seconds()
         used = reply.usage.prompt_tokens + reply.usage.completion_tokens
@@ -533,7 +632,7 @@ class OpenAIServer:
             said = math.ceil(len(reply.content or reply.refusal or "") / _CHARACTERS_PER_TOKEN)
             guess = Usage(prompt_tokens=math.ceil(expected), completion_tokens=1 + said, estimated=True)
             return reply.model_copy(update={"usage": guess}), latency_s
-        self._tokens.correct(used - expected)
+        to.at.tokens.correct(used - expected)
         return reply, latency_s
 
     def check_whole(self, counted: int, sent: float) -> None:
@@ -566,29 +665,36 @@ class OpenAIServer:
         own = "authorization" in map(str.lower, self._headers)
         return dict.fromkeys(_NOT_SENT if self._key or own else (*_NOT_SENT, "Authorization"), openai.omit)
 
-    async def _post(self, body: dict[str, Any]) -> httpx2.Response:
+    async def _post(self, body: dict[str, Any], to: _Attempt) -> httpx2.Response:
         """The server's answer as it came; openai's own models would refuse, or invent, what a server leaves out."""
         import openai
 
+        _ATTEMPT.set(to)
         try:
             answer = await self._client().post(
-                self._url,
+                _completions(to.at or self._addresses[0]),
                 body=body,
                 cast_to=openai.HttpxBinaryResponseContent,
                 options={"headers": self._left_out},
             )
         except openai.APIStatusError as e:
-            self._answered = True
-            failed = self._status_error(e)
+            assert to.at is not None
+            self._spoken.add(to.at)
+            failed = self._status_error(e, to.at)
             raise self._unless_for_system(failed, body, e.status_code, message_in(e.body) or "") from None
         except (openai.APIConnectionError, TimeoutError) as e:
-            fault = connection_fault(e, self._url, self._answered)
-            if fault is None:
-                through = f" through the proxy {proxy.shown} ({proxy.variable})" if (proxy := _proxy(self._url)) else ""
-                fault = f"no reply within {self._settings.timeout_s:g} s{through}"
-            raise NoReply(self._scrub(fault), "down") from None
-        self._answered = True
+            raise self._no_connection(e, to.at or self._addresses[0], self._settings.timeout_s) from None
+        assert to.at is not None
+        self._spoken.add(to.at)
         return answer.response
+
+    def _no_connection(self, error: Exception, at: Address, timeout_s: float) -> NoReply:
+        """Why a server gave no answer at all."""
+        fault = connection_fault(error, at.url, at in self._spoken)
+        if fault is None:
+            through = f" through the proxy {proxy.shown} ({proxy.variable})" if (proxy := _proxy(at.url)) else ""
+            fault = f"no reply within {timeout_s:g} s{through}"
+        return NoReply(self._scrub(fault), "down")
 
     def _client(self) -> AsyncOpenAI:
         """Over aiohttp, which takes two thirds of the time of openai's default at 64 requests under way."""
@@ -598,18 +704,25 @@ class OpenAIServer:
             server = self
 
             class Client(DefaultAioHttpClient):
-                """Waits for its turn with a request that is ready to go: slots are for the server's time, not ours."""
+                """Waits for its turn with a request that is ready to go: slots are for the server's time, not ours.
+                Only then is it chosen who is asked."""
 
                 async def send(self, request: httpx2.Request, **how: Any) -> httpx2.Response:
+                    to = _ATTEMPT.get()
                     async with server._slots:
-                        await server._requests.wait()
-                        await server._tokens.wait(_expected_tokens(request))
-                        async with asyncio.timeout(server._settings.timeout_s):
-                            answer = await super().send(request, **how)
-                        if asks_again(answer.status_code):
-                            asked_s = retry_after_s(answer.headers, tree_of(answer.content))
-                            if asked_s is not None:
-                                server._requests.hold(min(asked_s, MAX_RETRY_AFTER_S))  # all of us, not this one alone
+                        if (at := to.at) is None:
+                            to.choose(at := least_busy(server._addresses, to.failed))
+                            if at is not server._addresses[0]:
+                                _send_to(request, at)
+                        with at.asked():
+                            await at.requests.wait()
+                            await at.tokens.wait(_expected_tokens(request))
+                            async with asyncio.timeout(server._settings.timeout_s):
+                                answer = await super().send(request, **how)
+                            if asks_again(answer.status_code):
+                                asked_s = retry_after_s(answer.headers, tree_of(answer.content))
+                                if asked_s is not None:  # all of us, not this one alone
+                                    at.requests.hold(min(asked_s, MAX_RETRY_AFTER_S))
                         return answer
 
             trusted = _trusted(self._juror)
@@ -630,7 +743,7 @@ class OpenAIServer:
         may_be = asked and status in (400, 422, 500, None) and _SYSTEM_REFUSED.search(said)
         return _SystemRefused(failed) if may_be else failed
 
-    def _status_error(self, error: Any) -> Exception:
+    def _status_error(self, error: Any, at: Address) -> Exception:
         status = error.status_code
         said = self._scrub(message_in(error.body) or error.response.text)
         if asks_again(status):
@@ -639,13 +752,13 @@ class OpenAIServer:
             return NoReply(
                 f"HTTP {status}: {said}", kind, retry_after_s(error.response.headers, tree_of(error.response.content))
             )
-        if status == 407 and (proxy := _proxy(self._url)) is not None:
+        if status == 407 and (proxy := _proxy(at.url)) is not None:
             return CallFailed(f"the proxy {proxy.shown} wants a user and a password ({proxy.variable})", "down")
-        return self._refused(status, f"HTTP {status}", said)
+        return self._refused(at, status, f"HTTP {status}", said)
 
-    def _refused(self, status: int, named: str, said: str) -> Exception:
+    def _refused(self, at: Address, status: int, named: str, said: str) -> Exception:
         """What comes of a request that another attempt doesn't help, with the setting that may."""
-        juror, url = self._juror, shown_url(self._juror)
+        juror, url = self._juror, shown_url(at.url)
         if status == 401 or (status in (400, 403, 422) and _KEY_REFUSED.search(said)):
             if juror.api_key_env is None and not juror.headers:
                 return UserError(f"judge.api_key_env: {url} wants a key ({named}); name the variable that holds it")
@@ -677,6 +790,18 @@ class OpenAIServer:
         text = re.sub(r"\b(sk-|Bearer\s+)[^\s\"']{6,}", r"\1[key]", text)
         line = " ".join(text.split())
         return line[:_ERROR_CHARACTERS] + ("…" if len(line) > _ERROR_CHARACTERS else "")
+
+
+def _completions(at: Address) -> str:
+    return f"{at.url}/chat/completions"
+
+
+def _send_to(request: httpx2.Request, at: Address) -> None:
+    """Sends a request that is ready to go to another server than it was made for."""
+    import httpx2
+
+    request.url = httpx2.URL(_completions(at)).copy_with(query=request.url.query)
+    request.headers["Host"] = request.url.netloc.decode("ascii")
 
 
 def _expected_tokens(request: httpx2.Request) -> float:

@@ -204,7 +204,7 @@ def _job(run: RunDir, at: int, overrides: Sequence[str] = ()) -> tuple[Job, str]
     before = parse_job(of_run(tree), source)
     job = parse_job(of_run(tree, overrides), "--set")
     changes = changed_keys(before.model_dump(mode="json"), job.model_dump(mode="json"))
-    if refused := [key for key in changes if not may_change(key, job) and not may_branch(key)]:
+    if refused := [key for key in changes if not may_change(key, before, job) and not may_branch(key)]:
         raise UserError(
             f"--set {refused[0]}: what {run.path} did so far was made or is measured by it; start a new run with it. A "
             f"branch may change {', '.join(MAY_BRANCH)}, and what docs/job.md marks with `May change`"

@@ -475,7 +475,7 @@ def check_resume(run: RunDir, job: Job, allow_change: bool) -> str | None:
     if job.iterations < done:
         raise UserError(f"iterations: {job.iterations}, but {run.path} has done {done}; give at least that many")
     named = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in changes.items())
-    harmful = [key for key in changes if not may_change(key, job)]
+    harmful = [key for key in changes if not may_change(key, before, job)]
     if harmful:
         branch = f", or go on with it in a branch: rlaif branch {run.path} --at {done} --name NAME --set ..."
         raise UserError(

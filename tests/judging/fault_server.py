@@ -50,10 +50,12 @@ class FaultServer:
         answer: Callable[[dict[str, Any], int], tuple[int, dict[str, str], Any] | None] | None = None,
         models: list[dict[str, Any]] | None = None,
         certificate: ssl.SSLContext | None = None,
+        port: int = 0,
     ):
         """Each of `faults` has the probability `share`; `status` answers with that error, if it is one. `answer` gets a
         body and how often it came, and gives status, headers and JSON, or None for the usual; `models` is what GET
-        /models lists; with a `certificate` the server speaks TLS."""
+        /models lists; with a `certificate` the server speaks TLS; `port` is one that the kernel chooses when 0."""
+        self.port = port
         self.answer, self.models, self.certificate = answer, models, certificate
         self.heads: list[str] = []
         """Of all requests: the first line and the headers, as they came."""
@@ -87,7 +89,9 @@ class FaultServer:
         def run() -> None:
             asyncio.set_event_loop(self.loop)
             server = self.loop.run_until_complete(
-                asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024, limit=2**22, ssl=self.certificate)
+                asyncio.start_server(
+                    self._connection, "127.0.0.1", self.port, backlog=1024, limit=2**22, ssl=self.certificate
+                )
             )
             self.port = server.sockets[0].getsockname()[1]
             started.set()

@@ -22,8 +22,9 @@ from rlaif.judging.ballots import juror_names, make_chat_ballots
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.chat import ChatJudge
 from rlaif.judging.kinds import ChatKind
+from rlaif.judging.servers import Address, Pace
 from rlaif.judging.spending import Spent, Wasted, spent_on
-from rlaif.judging.transport import Answer, OpenAIServer, Pace, read_reply, read_usage, retry_after_s
+from rlaif.judging.transport import Answer, OpenAIServer, read_reply, read_usage, retry_after_s
 from rlaif.records import Message, Pair, Usage
 from rlaif.rundir.store import read_grown
 from tests.judging.fault_server import FAULTS, FaultServer
@@ -657,7 +658,7 @@ def test_a_stored_reply_is_a_vote_without_a_call(tmp_path):
     assert again.judge.spent == Spent()
     assert not any(KEY.encode() in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
     assert all((v.cached, v.attempts) == (True, 0) for v in again.votes)
-    plain = [v.model_dump(exclude={"cached", "attempts", "latency_s"}) for v in (*first.votes, *again.votes)]
+    plain = [v.model_dump(exclude={"cached", "attempts", "latency_s", "server"}) for v in (*first.votes, *again.votes)]
     by_id = lambda v: v["ballot"]["id"]  # noqa: E731
     assert sorted(plain[:10], key=by_id) == sorted(plain[10:], key=by_id)
 
@@ -771,7 +772,8 @@ def test_requests_a_minute_are_spaced():
 def test_requests_a_minute_leave_no_burst_behind_full_slots():
     async def three(judge):
         slots = asyncio.Semaphore(2)
-        server = OpenAIServer(judge.jurors[0], judge, slots, Pace(300), Pace(None), 0.02)
+        address = Address(judge.base_url, Pace(300), Pace(None))
+        server = OpenAIServer(judge.jurors[0], judge, slots, [address], 0.02)
         body = {"messages": [{"role": "user", "content": "hi"}]}
         await server.ask(body)
         await slots.acquire()

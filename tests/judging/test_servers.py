@@ -1067,7 +1067,7 @@ def test_a_server_that_cuts_prompts_without_a_word_gives_no_votes(sentences, lim
 
 
 def test_a_cut_shows_beside_a_prompt_of_half_the_length():
-    server = OpenAIServer(settings("http://127.0.0.1:9/v1").jurors[0], settings("http://127.0.0.1:9/v1"), *[None] * 4)
+    server = OpenAIServer(settings("http://127.0.0.1:9/v1").jurors[0], settings("http://127.0.0.1:9/v1"), None, [], 1.0)
     for sent, counted in ((4000, 1000), (8200, 2048), (9000, 2048), (12_000, 2048), (9000, 3000), (12_500, 2100)):
         server.check_whole(counted, sent)
     with pytest.raises(NoReply, match="cuts long prompts off"):
