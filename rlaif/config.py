@@ -1049,6 +1049,14 @@ class Checkpoints(Section):
     """Those after so many iterations, twice as many, and so on."""
 
 
+class Pipeline(Section):
+    """What happens at the same time ([scale.md](scale.md)). The log and the decisions are the same either way."""
+
+    stream: Adjustable[bool | None] = None
+    """The judge works on prompts that are sampled while the policy samples others. When absent, where the judge is a
+    server or has a GPU of its own."""
+
+
 WorkerKind = Literal["process", "inline"]
 PlacedRole = Literal["sampler", "learner", "judge"]
 
@@ -1105,6 +1113,7 @@ class Job(Section):
     replay: Replay = Replay()
     eval: Eval = Eval()
     monitors: Adjustable[Monitors] = Monitors()
+    pipeline: Pipeline = Pipeline()
     placement: Adjustable[dict[PlacedRole, Place]] = Field(default_factory=dict)
     """By role, where it runs."""
     workers: Adjustable[WorkerKind] = "process"

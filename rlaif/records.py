@@ -830,6 +830,11 @@ class IterationMetrics(Record):
     judge_tokens_per_kept_pair: float | None = None
     seconds: dict[str, float]
     """Wall time by stage."""
+    wall_s: float | None = None
+    """Seconds from the end of the iteration before it, or from where a process took the run up, to its own end: less
+    than its stages together where some ran at the same time. None in runs that began before it was measured."""
+    streamed_votes: int | None = None
+    """Votes that were there before the last completion was; None where nothing was streamed (`pipeline.stream`)."""
     weights_gap: WeightsGap | None = None
     """Of the policy that was sampled from; None in a run that didn't measure it."""
     decoding_gap: DecodingGap | None = None

@@ -51,7 +51,10 @@ class Status(Record):
     current_iteration: int | None
     """The first that isn't done, from 0."""
     current_stage: str | None
-    """Of `rlaif.rundir.stages`, or `evaluate`; `old_pairs` while these are judged again, too."""
+    """Of `rlaif.rundir.stages`, or `evaluate`; `old_pairs` while these are judged again, too. The first that isn't
+    complete: where an iteration is streamed, those of `at_once` are under way beside it."""
+    at_once: tuple[str, ...] = ()
+    """Later stages of it that hold rows already."""
     constitution: ConstitutionRef | None
     """Of the newest plan."""
     last_event: Event | None
@@ -63,6 +66,14 @@ class Status(Record):
     """Whether a process writes the run now."""
     disk: Disk | None = None
     """None where nobody asked for it."""
+
+    @property
+    def at(self) -> str | None:
+        """Where the first iteration is that isn't done, in words; None where all are."""
+        if self.current_iteration is None:
+            return None
+        beside = f", with {' and '.join(self.at_once)} under way" if self.at_once else ""
+        return f"iteration {self.current_iteration + 1} is at stage {self.current_stage}{beside}"
 
 
 class HeldOut(Record):
@@ -90,15 +101,18 @@ def status_of(run: RunDir, disk: bool = False) -> Status:
     if run.iterations():
         plan = run.iteration(run.iterations()[-1]).path / "plan.json"
         text = read_record(plan, Plan).in_force.constitution if plan.exists() else None
-    stage = None
+    stage, at_once = None, ()
     if current is not None:
-        stage = _stage_of(run.iteration(current))
+        here = run.iteration(current)
+        stage = _stage_of(here)
+        at_once = tuple(s.name for s in ITERATION if s.name != stage and here.has_begun_rows(s.name))
     return Status(
         run=str(run.path),
         iterations_done=len(done),
         iterations=run.header["job"]["iterations"],
         current_iteration=current,
         current_stage=stage,
+        at_once=at_once,
         constitution=text,
         last_event=events[-1] if events else None,
         alarms=tuple(e for e in events if e.kind == "alarm"),
@@ -129,8 +143,8 @@ def status_table(run: RunDir) -> None:
     console.print(f"[bold]{inert(status.run)}[/]  {status.iterations_done} of {status.iterations} iterations done")
     if status.parent:
         console.print(f"goes on from {inert(status.parent.run)} after {counted(status.parent.iterations, 'iteration')}")
-    if status.current_iteration is not None:
-        console.print(f"iteration {status.current_iteration + 1} is at stage {status.current_stage}")
+    if status.at:
+        console.print(status.at)
     if status.constitution:
         console.print(f"text in force: {inert(str(status.constitution))} ({status.constitution.hash})")
     if event := status.last_event:

@@ -5,6 +5,8 @@ It holds no model: it talks to its workers (sampler, judge, learner, measurer) i
 
 from __future__ import annotations
 
+import time
+
 from rlaif import monitors
 from rlaif.data.prompts import prompts_for
 from rlaif.errors import RunPaused
@@ -19,6 +21,7 @@ from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.running import Iteration, Running
 from rlaif.loop.sampling import sample
 from rlaif.loop.source import take_over
+from rlaif.loop.streaming import sample_and_judge
 from rlaif.loop.training import mix, stopped_at_kl, update
 from rlaif.monitors import tracking
 from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan, Vote
@@ -32,6 +35,7 @@ class Loop(Running):
 
     def run(self) -> Head:
         """All iterations that are still owed; returns the head of the whole."""
+        self._since = time.monotonic()
         for k in range(self.job.iterations):
             if not (self.dir.iteration(k).path / "metrics.json").exists():
                 self.iterate(k)
@@ -44,6 +48,8 @@ class Loop(Running):
         if self.source:
             take_over(self, it, self.source)
         else:
+            if self.stream:
+                sample_and_judge(self, it)
             it.completions = sample(self, it)
             it.scores = score(self, it)
             it.pairs = pair(self, it)
@@ -128,6 +134,8 @@ class Loop(Running):
             old_pairs=it.old_pairs,
             more_votes=more_votes,
             anchors=it.anchors,
+            wall_s=round(time.monotonic() - self._since, 3),
+            streamed_votes=it.dir.meta("completions").get("votes"),
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(metrics)
@@ -141,6 +149,7 @@ class Loop(Running):
         head = write_head(self.dir)
         self.progress.iteration_done(it.k, metrics)
         self.progress.note(f"head {head.name}")
+        self._since = time.monotonic()
         self._pause_at(it.k, alarms)
 
     def _evaluate(self, updates: int, plan: Plan) -> EvaluationMetrics:

@@ -46,7 +46,7 @@ class Facts:
     principles: tuple[PrincipleRow, ...] = ()
     """Of `last_judged`."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time by stage, of finished iterations; `evaluations` too."""
+    """Wall time by stage, of finished iterations; `evaluations` too. Stages of streams ran at the same time."""
 
     @property
     def trained(self) -> int:
