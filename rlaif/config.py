@@ -1055,6 +1055,9 @@ class Pipeline(Section):
     stream: Adjustable[bool | None] = None
     """The judge works on prompts that are sampled while the policy samples others. When absent, where the judge is a
     server or has a GPU of its own."""
+    staleness: Adjustable[int] = Field(0, ge=0)
+    """Iteration k samples from the policy after k - staleness iterations, so that it can be sampled and judged while
+    earlier ones train. 0: from the newest."""
 
 
 WorkerKind = Literal["process", "inline"]
@@ -1168,6 +1171,12 @@ class Job(Section):
     @model_validator(mode="after")
     def _fits_its_judge(self) -> Job:
         self.judge.check_in(self)
+        return self
+
+    @model_validator(mode="after")
+    def _samples_ahead(self) -> Job:
+        if self.pipeline.staleness and self.source is not None:
+            raise ValueError("pipeline.staleness: a job with a `source` samples nothing that could be stale; drop one")
         return self
 
     @model_validator(mode="after")

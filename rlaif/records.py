@@ -235,6 +235,8 @@ class DecodingGap(Record):
     """Mean over the tokens of their answer's |difference a token|, in nats. Within an answer rounding averages out."""
     worst: float
     """The largest |difference a token| of an answer, in nats."""
+    scored_by: Literal["learner", "sampler"] = "learner"
+    """`sampler`: in one pass by the weights that sampled, where the learner has gone on from these (`staleness`)."""
 
     def within(self, limit: float) -> bool:
         """Whether `mean` is at most `limit`, but for what chance does in so few answers (two standard errors), and
@@ -649,7 +651,10 @@ class Plan(Record):
     code: dict[str, str] = Field(default_factory=dict)
     """Code of the user's own that the job names: `module:name` → sha256 of its source."""
     policy: PolicyVersion
-    """That begins it, and samples unless there is a `source`."""
+    """That samples, and unless it is stale begins the iteration; with a `source` it samples nothing."""
+    staleness: int = 0
+    """Iterations, of which each may have updated the policy, between that one and the one that begins the iteration
+    (`pipeline.staleness`)."""
     prompt_ids: tuple[str, ...]
     evaluate: bool
     source: PlanSource | None = None
@@ -764,6 +769,8 @@ class IterationMetrics(Record):
     constitution: ConstitutionRef
     policy: PolicyVersion
     """The one that sampled; with a `source`, the one that began the iteration."""
+    staleness: int = 0
+    """The plan's."""
     sampled: AnswerStats
     given: bool = False
     """Its answers are those of a `source`: the policy sampled none."""

@@ -361,6 +361,8 @@ def stub_loop(
     job = job or stub_job()
     if not (root / "constitutions").exists():
         write_texts(root, 1, 2)
+    (root / "base").mkdir(exist_ok=True)
+    (root / "base" / "weights.txt").write_text(BASE_DIGEST)
     run = RunDir(root / name)
     progress = progress or Quiet()
 

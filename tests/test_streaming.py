@@ -249,29 +249,10 @@ def test_it_is_streamed_where_judge_and_sampler_share_no_device() -> None:
 # A call that is fed.
 
 
-class Doubling:
-    """Answers what it is fed."""
-
-    def run(self, first: list[int], feed: Feed) -> Iterator[int]:
-        import queue
-
-        items: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        feed.pour(items.put)
-        for item in first:
-            yield 2 * item
-        while (item := items.get()) is not None:
-            if item < 0:
-                raise ValueError(f"{item} is none")
-            yield 2 * item
-
-    def add(self, a: int, b: int) -> int:
-        return a + b
-
-
 @pytest.fixture(params=["inline", "process"])
 def doubling(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Worker]:
     make: Any = InlineWorker if request.param == "inline" else ProcessWorker
-    with make("doubling", "tests.test_streaming:Doubling", {}, tmp_path / "log") as worker:
+    with make("doubling", "tests.doubling:Doubling", {}, tmp_path / "log") as worker:
         yield worker
 
 

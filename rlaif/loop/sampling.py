@@ -23,7 +23,7 @@ def sample(run: Running, it: Iteration, told: Told = lambda completions: None) -
     sampled: list[Completion] = []
 
     def produce(done: list[Completion]) -> Iterator[list[Completion]]:
-        run.hand_over.load_sampler(it.k)
+        run.hand_over.load_sampler(it.k - it.plan.staleness, stale=it.plan.staleness > 0)
         sampled.extend(done)
         told(done)
         owed = len(prompts) * settings.completions_per_prompt - len(done)
@@ -47,7 +47,7 @@ def sample(run: Running, it: Iteration, told: Told = lambda completions: None) -
             told(chunk)
 
     def commit() -> dict[str, Any]:
-        return run.hand_over.gap_noted() | run.hand_over.score_again(it.k, sampled) | it.judged_meanwhile()
+        return run.hand_over.gap_noted() | run.hand_over.score_again(it.plan, sampled) | it.judged_meanwhile()
 
     return in_order(it.rows("completions", produce, before_commit=commit), it.plan.prompt_ids)
 

@@ -62,6 +62,7 @@ def iteration_metrics(
         iteration=plan.iteration,
         constitution=plan.constitution,
         policy=plan.policy,
+        staleness=plan.staleness,
         sampled=answer_stats(completions),
         given=plan.source is not None,
         pairs=len(pairs),
