@@ -28,7 +28,7 @@ from rlaif.loop import Loop
 from rlaif.rundir.store import RunDir
 from rlaif.workers.inline import InlineWorker
 from tests.offline import offline_job, offline_loop
-from tests.stubs import stub_job, stub_loop, write_texts
+from tests.stubs import stub_job, stub_loop, write_base, write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,7 +93,8 @@ def _pipeline_loop(root: Path, attempt: int) -> Loop:
     """A whole run is attempt 0."""
     judge, settings = sys.argv[5], json.loads(sys.argv[6])
     pipeline = settings[0] if attempt == 0 else settings[1:][attempt % len(settings[1:])]
-    changes: dict[str, Any] = {"replay": {"share": 0.4}, "pipeline": pipeline}
+    # Anchors ask again what has a vote.
+    changes: dict[str, Any] = {"pipeline": pipeline, "monitors": {"anchors": {"action": "off"}}}
     if judge == "chat":
         changes["judge"] = {"kind": "chat", "model": "m", "api_key_env": None}
         if not (root / "prompts").exists():
@@ -109,6 +110,7 @@ def _pipeline_loop(root: Path, attempt: int) -> Loop:
 
 def run(root: Path, kill_at: int | None = None, attempt: int = 0) -> None:
     write_texts(root, 1, 2)
+    write_base(root)
     os.fsync = lambda fd: None  # a killed process, unlike a machine without power, loses nothing that it wrote
     hooks = Hooks(root, kill_at)
     hooks.install()
@@ -123,17 +125,19 @@ def stage_of(label: str) -> str:
     return f"{path.parts[1]}/{re.split(r'[.]', path.name)[0]}"
 
 
-def choose(labels: list[str], count: int, seed: int) -> list[int]:
-    """Points in every stage (torn lines among the votes), then anywhere."""
+def choose(labels: list[str], count: int, seed: int, under: str = "") -> list[int]:
+    """Points in every stage (torn lines among the votes), then anywhere; `under` a folder."""
     draw = random.Random(seed)
     by_stage: dict[str, list[int]] = {}
-    for i, label in enumerate(labels):
+    there = [i for i, label in enumerate(labels) if label.startswith(under)]
+    for i in there:
+        label = labels[i]
         by_stage.setdefault(stage_of(label), []).append(i)
     chosen = []
     for points in by_stage.values():
         torn = [i for i in points if labels[i].endswith("votes.jsonl.partial: before fsync")]
         chosen.append(draw.choice(torn or points))
-    rest = [i for i in range(len(labels)) if i not in chosen]
+    rest = [i for i in there if i not in chosen]
     return sorted((chosen + draw.sample(rest, max(count - len(chosen), 0)))[:count])
 
 
@@ -157,7 +161,7 @@ def main(root: Path, count: int, seed: int) -> None:
     if sys.argv[4:5] == ["--pipeline"]:  # points of a run as those that are killed
         assert in_child(lambda: run(root / "again", attempt=1)) == 0
     labels: list[str] = json.loads((root / "labels.json").read_text())
-    points = choose(labels, count, seed)
+    points = choose(labels, count, seed, "run/iterations/" if sys.argv[4:5] == ["--pipeline"] else "")
     kills = []
     for number, point in enumerate(points):
         here = root / f"kill{point:04d}"

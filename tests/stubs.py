@@ -80,6 +80,13 @@ def write_texts(root: Path, *numbers: int, name: str = "rules") -> Path:
     return folder
 
 
+def write_base(root: Path) -> None:
+    """The untrained policy."""
+    if not (root / "base").exists():
+        (root / "base").mkdir()
+        (root / "base" / "weights.txt").write_text(BASE_DIGEST)
+
+
 def fraction(*key: Any) -> float:
     """A number in [0, 1) that follows from the key."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big") / 2**48
@@ -361,8 +368,7 @@ def stub_loop(
     job = job or stub_job()
     if not (root / "constitutions").exists():
         write_texts(root, 1, 2)
-    (root / "base").mkdir(exist_ok=True)
-    (root / "base" / "weights.txt").write_text(BASE_DIGEST)
+    write_base(root)
     run = RunDir(root / name)
     progress = progress or Quiet()
 
