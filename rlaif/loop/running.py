@@ -151,7 +151,7 @@ class Iteration:
 
     def judged_meanwhile(self) -> dict[str, Any]:
         """For the meta file of the completions: how many votes are there before all of them are."""
-        return {"votes": len(self.begun["votes"].rows)} if "votes" in self.begun else {}
+        return {"votes": self.begun["votes"].count()} if "votes" in self.begun else {}
 
     @property
     def _stages(self) -> tuple[Stage, ...]:

@@ -295,6 +295,11 @@ class StageWriter(Generic[R]):
         with disk_errors(self._partial):
             self._file = self._partial.open("ab")
 
+    def count(self) -> int:
+        """How many are durable; waits for those that another thread is adding."""
+        with self._lock:
+            return len(self.rows)
+
     def add(self, chunk: Iterable[R]) -> None:
         """Appends rows; they are durable when it returns.
 
