@@ -1064,6 +1064,17 @@ class Checkpoints(Section):
     """Those after so many iterations, twice as many, and so on."""
 
 
+class Pipeline(Section):
+    """What happens at the same time ([scale.md](scale.md)). The log and the decisions are the same either way."""
+
+    stream: Adjustable[bool | None] = None
+    """The judge works on prompts that are sampled while the policy samples others. When absent, where the judge is a
+    server or has a GPU of its own."""
+    staleness: Adjustable[int] = Field(0, ge=0)
+    """Iteration k samples from the policy after k - staleness iterations, so that it can be sampled and judged while
+    earlier ones train. 0: from the newest."""
+
+
 WorkerKind = Literal["process", "inline"]
 PlacedRole = Literal["sampler", "learner", "judge"]
 
@@ -1120,6 +1131,7 @@ class Job(Section):
     replay: Replay = Replay()
     eval: Eval = Eval()
     monitors: Adjustable[Monitors] = Monitors()
+    pipeline: Pipeline = Pipeline()
     placement: Adjustable[dict[PlacedRole, Place]] = Field(default_factory=dict)
     """By role, where it runs."""
     workers: Adjustable[WorkerKind] = "process"
@@ -1174,6 +1186,12 @@ class Job(Section):
     @model_validator(mode="after")
     def _fits_its_judge(self) -> Job:
         self.judge.check_in(self)
+        return self
+
+    @model_validator(mode="after")
+    def _samples_ahead(self) -> Job:
+        if self.pipeline.staleness and self.source is not None:
+            raise ValueError("pipeline.staleness: a job with a `source` samples nothing that could be stale; drop one")
         return self
 
     @model_validator(mode="after")

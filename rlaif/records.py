@@ -235,6 +235,8 @@ class DecodingGap(Record):
     """Mean over the tokens of their answer's |difference a token|, in nats. Within an answer rounding averages out."""
     worst: float
     """The largest |difference a token| of an answer, in nats."""
+    scored_by: Literal["learner", "sampler"] = "learner"
+    """`sampler`: in one pass by the weights that sampled, where the learner has gone on from these (`staleness`)."""
 
     def within(self, limit: float) -> bool:
         """Whether `mean` is at most `limit`, but for what chance does in so few answers (two standard errors), and
@@ -653,7 +655,10 @@ class Plan(Record):
     code: dict[str, str] = Field(default_factory=dict)
     """Code of the user's own that the job names: `module:name` → sha256 of its source."""
     policy: PolicyVersion
-    """That begins it, and samples unless there is a `source`."""
+    """That samples, and unless it is stale begins the iteration; with a `source` it samples nothing."""
+    staleness: int = 0
+    """Iterations, of which each may have updated the policy, between that one and the one that begins the iteration
+    (`pipeline.staleness`)."""
     prompt_ids: tuple[str, ...]
     evaluate: bool
     source: PlanSource | None = None
@@ -768,6 +773,8 @@ class IterationMetrics(Record):
     constitution: ConstitutionRef
     policy: PolicyVersion
     """The one that sampled; with a `source`, the one that began the iteration."""
+    staleness: int = 0
+    """The plan's."""
     sampled: AnswerStats
     given: bool = False
     """Its answers are those of a `source`: the policy sampled none."""
@@ -834,6 +841,11 @@ class IterationMetrics(Record):
     judge_tokens_per_kept_pair: float | None = None
     seconds: dict[str, float]
     """Wall time by stage."""
+    wall_s: float | None = None
+    """Seconds from the end of the iteration before it, or from where a process took the run up, to its own end: less
+    than its stages together where some ran at the same time. None in runs that began before it was measured."""
+    streamed_votes: int | None = None
+    """Votes that were there before the last completion was; None where nothing was streamed (`pipeline.stream`)."""
     weights_gap: WeightsGap | None = None
     """Of the policy that was sampled from; None in a run that didn't measure it."""
     decoding_gap: DecodingGap | None = None

@@ -1,8 +1,10 @@
 """Runs the stub job, killing it at chosen writes, and says what was durable at each kill. Run by test_resume.py.
 
-    python -m tests.kill_driver ROOT COUNT SEED [SOURCE REJUDGE]
+    python -m tests.kill_driver ROOT COUNT SEED [SOURCE REJUDGE | --pipeline JUDGE SETTINGS]
 
-With SOURCE, a run's folder, the job trains on its pairs (`source`), judged again if REJUDGE is 1.
+With SOURCE, a run's folder, the job trains on its pairs (`source`), judged again if REJUDGE is 1. With --pipeline the
+judge is a likelihood or a chat judge (a stub either way), and SETTINGS a list of `pipeline` sections, in JSON: the
+whole run has the first, the killed ones have the others, another one after each kill.
 
 Every durable step of a run goes through a handful of calls (fsync, replace, write_text, rmtree, an event). Each is a
 kill point before and after it; a kill before the fsync of a row file also tears its last line.
@@ -10,6 +12,7 @@ kill point before and after it; a kill before the fsync of a row file also tears
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -23,8 +26,11 @@ from typing import Any
 
 from rlaif.loop import Loop
 from rlaif.rundir.store import RunDir
+from rlaif.workers.inline import InlineWorker
 from tests.offline import offline_job, offline_loop
-from tests.stubs import stub_job, stub_loop, write_texts
+from tests.stubs import stub_job, stub_loop, write_base, write_texts
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Hooks:
@@ -75,18 +81,40 @@ def in_child(action: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _loop(root: Path) -> Loop:
+def _loop(root: Path, attempt: int) -> Loop:
+    if sys.argv[4:5] == ["--pipeline"]:
+        return _pipeline_loop(root, attempt)
     if source := sys.argv[4:]:
         return offline_loop(root, offline_job(Path(source[0]), source[1] == "1"))
     return stub_loop(root, stub_job(replay={"share": 0.4, "on_change": "rejudge"}))
 
 
-def run(root: Path, kill_at: int | None = None) -> None:
+def _pipeline_loop(root: Path, attempt: int) -> Loop:
+    """A whole run is attempt 0."""
+    judge, settings = sys.argv[5], json.loads(sys.argv[6])
+    pipeline = settings[0] if attempt == 0 else settings[1:][attempt % len(settings[1:])]
+    # Anchors ask again what has a vote.
+    changes: dict[str, Any] = {"pipeline": pipeline, "monitors": {"anchors": {"action": "off"}}}
+    if judge == "chat":
+        changes["judge"] = {"kind": "chat", "model": "m", "api_key_env": None}
+        if not (root / "prompts").exists():
+            shutil.copytree(ROOT / "prompts" / "judge", root / "prompts" / "judge")
+    else:
+        changes["judge"] = {"batch_tokens": 64}  # pieces of one prompt
+    loop = stub_loop(root, stub_job(**changes))
+    if judge == "chat":
+        fed = InlineWorker("judge", "tests.stubs:StubFedJudge", {"casts": str(root / "casts.log")})
+        loop.judge = loop.measurer = fed
+    return loop
+
+
+def run(root: Path, kill_at: int | None = None, attempt: int = 0) -> None:
     write_texts(root, 1, 2)
+    write_base(root)
     os.fsync = lambda fd: None  # a killed process, unlike a machine without power, loses nothing that it wrote
     hooks = Hooks(root, kill_at)
     hooks.install()
-    _loop(root).run()
+    _loop(root, attempt).run()
     with (root.parent / "labels.json").open("w") as f:
         json.dump(hooks.labels, f)
 
@@ -97,17 +125,19 @@ def stage_of(label: str) -> str:
     return f"{path.parts[1]}/{re.split(r'[.]', path.name)[0]}"
 
 
-def choose(labels: list[str], count: int, seed: int) -> list[int]:
-    """Points in every stage (torn lines among the votes), then anywhere."""
+def choose(labels: list[str], count: int, seed: int, under: str = "") -> list[int]:
+    """Points in every stage (torn lines among the votes), then anywhere; `under` a folder."""
     draw = random.Random(seed)
     by_stage: dict[str, list[int]] = {}
-    for i, label in enumerate(labels):
+    there = [i for i, label in enumerate(labels) if label.startswith(under)]
+    for i in there:
+        label = labels[i]
         by_stage.setdefault(stage_of(label), []).append(i)
     chosen = []
     for points in by_stage.values():
         torn = [i for i in points if labels[i].endswith("votes.jsonl.partial: before fsync")]
         chosen.append(draw.choice(torn or points))
-    rest = [i for i in range(len(labels)) if i not in chosen]
+    rest = [i for i in there if i not in chosen]
     return sorted((chosen + draw.sample(rest, max(count - len(chosen), 0)))[:count])
 
 
@@ -128,8 +158,10 @@ def casts(root: Path) -> list[str]:
 
 def main(root: Path, count: int, seed: int) -> None:
     assert in_child(lambda: run(root / "whole")) == 0
+    if sys.argv[4:5] == ["--pipeline"]:  # points of a run as those that are killed
+        assert in_child(lambda: run(root / "again", attempt=1)) == 0
     labels: list[str] = json.loads((root / "labels.json").read_text())
-    points = choose(labels, count, seed)
+    points = choose(labels, count, seed, "run/iterations/" if sys.argv[4:5] == ["--pipeline"] else "")
     kills = []
     for number, point in enumerate(points):
         here = root / f"kill{point:04d}"
@@ -137,11 +169,11 @@ def main(root: Path, count: int, seed: int) -> None:
         if number % 3 == 0:  # and once more, on the way from there to the end
             kill_ats.append(random.Random(point).randrange(max((len(labels) - point) // 2, 1)))
         kill = {"label": labels[point], "stage": stage_of(labels[point]), "folder": here.name, "exits": [], "again": []}
-        for kill_at in kill_ats:
-            kill["exits"].append(in_child(lambda here=here, kill_at=kill_at: run(here, kill_at)))  # type: ignore[misc]
+        for attempt, kill_at in enumerate(kill_ats, 1):
+            kill["exits"].append(in_child(functools.partial(run, here, kill_at, attempt)))
             durable, before = set(durable_ballots(here)), len(casts(here))
             kill.setdefault("durable", []).append((durable, before))
-        kill["exits"].append(in_child(lambda here=here: run(here)))  # type: ignore[misc]
+        kill["exits"].append(in_child(functools.partial(run, here, None, len(kill_ats) + 1)))
         everything = casts(here)
         for durable, before in kill.pop("durable"):
             kill["again"] += [b for b in everything[before:] if b in durable]

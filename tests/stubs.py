@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import queue
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rlaif.constitutions.checks import Check
 from rlaif.constitutions.constitution import Constitution
 from rlaif.evaluation.probes import Probe
 from rlaif.evaluation.texts import FixedText
+from rlaif.judging.candidates import MoreBallots
 from rlaif.judging.kinds import kind_of
 from rlaif.loop import Loop
 from rlaif.loop.in_force import InForce
@@ -38,6 +40,7 @@ from rlaif.records import (
     Vote,
 )
 from rlaif.rundir.store import RunDir
+from rlaif.workers.feed import Feed
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.weights import WeightsRef
 
@@ -75,6 +78,13 @@ def write_texts(root: Path, *numbers: int, name: str = "rules") -> Path:
     for number in numbers:
         (folder / f"v{number}.yaml").write_text(text(number))
     return folder
+
+
+def write_base(root: Path) -> None:
+    """The untrained policy."""
+    if not (root / "base").exists():
+        (root / "base").mkdir()
+        (root / "base" / "weights.txt").write_text(BASE_DIGEST)
 
 
 def fraction(*key: Any) -> float:
@@ -122,6 +132,7 @@ class StubSampler:
         prefix: str,
         temperature: float | None = None,
         top_p: float | None = None,
+        have: Collection[str] = (),
     ) -> Iterator[list[Completion]]:
         if policy.digest != self._digest:
             raise RuntimeError(f"asked for answers of {policy.digest}, holding {self._digest}")
@@ -139,6 +150,7 @@ class StubSampler:
                     finish_reason="stop",
                 )
                 for i in range(completions_per_prompt)
+                if f"{prefix}-{prompt.id}-{i}" not in have
             ]
 
     def _recorded(self, **fields: Any) -> Completion:
@@ -164,7 +176,12 @@ class StubJudge:
                 yield [Score(completion_id=c.completion_id, prompt_id=c.prompt_id, voice=voice, value=value)]
 
     def cast(
-        self, ballots: list[Ballot], pairs: list[Pair], candidates: list[Any], constitution: Constitution
+        self,
+        ballots: list[Ballot],
+        pairs: list[Pair],
+        candidates: list[Any],
+        constitution: Constitution,
+        prompts: Sequence[Prompt] = (),
     ) -> Iterator[list[Vote]]:
         answers = {c.completion_id: c.text for c in candidates}
         sides = {p.id: (answers[p.first], answers[p.second]) for p in pairs}
@@ -189,6 +206,35 @@ class StubJudge:
         yield [
             Quality(completion_id=c.completion_id, tokens=5, logprob_per_token=-1.0, relevance=0.5) for c in candidates
         ]
+
+
+class StubFedJudge(StubJudge):
+    """Takes more ballots while it answers, as one behind a server does."""
+
+    def cast(  # type: ignore[override]
+        self,
+        ballots: Sequence[Ballot],
+        pairs: Sequence[Pair],
+        candidates: Sequence[Any],
+        constitution: Constitution,
+        templates: Sequence[Any] = (),
+        journal: Path | None = None,
+        fresh: bool = False,
+        feed: Feed | None = None,
+    ) -> Iterator[list[Vote]]:
+        fed: queue.SimpleQueue[MoreBallots | None] = queue.SimpleQueue()
+        fed.put(MoreBallots(ballots, pairs, candidates))
+        if feed is None:
+            fed.put(None)
+        else:
+            feed.pour(fed.put)
+        known: dict[str, Pair] = {}
+        answers: dict[str, Any] = {}
+        while (more := fed.get()) is not None:
+            known |= {p.id: p for p in more.pairs}
+            answers |= {c.completion_id: c for c in more.candidates}
+            mine = [known[i] for i in dict.fromkeys(b.pair_id for b in more.ballots)]
+            yield from super().cast(list(more.ballots), mine, list(answers.values()), constitution)
 
 
 class StubLearner:
@@ -322,6 +368,7 @@ def stub_loop(
     job = job or stub_job()
     if not (root / "constitutions").exists():
         write_texts(root, 1, 2)
+    write_base(root)
     run = RunDir(root / name)
     progress = progress or Quiet()
 
@@ -348,4 +395,5 @@ def stub_loop(
         probes=stub_probes() if job.eval.retention else (),
         fixed_texts=[FixedText(id=f"text{i}", kind="any", text=f"a text with {'many ' * i}words") for i in range(3)],
         referee=referee,
+        stream=bool(job.pipeline.stream) if job.pipeline.stream is not None else kind_of(job.judge).fed,
     )

@@ -45,7 +45,7 @@ def chat_job(server: FaultServer, judge: dict[str, Any] | None = None, **changes
     settings = {"kind": "chat", "model": "m", "base_url": server.url, "api_key_env": None, "cache": None,
                 "max_retries": 0, **(judge or {})}  # fmt: skip
     filters = {"min_kept_pairs": 2, **changes.pop("filters", {})}
-    return stub_job(judge=settings, iterations=3, filters=filters, **changes)
+    return stub_job(**{"iterations": 3, "judge": settings, "filters": filters, **changes})
 
 
 def chat_loop(root: Path, job: Job, spent: Spent | None = None) -> Loop:

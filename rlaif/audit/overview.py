@@ -51,6 +51,8 @@ class IterationRow(Record):
     """Sampler against learner, nats a token; None where it wasn't measured."""
     decoding_gap: float | None = None
     """Answers as they were decoded against the learner, nats a token; None where it wasn't measured."""
+    staleness: int | None = None
+    """Iterations between the policy that sampled and the one that began the update; None until it is done."""
 
 
 class EvaluationRow(Record):
@@ -248,6 +250,7 @@ def _iteration_rows(index: Index) -> list[IterationRow]:
         out.append(
             IterationRow(
                 iteration=k,
+                staleness=metrics.get("staleness", 0) if metrics else None,
                 constitution=r["text_name"],
                 done=r["metrics"] is not None,
                 pairs=pairs.get(k, {}).get("n", 0),

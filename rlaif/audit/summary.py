@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from rlaif.audit.disk import Disk, disk_of, in_words
 from rlaif.audit.picture import draw
 from rlaif.console import counted, inert, stdout_console
@@ -51,7 +53,12 @@ class Status(Record):
     current_iteration: int | None
     """The first that isn't done, from 0."""
     current_stage: str | None
-    """Of `rlaif.rundir.stages`, or `evaluate`; `old_pairs` while these are judged again, too."""
+    """Of `rlaif.rundir.stages`, or `evaluate`; `old_pairs` while these are judged again, too. The first that isn't
+    complete: where an iteration is streamed, those of `at_once` are under way beside it."""
+    at_once: tuple[str, ...] = ()
+    """Later stages of it that hold rows already."""
+    ahead: dict[int, str] = Field(default_factory=dict)
+    """Iterations after it that are sampled and judged meanwhile (`pipeline.staleness`) → the stage that each is at."""
     constitution: ConstitutionRef | None
     """Of the newest plan."""
     last_event: Event | None
@@ -63,6 +70,15 @@ class Status(Record):
     """Whether a process writes the run now."""
     disk: Disk | None = None
     """None where nobody asked for it."""
+
+    @property
+    def at(self) -> str | None:
+        """Where the first iteration is that isn't done, in words; None where all are."""
+        if self.current_iteration is None:
+            return None
+        beside = f", with {' and '.join(self.at_once)} under way" if self.at_once else ""
+        here = f"iteration {self.current_iteration + 1} is at stage {self.current_stage}{beside}"
+        return "; ".join([here, *(f"iteration {k + 1}, ahead, at {stage}" for k, stage in self.ahead.items())])
 
 
 class HeldOut(Record):
@@ -90,15 +106,20 @@ def status_of(run: RunDir, disk: bool = False) -> Status:
     if run.iterations():
         plan = run.iteration(run.iterations()[-1]).path / "plan.json"
         text = read_record(plan, Plan).in_force.constitution if plan.exists() else None
-    stage = None
+    stage: str | None = None
+    at_once: tuple[str, ...] = ()
     if current is not None:
-        stage = _stage_of(run.iteration(current))
+        here = run.iteration(current)
+        stage = _stage_of(here)
+        at_once = tuple(s.name for s in ITERATION if s.name != stage and here.has_begun_rows(s.name))
     return Status(
         run=str(run.path),
         iterations_done=len(done),
         iterations=run.header["job"]["iterations"],
         current_iteration=current,
         current_stage=stage,
+        at_once=at_once,
+        ahead={k: _stage_of(run.iteration(k)) for k in run.iterations() if current is not None and k > current},
         constitution=text,
         last_event=events[-1] if events else None,
         alarms=tuple(e for e in events if e.kind == "alarm"),
@@ -129,8 +150,8 @@ def status_table(run: RunDir) -> None:
     console.print(f"[bold]{inert(status.run)}[/]  {status.iterations_done} of {status.iterations} iterations done")
     if status.parent:
         console.print(f"goes on from {inert(status.parent.run)} after {counted(status.parent.iterations, 'iteration')}")
-    if status.current_iteration is not None:
-        console.print(f"iteration {status.current_iteration + 1} is at stage {status.current_stage}")
+    if status.at:
+        console.print(status.at)
     if status.constitution:
         console.print(f"text in force: {inert(str(status.constitution))} ({status.constitution.hash})")
     if event := status.last_event:
@@ -249,7 +270,10 @@ def _iterations(iterations: Sequence[IterationMetrics]) -> Table:
             f"{m.sampled.ended_share:.0%}",
             _number(m.weights_gap.mean if m.weights_gap else None, 4),
             _number(m.decoding_gap.mean if m.decoding_gap else None, 4),
-            "  ".join(f"{name} {m.seconds[stage]:.0f}" for name, stage in stages.items()),
+            "  ".join(
+                [f"{name} {m.seconds[stage]:.0f}" for name, stage in stages.items()]
+                + ([f"whole {m.wall_s:.0f}"] if m.wall_s is not None else [])
+            ),
         )
     return table
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +268,7 @@ class _Checking:
         """Events tell of iterations and heads that must be here."""
         known = {head.name for head in self.chain}
         newest = max(self.iterations, default=-1)
+        ahead = int((self.run.header["job"].get("pipeline") or {}).get("staleness", 0))
         for number, event in self._events():
             if (head := event.data.get("head")) and head not in known and not self._was_unread(head):
                 self.found(
@@ -275,8 +276,10 @@ class _Checking:
                 )
             if event.iteration is None or self.run.iteration(event.iteration).path.exists():
                 continue
-            # A text that doesn't parse is told before the folder of its iteration is made.
-            if event.kind != "alarm" or event.iteration != newest + 1:
+            # A text that doesn't parse is told before the folder of its iteration is made. A branch has what was told
+            # of iterations that its parent judged ahead.
+            told = {"alarm": max(ahead, 1), "judging_interrupted": ahead}.get(event.kind, 0)
+            if event.iteration > newest + told:
                 self.found(
                     "events.jsonl", f"tells of iteration {event.iteration + 1}, whose folder is gone (a removed tail)",
                     number,
@@ -458,17 +461,15 @@ class _Checking:
 
     def plans(self) -> None:
         """The policies' digests from update to plan, and the weights that are still there."""
-        base = self.run.header.get("models", {}).get("policy")
-        policy, after = base, 0
+        policy, after = self.run.header.get("models", {}).get("policy"), 0
+        known: list[tuple[str | None, int]] = []
+        """The policy after no iteration, after one, and so on, as far as they go; and which one made it."""
         for k in self.iterations:
             here = self.run.iteration(k)
+            known.append((policy, after))
             plan = self._plan(k)
-            if plan is not None and policy is not None and plan.policy.digest != policy:
-                self.found(
-                    here.path / "plan.json",
-                    f"names policy {plan.policy.digest}, and iteration {after} made {policy}" if after
-                    else f"names policy {plan.policy.digest}, and run.json the base policy {policy}",
-                )  # fmt: skip
+            if plan is not None:
+                self._sampled_from(here.path / "plan.json", plan, known)
             if not here.is_complete("updates"):
                 continue
             path = here.path / "updates.meta.json"
@@ -484,6 +485,16 @@ class _Checking:
             if made is not None:
                 policy, after = made, k + 1
                 self._weights(here.path / "policy", policy)
+
+    def _sampled_from(self, path: Path, plan: Plan, known: Sequence[tuple[str | None, int]]) -> None:
+        """Whether a plan's policy is the one after so many iterations; `known` are those up to its own beginning."""
+        if not 0 <= plan.staleness < len(known):
+            self.found(path, f"names a policy of {plan.staleness} iterations before, and there are fewer")
+            return
+        policy, after = known[-1 - plan.staleness]
+        if policy is not None and plan.policy.digest != policy:
+            made = f"iteration {after} made {policy}" if after else f"run.json the base policy {policy}"
+            self.found(path, f"names policy {plan.policy.digest}, and {made}")
 
     def _plan(self, k: int) -> Plan | None:
         path = self.run.iteration(k).path / "plan.json"

@@ -115,15 +115,18 @@ def _iterations(found: Overview) -> Listing:
 
     reviewed = any(r.review for r in found.iterations)
     review = ["review"] if reviewed else []
-    numbers = ("iteration", "pairs", "kept", "review", "agree", "slot 1", "abst.", "cached", "loss", "words")
+    stale = ["stale"] if any(r.staleness for r in found.iterations) else []
+    numbers = ("iteration", "stale", "pairs", "kept", "review", "agree", "slot 1", "abst.", "cached", "loss", "words")
     table = Listing(
-        "iteration", "text", "pairs", "kept", "dropped", *review, "agree", "slot 1", "abst.", "cached", "loss", "words",
+        "iteration", "text", *stale, "pairs", "kept", "dropped", *review, "agree", "slot 1", "abst.", "cached", "loss",
+        "words",
         right=numbers,
     )  # fmt: skip
     for r in found.iterations:
         table.add(
             str(r.iteration + 1),
             r.constitution or "-",
+            *(["-" if r.staleness is None else str(r.staleness)] if stale else []),
             str(r.pairs),
             share(r.kept / r.decided if r.decided else None),
             counts(r.reasons),

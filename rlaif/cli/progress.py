@@ -133,5 +133,5 @@ def iteration_line(iteration: int, iterations: int, metrics: IterationMetrics) -
         f"iteration {iteration + 1}/{iterations} done  {metrics.constitution}  "
         f"kept {metrics.kept}/{metrics.pairs}{f' (dropped: {dropped})' if dropped else ''}{review}  {loss}  "
         f"sampled {sampled.mean_words:.0f} words, {sampled.ended_share:.0%} ended  "
-        f"{sum(metrics.seconds.values()):.0f} s"
+        f"{metrics.wall_s or sum(metrics.seconds.values()):.0f} s"
     )

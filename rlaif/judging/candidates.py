@@ -1,8 +1,11 @@
-"""A completion as every judge needs it."""
+"""A completion as every judge needs it, and what is asked about completions while others are sampled."""
 
 from __future__ import annotations
 
-from rlaif.records import Completion, FinishReason, Message, Prompt, Record
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rlaif.records import Ballot, Completion, FinishReason, Message, Pair, Prompt, Record
 
 
 class Candidate(Record):
@@ -35,3 +38,11 @@ class Candidate(Record):
             finish_reason=completion.finish_reason,
             text=completion.text,
         )
+
+
+class MoreBallots(NamedTuple):
+    """What a judge is fed while it answers others; pairs and candidates that it knows needn't be there again."""
+
+    ballots: Sequence[Ballot]
+    pairs: Sequence[Pair] = ()
+    candidates: Sequence[Candidate] = ()

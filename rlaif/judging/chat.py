@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,7 +31,7 @@ from rlaif.constitutions.templates import Template, render
 from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.ballots import juror_names, request_parameters
 from rlaif.judging.cache import ReplyCache, reply_key
-from rlaif.judging.candidates import Candidate
+from rlaif.judging.candidates import Candidate, MoreBallots
 from rlaif.judging.outcomes import said_in_reply
 from rlaif.judging.parsing import Reply
 from rlaif.judging.servers import Address, Pace, server_name
@@ -39,6 +39,7 @@ from rlaif.judging.spending import Spent, Wasted
 from rlaif.judging.transport import Answer, CallFailed, OpenAIServer, Server, merge_system, shown_urls
 from rlaif.records import Ballot, Message, Pair, Usage, Vote, digest
 from rlaif.rundir.store import append_line
+from rlaif.workers.feed import Feed
 
 # What a server says of a question that it can't take for its length, or won't for what it holds.
 _OF_THE_QUESTION = re.compile(
@@ -109,8 +110,11 @@ class ChatJudge:
         templates: Sequence[Template],
         journal: Path | None = None,
         fresh: bool = False,
+        feed: Feed | None = None,
     ) -> Iterator[list[Vote]]:
         """Votes on the given ballots, in chunks: write each before asking for the next.
+
+        With a `feed` more ballots are taken (`MoreBallots`) as they come, until it ends.
 
         `journal` is a file that gets the id of every ballot before a server is asked: those without a vote may have
         been asked for nothing when the process is killed. `fresh`: the servers are asked, whatever is in the cache, and
@@ -132,11 +136,13 @@ class ChatJudge:
         with _runner() as run, _lines(journal) as asked:
             casting = _Casting(self, iter(ballots), questions, asked, fresh)
             try:
-                run(casting.start())
+                run(casting.start(feed))
                 while (chunk := run(casting.next_chunk())) is not None:
                     if chunk:
                         yield chunk
             finally:
+                if feed is not None:
+                    feed.stop()
                 run(casting.stop())
 
     def close(self) -> None:
@@ -195,8 +201,8 @@ def _lines(path: Path | None) -> AbstractContextManager[TextIO | None]:
 class _Questions(NamedTuple):
     """What ballots are rendered from."""
 
-    pairs: Mapping[str, Pair]
-    candidates: Mapping[str, Candidate]
+    pairs: dict[str, Pair]
+    candidates: dict[str, Candidate]
     constitution: Constitution
     constitution_hash: str
     """Computed once: it is compared with every ballot's."""
@@ -289,6 +295,10 @@ class _Casting:
         self.judge = judge
         self.cache = None if fresh else judge._cache
         self.ballots = ballots
+        self.fed: deque[Ballot] = deque()
+        """Taken after these."""
+        self.feeding = False
+        """More may come."""
         self.asked = asked
         self.questions = questions
         self.ready: list[_Done] = []
@@ -300,13 +310,18 @@ class _Casting:
         self.tasks: list[asyncio.Task[None]] = []
         self.servers: dict[str, Server] = {}
 
-    async def start(self) -> None:
+    async def start(self, feed: Feed | None = None) -> None:
         """Starts the tasks. More than there are request slots, so that a wait before a retry leaves none empty.
 
         Raises:
             UserError: two servers of one list say that they have different models.
         """
         self.wake = asyncio.Event()
+        self.more = asyncio.Event()
+        """Set where a task that waits for a ballot should look again."""
+        if feed is not None:
+            self.feeding, here = True, asyncio.get_running_loop()
+            feed.pour(lambda item: here.call_soon_threadsafe(self._feed, item))
         self.room = asyncio.Condition()
         self.turn = asyncio.Lock()
         self.servers = self.judge._servers(asyncio.Semaphore(self.judge.settings.concurrency), self._wasted)
@@ -321,6 +336,37 @@ class _Casting:
             self.judge._identities.update(zip(self.servers, found, strict=True))
         tasks = 2 * self.judge.settings.concurrency
         self.tasks = [asyncio.create_task(self._work()) for _ in range(tasks)]
+
+    def _feed(self, item: MoreBallots | None) -> None:
+        """More ballots, or the end of them."""
+        if item is None:
+            self.feeding = False
+        else:
+            self.questions.pairs.update((p.id, p) for p in item.pairs)
+            self.questions.candidates.update((c.completion_id, c) for c in item.candidates)
+            self.fed.extend(item.ballots)
+        self.more.set()
+
+    async def _next_ballot(self) -> Ballot | None:
+        """The next one to answer; None when there are no more, or a reason to take none."""
+        while True:
+            if not self.going.is_set():
+                await self.going.wait()
+            if self.error is not None:
+                return None
+            if (ballot := next(self.ballots, None)) is not None:
+                return ballot
+            if self.fed:
+                return self.fed.popleft()
+            if not self.feeding:
+                return None
+            self.more.clear()
+            await self.more.wait()
+
+    def _give_up(self, error: Exception) -> None:
+        """No more ballots are taken."""
+        self.error = self.error or error
+        self.more.set()
 
     async def next_chunk(self) -> list[Vote] | None:
         """The votes since the last call, at least one; None when all is done.
@@ -399,7 +445,7 @@ class _Casting:
                 self.ready += streak.held
                 streak.held, streak.excused = [], 0
         elif streak.held and self._too_many(streak):
-            self.error = self.error or self._unavailable(streak)
+            self._give_up(self._unavailable(streak))
 
     async def _answers_a_short_one(self, ballot: Ballot) -> bool | None:
         """Whether a juror answers a ballot's question about a short pair; None when that isn't to be known. It costs a
@@ -472,18 +518,14 @@ class _Casting:
     async def _work(self) -> None:
         """Answers ballots until none is left or there is a reason to stop."""
         try:
-            while True:
-                if not self.going.is_set():
-                    await self.going.wait()
-                if self.error is not None or (ballot := next(self.ballots, None)) is None:
-                    break
+            while (ballot := await self._next_ballot()) is not None:
                 done = await self._answer(ballot)
                 await self._finish(done)
                 self.wake.set()
                 if done.vote.cached:
                     await asyncio.sleep(0)  # a run of cached replies must not keep the others waiting
         except Exception as e:
-            self.error = self.error or e
+            self._give_up(e)
         finally:
             self.wake.set()
 

@@ -31,7 +31,7 @@ from rlaif.judging.outcomes import Said, said_by_guard, said_by_scores, said_in_
 from rlaif.judging.parsing import Reply
 from rlaif.judging.spending import Wasted, spent_on
 from rlaif.judging.transport import check_address
-from rlaif.records import Ballot, Pair, VoiceKey, Vote
+from rlaif.records import Ballot, Pair, Prompt, VoiceKey, Vote
 from rlaif.rundir.store import read_grown
 
 S = TypeVar("S", bound=Judge)
@@ -66,6 +66,8 @@ class JudgeKind(Generic[S]):
     """Its ballots show two answers, one before the other: the order could sway it."""
     early_stop = False
     """Its ballots are cast in rounds, and those that can't change a decision any more are left out."""
+    fed = False
+    """Its `cast` takes more ballots while others are under way (`feed`, of `MoreBallots`), since it only waits."""
     own_time = True
     """How long it takes isn't known from the size of a model here."""
     local_model: str | None = None
@@ -159,9 +161,22 @@ class JudgeKind(Generic[S]):
         """What ballots call it: its kind and who exactly answers, by `digest` where that is known."""
         return f"{self.settings.kind}:{digest or self.settings.model}"
 
-    def cast_with(self, templates: Sequence[Template], journal: Path | None = None) -> dict[str, Any]:
-        """Further arguments of its `cast`. `journal` is a file for the ballots that were sent off."""
+    def cast_with(
+        self, templates: Sequence[Template], journal: Path | None = None, prompts: Sequence[Prompt] = ()
+    ) -> dict[str, Any]:
+        """Further arguments of its `cast`. `journal` is a file for the ballots that were sent off, `prompts` are all
+        that an iteration asks: no answer may depend on which of them have pairs."""
         return {}
+
+    def prompts_at_once(self, tokens: int) -> int | None:
+        """Its answers depend on what else it is asked at the same time: so many prompts' completions and pairs, in the
+        plan's order, are one call. By the settings alone, so that it is asked alike while the policy samples and after.
+        None: what is owed is asked together, however much it is.
+
+        Args:
+            tokens: of one prompt's pairs, should answers be half as long as they may be.
+        """
+        return None
 
     def afresh(self) -> dict[str, Any]:
         """Further arguments of its `cast` for questions that were asked before, to be asked again."""
@@ -264,6 +279,17 @@ class LikelihoodKind(JudgeKind[LikelihoodSettings]):
         """Nothing beside the contrast or the measure that the ballot's template is the hash of."""
         return ""
 
+    def cast_with(
+        self, templates: Sequence[Template], journal: Path | None = None, prompts: Sequence[Prompt] = ()
+    ) -> dict[str, Any]:
+        return {"prompts": prompts} if prompts else {}
+
+    def prompts_at_once(self, tokens: int) -> int:
+        """As many as fill its forward passes: in other batches a likelihood has another last bit."""
+        from rlaif.judging.kv_scoring import KV_BATCHES
+
+        return max(KV_BATCHES * self.settings.batch_tokens // max(tokens, 1), 1)
+
     def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
         return likelihood_worker(model, self.settings)
 
@@ -306,6 +332,7 @@ class LikelihoodKind(JudgeKind[LikelihoodSettings]):
 class ChatKind(JudgeKind[ChatSettings]):
     """One or more models behind servers."""
 
+    fed = True
     note_on_reading = "the log has no label probabilities: a vote that is read otherwise now keeps the p(first) it had"
 
     @property
@@ -352,7 +379,9 @@ class ChatKind(JudgeKind[ChatSettings]):
         _, _, asked = ballot.voice.partition("/")
         return "" if template is None else shown_by(template, constitution, asked or None)
 
-    def cast_with(self, templates: Sequence[Template], journal: Path | None = None) -> dict[str, Any]:
+    def cast_with(
+        self, templates: Sequence[Template], journal: Path | None = None, prompts: Sequence[Prompt] = ()
+    ) -> dict[str, Any]:
         return {"templates": templates, "journal": journal}
 
     def afresh(self) -> dict[str, Any]:

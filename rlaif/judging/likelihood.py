@@ -35,6 +35,7 @@ from rlaif.records import (
     Ballot,
     Message,
     Pair,
+    Prompt,
     Quality,
     Record,
     Score,
@@ -144,15 +145,16 @@ class LikelihoodJudge:
         pairs: Sequence[Pair],
         candidates: Sequence[Candidate],
         constitution: Constitution,
+        prompts: Sequence[Prompt] = (),
     ) -> Iterator[list[Vote]]:
         """Votes on the given ballots, in chunks: write each before asking for the next.
 
-        `pairs` and `candidates` are the whole iteration's, also when only some ballots are still owed: the guards'
-        other prompts follow from them, so a resumed run asks the same. A vote is `cached` when nothing of its chunk had
-        to be computed (`remember`).
+        `pairs` and `candidates` are the whole call's, also when only some ballots are still owed: chunks follow from
+        them, so a resumed run asks the same. The guards' other prompts are drawn from `prompts` (default: the
+        candidates' own). A vote is `cached` when nothing of its chunk had to be computed (`remember`).
         """
         by_id = {c.completion_id: c for c in candidates}
-        prompts = _prompts(candidates)
+        others = _prompts(candidates) if not prompts else {p.id: p.messages for p in sorted(prompts, key=_by_id)}
         owed: dict[str, dict[str, list[Ballot]]] = {}
         for ballot in ballots:
             owed.setdefault(ballot.voice, {}).setdefault(ballot.pair_id, []).append(ballot)
@@ -167,7 +169,7 @@ class LikelihoodJudge:
                 sides = [by_id[i] for pair in chunk for i in (pair.first, pair.second)]
                 if voice.rpartition("/")[2] in GUARD_MEASURES:
                     seed = next(b.seed for pair in chunk for b in of_pair.get(pair.id, ()))
-                    answers = self._guard_answers(voice.rpartition("/")[2], sides, prompts, seed)
+                    answers = self._guard_answers(voice.rpartition("/")[2], sides, others, seed)
                 else:
                     answers = self._contrast_answers(constitution.voice(voice), sides)
                 seconds = round((time.monotonic() - started) / len(chunk), 4)
@@ -346,6 +348,10 @@ def in_context(context: tuple[Message, ...], messages: tuple[Message, ...]) -> t
         system = Message(role="system", content=f"{messages[0].content}\n\n{context[0].content}")
         return (system, *context[1:], *messages[1:])
     return (messages[0], *context, *messages[1:])
+
+
+def _by_id(prompt: Prompt) -> str:
+    return prompt.id
 
 
 def _prompts(candidates: Sequence[Candidate]) -> dict[str, tuple[Message, ...]]:

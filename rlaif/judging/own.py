@@ -92,6 +92,10 @@ class OwnKind(JudgeKind[OwnJudge]):
         in_order = sorted(seen, key=lambda b: (at.get(b.principles[0], 0), _ORDERS.index(b.order)))
         return {(b.voice_key, b.order): n for n, b in enumerate(in_order)}
 
+    def prompts_at_once(self, tokens: int) -> int | None:
+        code, _ = self._class()
+        return getattr(code.made, "prompts_at_once", None)
+
     def name(self, digest: str | None) -> str:
         code, _ = self._class()
         return f"{code.name}:{code.sha256[: own_code.SHOWN_DIGITS]}"

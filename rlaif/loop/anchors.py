@@ -48,8 +48,8 @@ def ask_again(run: Running, it: Iteration) -> AnchorCounts | None:
             run.progress.stage(it.k, "anchors", len(owed), "votes", str(it.constitution.ref))
             how = kind.cast_with(templates_for(run, it, "decide"), journal) | kind.afresh()
             sides = candidates(anchors.completions, it.prompts)
-            asked = {"ballots": owed, "pairs": anchors.pairs, "candidates": sides, "constitution": it.constitution}
-            yield from run.advancing(run.judge.stream("cast", **asked, **how))
+            how |= {"ballots": owed, "pairs": anchors.pairs, "candidates": sides, "constitution": it.constitution}
+            yield from run.advancing(run.judge.stream("cast", **how))
 
     again = by_pair(it.rows("anchor_votes", produce))
     journal.unlink(missing_ok=True)

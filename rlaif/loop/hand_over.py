@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlaif.errors import RlaifError, UserError
 from rlaif.loop.gaps import WRONG, decoding_gap, to_score_again, weights_gap
-from rlaif.records import Completion, DecodingGap, PolicyVersion, TokenSequence, WeightsGap
+from rlaif.records import Completion, DecodingGap, Plan, PolicyVersion, TokenSequence, WeightsGap
 from rlaif.rundir.checkpoints import new_optimizer, policy_dir, state_dir, superfluous
 from rlaif.rundir.store import StageDir, replace_dir
 from rlaif.workers.weights import WeightsRef
@@ -25,16 +26,43 @@ class _Export(NamedTuple):
     anew: bool
 
 
+@dataclass
+class _Held:
+    """What sampler and learner hold, whoever asks."""
+
+    sampler_has: str | None = None
+    """Digest of the policy in the sampler; None until something was loaded: it starts with the base policy."""
+    learner_at: int | None = None
+    """Iterations that the learner has behind it; None until that is known."""
+    fixed: list[TokenSequence] = field(default_factory=list)
+    """Texts that weights are compared by; made once."""
+    gap: tuple[str, WeightsGap] | None = None
+    """Of the policy with that digest."""
+    read: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
+    """Digest of a policy → log p of the fixed texts by the learner when it held that one, where it will have gone on
+    before somebody asks (`pipeline.staleness`)."""
+    exports_in: str | None = None
+
+
 class HandOver:
     """Brings sampler and learner to the policy that an iteration starts from, and compares them."""
 
-    def __init__(self, run: Running) -> None:
+    def __init__(self, run: Running, held: _Held | None = None) -> None:
         self._run = run
-        self.sampler_has: str | None = None
-        """Digest of the policy in the sampler; None until something was loaded: it starts with the base policy."""
-        self._fixed: list[TokenSequence] = []  # texts that weights are compared by; made once
-        self._gap: tuple[str, WeightsGap] | None = None  # of the policy with that digest
-        self._learner_at: int | None = None  # iterations that the learner has behind it; None until that is known
+        self._held = held or _Held()
+
+    def seen_by(self, run: Running) -> HandOver:
+        """The same for another view of the run, which has its own way to the same workers."""
+        return HandOver(run, self._held)
+
+    @property
+    def sampler_has(self) -> str | None:
+        """Digest of the policy in the sampler; None: the base policy, nothing was loaded yet."""
+        return self._held.sampler_has
+
+    @sampler_has.setter
+    def sampler_has(self, digest: str) -> None:
+        self._held.sampler_has = digest
 
     def policy_before(self, k: int) -> tuple[PolicyVersion, WeightsRef]:
         """The policy that iteration k samples from, and where its weights are."""
@@ -44,6 +72,17 @@ class HandOver:
                 weights = WeightsRef(digest=made, path=run.dir.iteration(i).path / "policy")
                 return PolicyVersion(iteration=i + 1, digest=made), weights
         return PolicyVersion(iteration=0, digest=run.base.digest), run.base
+
+    def policy_for(self, k: int, newest: int) -> tuple[PolicyVersion, int] | None:
+        """The policy that iteration k is to sample from, by `pipeline.staleness`, and how many iterations lie between.
+        Where that one isn't kept, since the run asked for less before, the oldest that is, if it has `newest`
+        iterations behind it at most; None where there is none yet."""
+        for behind in range(max(k - self._run.job.pipeline.staleness, 0), newest + 1):
+            version, weights = self.policy_before(behind)
+            kept = not version.iteration or weights.path.is_dir()
+            if behind == k or (kept and not self._export_of(version).anew):
+                return version, k - behind
+        return None
 
     def reference_at_change(self, k: int) -> WeightsRef | None:
         """The policy that the text of iteration k came into force with (`learner.reference: at_change`); None: the
@@ -67,13 +106,15 @@ class HandOver:
                 f"({reference.path}); restore it, or branch with learner.reference=base or previous"
             )
 
-    def load_sampler(self, k: int) -> None:
-        """Gives the sampler the policy that iteration k samples from, and compares it with the learner's.
+    def load_sampler(self, k: int, stale: bool = False) -> None:
+        """Gives the sampler the policy after k iterations, and compares it with the learner's; where it is `stale`,
+        with what the learner said when it held that one.
 
         Raises:
             UserError: the policy's files are gone.
             RlaifError: the sampler doesn't hold it after all.
         """
+        self._run.sampler.ready()  # who is ahead may be changing what it holds
         version, weights = self.policy_before(k)
         has = self.sampler_has or self._run.base.digest
         if has != version.digest:
@@ -83,13 +124,13 @@ class HandOver:
             else:
                 self._run.sampler.call("load", weights=weights)
         self.sampler_has = version.digest
-        self._compare(k, version)
+        self._compare(k, version, stale)
 
     def load_learner(self, k: int) -> None:
         """Brings the learner to the state before iteration k, unless it is there already."""
         updated = [i for i in range(k) if self._run.dir.iteration(i).policy_made() is not None]
         behind = updated[-1] + 1 if updated else 0
-        if self._learner_at == behind:
+        if self._held.learner_at == behind:
             return
         if behind:
             policy, state = self.policy_before(behind)[1], self._state(behind - 1)
@@ -97,11 +138,11 @@ class HandOver:
                 self._run.learner.call("start", policy=policy, global_step=steps)
             else:
                 self._run.learner.call("load", state=WeightsRef(digest=policy.digest, path=state))
-        self._learner_at = behind
+        self._held.learner_at = behind
 
     def learner_moves(self) -> None:
         """An update begins: until it is committed, the learner's weights belong to no version."""
-        self._learner_at = None
+        self._held.learner_at = None
 
     def commit(self, k: int, policy: Path) -> dict[str, Any]:
         """Writes the learner's state and the policy that iteration k made, each with one rename; for the meta file."""
@@ -112,8 +153,11 @@ class HandOver:
         made: WeightsRef = run.learner.call("save", state_dir=partial[state], policy_dir=partial[policy])
         replace_dir(partial[policy], policy)
         replace_dir(partial[state], state)
-        self._learner_at = k + 1
-        return {"policy_digest": made.digest, "exported": run.learner.call("exports_in")}
+        self._held.learner_at = k + 1
+        noted: dict[str, Any] = {"policy_digest": made.digest, "exported": self._exports_in()}
+        if run.job.pipeline.staleness:
+            noted["fixed_texts"] = self._read_by_learner(made.digest)
+        return noted
 
     def prune(self, k: int) -> None:
         """After iteration k, removes the checkpoints that `keep_checkpoints` doesn't name, and tells it before: each
@@ -121,6 +165,7 @@ class HandOver:
         iteration, and of those that a branch or a rollback may go on from."""
         run = self._run
         gone = superfluous(run.dir, run.job.keep_checkpoints, k + 1)
+        gone = gone._replace(policies=gone.policies - self._sampled_from(k))
         if run.job.learner.reference == "at_change" and gone.policies:
             behind = [i for i in range(k) if self._state(i).is_dir() and i not in gone.states]
             needed = {found.path for i in (*behind, k) if (found := self.reference_at_change(i)) is not None}
@@ -139,39 +184,89 @@ class HandOver:
             os.replace(folder, going)  # so that what has a checkpoint's name is whole
             shutil.rmtree(going)
 
+    def _sampled_from(self, k: int) -> set[int]:
+        """Iterations up to k that made a policy which a later one samples from."""
+        run = self._run
+        begun = [j for j in run.dir.iterations() if j > k and (run.dir.iteration(j).path / "plan.json").exists()]
+        behind = {j - run.dir.plan(j).staleness for j in begun}
+        behind |= {*range(max(k + 1 - run.job.pipeline.staleness, 0), k + 2)}
+        return {self.policy_before(n)[0].iteration - 1 for n in behind if n <= k + 1}
+
     # ---- do both hold the same policy?
+
+    def look_ahead(self, k: int) -> None:
+        """Before an iteration is begun that samples from the policy after k iterations, or a later one, while the
+        learner goes on: notes what the learner says of that one, if it still holds it or is to hold it now."""
+        version, _ = self.policy_before(k)
+        self._exports_in()
+        if self._recorded(version) is None:
+            self.load_learner(k)
+            self._read_by_learner(version.digest)
 
     def gap_noted(self) -> dict[str, Any]:
         """For the meta file of what was just sampled."""
-        return {"weights_gap": self._gap[1].model_dump(mode="json")} if self._gap else {}
+        return {"weights_gap": self._held.gap[1].model_dump(mode="json")} if self._held.gap else {}
 
-    def score_again(self, k: int, sampled: list[Completion]) -> dict[str, Any]:
-        """Some of what was just sampled, scored by the learner: the sampler reads the fixed texts in one pass, and they
-        say nothing about its way of decoding. For the meta file."""
-        some = to_score_again(sampled, seed=self._run.job.seed * 1_000_003 + k)
+    def score_again(self, plan: Plan, sampled: list[Completion]) -> dict[str, Any]:
+        """Some of what was just sampled, scored by the learner, or where that has gone on by the sampler: it reads the
+        fixed texts in one pass, and they say nothing about its way of decoding. For the meta file."""
+        run = self._run
+        some = to_score_again(sampled, seed=run.job.seed * 1_000_003 + plan.iteration)
         if not some:  # an engine that records no log p
             return {}
-        self.load_learner(k)
+        if not plan.staleness:
+            self.load_learner(plan.iteration)
+        scorer = run.sampler if plan.staleness else run.learner
         texts = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in some]
-        gap = decoding_gap(some, self._run.learner.call("logprobs", sequences=texts))
-        return {"decoding_gap": gap.model_dump(mode="json")}
+        gap = decoding_gap(some, scorer.call("logprobs", sequences=texts))
+        by = {"scored_by": "sampler"} if plan.staleness else {}
+        return {"decoding_gap": gap.model_copy(update=by).model_dump(mode="json")}
 
-    def _compare(self, k: int, version: PolicyVersion) -> None:
+    def _fixed_texts(self) -> list[TokenSequence]:
+        """None for a tokenizer that knows no word of the prompts."""
+        if not self._held.fixed:
+            self._held.fixed = self._run.sampler.call("sequences_of", prompts=self._run.held_out)
+        return self._held.fixed
+
+    def _read_by_learner(self, digest: str) -> list[tuple[float, ...]]:
+        """What the learner says of the fixed texts while it holds a policy."""
+        if texts := self._fixed_texts():
+            self._held.read[digest] = self._run.learner.call("logprobs", sequences=texts)
+        return self._held.read.get(digest, [])
+
+    def _recorded(self, version: PolicyVersion) -> list[tuple[float, ...]] | None:
+        """The same of a policy that it held once; None where that wasn't noted."""
+        if version.digest not in self._held.read and version.iteration:
+            noted = self._run.dir.iteration(version.iteration - 1).meta("updates").get("fixed_texts")
+            if noted and len(noted) == len(self._fixed_texts()):
+                self._held.read[version.digest] = [tuple(row) for row in noted]
+        return self._held.read.get(version.digest)
+
+    def _exports_in(self) -> str:
+        if self._held.exports_in is None:
+            self._held.exports_in = str(self._run.learner.call("exports_in"))
+        return self._held.exports_in
+
+    def _compare(self, k: int, version: PolicyVersion, stale: bool) -> None:
         """After every load, and before the first sample: do sampler and learner hold the same policy?
 
         Raises:
             RlaifError: they plainly don't; whatever was sampled would be another model's.
         """
-        if self._gap is not None and self._gap[0] == version.digest:
+        if self._held.gap is not None and self._held.gap[0] == version.digest:
             return
         run = self._run
-        self.load_learner(k)
-        if not self._fixed:
-            self._fixed = run.sampler.call("sequences_of", prompts=run.held_out)
-        if not self._fixed:  # a tokenizer that knows no word of the prompts
+        theirs = self._recorded(version) if stale else None
+        if stale and theirs is None:  # the setting was raised since, by more than one
+            self._held.gap = None
             return
-        ours = run.sampler.call("logprobs", sequences=self._fixed)
-        theirs = run.learner.call("logprobs", sequences=self._fixed)
+        if not stale:
+            self.load_learner(k)
+        if not (texts := self._fixed_texts()):
+            return
+        ours = run.sampler.call("logprobs", sequences=texts)
+        if theirs is None:
+            theirs = run.learner.call("logprobs", sequences=texts)
         gap = weights_gap(ours, theirs, run.sampler.call("computes_in"), self._export_of(version).precision)
         if gap.typical > WRONG:
             raise RlaifError(
@@ -179,14 +274,14 @@ class HandOver:
                 f"texts differ by {gap.typical:.2f} nats a token. `rlaif doctor --deep {run.job.policy.model}` says "
                 "where it happens; sampling.engine: transformers may be safe"
             )
-        self._gap = (version.digest, gap)
+        self._held.gap = (version.digest, gap)
 
     def _export_of(self, version: PolicyVersion) -> _Export:
         if not version.iteration:
             return _Export("as given", anew=False)
         # What it was written in then: this process may compute in something else.
         written = self._run.dir.iteration(version.iteration - 1).meta("updates").get("exported", "bf16")
-        anew = written == "fp32" and self._run.learner.call("exports_in") == "bf16"
+        anew = written == "fp32" and self._exports_in() == "bf16"
         return _Export("bf16" if anew else written, anew)
 
     def _load_anew(self, k: int, version: PolicyVersion) -> None:

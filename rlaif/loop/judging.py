@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlaif.constitutions.templates import Template
 from rlaif.errors import RlaifError
@@ -13,53 +13,105 @@ from rlaif.judging.calibration import EVERYTHING, Asked, ends_of
 from rlaif.judging.filters import check_calibrated, decide_label, decide_votes, to_review
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
-from rlaif.loop.pairing import make_pairs
-from rlaif.loop.running import Iteration, Running, candidates
+from rlaif.loop.pairing import make_pairs, pairs_of_a_prompt
+from rlaif.loop.running import Interrupted, Iteration, Running, candidates
 from rlaif.records import Ballot, Completion, Decision, Pair, Score, Vote
 from rlaif.rundir.store import write_json
+
+P = TypeVar("P", Completion, Pair)
+
+
+def pieces(run: Running, it: Iteration) -> list[Sequence[str]]:
+    """The iteration's prompts, in the plan's order, as many at a time as the judge is asked about in one call; all of
+    an evaluation's."""
+    ids = list(dict.fromkeys(it.plan.prompt_ids if it.role == "decide" else it.prompts))
+    tokens = pairs_of_a_prompt(run.job) * run.job.sampling.max_tokens
+    at_once = it.role == "decide" and kind_of(run.job.judge).prompts_at_once(tokens)
+    size = at_once or max(len(ids), 1)
+    return [ids[n : n + size] for n in range(0, len(ids), size)]
+
+
+def in_pieces(run: Running, it: Iteration, rows: Iterable[P]) -> list[list[P]]:
+    """Completions or pairs, by piece; each piece in their order."""
+    ids = pieces(run, it)
+    at = {i: n for n, piece in enumerate(ids) for i in piece}
+    out: list[list[P]] = [[] for _ in ids]
+    for row in rows:
+        out[at[row.prompt_id]].append(row)
+    return out
 
 
 def score(run: Running, it: Iteration) -> list[Score]:
     """Every completion by every selecting voice, where pairs are chosen by scores."""
-    voices = kind_of(run.job.judge).selecting(it.constitution) if run.job.pairing.method == "best_worst" else []
 
     def produce(done: list[Score]) -> Iterator[list[Score]]:
-        have = {(s.completion_id, s.voice) for s in done}
-        owed = [c for c in it.completions if any((c.id, v) not in have for v in voices)]
+        scoring = Scoring(run, it, done)
+        owed = scoring.owed(it.completions)
         if not owed:
             return
-        run.progress.stage(it.k, "score", len(owed) * len(voices), "scores", str(it.constitution.ref))
-        asked = {"candidates": candidates(owed, it.prompts), "constitution": it.constitution, "voices": voices}
-        for chunk in run.advancing(run.judge.stream("score", **asked)):
-            yield [s for s in chunk if (s.completion_id, s.voice) not in have]
+        run.progress.stage(it.k, "score", len(owed), "scores", str(it.constitution.ref))
+        for piece in in_pieces(run, it, it.completions):
+            yield from run.advancing(scoring.scores(piece))
 
     return it.rows("scores", produce)
 
 
+class Scoring:
+    """Scores of an iteration's completions, by the selecting voices; none where pairs aren't chosen by scores."""
+
+    def __init__(self, run: Running, it: Iteration, done: Iterable[Score]):
+        self._run, self._it = run, it
+        select = run.job.pairing.method == "best_worst"
+        self._voices = kind_of(run.job.judge).selecting(it.constitution) if select else []
+        self._done: dict[str, dict[str, Score]] = {}
+        self._keep(done)
+
+    def of(self, completions: Iterable[Completion]) -> list[Score]:
+        """What some completions have."""
+        return [score for c in completions for score in self._done.get(c.id, {}).values()]
+
+    def owed(self, completions: Iterable[Completion]) -> set[tuple[str, str]]:
+        """Completion and voice of the scores that aren't there."""
+        return {(c.id, v) for c in completions for v in self._voices if v not in self._done.get(c.id, ())}
+
+    def scores(self, piece: Sequence[Completion]) -> Iterator[list[Score]]:
+        """Those of a piece that aren't there. All of it is scored again: a part would be batched otherwise."""
+        if not (owed := self.owed(piece)):
+            return
+        sides = candidates(piece, self._it.prompts)
+        for chunk in self._run.judge.stream(
+            "score", candidates=sides, constitution=self._it.constitution, voices=self._voices
+        ):
+            new = [s for s in chunk if (s.completion_id, s.voice) in owed]
+            yield new
+            self._keep(new)
+
+    def _keep(self, scores: Iterable[Score]) -> None:
+        for score in scores:
+            self._done.setdefault(score.completion_id, {})[score.voice] = score
+
+
 def pair(run: Running, it: Iteration) -> list[Pair]:
     """Which completions are compared."""
+    return it.rows("pairs", lambda _: [paired(run, it, it.completions, it.scores)])
+
+
+def paired(run: Running, it: Iteration, completions: Sequence[Completion], scores: Iterable[Score]) -> list[Pair]:
+    """The pairs of some prompts, of which all completions and scores are there. They follow from these alone."""
     pairing, seed = run.job.pairing, run.job.seed * 1_000_003 + it.k
-    return it.rows(
-        "pairs",
-        lambda _: [make_pairs(it.completions, pairing.method, pairing.max_pairs_per_prompt, seed, it.scores)],
-    )
+    return make_pairs(completions, pairing.method, pairing.max_pairs_per_prompt, seed, scores)
 
 
 def judge(run: Running, it: Iteration) -> list[Vote]:
     """Every ballot's vote, in the order of the ballots."""
-    kind, journal = kind_of(run.job.judge), it.dir.path / "votes.asked"
-    templates = templates_for(run, it, it.role)
-    asked: dict[str, Any] = {"constitution": it.constitution, **kind.cast_with(templates, journal)}
-    ballots = ballots_for(run, it, it.role, it.pairs)
-    # Held-out pairs count by their verdict, kept or not, so every vote on them counts.
-    early_stop = kind.early_stop and it.role == "decide"
-    in_rounds = rounds(ballots) if early_stop else [ballots]
+    asking = Asking(run, it)
+    ballots = asking.ballots(it.pairs)
+    in_rounds = rounds(ballots) if asking.early_stop else [ballots]
 
     def produce(done: list[Vote]) -> Iterator[list[Vote]]:
-        tell_interrupted(run, it.k, done, ballots, journal)
+        tell_interrupted(run, it.k, it.interrupted or Interrupted.found(done, asking.journal), ballots, asking.journal)
         votes = list(done)
-        wanted = {c for p in it.pairs for c in (p.first, p.second)}
-        asked["candidates"] = candidates((c for c in it.completions if c.id in wanted), it.prompts)
+        parts = list(zip(in_pieces(run, it, it.pairs), in_pieces(run, it, it.completions), strict=True))
         for number, this_round in enumerate(in_rounds):
             have = {v.ballot.id for v in votes}
             decided = _settled(run, it, votes, in_rounds, number) if number else set()
@@ -68,13 +120,50 @@ def judge(run: Running, it: Iteration) -> list[Vote]:
                 continue
             name = "judge" if it.role == "decide" else "evaluate"
             run.progress.stage(it.k, name, len(owed), "votes", str(it.constitution.ref))
-            for chunk in run.advancing(run.judge.stream("cast", ballots=owed, pairs=it.pairs, **asked)):
-                votes += chunk
-                yield chunk
+            of_pair: dict[str, list[Ballot]] = {}
+            for ballot in owed:
+                of_pair.setdefault(ballot.pair_id, []).append(ballot)
+            for pairs, completions in parts:
+                mine = [b for p in pairs for b in of_pair.get(p.id, ())]
+                for chunk in run.advancing(asking.votes(mine, pairs, completions)):
+                    votes += chunk
+                    yield chunk
 
     votes = it.rows("votes", produce, before_commit=lambda: {"ballots": len(ballots)})
-    journal.unlink(missing_ok=True)
-    return as_cast(votes, ballots, complete=not early_stop)
+    asking.journal.unlink(missing_ok=True)
+    return as_cast(votes, ballots, complete=not asking.early_stop)
+
+
+class Asking:
+    """What an iteration's judge is asked, and how."""
+
+    def __init__(self, run: Running, it: Iteration):
+        self._run, self._it = run, it
+        self.kind = kind_of(run.job.judge)
+        self.journal = it.dir.path / "votes.asked"
+        # Held-out pairs count by their verdict, kept or not, so every vote on them counts.
+        self.early_stop = self.kind.early_stop and it.role == "decide"
+        self._templates = templates_for(run, it, it.role)
+        prompts = [it.prompts[i] for i in it.plan.prompt_ids] if it.role == "decide" else []
+        self.how: dict[str, Any] = {
+            "constitution": it.constitution,
+            **self.kind.cast_with(self._templates, self.journal, prompts),
+        }
+        """Arguments of `cast` that are the same for all of its calls."""
+
+    def ballots(self, pairs: Sequence[Pair]) -> list[Ballot]:
+        """What it is asked about pairs, pair by pair."""
+        run, it = self._run, self._it
+        return self.kind.ballots(pairs, it.constitution, it.role, run.job.seed, run.judge_name, self._templates)
+
+    def votes(
+        self, owed: Sequence[Ballot], pairs: Sequence[Pair], completions: Iterable[Completion]
+    ) -> Iterator[list[Vote]]:
+        """Those on the ballots that are owed about the pairs of one piece; `completions` are at least the sides."""
+        if owed:
+            wanted = {c for p in pairs for c in (p.first, p.second)}
+            sides = candidates((c for c in completions if c.id in wanted), self._it.prompts)
+            yield from self._run.judge.stream("cast", ballots=owed, pairs=pairs, candidates=sides, **self.how)
 
 
 def decide(run: Running, it: Iteration) -> list[Decision]:
@@ -161,17 +250,19 @@ def _settled(run: Running, it: Iteration, votes: list[Vote], in_rounds: list[lis
     return {p for p, mine in of_pair.items() if settled(mine, left.get(p, []), filters, weights)}
 
 
-def tell_interrupted(run: Running, k: int, done: list[Vote], ballots: list[Ballot], journal: Path) -> None:
+def tell_interrupted(run: Running, k: int, found: Interrupted, ballots: list[Ballot], journal: Path) -> None:
     """Notes an earlier attempt at this judging, and which ballots it may have had asked for nothing."""
-    asked = set(journal.read_text().split()) if journal.exists() else set()
-    asked -= {v.ballot.id for v in done}
-    again = [b.id for b in ballots if b.id in asked]
-    if done or again:
+    again = [b.id for b in ballots if b.id in found.asked]
+    if found.durable or again:
         kind = kind_of(run.job.judge)
-        message = f"judging was interrupted with {len(done)} of {len(ballots)} votes durable; {kind.again(len(again))}"
-        under_way = kind.under_way
-        data = {"durable": len(done), "ballots": len(ballots), "in_flight_at_most": under_way, "asked_again": again}
-        run.dir.event("judging_interrupted", message, k, **data)
+        durable = f"judging was interrupted with {found.durable} of {len(ballots)} votes durable"
+        data = {
+            "durable": found.durable,
+            "ballots": len(ballots),
+            "in_flight_at_most": kind.under_way,
+            "asked_again": again,
+        }
+        run.dir.event("judging_interrupted", f"{durable}; {kind.again(len(again))}", k, **data)
     journal.unlink(missing_ok=True)
 
 

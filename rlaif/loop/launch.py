@@ -36,6 +36,7 @@ from rlaif.loop.pairing import check_can_update
 from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.running import PairSource, Referee
 from rlaif.loop.source import open_source
+from rlaif.loop.streaming import streams
 from rlaif.loop.training import mix_for
 from rlaif.own_code import resolved
 from rlaif.records import SCHEMA_VERSION, Message, Prompt, Record, Vote, digest
@@ -160,6 +161,7 @@ def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_
                 source=start.source,
                 code=start.own_code,
                 referee=referee,
+                stream=streams(job, places),
                 **workers,
             )
             head = loop.run().name

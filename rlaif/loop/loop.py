@@ -5,11 +5,16 @@ It holds no model: it talks to its workers (sampler, judge, learner, measurer) i
 
 from __future__ import annotations
 
+import copy
+import functools
+import time
+
 from rlaif import monitors
 from rlaif.data.prompts import prompts_for
 from rlaif.errors import RunPaused
 from rlaif.judging.calibration import judged_stats
 from rlaif.judging.verdicts import JurorFit
+from rlaif.loop.ahead import Ahead, Aside, Later
 from rlaif.loop.anchors import ask_again
 from rlaif.loop.evaluation import evaluate
 from rlaif.loop.hand_over import decoding_of, gap_of
@@ -19,6 +24,7 @@ from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.running import Iteration, Running
 from rlaif.loop.sampling import sample
 from rlaif.loop.source import take_over
+from rlaif.loop.streaming import sample_and_judge
 from rlaif.loop.training import mix, stopped_at_kl, update
 from rlaif.monitors import tracking
 from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan, Vote
@@ -27,15 +33,36 @@ from rlaif.rundir.stages import ITERATION_NAMES, MORE_VOTES
 from rlaif.rundir.store import read_record, write_json
 
 
+def sampled_and_judged(run: Running, it: Iteration) -> Iteration:
+    """The first half of an iteration, all of it before anything is decided: completions, scores, pairs and votes."""
+    if run.stream:
+        sample_and_judge(run, it)
+    it.completions = sample(run, it)
+    it.scores = score(run, it)
+    it.pairs = pair(run, it)
+    it.votes = judge(run, it)
+    return it
+
+
 class Loop(Running):
     """`run()` continues at the first incomplete stage."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._ahead = Ahead()
+        self._since = time.monotonic()
+
     def run(self) -> Head:
         """All iterations that are still owed; returns the head of the whole."""
-        for k in range(self.job.iterations):
-            if not (self.dir.iteration(k).path / "metrics.json").exists():
-                self.iterate(k)
-        self._evaluate_after(self.job.iterations - 1)  # planned already, unless a resumed run has fewer iterations
+        self._since = time.monotonic()
+        with self._ahead:
+            if self.job.pipeline.staleness:
+                self._make_room_ahead()
+            for k in range(self.job.iterations):
+                if not (self.dir.iteration(k).path / "metrics.json").exists():
+                    self.iterate(k)
+            # Planned already, unless a resumed run has fewer iterations.
+            self._evaluate_after(self.job.iterations - 1)
         return write_head(self.dir)  # a new one where a kill came between an iteration's metrics and its head
 
     def iterate(self, k: int) -> None:
@@ -44,10 +71,8 @@ class Loop(Running):
         if self.source:
             take_over(self, it, self.source)
         else:
-            it.completions = sample(self, it)
-            it.scores = score(self, it)
-            it.pairs = pair(self, it)
-            it.votes = judge(self, it)
+            it = self._ahead.take(k) or sampled_and_judged(self, it)
+            self._go_ahead(k)
         it.decisions = decide(self, it)
         it.old_pairs = judge_old_pairs(self, it)
         it.training = mix(self, it)
@@ -57,11 +82,45 @@ class Loop(Running):
             self._evaluate(k + 1, it.plan)
         self._end(it)
 
+    def _make_room_ahead(self) -> None:
+        """From now on who uses sampler or judge here waits for iterations ahead; these use them through `_view`."""
+        if len(self.dir.done()) <= self.job.pipeline.staleness:
+            self.hand_over.look_ahead(0)  # the learner holds the base policy still
+        self._view = copy.copy(self)
+        self._view.hand_over = self.hand_over.seen_by(self._view)
+        same = self.measurer is self.judge
+        self.sampler, self.judge = Later(self.sampler, self._ahead.wait), Later(self.judge, self._ahead.wait)
+        if same:
+            self.measurer = self.judge
+
+    def _go_ahead(self, k: int) -> None:
+        """Begins the iterations after k whose policy is there before k's update, as far as `pipeline.staleness` goes:
+        their plans first."""
+        for j in range(k + 1, min(k + self.job.pipeline.staleness, self.job.iterations - 1) + 1):
+            if self._ahead.has(j):
+                continue
+            planned = (self.dir.iteration(j).path / "plan.json").exists()
+            if not planned and self.hand_over.policy_for(j, newest=k) is None:
+                return
+            plan = self._plan(j, newest=k)
+            if j - plan.staleness > k:  # planned when the setting was another
+                return
+            it = self._iteration(plan)
+            check_calibration(self, it)
+            if j - plan.staleness == k:
+                self.hand_over.look_ahead(k)
+            view = copy.copy(self._view)
+            view.hand_over, view.progress = self.hand_over.seen_by(view), (progress := Aside(self.progress))
+            self._ahead.begin(it, functools.partial(sampled_and_judged, view, it), progress)
+
+    def _iteration(self, plan: Plan) -> Iteration:
+        constitution = self.in_force.load(plan.constitution, plan.derived)
+        return Iteration(plan, self.dir.iteration(plan.iteration), constitution, {p.id: p for p in self.train})
+
     def _begin(self, k: int) -> Iteration:
         """The plan and the text in force; what a first iteration and a change of text owe before they sample."""
-        plan = self._plan(k)
-        constitution = self.in_force.load(plan.constitution, plan.derived)
-        it = Iteration(plan, self.dir.iteration(k), constitution, {p.id: p for p in self.train})
+        plan = self._plan(k, newest=k)
+        it = self._iteration(plan)
         now = plan.in_force.constitution
         changed = k > 0 and self.dir.plan(k - 1).in_force.constitution.hash != now.hash
         if changed:  # not told when the plan is written: a run killed in between would never tell it
@@ -77,11 +136,15 @@ class Loop(Running):
             self._evaluate_after(k - 1)
         return it
 
-    def _plan(self, k: int) -> Plan:
+    def _plan(self, k: int, newest: int) -> Plan:
+        """Iteration k's, made now where there is none: from a policy that `newest` iterations are behind at most."""
         here = self.dir.iteration(k)
         path = here.path / "plan.json"
         if path.exists():
             return self.dir.plan(k)
+        found = self.hand_over.policy_for(k, newest)
+        assert found is not None, "who plans ahead looks first"
+        policy, staleness = found
         constitution, templates = self.in_force.at(k)
         last = k + 1 == self.job.iterations
         source = self.source
@@ -93,7 +156,8 @@ class Loop(Running):
             templates=templates,
             derived={constitution.wordings.id: constitution.wordings.hash} if constitution.wordings else {},
             code=self.code,
-            policy=self.hand_over.policy_before(k)[0],
+            policy=policy,
+            staleness=staleness,
             prompt_ids=tuple(p.id for p in asked),
             evaluate=last or (k + 1) % self.job.eval.every == 0,
         )
@@ -128,6 +192,8 @@ class Loop(Running):
             old_pairs=it.old_pairs,
             more_votes=more_votes,
             anchors=it.anchors,
+            wall_s=round(time.monotonic() - self._since, 3),
+            streamed_votes=it.dir.meta("completions").get("votes"),
         )
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(metrics)
@@ -141,6 +207,7 @@ class Loop(Running):
         head = write_head(self.dir)
         self.progress.iteration_done(it.k, metrics)
         self.progress.note(f"head {head.name}")
+        self._since = time.monotonic()
         self._pause_at(it.k, alarms)
 
     def _evaluate(self, updates: int, plan: Plan) -> EvaluationMetrics:

@@ -16,7 +16,7 @@ from rlaif.judging.verdicts import JurorFit, aggregate, by_pair
 from rlaif.learning.old_pairs import PairLog, held_against, shows_of, standing_by
 from rlaif.learning.replay_set import UNDER_IT, UNKNOWN, Member, members
 from rlaif.loop.judging import Deciding, ballots_for, tell_interrupted, templates_for
-from rlaif.loop.running import Iteration, Running, candidates
+from rlaif.loop.running import Interrupted, Iteration, Running, candidates
 from rlaif.records import Ballot, OldPair, OnChange, Pair, Preference, Side, Standing, Vote
 from rlaif.rundir.store import read_record
 
@@ -131,7 +131,7 @@ class _Rejudging:
 
         def produce(done: list[Vote]) -> Iterator[list[Vote]]:
             ballots = [b for case in owed for b in case.carried.owed]
-            tell_interrupted(run, it.k, done, ballots, journal)
+            tell_interrupted(run, it.k, Interrupted.found(done, journal), ballots, journal)
             # Of all pairs, asked about or not: a likelihood judge takes other prompts from them.
             with_what["candidates"] = candidates(self._log.completions.values(), it.prompts)
             votes = list(done)

@@ -74,11 +74,16 @@ def pair_id(prompt_id: str, first: str, second: str, method: str) -> str:
     return digest([prompt_id, first, second, method])
 
 
-def pairs_at_most(job: Job) -> int:
-    """Pairs of an iteration in which no two answers are the same."""
+def pairs_of_a_prompt(job: Job) -> int:
+    """Pairs of a prompt of whose answers no two are the same."""
     answers, pairing = job.sampling.completions_per_prompt, job.pairing
     possible = answers // 2 if pairing.method == "best_worst" else answers * (answers - 1) // 2
-    return job.prompts.per_iteration * min(pairing.max_pairs_per_prompt, possible)
+    return min(pairing.max_pairs_per_prompt, possible)
+
+
+def pairs_at_most(job: Job) -> int:
+    """Pairs of an iteration in which no two answers are the same."""
+    return job.prompts.per_iteration * pairs_of_a_prompt(job)
 
 
 class Gives(Protocol):

@@ -10,7 +10,7 @@ from rlaif.evaluation.held_out import earlier_text
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import by_pair, jurors_for
 from rlaif.loop.judging import Deciding, as_cast, ballots_for, tell_interrupted, templates_for
-from rlaif.loop.running import Iteration, Running, candidates
+from rlaif.loop.running import Interrupted, Iteration, Running, candidates
 from rlaif.loop.sampling import answers
 from rlaif.records import (
     Completion,
@@ -145,7 +145,7 @@ def _votes(run: Running, it: Iteration, its: list[Iteration]) -> list[Vote]:
     ballots = [ballot for of_text in ballots_of for ballot in of_text]
 
     def cast(done: list[Vote]) -> Iterator[list[Vote]]:
-        tell_interrupted(run, it.k, done, ballots, journal)
+        tell_interrupted(run, it.k, Interrupted.found(done, journal), ballots, journal)
         have = {v.ballot.id for v in done}
         for under, of_text in zip(its, ballots_of, strict=True):
             owed = [b for b in of_text if b.id not in have]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from rlaif.config import Job
@@ -34,8 +36,8 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-from rlaif.rundir.stages import EVALUATION, ITERATION
-from rlaif.rundir.store import RunDir, StageDir
+from rlaif.rundir.stages import EVALUATION, ITERATION, Stage
+from rlaif.rundir.store import RunDir, StageDir, StageWriter, WriterClosed
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
 
@@ -47,6 +49,22 @@ class Progress(Protocol):
     def advance(self, n: int) -> None: ...
     def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None: ...
     def note(self, message: str) -> None: ...
+
+
+class Interrupted(NamedTuple):
+    """What an earlier attempt at judging left."""
+
+    durable: int
+    """Votes."""
+    asked: Set[str]
+    """Ballots without a vote that may have been asked for nothing, and perhaps some of other questions."""
+
+    @classmethod
+    def found(cls, done: Iterable[Vote], journal: Path) -> Interrupted:
+        """As it is on the disk, before anything is asked; `done` are the durable votes."""
+        have = {v.ballot.id for v in done}
+        asked = set(journal.read_text().split()) if journal.exists() else set()
+        return cls(len(have), asked - have)
 
 
 @dataclass
@@ -76,6 +94,13 @@ class Iteration:
     steps: list[UpdateStep] = field(default_factory=list)
     anchors: AnchorCounts | None = None
     """What became of verdicts when their pairs were asked about again; None where none were."""
+    begun: dict[str, StageWriter[Any]] = field(default_factory=dict)
+    """Stages that are being written, by name; some before their turn (`streaming`)."""
+    stopped: bool = False
+    """Nothing more of it is written from here."""
+    interrupted: Interrupted | None = None
+    """What an earlier attempt at its judging left, where that isn't on the disk any more as it was."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def k(self) -> int:
@@ -100,12 +125,42 @@ class Iteration:
         before_commit: Callable[[], dict[str, Any]] | None = None,
     ) -> list[Any]:
         """The stage's rows: read when complete, else produced; see `StageDir.rows`."""
-        stages = {s.name: s for s in (ITERATION if self.role == "decide" else EVALUATION)}
+        stages = {s.name: s for s in self._stages}
         of = stages[stage]
         inputs = [name for name in of.inputs if not stages[name].optional or self.dir.is_complete(name)]
-        return self.dir.rows(
-            of.name, of.record, produce, inputs=inputs, resumable=of.resumable, before_commit=before_commit
-        )
+        if self.dir.is_complete(stage):
+            return self.dir.read(stage, of.record)
+        writer = self.begun.get(stage) or self.begin(stage)
+        return self.dir.rows(stage, of.record, produce, inputs=inputs, before_commit=before_commit, writer=writer)
+
+    def begin(self, stage: str) -> StageWriter[Any]:
+        """Begins a stage, perhaps before its turn; `rows` goes on with it."""
+        of = next(s for s in self._stages if s.name == stage)
+        with self._lock:
+            if self.stopped:
+                raise WriterClosed(stage)
+            self.begun[stage] = self.dir.writer(of.name, of.record, resumable=self._resumable(of))
+            return self.begun[stage]
+
+    def stop(self) -> None:
+        """From now on no thread writes more of it; one that tries ends with `WriterClosed`."""
+        with self._lock:
+            self.stopped = True
+            for writer in self.begun.values():
+                writer.close()
+
+    def judged_meanwhile(self) -> dict[str, Any]:
+        """For the meta file of the completions: how many votes are there before all of them are."""
+        return {"votes": self.begun["votes"].count()} if "votes" in self.begun else {}
+
+    @property
+    def _stages(self) -> tuple[Stage, ...]:
+        return ITERATION if self.role == "decide" else EVALUATION
+
+    def _resumable(self, of: Stage) -> bool:
+        """Whether its durable rows stay when it is begun again."""
+        later = self._stages[self._stages.index(of) + 1 :]
+        return of.resumable or (of.spoken_of and any(self.dir.is_begun(s.name) for s in later))
 
 
 @dataclass(frozen=True)
@@ -194,6 +249,8 @@ class Running:
     """Who compares held-out answers and never trains."""
     source: PairSource | None = None
     """Where pairs come from; None: from the policy."""
+    stream: bool = False
+    """The judge works while the policy samples (`pipeline.stream`, as it was made out)."""
     hand_over: HandOver = field(init=False)
     """Which policy sampler and learner hold."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlaif.loop.running import Iteration, Running, in_order
@@ -12,16 +12,24 @@ EVAL_SEED_ITERATION = -1
 """Held-out answers are drawn with the same seeds at every evaluation, so that two differ by the policy only."""
 
 
-def sample(run: Running, it: Iteration) -> list[Completion]:
-    """The completions of the plan's prompts, by prompt and then by sample."""
+Told = Callable[[list[Completion]], None]
+
+
+def sample(run: Running, it: Iteration, told: Told = lambda completions: None) -> list[Completion]:
+    """The completions of the plan's prompts, by prompt and then by sample; `told` hears of them once they are
+    durable."""
     settings = run.job.sampling
     prompts = [it.prompts[i] for i in it.plan.prompt_ids]
     sampled: list[Completion] = []
 
-    def produce(_: list[Completion]) -> Iterator[list[Completion]]:
-        run.hand_over.load_sampler(it.k)
-        total = len(prompts) * settings.completions_per_prompt
-        run.progress.stage(it.k, "sample", total, "answers", str(it.constitution.ref))
+    def produce(done: list[Completion]) -> Iterator[list[Completion]]:
+        run.hand_over.load_sampler(it.k - it.plan.staleness, stale=it.plan.staleness > 0)
+        sampled.extend(done)
+        told(done)
+        owed = len(prompts) * settings.completions_per_prompt - len(done)
+        if not owed:
+            return
+        run.progress.stage(it.k, "sample", owed, "answers", str(it.constitution.ref))
         for chunk in run.advancing(
             run.sampler.stream(
                 "sample",
@@ -31,13 +39,15 @@ def sample(run: Running, it: Iteration) -> list[Completion]:
                 seed=run.job.seed,
                 iteration=it.k,
                 prefix=f"{it.k:04d}",
+                have=frozenset(c.id for c in done),
             )
         ):
-            sampled.extend(chunk)
             yield chunk
+            sampled.extend(chunk)
+            told(chunk)
 
     def commit() -> dict[str, Any]:
-        return run.hand_over.gap_noted() | run.hand_over.score_again(it.k, sampled)
+        return run.hand_over.gap_noted() | run.hand_over.score_again(it.plan, sampled) | it.judged_meanwhile()
 
     return in_order(it.rows("completions", produce, before_commit=commit), it.plan.prompt_ids)
 

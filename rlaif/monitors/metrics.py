@@ -46,6 +46,8 @@ def iteration_metrics(
     old_pairs: Sequence[OldPair] = (),
     more_votes: Sequence[Vote] = (),
     anchors: AnchorCounts | None = None,
+    wall_s: float | None = None,
+    streamed_votes: int | None = None,
 ) -> IterationMetrics:
     """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage,
     `more_votes` are those on pairs of earlier iterations (`old_pairs`, anchors): they only cost."""
@@ -60,6 +62,7 @@ def iteration_metrics(
         iteration=plan.iteration,
         constitution=plan.constitution,
         policy=plan.policy,
+        staleness=plan.staleness,
         sampled=answer_stats(completions),
         given=plan.source is not None,
         pairs=len(pairs),
@@ -97,6 +100,8 @@ def iteration_metrics(
         anchors=anchors,
         judge_tokens_per_kept_pair=share(tokens, kept),
         seconds=seconds,
+        wall_s=wall_s,
+        streamed_votes=streamed_votes,
         weights_gap=gap,
         decoding_gap=decoding,
         stopped_at_kl=stopped_at_kl,

@@ -39,10 +39,12 @@ class Stage(NamedTuple):
     """Whether the rest can be made later: a vote stands by itself, an answer's sampling depends on its batch."""
     optional: bool = False
     """Only there where something was to be done."""
+    spoken_of: bool = False
+    """What later stages say is about these very rows: once one of them is begun, its durable rows stay."""
 
 
 ITERATION = (
-    Stage("completions", Completion),
+    Stage("completions", Completion, spoken_of=True),
     Stage("scores", Score, ("completions",), resumable=True),
     Stage("pairs", Pair, ("completions", "scores")),
     Stage("votes", Vote, ("pairs",), resumable=True),

@@ -17,11 +17,12 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from pydantic import ValidationError
 
@@ -190,6 +191,13 @@ class StageDir:
         """Whether the stage was begun and isn't complete, by a process that is at work or by one that was stopped."""
         return (self.path / f"{stage}.jsonl.partial").exists()
 
+    def has_begun_rows(self, stage: str) -> bool:
+        """Whether it was begun, isn't complete, and holds something."""
+        try:
+            return (self.path / f"{stage}.jsonl.partial").stat().st_size > 0
+        except FileNotFoundError:
+            return False
+
     def meta(self, stage: str) -> dict[str, Any]:
         """The stage's meta file: rows, digest, inputs, seconds.
 
@@ -239,6 +247,7 @@ class StageDir:
         inputs: Iterable[str] = (),
         resumable: bool = True,
         before_commit: Callable[[], dict[str, Any]] | None = None,
+        writer: StageWriter[R] | None = None,
     ) -> list[R]:
         """The stage's rows: read when complete, otherwise produced, each chunk durable before the next is asked for.
 
@@ -248,40 +257,105 @@ class StageDir:
             resumable: False when a part of the rows can't be completed later (sampling: batching changes samples).
             before_commit: runs when all rows are there, before the stage counts as complete; what it returns
                 goes into the meta file.
+            writer: of the stage, where it was begun already.
         """
         if self.is_complete(stage):
             return self.read(stage, record)
+        with writer or self.writer(stage, record, resumable=resumable) as begun:
+            for chunk in produce(list(begun.rows)):
+                begun.add(chunk)
+            begun.complete(inputs, before_commit() if before_commit else {})
+        return begun.rows
+
+    def writer(self, stage: str, record: type[R], *, resumable: bool = True) -> StageWriter[R]:
+        """Begins a stage, or goes on with it where an interrupted attempt left rows, if it is `resumable`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
-        partial = self.path / f"{stage}.jsonl.partial"
-        if not resumable:
-            partial.unlink(missing_ok=True)
-        rows = _recover(partial, record)
-        with disk_errors(partial), partial.open("ab") as f:
-            for chunk in produce(list(rows)):
-                f.write(b"".join(row.model_dump_json().encode() + b"\n" for row in chunk))
-                f.flush()
-                os.fsync(f.fileno())
-                rows.extend(chunk)
-        extra = before_commit() if before_commit else {}
-        with partial.open("rb") as f:
-            of_rows = row_digests(f)
-        meta = {
-            "schema_version": SCHEMA_VERSION,
-            "rows": len(rows),
-            "sha256": file_digest(partial),
-            "row_digests": of_rows,
-            "inputs": {name: self.meta(name)["sha256"] for name in inputs},
-            "seconds": round(time.monotonic() - started, 3),
-            **extra,
-        }
-        # The meta file first: with the rename the stage is complete, and then its meta file must exist.
-        write_json(self.path / f"{stage}.meta.json", meta)
-        os.replace(partial, self._file(stage))
-        return rows
+        return StageWriter(self, stage, record, resumable)
 
     def _file(self, stage: str) -> Path:
         return self.path / f"{stage}.jsonl"
+
+
+class WriterClosed(Exception):
+    """Nobody wants more rows of this stage from here: whoever makes them should stop."""
+
+
+class StageWriter(Generic[R]):
+    """A stage that is being written. Closed, it takes no more rows, from whichever thread."""
+
+    def __init__(self, here: StageDir, stage: str, record: type[R], resumable: bool):
+        self._here, self._stage = here, stage
+        self._started = time.monotonic()
+        self._partial = here.path / f"{stage}.jsonl.partial"
+        if not resumable:
+            self._partial.unlink(missing_ok=True)
+        self.rows: list[R] = _recover(self._partial, record)
+        """Those that are durable."""
+        self._lock = threading.Lock()
+        with disk_errors(self._partial):
+            self._file = self._partial.open("ab")
+
+    def count(self) -> int:
+        """How many are durable; waits for those that another thread is adding."""
+        with self._lock:
+            return len(self.rows)
+
+    def add(self, chunk: Iterable[R]) -> None:
+        """Appends rows; they are durable when it returns.
+
+        Raises:
+            WriterClosed: it was closed meanwhile.
+        """
+        rows = list(chunk)
+        with self._lock, disk_errors(self._partial):
+            self._check_open()
+            self._file.write(b"".join(row.model_dump_json().encode() + b"\n" for row in rows))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.rows.extend(rows)
+
+    def complete(self, inputs: Iterable[str], extra: dict[str, Any]) -> None:
+        """All rows are there: the stage is complete.
+
+        Args:
+            inputs: stages of this folder that the rows were made from; their digests go into the meta file.
+            extra: goes there, too.
+
+        Raises:
+            WriterClosed: it was closed meanwhile.
+        """
+        with self._lock, disk_errors(self._partial):
+            self._check_open()
+            self._file.close()
+            with self._partial.open("rb") as f:
+                of_rows = row_digests(f)
+            meta = {
+                "schema_version": SCHEMA_VERSION,
+                "rows": len(self.rows),
+                "sha256": file_digest(self._partial),
+                "row_digests": of_rows,
+                "inputs": {name: self._here.meta(name)["sha256"] for name in inputs},
+                "seconds": round(time.monotonic() - self._started, 3),
+                **extra,
+            }
+            # The meta file first: with the rename the stage is complete, and then its meta file must exist.
+            write_json(self._here.path / f"{self._stage}.meta.json", meta)
+            os.replace(self._partial, self._here.path / f"{self._stage}.jsonl")
+
+    def close(self) -> None:
+        """What is durable stays; the rest is owed."""
+        with self._lock:
+            self._file.close()
+
+    def _check_open(self) -> None:
+        if self._file.closed:
+            raise WriterClosed(str(self._partial))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def _recover(partial: Path, record: type[R]) -> list[R]:

@@ -6,7 +6,7 @@ chat template, once per prompt, and thoughts are taken out of what was said.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 from rlaif import models, thoughts
@@ -165,10 +165,11 @@ class SamplerRole:
         prefix: str,
         temperature: float | None = None,
         top_p: float | None = None,
+        have: Collection[str] = (),
     ) -> Iterator[list[Completion]]:
         """Yields completions as they finish, in chunks; each is named `<prefix>-<prompt id>-<index>`.
 
-        `temperature` and `top_p` take the place of the settings' own.
+        `temperature` and `top_p` take the place of the settings' own; those that somebody has are left out.
         """
         settings = self._settings
         requests, about, begun = [], {}, {}
@@ -184,8 +185,9 @@ class SamplerRole:
                     temperature=settings.temperature if temperature is None else temperature,
                     top_p=settings.top_p if top_p is None else top_p,
                 )
-                requests.append(request)
-                about[request.id] = (prompt.id, index, request)
+                if request.id not in have:
+                    requests.append(request)
+                    about[request.id] = (prompt.id, index, request)
         for chunk in self._engine.sample(requests):
             yield [
                 Completion(

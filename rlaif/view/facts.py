@@ -46,7 +46,7 @@ class Facts:
     principles: tuple[PrincipleRow, ...] = ()
     """Of `last_judged`."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time by stage, of finished iterations; `evaluations` too."""
+    """Wall time by stage, of finished iterations; `evaluations` too. Stages of streams ran at the same time."""
 
     @property
     def trained(self) -> int:
@@ -124,7 +124,8 @@ def _grown(path: Path) -> int:
 
 def version_of(run: RunDir) -> str:
     """Another one when there is something new to see: a stage, more of it, an iteration, an event, a label."""
-    folders = [run.iteration(k).path for k in run.iterations()[-1:]]
+    done = set(run.done()[:-1])  # several may be under way at once
+    folders = [run.iteration(k).path for k in run.iterations() if k not in done]
     folders += [run.evaluation(k).path for k in run.evaluations()[-1:]]
     # A stage grows under its .partial name: a long one is news while it is written.
     names = [[str(f), *sorted((p.name, _grown(p)) for p in f.iterdir())] for f in folders]

@@ -1,7 +1,8 @@
 """The child of a `ProcessWorker`: `python -m rlaif.workers.child NAME FD`.
 
-In: over the socket FD `(path, factory, kwargs)` first, then calls `(id, method, kwargs, stream)`; a method of None
-takes the call of that id back, and None alone ends the child. Out: answers `(id, kind, value)` with kind `ok`, `item`,
+In: over the socket FD `(path, factory, kwargs)` first, then calls `(id, method, kwargs, how)`. A method of None is
+about the call of that id: how `CANCEL` takes it back, how `ITEM` is one more item of its feed (`kwargs`; None is the
+last). None alone ends the child. Out: answers `(id, kind, value)` with kind `ok`, `item`,
 `end`, `user_error` or `error`. All of it is pickled. One call at a time, in the order in which they came. An answer to
 a call that was given up is recognised by its id, and the parent throws it away. The end of the socket is the end of the
 child.
@@ -22,10 +23,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rlaif.errors import UserError, needs_extra
+from rlaif.workers.feed import Feed
 from rlaif.workers.worker import built, one_line
 
 START = 0
 """The id of the answer to construction."""
+CALL, STREAM, FED, CANCEL, ITEM = "call", "stream", "fed", "cancel", "item"
+"""How a message is meant: a call with one result, with a stream of them, with a stream and a feed; see above."""
 
 
 def kill_group(pid: int) -> None:
@@ -37,8 +41,9 @@ def kill_group(pid: int) -> None:
 class _Child:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._calls: queue.SimpleQueue[tuple[int, str, dict[str, Any], bool] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[int, str, dict[str, Any], str] | None] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
+        self._feeds: dict[int, Feed] = {}
 
     def run(self) -> None:
         path, factory, kwargs = self._connection.recv()
@@ -49,9 +54,11 @@ class _Child:
             return
         self._connection.send((START, "ok", None))
         while (call := self._calls.get()) is not None:
-            call_id, method, arguments, stream = call
-            run = self._stream if stream else self._call
+            call_id, method, arguments, how = call
+            run = self._call if how == CALL else self._stream
             self._guarded(call_id, functools.partial(run, call_id, held[0], method, arguments))
+            if (feed := self._feeds.pop(call_id, None)) is not None:
+                feed.stop()
         if hasattr(held[0], "close"):
             held[0].close()
 
@@ -59,10 +66,17 @@ class _Child:
         """Reads what the parent sends. The end of the socket is the end of the parent: nothing is left to do here."""
         try:
             while (message := self._connection.recv()) is not None:
-                if message[1] is None:
-                    self._cancelled.add(message[0])
+                call_id, method, given, how = message
+                feed = self._feeds.get(call_id)  # none where the call has ended meanwhile
+                if how == CANCEL:
+                    self._cancelled.add(call_id)
+                if how in (CANCEL, ITEM):
+                    if feed is not None:
+                        feed.end() if given is None else feed.put(given)
                 else:
-                    self._calls.put(message)
+                    if how == FED:
+                        given["feed"] = self._feeds[call_id] = Feed()
+                    self._calls.put((call_id, method, given, how))
             self._calls.put(None)
             self._connection.poll(None)  # the parent closes its end last
         except (EOFError, OSError):

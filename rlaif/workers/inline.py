@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlaif.errors import UserError, WorkerError
+from rlaif.workers.feed import Feed
 from rlaif.workers.worker import built, one_line
 
 
@@ -46,18 +47,24 @@ class InlineWorker:
         with self._errors():
             return getattr(self.target, method)(**kwargs)
 
-    def stream(self, method: str, **kwargs: Any) -> Iterator[Any]:
+    def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Iterator[Any]:
         """As `ProcessWorker.stream`."""
         self.ready()
-        with self._errors():
-            items = iter(getattr(self.target, method)(**kwargs))
-        while True:
+        if feed is not None:
+            kwargs["feed"] = feed
+        try:
             with self._errors():
-                try:
-                    item = next(items)
-                except StopIteration:
-                    return
-            yield item
+                items = iter(getattr(self.target, method)(**kwargs))
+            while True:
+                with self._errors():
+                    try:
+                        item = next(items)
+                    except StopIteration:
+                        return
+                yield item
+        finally:
+            if feed is not None:
+                feed.stop()
 
     def close(self) -> None:
         """As `ProcessWorker.close`."""

@@ -75,6 +75,11 @@ def place(job: Job, gpus: Sequence[str]) -> dict[str, Placed]:
     return placed | {"measurer": placed["judge"]}
 
 
+def apart(placed: Mapping[str, Placed], one: str, other: str) -> bool:
+    """Whether two roles each have a GPU of their own."""
+    return bool(placed[one].gpus and placed[other].gpus and not set(placed[one].gpus) & set(placed[other].gpus))
+
+
 def _check(
     job: Job, gpus: Sequence[str], kinds: Mapping[str, WorkerKind], asked: Mapping[str, list[int] | None]
 ) -> None:

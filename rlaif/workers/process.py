@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -21,7 +22,8 @@ from typing import Any, Self
 
 import rlaif
 from rlaif.errors import RlaifError, UserError, WorkerError
-from rlaif.workers.child import START, kill_group
+from rlaif.workers.child import CALL, CANCEL, FED, ITEM, START, STREAM, kill_group
+from rlaif.workers.feed import Feed
 
 CLOSE_GRACE_S = 15.0  # a tracker may have something to upload
 _POLL_S = 1.0
@@ -52,6 +54,7 @@ class ProcessWorker:
         self._next_id = START
         self._ready = False
         self._streaming = False
+        self._sending = threading.Lock()  # a feed's items come from other threads
         log_path.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
         with log_path.open("ab") as log:
@@ -106,20 +109,23 @@ class ProcessWorker:
             UserError: the method raised it; the worker can still be used.
             WorkerError: the method raised anything else, or the process died.
         """
-        return self._answer(self._send(method, kwargs, stream=False))[1]
+        return self._answer(self._send(method, kwargs, CALL))[1]
 
-    def stream(self, method: str, **kwargs: Any) -> Iterator[Any]:
+    def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Iterator[Any]:
         """Calls a generator method in the child; yields its items as they arrive.
 
-        An iterator that is closed early stops the generator in the child after its next item.
+        An iterator that is closed early stops the generator in the child after its next item. With a `feed` the method
+        is given one, too, into which the items of this one go as they come.
 
         Raises:
             UserError, WorkerError: as in `call`.
         """
-        call_id = self._send(method, kwargs, stream=True)
+        call_id = self._send(method, kwargs, STREAM if feed is None else FED)
         self._streaming = True
         finished = False
         try:
+            if feed is not None:
+                feed.pour(lambda item: self._tell(call_id, item, ITEM))
             while True:
                 try:
                     kind, value = self._answer(call_id)
@@ -131,16 +137,17 @@ class ProcessWorker:
                     return
                 yield value
         finally:
+            if feed is not None:
+                feed.stop()
             self._streaming = False
             if not finished and self.alive:
-                with contextlib.suppress(OSError):
-                    self._connection.send((call_id, None, {}, False))  # cancels
+                self._tell(call_id, None, CANCEL)
 
     def close(self) -> None:
         """Ends the child: asked first, killed with everything it started if it doesn't go."""
         if self._connection.closed:
             return
-        with contextlib.suppress(OSError):
+        with self._sending, contextlib.suppress(OSError):
             self._connection.send(None)
         try:
             self._process.wait(CLOSE_GRACE_S if self._ready else 0.2)
@@ -156,13 +163,19 @@ class ProcessWorker:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _send(self, method: str, kwargs: dict[str, Any], stream: bool) -> int:
+    def _tell(self, call_id: int, given: Any, how: str) -> None:
+        """About a call that is under way. A child that is gone is found out by who waits for its answers."""
+        with self._sending, contextlib.suppress(OSError):
+            self._connection.send((call_id, None, given, how))
+
+    def _send(self, method: str, kwargs: dict[str, Any], how: str) -> int:
         if self._streaming:  # its items would be taken for stale answers and lost
             raise RuntimeError(f"{self.name}.{method}: finish or close the open stream of this worker first")
         self.ready()
         self._next_id += 1
         try:
-            self._connection.send((self._next_id, method, kwargs, stream))
+            with self._sending:
+                self._connection.send((self._next_id, method, kwargs, how))
         except OSError as e:
             raise self._died() from e
         return self._next_id

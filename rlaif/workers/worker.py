@@ -6,12 +6,14 @@ import importlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from rlaif.workers.feed import Feed
+
 
 class Worker(Protocol):
     """A long-lived object that is called by name, in whichever process it is.
 
     Starting returns at once, so that several workers can load while the loop does something else. Not for use by
-    several threads at once.
+    several threads at once, but for the items of a feed.
     """
 
     name: str
@@ -26,8 +28,9 @@ class Worker(Protocol):
     def call(self, method: str, **kwargs: Any) -> Any:
         """Calls a method and waits for its result."""
 
-    def stream(self, method: str, **kwargs: Any) -> Iterator[Any]:
-        """Calls a method that returns an iterator; its items arrive one by one."""
+    def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Iterator[Any]:
+        """Calls a method that returns an iterator; its items arrive one by one. With a `feed` the method has an
+        argument of this name, a feed that is given the items of this one, from whichever thread they come."""
 
     def close(self) -> None:
         """Ends the worker. Closing twice does nothing."""

@@ -1,0 +1,242 @@
+"""Overlap: iterations are sampled and judged while an earlier one trains; which policy sampled the plan says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlaif.audit.summary import status_of
+from rlaif.audit.verify import verify
+from rlaif.config import Job
+from rlaif.errors import RunPaused, UserError, WorkerError
+from rlaif.loop import Loop
+from rlaif.records import SCHEMA_VERSION, Completion, IterationMetrics, Plan, Vote
+from rlaif.rundir.store import RunDir, StageDir, read_record, write_json
+from tests.stubs import BASE_DIGEST, stub_job, stub_loop
+from tests.test_resume import outcome
+from tests.test_streaming import log_of, wait_until
+
+
+def stale_job(staleness: int, **changes: Any) -> Job:
+    """No iteration is skipped, or a policy that is too old would look like the right one."""
+    tree = {"iterations": 5, "filters": {"min_kept_pairs": 1}, "judge": {"batch_tokens": 64}, **changes}
+    return stub_job(**tree, pipeline={"staleness": staleness, "stream": True})
+
+
+def with_header(loop: Loop) -> Loop:
+    """As `rlaif run` begins it."""
+    loop.dir.path.mkdir(parents=True, exist_ok=True)
+    header = {"schema_version": SCHEMA_VERSION, "job": loop.job.model_dump(mode="json")}
+    write_json(loop.dir.path / "run.json", header | {"models": {"policy": BASE_DIGEST}})
+    return loop
+
+
+def plans(run: RunDir) -> list[Plan]:
+    return [run.plan(k) for k in run.iterations()]
+
+
+def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs ahead; which policy samples is the same."""
+    monkeypatch.setattr(Loop, "_go_ahead", lambda self, k: None)
+
+
+def metrics_of(run: RunDir) -> list[IterationMetrics]:
+    found = [read_record(run.iteration(k).path / "metrics.json", IterationMetrics) for k in run.iterations()]
+    return [m.model_copy(update={"seconds": {}, "wall_s": 0, "streamed_votes": None}) for m in found]
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_overlapped_iterations_are_those_of_the_order(
+    staleness: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = stub_loop(tmp_path / "ahead", stale_job(staleness))
+    ahead.run()
+    in_order(monkeypatch)
+    after = stub_loop(tmp_path / "after", stale_job(staleness))
+    after.run()
+    assert log_of(ahead.dir.path) == log_of(after.dir.path)
+    assert metrics_of(ahead.dir) == metrics_of(after.dir)
+    assert all(m.weights_gap is not None and m.decoding_gap is not None for m in metrics_of(ahead.dir))
+    made = ["base-weights", *(ahead.dir.iteration(k).policy_made() for k in range(5))]
+    for plan in plans(ahead.dir):
+        assert plan.staleness == min(plan.iteration, staleness)
+        assert plan.policy.digest == made[plan.iteration - plan.staleness]
+        sampled = ahead.dir.iteration(plan.iteration).read("completions", Completion)
+        assert {c.policy for c in sampled} == {plan.policy}
+
+
+def test_without_staleness_it_is_the_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = stub_loop(tmp_path / "plain", stub_job())
+    plain.run()
+    monkeypatch.setattr(threading, "Thread", None)
+    zero = stub_loop(tmp_path / "zero", stub_job(pipeline={"staleness": 0}))
+    zero.run()
+    assert log_of(plain.dir.path) == log_of(zero.dir.path)
+    assert metrics_of(plain.dir) == metrics_of(zero.dir)
+    assert {p.staleness for p in plans(zero.dir)} == {0}
+    assert "fixed_texts" not in zero.dir.iteration(0).meta("updates")
+
+
+def before_update(loop: Loop, do: Any) -> None:
+    """Something happens in the learner before it updates."""
+    loop.learner.ready()
+    target: Any = loop.learner.target  # type: ignore[attr-defined]
+    update = target.update
+
+    def late(rows: Any, iteration: int) -> Iterator[Any]:
+        do(iteration)
+        yield from update(rows, iteration)
+
+    target.update = late
+
+
+def voted(here: StageDir) -> bool:
+    return here.is_complete("votes")
+
+
+def test_the_next_iteration_is_judged_before_this_one_is_trained(tmp_path: Path) -> None:
+    loop = with_header(stub_loop(tmp_path, stale_job(1)))
+    said: list[str | None] = []
+
+    def wait(k: int) -> None:
+        if k < 4:
+            wait_until(lambda: voted(loop.dir.iteration(k + 1)))
+            said.append(status_of(loop.dir).at)
+
+    before_update(loop, wait)
+    loop.run()
+    assert said[0] == "iteration 1 is at stage updates; iteration 2, ahead, at decisions"
+    assert not [f.what for f in verify(loop.dir).findings]
+
+
+def test_an_evaluation_waits_for_who_is_ahead(tmp_path: Path) -> None:
+    """Two at once would be asked for answers of a policy that the sampler doesn't hold."""
+    loop = stub_loop(tmp_path, stale_job(1, eval={"every": 1, "prompts": 3}))
+    loop.sampler.ready()
+    target: Any = loop.sampler.target  # type: ignore[attr-defined]
+    sample, inside = target.sample, Counter[str]()
+
+    def alone(**kwargs: Any) -> Iterator[list[Completion]]:
+        inside["now"] += 1
+        inside["most"] = max(inside["most"], inside["now"])
+        for chunk in sample(**kwargs):
+            wait_until(lambda: True)
+            yield chunk
+        inside["now"] -= 1
+
+    target.sample = alone
+    loop.run()
+    assert inside["most"] == 1
+    assert loop.dir.evaluations() == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_fails_ahead_is_told_at_its_turn_and_the_run_goes_on(tmp_path: Path) -> None:
+    loop = stub_loop(tmp_path, stale_job(1))
+    loop.judge.ready()
+    target: Any = loop.judge.target  # type: ignore[attr-defined]
+    cast = target.cast
+
+    def failing(**kwargs: Any) -> Any:
+        if any(c.completion_id.startswith("0002") for c in kwargs["candidates"]):
+            raise RuntimeError("gone")
+        return cast(**kwargs)
+
+    target.cast = failing
+    with pytest.raises(WorkerError, match="gone"):
+        loop.run()
+    assert loop.dir.done() == [0, 1]
+    stub_loop(tmp_path, stale_job(1)).run()
+    stub_loop(tmp_path / "whole", stale_job(1)).run()
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole" / "run")
+
+
+def test_an_edit_counts_from_the_next_plan_that_is_written(tmp_path: Path) -> None:
+    from tests.stubs import text
+
+    loop = stub_loop(tmp_path, stale_job(1, constitution="rules"))
+    (tmp_path / "constitutions" / "rules" / "v2.yaml").unlink()
+    first = loop.dir.path / "iterations" / "0001" / "plan.json"
+
+    def edit(k: int) -> None:
+        if k == 0:
+            wait_until(first.exists)
+            (tmp_path / "constitutions" / "rules" / "v2.yaml").write_text(text(2))
+
+    before_update(loop, edit)
+    loop.run()
+    assert [p.constitution.version for p in plans(loop.dir)] == [1, 1, 2, 2, 2]
+    for k in range(5):
+        asked = {v.ballot.constitution for v in loop.dir.iteration(k).read("votes", Vote)}
+        assert asked == {loop.dir.plan(k).constitution.hash}
+
+
+def test_a_pause_leaves_what_is_ahead(tmp_path: Path) -> None:
+    job = stale_job(1, monitors={"kl": {"limit": 0, "action": "pause"}})
+    paused_at = []
+    while not (tmp_path / "run/iterations/0004/metrics.json").exists():
+        try:
+            stub_loop(tmp_path, job).run()
+        except RunPaused:
+            paused_at.append(len(RunDir(tmp_path / "run").done()))
+    assert paused_at
+    calm = stale_job(1, monitors={"kl": {"limit": 0}})
+    stub_loop(tmp_path / "calm", calm).run()
+    paused, whole = outcome(tmp_path / "run"), outcome(tmp_path / "calm" / "run")
+    assert paused["rows"] == whole["rows"]
+    assert paused["weights"] == whole["weights"]
+
+
+def test_policies_that_are_sampled_from_later_stay(tmp_path: Path) -> None:
+    """Also where a run goes on with more of it; what isn't kept any more is no reason to fail."""
+    one_text = {"schedule": {0: "rules@1"}, "eval": {"every": 9, "prompts": 3}}
+    stub_loop(tmp_path, stale_job(0, iterations=3, **one_text)).run()
+    assert not (tmp_path / "run/iterations/0001/policy").exists()
+    loop = with_header(stub_loop(tmp_path, stale_job(2, iterations=6, **one_text)))
+    loop.run()
+    assert [p.staleness for p in plans(loop.dir)] == [0, 0, 0, 0, 1, 2]
+    assert not [f.what for f in verify(loop.dir).findings]
+
+
+def test_a_source_has_nothing_to_be_stale(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pipeline.staleness: a job with a `source` samples nothing"):
+        stub_job(pipeline={"staleness": 1}, source={"run": "runs/a"})
+
+
+def test_a_plan_that_names_another_policy_is_found(tmp_path: Path) -> None:
+    loop = with_header(stub_loop(tmp_path, stale_job(1)))
+    loop.run()
+    path = loop.dir.iteration(3).path / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"staleness": 0}))
+    assert [f.what for f in verify(loop.dir).findings if "names policy" in f.what]
+
+
+# Kills: at writes of every stage, and going on with another setting each time.
+
+
+@pytest.fixture(scope="module", params=["chat", "likelihood"])
+def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("kills")
+    settings = json.dumps([{"staleness": 1, "stream": stream} for stream in (False, True, False)])
+    command = [sys.executable, "-m", "tests.kill_driver", str(root), "50", "1", "--pipeline", request.param, settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return root, json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_killed_overlaps_end_as_the_unkilled_one_and_ask_nobody_twice(killed: tuple[Path, dict[str, Any]]) -> None:
+    root, said = killed
+    expected = outcome(root / "whole" / "run")
+    for kill in said["kills"]:
+        assert kill["exits"][-1] == 0, kill
+        assert outcome(root / kill["folder"] / "run") == expected, kill["label"]
+        assert not list((root / kill["folder"] / "run").rglob("*.partial")), kill["label"]
+    assert {k["label"]: k["again"] for k in said["kills"] if k["again"]} == {}
