@@ -33,6 +33,7 @@ _MODULES = (
     "rlaif.constitutions.constitution",
     "rlaif.constitutions.checks",
     "rlaif.rundir.heads",
+    "rlaif.simulation.cluster",
 )
 _NAMES = {
     str: "text",

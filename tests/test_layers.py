@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rlaif.review.*",),
     ("rlaif.learning.*", "rlaif.trust.*", "rlaif.monitors.*", "rlaif.evaluation.*"),
     ("rlaif.loop.*",),
+    ("rlaif.simulation.*",),
     ("rlaif.audit.*",),
     ("rlaif.view.*",),
     (

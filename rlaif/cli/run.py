@@ -36,6 +36,13 @@ def run(
     name: Annotated[str | None, typer.Option(help="Name of the run directory; the job's name by default.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder that holds the run directories.")] = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")] = False,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|RUN",
+            help="With --dry-run: simulate the job on a cluster's file, or at the speed of a run (docs/scale-plan.md).",
+        ),
+    ] = None,
     allow_change: Annotated[
         bool, typer.Option("--allow-change", help="Go on with a run although harmless settings changed.")
     ] = False,
@@ -48,13 +55,15 @@ def run(
     run from that run's job.
     """
     settings, where = _job_and_run(job, set_ or [], name, runs)
+    if cluster is not None and not dry_run:
+        raise UserError("--cluster: simulates, and runs nothing; give --dry-run with it")
     # After that: a mistake in the job is told at once.
     from rlaif.audit.summary import final_tables, write_summary
     from rlaif.cli.progress import make_progress
     from rlaif.loop.launch import execute
 
     if dry_run:
-        _print_plan(settings, where, json_, allow_change)
+        _print_plan(settings, where, json_, allow_change, cluster)
         return
     with make_progress(settings.iterations) as progress:
         finished = execute(settings, where, Path.cwd(), progress, allow_change)
@@ -83,7 +92,8 @@ def _job_and_run(job: Path, overrides: list[str], name: str | None, runs: Path) 
     return settings, runs / chosen
 
 
-def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> None:
+def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool, cluster: Path | None) -> None:
+    from rlaif.cli.outlook import outlook_tables
     from rlaif.config import Columns
     from rlaif.loop.cost import estimate, table
     from rlaif.loop.launch import check_code, check_resume
@@ -100,10 +110,18 @@ def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool) -> Non
         )
         job = job.model_copy(update={"prompts": prompts})
     costs = estimate(job, Path.cwd(), RunDir.open(where) if (where / "run.json").exists() else None)
+    found = None
+    if cluster is not None:
+        from rlaif.simulation import outlook, read_cluster, work_of
+
+        found = outlook(work_of(job, Path.cwd()), read_cluster(cluster))
     if as_json:
-        typer.echo(json.dumps({"run": str(where), **costs}, indent=1))
-    else:
-        table(costs, where)
+        simulated = {"simulated": found.model_dump(mode="json")} if found else {}
+        typer.echo(json.dumps({"run": str(where), **costs, **simulated}, indent=1))
+        return
+    table(costs, where)
+    if found:
+        outlook_tables(found, str(cluster))
 
 
 def status(run: RunPath, json_: Json = False) -> None:

@@ -71,7 +71,7 @@ class _Read(NamedTuple):
     begun: Begun
 
 
-class _Counts(NamedTuple):
+class Counts(NamedTuple):
     """How much of what, over all iterations that are left; of pairs and ballots at most."""
 
     samples: int
@@ -87,8 +87,8 @@ class _Counts(NamedTuple):
     """Answers that KL is measured on."""
     probed: int
     """Answers to probes."""
-    anchor_ballots: int
-    """Cast a second time."""
+    anchors: tuple[int, ...]
+    """Ballots that are cast a second time, by iteration."""
     reference_ballots: int
     """Of the reference judge."""
     rejudged_ballots: int
@@ -145,7 +145,7 @@ def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, A
         "evaluations": counts.evaluations,
         "held_out_answers": counts.held_out_answers,
         "evaluation_ballots_at_most": counts.evaluation_ballots,
-        "anchor_ballots_at_most": counts.anchor_ballots,
+        "anchor_ballots_at_most": sum(counts.anchors),
         "reference_ballots_at_most": counts.reference_ballots,
         "rejudged_ballots_at_most": counts.rejudged_ballots,
         "probes": len(read.probes),
@@ -165,6 +165,16 @@ def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, A
         "warnings": _warnings(job, read.calibration, needed, disk_free),
         "parameters": parameters_of(job.policy.model),
     }
+
+
+def counted(job: Job, base_dir: Path) -> Counts:
+    """How much of what a job does over all its iterations, from the first one on.
+
+    Raises:
+        UserError: as `estimate`.
+    """
+    job, _ = resolved(job)
+    return _count(job, base_dir, _read(job, base_dir, None))
 
 
 def _schedule(job: Job) -> dict[int, str]:
@@ -212,7 +222,7 @@ def _read(job: Job, base_dir: Path, run: RunDir | None) -> _Read:
     return _Read(train, held_out, constitutions, calibration, probes, source, begun(run, source))
 
 
-def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
+def _count(job: Job, base_dir: Path, read: _Read) -> Counts:
     source, behind = read.source, read.begun
     samples = 0 if source else job.prompts.per_iteration * job.sampling.completions_per_prompt
     left = range(behind.done, job.iterations)
@@ -220,12 +230,13 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
     pairs, texts = [*behind.pairs, *coming], _texts_of(job, read)
     judged = source is None or (job.source is not None and job.source.rejudge)
     held = min(job.eval.prompts, len(read.held_out)) * job.eval.samples
-    ballots = scores = anchor_ballots = 0
+    ballots = scores = 0
+    anchors = [0] * job.iterations
     for k in left:
         if judged and is_due(job, k):
             since = next((n for n in range(k) if texts[k - n - 1].hash != texts[k].hash), k)  # under the same text
             again = min(job.monitors.anchors.pairs, sum(pairs[k - since : k]))
-            anchor_ballots += again * _ballots_a_pair(job, texts[k], "decide", base_dir)
+            anchors[k] = again * _ballots_a_pair(job, texts[k], "decide", base_dir)
         if judged:
             ballots += pairs[k] * _ballots_a_pair(job, texts[k], "decide", base_dir)
         if samples and job.pairing.method == "best_worst":
@@ -243,7 +254,7 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
             asked = kind_of(reference).as_read(constitution)
             reference_ballots += held * _ballots_a_pair(job, asked, "evaluate", base_dir, reference)
     evaluations = len(owed) + (BASE_POLICY not in behind.evaluated)
-    return _Counts(
+    return Counts(
         samples=samples * len(left),
         pairs=sum(coming),
         scores=scores,
@@ -254,7 +265,7 @@ def _count(job: Job, base_dir: Path, read: _Read) -> _Counts:
         evaluation_ballots=eval_ballots,
         untempered=min(job.eval.kl_prompts, job.eval.prompts, len(read.held_out)) * len(owed),
         probed=len(read.probes) * evaluations,
-        anchor_ballots=anchor_ballots,
+        anchors=tuple(anchors),
         reference_ballots=reference_ballots,
         rejudged_ballots=_rejudged(job, base_dir, texts, pairs, behind.done) if judged else 0,
     )
@@ -317,7 +328,7 @@ def _owed_a_pair(job: Job, base_dir: Path, before: Constitution, now: Constituti
     return len(carry(_ballots(job, now, "decide", base_dir), votes, shows).owed)
 
 
-def _tokens(job: Job, counts: _Counts) -> _Tokens:
+def _tokens(job: Job, counts: Counts) -> _Tokens:
     answer = job.sampling.max_tokens * 0.8
     return _Tokens(
         sampled=(counts.samples + counts.held_out_answers + counts.untempered + counts.probed) * answer,
@@ -328,7 +339,7 @@ def _tokens(job: Job, counts: _Counts) -> _Tokens:
     )
 
 
-def _own_ballots(counts: _Counts) -> int:
+def _own_ballots(counts: Counts) -> int:
     """All of the job's judge, but for anchors: one that runs here has none."""
     return counts.ballots + counts.rejudged_ballots + counts.evaluation_ballots
 
@@ -349,7 +360,7 @@ def _seconds(job: Job, tokens: _Tokens, fast: bool) -> float:
     )
 
 
-def _needed(job: Job, counts: _Counts, fast: bool, there: int) -> _Needed:
+def _needed(job: Job, counts: Counts, fast: bool, there: int) -> _Needed:
     """`there`: bytes of checkpoints that are on the disk already."""
     weights = 2 * (parameters_of(job.policy.model) or REFERENCE_PARAMETERS)  # bf16
     trained_share = _trained_share(job)

@@ -1,0 +1,226 @@
+"""How fast a run was, from its log: the rates that another one is simulated with.
+
+In: a run's directory. Out: `rates` as a cluster's file has them. Nothing is measured anew: stages say their seconds,
+votes how long they took, steps how long they did. What happens before the first row of a stage and after its last
+(weights are loaded, connections opened) shows where stages of different sizes don't take time in proportion.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlaif.config import ChatSettings, Job
+from rlaif.errors import RlaifError, UserError
+from rlaif.loop.pairing import pairs_at_most
+from rlaif.records import Completion, IterationMetrics, Preference, Score, UpdateStep, Vote
+from rlaif.rundir.store import RunDir, StageDir
+
+DECODED_AT_ONCE = {"vllm": 256, "transformers": 32}
+"""Answers, at most, by engine; one by an engine of the user's own, as far as anybody knows."""
+SAMPLES = 2000
+"""Measured numbers that are kept of a distribution."""
+
+
+class _Timed(NamedTuple):
+    """A stage's size and its seconds."""
+
+    amount: float
+    seconds: float
+
+
+def measure(run: RunDir) -> dict[str, Any]:
+    """The rates of a run.
+
+    Raises:
+        UserError: it has no iteration that is done, or its pairs are those of a `source`.
+    """
+    done, job = run.done(), run.job()
+    if not done:
+        raise UserError(f"{run.path}: no iteration of this run is done, so there is nothing to measure; run one first")
+    if job.source is not None:
+        raise UserError(f"{run.path}: this run sampled nothing (source); measure one that did")
+    iterations = [run.iteration(k) for k in done]
+    evaluations = [run.evaluation(u) for u in run.evaluations() if (run.evaluation(u).path / "metrics.json").exists()]
+    metrics = run.iterations_measured(done)
+    answers = [it.read("completions", Completion) for it in iterations]
+    held_out = [e.read("completions", Completion) for e in evaluations]
+    sampler, weights = _sampler(job, _sampled(iterations, answers), _sampled(evaluations, held_out))
+    judge, ballot_s = _judge(job, iterations, evaluations)
+    return {
+        "sampler": sampler,
+        "judge": judge,
+        "learner": _learner(job, iterations),
+        "weights": weights,
+        "loop": {
+            "iteration_s": _rest(run, metrics),
+            "ballot_s": ballot_s,
+            "held_out_s": _held_out(evaluations, held_out),
+        },
+        "answers": _answers(job, iterations, metrics, [c for some in answers for c in some]),
+    }
+
+
+def makespan(durations: Iterable[float], slots: int, interval_s: float = 0.0) -> float:
+    """Seconds until all are done, each taken by the slot that is free first, at most one begun an `interval_s`."""
+    free = [0.0] * slots
+    begin_at = 0.0
+    for duration in durations:
+        start = max(heapq.heappop(free), begin_at)
+        begin_at = start + interval_s
+        heapq.heappush(free, start + duration)
+    return max(free)
+
+
+def line(*kinds: Sequence[_Timed]) -> tuple[float, float]:
+    """Seconds that stages took whatever their size, and seconds for each unit of it; neither is negative. A kind counts
+    by its medians: what was slow once, as the first of a process is, doesn't. Kinds of one size tell the second
+    alone."""
+    from scipy.optimize import nnls
+
+    found = [_Timed(median(p.amount for p in kind), median(p.seconds for p in kind)) for kind in kinds if kind]
+    amounts = np.array([kind.amount for kind in found])
+    seconds = np.array([max(kind.seconds, 0.0) for kind in found])
+    if amounts.max() <= 1.2 * amounts.min():
+        return 0.0, float(np.median(seconds / np.maximum(amounts, 1e-9)))
+    (fixed, each), _ = nnls(np.stack([np.ones_like(amounts), amounts], axis=1), seconds)
+    return float(fixed), float(each)
+
+
+class _Sampled(NamedTuple):
+    """What was sampled in one stage: tokens of each answer, and the stage's seconds."""
+
+    tokens: list[int]
+    seconds: float
+
+
+def _sampled(stages: Sequence[StageDir], answers: Sequence[list[Completion]]) -> list[_Sampled]:
+    return [
+        _Sampled([len(c.token_ids) for c in some], here.meta("completions")["seconds"])
+        for here, some in zip(stages, answers, strict=True)
+    ]
+
+
+def _sampler(job: Job, *kinds: list[_Sampled]) -> tuple[dict[str, Any], dict[str, float]]:
+    fixed, each = line(*([_Timed(sum(some.tokens), some.seconds) for some in kind] for kind in kinds))
+    largest = max((some.tokens for kind in kinds for some in kind), key=sum)
+    at_once = min(DECODED_AT_ONCE.get(job.sampling.engine, 1), len(largest))
+    # A replica of this speed, busy to the last answer's end, takes as long as the stage did.
+    slots_s = makespan(map(float, largest), at_once) * at_once
+    return {"tokens_per_s": slots_s / max(sum(largest) * each, 1e-9), "at_once": at_once}, {"seconds": fixed}
+
+
+class _Cast(NamedTuple):
+    """A stage's votes and its seconds. Those of a streamed one aren't the judge's alone: it was open while completions
+    came, whose meta file says how many votes were there before they all were."""
+
+    votes: list[Vote]
+    seconds: float
+    streamed: bool
+
+
+def _cast(stages: Sequence[StageDir]) -> list[_Cast]:
+    there = [(here, here.read("votes", Vote)) for here in stages if here.is_complete("votes")]
+    return [
+        _Cast(votes, here.meta("votes")["seconds"], "votes" in here.meta("completions"))
+        for here, votes in there
+        if votes
+    ]
+
+
+def _judge(job: Job, iterations: Sequence[StageDir], evaluations: Sequence[StageDir]) -> tuple[dict[str, Any], float]:
+    """The judge's rates, and seconds that a ballot takes the loop."""
+    kinds, run = (_cast(iterations), _cast(evaluations)), iterations[0].path.parent.parent
+    if not any(kinds):
+        raise UserError(f"{run}: no votes in it, so the judge's speed isn't known")
+    if not isinstance(job.judge, ChatSettings):
+        fixed, each = line(*([_Timed(len(c.votes), c.seconds) for c in kind] for kind in kinds))
+        scored = [(s.meta("scores")["seconds"], s.read("scores", Score)) for s in iterations if s.is_complete("scores")]
+        points = [_Timed(len(scores), seconds) for seconds, scores in scored if scores]
+        return {"latency_s": each, "start_s": fixed, **({"score_s": line(points)[1]} if points else {})}, 0.0
+    asked = [v for kind in kinds for c in kind for v in c.votes if v.attempts and v.abstain_reason != "infra_error"]
+    if not asked:
+        raise UserError(f"{run}: all votes came from the cache; measure a run that asked its judge")
+    slots, limit = job.judge.concurrency, job.judge.requests_per_minute
+
+    def beyond(c: _Cast) -> _Timed:
+        """What the stage took beside its judge's replies."""
+        latencies = [v.latency_s for v in c.votes if v.attempts]
+        return _Timed(len(latencies), c.seconds - makespan(latencies, slots, 60 / limit if limit else 0.0))
+
+    alone = [[beyond(c) for c in kind if not c.streamed] for kind in kinds]
+    start_s, ballot_s = line(*alone) if any(alone) else (0.0, 0.0)
+    latencies = [v.latency_s for v in asked]
+    return {
+        "latency_s": {"samples": latencies[:: max(1, len(latencies) // SAMPLES)]},
+        "start_s": start_s,
+        "prompt_tokens": float(np.mean([v.usage.prompt_tokens for v in asked])),
+        "completion_tokens": float(np.mean([v.usage.completion_tokens for v in asked])),
+    }, ballot_s
+
+
+def _learner(job: Job, iterations: Sequence[StageDir]) -> dict[str, float]:
+    tokens = steps_s = 0.0
+    commits = []
+    for it in iterations:
+        steps = it.read("updates", UpdateStep)
+        if not steps:
+            continue
+        rows = it.read("preferences", Preference)
+        tokens += job.learner.epochs * sum(len(s.all_ids) for row in rows for s in row.sequences)
+        took = sum(step.seconds for step in steps)
+        steps_s += took
+        commits.append(it.meta("updates")["seconds"] - took)
+    if not commits:
+        raise UserError(
+            f"{iterations[0].path.parent.parent}: no update in it, so there is nothing to measure of the learner"
+        )
+    return {"tokens_per_s": tokens / max(steps_s, 1e-9), "commit_s": max(median(commits), 0.0)}
+
+
+def _rest(run: RunDir, metrics: Sequence[IterationMetrics]) -> float:
+    """Seconds of an iteration that no stage tells of, by when its first and its last file were written; 0 where those
+    times are another's: of a copy, or of a run that was stopped on the way."""
+    found = []
+    for m in metrics:
+        here, evaluated = run.iteration(m.iteration).path, run.plan(m.iteration).evaluate
+        if m.iteration == 0 or evaluated:  # evaluations lie within these
+            continue
+        took = (here / "metrics.json").stat().st_mtime - (here / "plan.json").stat().st_mtime
+        stages = sum(m.seconds.values())
+        if stages <= took < 2 * stages + 60:
+            found.append(took - stages)
+    return median(found) if found else 0.0
+
+
+def _held_out(evaluations: Sequence[StageDir], held_out: Sequence[list[Completion]]) -> float:
+    """Seconds a held-out answer, for all that is neither sampling nor judging."""
+    found = []
+    for here, answers in zip(evaluations, held_out, strict=True):
+        metas = [path.name.removesuffix(".meta.json") for path in here.path.glob("*.meta.json")]
+        other = sum(here.meta(name)["seconds"] for name in metas if name not in ("completions", "votes"))
+        found.append(other / max(len(answers), 1))
+    return median(found) if found else 0.0
+
+
+def _answers(
+    job: Job, iterations: Sequence[StageDir], metrics: Sequence[IterationMetrics], answers: Sequence[Completion]
+) -> dict[str, Any]:
+    pairs = pairs_at_most(job) * len(iterations)
+    ballots = sum(it.meta("votes").get("ballots", m.votes) for it, m in zip(iterations, metrics, strict=True))
+    requests = sum(v.attempts for it in iterations for v in it.read("votes", Vote))
+    if not isinstance(job.judge, ChatSettings):
+        requests = ballots
+    if not answers or not ballots:
+        raise RlaifError(f"{iterations[0].path}: no answers or no ballots in a run whose iterations are done")
+    lengths = [float(len(c.token_ids)) for c in answers]
+    return {
+        "tokens": {"samples": lengths[:: max(1, len(lengths) // SAMPLES)]},
+        "prompt_tokens": float(np.mean([len(c.prompt_token_ids) for c in answers])),
+        "asked": requests / ballots * sum(m.pairs for m in metrics) / pairs,
+        "kept": sum(m.trained_pairs for m in metrics) / pairs,
+    }

@@ -1,0 +1,121 @@
+"""Rates out of a run's log."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from rlaif.errors import UserError
+from rlaif.records import Completion, IterationMetrics
+from rlaif.rundir.store import RunDir, write_json
+from rlaif.simulation import Setup, measured
+from rlaif.simulation.measured import _Timed, line, makespan, measure
+from rlaif.simulation.simulate import simulate
+from tests.judging.fault_server import FaultServer
+from tests.simulation.makers import work
+from tests.stubs import stub_job, stub_loop
+from tests.test_loop_chat import chat_job, chat_loop, greater_number
+
+STORED = Path(__file__).resolve().parent.parent / "data" / "run_schema2"
+
+
+def test_a_line_says_what_is_there_whatever_the_size() -> None:
+    few, many = [_Timed(10, 5.0)] * 2, [_Timed(100, 14.0), _Timed(100, 90.0), _Timed(100, 14.0)]
+    assert line(many, few) == pytest.approx((4.0, 0.1)), "slow once doesn't count"
+    assert line(many, few, []) == line(many, few)
+    assert line([_Timed(10, 1.0)], [_Timed(100, 10.0)]) == pytest.approx((0.0, 0.1))
+    assert line([_Timed(100, 12.0)], [_Timed(110, 13.2)]) == pytest.approx((0.0, 0.12)), "of one size"
+    assert line([_Timed(10, -1.0)], [_Timed(100, -3.0)]) == (0.0, 0.0)
+
+
+def test_slots_take_what_comes_next() -> None:
+    assert makespan([3, 1, 1, 1, 4], 2) == 7
+    assert makespan([1.0] * 8, 4) == 2
+    assert makespan([0.5] * 4, 8, interval_s=2) == 6.5
+
+
+@pytest.fixture(scope="module")
+def judged_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    root = tmp_path_factory.mktemp("measured")
+    with FaultServer(say=greater_number, latency_s=0.1) as server:
+        loop = chat_loop(root, chat_job(server, {"concurrency": 4}, prompts={"per_iteration": 8}))
+        loop.run()
+    write_json(loop.dir.path / "run.json", {"schema_version": 2, "job": loop.job.model_dump(mode="json")})
+    return loop.dir
+
+
+@pytest.mark.slow
+def test_what_a_run_says_of_itself(judged_run: RunDir) -> None:
+    rates = measure(judged_run)
+    Setup.model_validate({"rates": rates})
+    answers = [c for k in range(3) for c in judged_run.iteration(k).read("completions", Completion)]
+    assert sorted(rates["answers"]["tokens"]["samples"]) == sorted(len(c.token_ids) for c in answers)
+    metrics = judged_run.iterations_measured(range(3))
+    assert rates["answers"]["kept"] == sum(m.trained_pairs for m in metrics) / (3 * 8)
+    assert rates["answers"]["asked"] == pytest.approx(sum(m.votes for m in metrics) / (3 * 8 * 2))
+    assert all(0.1 <= s < 5 for s in rates["judge"]["latency_s"]["samples"])
+    assert (rates["judge"]["prompt_tokens"], rates["judge"]["completion_tokens"]) == (100, 2)
+
+
+@pytest.mark.slow
+def test_a_run_is_as_long_as_its_rates_say(judged_run: RunDir) -> None:
+    rates = measure(judged_run)
+    counts = work(iterations=3, prompts=8, answers=3, ballots=16, pairs=8, judges_at_once=4, max_tokens=64)
+    found = simulate(counts, Setup.model_validate({"rates": rates}))
+    votes = [judged_run.iteration(k).meta("votes")["seconds"] for k in range(3)]
+    assert found.spent_s["judging"] / 3 == pytest.approx(median(votes), rel=0.3), "the first one imports its client"
+
+
+@pytest.mark.slow
+def test_what_a_streamed_iteration_says_of_its_votes_is_not_their_own_time(judged_run: RunDir, tmp_path: Path) -> None:
+    """They are open while completions come: their seconds hold those of the sampler."""
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(judged_run.path, copy.path)
+    before = measure(copy)["judge"]["start_s"], measure(copy)["loop"]["ballot_s"]
+    for k in range(3):
+        here = copy.iteration(k)
+        for stage, extra in (("completions", {"votes": 5}), ("votes", {"seconds": 900.0})):
+            write_json(here.path / f"{stage}.meta.json", here.meta(stage) | extra)
+    after = measure(copy)["judge"]["start_s"], measure(copy)["loop"]["ballot_s"]
+    assert sum(after) < 5
+    assert sum(before) < 5
+
+
+@pytest.mark.slow
+def test_a_judge_without_a_server_answers_one_after_another(tmp_path: Path) -> None:
+    loop = stub_loop(tmp_path, stub_job())
+    loop.run()
+    write_json(loop.dir.path / "run.json", {"schema_version": 2, "job": loop.job.model_dump(mode="json")})
+    for k, stage in itertools.product(range(4), ("scores", "votes")):
+        here = loop.dir.iteration(k)
+        each = 0.5 if stage == "scores" else 2.0
+        write_json(here.path / f"{stage}.meta.json", here.meta(stage) | {"seconds": each * here.meta(stage)["rows"]})
+    for updates in (0, 2, 4):
+        if (here := loop.dir.evaluation(updates)).is_complete("votes"):
+            write_json(
+                here.path / "votes.meta.json", here.meta("votes") | {"seconds": 2.0 * here.meta("votes")["rows"]}
+            )
+    rates = measure(loop.dir)
+    assert rates["judge"] == pytest.approx({"latency_s": 2.0, "start_s": 0.0, "score_s": 0.5}, abs=1e-6)
+    assert Setup.model_validate({"rates": rates}).rates.judge.at_once is None
+
+
+def test_a_run_without_an_iteration_says_nothing(tmp_path: Path) -> None:
+    shutil.copytree(STORED, tmp_path / "run")
+    for path in (tmp_path / "run").glob("iterations/*/metrics.json"):
+        path.unlink()
+    with pytest.raises(UserError, match="no iteration of this run is done"):
+        measure(RunDir.open(tmp_path / "run"))
+
+
+def test_a_copy_tells_no_time_between_stages(tmp_path: Path) -> None:
+    """All files of a copy are as old as the copy."""
+    shutil.copytree(STORED, tmp_path / "run", copy_function=shutil.copyfile)
+    run = RunDir.open(tmp_path / "run")
+    metrics: list[IterationMetrics] = run.iterations_measured(run.done())
+    slow = [m.model_copy(update={"seconds": {"votes": 50.0}}) for m in metrics]
+    assert measured._rest(run, slow) == 0.0
