@@ -581,6 +581,8 @@ class UpdateStep(Record):
     seconds: float
     metrics: dict[str, float]
     """What this kind of learner measures beside these. Schema 1 had `margin` and `accuracy` as fields."""
+    notes: tuple[str, ...] = ()
+    """What the learner has to say of the update; most often nothing."""
 
     @model_validator(mode="before")
     @classmethod

@@ -82,6 +82,8 @@ def update(run: Running, it: Iteration) -> list[UpdateStep]:
         run.progress.stage(it.k, "update", steps_planned(run, it), "steps", str(it.constitution.ref))
         for step in run.learner.stream("update", rows=it.training, iteration=it.k):
             run.progress.advance(1)
+            for note in step.notes:
+                run.tell_once("learner", note, it.k)
             yield [step]
 
     def commit() -> dict[str, Any]:
