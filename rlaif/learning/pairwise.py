@@ -32,6 +32,7 @@ class PairwiseLearner(TrlLearner):
         """A preference: `prompt`, `prompt_ids`, `chosen_ids` and `rejected_ids`."""
         return {
             "row_id": given.row_id,
+            "completion_ids": (given.chosen_id, given.rejected_id),
             "prompt": given.prompt,
             "prompt_ids": list(given.prompt_token_ids),
             "chosen_ids": list(given.chosen_token_ids),

@@ -13,7 +13,7 @@ from rlaif.judging.verdicts import JurorFit
 from rlaif.loop.anchors import ask_again
 from rlaif.loop.evaluation import evaluate
 from rlaif.loop.hand_over import decoding_of, gap_of
-from rlaif.loop.judging import check_calibration, decide, judge, pair, score
+from rlaif.loop.judging import base_logprobs, check_calibration, decide, judge, pair, score
 from rlaif.loop.old_pairs import judge_old_pairs
 from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.running import Iteration, Running
@@ -48,6 +48,7 @@ class Loop(Running):
             it.scores = score(self, it)
             it.pairs = pair(self, it)
             it.votes = judge(self, it)
+            base_logprobs(self, it)
         it.decisions = decide(self, it)
         it.old_pairs = judge_old_pairs(self, it)
         it.training = mix(self, it)
