@@ -327,6 +327,10 @@ class FreeJudge:
         """Nothing: pairs are random here."""
         yield from ()
 
+    def known_logprobs(self, sequences: list[Any]) -> list[None]:
+        """None: it computes nothing."""
+        return [None] * len(sequences)
+
     def quality(self, candidates: list[Any], **_: Any) -> Iterator[list[Quality]]:
         """Zeros: the loop evaluates the base policy on one prompt before it starts, nobody reads the result."""
         yield [Quality(completion_id=c.completion_id, tokens=1, logprob_per_token=0, relevance=0) for c in candidates]

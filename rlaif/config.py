@@ -785,6 +785,9 @@ class Eval(Section):
     probes: str | None = None
     """File of probes of your own, in place of those that come with rlaif: JSON, JSONL, CSV or Parquet, with `prompt`
     and `answer` (or `check`, or `refuses`), perhaps `kind`."""
+    cache: Adjustable[bool] = True
+    """Take the base policy's answers and scores from an earlier run of the same model, prompts, seed and settings, and
+    keep them for later ones ([run-directory.md](run-directory.md#evaluations-of-the-base-policy))."""
     reference_judge: AnyJudge | None = None
     """Another judge, with settings as `judge` has them, that compares the same held-out answers and never trains:
     another model, or another server. Where what trains is pleased and this one isn't, `monitors.hacking` tells

@@ -556,6 +556,16 @@ class OldPair(Record):
     """By the votes that answer the new text's ballots; None where there is none yet, or a person's word counts."""
 
 
+class BaseLogprob(Record):
+    """How likely a completion is under the untrained policy, as the judge found: what a learner's reference is."""
+
+    completion_id: str
+    tokens: int
+    """Of the completion."""
+    logprob: float
+    """log p(completion | prompt) of the tokens that were sampled, summed, in nats."""
+
+
 class PolicyDistance(Record):
     """How far the policy has moved on an old pair's completions since it sampled them."""
 
@@ -583,6 +593,8 @@ class UpdateStep(Record):
     seconds: float
     metrics: dict[str, float]
     """What this kind of learner measures beside these. Schema 1 had `margin` and `accuracy` as fields."""
+    notes: tuple[str, ...] = ()
+    """What the learner has to say of the update; most often nothing."""
 
     @model_validator(mode="before")
     @classmethod

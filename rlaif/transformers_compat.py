@@ -34,6 +34,11 @@ REACHED = (
         "stored likelihoods are taken over from another kernel of attention",
     ),
     Reached(
+        "transformers.masking_utils",
+        "ALL_MASK_ATTENTION_FUNCTIONS",
+        "chosen and rejected completions compute their prompt twice",
+    ),
+    Reached(
         "transformers.models.auto.modeling_auto",
         "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
         "a model that nobody can train is found out after the start, not in the plan",
@@ -73,6 +78,31 @@ def attention_of(model: Any) -> str | None:
     """The kernel of attention that a model computes with (`config._attn_implementation`); others round otherwise."""
     found = getattr(model.config, "_attn_implementation", None)
     return None if found is None else str(found)
+
+
+def attention_mask_of(model: Any, sees: Any) -> Any:
+    """A mask of one's own as the model's kernel of attention takes it: `sees` [rows, length, length] says which places
+    see which. `ALL_MASK_ATTENTION_FUNCTIONS` has what makes each kernel's; a model takes such a one as it is.
+
+    Raises:
+        KeyError: transformers makes no masks for that kernel.
+    """
+    import torch
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    def mask_function(row: Any, head: Any, place: Any, other: Any) -> Any:
+        return sees[row, place, other]
+
+    return ALL_MASK_ATTENTION_FUNCTIONS[attention_of(model)](
+        batch_size=sees.size(0),
+        q_length=sees.size(1),
+        kv_length=sees.size(2),
+        mask_function=mask_function,
+        allow_is_causal_skip=False,
+        dtype=torch.float32,
+        config=model.config,
+        device=sees.device,
+    )
 
 
 def without_origin(settings: dict[str, Any]) -> dict[str, Any]:

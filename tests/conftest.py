@@ -135,7 +135,7 @@ def make_project(root: Path, model: Path | str, **changes: Any) -> Path:
         "filters": {"min_kept_pairs": 1, "min_agreement": 0.5, "guards": False},
         "learner": {"precision": "fp32", "learning_rate": 1e-3, "warmup_steps": 0, "batch_size": 2},
         "replay": {"share": 0.3},
-        "eval": {"every": 2, "prompts": 3},
+        "eval": {"every": 2, "prompts": 3, "cache": False},  # what a test makes is its own
         "monitors": {"cut_off": {"action": "off"}},  # random weights rarely end an answer
         "workers": "inline",
     }

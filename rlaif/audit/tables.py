@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from rlaif.evaluation.probes import Probe
 from rlaif.records import (
+    BaseLogprob,
     Completion,
     Decision,
     Event,
@@ -282,6 +283,17 @@ STAGE_TABLES: dict[str, Table] = {
         ),
         Preference,
         "pair_id",
+    ),
+    "base_logprobs": Table(
+        "base_logprobs",
+        "how likely completions that trained are under the untrained policy, as the judge had found",
+        (
+            Column("completion_id", "VARCHAR", "r.completion_id"),
+            Column("tokens", "INTEGER", "r.tokens"),
+            Column("logprob", "DOUBLE", "r.logprob", "of all tokens, nats"),
+        ),
+        BaseLogprob,
+        "completion_id",
     ),
     "updates": Table(
         "updates",

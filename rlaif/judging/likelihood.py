@@ -39,6 +39,7 @@ from rlaif.records import (
     Quality,
     Record,
     Score,
+    TokenSequence,
     Usage,
     Vote,
 )
@@ -115,6 +116,14 @@ class LikelihoodJudge:
             weights: Identity of the model's files; what else its arithmetic depends on is found here.
         """
         self._likelihoods.remember(store, weights)
+
+    def known_logprobs(self, sequences: Sequence[TokenSequence]) -> list[float | None]:
+        """Summed log p of completions, in nats, that were asked about before: of these very token ids, after these very
+        tokens, in fp32. None of any other; nothing is computed."""
+        if str(self.scorer.model.dtype) != "torch.float32":
+            return [None] * len(sequences)
+        known = self._likelihoods.known([(s.prompt_token_ids, s.token_ids) for s in sequences])
+        return [None if logps is None else math.fsum(logps) for logps in known]
 
     def score(
         self, candidates: Sequence[Candidate], constitution: Constitution, voices: Sequence[str]

@@ -130,10 +130,12 @@ class Kind(NamedTuple):
     """`module:Class`."""
     row_type: type[TrainingRow]
     """The class's own."""
+    takes_reference: bool = False
+    """Whether it has `use_reference`: takes the reference's log-probabilities from whoever has them."""
 
 
 KINDS = {
-    "dpo": Kind("rlaif.learning.dpo:DpoLearner", Preference),
+    "dpo": Kind("rlaif.learning.dpo:DpoLearner", Preference, takes_reference=True),
     "online_dpo": Kind("rlaif.learning.online_dpo:OnlineDpoLearner", Preference),
 }
 

@@ -120,6 +120,8 @@ class TrlLearner(ABC):
         self._closed = False
         self._told: set[str] = set()
         """Trackers whose failure was told."""
+        self.notes: list[str] = []
+        """What there is to say of an update; told with its next step."""
         self._precision = precision_here(settings.precision)
         self._export_precision = precision_here(export_precision)
         disable_progress_bar()  # of transformers: progress is the loop's to show
@@ -200,6 +202,7 @@ class TrlLearner(ABC):
             RlaifError: the loss or a gradient is not finite. The weights are still those of the last good step.
         """
         prepared = [self.row(given) for given in rows]
+        self.look_at(prepared)
         self._score_references(self._steps(prepared, iteration, epoch=0))
         moved = Moved(self.logprobs) if self.settings.max_kl is not None else None
         if moved is not None:
@@ -216,9 +219,13 @@ class TrlLearner(ABC):
                 if moved is not None:
                     kl = moved.kl([sequence for row in step for sequence in self.sequences(row)])
                     taken = taken.model_copy(update={"metrics": taken.metrics | {KL_METRIC: kl}})
+                taken, self.notes = taken.model_copy(update={"notes": tuple(self.notes)}), []
                 yield taken
                 if too_far(taken, self.settings.max_kl):
                     return
+
+    def look_at(self, rows: Sequence[Row]) -> None:  # noqa: B027 (nothing to look at is a good default)
+        """Looks at an update's rows before anything is computed."""
 
     def _steps(self, rows: list[Row], iteration: int, epoch: int) -> list[list[Row]]:
         order = epoch_order(len(rows), self.seed, iteration, epoch)

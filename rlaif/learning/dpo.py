@@ -7,6 +7,8 @@ a completion that the length limit cut off has none.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ from rlaif.learning.trl_compat import (
     reference_logps,
 )
 
+COMPARED, APART = 4, 1e-4
+"""Rows whose reference is scored here although others have done so, at least, and how far both may be apart, in nats a
+token."""
 _LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
@@ -44,6 +49,10 @@ class DpoLearner(PairwiseLearner):
     """`learner.kind: dpo`."""
 
     config_class = DPOConfig
+    _known: Mapping[str, float] = MappingProxyType({})
+    """The reference's log p by completion, as others computed it."""
+    _compared = 0
+    """Rows of this update over which it was compared with our own."""
 
     def _defaults(self) -> dict[str, Any]:
         named = self.settings.loss_type
@@ -75,10 +84,43 @@ class DpoLearner(PairwiseLearner):
         elif not is_policy:  # the policy has it from TRL
             add_fused_lm_head(model)
 
+    def use_reference(self, logprobs: Mapping[str, float]) -> None:
+        """Takes the untrained policy's log p of completions, by id, from who has computed them in fp32: in the next
+        update, in place of a pass of its own, if its own over the first rows says the same."""
+        self._known = logprobs if self._precision == "fp32" else {}
+        self._compared = 0
+
+    def _score_references(self, steps: list[list[Row]]) -> None:
+        super()._score_references(steps)
+        self._known = {}
+
     def _score_reference(self, model: nn.Module, rows: list[Row]) -> None:
+        are_known = all(i in self._known for row in rows for i in row["completion_ids"])
+        if are_known and self._compared >= COMPARED:
+            for row in rows:
+                row["ref_chosen_logps"], row["ref_rejected_logps"] = (self._known[i] for i in row["completion_ids"])
+            return
         chosen, rejected = reference_logps(self.trainer, model, self._batch(rows))
         for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=True):
             row["ref_chosen_logps"], row["ref_rejected_logps"] = c, r
+        if are_known:
+            self._compare(rows)
+
+    def _compare(self, rows: list[Row]) -> None:
+        """Whether rows that were scored here are as others say; else nothing of theirs is taken."""
+        self._compared += len(rows)
+        sides = [
+            (row[f"ref_{side}_logps"], self._known[i], len(row[f"{side}_ids"]))
+            for row in rows
+            for side, i in zip(("chosen", "rejected"), row["completion_ids"], strict=True)
+        ]
+        apart = max(abs(ours - theirs) / max(tokens, 1) for ours, theirs, tokens in sides)
+        if not apart <= APART:
+            self._known = {}
+            self.notes.append(
+                f"the judge's log-probabilities of the untrained policy are {apart:.2g} nats a token from this "
+                "learner's: it computes them itself, which is slower"
+            )
 
     def _batch(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         return on_its_device(self.trainer, rows)

@@ -7,6 +7,7 @@ TRL's. The default, `dpo`, computes the same loss with more choice of losses; th
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from rlaif.errors import UserError
 from rlaif.learning.base import Row, pad
 from rlaif.learning.pairwise import PairwiseLearner
-from rlaif.learning.trl_compat import GivenCompletions, TrlConfig, online_dpo
+from rlaif.learning.trl_compat import FusedCausalLMOutput, GivenCompletions, TrlConfig, online_dpo
 
 # The warning is in this file's first line; and sampling is not the trainer's job.
 OnlineDPOConfig, OnlineDPOTrainer = online_dpo()
@@ -66,19 +67,35 @@ class _GivenPairsTrainer(GivenCompletions, OnlineDPOTrainer):  # type: ignore[mi
     ) -> torch.Tensor:
         """As TRL's, but the vocabulary is projected for completions only, and positions don't count padding."""
         mask = torch.cat((prompt_mask, completion_mask), dim=1)
-        logits = model(
-            input_ids=torch.cat((prompt_ids, completion_ids), dim=1),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            logits_to_keep=completion_ids.size(1) + 1,
-            use_cache=False,
-        ).logits[:, :-1]  # [2 rows, longest completion, vocabulary]
-        return logits.log_softmax(-1).gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)
+        left = (1 - mask).argsort(dim=1, stable=True)  # all padding to the right
+        ids = torch.cat((prompt_ids, completion_ids), dim=1).gather(1, left)
+        scored = torch.cat((torch.zeros_like(prompt_mask), completion_mask), dim=1).gather(1, left)
+        labels = ids.masked_fill(scored == 0, -100)
+        width = int(mask.sum(1).max())
+        log_probs = self.asked(partial(_log_probs, model))(
+            input_ids=ids[:, :width], attention_mask=mask.gather(1, left)[:, :width], labels=labels[:, :width]
+        ).log_probs  # [2 rows, width - 1]
+        first = prompt_mask.sum(1, keepdim=True) - 1
+        places = first + torch.arange(completion_ids.size(1), device=ids.device)
+        return log_probs.gather(1, places.clamp(max=width - 2))
 
     def reference_logps(self) -> torch.Tensor:
         """As they were scored before the update."""
         logps = [row["ref_chosen"] for row in self.rows] + [row["ref_rejected"] for row in self.rows]
         return pad(logps, 0.0, "right").to(self.args.device)
+
+
+def _log_probs(model: nn.Module, labels: torch.Tensor, **inputs: Any) -> FusedCausalLMOutput:
+    """log p of each label, [rows, length - 1]; the vocabulary is projected from the first of them on."""
+    targets = labels[:, 1:]
+    scored = targets != -100
+    length = targets.size(1) - int(scored.any(0).long().argmax())
+    logits = model(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, :-1]  # [rows, length, vocabulary]
+    kept = targets[:, -length:].clamp(min=0).unsqueeze(-1)
+    found = logits.log_softmax(-1).gather(-1, kept).squeeze(-1)
+    return FusedCausalLMOutput(
+        log_probs=nn.functional.pad(found, (targets.size(1) - length, 0)).masked_fill(~scored, 0)
+    )
 
 
 def _verdict(prompts: list[str], **_: Any) -> list[float]:

@@ -42,6 +42,7 @@ REACHED = (
     Reached("trl.trainer.utils", "FusedCausalLMOutput", _FUSED, says="label_mask"),
     Reached(_DPO, "DPOTrainer", _FUSED, says="fused_lm_head=True"),
     Reached(_DPO, "DPOTrainer.compute_ref_log_probs", "references have no log-probabilities"),
+    Reached(_DPO, "DPOTrainer._compute_loss", "chosen and rejected compute their prompt twice"),
     Reached(_DPO, "DPOTrainer.ref_model", "adapters are switched off in the middle of a step"),
     Reached(_DPO, "DPOTrainer._prepare_dataset", "TRL tokenises what is tokens already"),
     Reached(_DPO, "DPOTrainer._precompute_ref_logps", "TRL scores references of rows that don't exist yet"),
@@ -77,7 +78,16 @@ REACHED = (
 class GivenTokens:
     """To be mixed in before `DPOTrainer`: rows are token ids and bring their reference's log-probabilities. It hides
     `_prepare_dataset`, which would tokenise, and `_precompute_ref_logps`, which would score once a trainer what is
-    scored once an update."""
+    scored once an update. What it asks for log-probabilities, in `_compute_loss` and `compute_ref_log_probs`, is what
+    `asked` gives in a model's place."""
+
+    asked: Callable[[Any], Any] = staticmethod(lambda model: model)
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        return super()._compute_loss(self.asked(model), inputs, return_outputs)  # type: ignore[misc]
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        return super().compute_ref_log_probs(self.asked(model), inputs)  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -91,6 +101,8 @@ class GivenCompletions:
     of its `_generate` and `_forward`, which it offers no other way around, these three are asked."""
 
     ref_model: Any
+    asked: Callable[[Any], Any] = staticmethod(lambda model: model)
+    """What is asked for log-probabilities in a model's place."""
 
     def sampled(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Prompt ids and mask, completion ids and mask; each [2 rows, longest]."""

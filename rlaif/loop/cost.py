@@ -167,7 +167,7 @@ def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, A
     }
 
 
-def counted(job: Job, base_dir: Path) -> Counts:
+def counts_of(job: Job, base_dir: Path) -> Counts:
     """How much of what a job does over all its iterations, from the first one on.
 
     Raises:

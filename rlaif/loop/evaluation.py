@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 from rlaif import evaluation
 from rlaif.constitutions.constitution import Constitution
@@ -45,17 +47,27 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
         run.hand_over.load_sampler(updates)
         shown = max(updates - 1, 0)
         run.progress.stage(shown, "held-out", len(prompts) * run.job.eval.samples, "answers", str(constitution.ref))
-        yield from answers(run, prompts, policy, f"eval{updates:04d}", samples=run.job.eval.samples,
-                           temperature=run.job.eval.temperature, top_p=run.job.eval.top_p)  # fmt: skip
+        how: dict[str, Any] = {name: getattr(run.job.eval, name) for name in ("samples", "temperature", "top_p")}
+        asked = {"prompts": [p.model_dump(mode="json") for p in prompts], **how}
+        make = partial(answers, run, prompts, policy, f"eval{updates:04d}", **how)
+        yield from run.evaluated("completions", Completion, updates, asked, make)
 
-    completions = in_order(it.rows("completions", sample, before_commit=run.hand_over.gap_noted), it.prompts)
+    def sampled() -> dict[str, Any]:
+        return run.hand_over.gap_noted() | run.from_cache("completions", updates)
+
+    completions = in_order(it.rows("completions", sample, before_commit=sampled), it.prompts)
 
     def measure(_: list[Quality]) -> Iterator[list[Quality]]:
         run.progress.stage(max(updates - 1, 0), "sanity", len(completions), "answers", str(constitution.ref))
         asked = candidates(completions, it.prompts)
-        yield from run.advancing(run.measurer.stream("quality", candidates=asked, seed=run.job.seed))
+        about = {"answers": [c.model_dump(mode="json") for c in asked], "judge": run.job.judge.model_dump(mode="json")}
 
-    quality = it.rows("quality", measure)
+        def make() -> Iterator[list[Quality]]:
+            yield from run.advancing(run.measurer.stream("quality", candidates=asked, seed=run.job.seed))
+
+        yield from run.evaluated("quality", Quality, updates, about, make)
+
+    quality = it.rows("quality", measure, before_commit=lambda: run.from_cache("quality", updates))
     drift = _drift(run, it, updates, policy, prompts[: run.job.eval.kl_prompts])
     decisions: list[Decision] | None = None
     base: list[Completion] = []

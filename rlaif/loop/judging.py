@@ -15,7 +15,7 @@ from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, by_pair, jurors_for
 from rlaif.loop.pairing import make_pairs, pairs_of_a_prompt
 from rlaif.loop.running import Interrupted, Iteration, Running, candidates
-from rlaif.records import Ballot, Completion, Decision, Pair, Score, Vote
+from rlaif.records import Ballot, BaseLogprob, Completion, Decision, Pair, Score, TokenSequence, Vote
 from rlaif.rundir.store import write_json
 
 P = TypeVar("P", Completion, Pair)
@@ -164,6 +164,24 @@ class Asking:
             wanted = {c for p in pairs for c in (p.first, p.second)}
             sides = candidates((c for c in completions if c.id in wanted), self._it.prompts)
             yield from self._run.judge.stream("cast", ballots=owed, pairs=pairs, candidates=sides, **self.how)
+
+
+def base_logprobs(run: Running, it: Iteration) -> None:
+    """Keeps how likely the judge found each completion of a pair, where its model is the untrained policy: a learner's
+    reference computes just that, and a judge forgets with its process."""
+    if run.measurer is not run.judge or it.dir.is_complete("base_logprobs"):
+        return
+    wanted = {i for p in it.pairs for i in (p.first, p.second)}
+    sides = [c for c in it.completions if c.id in wanted]
+    sequences = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in sides]
+    logprobs: list[float | None] = run.judge.call("known_logprobs", sequences=sequences)
+    known = [
+        BaseLogprob(completion_id=c.id, tokens=len(c.token_ids), logprob=logprob)
+        for c, logprob in zip(sides, logprobs, strict=True)
+        if logprob is not None
+    ]
+    if known:
+        it.rows("base_logprobs", lambda _: [known])
 
 
 def decide(run: Running, it: Iteration) -> list[Decision]:

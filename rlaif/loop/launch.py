@@ -29,6 +29,7 @@ from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of, likelihood_worker
 from rlaif.judging.spending import REFERENCE_WASTED, WASTED
 from rlaif.loop import Loop, Progress
+from rlaif.loop.base_cache import BaseCache
 from rlaif.loop.branch import may_branch, rollback
 from rlaif.loop.in_force import InForce
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
@@ -162,6 +163,7 @@ def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_
                 code=start.own_code,
                 referee=referee,
                 stream=streams(job, places),
+                base_cache=_base_cache(job, start, progress.note) if job.eval.cache else None,
                 **workers,
             )
             head = loop.run().name
@@ -329,6 +331,19 @@ def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dic
         as_policy = LikelihoodSettings(precision=job.judge.precision, chat_template_args=args)
         factories["measurer"] = likelihood_worker(start.base.path, as_policy)
     return factories
+
+
+def _base_cache(job: Job, start: _Start, note: Callable[[str], None]) -> BaseCache:
+    """Evaluations of the untrained policy, by all that they follow from in any run. Whoever judges, the base policy
+    measures; by which settings, each stage says."""
+    about = {
+        "models": {name: value for name, value in start.models.items() if name not in ("judge", "reference_judge")},
+        "policy": job.policy.model_dump(mode="json", exclude={"model", "adapter"}),
+        "sampling": job.sampling.model_dump(mode="json"),
+        "seed": job.seed,
+        "code": {name: value for name, value in start.code.items() if name != "revision"},
+    }
+    return BaseCache(models.cache_root() / "evaluations", about, note)
 
 
 def _holds(job: Job) -> dict[str, str]:

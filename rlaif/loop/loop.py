@@ -18,7 +18,7 @@ from rlaif.loop.ahead import Ahead, Aside, Later
 from rlaif.loop.anchors import ask_again
 from rlaif.loop.evaluation import evaluate
 from rlaif.loop.hand_over import decoding_of, gap_of
-from rlaif.loop.judging import check_calibration, decide, judge, pair, score
+from rlaif.loop.judging import base_logprobs, check_calibration, decide, judge, pair, score
 from rlaif.loop.old_pairs import judge_old_pairs
 from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.running import Iteration, Running
@@ -41,6 +41,7 @@ def sampled_and_judged(run: Running, it: Iteration) -> Iteration:
     it.scores = score(run, it)
     it.pairs = pair(run, it)
     it.votes = judge(run, it)
+    base_logprobs(run, it)  # now, while the judge still knows them
     return it
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from rlaif import evaluation
 from rlaif.data.prompts import with_system
@@ -76,9 +77,12 @@ def _probes(run: Running, it: Iteration, updates: int, policy: PolicyVersion) ->
     def sample(_: list[Completion]) -> Iterator[list[Completion]]:
         run.hand_over.load_sampler(updates)
         run.progress.stage(max(updates - 1, 0), "probes", len(asked), "answers", str(it.constitution.ref))
-        yield from answers(run, asked, policy, f"probe{updates:04d}", temperature=0.0, top_p=1.0)
+        make = partial(answers, run, asked, policy, f"probe{updates:04d}", temperature=0.0, top_p=1.0)
+        about = {"prompts": [p.model_dump(mode="json") for p in asked]}
+        yield from run.evaluated("probe_completions", Completion, updates, about, make)
 
-    answered = {c.prompt_id: c for c in it.rows("probe_completions", sample)}
+    rows = it.rows("probe_completions", sample, before_commit=lambda: run.from_cache("probe_completions", updates))
+    answered = {c.prompt_id: c for c in rows}
 
     def check(_: list[ProbeResult]) -> Iterator[list[ProbeResult]]:
         yield [
@@ -93,7 +97,7 @@ def _probes(run: Running, it: Iteration, updates: int, policy: PolicyVersion) ->
 def _texts(run: Running, it: Iteration, updates: int) -> list[TextScore]:
     """The fixed texts, scored by the weights that train: nothing that a sampler rounds is in their perplexity."""
 
-    def score(_: list[TextScore]) -> Iterator[list[TextScore]]:
+    def score() -> Iterator[list[TextScore]]:
         read: list[TokenSequence] = run.sampler.call("sequences_in", texts=[t.text for t in run.fixed_texts])
         run.hand_over.load_learner(updates)
         run.progress.stage(max(updates - 1, 0), "texts", len(read), "texts", str(it.constitution.ref))
@@ -103,7 +107,11 @@ def _texts(run: Running, it: Iteration, updates: int) -> list[TextScore]:
                 yield [TextScore(text_id=text.id, tokens=len(logps), logprob=sum(logps))]
             run.progress.advance(1)
 
-    return it.rows("texts", score)
+    def rows(_: list[TextScore]) -> Iterator[list[TextScore]]:
+        about = {"texts": [t.model_dump(mode="json") for t in run.fixed_texts]}
+        yield from run.evaluated("texts", TextScore, updates, about, score)
+
+    return it.rows("texts", rows, before_commit=lambda: run.from_cache("texts", updates))
 
 
 def _earlier(

@@ -17,6 +17,7 @@ from rlaif.judging.ballots import Role
 from rlaif.judging.calibration import Calibration
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.kinds import JudgeKind
+from rlaif.loop.base_cache import BaseCache, R
 from rlaif.loop.hand_over import HandOver
 from rlaif.loop.in_force import InForce
 from rlaif.records import (
@@ -251,11 +252,31 @@ class Running:
     """Where pairs come from; None: from the policy."""
     stream: bool = False
     """The judge works while the policy samples (`pipeline.stream`, as it was made out)."""
+    base_cache: BaseCache | None = None
+    """Evaluations of the untrained policy that other runs made; None: it is always evaluated anew."""
     hand_over: HandOver = field(init=False)
     """Which policy sampler and learner hold."""
 
     def __post_init__(self) -> None:
         self.hand_over = HandOver(self)
+
+    def evaluated(
+        self,
+        stage: str,
+        record: type[R],
+        updates: int,
+        about: dict[str, Any],
+        make: Callable[[], Iterator[list[R]]],
+    ) -> Iterator[list[R]]:
+        """A stage's rows in the evaluation after `updates` iterations, in chunks. Those of the one before the first may
+        come from the cache: `about` is what they follow from, beside the run's policy and settings."""
+        if self.base_cache is None or updates:
+            return make()
+        return self.base_cache.rows(stage, record, about, make)
+
+    def from_cache(self, stage: str, updates: int) -> dict[str, Any]:
+        """For the meta file of such a stage."""
+        return {} if self.base_cache is None or updates else self.base_cache.noted(stage)
 
     def event_once(self, kind: str, message: str, k: int, /, **data: Any) -> bool:
         """Notes an event unless an earlier, interrupted attempt at this iteration did; whether it was new."""

@@ -16,7 +16,7 @@ from rlaif.learning.mixing import labelled, preferences_of, read_now, replayed
 from rlaif.learning.replay_index import update_index
 from rlaif.learning.replay_set import members
 from rlaif.loop.running import Iteration, Running
-from rlaif.records import Alarm, Completion, PolicyDistance, Preference, TrainingRow, UpdateStep
+from rlaif.records import Alarm, BaseLogprob, Completion, PolicyDistance, Preference, TrainingRow, UpdateStep
 from rlaif.review.labels import labels_noted
 
 Mix = Callable[[Running, Iteration], Sequence[TrainingRow]]
@@ -78,10 +78,14 @@ def update(run: Running, it: Iteration) -> list[UpdateStep]:
         run.hand_over.load_learner(it.k)
         if run.job.learner.reference == "at_change" and (reference := run.hand_over.reference_at_change(it.k)):
             run.learner.call("refer_to", policy=reference)
+        if known := _reference_of(run, it):
+            run.learner.call("use_reference", logprobs=known)
         run.hand_over.learner_moves()
         run.progress.stage(it.k, "update", steps_planned(run, it), "steps", str(it.constitution.ref))
         for step in run.learner.stream("update", rows=it.training, iteration=it.k):
             run.progress.advance(1)
+            for note in step.notes:
+                run.tell_once("learner", note, it.k)
             yield [step]
 
     def commit() -> dict[str, Any]:
@@ -99,6 +103,18 @@ def update(run: Running, it: Iteration) -> list[UpdateStep]:
         )
         run.tell_once("update_stopped", message, it.k, kl=kl, steps=len(steps), planned=steps_planned(run, it))
     return steps
+
+
+def _reference_of(run: Running, it: Iteration) -> dict[str, float]:
+    """What the reference gives the rows' completions, by their id, as far as the judge found it when they were sampled
+    (`base_logprobs`)."""
+    learner = run.job.learner
+    if learner.reference != "base" or not kind_of(learner.kind).takes_reference:
+        return {}
+    sampled = {row.iteration for row in it.training if isinstance(row, Preference)}
+    found = (run.dir.iteration(k) for k in sorted(sampled))
+    known = (d.read("base_logprobs", BaseLogprob) for d in found if d.is_complete("base_logprobs"))
+    return {row.completion_id: row.logprob for rows in known for row in rows}
 
 
 def steps_planned(run: Running, it: Iteration) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rlaif.records import (
+    BaseLogprob,
     Completion,
     Decision,
     Divergence,
@@ -48,12 +49,13 @@ ITERATION = (
     Stage("scores", Score, ("completions",), resumable=True),
     Stage("pairs", Pair, ("completions", "scores")),
     Stage("votes", Vote, ("pairs",), resumable=True),
+    Stage("base_logprobs", BaseLogprob, ("pairs",), optional=True),
     Stage("decisions", Decision, ("votes",)),
     Stage("rejudged_votes", Vote, resumable=True, optional=True),
     Stage("old_pairs", OldPair, ("rejudged_votes",), optional=True),
     Stage("policy_distances", PolicyDistance, ("old_pairs",), resumable=True, optional=True),
     Stage("preferences", Preference, ("decisions", "old_pairs", "policy_distances")),
-    Stage("updates", UpdateStep, ("preferences",)),
+    Stage("updates", UpdateStep, ("preferences", "base_logprobs")),
     Stage("anchor_votes", Vote, resumable=True, optional=True),
 )
 """Of an iteration, in the order of the data flow."""

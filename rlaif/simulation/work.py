@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlaif.config import ChatSettings, Job
 from rlaif.errors import UserError
-from rlaif.loop.cost import counted
+from rlaif.loop.cost import counts_of
 from rlaif.records import Record
 
 
@@ -51,7 +51,7 @@ def work_of(job: Job, base_dir: Path) -> Work:
     """
     if job.source is not None:
         raise UserError("--cluster: a job with a `source` samples nothing, and isn't simulated; leave --cluster out")
-    counts = counted(job, base_dir)
+    counts = counts_of(job, base_dir)
     n = job.iterations
     chat = job.judge if isinstance(job.judge, ChatSettings) else None
     price = chat.prices.get(chat.model) if chat else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -13,7 +14,7 @@ from rlaif.constitutions.constitution import parse_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import make_ballots, selecting_voices
 from rlaif.judging.cache import LikelihoodCache, likelihood_key
-from rlaif.records import Message, Pair
+from rlaif.records import Message, Pair, TokenSequence
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -188,6 +189,33 @@ def test_a_template_without_a_system_role_is_the_users_mistake(model, constituti
     judge = LikelihoodJudge.of(model, NoSystem(), LikelihoodSettings(), name="tiny")
     with pytest.raises(UserError, match=r"judge\.model tiny: .*refuses the roles system, user \(System role not supp"):
         flat(judge.cast(make_ballots(PAIRS, constitution, "tiny"), PAIRS, CANDIDATES, constitution))
+
+
+def test_what_it_has_computed_is_known_by_its_very_tokens(model, judge, constitution):
+    c = CANDIDATES[1]
+    context, answer = judge.reader.context(c.messages), judge.reader.answer(c)
+    asked = TokenSequence(prompt_token_ids=context, token_ids=answer)
+    assert judge.known_logprobs([asked]) == [None], "nothing was computed yet"
+    contrasts = flat(judge.score(CANDIDATES, constitution, [constitution.voices()[0].id]))
+    assert contrasts
+    assert judge.known_logprobs([asked]) == [None], "that was under a contrast"
+    flat(judge.quality(CANDIDATES))
+    others = [
+        TokenSequence(prompt_token_ids=context, token_ids=answer[:-1]),
+        TokenSequence(prompt_token_ids=(*context, 5), token_ids=answer),
+        TokenSequence(prompt_token_ids=(), token_ids=(*context, *answer)),
+    ]
+    found = judge.known_logprobs([asked, *others])
+    assert found[0] == pytest.approx(plain_logp(model, judge, c.messages, answer), abs=1e-4)
+    assert found[1:] == [None, None, None]
+
+
+def test_what_is_rounded_to_bf16_is_nobodys_reference(model):
+    rounded = LikelihoodJudge.of(copy.deepcopy(model).to(torch.bfloat16), CharTokenizer(), LikelihoodSettings())
+    flat(rounded.quality(CANDIDATES))
+    c = CANDIDATES[1]
+    sequence = TokenSequence(prompt_token_ids=rounded.reader.context(c.messages), token_ids=rounded.reader.answer(c))
+    assert rounded.known_logprobs([sequence]) == [None]
 
 
 def test_end_token_is_scored_iff_the_completion_ended(judge):
