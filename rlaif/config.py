@@ -472,6 +472,11 @@ class ChatSettings(Judge, Juror):
                 f"pairing.method: `best_worst` needs a judge that scores single answers, `{self.kind}` compares "
                 "two; set random or all"
             )
+        if job.cluster and job.cluster.judge:
+            raise ValueError(
+                f"cluster.judge: a `{self.kind}` judge computes nothing, it waits for its servers; raise "
+                "judge.concurrency, and put more servers behind judge.base_url"
+            )
         if self.early_stop and job.filters.calibration:
             raise ValueError("judge.early_stop: never with filters.calibration, which counts on every vote; drop one")
         unpriced = [juror.model for juror in self.jurors if juror.model not in self.prices]
@@ -1106,6 +1111,10 @@ class Cluster(Section):
     """Who judges. Not for a judge behind servers, which waits and computes nothing."""
     max_restarts: int = Field(3, ge=0)
     """How often another may take the place of a replica that died, for each role; then the run pauses."""
+
+    def of(self, role: str) -> Share | None:
+        """What a role has here; None: it is elsewhere."""
+        return {"sampler": self.sampler, "judge": self.judge}.get(role)
 
     @property
     def asked(self) -> int:

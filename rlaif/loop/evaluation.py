@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rlaif import evaluation
 from rlaif.constitutions.constitution import Constitution
+from rlaif.judging.candidates import Candidate
 from rlaif.judging.kinds import kind_of
 from rlaif.loop.hand_over import gap_of
 from rlaif.loop.judging import decide, judge
@@ -52,8 +54,7 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
 
     def measure(_: list[Quality]) -> Iterator[list[Quality]]:
         run.progress.stage(max(updates - 1, 0), "sanity", len(completions), "answers", str(constitution.ref))
-        asked = candidates(completions, it.prompts)
-        yield from run.advancing(run.measurer.stream("quality", candidates=asked, seed=run.job.seed))
+        yield from run.advancing(_measured(run, candidates(completions, it.prompts)))
 
     quality = it.rows("quality", measure)
     drift = _drift(run, it, updates, policy, prompts[: run.job.eval.kl_prompts])
@@ -91,6 +92,19 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
     values = tracking.of_evaluation(metrics, it.votes + earlier, run.job.judge, run.text_number(it.k))
     run.track(max(updates - 1, 0), updates, values)
     return metrics
+
+
+def _measured(run: Running, answers: list[Candidate]) -> Iterator[list[Quality]]:
+    """How sane answers are; each once, though all of them are asked about in one piece: what one is compared with is
+    drawn from the others."""
+    asked, seen = {"candidates": answers, "seed": run.job.seed}, set[str]()
+
+    def piece(done: Sequence[Quality]) -> dict[str, Any] | None:
+        return asked if len(done) < len(answers) else None
+
+    for chunk in run.measurer.spread("quality", [piece]):
+        yield [q for q in chunk if q.completion_id not in seen]
+        seen.update(q.completion_id for q in chunk)
 
 
 def _drift(

@@ -37,6 +37,7 @@ from rlaif import __version__
 from rlaif.config import Cluster
 from rlaif.errors import UserError, WorkerDied, WorkerError, needs_extra, to_install
 from rlaif.models import digest_of
+from rlaif.workers.feed import Feed
 from rlaif.workers.process import CLOSE_GRACE_S
 from rlaif.workers.weights import FileParts, WeightsMissing, WeightsRef, keep, parts_of, seen_here
 from rlaif.workers.worker import Worker, built, one_line
@@ -81,22 +82,23 @@ class RayCluster:
         """Where a cluster that is made for the run has its sockets and logs."""
         with contextlib.ExitStack() as stack:
             if settings.address == "local":
-                private = _PRIVATE | {"RAY_AUTH_TOKEN": secrets.token_hex(32), "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-                stack.enter_context(_environment(private))  # before Ray is imported: it looks then
+                # Before Ray is imported: it looks then.
+                stack.enter_context(_environment(_PRIVATE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}))
                 self._folder = Path(tempfile.mkdtemp(prefix="rlaif-"))
                 stack.callback(self._keep_logs, self._folder)
             self._ray = _imported()
             with _own_sigterm():
-                self._connect(len(gpus))
+                self._connect(gpus)
             stack.callback(self._ray.shutdown)
             self._closing = stack.pop_all()
 
-    def _connect(self, gpus: int) -> None:
+    def _connect(self, gpus: Sequence[str]) -> None:
         how = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": f"rlaif-{secrets.token_hex(8)}"}
         if self._folder is not None:
             cpus = max(os.cpu_count() or 1, self._settings.asked)
-            here = {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "_temp_dir": str(self._folder)}
-            self._ray.init(address="local", **here, **how)
+            here = {"num_cpus": cpus, "num_gpus": len(gpus), "include_dashboard": False, "_temp_dir": str(self._folder)}
+            with _environment({"CUDA_VISIBLE_DEVICES": ",".join(gpus)}):
+                self._ray.init(address="local", **here, **how)
             if (ip := self._ray.util.get_node_ip_address()) != "127.0.0.1":
                 self._ray.shutdown()
                 raise UserError(
@@ -112,12 +114,13 @@ class RayCluster:
                 "with `ray start --head`, or set cluster.address: local"
             ) from e
 
-    def gpus_each(self, role: str, otherwise: int) -> float:
-        """GPUs of each replica of a role; `otherwise` where the job doesn't say and the cluster has some."""
-        given: float | None = getattr(self._settings, role).gpus
-        if given is not None:
-            return given
-        return otherwise if self._ray.cluster_resources().get("GPU") else 0
+    def has(self, role: str) -> bool:
+        """Whether the job puts a role here."""
+        return self._settings.of(role) is not None
+
+    def gpus_each(self, wanted: int) -> float:
+        """GPUs of a replica that wants some, where the job doesn't say how many it gets."""
+        return wanted if self._ray.cluster_resources().get("GPU") else 0
 
     def reserve(self, role: str, replicas: int, gpus: float) -> None:
         """Room for a role's replicas, each on one machine.
@@ -221,8 +224,10 @@ class RayWorker(Worker):
         self.ready()
         return self._asked(functools.partial(self._actor.call.remote, method, kwargs))[1]
 
-    def stream(self, method: str, **kwargs: Any) -> Generator[Any, None, None]:
-        """As `ProcessWorker.stream`."""
+    def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Generator[Any, None, None]:
+        """As `ProcessWorker.stream`, without a feed: a judge that is fed only waits, and needs no cluster."""
+        if feed is not None:
+            raise NotImplementedError(f"{self.name}.{method}: an actor takes no feed")
         self.ready()
         self._asked(functools.partial(self._actor.begin.remote, method, kwargs))
         ahead = deque(self._actor.more.remote() for _ in range(_AHEAD))
