@@ -1216,6 +1216,15 @@ class Job(Section):
         return tree
 
     @model_validator(mode="after")
+    def _fits_its_share(self) -> Job:
+        share, span = self.cluster and self.cluster.sampler, self.sampling.tensor_parallel_size
+        if share and share.gpus is not None and share.gpus < span > 1:
+            raise ValueError(
+                f"cluster.sampler.gpus: {share.gpus:g} for sampling.tensor_parallel_size: {span}; give as many"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_its_judge(self) -> Job:
         self.judge.check_in(self)
         return self

@@ -66,6 +66,13 @@ def test_what_makes_no_sense_is_refused(cluster: dict[str, Any], said: str) -> N
         parse_job({"constitution": "rules", "cluster": cluster}, "test")
 
 
+def test_a_sampler_that_spans_gpus_gets_them() -> None:
+    job = {"constitution": "rules", "sampling": {"tensor_parallel_size": 2}}
+    parse_job({**job, "cluster": {"sampler": {"replicas": 2}}}, "test")
+    with pytest.raises(UserError, match=r"cluster\.sampler\.gpus: 1 for sampling\.tensor_parallel_size: 2"):
+        parse_job({**job, "cluster": {"sampler": {"gpus": 1}}}, "test")
+
+
 def test_a_judge_that_waits_is_not_shared_out() -> None:
     judge = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:8000/v1"}
     job = {"constitution": "rules", "judge": judge, "pairing": {"method": "random"}}
@@ -304,6 +311,7 @@ def test_a_run_on_three_nodes_decides_as_one_process(
 
     for name, value in {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("rlaif.workers.ray.ROOM_S", 600.0)
     changes: dict[str, Any] = {"iterations": 2, "constitution": "rules@1", "workers": "process"}
     alone = project_job(tmp_path, tiny_model, **changes)
     execute(alone, tmp_path / "alone", tmp_path, Killing(None, []))

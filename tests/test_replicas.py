@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 
 from rlaif.errors import RunPaused, UserError, WorkerDied, WorkerError
+from rlaif.loop import Loop
 from rlaif.workers.feed import Feed
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.process import ProcessWorker
 from rlaif.workers.replicas import Replicas
 from rlaif.workers.worker import Piece, Worker
+from tests.kill_driver import casts, durable_ballots
+from tests.stubs import stub_job, stub_loop
+from tests.test_resume import outcome
 
 
 class Squares:
@@ -52,9 +56,12 @@ class Mortal(InlineWorker):
     """A worker without a process that dies all the same, before the item whose number is given."""
 
     dies_at: int | None = None
+    delays: random.Random | None = None
 
     def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Iterator[Any]:
         for n, item in enumerate(super().stream(method, feed, **kwargs)):
+            if self.delays:
+                time.sleep(self.delays.random() / 200)
             if n == self.dies_at:
                 raise WorkerDied(f"{self.name} worker died (unplugged)")
             yield item
@@ -268,6 +275,60 @@ def test_one_that_cant_be_built_is_told_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such model"):
         replicas.ready()
     replicas.close()
+
+
+# ---- a loop's workers
+
+
+JOB: dict[str, Any] = {"judge": {"batch_tokens": 64}, "sampling": {"completions_per_prompt": 3, "max_tokens": 128}}
+"""Two prompts a piece."""
+
+
+def replicated(loop: Loop, role: str, seed: int, deaths: int) -> list[str]:
+    """Puts three workers in the place of a stub loop's, of which so many die; what is told of them."""
+    single, draw, told = getattr(loop, role), random.Random(f"{seed} {role}"), list[str]()
+    fate = {n: draw.randrange(2) for n in draw.sample(range(4), deaths)}
+    started = iter(range(99))
+
+    def start(number: int) -> Worker:
+        mortal = Mortal(f"{role} {number + 1}", *single._start)
+        mortal.delays, mortal.dies_at = random.Random(seed + number), fate.get(next(started))
+        return mortal
+
+    setattr(loop, role, Replicas(role, start, 3, 9, told.append))
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "stream"), [(0, False), (1, False), (2, True), (3, True)])
+def test_a_run_of_replicas_that_die_decides_as_one_of_single_workers(tmp_path: Path, seed: int, stream: bool) -> None:
+    stub_loop(tmp_path / "one", stub_job(**JOB)).run()
+    loop = stub_loop(tmp_path / "many", stub_job(**JOB, pipeline={"stream": stream}))
+    told = [replicated(loop, role, seed, deaths=2) for role in ("sampler", "judge")]
+    loop.measurer = loop.judge
+    loop.run()
+    assert all(told), "some died"
+    assert outcome(tmp_path / "many" / "run") == outcome(tmp_path / "one" / "run")
+    asked = Counter((tmp_path / "many/casts.log").read_text().split())
+    again = sum(asked.values()) - len(asked)
+    assert again <= 3 * len(told[1]), "the stub casts three at a time: those that were on their way are lost"
+    assert asked.keys() == {*(tmp_path / "one/casts.log").read_text().split()}
+
+
+@pytest.mark.slow
+def test_a_paused_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    stub_loop(tmp_path / "one", stub_job(**JOB)).run()
+    loop = stub_loop(tmp_path / "many", stub_job(**JOB))
+    replicated(loop, "judge", 5, deaths=4)
+    assert isinstance(loop.judge, Replicas)
+    loop.judge._max_restarts = 1
+    loop.measurer = loop.judge
+    with pytest.raises(RunPaused, match=r"cluster\.max_restarts=1 is used up"):
+        loop.run()
+    durable, before = {*durable_ballots(tmp_path / "many")}, len(casts(tmp_path / "many"))
+    stub_loop(tmp_path / "many", stub_job(**JOB)).run()
+    assert outcome(tmp_path / "many" / "run")["rows"] == outcome(tmp_path / "one" / "run")["rows"]
+    assert not durable & {*casts(tmp_path / "many")[before:]}, "nobody is asked twice"
 
 
 # ---- with processes

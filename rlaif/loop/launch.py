@@ -279,6 +279,7 @@ def _load(
     unready: list[Worker] = []
     for name, (factory, kwargs) in factories.items():
         at, log = places["judge" if name == "reference" else name], run.path / "logs" / f"{name}.log"
+        worker: Worker
         if cluster and cluster.has(name):
             worker = _replicas(run, job, cluster, name, factory, kwargs, note)
         else:
