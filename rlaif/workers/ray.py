@@ -244,9 +244,10 @@ class RayWorker(Worker):
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(Exception):  # a cluster, or an actor, that is gone is closed
-            if self._ready:
+        if self._ready:
+            with contextlib.suppress(Exception):  # one that is gone, or busy, is killed
                 self._ray.get(self._actor.close.remote(), timeout=CLOSE_GRACE_S)
+        with contextlib.suppress(Exception):  # a cluster that is gone has taken it along
             self._ray.kill(self._actor)
 
     def _is_there(self, answer: Any, timeout_s: float) -> bool:
@@ -302,11 +303,8 @@ class _Held:
     def build(self, factory: str, kwargs: dict[str, Any]) -> Answer:
         """Builds the object."""
         if __version__ != self._version:
-            machine = os.uname().nodename
-            return (
-                "user_error",
-                f"{machine} has rlaif {__version__}, the loop {self._version}; install the same on both",
-            )
+            has = f"{self.node()} has rlaif {__version__}, the loop {self._version}"
+            return "user_error", f"cluster: {has}; install the same on both"
 
         def make() -> Answer:
             here = {name: str(v.path) if isinstance(v, WeightsRef) else v for name, v in _here(kwargs).items()}
