@@ -487,6 +487,11 @@ class ChatSettings(Judge, Juror):
                 f"pairing.method: `best_worst` needs a judge that scores single answers, `{self.kind}` compares "
                 "two; set random or all"
             )
+        if job.cluster and job.cluster.judge:
+            raise ValueError(
+                f"cluster.judge: a `{self.kind}` judge computes nothing, it waits for its servers; raise "
+                "judge.concurrency, and put more servers behind judge.base_url"
+            )
         if self.early_stop and job.filters.calibration:
             raise ValueError("judge.early_stop: never with filters.calibration, which counts on every vote; drop one")
         unpriced = [juror.model for juror in self.jurors if juror.model not in self.prices]
@@ -1101,6 +1106,46 @@ class Place(Section):
         return devices
 
 
+class Share(Section):
+    """How many workers have a role on a cluster, and what each has."""
+
+    replicas: int = Field(1, ge=1)
+    """How many share the role's work; each holds the whole model."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs of each, on one machine; a fraction shares one. When absent: none where the cluster has none, else
+    `sampling.tensor_parallel_size` for the sampler, one for a judge. Untried on GPUs."""
+
+
+class Cluster(Section):
+    """Roles that are several workers on a [Ray cluster](scale-ray.md); a role that isn't named here stays where
+    `placement` says. Needs the extra `ray`."""
+
+    address: str = "local"
+    """`local`: this machine alone, as a cluster that is made for the run and listens to nobody else. `auto`: the
+    cluster that this machine belongs to. `HOST:6379` or `ray://HOST:10001` (untried): another."""
+    sampler: Share | None = None
+    """Who samples."""
+    judge: Share | None = None
+    """Who judges. Not for a judge behind servers, which waits and computes nothing."""
+    max_restarts: int = Field(3, ge=0)
+    """How often another may take the place of a replica that died, for each role; then the run pauses."""
+
+    def of(self, role: str) -> Share | None:
+        """What a role has here; None: it is elsewhere."""
+        return {"sampler": self.sampler, "judge": self.judge}.get(role)
+
+    @property
+    def asked(self) -> int:
+        """Replicas in all."""
+        return sum(share.replicas for share in (self.sampler, self.judge) if share)
+
+    @model_validator(mode="after")
+    def _names_a_role(self) -> Cluster:
+        if not self.asked:
+            raise ValueError("names no role; for example `sampler: {replicas: 2}`")
+        return self
+
+
 class Job(Section):
     """A training job."""
 
@@ -1139,6 +1184,8 @@ class Job(Section):
     """By role, where it runs."""
     workers: Adjustable[WorkerKind] = "process"
     """Sampler, judge and learner each in a process of its own, or (tests) in the loop's; `placement` says it of one."""
+    cluster: Adjustable[Cluster | None] = None
+    """Roles that are several workers, on this machine or on others."""
 
     keep_checkpoints: Adjustable[Literal["all", "evaluated"] | Checkpoints | None] = None
     """What a branch or a rollback can go on from: after which iterations policy and learner's state are kept. `all`,
@@ -1185,6 +1232,15 @@ class Job(Section):
         if isinstance(tree, dict) and (judge := _judge_class(tree.get("judge") or {})):
             return judge.completed(tree)
         return tree
+
+    @model_validator(mode="after")
+    def _fits_its_share(self) -> Job:
+        share, span = self.cluster and self.cluster.sampler, self.sampling.tensor_parallel_size
+        if share and share.gpus is not None and share.gpus < span > 1:
+            raise ValueError(
+                f"cluster.sampler.gpus: {share.gpus:g} for sampling.tensor_parallel_size: {span}; give as many"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_its_judge(self) -> Job:

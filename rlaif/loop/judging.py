@@ -17,6 +17,7 @@ from rlaif.loop.pairing import make_pairs, pairs_of_a_prompt
 from rlaif.loop.running import Interrupted, Iteration, Running, candidates
 from rlaif.records import Ballot, BaseLogprob, Completion, Decision, Pair, Score, TokenSequence, Vote
 from rlaif.rundir.store import write_json
+from rlaif.workers.worker import Piece
 
 P = TypeVar("P", Completion, Pair)
 
@@ -50,8 +51,7 @@ def score(run: Running, it: Iteration) -> list[Score]:
         if not owed:
             return
         run.progress.stage(it.k, "score", len(owed), "scores", str(it.constitution.ref))
-        for piece in in_pieces(run, it, it.completions):
-            yield from run.advancing(scoring.scores(piece))
+        yield from run.advancing(scoring.scores(in_pieces(run, it, it.completions)))
 
     return it.rows("scores", produce)
 
@@ -74,17 +74,22 @@ class Scoring:
         """Completion and voice of the scores that aren't there."""
         return {(c.id, v) for c in completions for v in self._voices if v not in self._done.get(c.id, ())}
 
-    def scores(self, piece: Sequence[Completion]) -> Iterator[list[Score]]:
-        """Those of a piece that aren't there. All of it is scored again: a part would be batched otherwise."""
-        if not (owed := self.owed(piece)):
-            return
-        sides = candidates(piece, self._it.prompts)
-        for chunk in self._run.judge.stream(
-            "score", candidates=sides, constitution=self._it.constitution, voices=self._voices
-        ):
-            new = [s for s in chunk if (s.completion_id, s.voice) in owed]
+    def scores(self, pieces: Iterable[Sequence[Completion]]) -> Iterator[list[Score]]:
+        """Those of some pieces that aren't there."""
+        for chunk in self._run.judge.spread("score", map(self._piece, pieces)):
+            new = [s for s in chunk if s.voice not in self._done.get(s.completion_id, ())]
             yield new
             self._keep(new)
+
+    def _piece(self, completions: Sequence[Completion]) -> Piece:
+        def asked(done: Sequence[Score]) -> dict[str, Any] | None:
+            """All of a piece or nothing: a part would be batched otherwise."""
+            if self.owed(completions) <= {(s.completion_id, s.voice) for s in done}:
+                return None
+            sides = candidates(completions, self._it.prompts)
+            return {"candidates": sides, "constitution": self._it.constitution, "voices": self._voices}
+
+        return asked
 
     def _keep(self, scores: Iterable[Score]) -> None:
         for score in scores:
@@ -123,11 +128,13 @@ def judge(run: Running, it: Iteration) -> list[Vote]:
             of_pair: dict[str, list[Ballot]] = {}
             for ballot in owed:
                 of_pair.setdefault(ballot.pair_id, []).append(ballot)
-            for pairs, completions in parts:
-                mine = [b for p in pairs for b in of_pair.get(p.id, ())]
-                for chunk in run.advancing(asking.votes(mine, pairs, completions)):
-                    votes += chunk
-                    yield chunk
+            owed_of = (
+                asking.piece([b for p in pairs for b in of_pair.get(p.id, ())], pairs, completions)
+                for pairs, completions in parts
+            )
+            for chunk in run.advancing(run.judge.spread("cast", owed_of)):
+                votes += chunk
+                yield chunk
 
     votes = it.rows("votes", produce, before_commit=lambda: {"ballots": len(ballots)})
     asking.journal.unlink(missing_ok=True)
@@ -156,14 +163,23 @@ class Asking:
         run, it = self._run, self._it
         return self.kind.ballots(pairs, it.constitution, it.role, run.job.seed, run.judge_name, self._templates)
 
-    def votes(
-        self, owed: Sequence[Ballot], pairs: Sequence[Pair], completions: Iterable[Completion]
-    ) -> Iterator[list[Vote]]:
-        """Those on the ballots that are owed about the pairs of one piece; `completions` are at least the sides."""
-        if owed:
-            wanted = {c for p in pairs for c in (p.first, p.second)}
-            sides = candidates((c for c in completions if c.id in wanted), self._it.prompts)
-            yield from self._run.judge.stream("cast", ballots=owed, pairs=pairs, candidates=sides, **self.how)
+    def piece(self, owed: Sequence[Ballot], pairs: Sequence[Pair], completions: Iterable[Completion]) -> Piece:
+        """The ballots that are owed about the pairs of one piece; `completions` are at least the sides."""
+        wanted = {c for p in pairs for c in (p.first, p.second)}
+        sides = candidates((c for c in completions if c.id in wanted), self._it.prompts)
+        return to_cast(owed, pairs=pairs, candidates=sides, **self.how)
+
+
+def to_cast(owed: Sequence[Ballot], **how: Any) -> Piece:
+    """What a judge is asked for votes on some ballots. `how` is the same however many of them are there: what a judge
+    computes may depend on the other pairs of the call."""
+
+    def asked(votes: Sequence[Vote]) -> dict[str, Any] | None:
+        have = {v.ballot.id for v in votes}
+        left = [b for b in owed if b.id not in have]
+        return {"ballots": left, **how} if left else None
+
+    return asked
 
 
 def base_logprobs(run: Running, it: Iteration) -> None:

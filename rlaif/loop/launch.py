@@ -16,7 +16,7 @@ from typing import Any
 
 import rlaif
 from rlaif import __version__, models
-from rlaif.config import Job, LikelihoodSettings, changed_keys, may_change, of_run, parse_job, worth_knowing
+from rlaif.config import Cluster, Job, LikelihoodSettings, changed_keys, may_change, of_run, parse_job, worth_knowing
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
 from rlaif.errors import RlaifError, RunInterrupted, RunPaused, UserError
 from rlaif.evaluation.probes import Probe, probes_of
@@ -46,6 +46,8 @@ from rlaif.rundir.stages import REFERENCE_VOTES, VOTES
 from rlaif.rundir.store import LOCK, STARTING, RunDir, read_json, read_rows, replacing, write_json
 from rlaif.sampling import PromptProblem
 from rlaif.workers.placement import Placed, place, usable_gpus
+from rlaif.workers.ray import RayCluster
+from rlaif.workers.replicas import Replicas
 from rlaif.workers.start import start_worker, wait_until_ready
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
@@ -271,14 +273,20 @@ def _load(
 
     def loaded(name: str, seconds: float, waiting: list[str]) -> None:
         others = f"; waiting for {', '.join(waiting)}" if waiting else ""
-        note(f"{name} ready after {seconds:.1f} s: {holds[name]}{others}")
+        times = f", {workers[name].width} of it" if workers[name].width > 1 else ""
+        note(f"{name} ready after {seconds:.1f} s: {holds[name]}{times}{others}")
         if name == "sampler" and workers.keys() == factories.keys():
             check_prompts()  # while the others load: it names file and row, and they can't
 
+    cluster = stack.enter_context(_cluster(run, job.cluster, places)) if job.cluster else None
     unready: list[Worker] = []
     for name, (factory, kwargs) in factories.items():
         at, log = places["judge" if name == "reference" else name], run.path / "logs" / f"{name}.log"
-        worker = start_worker(at.worker, name, factory, kwargs, log, at.environment)
+        worker: Worker
+        if cluster and cluster.has(name):
+            worker = _replicas(run, job, cluster, name, factory, kwargs, note)
+        else:
+            worker = start_worker(at.worker, name, factory, kwargs, log, at.environment)
         workers[name] = stack.enter_context(closing(worker))
         if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
             # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile.
@@ -290,6 +298,41 @@ def _load(
         check_prompts()
     train, held_out = asked
     return {"measurer": workers["judge"], **workers}, train, held_out
+
+
+def _cluster(run: RunDir, settings: Cluster, places: dict[str, Placed]) -> RayCluster:
+    """What GPUs the learner doesn't take, a cluster of this machine alone may have."""
+    mine = [gpu for gpu in usable_gpus(len(gpu_names())) if gpu not in places["learner"].gpus]
+    return RayCluster(settings, run.path / "logs", mine)
+
+
+def _replicas(
+    run: RunDir,
+    job: Job,
+    cluster: RayCluster,
+    role: str,
+    factory: str,
+    kwargs: dict[str, Any],
+    note: Callable[[str], None],
+) -> Replicas:
+    """A role's workers on the cluster."""
+    assert job.cluster is not None
+    share = job.cluster.of(role)
+    assert share is not None
+    gpus = share.gpus
+    if gpus is None:
+        gpus = cluster.gpus_each(job.sampling.tensor_parallel_size if role == "sampler" else 1)
+    cluster.reserve(role, share.replicas, gpus)
+
+    def told(message: str) -> None:
+        if _begun(run):
+            run.event("replica_died", message)
+        note(message)
+
+    def start(number: int) -> Worker:
+        return cluster.start(role, number, factory, kwargs, gpus)
+
+    return Replicas(role, start, share.replicas, job.cluster.max_restarts, told)
 
 
 def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, aggregate, by_pair
 from rlaif.learning.old_pairs import PairLog, held_against, shows_of, standing_by
 from rlaif.learning.replay_set import UNDER_IT, UNKNOWN, Member, members
-from rlaif.loop.judging import Deciding, ballots_for, tell_interrupted, templates_for
+from rlaif.loop.judging import Deciding, ballots_for, tell_interrupted, templates_for, to_cast
 from rlaif.loop.running import Interrupted, Iteration, Running, candidates
 from rlaif.records import Ballot, OldPair, OnChange, Pair, Preference, Side, Standing, Vote
 from rlaif.rundir.store import read_record
@@ -142,7 +142,7 @@ class _Rejudging:
                     continue
                 run.progress.stage(it.k, "rejudge", len(left), "votes", str(it.constitution.ref))
                 pairs = [case.pair for case in part]
-                for chunk in run.advancing(run.judge.stream("cast", ballots=left, pairs=pairs, **with_what)):
+                for chunk in run.advancing(run.judge.spread("cast", [to_cast(left, pairs=pairs, **with_what)])):
                     votes += chunk
                     yield chunk
 

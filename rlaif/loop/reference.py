@@ -11,6 +11,7 @@ from rlaif.judging.ballots import Role
 from rlaif.judging.filters import decide_votes
 from rlaif.judging.kinds import JudgeKind
 from rlaif.judging.verdicts import by_pair
+from rlaif.loop.judging import to_cast
 from rlaif.loop.running import Iteration, Referee, Running, candidates
 from rlaif.records import Ballot, Decision, Vote
 
@@ -51,8 +52,8 @@ def _votes(run: Running, it: Iteration, referee: Referee) -> Sequence[Vote]:
             wanted = {c for p in it.pairs for c in (p.first, p.second)}
             sides = candidates((c for c in it.completions if c.id in wanted), it.prompts)
             how = kind.cast_with(templates, journal)
-            asked = {"ballots": owed, "pairs": it.pairs, "candidates": sides, "constitution": constitution, **how}
-            yield from run.advancing(referee.worker.stream("cast", **asked))
+            piece = to_cast(owed, pairs=it.pairs, candidates=sides, constitution=constitution, **how)
+            yield from run.advancing(referee.worker.spread("cast", [piece]))
 
     votes = {v.ballot.id: v for v in it.rows("reference_votes", produce)}
     journal.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from rlaif.data.prompts import with_system
 from rlaif.evaluation.held_out import earlier_text
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import by_pair, jurors_for
-from rlaif.loop.judging import Deciding, as_cast, ballots_for, tell_interrupted, templates_for
+from rlaif.loop.judging import Deciding, as_cast, ballots_for, tell_interrupted, templates_for, to_cast
 from rlaif.loop.running import Interrupted, Iteration, Running, candidates
 from rlaif.loop.sampling import answers
 from rlaif.records import (
@@ -163,16 +163,8 @@ def _votes(run: Running, it: Iteration, its: list[Iteration]) -> list[Vote]:
             asked = kind.cast_with(templates_for(run, under, "evaluate"), journal)
             wanted = {c for p in under.pairs for c in (p.first, p.second)}
             sides = candidates((c for c in under.completions if c.id in wanted), under.prompts)
-            yield from run.advancing(
-                run.judge.stream(
-                    "cast",
-                    ballots=owed,
-                    pairs=under.pairs,
-                    constitution=under.constitution,
-                    candidates=sides,
-                    **asked,
-                )
-            )
+            piece = to_cast(owed, pairs=under.pairs, candidates=sides, constitution=under.constitution, **asked)
+            yield from run.advancing(run.judge.spread("cast", [piece]))
 
     votes = it.rows("earlier_votes", cast, before_commit=lambda: {"ballots": len(ballots)})
     journal.unlink(missing_ok=True)

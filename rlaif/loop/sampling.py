@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rlaif.loop.running import Iteration, Running, in_order
 from rlaif.records import Completion, PolicyVersion, Prompt
+from rlaif.workers.worker import Piece
 
 EVAL_SEED_ITERATION = -1
 """Held-out answers are drawn with the same seeds at every evaluation, so that two differ by the policy only."""
@@ -30,18 +31,16 @@ def sample(run: Running, it: Iteration, told: Told = lambda completions: None) -
         if not owed:
             return
         run.progress.stage(it.k, "sample", owed, "answers", str(it.constitution.ref))
-        for chunk in run.advancing(
-            run.sampler.stream(
-                "sample",
-                prompts=prompts,
-                completions_per_prompt=settings.completions_per_prompt,
-                policy=it.plan.policy,
-                seed=run.job.seed,
-                iteration=it.k,
-                prefix=f"{it.k:04d}",
-                have=frozenset(c.id for c in done),
-            )
-        ):
+        shares = _shares(
+            run,
+            prompts,
+            done,
+            completions_per_prompt=settings.completions_per_prompt,
+            policy=it.plan.policy,
+            iteration=it.k,
+            prefix=f"{it.k:04d}",
+        )
+        for chunk in run.advancing(run.sampler.spread("sample", shares)):
             yield chunk
             sampled.extend(chunk)
             told(chunk)
@@ -64,16 +63,34 @@ def answers(
 ) -> Iterator[list[Completion]]:
     """Answers that only measure, named `<prefix>-<prompt id>-<index>`; the sampler holds the policy already.
     `temperature` and `top_p` are those of `sampling` when absent."""
-    return run.advancing(
-        run.sampler.stream(
-            "sample",
-            prompts=prompts,
-            completions_per_prompt=samples,
-            policy=policy,
-            seed=run.job.seed,
-            iteration=EVAL_SEED_ITERATION,
-            prefix=prefix,
-            temperature=temperature,
-            top_p=top_p,
-        )
+    shares = _shares(
+        run,
+        prompts,
+        (),
+        completions_per_prompt=samples,
+        policy=policy,
+        iteration=EVAL_SEED_ITERATION,
+        prefix=prefix,
+        temperature=temperature,
+        top_p=top_p,
     )
+    return run.advancing(run.sampler.spread("sample", shares))
+
+
+def _shares(run: Running, prompts: Sequence[Prompt], done: Sequence[Completion], **how: Any) -> list[Piece]:
+    """What is left to be sampled, in as many pieces as there are samplers: an engine wants all that it is to sample at
+    once. Neighbours go to different ones: what is long often stands together."""
+
+    def share(mine: Sequence[Prompt]) -> Piece:
+        def asked(more: Sequence[Completion]) -> dict[str, Any] | None:
+            have: dict[str, set[str]] = {p.id: set() for p in mine}
+            for c in (*done, *more):
+                if c.prompt_id in have:
+                    have[c.prompt_id].add(c.id)
+            left = [p for p in mine if len(have[p.id]) < how["completions_per_prompt"]]
+            ids = frozenset(i for p in left for i in have[p.id])
+            return {"prompts": left, "have": ids, "seed": run.job.seed, **how} if left else None
+
+        return asked
+
+    return [share(prompts[n :: run.sampler.width]) for n in range(run.sampler.width)]

@@ -6,13 +6,15 @@ may stop anywhere and go on streamed or not. A judge that only waits (`JudgeKind
 that no ballot waits for others; any other is asked piece by piece (`judging.pieces`), as it is without a stream, since
 its numbers depend on what is asked together.
 
-Two threads: one samples, with the sampler and, to compare weights, the learner; this one has the judge to itself.
+One thread samples, with the sampler and, to compare weights, the learner; others, as many as there are judges, have
+these to themselves.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 from rlaif.config import Job
@@ -50,20 +52,30 @@ def sample_and_judge(run: Running, it: Iteration) -> None:
 
 
 def _ask_in_pieces(run: Running, it: Iteration, asking: Asking) -> None:
-    """Scores, pairs and asks about one piece after the other, until sampling has ended."""
+    """Scores, pairs and asks about one piece after the other, as many at a time as there are judges, until sampling has
+    ended."""
     scores, votes = it.begun["scores"], it.begun["votes"]
     groups, scoring = _Groups(it, run.job.sampling.completions_per_prompt), Scoring(run, it, scores.rows)
     have = {v.ballot.id for v in votes.rows}
+
+    def ask(ids: Sequence[str]) -> None:
+        if (completions := groups.wait_for(ids)) is None:
+            return
+        for scored in scoring.scores([completions]):
+            scores.add(scored)
+        pairs = paired(run, it, completions, scoring.of(completions))
+        owed = [b for b in asking.ballots(pairs) if b.id not in have]
+        for chunk in run.judge.spread("cast", [asking.piece(owed, pairs, completions)]):
+            votes.add(chunk)
+
     with _Sampling(run, it, groups.add, groups.end):
-        for ids in pieces(run, it):
-            if (completions := groups.wait_for(ids)) is None:
-                return
-            for scored in scoring.scores(completions):
-                scores.add(scored)
-            pairs = paired(run, it, completions, scoring.of(completions))
-            owed = [b for b in asking.ballots(pairs) if b.id not in have]
-            for chunk in asking.votes(owed, pairs, completions):
-                votes.add(chunk)
+        judging = ThreadPoolExecutor(run.judge.width, thread_name_prefix="judging")
+        try:
+            for asked in [judging.submit(ask, ids) for ids in pieces(run, it)]:
+                asked.result()
+        finally:
+            groups.end()  # whoever waits for completions waits no more
+            judging.shutdown(wait=False, cancel_futures=True)
 
 
 def _feed(run: Running, it: Iteration, asking: Asking) -> None:

@@ -9,10 +9,10 @@ from typing import Any, Self
 
 from rlaif.errors import UserError, WorkerError
 from rlaif.workers.feed import Feed
-from rlaif.workers.worker import built, one_line
+from rlaif.workers.worker import Worker, built, one_line
 
 
-class InlineWorker:
+class InlineWorker(Worker):
     """A `Worker` without a process. `env` is ignored: this process is already running."""
 
     def __init__(

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import rlaif
-from rlaif.errors import RlaifError, UserError, WorkerError
+from rlaif.errors import RlaifError, UserError, WorkerDied, WorkerError
 from rlaif.workers.child import CALL, CANCEL, FED, ITEM, START, STREAM, kill_group
 from rlaif.workers.feed import Feed
+from rlaif.workers.worker import Worker
 
 CLOSE_GRACE_S = 15.0  # a tracker may have something to upload
 _POLL_S = 1.0
 
 
-class ProcessWorker:
+class ProcessWorker(Worker):
     """A long-lived object in its own process.
 
     Args:
@@ -107,7 +108,7 @@ class ProcessWorker:
 
         Raises:
             UserError: the method raised it; the worker can still be used.
-            WorkerError: the method raised anything else, or the process died.
+            WorkerError: the method raised anything else; a `WorkerDied` when the process is gone.
         """
         return self._answer(self._send(method, kwargs, CALL))[1]
 
@@ -198,14 +199,14 @@ class ProcessWorker:
                 raise WorkerError(f"{self.name} worker failed: {value}; its log is {self.log_path}")
             return kind, value
 
-    def _died(self) -> WorkerError:
+    def _died(self) -> WorkerDied:
         try:
             code = self._process.wait(CLOSE_GRACE_S)
         except (subprocess.TimeoutExpired, ValueError):
             kill_group(self._process.pid)
-            return WorkerError(f"{self.name} worker closed its connection; its log is {self.log_path}")
+            return WorkerDied(f"{self.name} worker closed its connection; its log is {self.log_path}")
         last = _last_line(self.log_path, self._log_start)
-        return WorkerError(
+        return WorkerDied(
             f"{self.name} worker died ({_reason(code)}); its log is {self.log_path}"
             + (f", last line: {last}" if last else "")
         )

@@ -1,21 +1,42 @@
-"""Weights by reference: what the learner and the sampler hand each other, in whichever process they are."""
+"""Weights by reference: what the learner and the sampler hand each other, in whichever process they are, and how their
+files get to a machine that doesn't see them.
+
+Such a machine keeps some folders in `$RLAIF_CACHE/weights`, each under the digest of its weights: written beside it,
+checked, then renamed.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from rlaif.errors import UserError
+from filelock import FileLock
+
+from rlaif.errors import UserError, WorkerError
+from rlaif.models import cache_root, digest_of, weight_files
 from rlaif.records import Record
+
+KEPT = 4
+"""Folders that a machine keeps, those that were used last: a policy and its judge, and one of each on its way."""
+PART = 256 * 2**20
+"""Bytes of a file that travel at once."""
+
+FileParts = list[tuple[str, list[Any]]]
+"""Name of a file, and what stands for its parts, in order."""
 
 
 class WeightsRef(Record):
-    """Whose weights, and where they are: a folder now, perhaps an object store once. Plain, and picklable."""
+    """Whose weights, and where they are. Plain, and picklable."""
 
     digest: str
     """Of the policy, as in `PolicyVersion`: sha256 of its exported weights, first 16 hex digits. A learner's state has
     that of the policy which it exports."""
     path: Path
-    """A folder that every worker can read: an exported policy, or a learner's state."""
+    """A folder that every worker can read, or has sent to it: an exported policy, or a learner's state."""
 
     def folder(self) -> Path:
         """Where to read a policy from.
@@ -26,3 +47,80 @@ class WeightsRef(Record):
         if not self.path.is_dir():
             raise UserError(f"{self.path}: the policy's weights are gone; restore them, or start a new run")
         return self.path
+
+
+class WeightsMissing(Exception):
+    """This machine has no folder with these weights."""
+
+    def __init__(self, ref: WeightsRef):
+        super().__init__(f"{ref.path}: no weights {ref.digest} on this machine")
+        self.ref = ref
+
+
+def seen_here(ref: WeightsRef) -> WeightsRef:
+    """A reference to the same weights on this machine: where the path leads, if that is they, or what was kept.
+
+    Raises:
+        WeightsMissing: neither is there.
+    """
+    for folder in (ref.path, _kept(ref.digest)):
+        if weight_files(folder) and digest_of(folder) == ref.digest:
+            if folder != ref.path:
+                os.utime(folder)  # used last
+            return WeightsRef(digest=ref.digest, path=folder)
+    raise WeightsMissing(ref)
+
+
+def parts_of(folder: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """A folder's files, by their names in it, in parts."""
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        yield str(file.relative_to(folder)), _read(file)
+
+
+def _read(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as f:
+        while part := f.read(PART):
+            yield part
+
+
+def keep(ref: WeightsRef, files: Iterable[tuple[str, list[Any]]], get: Callable[[Any], bytes]) -> Path:
+    """Writes a folder's files where this machine keeps such. Of several that want to, one does.
+
+    Args:
+        files: As `FileParts`.
+        get: A part, by what stands for it.
+
+    Raises:
+        WorkerError: what arrived isn't what was sent.
+    """
+    folder = _kept(ref.digest)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / ".lock"):
+        if folder.is_dir():
+            return folder
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+        try:
+            for name, parts in files:
+                to = partial / name
+                to.parent.mkdir(parents=True, exist_ok=True)
+                with to.open("wb") as f:
+                    for part in parts:
+                        f.write(get(part))
+            if (found := digest_of(partial)) != ref.digest:
+                raise WorkerError(f"weights {ref.digest} arrived as {found}: damaged on their way")
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        _forget(folder.parent)
+    return folder
+
+
+def _kept(digest: str) -> Path:
+    return cache_root() / "weights" / digest
+
+
+def _forget(folder: Path) -> None:
+    """Removes all but the folders that were used last. Files that somebody has open stay readable."""
+    found = [(f.stat().st_mtime, f) for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
+    for _, old in sorted(found)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from rlaif.workers.feed import Feed
 
+Piece = Callable[[Sequence[Any]], dict[str, Any] | None]
+"""A part of some work, whole in itself: from those of its rows that are there, the arguments of the call that makes the
+others; None when none is owed. It is asked once, and again only where whoever worked on it is gone."""
+
 
 class Worker(Protocol):
-    """A long-lived object that is called by name, in whichever process it is.
+    """A long-lived object that is called by name, in whichever process it is; perhaps one of several that share a
+    role (`replicas`), which whoever calls needn't know.
 
     Starting returns at once, so that several workers can load while the loop does something else. Not for use by
     several threads at once, but for the items of a feed.
@@ -18,6 +23,8 @@ class Worker(Protocol):
 
     name: str
     """For messages: `sampler`, `judge`, `learner`."""
+    width: int = 1
+    """Pieces that it works on at the same time."""
 
     def poll(self, timeout_s: float) -> bool:
         """Whether `ready` has an answer, good or bad, after at most so many seconds."""
@@ -34,6 +41,24 @@ class Worker(Protocol):
 
     def close(self) -> None:
         """Ends the worker. Closing twice does nothing."""
+
+    # Where a role is one worker, the rest follows.
+
+    def tell(self, method: str, **kwargs: Any) -> None:
+        """Calls a method that changes what the object holds; of several objects, that of each, and of one that takes
+        another's place later."""
+        self.call(method, **kwargs)
+
+    def each(self, method: str, **kwargs: Any) -> list[Any]:
+        """Calls a method of every object that has the role; their answers."""
+        return [self.call(method, **kwargs)]
+
+    def spread(self, method: str, pieces: Iterable[Piece]) -> Iterator[list[Any]]:
+        """Calls a method that yields rows in chunks, for each piece; the chunks, as they come. The order of pieces is
+        that in which they are begun, and decides nothing else."""
+        for piece in pieces:
+            if (asked := piece(())) is not None:
+                yield from self.stream(method, **asked)
 
 
 def built(factory: str, kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,443 @@
+"""Workers on a Ray cluster: this machine's own, made for the run, or one that is there. Nothing else imports Ray.
+
+In: the job's `cluster` section. Out: a `RayCluster`, which starts workers (`RayWorker`) where there is room for them. A
+replica is an actor in a bundle of its own of its role's placement group: its GPUs are of one machine, and replicas are
+spread over machines as far as they go. Models and weights travel by reference (`weights`): a node that sees the folder
+reads it there, to any other its files are sent once, through the object store.
+
+Rows of a stream are pulled, some calls ahead: so what isn't wanted yet isn't made, a stream that is given up ends, and
+it works through `ray://`, which knows no streaming generators.
+
+A cluster that is made for the run listens on loopback alone, wants a token that only this process and its children
+know, has no dashboard and sends nothing to anybody. What another cluster exposes is up to whoever started it
+(docs/scale-ray.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import rlaif
+from rlaif import __version__
+from rlaif.config import Cluster
+from rlaif.errors import UserError, WorkerDied, WorkerError, needs_extra, to_install
+from rlaif.models import digest_of
+from rlaif.workers.feed import Feed
+from rlaif.workers.process import CLOSE_GRACE_S
+from rlaif.workers.weights import FileParts, WeightsMissing, WeightsRef, keep, parts_of, seen_here
+from rlaif.workers.worker import Worker, built, one_line
+
+ROOM_S = 120.0
+"""How long is waited for room in a cluster: one that grows by itself may start a machine."""
+_AHEAD = 2
+"""Calls for rows that are under way: one returns while the next row is made."""
+_POLL_S = 1.0
+
+_PRIVATE = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all that this does is that every server listens on 127.0.0.1
+    "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",  # else whatever else this machine does goes before
+}
+"""What a cluster that is made for the run starts with."""
+
+Answer = tuple[str, Any]
+"""`ok`, `item`, `end`, `user_error`, `error` or `missing`, and what belongs to it."""
+
+
+class RayCluster:
+    """A connection to a Ray cluster.
+
+    Args:
+        settings: The job's `cluster` section.
+        logs: The run's folder of logs.
+        gpus: This machine's that a cluster may use which is made for the run, as CUDA names them.
+
+    Raises:
+        UserError: Ray isn't installed, or the cluster can't be reached.
+    """
+
+    def __init__(self, settings: Cluster, logs: Path, gpus: Sequence[str] = ()) -> None:
+        self._settings, self._logs = settings, logs
+        self._groups: dict[str, Any] = {}
+        self._sent: dict[str, FileParts] = {}
+        """What was put into the object store, by digest."""
+        self._sending = threading.Lock()
+        self._folder: Path | None = None
+        """Where a cluster that is made for the run has its sockets and logs."""
+        with contextlib.ExitStack() as stack:
+            if settings.address == "local":
+                # Before Ray is imported: it looks then.
+                stack.enter_context(_environment(_PRIVATE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}))
+                self._folder = Path(tempfile.mkdtemp(prefix="rlaif-"))
+                stack.callback(self._keep_logs, self._folder)
+            self._ray = _imported()
+            with _own_sigterm():
+                self._connect(gpus)
+            stack.callback(self._ray.shutdown)
+            self._closing = stack.pop_all()
+
+    def _connect(self, gpus: Sequence[str]) -> None:
+        how = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": f"rlaif-{secrets.token_hex(8)}"}
+        if self._folder is not None:
+            cpus = max(os.cpu_count() or 1, self._settings.asked)
+            here = {"num_cpus": cpus, "num_gpus": len(gpus), "include_dashboard": False, "_temp_dir": str(self._folder)}
+            with _environment({"CUDA_VISIBLE_DEVICES": ",".join(gpus)}):
+                self._ray.init(address="local", **here, **how)
+            if (ip := self._ray.util.get_node_ip_address()) != "127.0.0.1":
+                self._ray.shutdown()
+                raise UserError(
+                    f"cluster.address: local: Ray would listen on {ip}; it was imported before, by code of your own, "
+                    "and has made up its mind. Don't import it there, or start a cluster with `ray start`"
+                )
+            return
+        try:
+            self._ray.init(address=self._settings.address, **how)
+        except (ConnectionError, RuntimeError, ValueError) as e:
+            raise UserError(
+                f"cluster.address: {self._settings.address}: no Ray cluster to be reached ({one_line(e)}); start one "
+                "with `ray start --head`, or set cluster.address: local"
+            ) from e
+
+    def has(self, role: str) -> bool:
+        """Whether the job puts a role here."""
+        return self._settings.of(role) is not None
+
+    def gpus_each(self, wanted: int) -> float:
+        """GPUs of a replica that wants some, where the job doesn't say how many it gets."""
+        return wanted if self._ray.cluster_resources().get("GPU") else 0
+
+    def reserve(self, role: str, replicas: int, gpus: float) -> None:
+        """Room for a role's replicas, each on one machine.
+
+        Raises:
+            UserError: there is none.
+        """
+        bundle = {"CPU": 1.0, "GPU": float(gpus)} if gpus else {"CPU": 1.0}
+        group = self._ray.util.placement_group([bundle] * replicas, strategy="SPREAD")
+        if not group.wait(ROOM_S):
+            has = self._ray.cluster_resources()
+            self._ray.util.remove_placement_group(group)
+            raise UserError(
+                f"cluster.{role}: no room for {replicas} replicas of {gpus:g} GPUs and a CPU each, every one on one "
+                f"machine; the cluster has {has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs in all"
+            )
+        self._groups[role] = group
+
+    def start(self, role: str, number: int, factory: str, kwargs: dict[str, Any], gpus: float) -> RayWorker:
+        """Replica `number` of a role, from 0, in the room that was reserved for it; returns at once."""
+        strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+            placement_group=self._groups[role], placement_group_bundle_index=number
+        )
+        root = str(Path(rlaif.__file__).parents[1])  # so that the actor finds this very package, where it is there
+        # Ray would give each a single thread, and sums would depend on that.
+        threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+        variables = {"PYTHONPATH": f"{root}:${{PYTHONPATH}}", "OMP_NUM_THREADS": threads}
+        name, log = f"{role} {number + 1}", self._logs / f"{role}-{number + 1}.log"
+        actor = self._ray.remote(_Held).options(
+            num_cpus=1,
+            num_gpus=gpus,
+            scheduling_strategy=strategy,
+            runtime_env={"env_vars": variables},
+        ).remote(name, log, [p for p in sys.path if p], __version__)  # fmt: skip
+        return RayWorker(self, self._ray, actor, name, log, factory, kwargs)
+
+    def sent(self, ref: WeightsRef) -> FileParts:
+        """A folder's files in the object store, put there once; for nodes that don't see it."""
+        with self._sending:  # several replicas ask for the same at the same time
+            if ref.digest not in self._sent:
+                self._sent.clear()  # whoever was promised those has them
+                put = self._ray.put
+                self._sent[ref.digest] = [(name, [put(part) for part in parts]) for name, parts in parts_of(ref.path)]
+            return self._sent[ref.digest]
+
+    def close(self) -> None:
+        """Gives back what was reserved. A cluster that was made for the run ends, and leaves its logs in the run's."""
+        for group in self._groups.values():
+            with contextlib.suppress(Exception):  # a cluster that is gone has nothing to give back
+                self._ray.util.remove_placement_group(group)
+        self._groups.clear()
+        self._closing.close()
+
+    def _keep_logs(self, folder: Path) -> None:
+        for logs in folder.glob("session_2*/logs"):
+            shutil.copytree(logs, self._logs / "ray", dirs_exist_ok=True, ignore_dangling_symlinks=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class RayWorker(Worker):
+    """A long-lived object in a Ray actor; `RayCluster.start` makes it."""
+
+    def __init__(
+        self, cluster: RayCluster, ray: Any, actor: Any, name: str, log_path: Path, factory: str, kwargs: dict[str, Any]
+    ) -> None:
+        self.name, self.log_path = name, log_path
+        self._cluster, self._ray, self._actor = cluster, ray, actor
+        self._begun = time.monotonic()
+        self._placed = actor.node.remote()
+        self._build = functools.partial(actor.build.remote, factory, _by_reference(kwargs))
+        self._built = self._build()
+        self._ready = self._closed = False
+
+    def poll(self, timeout_s: float) -> bool:
+        """As `ProcessWorker.poll`."""
+        return self._ready or self._is_there(self._built, timeout_s) or self._without_room()
+
+    def ready(self) -> None:
+        """As `ProcessWorker.ready`.
+
+        Raises:
+            WorkerError: also when the cluster has no room for it.
+        """
+        while not self.poll(_POLL_S):
+            pass
+        if not self._ready:
+            if not self._is_there(self._built, 0):
+                self.close()
+                raise WorkerError(f"{self.name} worker: the cluster has no room for it")
+            self._asked(self._build, self._built)
+            self._ready = True
+
+    def call(self, method: str, **kwargs: Any) -> Any:
+        """As `ProcessWorker.call`."""
+        self.ready()
+        return self._asked(functools.partial(self._actor.call.remote, method, kwargs))[1]
+
+    def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Generator[Any, None, None]:
+        """As `ProcessWorker.stream`, without a feed: a judge that is fed only waits, and needs no cluster."""
+        if feed is not None:
+            raise NotImplementedError(f"{self.name}.{method}: an actor takes no feed")
+        self.ready()
+        self._asked(functools.partial(self._actor.begin.remote, method, kwargs))
+        ahead = deque(self._actor.more.remote() for _ in range(_AHEAD))
+        try:
+            while (answer := self._answer(ahead.popleft()))[0] != "end":
+                ahead.append(self._actor.more.remote())
+                yield answer[1]
+        finally:
+            with contextlib.suppress(Exception):  # one that is gone has nothing to end
+                self._actor.end.remote()
+
+    def close(self) -> None:
+        """As `ProcessWorker.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._ready:
+            with contextlib.suppress(Exception):  # one that is gone, or busy, is killed
+                self._ray.get(self._actor.close.remote(), timeout=CLOSE_GRACE_S)
+        with contextlib.suppress(Exception):  # a cluster that is gone has taken it along
+            self._ray.kill(self._actor)
+
+    def _is_there(self, answer: Any, timeout_s: float) -> bool:
+        return bool(self._ray.wait([answer], timeout=timeout_s)[0])
+
+    def _without_room(self) -> bool:
+        return time.monotonic() - self._begun > ROOM_S and not self._is_there(self._placed, 0)
+
+    def _asked(self, ask: Callable[[], Any], first: Any = None) -> Answer:
+        """What a method of the actor answers; where weights are missing they are sent, and it is asked again. `first`
+        is a first call that is under way."""
+        answer = self._answer(ask() if first is None else first)
+        while answer[0] == "missing":
+            self._answer(self._actor.receive.remote(answer[1], self._cluster.sent(answer[1])))
+            answer = self._answer(ask())
+        return answer
+
+    def _answer(self, asked: Any) -> Answer:
+        try:
+            kind, value = self._ray.get(asked)
+        except self._ray.exceptions.RayTaskError as e:  # past the actor's own guard: its result can't be pickled
+            raise WorkerError(f"{self.name} worker failed: {one_line(e.cause or e)}; {self._where()}") from e
+        except self._ray.exceptions.RayError as e:
+            raise WorkerDied(f"{self.name} worker died ({_reason(e)}); {self._where()}") from e
+        if kind == "user_error":
+            raise UserError(value)
+        if kind == "error":
+            raise WorkerError(f"{self.name} worker failed: {value}; {self._where()}")
+        return kind, value
+
+    def _where(self) -> str:
+        if self.log_path.exists():
+            return f"its log is {self.log_path}"
+        return "its log is among Ray's on its machine"
+
+
+class _Held:
+    """The object, in its actor."""
+
+    def __init__(self, name: str, log_path: Path, path: list[str], version: str) -> None:
+        if log_path.parent.is_dir():  # the run's, where this machine sees it
+            _print_to(log_path)
+        print(f"--- {name} started {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}", flush=True)
+        sys.path += [p for p in path if p not in sys.path]
+        self._version = version
+        self._object: Any = None
+        self._items: Iterator[Any] | None = None
+
+    def node(self) -> str:
+        """Where it is."""
+        return os.uname().nodename
+
+    def build(self, factory: str, kwargs: dict[str, Any]) -> Answer:
+        """Builds the object."""
+        if __version__ != self._version:
+            has = f"{self.node()} has rlaif {__version__}, the loop {self._version}"
+            return "user_error", f"cluster: {has}; install the same on both"
+
+        def make() -> Answer:
+            here = {name: str(v.path) if isinstance(v, WeightsRef) else v for name, v in _here(kwargs).items()}
+            self._object = built(factory, here)
+            return "ok", None
+
+        return _guarded(make)
+
+    def call(self, method: str, kwargs: dict[str, Any]) -> Answer:
+        """Calls a method of the object."""
+        return _guarded(lambda: ("ok", getattr(self._object, method)(**_here(kwargs))))
+
+    def begin(self, method: str, kwargs: dict[str, Any]) -> Answer:
+        """Begins a stream."""
+
+        def begin() -> Answer:
+            self._items = iter(getattr(self._object, method)(**_here(kwargs)))
+            return "ok", None
+
+        return _guarded(begin)
+
+    def more(self) -> Answer:
+        """The next item of the stream."""
+
+        def more() -> Answer:
+            if self._items is None:
+                return "end", None
+            try:
+                return "item", next(self._items)
+            except StopIteration:
+                return "end", None
+
+        return _guarded(more)
+
+    def end(self) -> None:
+        """The stream is given up, or at its end."""
+        items, self._items = self._items, None
+        if items is not None and hasattr(items, "close"):
+            items.close()
+
+    def receive(self, ref: WeightsRef, files: FileParts) -> Answer:
+        """Files of a folder that this node doesn't see."""
+        import ray
+
+        return _guarded(lambda: ("ok", keep(ref, files, ray.get)))
+
+    def close(self) -> None:
+        """Lets the object end what it has begun."""
+        if hasattr(self._object, "close"):
+            self._object.close()
+        print("--- closed", flush=True)
+
+
+def _here(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments whose folders are on this machine.
+
+    Raises:
+        WeightsMissing: one isn't.
+    """
+    return {name: seen_here(value) if isinstance(value, WeightsRef) else value for name, value in kwargs.items()}
+
+
+def _by_reference(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a factory whose model's folder may have to travel."""
+    named = kwargs.get("model_path")
+    if named is None or not Path(named).is_dir():
+        return dict(kwargs)
+    return {**kwargs, "model_path": WeightsRef(digest=digest_of(Path(named)), path=Path(named))}
+
+
+def _guarded(action: Callable[[], Answer]) -> Answer:
+    try:
+        return action()
+    except WeightsMissing as e:
+        return "missing", e.ref
+    except UserError as e:
+        return "user_error", str(e)
+    except ImportError as e:
+        needed = needs_extra(e)
+        traceback.print_exc()
+        return ("user_error", needed) if needed else ("error", one_line(e))
+    except Exception as e:  # the boundary: whatever it was, the loop hears of it
+        traceback.print_exc()  # to the log
+        return "error", one_line(e)
+
+
+def _reason(e: Exception) -> str:
+    """What Ray says of the death of an actor, in a few words."""
+    said = [line.strip() for line in str(e).splitlines() if line.strip()]
+    told = [
+        line for line in said if line.startswith(("The actor died", "The actor is dead", "Worker exit", "The node"))
+    ]
+    return " ".join((told or said or [type(e).__name__])[0].split())[:200].rstrip(". ")
+
+
+def _print_to(log_path: Path) -> None:
+    with log_path.open("ab") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+
+def _imported() -> Any:
+    try:
+        import ray
+        import ray.util.scheduling_strategies
+    except ImportError as e:
+        raise UserError(f"cluster: this needs Ray ({e}): `{to_install('ray')}`") from e
+    return ray
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment with these, and what it starts meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM for itself; it is the loop's."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,332 @@
+"""Workers on Ray: a cluster of this machine alone, and a run on three nodes that are killed on the way.
+
+Each cluster takes some 20 s to start; without the extra `ray` nothing of this runs, and one test says that nothing of
+Ray is needed then.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlaif.config import Cluster, parse_job
+from rlaif.errors import UserError, WorkerDied, WorkerError
+from rlaif.records import IterationMetrics
+from rlaif.rundir.store import RunDir
+from rlaif.workers.ray import RayCluster, RayWorker
+from rlaif.workers.replicas import Replicas
+from rlaif.workers.weights import WeightsRef
+from tests.conftest import project_job
+from tests.test_replicas import in_pieces
+
+pytestmark = pytest.mark.slow
+with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(**changes: Any) -> Cluster:
+    return Cluster.model_validate({"sampler": {"replicas": 2}, **changes})
+
+
+def test_nothing_of_ray_is_imported_without_a_cluster() -> None:
+    code = "import sys, rlaif.cli, rlaif.loop.launch, rlaif.workers.ray; assert 'ray' not in sys.modules"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"cluster: this needs Ray .*(make setup|rlaif\[ray\])"):
+        RayCluster(settings(), tmp_path)
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("cluster", "said"),
+    [
+        ({}, "cluster: names no role"),
+        ({"judge": {"replicas": 0}}, r"cluster\.judge\.replicas"),
+        ({"learner": {"replicas": 2}}, r"unknown key `cluster\.learner`"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(cluster: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_job({"constitution": "rules", "cluster": cluster}, "test")
+
+
+def test_a_sampler_that_spans_gpus_gets_them() -> None:
+    job = {"constitution": "rules", "sampling": {"tensor_parallel_size": 2}}
+    parse_job({**job, "cluster": {"sampler": {"replicas": 2}}}, "test")
+    with pytest.raises(UserError, match=r"cluster\.sampler\.gpus: 1 for sampling\.tensor_parallel_size: 2"):
+        parse_job({**job, "cluster": {"sampler": {"gpus": 1}}}, "test")
+
+
+def test_a_judge_that_waits_is_not_shared_out() -> None:
+    judge = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:8000/v1"}
+    job = {"constitution": "rules", "judge": judge, "pairing": {"method": "random"}}
+    parse_job({**job, "cluster": {"sampler": {}}}, "test")
+    with pytest.raises(UserError, match=r"cluster\.judge: a `chat` judge computes nothing"):
+        parse_job({**job, "cluster": {"judge": {"replicas": 2}}}, "test")
+
+
+class Reads:
+    """Says what is in the folder that it is given."""
+
+    def __init__(self, model_path: str) -> None:
+        self._folder = Path(model_path)
+
+    def load(self, weights: WeightsRef) -> None:
+        self._folder = weights.folder()
+
+    def holds(self) -> tuple[str, bytes]:
+        return str(self._folder), (self._folder / "model.safetensors").read_bytes()
+
+    def about(self) -> dict[str, str | int | None]:
+        names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RLAIF_CACHE")
+        return {name: os.environ.get(name) for name in names} | {"nice": os.nice(0), "pid": os.getpid()}
+
+    def user_error(self) -> None:
+        raise UserError("prompts.jsonl:3: not JSON")
+
+    def crash(self) -> None:
+        raise ZeroDivisionError("nought")
+
+    def unpicklable(self) -> Any:
+        return threading.Lock()
+
+    def count(self, n: int, fail_at: int, made: str) -> Iterator[int]:
+        for i in range(n):
+            if i == fail_at:
+                raise KeyError("lost")
+            with Path(made).open("a") as f:
+                f.write(f"{i}\n")
+            yield i
+
+    def kill_self(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def weights(folder: Path, content: bytes) -> WeightsRef:
+    from rlaif.models import digest_of
+
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(content)
+    (folder / "config.json").write_text("{}")
+    return WeightsRef(digest=digest_of(folder), path=folder)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RayCluster, Path]]:
+    """A cluster of this machine alone, with room for one more sampler than there are."""
+    logs = tmp_path_factory.mktemp("run") / "logs"
+    logs.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLAIF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        before = signal.getsignal(signal.SIGTERM)
+        with RayCluster(settings(), logs) as cluster:
+            assert signal.getsignal(signal.SIGTERM) == before, "Ray has taken it"
+            cluster.reserve("sampler", 2, cluster.gpus_each(1))
+            yield cluster, logs
+    assert list((logs / "ray").glob("*.log")), "Ray's own logs are the run's, too"
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+@pytest.fixture(scope="module")
+def reader(alone: tuple[RayCluster, Path]) -> Iterator[RayWorker]:
+    cluster, logs = alone
+    model = weights(logs.parent / "model", b"base")
+    worker = cluster.start("sampler", 0, f"{__name__}:Reads", {"model_path": str(model.path)}, 0)
+    worker.ready()
+    yield worker
+    worker.close()
+    worker.close()
+
+
+@with_ray
+def test_it_listens_to_this_machine_alone(reader: RayWorker) -> None:
+    listening = {
+        str(c.laddr.ip).removeprefix("::ffff:")
+        for child in psutil.Process().children(recursive=True)
+        for c in child.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+
+
+@with_ray
+def test_an_actor_is_a_process_like_ours(reader: RayWorker) -> None:
+    about = reader.call("about")
+    assert about["nice"] == os.nice(0), "Ray would let everything else go before"
+    assert about["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    assert reader.log_path.read_text().startswith("--- sampler 1 started")
+
+
+@with_ray
+def test_errors_are_what_they_are_of_a_process(reader: RayWorker) -> None:
+    with pytest.raises(UserError, match=r"^prompts\.jsonl:3: not JSON$"):
+        reader.call("user_error")
+    with pytest.raises(WorkerError, match="sampler 1 worker failed: ZeroDivisionError: nought; its log is") as caught:
+        reader.call("crash")
+    assert "\n" not in str(caught.value)
+    assert not isinstance(caught.value, WorkerDied)
+    assert "Traceback" in reader.log_path.read_text()
+    with pytest.raises(WorkerError, match=r"sampler 1 worker failed: .*pickle"):
+        reader.call("unpicklable")
+    with pytest.raises(WorkerError, match="AttributeError"):
+        reader.call("nothing")
+
+
+@with_ray
+def test_a_stream_comes_row_by_row_and_ends_when_nobody_wants_more(reader: RayWorker, tmp_path: Path) -> None:
+    assert list(reader.stream("count", n=3, fail_at=-1, made=str(tmp_path / "a"))) == [0, 1, 2]
+    seen = []
+    with pytest.raises(WorkerError, match="KeyError"):
+        for item in reader.stream("count", n=5, fail_at=2, made=str(tmp_path / "b")):
+            seen.append(item)
+    assert seen == [0, 1]
+    for item in reader.stream("count", n=1000, fail_at=-1, made=str(tmp_path / "c")):
+        if item == 3:
+            break
+    assert list(reader.stream("count", n=1, fail_at=-1, made=str(tmp_path / "d"))) == [0]
+    assert 4 <= len((tmp_path / "c").read_text().split()) < 10, "and not many more than were wanted are made"
+
+
+@with_ray
+def test_weights_are_read_where_they_are_or_sent(reader: RayWorker, tmp_path: Path) -> None:
+    seen = weights(tmp_path / "seen", b"one")
+    reader.tell("load", weights=seen)
+    assert reader.call("holds") == (str(seen.path), b"one")
+    # What another machine has under this path is something else.
+    sent = weights(tmp_path / "sent", b"two")
+    parts = [(name, [reader._ray.put(b) for b in content]) for name, content in (("config.json", [b"{}"]),
+             ("model.safetensors", [b"t", b"wo"]))]  # fmt: skip
+    reader._cluster._sent = {sent.digest: parts}
+    (tmp_path / "sent/model.safetensors").write_bytes(b"of another machine")
+    reader.tell("load", weights=sent)
+    folder, content = reader.call("holds")
+    assert content == b"two"
+    assert Path(folder).name == sent.digest
+    reader.tell("load", weights=seen)
+    reader._cluster._sent = {}
+    reader.tell("load", weights=sent)  # kept, nothing is sent
+    assert reader.call("holds") == (folder, b"two")
+    damaged = weights(tmp_path / "damaged", b"three")
+    reader._cluster._sent = {damaged.digest: parts}
+    (tmp_path / "damaged/model.safetensors").unlink()
+    with pytest.raises(WorkerError, match=f"weights {damaged.digest} arrived as {sent.digest}: damaged"):
+        reader.tell("load", weights=damaged)
+
+
+@with_ray
+def test_actors_that_die_are_replaced_where_there_is_room(
+    alone: tuple[RayCluster, Path], reader: RayWorker, tmp_path: Path
+) -> None:
+    cluster, _ = alone
+    told: list[str] = []
+    asked = {"asked": str(tmp_path / "asked.log"), "delay_s": 0.02}
+    with pytest.raises(UserError, match=r"cluster.judge: no room for 1 replicas of 999 GPUs"):
+        cluster.reserve("judge", 1, 999)
+    replicas = Replicas(
+        "sampler", lambda n: cluster.start("sampler", n + 1, "tests.test_replicas:Squares", asked, 0), 1, 2, told.append
+    )
+    replicas.tell("load", offset=3)
+    [pid] = replicas.each("pid")
+    rows: list[Any] = []
+    for chunk in replicas.spread("squares", in_pieces(30, 10)):
+        rows += chunk
+        if len(rows) == 7:
+            os.kill(pid, signal.SIGKILL)
+    assert sorted(rows) == [(n, n * n + 3) for n in range(30)]
+    assert len(told) == 1
+    assert "sampler 2 worker died (" in told[0]
+    assert "\n" not in told[0]
+    replicas.close()
+
+
+# ---- a run
+
+
+class Killing:
+    """A progress that kills the machine of one replica in each stage that it is told."""
+
+    def __init__(self, cluster: Any, stages: list[tuple[int, str]]) -> None:
+        self._cluster, self._left, self._now = cluster, list(stages), (-1, "")
+        self.killed: list[tuple[int, str]] = []
+        self.notes: list[str] = []
+
+    def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
+        self._now = (iteration, name)
+
+    def advance(self, n: int) -> None:
+        if self._now in self._left:
+            self._left.remove(self._now)
+            self.killed.append(self._now)
+            self._cluster.remove_node(self._cluster.list_all_nodes()[-1], allow_graceful=False)
+            self._cluster.add_node(num_cpus=2, wait=False)
+
+    def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None: ...
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences")
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What must not depend on where it was made: every decision and what it follows from, and the steps' rows."""
+    found: dict[str, Any] = {}
+    for path in sorted(run.glob("*/*/*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            for timed in ("latency_s", "seconds", "cached", "logprob", "metrics", "grad_norm", "loss"):
+                row.pop(timed, None)
+        if path.stem in STAGES:
+            found[f"{path.parent.name}/{path.stem}"] = sorted(json.dumps(row) for row in rows)
+        elif path.stem == "updates":
+            found[f"{path.parent.name}/{path.stem}"] = [row["row_ids"] for row in rows]
+    return found
+
+
+@with_ray
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_a_run_on_three_nodes_decides_as_one_process(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.cluster_utils import Cluster as Nodes
+
+    from rlaif.loop.launch import execute
+
+    for name, value in {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("rlaif.workers.ray.ROOM_S", 600.0)
+    changes: dict[str, Any] = {"iterations": 2, "constitution": "rules@1", "workers": "process"}
+    alone = project_job(tmp_path, tiny_model, **changes)
+    execute(alone, tmp_path / "alone", tmp_path, Killing(None, []))
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(3):
+            nodes.add_node(num_cpus=2)
+        cluster = {"address": nodes.address, "sampler": {"replicas": 2}, "judge": {"replicas": 2}, "max_restarts": 9}
+        progress = Killing(nodes, [(0, "sample"), (0, "score"), (0, "judge"), (1, "sample")])
+        shared = project_job(tmp_path, tiny_model, **changes, cluster=cluster)
+        execute(shared, tmp_path / "shared", tmp_path, progress)
+    finally:
+        nodes.shutdown()
+    assert len(progress.killed) == 4
+    died = [e.message for e in RunDir(tmp_path / "shared").events() if e.kind == "replica_died"]
+    assert died, progress.notes
+    assert all("takes its place" in message and "\n" not in message for message in died)
+    assert outcome(tmp_path / "shared") == outcome(tmp_path / "alone")
