@@ -57,7 +57,7 @@ bench-probes: $(STAMP) ## which probes a base policy passes, and the fixed texts
 bench-monitors: $(STAMP) ## how often monitors cry wolf, and how soon they tell what is wrong, simulated
 	@$(BIN)/python -m benchmarks.monitors $(ARGS)
 
-bench-change: $(STAMP) ## what it is worth to go on online when the rules change; an hour a seed (docs/change.md)
+bench-change: $(STAMP) ## what it is worth to go on online when the rules change; two hours a seed (docs/change.md)
 	@$(BIN)/python -m benchmarks.change $(ARGS)
 
 gpu-check: $(STAMP) ## do learner, judge and hand-over compute on a GPU what they compute on the CPU? (no network)
