@@ -300,10 +300,14 @@ def replicated(loop: Loop, role: str, seed: int, deaths: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "stream"), [(0, False), (1, False), (2, True), (3, True)])
-def test_a_run_of_replicas_that_die_decides_as_one_of_single_workers(tmp_path: Path, seed: int, stream: bool) -> None:
-    stub_loop(tmp_path / "one", stub_job(**JOB)).run()
-    loop = stub_loop(tmp_path / "many", stub_job(**JOB, pipeline={"stream": stream}))
+@pytest.mark.parametrize(
+    ("seed", "stream", "staleness"), [(0, False, 0), (1, False, 0), (2, True, 0), (3, True, 0), (4, True, 1)]
+)
+def test_a_run_of_replicas_that_die_decides_as_one_of_single_workers(
+    tmp_path: Path, seed: int, stream: bool, staleness: int
+) -> None:
+    stub_loop(tmp_path / "one", stub_job(**JOB, pipeline={"stream": False, "staleness": staleness})).run()
+    loop = stub_loop(tmp_path / "many", stub_job(**JOB, pipeline={"stream": stream, "staleness": staleness}))
     told = [replicated(loop, role, seed, deaths=2) for role in ("sampler", "judge")]
     loop.measurer = loop.judge
     loop.run()
@@ -376,9 +380,17 @@ def test_closing_while_they_work_ends_them(tmp_path: Path) -> None:
     replicas, told = processes(tmp_path, 2, delay_s=5)
     replicas.ready()
     rows = replicas.spread("squares", in_pieces(8, 2))
-    threading.Thread(target=lambda: list(rows), daemon=True).start()
+    ended: list[str] = []
+
+    def take() -> None:
+        with pytest.raises(WorkerError, match="squares is closed"):
+            list(rows)
+        ended.append("so it did")
+
+    threading.Thread(target=take, daemon=True).start()
     until(lambda: (tmp_path / "asked.log").exists())
     pids = [worker.pid for worker in replicas._workers if isinstance(worker, ProcessWorker)]
     replicas.close()
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and _state(pid) != "Z"]
+    until(lambda: bool(ended))
     assert not told, "nobody is replaced who was to end"

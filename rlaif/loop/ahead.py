@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 from rlaif.loop.running import Iteration, Progress
 from rlaif.loop.streaming import LAST_CHUNK_S
 from rlaif.records import IterationMetrics
 from rlaif.workers.feed import Feed
-from rlaif.workers.worker import Worker
+from rlaif.workers.worker import Piece, Worker
 
 
 class Ahead:
@@ -87,12 +87,12 @@ class _Job:
             self._before = None
 
 
-class Later:
+class Later(Worker):
     """A worker that an iteration ahead may be using: who calls it here waits for that."""
 
     def __init__(self, worker: Worker, wait: Callable[[], None]):
         self._worker, self._wait = worker, wait
-        self.name = worker.name
+        self.name, self.width = worker.name, worker.width
 
     def poll(self, timeout_s: float) -> bool:
         return self._worker.poll(timeout_s)
@@ -108,6 +108,18 @@ class Later:
     def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Iterator[Any]:
         self._wait()
         return self._worker.stream(method, feed=feed, **kwargs)
+
+    def tell(self, method: str, **kwargs: Any) -> None:
+        self._wait()
+        self._worker.tell(method, **kwargs)
+
+    def each(self, method: str, **kwargs: Any) -> list[Any]:
+        self._wait()
+        return self._worker.each(method, **kwargs)
+
+    def spread(self, method: str, pieces: Iterable[Piece]) -> Iterator[list[Any]]:
+        self._wait()
+        return self._worker.spread(method, pieces)
 
     def close(self) -> None:
         self._worker.close()
