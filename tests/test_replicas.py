@@ -380,9 +380,17 @@ def test_closing_while_they_work_ends_them(tmp_path: Path) -> None:
     replicas, told = processes(tmp_path, 2, delay_s=5)
     replicas.ready()
     rows = replicas.spread("squares", in_pieces(8, 2))
-    threading.Thread(target=lambda: list(rows), daemon=True).start()
+    ended: list[str] = []
+
+    def take() -> None:
+        with pytest.raises(WorkerError, match="squares is closed"):
+            list(rows)
+        ended.append("so it did")
+
+    threading.Thread(target=take, daemon=True).start()
     until(lambda: (tmp_path / "asked.log").exists())
     pids = [worker.pid for worker in replicas._workers if isinstance(worker, ProcessWorker)]
     replicas.close()
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and _state(pid) != "Z"]
+    until(lambda: bool(ended))
     assert not told, "nobody is replaced who was to end"

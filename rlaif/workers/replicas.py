@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Literal
 
-from rlaif.errors import RlaifError, RunPaused, WorkerDied
+from rlaif.errors import RlaifError, RunPaused, WorkerDied, WorkerError
 from rlaif.workers.feed import Feed
 from rlaif.workers.worker import Piece, Worker
 
@@ -189,7 +189,7 @@ class Replicas(Worker):
         if self._over is not None:
             raise self._over
         if self._closed:
-            raise WorkerDied(f"{self.name} is closed")
+            raise WorkerError(f"{self.name} is closed")
         self._news.wait(_POLL_S)
 
     # ---- when one dies
