@@ -43,6 +43,9 @@ def log_of(run: Path) -> dict[str, Any]:
     for path in sorted(run.glob("iterations/*/*votes.jsonl")):
         votes = [json.loads(line) | {"latency_s": 0, "attempts": 1} for line in path.read_text().splitlines()]
         found["rows"][str(path.relative_to(run))] = sorted(json.dumps(v, sort_keys=True) for v in votes)
+    for path in sorted(run.glob("iterations/*/updates.jsonl")):
+        steps = [json.loads(line) | {"seconds": 0} for line in path.read_text().splitlines()]
+        found["rows"][str(path.relative_to(run))] = steps
     return found
 
 
@@ -132,11 +135,14 @@ def test_a_streamed_run_of_a_likelihood_judge_is_the_sequence_to_the_bit(
     streamed: list[RunDir] = []
 
     def slow_sample(self: SamplerRole, **kwargs: Any) -> Iterator[list[Completion]]:
-        chunks = list(sample(self, **kwargs))
-        yield from chunks[:-1]
+        rank = {p.id: n for n, p in enumerate(kwargs["prompts"])}  # or the first piece could wait for the last row
+        rows = sorted(
+            (c for chunk in sample(self, **kwargs) for c in chunk), key=lambda c: (rank[c.prompt_id], -c.index)
+        )
+        yield rows[:-1]
         if slow == "policy" and streamed and kwargs["prefix"].isdigit():
             someone_voted(streamed[0].iteration(kwargs["iteration"]))
-        yield from chunks[-1:]
+        yield rows[-1:]
 
     def slow_score(self: LikelihoodJudge, *args: Any, **kwargs: Any) -> Iterator[list[Score]]:
         if slow == "judge" and streamed:
@@ -156,10 +162,12 @@ def test_a_streamed_run_of_a_likelihood_judge_is_the_sequence_to_the_bit(
         job = project_job(
             root,
             tiny_model,
-            iterations=2,
+            iterations=1,
             schedule={0: "rules@1"},
             prompts={"per_iteration": 12},
+            eval={"prompts": 1, "kl_prompts": 0},
             judge={"batch_tokens": 64},
+            pairing={"max_pairs_per_prompt": 2},
             sampling={"max_tokens": 30},
             pipeline={"stream": stream},
         )
