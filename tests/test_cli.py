@@ -348,7 +348,7 @@ def test_a_run_with_a_name_starts_another_from_its_job(rlaif, tmp_path: Path) ->
     code, out, _ = rlaif("run", "runs/a", "--dry-run", "--json", cwd=tmp_path)
     assert (json.loads(out)["run"], json.loads(out)["iterations_done"]) == ("runs/a", 0)
     code, out, _ = rlaif("run", "runs/a", "--dry-run", cwd=tmp_path)
-    assert "0 of these iterations are done, 3 are owed" in out
+    assert "0 of these are done, 3 are left" in out
     for wrong in (["--max-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]):
         code, _, err = rlaif("chat", "runs/a", *wrong, cwd=tmp_path)
         assert code == 2

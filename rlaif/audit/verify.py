@@ -268,7 +268,7 @@ class _Checking:
         """Events tell of iterations and heads that must be here."""
         known = {head.name for head in self.chain}
         newest = max(self.iterations, default=-1)
-        ahead = int((self.run.header["job"].get("pipeline") or {}).get("staleness", 0))
+        ahead = int(((self.run.header.get("job") or {}).get("pipeline") or {}).get("staleness", 0))
         for number, event in self._events():
             if (head := event.data.get("head")) and head not in known and not self._was_unread(head):
                 self.found(
