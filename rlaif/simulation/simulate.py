@@ -291,11 +291,16 @@ class _Run:
     # ---- what takes time
 
     def _work(self, role: _Role, seconds: float, then: Callable[[], None], weight: float) -> None:
-        """An item and its row in the log."""
-        loop, limit, asked = self.rates.loop, self.work.requests_per_minute, role is self.judge
-        logged_s = weight * (loop.row_s + (loop.ballot_s if asked else 0.0))
-        pause_s = 60 * weight / limit if limit and asked else 0.0
-        role.station.submit(seconds, (lambda: self.log.submit(logged_s, then)) if logged_s else then, pause_s)
+        """An item and its row in the log. A request isn't over before the loop has read its reply: until then nothing
+        else is sent in its place."""
+        row_s, ballot_s = weight * self.rates.loop.row_s, weight * self.rates.loop.ballot_s
+        logged = (lambda: self.log.submit(row_s, then)) if row_s else then
+        if role is self.sampler:
+            role.station.submit(seconds, logged)
+            return
+        limit = self.work.requests_per_minute
+        pause_s = 60 * weight / limit if limit else 0.0
+        role.station.submit(seconds, logged, pause_s, lambda over: self.log.submit(ballot_s, over))
 
     def _answers(self, random: np.random.Generator, n: int, weight: float) -> list[float]:
         """Seconds that answers take to be decoded."""

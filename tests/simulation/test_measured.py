@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
 
+from rlaif.config import ChatSettings
 from rlaif.errors import UserError
-from rlaif.records import Completion, IterationMetrics
+from rlaif.records import Completion, IterationMetrics, Vote
 from rlaif.rundir.store import RunDir, write_json
 from rlaif.simulation import Setup, measured
 from rlaif.simulation.measured import _Timed, line, makespan, measure
@@ -36,6 +38,23 @@ def test_slots_take_what_comes_next() -> None:
     assert makespan([3, 1, 1, 1, 4], 2) == 7
     assert makespan([1.0] * 8, 4) == 2
     assert makespan([0.5] * 4, 8, interval_s=2) == 6.5
+    assert makespan([1.0] * 8, 4, own_s=0.5) == pytest.approx(1 + 8 * 0.5), "busy from the first reply on"
+    assert makespan([1.0] * 3, 1, own_s=0.5) == pytest.approx(4.5)
+
+
+def test_what_the_loop_takes_is_found_again() -> None:
+    random = np.random.default_rng(0)
+
+    def cast(n: int) -> measured._Cast:
+        latencies = random.lognormal(-1.5, 0.4, n).tolist()
+        votes = [Vote.model_construct(latency_s=s, attempts=1) for s in latencies]
+        return measured._Cast(votes, 1.25 + makespan(latencies, 8, own_s=0.02), streamed=False)
+
+    judge = ChatSettings(kind="chat", model="m", concurrency=8)
+    kinds = [[cast(200) for _ in range(3)], [cast(20) for _ in range(2)]]
+    assert measured._own(judge, kinds) == pytest.approx((1.25, 0.02), rel=0.01)
+    start_s, ballot_s = measured._own(judge, kinds[:1])
+    assert (start_s, ballot_s > 0.02) == (0.0, True)
 
 
 @pytest.fixture(scope="module")
