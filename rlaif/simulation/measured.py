@@ -188,7 +188,8 @@ def _own(judge: ChatSettings, kinds: Sequence[Sequence[_Cast]]) -> tuple[float, 
     for _ in range(20):
         middle = (low + high) / 2
         low, high = (low, middle) if too_much(middle) else (middle, high)
-    return max(beyond(few, low), 0.0) if few is not many else 0.0, low
+    # Where the small ones were the slow ones, for whatever reason, it is the large ones that a run is made of.
+    return max(min(beyond(few, low), beyond(many, low)), 0.0) if few is not many else 0.0, low
 
 
 def _learner(job: Job, iterations: Sequence[StageDir]) -> dict[str, float]:
@@ -211,18 +212,14 @@ def _learner(job: Job, iterations: Sequence[StageDir]) -> dict[str, float]:
 
 
 def _rest(run: RunDir, metrics: Sequence[IterationMetrics]) -> float:
-    """Seconds of an iteration that no stage tells of, by when its first and its last file were written; 0 where those
-    times are another's: of a copy, or of a run that was stopped on the way."""
+    """Seconds of an iteration that no stage tells of; 0 where stages overlap, and in runs of before it was measured."""
     found = []
     for m in metrics:
-        here, evaluated = run.iteration(m.iteration).path, run.plan(m.iteration).evaluate
-        if m.iteration == 0 or evaluated:  # evaluations lie within these
-            continue
-        took = (here / "metrics.json").stat().st_mtime - (here / "plan.json").stat().st_mtime
-        stages = sum(m.seconds.values())
-        if stages <= took < 2 * stages + 60:
-            found.append(took - stages)
-    return median(found) if found else 0.0
+        overlapped = m.streamed_votes is not None or m.staleness
+        if m.wall_s is None or overlapped or m.iteration == 0 or run.plan(m.iteration).evaluate:
+            continue  # evaluations lie within these
+        found.append(m.wall_s - sum(m.seconds.values()))
+    return max(median(found), 0.0) if found else 0.0
 
 
 def _held_out(evaluations: Sequence[StageDir], held_out: Sequence[list[Completion]]) -> float:
