@@ -1,13 +1,12 @@
 """Whether `rlaif run --dry-run --cluster` tells the truth: runs that were predicted before they ran.
 
-    python -m benchmarks.simulation [--models] [--latency 0.2] [--iterations 4] [--only wider ...] [--runs DIR] [--json]
+    python -m benchmarks.simulation [--models] [--anew] [--latency 0.2] [--iterations 4] [--only CASE ...] [--json]
 
 One run is measured: the loop as it is, a judge behind HTTP whose replies take a while (log-normal), a sampler whose
 answers share so many tokens a second, and a learner; both wait instead of computing, so that a machine that is busy
-with something else measures the same. With `--models` tiny random ones compute, in `rlaif run` as it is. From the
+with something else measures nearly the same, the more so the longer the latency. With `--models` tiny random ones compute, in `rlaif run` as it is. From the
 run's log come the rates; other runs, with other numbers of prompts, answers, pairs, requests under way, requests a
-minute, are predicted with them, and then run. Where jobs have a `pipeline`, streamed and overlapped runs are among
-them. None may be off by more than 15 %.
+minute, some of them streamed or overlapped, are predicted with them, and then run. None may be off by more than 15 %.
 
 What is predicted is the time of an iteration, without the start of the models. With `--models` on a machine that is
 busy all of it is noise: look at its load first.
@@ -37,7 +36,6 @@ from rlaif.loop.in_force import InForce
 from rlaif.records import Completion, IterationMetrics, Preference, UpdateStep
 from rlaif.rundir.store import RunDir, write_json
 from rlaif.simulation import Setup, read_cluster, work_of
-from rlaif.simulation.cluster import Overlap
 from rlaif.simulation.simulate import simulate
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.weights import WeightsRef
@@ -57,6 +55,7 @@ MEASURED: dict[str, Any] = {
     "filters": {"min_kept_pairs": 1, "min_agreement": 0.5, "guards": False, "cut_off": "keep"},
     "learner": {"precision": "fp32", "learning_rate": 1e-5, "warmup_steps": 0, "batch_size": 8},
     "eval": {"every": 2, "prompts": 12, "kl_prompts": 4},
+    "pipeline": {"stream": False},  # so that its log tells each stage's own time
     "workers": "inline",
 }
 CASES: dict[str, dict[str, Any]] = {
@@ -77,13 +76,17 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-SAMPLED_PER_S, TRAINED_PER_S = 1500.0, 3000.0
-"""Tokens, where sampler and learner wait instead of computing."""
+SAMPLED, TRAINED = 300.0, 600.0
+"""Tokens in the time of one of the judge's replies, where sampler and learner wait instead of computing."""
 
 
 class WaitingSampler(StubSampler):
     """Answers as the stub's, of 8 to 120 tokens, that are decoded together and share the tokens of a second; a prompt's
     are handed on when all of them are there."""
+
+    def __init__(self, latency_s: float):
+        super().__init__()
+        self._tokens_per_s = SAMPLED / latency_s
 
     def sample(self, *args: Any, **kwargs: Any) -> Iterator[list[Completion]]:
         """Each prompt's answers when the last of them is decoded."""
@@ -91,7 +94,7 @@ class WaitingSampler(StubSampler):
         lengths = sorted(len(c.token_ids) for group in groups for c in group)
         ends, now, before = {}, 0.0, 0
         for rank, length in enumerate(lengths):
-            now += (length - before) * (len(lengths) - rank) / SAMPLED_PER_S
+            now += (length - before) * (len(lengths) - rank) / self._tokens_per_s
             ends[length], before = now, length
         started = time.monotonic()
         for group in sorted(groups, key=lambda group: max(len(c.token_ids) for c in group)):
@@ -106,16 +109,20 @@ class WaitingSampler(StubSampler):
 class WaitingLearner(StubLearner):
     """Steps as the stub's, that take a while."""
 
+    def __init__(self, latency_s: float):
+        super().__init__()
+        self._tokens_per_s = TRAINED / latency_s
+
     def update(self, rows: Sequence[Preference], iteration: int) -> Iterator[UpdateStep]:
         """Each step when its tokens are through."""
         tokens = {row.pair_id: sum(len(s.all_ids) for s in row.sequences) for row in rows}
         for step in super().update(rows, iteration):
-            seconds = sum(tokens[i] for i in step.row_ids) / TRAINED_PER_S
+            seconds = sum(tokens[i] for i in step.row_ids) / self._tokens_per_s
             time.sleep(seconds)
             yield step.model_copy(update={"seconds": seconds})
 
 
-def waiting_run(job: Job, path: Path, root: Path, clock: Clock) -> None:
+def waiting_run(job: Job, path: Path, root: Path, clock: Clock, latency_s: float) -> None:
     """Runs a job with workers that wait; only its judge is asked for real."""
 
     def worker(name: str, factory: str, **kwargs: Any) -> InlineWorker:
@@ -132,11 +139,12 @@ def waiting_run(job: Job, path: Path, root: Path, clock: Clock) -> None:
         stub_prompts(16, "held"),
         WeightsRef(digest=BASE_DIGEST, path=root / "base"),
         judge_name="benchmark",
-        sampler=worker("sampler", "benchmarks.simulation:WaitingSampler"),
+        sampler=worker("sampler", "benchmarks.simulation:WaitingSampler", latency_s=latency_s),
         judge=worker("judge", "rlaif.judging.chat:make", settings=job.judge, spent=None),
         measurer=worker("measurer", "tests.stubs:StubJudge"),
-        learner=worker("learner", "benchmarks.simulation:WaitingLearner"),
+        learner=worker("learner", "benchmarks.simulation:WaitingLearner", latency_s=latency_s),
         progress=clock,
+        stream=job.pipeline.stream is True,
     ).run()
 
 
@@ -250,41 +258,48 @@ def make_job(root: Path, url: str, iterations: int, changes: dict[str, Any]) -> 
     return parse_job(tree, "benchmark")
 
 
-def measured(job: Job, root: Path, name: str, models: bool) -> float:
+def measured(job: Job, root: Path, name: str, given: argparse.Namespace) -> float:
     """Runs a job; seconds an iteration."""
     clock, path = Clock(), root / "runs" / name
     shutil.rmtree(path, ignore_errors=True)
-    if models:
+    if given.models:
         from rlaif.loop.launch import execute
 
         execute(job, path, root, clock)
     else:
-        waiting_run(job, path, root, clock)
+        waiting_run(job, path, root, clock, given.latency)
     return clock.iteration_s
 
 
-def predicted(job: Job, root: Path, setup: Setup, changes: dict[str, Any]) -> float:
+def predicted(job: Job, root: Path, setup: Setup) -> float:
     """The same, simulated."""
-    piped = setup.model_copy(update={"pipeline": Overlap(**changes.get("pipeline", {}))})
-    return simulate(work_of(job, root), piped).iteration_s
+    return simulate(work_of(job, root), setup).iteration_s
 
 
-def compare(root: Path, url: str, iterations: int, only: list[str], models: bool) -> list[Outcome]:
+def compare(root: Path, url: str, given: argparse.Namespace) -> list[Outcome]:
     """Measures one run, predicts the others, then runs them."""
-    make_project(root, models)
+    make_project(root, given.models)
     os.chdir(root)
-    measured(make_job(root, url, 1, {}), root, "warm-up", models)  # the first requests of a process import their client
-    found = measured(make_job(root, url, iterations, {}), root, "measured", models)
-    setup = read_cluster(root / "runs" / "measured")
-    own = predicted(make_job(root, url, iterations, {}), root, setup, {})
-    out = [Outcome("measured (its own rates)", own, found)]
-    print(f"load {os.getloadavg()[0]:.1f}; {out[0]}", file=sys.stderr)
-    for case, changes in CASES.items():
-        if (only and case not in only) or ("pipeline" in changes and "pipeline" not in Job.model_fields):
-            continue
-        job = make_job(root, url, iterations, changes)
-        before = predicted(job, root, setup, changes)
-        out.append(Outcome(case, before, measured(job, root, case.replace(" ", "_"), models)))
+
+    def job(n: int, changes: dict[str, Any]) -> Job:
+        return make_job(root, url, n, changes)
+
+    def measure(name: str) -> tuple[Setup, Outcome]:
+        found = measured(job(given.iterations, {}), root, name, given)
+        setup = read_cluster(root / "runs" / name)
+        return setup, Outcome(f"{name}, by its own rates", predicted(job(given.iterations, {}), root, setup), found)
+
+    measured(job(1, {}), root, "warm-up", given)  # the first requests of a process import their client
+    setup, own = measure("measured")
+    out = [own]
+    for case in given.only or CASES:
+        if given.anew and len(out) > 1:
+            setup, own = measure("measured")
+            out.append(own)
+        changed = job(given.iterations, CASES[case])
+        before = predicted(changed, root, setup)
+        name = case.replace(" ", "_").replace(",", "")
+        out.append(Outcome(case, before, measured(changed, root, name, given)))
         print(f"load {os.getloadavg()[0]:.1f}; {out[-1]} {out[-1].error:+.1%}", file=sys.stderr)
     return out
 
@@ -297,6 +312,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--only", nargs="*", default=[], choices=list(CASES), help="of the predicted runs")
     parser.add_argument("--runs", type=Path, help="folder to work in; a temporary one when absent")
+    parser.add_argument("--anew", action="store_true", help="measure before each prediction: a load that changes")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
@@ -307,7 +323,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             root = (given.runs or Path(folder)).resolve()
             url = f"http://127.0.0.1:{here.recv()}/v1"
-            outcomes = compare(root, url, given.iterations, given.only, given.models)
+            outcomes = compare(root, url, given)
             os.chdir(ROOT)
     finally:
         server.terminate()

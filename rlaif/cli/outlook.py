@@ -26,7 +26,7 @@ def outlook_tables(found: Outlook, where: str) -> None:
         "spent on": ", ".join(f"{stage} {_time(seconds)}" for stage, seconds in found.spent_s.items() if seconds),
         "bottleneck": found.bottleneck,
         "at best": f"{_time(max(found.work_s.values()))} an iteration, were all else done meanwhile",
-        "GPUs": str(found.gpus),
+        "GPUs": f"{found.gpus:g}",
         "cost": f"{found.cost:,.2f}, of it {found.judge_cost:,.2f} for ballots"
         if found.cost
         else "no prices are given",
@@ -41,7 +41,7 @@ def outlook_tables(found: Outlook, where: str) -> None:
     changes = Table("with", "an iteration", "faster", "GPUs", "cost of the run")
     for change in found.changes:
         cost = f"{change.cost:,.2f}" if found.cost else "–"
-        changes.add_row(change.change, _time(change.iteration_s), f"{change.faster:.2f} ×", str(change.gpus), cost)
+        changes.add_row(change.change, _time(change.iteration_s), f"{change.faster:.2f} ×", f"{change.gpus:g}", cost)
     console.print(changes)
     for hint in found.hints:
         console.print(f"[yellow]hint[/] {inert(hint)}")

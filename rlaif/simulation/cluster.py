@@ -13,10 +13,11 @@ import numpy as np
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from rlaif.config import Section, refuse_duplicate_keys
+from rlaif.config import Cluster, Section, refuse_duplicate_keys
 from rlaif.errors import UserError, cant_read
 from rlaif.rundir.store import RunDir
 from rlaif.simulation.measured import measure
+from rlaif.simulation.work import Work
 
 
 class Spread(Section):
@@ -61,7 +62,7 @@ class Replicas(Section):
 
     replicas: int = Field(1, ge=1)
     """Each takes the next answer, or ballot, when it has room."""
-    gpus: int = Field(0, ge=0)
+    gpus: float = Field(0, ge=0)
     """Of each replica."""
 
 
@@ -70,7 +71,7 @@ class Processes(Section):
 
     processes: int = Field(1, ge=1)
     """Each takes an equal part of every step."""
-    gpus: int = Field(0, ge=0)
+    gpus: float = Field(0, ge=0)
     """Of each process."""
 
 
@@ -78,7 +79,8 @@ class Roles(Section):
     """How many of each role there are."""
 
     address: str | None = None
-    """As in a job; a simulation reaches nothing."""
+    """As in a job, like the next; a simulation reaches nothing, and restarts as often as it must."""
+    max_restarts: int | None = None
     sampler: Replicas = Replicas()
     judge: Replicas = Replicas()
     learner: Processes = Processes()
@@ -204,11 +206,19 @@ class Setup(Section):
     """What a run is simulated on."""
 
     cluster: Roles = Roles()
-    pipeline: Overlap = Overlap()
+    pipeline: Overlap | None = None
+    """What happens at the same time, in place of what the job says."""
     rates: Rates
 
+    def overlap(self, work: Work) -> Overlap:
+        """What happens at the same time: as this says, or the job; what both leave open, as a run makes it out."""
+        if self.pipeline is not None:
+            return self.pipeline
+        apart = bool(self.cluster.sampler.gpus and self.cluster.judge.gpus)
+        return Overlap(stream=apart if work.stream is None else work.stream, staleness=work.staleness)
+
     @property
-    def gpus(self) -> int:
+    def gpus(self) -> float:
         """Of all roles."""
         c = self.cluster
         return (
@@ -216,14 +226,16 @@ class Setup(Section):
         )
 
 
-def read_cluster(path: Path) -> Setup:
-    """A cluster's file, or the one machine that a run's log tells of.
+def read_cluster(path: Path, of: Cluster | None = None) -> Setup:
+    """A cluster's file, or the one machine that a run's log tells of. Where it doesn't say how many of each role there
+    are, a job's own section does (`of`).
 
     Raises:
         UserError: it can't be read, doesn't say what it must, or says what nobody knows.
     """
+    own = _as_here(of) if of else {}
     if path.is_dir():
-        return _parsed({"rates": measure(RunDir.open(path))}, str(path), None)
+        return _parsed({**own, "rates": measure(RunDir.open(path))}, str(path), None)
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -238,7 +250,13 @@ def read_cluster(path: Path) -> Setup:
     rates = dict(tree.get("rates", {}))
     if (run := rates.pop("from", None)) is not None:
         rates = _over(measure(RunDir.open(Path(str(run)))), rates)
-    return _parsed({**tree, "rates": rates}, str(path), root)
+    return _parsed({**own, **tree, "rates": rates}, str(path), root)
+
+
+def _as_here(cluster: Cluster) -> dict[str, Any]:
+    """A job's cluster as a file has it."""
+    shares = {role: share for role in ("sampler", "judge") if (share := cluster.of(role))}
+    return {"cluster": {role: {"replicas": s.replicas, "gpus": s.gpus or 0} for role, s in shares.items()}}
 
 
 def _over(measured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -65,15 +65,25 @@ def measure(run: RunDir) -> dict[str, Any]:
     }
 
 
-def makespan(durations: Iterable[float], slots: int, interval_s: float = 0.0) -> float:
-    """Seconds until all are done, each taken by the slot that is free first, at most one begun an `interval_s`."""
-    free = [0.0] * slots
-    begin_at = 0.0
-    for duration in durations:
-        start = max(heapq.heappop(free), begin_at)
-        begin_at = start + interval_s
-        heapq.heappush(free, start + duration)
-    return max(free)
+def makespan(durations: Iterable[float], slots: int, interval_s: float = 0.0, own_s: float = 0.0) -> float:
+    """Seconds until all are done, each taken by the slot that is free first, at most one begun an `interval_s`. After
+    each there are `own_s` of one process that serves all slots, which its slot waits for."""
+    coming, ends = iter(durations), list[float]()
+    begin_at = now = 0.0
+
+    def begin(at: float) -> None:
+        nonlocal begin_at
+        if (duration := next(coming, None)) is not None:
+            start = max(at, begin_at)
+            begin_at = start + interval_s
+            heapq.heappush(ends, start + duration)
+
+    for _ in range(slots):
+        begin(0.0)
+    while ends:
+        now = max(now, heapq.heappop(ends)) + own_s
+        begin(now)
+    return now
 
 
 def line(*kinds: Sequence[_Timed]) -> tuple[float, float]:
@@ -145,15 +155,8 @@ def _judge(job: Job, iterations: Sequence[StageDir], evaluations: Sequence[Stage
     asked = [v for kind in kinds for c in kind for v in c.votes if v.attempts and v.abstain_reason != "infra_error"]
     if not asked:
         raise UserError(f"{run}: all votes came from the cache; measure a run that asked its judge")
-    slots, limit = job.judge.concurrency, job.judge.requests_per_minute
-
-    def beyond(c: _Cast) -> _Timed:
-        """What the stage took beside its judge's replies."""
-        latencies = [v.latency_s for v in c.votes if v.attempts]
-        return _Timed(len(latencies), c.seconds - makespan(latencies, slots, 60 / limit if limit else 0.0))
-
-    alone = [[beyond(c) for c in kind if not c.streamed] for kind in kinds]
-    start_s, ballot_s = line(*alone) if any(alone) else (0.0, 0.0)
+    alone = [kind for stages in kinds if (kind := [c for c in stages if not c.streamed])]
+    start_s, ballot_s = _own(job.judge, alone)
     latencies = [v.latency_s for v in asked]
     return {
         "latency_s": {"samples": latencies[:: max(1, len(latencies) // SAMPLES)]},
@@ -161,6 +164,32 @@ def _judge(job: Job, iterations: Sequence[StageDir], evaluations: Sequence[Stage
         "prompt_tokens": float(np.mean([v.usage.prompt_tokens for v in asked])),
         "completion_tokens": float(np.mean([v.usage.completion_tokens for v in asked])),
     }, ballot_s
+
+
+def _own(judge: ChatSettings, kinds: Sequence[Sequence[_Cast]]) -> tuple[float, float]:
+    """Seconds that the loop itself took, before a stage's first ballot and for each: what explains why stages took
+    longer than their judge's replies. With kinds of two sizes the first is what they have in common."""
+    if not kinds:
+        return 0.0, 0.0
+    interval_s = 60 / judge.requests_per_minute if judge.requests_per_minute else 0.0
+
+    def beyond(kind: Sequence[_Cast], own_s: float) -> float:
+        replies = [[v.latency_s for v in c.votes if v.attempts] for c in kind]
+        spans = [makespan(some, judge.concurrency, interval_s, own_s) for some in replies]
+        return median(c.seconds - span for c, span in zip(kind, spans, strict=True))
+
+    by_size = sorted(kinds, key=lambda kind: median(len(c.votes) for c in kind))
+    few, many = by_size[0], by_size[-1]
+
+    def too_much(own_s: float) -> bool:
+        return beyond(many, own_s) <= (max(beyond(few, own_s), 0.0) if few is not many else 0.0)
+
+    low, high = 0.0, max(c.seconds / len(c.votes) for c in many)
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if too_much(middle) else (middle, high)
+    # Where the small ones were the slow ones, for whatever reason, it is the large ones that a run is made of.
+    return max(min(beyond(few, low), beyond(many, low)), 0.0) if few is not many else 0.0, low
 
 
 def _learner(job: Job, iterations: Sequence[StageDir]) -> dict[str, float]:
@@ -183,18 +212,14 @@ def _learner(job: Job, iterations: Sequence[StageDir]) -> dict[str, float]:
 
 
 def _rest(run: RunDir, metrics: Sequence[IterationMetrics]) -> float:
-    """Seconds of an iteration that no stage tells of, by when its first and its last file were written; 0 where those
-    times are another's: of a copy, or of a run that was stopped on the way."""
+    """Seconds of an iteration that no stage tells of; 0 where stages overlap, and in runs of before it was measured."""
     found = []
     for m in metrics:
-        here, evaluated = run.iteration(m.iteration).path, run.plan(m.iteration).evaluate
-        if m.iteration == 0 or evaluated:  # evaluations lie within these
-            continue
-        took = (here / "metrics.json").stat().st_mtime - (here / "plan.json").stat().st_mtime
-        stages = sum(m.seconds.values())
-        if stages <= took < 2 * stages + 60:
-            found.append(took - stages)
-    return median(found) if found else 0.0
+        overlapped = m.streamed_votes is not None or m.staleness
+        if m.wall_s is None or overlapped or m.iteration == 0 or run.plan(m.iteration).evaluate:
+            continue  # evaluations lie within these
+        found.append(m.wall_s - sum(m.seconds.values()))
+    return max(median(found), 0.0) if found else 0.0
 
 
 def _held_out(evaluations: Sequence[StageDir], held_out: Sequence[list[Completion]]) -> float:

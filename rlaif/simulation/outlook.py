@@ -15,7 +15,7 @@ class Change(Record):
     iteration_s: float
     faster: float
     """How many times."""
-    gpus: int
+    gpus: float
     cost: float
 
 
@@ -35,7 +35,7 @@ class Outlook(Record):
     """Stage → seconds an iteration that the loop spends on it or waits for it."""
     bottleneck: str
     """The stage that most of an iteration is spent on; with the limit, where one holds it up."""
-    gpus: int
+    gpus: float
     cost: float
     """Of the whole run: machines, and ballots by `judge.prices`."""
     judge_cost: float
@@ -62,7 +62,7 @@ def outlook(work: Work, setup: Setup) -> Outlook:
         gpus=setup.gpus,
         cost=_cost(work, setup, run),
         judge_cost=_judge_cost(work, setup),
-        changes=tuple(_change(name, work, changed, run.iteration_s) for name, changed in _changes(setup)),
+        changes=tuple(_change(name, work, changed, run.iteration_s) for name, changed in _changes(work, setup)),
         hints=tuple(_hints(work, setup)),
     )
 
@@ -82,9 +82,9 @@ def _change(name: str, work: Work, setup: Setup, before_s: float) -> Change:
     return Change(change=name, iteration_s=run.iteration_s, faster=faster, gpus=setup.gpus, cost=cost)
 
 
-def _changes(setup: Setup) -> list[tuple[str, Setup]]:
+def _changes(work: Work, setup: Setup) -> list[tuple[str, Setup]]:
     """What is tried: one more of each role, and what the pipeline doesn't do yet."""
-    roles, pipeline = setup.cluster, setup.pipeline
+    roles, pipeline = setup.cluster, setup.overlap(work)
 
     def more(role: str, count: str) -> Setup:
         now = getattr(roles, role)

@@ -3,8 +3,8 @@
 In: a job's counts and what it is run on. Out: when its iterations ended, and how busy each role was. Everything random
 is drawn with one seed, so that two setups differ by what is different about them. An iteration takes its course as in
 `rlaif.loop`: sampled, scored, judged, each from the first prompt to the last or (`stream`) prompt by prompt; then the
-update, and what is evaluated. With `staleness` N the next N iterations may be sampled and judged meanwhile; sampler and
-judge serve one iteration at a time, in order.
+update, and what is evaluated. With `staleness` N the next N iterations may be sampled and judged meanwhile, one after
+the other; who else wants sampler or judge waits for those that were begun.
 
 Large runs are thinned: one event stands for many answers or ballots, on as many times fewer slots.
 """
@@ -108,10 +108,14 @@ class _Run:
         self.log = Station(env, 1, [Outages(None, self._random(3))])
         self._learner = self._outages(rates.learner.failures, roles.learner.processes, 4)
         self._learned_s = 0.0
-        self._sampler_turn, self._judge_turn = simpy.Resource(env), simpy.Resource(env)
+        self._overlap = setup.overlap(work)
+        self._turn = simpy.Resource(env)
+        """With sampler and judge, for one iteration or evaluation at a time."""
         self._holds = 0
         """Updates behind the policy that the samplers hold."""
         self._judged = [env.event() for _ in range(work.iterations)]
+        self._taken = [env.event() for _ in range(work.iterations)]
+        """The loop goes on with an iteration that is judged: later ones may begin."""
         self._ended = [env.event() for _ in range(work.iterations)]
         self._sampled = [_Sampled() for _ in range(work.iterations)]
         self.began_s, self.ends_s = 0.0, list[float]()
@@ -152,6 +156,7 @@ class _Run:
         """Until an iteration is judged; what for, by how far it was meanwhile."""
         since = self.env.now
         yield self._judged[k]
+        self._taken[k].succeed()
         marks = self._sampled[k]
         judging = self.env.now - max(since, marks.end)
         weights = max(0.0, marks.loaded - max(since, marks.began))
@@ -170,23 +175,20 @@ class _Run:
     def _sample_and_judge(self, k: int) -> Process:
         import simpy
 
-        staleness = self.setup.pipeline.staleness
-        if k > staleness:
-            yield self._ended[k - staleness - 1]
-        stream, random = self.setup.pipeline.stream, self._random(6, k)
-        batches = [1] * self.prompts if stream else [self.prompts]
-        sampled = simpy.Store(self.env)
-        answers = self._answers(random, self.prompts * self.work.answers, self.weight)
-        with self._sampler_turn.request() as turn:
+        staleness = self._overlap.staleness
+        if k:
+            yield self._taken[max(0, k - staleness)] if staleness else self._ended[k - 1]
+        batches = [1] * self.prompts if self._overlap.stream else [self.prompts]
+        sampled, marks = simpy.Store(self.env), self._sampled[k]
+        left = iter(self._answers(self._random(6, k), self.prompts * self.work.answers, self.weight))
+        with self._turn.request() as turn:
             yield turn
-            marks = self._sampled[k]
             marks.began = self.env.now
             yield from self._load(max(0, k - staleness))
             marks.loaded = self.env.now
-            self.env.process(self._judge(k, batches, sampled))
+            judged = self.env.process(self._judge(k, batches, sampled))
             all_sampled = self.env.event()
             groups = Countdown(len(batches), all_sampled.succeed)
-            left = iter(answers)
             for n, prompts in enumerate(batches):
 
                 def hand_on(n: int = n) -> None:
@@ -198,6 +200,8 @@ class _Run:
                     self._work(self.sampler, next(left), done, self.weight)
             yield all_sampled
             marks.end = self.env.now
+            yield judged
+        self._judged[k].succeed()
 
     def _judge(self, k: int, batches: list[int], sampled: simpy.Store) -> Process:
         """Batches of prompts as they come, each scored before it is asked about."""
@@ -206,28 +210,25 @@ class _Run:
         ballots = self._shares(work.ballots * self.rates.answers.asked / self.weight, batches)
         score_s = self._latencies(random, self.rates.judge.score_s or self.rates.judge.latency_s, sum(scores))
         ballot_s = self._latencies(random, self.rates.judge.latency_s, sum(ballots))
-        with self._judge_turn.request() as turn:
-            yield turn
-            started = False
-            all_judged = self.env.event()
-            done = Countdown(len(batches), all_judged.succeed)
-            for _ in batches:
-                n = yield sampled.get()
-                if not started:
-                    yield self.env.timeout(self.rates.judge.start_s)
-                    started = True
-                asked = [next(ballot_s) for _ in range(ballots[n])]
+        started = False
+        all_judged = self.env.event()
+        done = Countdown(len(batches), all_judged.succeed)
+        for _ in batches:
+            n = yield sampled.get()
+            if not started:
+                yield self.env.timeout(self.rates.judge.start_s)
+                started = True
+            asked = [next(ballot_s) for _ in range(ballots[n])]
 
-                def ask(asked: list[float] = asked) -> None:
-                    answered = Countdown(len(asked), done)
-                    for seconds in asked:
-                        self._work(self.judge, seconds, answered, self.weight)
+            def ask(asked: list[float] = asked) -> None:
+                answered = Countdown(len(asked), done)
+                for seconds in asked:
+                    self._work(self.judge, seconds, answered, self.weight)
 
-                scored = Countdown(scores[n], ask)
-                for _ in range(scores[n]):
-                    self._work(self.judge, next(score_s), scored, self.weight)
-            yield all_judged
-        self._judged[k].succeed()
+            scored = Countdown(scores[n], ask)
+            for _ in range(scores[n]):
+                self._work(self.judge, next(score_s), scored, self.weight)
+        yield all_judged
 
     def _update(self) -> Process:
         rates, answers = self.rates.learner, self.rates.answers
@@ -256,7 +257,7 @@ class _Run:
         random, real = self._random(8, updates), self.work.held_out
         n = max(min(real, _LEAST_PROMPTS), round(real / self.weight))
         weight = real / max(n, 1)
-        with self._sampler_turn.request() as turn:
+        with self._turn.request() as turn:
             yield turn
             yield from self._load(updates)
             all_sampled = self.env.event()
@@ -270,7 +271,7 @@ class _Run:
 
     def _ask(self, random: np.random.Generator, ballots: float) -> Process:
         """Ballots that the loop waits for."""
-        with self._judge_turn.request() as turn:
+        with self._turn.request() as turn:
             yield turn
             yield self.env.timeout(self.rates.judge.start_s)
             n = max(1, round(ballots / self.weight))
@@ -291,11 +292,16 @@ class _Run:
     # ---- what takes time
 
     def _work(self, role: _Role, seconds: float, then: Callable[[], None], weight: float) -> None:
-        """An item and its row in the log."""
-        loop, limit, asked = self.rates.loop, self.work.requests_per_minute, role is self.judge
-        logged_s = weight * (loop.row_s + (loop.ballot_s if asked else 0.0))
-        pause_s = 60 * weight / limit if limit and asked else 0.0
-        role.station.submit(seconds, (lambda: self.log.submit(logged_s, then)) if logged_s else then, pause_s)
+        """An item and its row in the log. A request isn't over before the loop has read its reply: until then nothing
+        else is sent in its place."""
+        row_s, ballot_s = weight * self.rates.loop.row_s, weight * self.rates.loop.ballot_s
+        logged = (lambda: self.log.submit(row_s, then)) if row_s else then
+        if role is self.sampler:
+            role.station.submit(seconds, logged)
+            return
+        limit = self.work.requests_per_minute
+        pause_s = 60 * weight / limit if limit else 0.0
+        role.station.submit(seconds, logged, pause_s, lambda over: self.log.submit(ballot_s, over))
 
     def _answers(self, random: np.random.Generator, n: int, weight: float) -> list[float]:
         """Seconds that answers take to be decoded."""

@@ -37,6 +37,8 @@ class Item(NamedTuple):
     pause_s: float
     """Until the next item may begin, where there is a limit a minute."""
     then: Callable[[], None]
+    held: Callable[[Callable[[], None]], None]
+    """What its slot waits for before it is free; calls what it is given when that is over."""
 
 
 class Station:
@@ -52,9 +54,15 @@ class Station:
         """Of all slots together, on what was finished."""
         self.paused_s = 0.0
 
-    def submit(self, seconds: float, then: Callable[[], None], pause_s: float = 0.0) -> None:
+    def submit(
+        self,
+        seconds: float,
+        then: Callable[[], None],
+        pause_s: float = 0.0,
+        held: Callable[[Callable[[], None]], None] = lambda over: over(),
+    ) -> None:
         """Serves an item, and calls `then`."""
-        self._queue.append(Item(seconds, pause_s, then))
+        self._queue.append(Item(seconds, pause_s, then, held))
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -79,8 +87,11 @@ class Station:
         self._dispatch()
 
     def _finish(self, replica: int, item: Item) -> None:
-        item.then()
-        self._free(replica)
+        def over() -> None:
+            item.then()
+            self._free(replica)
+
+        item.held(over)
 
     def _free(self, replica: int) -> None:
         self._idle.append(replica)

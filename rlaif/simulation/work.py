@@ -33,6 +33,9 @@ class Work(Record):
     """After how many iterations there is an evaluation; there also is one before the first."""
     max_tokens: int
     """Of an answer."""
+    stream: bool | None = None
+    """As in `pipeline`, like the next; None where it depends on whether sampler and judge have devices of their own."""
+    staleness: int = 0
     judges_at_once: int | None = None
     """Ballots under way, at most, however many judges there are (`judge.concurrency`); None without a server."""
     requests_per_minute: int | None = None
@@ -68,6 +71,8 @@ def work_of(job: Job, base_dir: Path) -> Work:
         anchors=counts.anchors,
         evaluated=counts.evaluated,
         max_tokens=job.sampling.max_tokens,
+        stream=True if job.pipeline.stream is None and chat else job.pipeline.stream,
+        staleness=job.pipeline.staleness,
         judges_at_once=chat.concurrency if chat else None,
         requests_per_minute=chat.requests_per_minute if chat else None,
         prompt_price=price.prompt if price else 0.0,

@@ -27,7 +27,7 @@ def work(**changes: Any) -> Work:
 
 
 def setup(
-    *, sampler: Any = (), judge: Any = (), learner: Any = (), pipeline: Any = (), cluster: Any = (), **rates: Any
+    *, sampler: Any = (), judge: Any = (), learner: Any = (), pipeline: Any = None, cluster: Any = (), **rates: Any
 ) -> Setup:
     """One of each: an answer of 100 tokens takes 1 s, a ballot 2 s, an update 4 s."""
     tree = {
@@ -37,4 +37,4 @@ def setup(
         "answers": {"tokens": 100, "prompt_tokens": 0},
         **rates,
     }
-    return Setup.model_validate({"cluster": dict(cluster), "pipeline": dict(pipeline), "rates": tree})
+    return Setup.model_validate({"cluster": dict(cluster), "pipeline": pipeline, "rates": tree})

@@ -82,15 +82,32 @@ def test_streamed_the_slower_of_two_sets_the_pace(latency_s: float) -> None:
     assert np.diff(found.ends_s) == pytest.approx(sampled + 7 * max(sampled, latency_s) + latency_s + 4)
 
 
-@pytest.mark.parametrize("latency_s", [0.25, 1.0, 2.0, 4.0])
-@pytest.mark.parametrize("update_s", [1.0, 8.0, 16.0, 60.0])
-def test_one_iteration_ahead_two_are_under_way(latency_s: float, update_s: float) -> None:
-    judge, learner = {"latency_s": latency_s}, {"tokens_per_s": 1600 / update_s}
-    found = run(work(iterations=20), setup(judge=judge, learner=learner, pipeline={"staleness": 1}))
-    parts = 16.0, 8 * latency_s, update_s
-    assert np.mean(np.diff(found.ends_s[9:])) == pytest.approx(max(*parts, sum(parts) / 2))
-    sequential = run(work(iterations=20), setup(judge=judge, learner=learner))
-    assert found.iteration_s < sequential.iteration_s
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("staleness", [1, 3])
+@pytest.mark.parametrize("update_s", [1.0, 16.0, 40.0, 90.0])
+def test_ahead_the_longer_half_sets_the_pace(update_s: float, staleness: int, stream: bool) -> None:
+    """One iteration is sampled and judged while another trains, however many may be ahead."""
+    learner, pipeline = {"tokens_per_s": 1600 / update_s}, {"stream": stream, "staleness": staleness}
+    found = run(work(iterations=20), setup(learner=learner, pipeline=pipeline))
+    first_half = 16 + 2 if stream else 16 + 16
+    assert np.diff(found.ends_s[9:]) == pytest.approx(max(first_half, update_s))
+    assert found.iteration_s < run(work(iterations=20), setup(learner=learner)).iteration_s
+
+
+def test_an_evaluation_waits_for_what_is_ahead() -> None:
+    counts = work(iterations=12, held_out=8, evaluated=tuple(range(1, 13)))
+    found = run(counts, setup(pipeline={"staleness": 1}))
+    assert np.diff(found.ends_s[3:-1]) == pytest.approx(32 + 8), "nothing begins meanwhile"
+
+
+def test_what_a_job_says_of_its_pipeline_holds_until_a_file_says_more() -> None:
+    streamed, ahead = work(stream=True), work(stream=True, staleness=1)
+    assert run(streamed, setup()).iteration_s == run(work(), setup(pipeline={"stream": True})).iteration_s
+    assert run(ahead, setup()).iteration_s < run(streamed, setup()).iteration_s
+    assert run(ahead, setup(pipeline={})).iteration_s == run(work(), setup()).iteration_s
+    apart = {"sampler": {"gpus": 1}, "judge": {"gpus": 1}}
+    assert run(work(), setup(cluster=apart)).iteration_s == run(streamed, setup()).iteration_s
+    assert run(work(stream=False), setup(cluster=apart)).iteration_s == run(work(), setup()).iteration_s
 
 
 def test_an_evaluation_samples_measures_and_asks() -> None:
