@@ -274,7 +274,17 @@ def test_the_digests_in_the_meta_files_hold(finished: RunDir) -> None:
         for name, sha256 in meta["inputs"].items():
             assert sha256 == hashlib.sha256((path.parent / f"{name}.jsonl").read_bytes()).hexdigest()
     inputs = {k for p in metas for k in json.loads(p.read_text())["inputs"]}
-    ours = {"completions", "scores", "pairs", "votes", "decisions", "old_pairs", "preferences", "kl_completions"}
+    ours = {
+        "completions",
+        "scores",
+        "pairs",
+        "votes",
+        "decisions",
+        "old_pairs",
+        "preferences",
+        "kl_completions",
+        "base_logprobs",
+    }
     assert ours == inputs
 
 
