@@ -87,7 +87,6 @@ def attention_mask_of(model: Any, sees: Any) -> Any:
     Raises:
         KeyError: transformers makes no masks for that kernel.
     """
-    import torch
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     def mask_function(row: Any, head: Any, place: Any, other: Any) -> Any:
@@ -99,7 +98,7 @@ def attention_mask_of(model: Any, sees: Any) -> Any:
         kv_length=sees.size(2),
         mask_function=mask_function,
         allow_is_causal_skip=False,
-        dtype=torch.float32,
+        dtype=model.dtype,
         config=model.config,
         device=sees.device,
     )

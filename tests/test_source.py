@@ -315,6 +315,7 @@ def test_the_offline_counterpart_makes_the_same_updates_to_the_bit(tiny_model: P
         ]
         assert steps[0] == steps[1]
         assert run.iteration(k).policy_made() == again.iteration(k).policy_made() is not None
+        assert [r.iteration(k).is_complete("base_logprobs") for r in (run, again)] == [True, True], "as its judge found"
     assert (again.path / "prompts" / "train.jsonl").read_text() in (run.path / "prompts" / "train.jsonl").read_text()
     assert verify(again).holds
 
