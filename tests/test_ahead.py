@@ -45,7 +45,7 @@ def plans(run: RunDir) -> list[Plan]:
 
 def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing runs ahead; which policy samples is the same."""
-    monkeypatch.setattr(Loop, "_go_ahead", lambda self, k: None)
+    monkeypatch.setattr(Loop, "go_ahead", lambda self, k: None)
 
 
 def metrics_of(run: RunDir) -> list[IterationMetrics]:

@@ -210,20 +210,20 @@ def test_weights_are_read_where_they_are_or_sent(reader: RayWorker, tmp_path: Pa
     assert reader.call("holds") == (str(seen.path), b"one")
     # What another machine has under this path is something else.
     sent = weights(tmp_path / "sent", b"two")
-    parts = [(name, [reader._ray.put(b) for b in content]) for name, content in (("config.json", [b"{}"]),
+    parts = [(name, [importlib.import_module("ray").put(b) for b in content]) for name, content in (("config.json", [b"{}"]),
              ("model.safetensors", [b"t", b"wo"]))]  # fmt: skip
-    reader._cluster._sent = {sent.digest: parts}
+    reader._cluster.sent = {sent.digest: parts}
     (tmp_path / "sent/model.safetensors").write_bytes(b"of another machine")
     reader.tell("load", weights=sent)
     folder, content = reader.call("holds")
     assert content == b"two"
     assert Path(folder).name == sent.digest
     reader.tell("load", weights=seen)
-    reader._cluster._sent = {}
+    reader._cluster.sent = {}
     reader.tell("load", weights=sent)  # kept, nothing is sent
     assert reader.call("holds") == (folder, b"two")
     damaged = weights(tmp_path / "damaged", b"three")
-    reader._cluster._sent = {damaged.digest: parts}
+    reader._cluster.sent = {damaged.digest: parts}
     (tmp_path / "damaged/model.safetensors").unlink()
     with pytest.raises(WorkerError, match=f"weights {damaged.digest} arrived as {sent.digest}: damaged"):
         reader.tell("load", weights=damaged)

@@ -291,7 +291,7 @@ def replicated(loop: Loop, role: str, seed: int, deaths: int) -> list[str]:
     started = iter(range(99))
 
     def start(number: int) -> Worker:
-        mortal = Mortal(f"{role} {number + 1}", *single._start)
+        mortal = Mortal(f"{role} {number + 1}", *single.made_from)
         mortal.delays, mortal.dies_at = random.Random(seed + number), fate.get(next(started))
         return mortal
 
@@ -325,7 +325,7 @@ def test_a_paused_run_goes_on_where_it_was(tmp_path: Path) -> None:
     loop = stub_loop(tmp_path / "many", stub_job(**JOB))
     replicated(loop, "judge", 5, deaths=4)
     assert isinstance(loop.judge, Replicas)
-    loop.judge._max_restarts = 1
+    loop.judge.max_restarts = 1
     loop.measurer = loop.judge
     with pytest.raises(RunPaused, match=r"cluster\.max_restarts=1 is used up"):
         loop.run()
@@ -389,7 +389,7 @@ def test_closing_while_they_work_ends_them(tmp_path: Path) -> None:
 
     threading.Thread(target=take, daemon=True).start()
     until(lambda: (tmp_path / "asked.log").exists())
-    pids = [worker.pid for worker in replicas._workers if isinstance(worker, ProcessWorker)]
+    pids = [worker.pid for worker in replicas.workers if isinstance(worker, ProcessWorker)]
     replicas.close()
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and _state(pid) != "Z"]
     until(lambda: bool(ended))

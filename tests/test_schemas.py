@@ -66,7 +66,7 @@ def steps_of(run: RunDir) -> list[UpdateStep]:
         (("audit", "RUN", "replay"), "20"),
         (("audit", "RUN", "verify"), "everything holds"),
         (("audit", "RUN", "agreement"), ""),
-        (("constitution", "log", "RUN"), "5 kept pairs can't be replayed any more"),
+        (("constitution", "log", "RUN"), "5 kept pairs were judged under another text"),
         (("report", "RUN", "--json"), "9"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -354,7 +354,7 @@ def _prices(job: dict[str, Any]) -> dict[str, Any]:
     return {model: price for judge in judges for model, price in (judge.get("prices") or {}).items()}
 
 
-def _price_of(judge: str, prices: dict[str, Any]) -> dict[str, Any] | None:
+def price_of(judge: str, prices: dict[str, Any]) -> dict[str, Any] | None:
     """That of a ballot's judge, `chat:MODEL@HOST` or `chat:MODEL`; two alike are numbered (`#2`)."""
     name = judge.removeprefix("chat:")
     known = (name, name.rpartition("#")[0], name.rpartition("@")[0])
@@ -366,7 +366,7 @@ def _costs(index: Index, prices: dict[str, Any]) -> list[JudgeCost]:
     out = []
     votes = " UNION ALL BY NAME ".join(f"SELECT * FROM {table}" for table in VOTE_TABLES)
     for r in index.rows(f"SELECT judge, {_VOTED} FROM ({votes}) GROUP BY judge ORDER BY judge"):
-        price = _price_of(str(r["judge"]), prices)
+        price = price_of(str(r["judge"]), prices)
         money = None
         if price:
             money = cost(Usage(**{n: int(r[n]) for n in Usage.model_fields if n != "estimated"}), Price(**price))

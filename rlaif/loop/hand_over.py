@@ -199,7 +199,7 @@ class HandOver:
         learner goes on: notes what the learner says of that one, if it still holds it or is to hold it now."""
         version, _ = self.policy_before(k)
         self._exports_in()
-        if self._recorded(version) is None:
+        if self._noted_by_learner(version) is None:
             self.load_learner(k)
             self._read_by_learner(version.digest)
 
@@ -234,7 +234,7 @@ class HandOver:
             self._held.read[digest] = self._run.learner.call("logprobs", sequences=texts)
         return self._held.read.get(digest, [])
 
-    def _recorded(self, version: PolicyVersion) -> list[tuple[float, ...]] | None:
+    def _noted_by_learner(self, version: PolicyVersion) -> list[tuple[float, ...]] | None:
         """The same of a policy that it held once; None where that wasn't noted."""
         if version.digest not in self._held.read and version.iteration:
             noted = self._run.dir.iteration(version.iteration - 1).meta("updates").get("fixed_texts")
@@ -256,7 +256,7 @@ class HandOver:
         if self._held.gap is not None and self._held.gap[0] == version.digest:
             return
         run = self._run
-        theirs = self._recorded(version) if stale else None
+        theirs = self._noted_by_learner(version) if stale else None
         if stale and theirs is None:  # the setting was raised since, by more than one
             self._held.gap = None
             return

@@ -73,7 +73,7 @@ class Loop(Running):
             take_over(self, it, self.source)
         else:
             it = self._ahead.take(k) or sampled_and_judged(self, it)
-            self._go_ahead(k)
+            self.go_ahead(k)
         it.decisions = decide(self, it)
         it.old_pairs = judge_old_pairs(self, it)
         it.training = mix(self, it)
@@ -94,7 +94,7 @@ class Loop(Running):
         if same:
             self.measurer = self.judge
 
-    def _go_ahead(self, k: int) -> None:
+    def go_ahead(self, k: int) -> None:
         """Begins the iterations after k whose policy is there before k's update, as far as `pipeline.staleness` goes:
         their plans first."""
         for j in range(k + 1, min(k + self.job.pipeline.staleness, self.job.iterations - 1) + 1):

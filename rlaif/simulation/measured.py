@@ -26,7 +26,7 @@ SAMPLES = 2000
 """Measured numbers that are kept of a distribution."""
 
 
-class _Timed(NamedTuple):
+class Timed(NamedTuple):
     """A stage's size and its seconds."""
 
     amount: float
@@ -57,7 +57,7 @@ def measure(run: RunDir) -> dict[str, Any]:
         "learner": _learner(job, iterations),
         "weights": weights,
         "loop": {
-            "iteration_s": _rest(run, metrics),
+            "iteration_s": rest(run, metrics),
             "ballot_s": ballot_s,
             "held_out_s": _held_out(evaluations, held_out),
         },
@@ -86,13 +86,13 @@ def makespan(durations: Iterable[float], slots: int, interval_s: float = 0.0, ow
     return now
 
 
-def line(*kinds: Sequence[_Timed]) -> tuple[float, float]:
+def line(*kinds: Sequence[Timed]) -> tuple[float, float]:
     """Seconds that stages took whatever their size, and seconds for each unit of it; neither is negative. A kind counts
     by its medians: what was slow once, as the first of a process is, doesn't. Kinds of one size tell the second
     alone."""
     from scipy.optimize import nnls
 
-    found = [_Timed(median(p.amount for p in kind), median(p.seconds for p in kind)) for kind in kinds if kind]
+    found = [Timed(median(p.amount for p in kind), median(p.seconds for p in kind)) for kind in kinds if kind]
     amounts = np.array([kind.amount for kind in found])
     seconds = np.array([max(kind.seconds, 0.0) for kind in found])
     if amounts.max() <= 1.2 * amounts.min():
@@ -116,7 +116,7 @@ def _sampled(stages: Sequence[StageDir], answers: Sequence[list[Completion]]) ->
 
 
 def _sampler(job: Job, *kinds: list[_Sampled]) -> tuple[dict[str, Any], dict[str, float]]:
-    fixed, each = line(*([_Timed(sum(some.tokens), some.seconds) for some in kind] for kind in kinds))
+    fixed, each = line(*([Timed(sum(some.tokens), some.seconds) for some in kind] for kind in kinds))
     largest = max((some.tokens for kind in kinds for some in kind), key=sum)
     at_once = min(DECODED_AT_ONCE.get(job.sampling.engine, 1), len(largest))
     # A replica of this speed, busy to the last answer's end, takes as long as the stage did.
@@ -124,7 +124,7 @@ def _sampler(job: Job, *kinds: list[_Sampled]) -> tuple[dict[str, Any], dict[str
     return {"tokens_per_s": slots_s / max(sum(largest) * each, 1e-9), "at_once": at_once}, {"seconds": fixed}
 
 
-class _Cast(NamedTuple):
+class Judging(NamedTuple):
     """A stage's votes and its seconds. Those of a streamed one aren't the judge's alone: it was open while completions
     came, whose meta file says how many votes were there before they all were."""
 
@@ -133,10 +133,10 @@ class _Cast(NamedTuple):
     streamed: bool
 
 
-def _cast(stages: Sequence[StageDir]) -> list[_Cast]:
+def _cast(stages: Sequence[StageDir]) -> list[Judging]:
     there = [(here, here.read("votes", Vote)) for here in stages if here.is_complete("votes")]
     return [
-        _Cast(votes, here.meta("votes")["seconds"], "votes" in here.meta("completions"))
+        Judging(votes, here.meta("votes")["seconds"], "votes" in here.meta("completions"))
         for here, votes in there
         if votes
     ]
@@ -148,15 +148,15 @@ def _judge(job: Job, iterations: Sequence[StageDir], evaluations: Sequence[Stage
     if not any(kinds):
         raise UserError(f"{run}: no votes in it, so the judge's speed isn't known")
     if not isinstance(job.judge, ChatSettings):
-        fixed, each = line(*([_Timed(len(c.votes), c.seconds) for c in kind] for kind in kinds))
+        fixed, each = line(*([Timed(len(c.votes), c.seconds) for c in kind] for kind in kinds))
         scored = [(s.meta("scores")["seconds"], s.read("scores", Score)) for s in iterations if s.is_complete("scores")]
-        points = [_Timed(len(scores), seconds) for seconds, scores in scored if scores]
+        points = [Timed(len(scores), seconds) for seconds, scores in scored if scores]
         return {"latency_s": each, "start_s": fixed, **({"score_s": line(points)[1]} if points else {})}, 0.0
     asked = [v for kind in kinds for c in kind for v in c.votes if v.attempts and v.abstain_reason != "infra_error"]
     if not asked:
         raise UserError(f"{run}: all votes came from the cache; measure a run that asked its judge")
     alone = [kind for stages in kinds if (kind := [c for c in stages if not c.streamed])]
-    start_s, ballot_s = _own(job.judge, alone)
+    start_s, ballot_s = own_time(job.judge, alone)
     latencies = [v.latency_s for v in asked]
     return {
         "latency_s": {"samples": latencies[:: max(1, len(latencies) // SAMPLES)]},
@@ -166,14 +166,14 @@ def _judge(job: Job, iterations: Sequence[StageDir], evaluations: Sequence[Stage
     }, ballot_s
 
 
-def _own(judge: ChatSettings, kinds: Sequence[Sequence[_Cast]]) -> tuple[float, float]:
+def own_time(judge: ChatSettings, kinds: Sequence[Sequence[Judging]]) -> tuple[float, float]:
     """Seconds that the loop itself took, before a stage's first ballot and for each: what explains why stages took
     longer than their judge's replies. With kinds of two sizes the first is what they have in common."""
     if not kinds:
         return 0.0, 0.0
     interval_s = 60 / judge.requests_per_minute if judge.requests_per_minute else 0.0
 
-    def beyond(kind: Sequence[_Cast], own_s: float) -> float:
+    def beyond(kind: Sequence[Judging], own_s: float) -> float:
         replies = [[v.latency_s for v in c.votes if v.attempts] for c in kind]
         spans = [makespan(some, judge.concurrency, interval_s, own_s) for some in replies]
         return median(c.seconds - span for c, span in zip(kind, spans, strict=True))
@@ -211,7 +211,7 @@ def _learner(job: Job, iterations: Sequence[StageDir]) -> dict[str, float]:
     return {"tokens_per_s": tokens / max(steps_s, 1e-9), "commit_s": max(median(commits), 0.0)}
 
 
-def _rest(run: RunDir, metrics: Sequence[IterationMetrics]) -> float:
+def rest(run: RunDir, metrics: Sequence[IterationMetrics]) -> float:
     """Seconds of an iteration that no stage tells of; 0 where stages overlap, and in runs of before it was measured."""
     found = []
     for m in metrics:

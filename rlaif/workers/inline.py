@@ -25,7 +25,8 @@ class InlineWorker(Worker):
     ) -> None:
         self.name = name
         self.log_path = log_path
-        self._start = (factory, kwargs)
+        self.made_from = (factory, kwargs)
+        """What builds the object."""
         self.target: Any = None
         """The object that is called, once `ready` has built it."""
         self._closed = False
@@ -37,7 +38,7 @@ class InlineWorker(Worker):
     def ready(self) -> None:
         """Builds the object, the first time."""
         if self.target is None:
-            factory, kwargs = self._start
+            factory, kwargs = self.made_from
             with self._errors():
                 self.target = built(factory, kwargs)
 

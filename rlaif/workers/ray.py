@@ -75,7 +75,7 @@ class RayCluster:
     def __init__(self, settings: Cluster, logs: Path, gpus: Sequence[str] = ()) -> None:
         self._settings, self._logs = settings, logs
         self._groups: dict[str, Any] = {}
-        self._sent: dict[str, FileParts] = {}
+        self.sent: dict[str, FileParts] = {}
         """What was put into the object store, by digest."""
         self._sending = threading.Lock()
         self._folder: Path | None = None
@@ -160,11 +160,11 @@ class RayCluster:
     def sent(self, ref: WeightsRef) -> FileParts:
         """A folder's files in the object store, put there once; for nodes that don't see it."""
         with self._sending:  # several replicas ask for the same at the same time
-            if ref.digest not in self._sent:
-                self._sent.clear()  # whoever was promised those has them
+            if ref.digest not in self.sent:
+                self.sent.clear()  # whoever was promised those has them
                 put = self._ray.put
-                self._sent[ref.digest] = [(name, [put(part) for part in parts]) for name, parts in parts_of(ref.path)]
-            return self._sent[ref.digest]
+                self.sent[ref.digest] = [(name, [put(part) for part in parts]) for name, parts in parts_of(ref.path)]
+            return self.sent[ref.digest]
 
     def close(self) -> None:
         """Gives back what was reserved. A cluster that was made for the run ends, and leaves its logs in the run's."""

@@ -51,8 +51,10 @@ class Replicas(Worker):
         self.name = name
         self.width = count
         self._start, self._told = start, told
-        self._max_restarts, self._restarts = max_restarts, 0
-        self._workers = [start(n) for n in range(count)]
+        self.max_restarts, self._restarts = max_restarts, 0
+        """Restarts of all of them together, at most; those so far."""
+        self.workers = [start(n) for n in range(count)]
+        """By number; another takes a dead one's place."""
         self._loading = list(range(count))
         """Those that were never ready."""
         self._states: list[_State] = ["starting"] * count
@@ -68,10 +70,10 @@ class Replicas(Worker):
     def poll(self, timeout_s: float) -> bool:
         """Whether all are built, or one has failed."""
         for number in list(self._loading):
-            if not self._workers[number].poll(timeout_s / len(self._loading)):
+            if not self.workers[number].poll(timeout_s / len(self._loading)):
                 continue
             try:
-                self._workers[number].ready()
+                self.workers[number].ready()
             except RlaifError as e:
                 self._over = e
                 return True
@@ -137,7 +139,7 @@ class Replicas(Worker):
         with self._news:
             self._closed = True
             self._news.notify_all()
-        _at_once(lambda number: self._workers[number].close(), range(len(self._workers)))
+        _at_once(lambda number: self.workers[number].close(), range(len(self.workers)))
 
     # ---- which replica is asked
 
@@ -155,9 +157,9 @@ class Replicas(Worker):
     def _use(self, number: int) -> Iterator[Worker]:
         """A replica that was taken. It is free afterwards, or replaced."""
         try:
-            yield self._workers[number]
+            yield self.workers[number]
         except WorkerDied as e:
-            self._replace(number, e)
+            self._put_another(number, e)
             raise
         except BaseException:
             self._set(number, "free")
@@ -194,7 +196,7 @@ class Replicas(Worker):
 
     # ---- when one dies
 
-    def _replace(self, number: int, why: WorkerDied) -> None:
+    def _put_another(self, number: int, why: WorkerDied) -> None:
         """Starts a replica again that died, in a thread of its own.
 
         Raises:
@@ -203,25 +205,25 @@ class Replicas(Worker):
         with self._news:
             if self._closed:
                 return
-            if self._restarts == self._max_restarts:
+            if self._restarts == self.max_restarts:
                 self._states[number] = "lost"
                 self._over = RunPaused(
-                    f"{why}; cluster.max_restarts={self._max_restarts} is used up. The same command goes on"
+                    f"{why}; cluster.max_restarts={self.max_restarts} is used up. The same command goes on"
                 )
                 self._news.notify_all()
                 raise self._over from why
             self._restarts += 1
             self._states[number] = "starting"
-            message = f"{why}; another takes its place (restart {self._restarts} of {self._max_restarts})"
+            message = f"{why}; another takes its place (restart {self._restarts} of {self.max_restarts})"
         self._told(message)
         threading.Thread(target=self._start_again, args=(number,), name=f"{self.name} {number}", daemon=True).start()
 
     def _start_again(self, number: int) -> None:
         try:
-            self._workers[number].close()
+            self.workers[number].close()
             worker = self._start(number)
             with self._news:
-                self._workers[number] = worker
+                self.workers[number] = worker
             if self._closed:  # before it was there to be closed
                 worker.close()
                 return
@@ -234,7 +236,7 @@ class Replicas(Worker):
                     worker.call(method, **kwargs)
         except WorkerDied as e:
             with contextlib.suppress(RunPaused):  # it is told to whoever waits
-                self._replace(number, e)
+                self._put_another(number, e)
         except Exception as e:  # whatever it was, others may be waiting for this one
             self._lose(number, e)
 

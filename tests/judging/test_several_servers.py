@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlaif.audit.overview import _price_of
+from rlaif.audit.overview import price_of
 from rlaif.config import ChatSettings
 from rlaif.errors import JudgeUnavailable, UserError
 from rlaif.judging import servers
@@ -474,5 +474,5 @@ def test_a_server_belongs_to_no_event_loop():
 
 @pytest.mark.parametrize("judge", ["chat:a@b", "chat:a@b#2", "chat:a@b@host:1", "chat:a@b@host:1#2"])
 def test_tokens_of_a_judge_on_several_servers_have_the_price_of_its_model(judge):
-    assert _price_of(judge, {"a@b": {"prompt": 1.0}, "c": {}}) == {"prompt": 1.0}
-    assert _price_of(judge, {"c": {}}) is None
+    assert price_of(judge, {"a@b": {"prompt": 1.0}, "c": {}}) == {"prompt": 1.0}
+    assert price_of(judge, {"c": {}}) is None

@@ -14,7 +14,7 @@ from rlaif.errors import UserError
 from rlaif.records import Completion, Vote
 from rlaif.rundir.store import RunDir, write_json
 from rlaif.simulation import Setup, measured
-from rlaif.simulation.measured import _Timed, line, makespan, measure
+from rlaif.simulation.measured import Timed, line, makespan, measure
 from rlaif.simulation.simulate import simulate
 from tests.judging.fault_server import FaultServer
 from tests.simulation.makers import work
@@ -25,12 +25,12 @@ STORED = Path(__file__).resolve().parent.parent / "data" / "run_schema2"
 
 
 def test_a_line_says_what_is_there_whatever_the_size() -> None:
-    few, many = [_Timed(10, 5.0)] * 2, [_Timed(100, 14.0), _Timed(100, 90.0), _Timed(100, 14.0)]
+    few, many = [Timed(10, 5.0)] * 2, [Timed(100, 14.0), Timed(100, 90.0), Timed(100, 14.0)]
     assert line(many, few) == pytest.approx((4.0, 0.1)), "slow once doesn't count"
     assert line(many, few, []) == line(many, few)
-    assert line([_Timed(10, 1.0)], [_Timed(100, 10.0)]) == pytest.approx((0.0, 0.1))
-    assert line([_Timed(100, 12.0)], [_Timed(110, 13.2)]) == pytest.approx((0.0, 0.12)), "of one size"
-    assert line([_Timed(10, -1.0)], [_Timed(100, -3.0)]) == (0.0, 0.0)
+    assert line([Timed(10, 1.0)], [Timed(100, 10.0)]) == pytest.approx((0.0, 0.1))
+    assert line([Timed(100, 12.0)], [Timed(110, 13.2)]) == pytest.approx((0.0, 0.12)), "of one size"
+    assert line([Timed(10, -1.0)], [Timed(100, -3.0)]) == (0.0, 0.0)
 
 
 def test_slots_take_what_comes_next() -> None:
@@ -44,20 +44,20 @@ def test_slots_take_what_comes_next() -> None:
 def test_what_the_loop_takes_is_found_again() -> None:
     random = np.random.default_rng(0)
 
-    def cast(n: int) -> measured._Cast:
+    def cast(n: int) -> measured.Judging:
         latencies = random.lognormal(-1.5, 0.4, n).tolist()
         votes = [Vote.model_construct(latency_s=s, attempts=1) for s in latencies]
-        return measured._Cast(votes, 1.25 + makespan(latencies, 8, own_s=0.02), streamed=False)
+        return measured.Judging(votes, 1.25 + makespan(latencies, 8, own_s=0.02), streamed=False)
 
     judge = ChatSettings(kind="chat", model="m", concurrency=8)
     kinds = [[cast(200) for _ in range(3)], [cast(20) for _ in range(2)]]
-    assert measured._own(judge, kinds) == pytest.approx((1.25, 0.02), rel=0.01)
+    assert measured.own_time(judge, kinds) == pytest.approx((1.25, 0.02), rel=0.01)
     slow_and_few = [kinds[0], [c._replace(seconds=c.seconds + 9) for c in kinds[1]]]
-    start_s, ballot_s = measured._own(judge, slow_and_few)
+    start_s, ballot_s = measured.own_time(judge, slow_and_few)
     one = kinds[0][0]
     span = makespan((v.latency_s for v in one.votes), 8, own_s=ballot_s)
     assert start_s + span == pytest.approx(one.seconds, rel=0.05), "a run is made of the many"
-    start_s, ballot_s = measured._own(judge, kinds[:1])
+    start_s, ballot_s = measured.own_time(judge, kinds[:1])
     assert (start_s, ballot_s > 0.02) == (0.0, True)
 
 
@@ -148,7 +148,7 @@ def test_what_no_stage_tells_of_is_known_where_nothing_overlapped() -> None:
     (one,) = run.iterations_measured([2])
     assert not run.plan(2).evaluate
     stages = sum(one.seconds.values())
-    assert measured._rest(run, [one.model_copy(update={"wall_s": stages + 2})]) == pytest.approx(2)
-    assert measured._rest(run, [one.model_copy(update={"wall_s": None})]) == 0
+    assert measured.rest(run, [one.model_copy(update={"wall_s": stages + 2})]) == pytest.approx(2)
+    assert measured.rest(run, [one.model_copy(update={"wall_s": None})]) == 0
     for overlapped in ({"streamed_votes": 3}, {"staleness": 1}):
-        assert measured._rest(run, [one.model_copy(update={"wall_s": stages + 2, **overlapped})]) == 0
+        assert measured.rest(run, [one.model_copy(update={"wall_s": stages + 2, **overlapped})]) == 0
