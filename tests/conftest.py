@@ -18,6 +18,7 @@ import yaml
 
 from rlaif.config import Job, load_job
 from rlaif.hardware import gpu_names
+from rlaif.workers.ray import PRIVATE
 from tests.stubs import write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A process that a test starts imports this very checkout, whichever folder it works in.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# vLLM imports Ray, in whichever test comes first; what a cluster of our own starts with is looked at only then.
+os.environ.update(PRIVATE)
 
 
 @pytest.fixture(scope="session", autouse=True)

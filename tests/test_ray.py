@@ -24,7 +24,7 @@ from rlaif.config import Cluster, parse_job
 from rlaif.errors import UserError, WorkerDied, WorkerError
 from rlaif.records import IterationMetrics
 from rlaif.rundir.store import RunDir
-from rlaif.workers.ray import RayCluster, RayWorker
+from rlaif.workers.ray import PRIVATE, RayCluster, RayWorker
 from rlaif.workers.replicas import Replicas
 from rlaif.workers.weights import WeightsRef
 from tests.conftest import project_job
@@ -79,6 +79,20 @@ def test_a_judge_that_waits_is_not_shared_out() -> None:
     parse_job({**job, "cluster": {"sampler": {}}}, "test")
     with pytest.raises(UserError, match=r"cluster\.judge: a `chat` judge computes nothing"):
         parse_job({**job, "cluster": {"judge": {"replicas": 2}}}, "test")
+
+
+@with_ray
+def test_a_ray_that_was_imported_before_is_refused(tmp_path: Path) -> None:
+    code = f"""
+import ray
+from pathlib import Path
+from rlaif.config import Cluster
+from rlaif.workers.ray import RayCluster
+RayCluster(Cluster.model_validate({{"sampler": {{}}}}), Path({str(tmp_path)!r}))
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in PRIVATE}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "UserError: cluster.address: local: Ray was imported before" in done.stderr
 
 
 class Reads:
@@ -210,20 +224,21 @@ def test_weights_are_read_where_they_are_or_sent(reader: RayWorker, tmp_path: Pa
     assert reader.call("holds") == (str(seen.path), b"one")
     # What another machine has under this path is something else.
     sent = weights(tmp_path / "sent", b"two")
-    parts = [(name, [importlib.import_module("ray").put(b) for b in content]) for name, content in (("config.json", [b"{}"]),
-             ("model.safetensors", [b"t", b"wo"]))]  # fmt: skip
-    reader._cluster.sent = {sent.digest: parts}
+    put = importlib.import_module("ray").put
+    content = {"config.json": [b"{}"], "model.safetensors": [b"t", b"wo"]}
+    parts = [(name, [put(part) for part in of_file]) for name, of_file in content.items()]
+    reader._cluster.in_store = {sent.digest: parts}
     (tmp_path / "sent/model.safetensors").write_bytes(b"of another machine")
     reader.tell("load", weights=sent)
-    folder, content = reader.call("holds")
-    assert content == b"two"
+    folder, read = reader.call("holds")
+    assert read == b"two"
     assert Path(folder).name == sent.digest
     reader.tell("load", weights=seen)
-    reader._cluster.sent = {}
+    reader._cluster.in_store = {}
     reader.tell("load", weights=sent)  # kept, nothing is sent
     assert reader.call("holds") == (folder, b"two")
     damaged = weights(tmp_path / "damaged", b"three")
-    reader._cluster.sent = {damaged.digest: parts}
+    reader._cluster.in_store = {damaged.digest: parts}
     (tmp_path / "damaged/model.safetensors").unlink()
     with pytest.raises(WorkerError, match=f"weights {damaged.digest} arrived as {sent.digest}: damaged"):
         reader.tell("load", weights=damaged)

@@ -48,13 +48,13 @@ _AHEAD = 2
 """Calls for rows that are under way: one returns while the next row is made."""
 _POLL_S = 1.0
 
-_PRIVATE = {
+PRIVATE = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all that this does is that every server listens on 127.0.0.1
     "RAY_AUTH_MODE": "token",
     "RAY_worker_niceness": "0",  # else whatever else this machine does goes before
 }
-"""What a cluster that is made for the run starts with."""
+"""What a cluster that is made for the run starts with; Ray reads some of it when it is imported, and never again."""
 
 Answer = tuple[str, Any]
 """`ok`, `item`, `end`, `user_error`, `error` or `missing`, and what belongs to it."""
@@ -75,7 +75,7 @@ class RayCluster:
     def __init__(self, settings: Cluster, logs: Path, gpus: Sequence[str] = ()) -> None:
         self._settings, self._logs = settings, logs
         self._groups: dict[str, Any] = {}
-        self.sent: dict[str, FileParts] = {}
+        self.in_store: dict[str, FileParts] = {}
         """What was put into the object store, by digest."""
         self._sending = threading.Lock()
         self._folder: Path | None = None
@@ -83,10 +83,15 @@ class RayCluster:
         with contextlib.ExitStack() as stack:
             if settings.address == "local":
                 # Before Ray is imported: it looks then.
-                stack.enter_context(_environment(_PRIVATE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}))
+                stack.enter_context(_environment(PRIVATE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}))
                 self._folder = Path(tempfile.mkdtemp(prefix="rlaif-"))
                 stack.callback(self._keep_logs, self._folder)
             self._ray = _imported()
+            if self._folder is not None and not self._ray._raylet.get_authentication_mode():
+                raise UserError(
+                    "cluster.address: local: Ray was imported before the cluster starts, by code of your own, and lets "
+                    "in whoever asks. Don't import it there, or start a cluster with `ray start`"
+                )
             with _own_sigterm():
                 self._connect(gpus)
             stack.callback(self._ray.shutdown)
@@ -102,8 +107,8 @@ class RayCluster:
             if (ip := self._ray.util.get_node_ip_address()) != "127.0.0.1":
                 self._ray.shutdown()
                 raise UserError(
-                    f"cluster.address: local: Ray would listen on {ip}; it was imported before, by code of your own, "
-                    "and has made up its mind. Don't import it there, or start a cluster with `ray start`"
+                    f"cluster.address: local: Ray would listen on {ip}; it was imported before, by code of your own. "
+                    "Don't import it there, or start a cluster with `ray start`"
                 )
             return
         try:
@@ -160,11 +165,13 @@ class RayCluster:
     def sent(self, ref: WeightsRef) -> FileParts:
         """A folder's files in the object store, put there once; for nodes that don't see it."""
         with self._sending:  # several replicas ask for the same at the same time
-            if ref.digest not in self.sent:
-                self.sent.clear()  # whoever was promised those has them
+            if ref.digest not in self.in_store:
+                self.in_store.clear()  # whoever was promised those has them
                 put = self._ray.put
-                self.sent[ref.digest] = [(name, [put(part) for part in parts]) for name, parts in parts_of(ref.path)]
-            return self.sent[ref.digest]
+                self.in_store[ref.digest] = [
+                    (name, [put(part) for part in parts]) for name, parts in parts_of(ref.path)
+                ]
+            return self.in_store[ref.digest]
 
     def close(self) -> None:
         """Gives back what was reserved. A cluster that was made for the run ends, and leaves its logs in the run's."""
