@@ -1343,7 +1343,7 @@ _NEEDS = (
     _Needs(
         ("monitors.anchors",),
         "judge.kind",
-        lambda job: job.judge.kind != "likelihood",
+        lambda job: not isinstance(job.judge, LikelihoodSettings),
         "a likelihood judge isn't asked again, since the run knows its weights; they are for another judge.kind",
     ),
 )

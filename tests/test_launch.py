@@ -40,6 +40,8 @@ def only_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
 
     class NoWorker:
+        width = 1
+
         def __init__(self, mode: str, name: str, *_: Any) -> None:
             self.name = name
             calls.append(f"start {name}")
