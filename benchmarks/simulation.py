@@ -5,9 +5,9 @@
 One run is measured: the loop as it is, a judge behind HTTP whose replies take a while (log-normal), a sampler whose
 answers share so many tokens a second, and a learner; both wait instead of computing, so that a machine that is busy
 with something else measures nearly the same, the more so the longer the latency. With `--models` tiny random ones
-compute, in `rlaif run` as it is. From the
-run's log come the rates; other runs, with other numbers of prompts, answers, pairs, requests under way, requests a
-minute, some of them streamed or overlapped, are predicted with them, and then run. None may be off by more than 15 %.
+compute, in `rlaif run` as it is. From the run's log come the rates; other runs, with other numbers of prompts, answers,
+pairs, requests under way, requests a minute, some of them streamed or overlapped, are predicted with them, and then
+run. None may be off by more than 15 %.
 
 What is predicted is the time of an iteration, without the start of the models. With `--models` on a machine that is
 busy all of it is noise: look at its load first.
