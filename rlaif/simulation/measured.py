@@ -168,7 +168,7 @@ def _judge(job: Job, iterations: Sequence[StageDir], evaluations: Sequence[Stage
 
 def own_time(judge: ChatSettings, kinds: Sequence[Sequence[Judging]]) -> tuple[float, float]:
     """Seconds that the loop itself took, before a stage's first ballot and for each: what explains why stages took
-    longer than their judge's replies. With kinds of two sizes the first is what they have in common."""
+    longer than their judge's replies. Two sizes tell both; one tells the first alone, in which the other is."""
     if not kinds:
         return 0.0, 0.0
     interval_s = 60 / judge.requests_per_minute if judge.requests_per_minute else 0.0
@@ -178,18 +178,14 @@ def own_time(judge: ChatSettings, kinds: Sequence[Sequence[Judging]]) -> tuple[f
         spans = [makespan(some, judge.concurrency, interval_s, own_s) for some in replies]
         return median(c.seconds - span for c, span in zip(kind, spans, strict=True))
 
-    by_size = sorted(kinds, key=lambda kind: median(len(c.votes) for c in kind))
-    few, many = by_size[0], by_size[-1]
-
-    def too_much(own_s: float) -> bool:
-        return beyond(many, own_s) <= (max(beyond(few, own_s), 0.0) if few is not many else 0.0)
-
+    few, *_, many = sorted([*kinds, *kinds], key=lambda kind: median(len(c.votes) for c in kind))
     low, high = 0.0, max(c.seconds / len(c.votes) for c in many)
     for _ in range(20):
         middle = (low + high) / 2
-        low, high = (low, middle) if too_much(middle) else (middle, high)
+        too_much = beyond(many, middle) <= max(beyond(few, middle), 0.0)
+        low, high = (low, middle) if too_much else (middle, high)
     # Where the small ones were the slow ones, for whatever reason, it is the large ones that a run is made of.
-    return max(min(beyond(few, low), beyond(many, low)), 0.0) if few is not many else 0.0, low
+    return max(min(beyond(few, low), beyond(many, low)), 0.0), low
 
 
 def _learner(job: Job, iterations: Sequence[StageDir]) -> dict[str, float]:
