@@ -134,7 +134,7 @@ def test_status_tells_the_disk(runs: Path) -> None:
     said = rlaif_here("status", str(runs / "late")).stdout
     assert "goes on from run after 3 iterations" in said
     assert "of it shared with other runs; 3 policies 48 B, 3 learner's states" in said
-    assert "checkpoints after 4 iterations, by keep_checkpoints (all here): null " in said
+    assert "checkpoints after 4 iterations, by keep_checkpoints (all here): not set " in said
     disk = json.loads(rlaif_here("status", str(runs / "late"), "--json").stdout)["disk"]
     assert disk["policies"] == 3
 
