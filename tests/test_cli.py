@@ -244,6 +244,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(rlaif, tmp_path: Path) -> 
     code, out, _ = rlaif("run", "tiny.yaml", "--dry-run", cwd=tmp_path)
     assert code == 0
     assert "nothing was run" in out
+    assert "at once" not in out
+    code, out, _ = rlaif("run", "tiny.yaml", "--dry-run", "--set", "pipeline.staleness=2", cwd=tmp_path)
+    assert "2 iterations sampled and judged before the update is done (pipeline.staleness)" in " ".join(out.split())
+    assert "pipeline.stream" not in out
     assert sorted(tmp_path.rglob("*")) == before
 
 

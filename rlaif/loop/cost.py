@@ -36,6 +36,7 @@ from rlaif.loop.pairing import check_can_update, pairs_at_most
 from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.running import PairSource
 from rlaif.loop.source import open_source
+from rlaif.loop.streaming import streams
 from rlaif.own_code import resolved
 from rlaif.records import Ballot, Pair, Prompt, Vote
 from rlaif.rundir.checkpoints import kept
@@ -158,6 +159,7 @@ def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, A
         },
         "minutes_on_reference_machine": round(_seconds(job, tokens, fast) / 60, 1),
         "placement": {role: str(places[role]) for role in get_args(PlacedRole)},
+        "pipeline": {"stream": not read.source and streams(job, places), "staleness": job.pipeline.staleness},
         "memory_gib": round(needed.memory / GIB, 1),
         "memory_here_gib": round(psutil.virtual_memory().total / GIB, 1),
         "disk_gib": round(needed.disk / GIB, 1),
@@ -508,6 +510,7 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores like these, without a GPU, after set-up"
         + (", and the judge's own" if costs["judge_takes_own_time"] else ""),
         "placement": ", ".join(f"{role}: {where}" for role, where in costs["placement"].items()),
+        **({"at once": at_once} if (at_once := _at_once(**costs["pipeline"])) else {}),
         "memory": f"about {costs['memory_gib']} GiB ({costs['memory_here_gib']} GiB here)",
         "disk": f"about {costs['disk_gib']} GiB{' more' if done else ''} ({costs['disk_free_gib']} GiB free)",
     }
@@ -529,6 +532,12 @@ def _left(done: int, iterations: int) -> str:
 def _forgetting(costs: dict[str, Any]) -> str:
     asked = f"{costs['probes']} probes and {costs['fixed_texts']} fixed texts' perplexity at each evaluation"
     return f"{asked}, and the win rate under each earlier text (eval.retention)"
+
+
+def _at_once(stream: bool, staleness: int) -> str:
+    judging = ["the judge works while the policy samples (pipeline.stream)"] * stream
+    ahead = f"{counted(staleness, 'iteration')} sampled and judged before the update is done (pipeline.staleness)"
+    return ", ".join([*judging, *[ahead] * bool(staleness)])
 
 
 def _replayed(replay: dict[str, Any]) -> str:
