@@ -6,10 +6,10 @@ JOB ?= jobs/quickstart.yaml
 PORT ?= 8000
 export VENV
 
-.PHONY: help setup quickstart test test-all lint format bench bench-judge bench-audit bench-derived bench-probes bench-monitors bench-change gpu-check judge-server data-llmbar data-pandalm clean
+.PHONY: help setup quickstart test test-all lint format bench bench-judge bench-audit bench-derived bench-probes bench-monitors bench-change bench-forgetting bench-staleness gpu-check judge-server data-llmbar data-pandalm clean
 
 help: ## what there is
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## the virtual environment, torch, vLLM, the embedded model
 
@@ -59,6 +59,12 @@ bench-monitors: $(STAMP) ## how often monitors cry wolf, and how soon they tell 
 
 bench-change: $(STAMP) ## what it is worth to go on online when the rules change; two hours a seed (docs/change.md)
 	@$(BIN)/python -m benchmarks.change $(ARGS)
+
+bench-forgetting: $(STAMP) ## what holds forgetting down, four variants of a job; hours (docs/forgetting.md)
+	@$(BIN)/python -m benchmarks.variants forgetting $(ARGS)
+
+bench-staleness: $(STAMP) ## what it costs in learning to sample from an older policy; hours (docs/scale.md)
+	@$(BIN)/python -m benchmarks.variants staleness $(ARGS)
 
 gpu-check: $(STAMP) ## do learner, judge and hand-over compute on a GPU what they compute on the CPU? (no network)
 	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)
