@@ -66,7 +66,7 @@ def test_a_run_goes_on_from_an_earlier_state_and_what_it_was_stays(tmp_path: Pat
     go_on(tmp_path)
     assert made(run) == policies
     assert verify(run).findings == ()
-    assert {p.name for p in tmp_path.iterdir()} == {"run", BEFORE, "constitutions", "casts.log"}
+    assert {p.name for p in tmp_path.iterdir()} == {"run", BEFORE, "base", "constitutions", "casts.log"}
 
 
 def test_what_was_paid_for_what_is_set_aside_counts_still(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ PRIVATE = {
     "RAY_AUTH_MODE": "token",
     "RAY_worker_niceness": "0",  # else whatever else this machine does goes before
 }
-"""What a cluster that is made for the run starts with; Ray reads some of it when it is imported, and never again."""
+"""What a cluster that is made for the run starts with."""
 
 Answer = tuple[str, Any]
 """`ok`, `item`, `end`, `user_error`, `error` or `missing`, and what belongs to it."""
@@ -82,16 +82,11 @@ class RayCluster:
         """Where a cluster that is made for the run has its sockets and logs."""
         with contextlib.ExitStack() as stack:
             if settings.address == "local":
-                # Before Ray is imported: it looks then.
-                stack.enter_context(_environment(PRIVATE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}))
+                _private_from_now_on()
+                stack.enter_context(_environment({"RAY_AUTH_TOKEN": secrets.token_hex(32)}))
                 self._folder = Path(tempfile.mkdtemp(prefix="rlaif-"))
                 stack.callback(self._keep_logs, self._folder)
             self._ray = _imported()
-            if self._folder is not None and not self._ray._raylet.get_authentication_mode():
-                raise UserError(
-                    "cluster.address: local: Ray was imported before the cluster starts, by code of your own, and lets "
-                    "in whoever asks. Don't import it there, or start a cluster with `ray start`"
-                )
             with _own_sigterm():
                 self._connect(gpus)
             stack.callback(self._ray.shutdown)
@@ -413,6 +408,20 @@ def _print_to(log_path: Path) -> None:
             stream.flush()
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+
+
+def _private_from_now_on() -> None:
+    """Ray reads its environment when it is imported, so that it must be there before, and stays for later clusters.
+
+    Raises:
+        UserError: it was imported without it.
+    """
+    if "ray" in sys.modules and any(os.environ.get(name) != value for name, value in PRIVATE.items()):
+        raise UserError(
+            "cluster.address: local: Ray was imported before the cluster starts, by code of your own, and lets in "
+            "whoever asks. Don't import it there, or start a cluster with `ray start`"
+        )
+    os.environ.update(PRIVATE)
 
 
 def _imported() -> Any:
