@@ -418,6 +418,38 @@ class LikelihoodSettings(Judge):
         return tree | {"judge": judge | {"chat_template_args": policy["chat_template_args"]}}
 
 
+class Serve(Section):
+    """vLLM's servers, which the run starts on this machine and stops ([judges.md](judges.md#servers-that-we-start))."""
+
+    model: str
+    """What they serve: a hub id, a local folder, or `embedded:smollm2-135m-instruct`."""
+    replicas: Adjustable[int] = Field(1, ge=1)
+    """So many servers, which share the requests."""
+    tensor_parallel_size: Adjustable[int] = Field(1, ge=1)
+    """GPUs that each of them spans (untried here)."""
+    args: Annotated[
+        dict[str, Any],
+        MayChange(("gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens")),
+    ] = Field(default_factory=dict)
+    """Further options of vLLM's server as they are (`{max_model_len: 8192, quantization: fp8}`); no secrets."""
+    start_timeout_s: Adjustable[float] = Field(1800.0, gt=0)
+    """Longest wait until a server answers."""
+
+    @field_validator("args")
+    @classmethod
+    def _not_ours(cls, args: dict[str, Any]) -> dict[str, Any]:
+        named = {key.replace("-", "_") for key in args}
+        if ours := sorted(named & {"model", "served_model_name", "tensor_parallel_size"}):
+            raise ValueError(f"`{ours[0]}` follows from the other settings of the judge; remove it")
+        if ours := sorted(named & {"host", "port", "uds", "root_path", "api_key", "ssl_keyfile", "ssl_certfile"}):
+            raise ValueError(f"`{ours[0]}`: the run chooses how its servers are reached; remove it")
+        if "hf_token" in named:
+            raise ValueError("`hf_token` would be written into the run; export HF_TOKEN, and remove it")
+        return args
+
+
+SERVED = ["http://127.0.0.1/v1"]
+"""The address of a server that we start, as long as nobody knows its port; a list, so that no ballot names it."""
 _NO_SERVERS_NAME = "judge.model: a chat judge needs the name that its server knows, for example gpt-4.1-mini"
 
 
@@ -427,7 +459,9 @@ class ChatSettings(Judge, Juror):
     kind: Literal["chat"] = "chat"
     """A server."""
     model: str
-    """The name that the server knows."""
+    """The name that the server knows; `serve.model` when absent."""
+    serve: Serve | None = None
+    """Start the servers for the run, instead of naming them in `base_url`."""
     templates: list[str] = Field(default_factory=list)
     """Judge templates (`prompts/judge/<name>.jinja`), each a voice; the constitution's own when empty."""
     evaluate_templates: list[str] = Field(default_factory=list)
@@ -468,6 +502,14 @@ class ChatSettings(Judge, Juror):
     early_stop: bool = False
     """Cast ballots in rounds, and leave out a pair whose decision can't change any more. Never with a calibrated
     filter."""
+
+    def at(self, urls: Sequence[str], api_key_env: str) -> ChatSettings:
+        """This judge where its servers are (`serve`)."""
+        return self.model_copy(update={"base_url": list(urls), "api_key_env": api_key_env})
+
+    def cached_as(self, url: str) -> str:
+        """What stored replies call a server. One that was started for a run has another port in the next one."""
+        return SERVED[0] if self.serve and url in self.addresses else url
 
     @property
     def jurors(self) -> tuple[Juror, ...]:
@@ -510,9 +552,24 @@ class ChatSettings(Judge, Juror):
             )
         return tree
 
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, tree: Any) -> Any:
+        """What follows from servers that we start."""
+        if not isinstance(tree, dict) or not (serve := tree.get("serve")):
+            return tree
+        ours: dict[str, Any] = {"base_url": SERVED, "api_key_env": None}
+        for key in ("base_url", "api_key_env", "headers", "query", "ca_file"):
+            if tree.get(key) and tree[key] != ours.get(key):
+                raise ValueError(
+                    f"judge.{key}: judge.serve starts the servers and knows how to reach them; leave it out"
+                )
+        name = serve.get("model") if isinstance(serve, dict) else getattr(serve, "model", None)
+        return ({"model": name} if name else {}) | tree | ours
+
     @model_validator(mode="after")
     def _complete(self) -> ChatSettings:
-        if self.model.startswith("embedded:"):
+        if self.model.startswith("embedded:") and self.serve is None:
             raise ValueError(_NO_SERVERS_NAME)
         if self.clamp is not None and not 0 <= self.clamp[0] < self.clamp[1] <= 1:
             raise ValueError(f"judge.clamp: {list(self.clamp)} are no bounds of a probability; for example [0.4, 0.6]")
@@ -803,6 +860,11 @@ class Eval(Section):
     def _of_ours(cls, judge: Judge | None) -> Judge | None:
         if isinstance(judge, OwnJudge):
             raise ValueError("a class of yours judges training alone; give a reference of kind `likelihood` or `chat`")
+        if isinstance(judge, ChatSettings) and judge.serve:
+            raise ValueError(
+                "eval.reference_judge.serve: only the job's own judge has servers that we start; start this one's "
+                "yourself, and name them in base_url"
+            )
         return judge
 
 

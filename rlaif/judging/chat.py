@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -53,9 +54,15 @@ _CHUNK_S = 0.02
 Connect = Callable[[Juror, ChatSettings, asyncio.Semaphore, Sequence[Address], float, Callable[[Usage], None]], Server]
 
 
-def make(settings: ChatSettings, spent: Spent | None = None, wasted: Path | None = None) -> ChatJudge:
+def make(
+    settings: ChatSettings,
+    spent: Spent | None = None,
+    wasted: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> ChatJudge:
     """Factory for a worker process. `spent` is what earlier processes of the run have used of the budget, `wasted`
-    the run's file of answers that held no reply."""
+    the run's file of answers that held no reply, `environment` what this process needs to reach servers of ours."""
+    os.environ.update(environment or {})
     return ChatJudge(settings, spent, wasted=wasted)
 
 
@@ -592,10 +599,10 @@ class _Casting:
         """By server, in an order that isn't the job's: where the cache has its reply."""
         if self.cache is None:
             return {}
-        identities = self.judge._identities.get(ballot.judge, {})
+        identities, called = self.judge._identities.get(ballot.judge, {}), self.judge.settings.cached_as
         return {
             (name := server_name(url)): reply_key(
-                url, body, ballot.seed, ballot.sample_index, juror.query, identities.get(name)
+                called(url), body, ballot.seed, ballot.sample_index, juror.query, identities.get(name)
             )
             for url in sorted(juror.addresses)
         }

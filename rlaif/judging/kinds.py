@@ -8,16 +8,20 @@ torch. To add a kind: settings in `rlaif.config.JUDGES` and in the union `AnyJud
 from __future__ import annotations
 
 import hashlib
+import tempfile
+import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from rlaif import models
-from rlaif.config import ChatSettings, Job, Judge, LikelihoodSettings, OwnJudge
+from rlaif.config import ChatSettings, Job, Judge, LikelihoodSettings, OwnJudge, Serve
+from rlaif.console import counted
 from rlaif.constitutions.constitution import Constitution, Principle
 from rlaif.constitutions.derived import NEWEST
 from rlaif.constitutions.templates import Template, shown_by, template_names
 from rlaif.errors import UserError
+from rlaif.hardware import gpu_names
 from rlaif.judging.ballots import (
     Role,
     evaluating_voices,
@@ -33,6 +37,8 @@ from rlaif.judging.spending import Wasted, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.records import Ballot, Pair, Prompt, VoiceKey, Vote
 from rlaif.rundir.store import read_grown
+from rlaif.serving.servers import KEY_VARIABLE, Servers
+from rlaif.workers.placement import spread, usable_gpus
 
 S = TypeVar("S", bound=Judge)
 Place = tuple[VoiceKey, str]
@@ -71,7 +77,9 @@ class JudgeKind(Generic[S]):
     own_time = True
     """How long it takes isn't known from the size of a model here."""
     local_model: str | None = None
-    """The model that its worker loads on this machine."""
+    """The model that is loaded on this machine for it: by its worker, or by servers that we start."""
+    serve: Serve | None = None
+    """How servers are started for it; None where it needs none."""
     frozen = False
     """It answers from weights whose digest the run holds: asked again, it says the same."""
     unshown: str | None = None
@@ -195,9 +203,11 @@ class JudgeKind(Generic[S]):
             UserError: it can't be asked, whatever is asked.
         """
 
-    def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
+    def worker(
+        self, model: Path | None, votes: Iterable[Vote], wasted: Path, servers: Servers | None = None
+    ) -> Factory:
         """How its worker is built. `model` is the folder of `local_model`; `votes` are those of the run's earlier
-        processes, `wasted` its file of answers that held no reply."""
+        processes, `wasted` its file of answers that held no reply; `servers` are those of `serve`."""
         raise NotImplementedError
 
     def measures(self, job: Job, same_weights: bool) -> bool:
@@ -290,7 +300,9 @@ class LikelihoodKind(JudgeKind[LikelihoodSettings]):
 
         return max(KV_BATCHES * self.settings.batch_tokens // max(tokens, 1), 1)
 
-    def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
+    def worker(
+        self, model: Path | None, votes: Iterable[Vote], wasted: Path, servers: Servers | None = None
+    ) -> Factory:
         return likelihood_worker(model, self.settings)
 
     def measures(self, job: Job, same_weights: bool) -> bool:
@@ -338,6 +350,14 @@ class ChatKind(JudgeKind[ChatSettings]):
     @property
     def under_way(self) -> int:  # type: ignore[override]
         return self.settings.concurrency
+
+    @property
+    def serve(self) -> Serve | None:  # type: ignore[override]
+        return self.settings.serve
+
+    @property
+    def local_model(self) -> str | None:  # type: ignore[override]
+        return self.serve.model if self.serve else None
 
     @property
     def early_stop(self) -> bool:  # type: ignore[override]
@@ -394,14 +414,38 @@ class ChatKind(JudgeKind[ChatSettings]):
         for juror in self.settings.jurors:
             check_address(juror)
 
-    def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
+    def worker(
+        self, model: Path | None, votes: Iterable[Vote], wasted: Path, servers: Servers | None = None
+    ) -> Factory:
         spent = spent_on(votes, self.settings, read_grown(wasted, Wasted))
-        return "rlaif.judging.chat:make", {"settings": self.settings, "spent": spent, "wasted": wasted}
+        return "rlaif.judging.chat:make", {"spent": spent, "wasted": wasted, **self._reached(servers)}
 
     def open(self, note: Callable[[str], None]) -> tuple[Casts, str]:
-        from rlaif.judging.chat import ChatJudge
+        from rlaif.judging.chat import make
 
-        return ChatJudge(self.settings), self.name(None)
+        servers = Servers("judge", self.serve.replicas) if self.serve else None
+        judge = make(**self._reached(servers))
+        if servers:
+            weakref.finalize(judge, servers.close)
+            self._start(servers, note)
+        return judge, self.name(None)
+
+    def _reached(self, servers: Servers | None) -> dict[str, Any]:
+        """What the judge is made from, where its servers are."""
+        if servers is None:
+            return {"settings": self.settings}
+        return {"settings": self.settings.at(servers.urls, KEY_VARIABLE), "environment": servers.environment}
+
+    def _start(self, servers: Servers, note: Callable[[str], None]) -> None:
+        """Starts its servers for a command, and waits for them."""
+        assert self.serve is not None
+        model = models.resolve(self.serve.model, progress=lambda message, share: note(message))
+        usable = usable_gpus(len(gpu_names()))
+        gpus = spread(self.serve, usable, len(usable))
+        logs = Path(tempfile.mkdtemp(prefix="rlaif-judge-"))
+        note(f"starting {counted(servers.width, 'server')} of {self.serve.model}; logs in {logs}")
+        servers.start(self.serve, model, self.settings.model, self.settings.precision, gpus, logs, note)
+        servers.ready()
 
     def priced(self) -> dict[str, bool]:
         jurors = self.settings.jurors

@@ -19,6 +19,7 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.judging.ballots import Role, ballots_of
 from rlaif.judging.kinds import Casts, Factory, JudgeKind, Place
 from rlaif.records import Ballot, Order, Pair, Score, Vote, digest
+from rlaif.serving.servers import Servers
 
 _ORDERS = ("none", "forward", "reversed")
 
@@ -100,7 +101,9 @@ class OwnKind(JudgeKind[OwnJudge]):
         code, _ = self._class()
         return f"{code.name}:{code.sha256[: own_code.SHOWN_DIGITS]}"
 
-    def worker(self, model: Path | None, votes: Iterable[Vote], wasted: Path) -> Factory:
+    def worker(
+        self, model: Path | None, votes: Iterable[Vote], wasted: Path, servers: Servers | None = None
+    ) -> Factory:
         code, _ = self._class()
         return "rlaif.judging.own:make", {"settings": self.settings, "sha256": code.sha256}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -41,7 +41,7 @@ from rlaif.own_code import resolved
 from rlaif.records import Ballot, Pair, Prompt, Vote
 from rlaif.rundir.checkpoints import kept
 from rlaif.rundir.store import RunDir
-from rlaif.workers.placement import place, usable_gpus
+from rlaif.workers.placement import Placed, place, usable_gpus
 
 PROMPT_TOKENS = 40
 """A rendered prompt with its chat template, tokens: typical for one-sentence questions."""
@@ -55,6 +55,8 @@ bf16 on a processor that doesn't multiply it, a tenth of that. `make bench` show
 REFERENCE_PARAMETERS = 135e6
 REFERENCE_WIDTH = 576
 START_S = 45.0
+SERVER_GIB = 2.2
+"""Of a server that we start, beside its weights: vLLM's process, and its cache on a CPU."""
 GIB = 2**30
 
 
@@ -142,6 +144,7 @@ def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, A
         "ballots_at_most": counts.ballots,
         "judge": job.judge.kind,
         "judge_takes_own_time": kind_of(job.judge).own_time,
+        "judge_servers": _served(job, places),
         "own_code": {code.name: {"file": str(code.file), "sha256": code.sha256} for code in own},
         "evaluations": counts.evaluations,
         "held_out_answers": counts.held_out_answers,
@@ -167,6 +170,13 @@ def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, A
         "warnings": _warnings(job, read.calibration, needed, disk_free),
         "parameters": parameters_of(job.policy.model),
     }
+
+
+def _served(job: Job, places: Mapping[str, Placed]) -> dict[str, Any] | None:
+    """The servers that the run would start for its judge."""
+    if (serve := kind_of(job.judge).serve) is None:
+        return None
+    return {**serve.model_dump(mode="json"), "placement": str(places["servers"])}
 
 
 def counts_of(job: Job, base_dir: Path) -> Counts:
@@ -215,7 +225,7 @@ def _read(job: Job, base_dir: Path, run: RunDir | None) -> _Read:
     constitutions = {
         ref: kind.as_read(load_constitution(base_dir / job.constitutions_dir, ref)) for ref in _schedule(job).values()
     }
-    if kind.local_model and (judge := _folder(kind.local_model)).is_dir():
+    if kind.local_model and kind.serve is None and (judge := _folder(kind.local_model)).is_dir():
         check_likelihood_judge(judge, job, constitutions.values())
     if job.pairing.method == "best_worst" and not source:
         for constitution in constitutions.values():
@@ -370,8 +380,12 @@ def _needed(job: Job, counts: Counts, fast: bool, there: int) -> _Needed:
     learner = weights * (2 + (5.5 + _width(job.learner.precision, fast)) * trained_share)
     # The sampler, the measurer on the base policy, and a judge of its own where that isn't the same model.
     frozen = weights * (_width(job.sampling.precision, fast) + _width(job.judge.precision, fast))
-    if kind_of(job.judge).local_model not in (None, job.policy.model):
-        frozen += 2 * _judge_parameters(job) * _width(job.judge.precision, fast)
+    judge = kind_of(job.judge)
+    another = 2 * _judge_parameters(job) * _width(job.judge.precision, fast)
+    if judge.serve:
+        frozen += judge.serve.replicas * (another + SERVER_GIB * GIB)
+    elif judge.local_model not in (None, job.policy.model):
+        frozen += another
     stay = kept(job.keep_checkpoints, job.iterations, counts.evaluated, range(job.iterations))
     # fp32 weights and Adam's moments of what is trained; an old state goes when the next one is complete.
     states = weights * 6 * trained_share * min(job.iterations, len(stay.states) + 1)
@@ -509,6 +523,7 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "tokens": f"about {tokens['sampled']:,} sampled, {tokens['judged']:,} judged, {tokens['trained']:,} trained on",
         "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores like these, without a GPU, after set-up"
         + (", and the judge's own" if costs["judge_takes_own_time"] else ""),
+        **({"judge's servers": _started(started)} if (started := costs["judge_servers"]) else {}),
         "placement": ", ".join(f"{role}: {where}" for role, where in costs["placement"].items()),
         **({"at once": at_once} if (at_once := _at_once(**costs["pipeline"])) else {}),
         "memory": f"about {costs['memory_gib']} GiB ({costs['memory_here_gib']} GiB here)",
@@ -521,6 +536,13 @@ def table(costs: dict[str, Any], where: Path) -> None:
     console.print(plan)
     for warning in costs["warnings"]:
         console.print(f"[yellow]warning[/] {inert(warning)}")
+
+
+def _started(serve: dict[str, Any]) -> str:
+    return (
+        f"{counted(serve['replicas'], 'server')} of vLLM's with {serve['model']}, started and stopped by the run "
+        f"({serve['placement']})"
+    )
 
 
 def _left(done: int, iterations: int) -> str:

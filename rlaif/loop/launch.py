@@ -45,10 +45,11 @@ from rlaif.rundir.heads import write_head
 from rlaif.rundir.stages import REFERENCE_VOTES, VOTES
 from rlaif.rundir.store import LOCK, STARTING, RunDir, read_json, read_rows, replacing, write_json
 from rlaif.sampling import PromptProblem
-from rlaif.workers.placement import Placed, place, usable_gpus
+from rlaif.serving.servers import Servers
+from rlaif.workers.placement import Placed, place, spread, usable_gpus
 from rlaif.workers.ray import RayCluster
 from rlaif.workers.replicas import Replicas
-from rlaif.workers.start import start_worker, wait_until_ready
+from rlaif.workers.start import Starting, start_worker, wait_until_ready
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
 
@@ -208,7 +209,8 @@ def _look(
     if local_model := kind_of(job.judge).local_model:
         judge_model = models.resolve(local_model, progress=lambda message, share: note(message))
         digests["judge"] = models.digest_of(judge_model)
-        check_likelihood_judge(judge_model, job, [in_force.at(k)[0] for k in job.schedule or (0,)])
+        if kind_of(job.judge).serve is None:
+            check_likelihood_judge(judge_model, job, [in_force.at(k)[0] for k in job.schedule or (0,)])
         judge = WeightsRef(digest=digests["judge"], path=judge_model)
     reference = None
     if job.eval.reference_judge and (local_model := kind_of(job.eval.reference_judge).local_model):
@@ -251,8 +253,9 @@ def _load(
         UserError: one of them can't be built, or a prompt can't be asked.
         WorkerError: one of them fails.
     """
-    factories, holds = _factories(run, job, start), _holds(job)
-    note(f"loading {', '.join(factories)}; a line when each is ready")
+    servers = _servers(job)
+    factories, holds = _factories(run, job, start, servers), _holds(job)
+    note(f"loading {', '.join([*factories, *([servers.name] if servers else [])])}; a line when each is ready")
     workers: dict[str, Worker] = {}
     asked: list[list[Prompt]] = []
 
@@ -273,16 +276,21 @@ def _load(
 
     def loaded(name: str, seconds: float, waiting: list[str]) -> None:
         others = f"; waiting for {', '.join(waiting)}" if waiting else ""
-        times = f", {workers[name].width} of it" if workers[name].width > 1 else ""
+        width = servers.width if servers and name == servers.name else workers[name].width
+        times = f", {width} of it" if width > 1 else ""
         note(f"{name} ready after {seconds:.1f} s: {holds[name]}{times}{others}")
         if name == "sampler" and workers.keys() == factories.keys():
             check_prompts()  # while the others load: it names file and row, and they can't
 
     cluster = stack.enter_context(_cluster(run, job.cluster, places)) if job.cluster else None
-    unready: list[Worker] = []
+    unready: list[Starting] = []
     for name, (factory, kwargs) in factories.items():
         at, log = places["judge" if name == "reference" else name], run.path / "logs" / f"{name}.log"
         worker: Worker
+        if name == "judge" and servers:  # before it, so that they outlast it
+            stack.enter_context(closing(servers))
+            _start(servers, run, job, start, places, note)
+            unready.append(servers)
         if cluster and cluster.has(name):
             worker = _replicas(run, job, cluster, name, factory, kwargs, note)
         else:
@@ -300,9 +308,34 @@ def _load(
     return {"measurer": workers["judge"], **workers}, train, held_out
 
 
+def _servers(job: Job) -> Servers | None:
+    """Those of a judge whose servers we start."""
+    serve = kind_of(job.judge).serve
+    return Servers("judge", serve.replicas) if serve else None
+
+
+def _start(
+    servers: Servers, run: RunDir, job: Job, start: _Start, places: dict[str, Placed], note: Callable[[str], None]
+) -> None:
+    """Starts the judge's servers; what becomes of them later is an event of the run."""
+    serve = kind_of(job.judge).serve
+    assert serve is not None
+    assert start.judge is not None
+
+    def told(message: str) -> None:
+        if _begun(run):
+            run.event("server", message)
+        note(message)
+
+    gpus = spread(serve, places["servers"].gpus, len(places["servers"].gpus))
+    model = start.judge.folder()
+    servers.start(serve, model, job.judge.model, job.judge.precision, gpus, run.path / "logs", told)
+
+
 def _cluster(run: RunDir, settings: Cluster, places: dict[str, Placed]) -> RayCluster:
-    """What GPUs the learner doesn't take, a cluster of this machine alone may have."""
-    mine = [gpu for gpu in usable_gpus(len(gpu_names())) if gpu not in places["learner"].gpus]
+    """What GPUs the learner and the judge's servers don't take, a cluster of this machine alone may have."""
+    taken = {*places["learner"].gpus, *(places["servers"].gpus if "servers" in places else ())}
+    mine = [gpu for gpu in usable_gpus(len(gpu_names())) if gpu not in taken]
     return RayCluster(settings, run.path / "logs", mine)
 
 
@@ -335,8 +368,8 @@ def _replicas(
     return Replicas(role, start, share.replicas, job.cluster.max_restarts, told)
 
 
-def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Role → what builds it in its worker, and from what."""
+def _factories(run: RunDir, job: Job, start: _Start, servers: Servers | None) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Role → what builds it in its worker, and from what; `servers` are the judge's, if we start them."""
     policy = str(start.base.path)
     factories: dict[str, tuple[str, dict[str, Any]]] = {
         "sampler": (
@@ -363,7 +396,7 @@ def _factories(run: RunDir, job: Job, start: _Start) -> dict[str, tuple[str, dic
     judge = kind_of(job.judge)
     model = start.judge.path if start.judge else None
     votes = _votes(run, VOTES)
-    factories["judge"] = judge.worker(model, votes, run.path / WASTED)
+    factories["judge"] = judge.worker(model, votes, run.path / WASTED, servers)
     if job.eval.reference_judge:
         path = start.reference.path if start.reference else None
         votes = _votes(run, [REFERENCE_VOTES])
@@ -392,6 +425,7 @@ def _base_cache(job: Job, start: _Start, note: Callable[[str], None]) -> BaseCac
 def _holds(job: Job) -> dict[str, str]:
     """Role → what its worker holds, for people."""
     return {
+        "judge servers": f"vLLM with {kind_of(job.judge).local_model}, on this machine",
         "sampler": f"{job.policy.model} in {job.sampling.engine}",
         "learner": f"{job.policy.model} and its {job.learner.kind} trainer",
         "judge": f"{job.judge.model} ({job.judge.kind})",

@@ -37,7 +37,9 @@ def streams(job: Job, places: Mapping[str, Placed]) -> bool:
     device."""
     if job.pipeline.stream is not None:
         return job.pipeline.stream
-    return kind_of(job.judge).fed or apart(places, "sampler", "judge")
+    kind = kind_of(job.judge)
+    elsewhere = kind.fed and kind.serve is None
+    return elsewhere or apart(places, "sampler", "servers" if kind.serve else "judge")
 
 
 def sample_and_judge(run: Running, it: Iteration) -> None:

@@ -5,7 +5,8 @@ In: the GPUs that this process may use, and the job. Out: for each role the kind
 train where they see several, and sampler and judge would crowd on the first.
 
 With one GPU all roles share it. With more, the sampler takes the first `sampling.tensor_parallel_size`, the learner the
-next one, the judge the one after; where they run out, the learner shares the last and the judge the first. (Untried on
+next one, the judge the one after; where they run out, the learner shares the last and the judge the first. A judge
+whose servers we start (`judge.serve`) takes for them as many as they span, and shares none of these. (Untried on
 several GPUs: checked by its table alone.)
 """
 
@@ -15,7 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, get_args
 
-from rlaif.config import Job, PlacedRole, WorkerKind
+from rlaif.config import ChatSettings, Job, PlacedRole, Serve, WorkerKind
 from rlaif.errors import UserError
 
 
@@ -54,7 +55,8 @@ def usable_gpus(count: int, environment: Mapping[str, str] = os.environ) -> list
 
 
 def place(job: Job, gpus: Sequence[str]) -> dict[str, Placed]:
-    """The place of each role; `measurer` says how sane answers are, and goes with the judge.
+    """The place of each role. `measurer` says how sane answers are, and goes with the judge; `servers` are those that
+    we start for a judge.
 
     Raises:
         UserError: the job names a GPU that isn't there, or spans more than there are, or names one for a worker that
@@ -67,12 +69,40 @@ def place(job: Job, gpus: Sequence[str]) -> dict[str, Placed]:
         kinds[role] = (of and of.worker) or job.workers
         asked[role] = of.devices if of else None
     _check(job, gpus, kinds, asked)
-    numbers = _shared_out(asked, job.sampling.tensor_parallel_size, len(gpus)) if len(gpus) > 1 else {}
+    serve = served(job)
+    span = serve.replicas * serve.tensor_parallel_size if serve else 0
+    numbers = _shared_out(asked, job.sampling.tensor_parallel_size, span, len(gpus)) if len(gpus) > 1 else {}
     placed = {
         role: Placed(kind, tuple(gpus[n] for n in numbers.get(role, ())) if kind == "process" else ())
         for role, kind in kinds.items()
     }
+    if serve:
+        theirs = tuple(gpus[n] for n in numbers["servers"]) if numbers else tuple(gpus)
+        spread(serve, theirs, len(gpus))  # are there enough?
+        placed["servers"] = Placed("process", theirs)
     return placed | {"measurer": placed["judge"]}
+
+
+def served(job: Job) -> Serve | None:
+    """How the servers of a job's judge are started; None where they aren't ours."""
+    return job.judge.serve if isinstance(job.judge, ChatSettings) else None
+
+
+def spread(serve: Serve, gpus: Sequence[str], there: int) -> list[tuple[str, ...]]:
+    """For each server the GPUs that it sees, of those that are theirs; `there` are all that this process may use, and
+    without any the servers compute on the CPU.
+
+    Raises:
+        UserError: there are too few.
+    """
+    each = serve.tensor_parallel_size
+    if there and len(gpus) < serve.replicas * each:
+        raise UserError(
+            f"judge.serve: replicas: {serve.replicas} with tensor_parallel_size: {each} need {serve.replicas * each} "
+            f"GPUs of their own, and of {there} {len(gpus)} {'is' if len(gpus) == 1 else 'are'} left for them; ask for "
+            "fewer, or name some (placement.judge.devices)"
+        )
+    return [tuple(gpus[n * each : (n + 1) * each]) for n in range(serve.replicas)]
 
 
 def apart(placed: Mapping[str, Placed], one: str, other: str) -> bool:
@@ -106,12 +136,15 @@ def _check(
         )
 
 
-def _shared_out(asked: Mapping[str, list[int] | None], span: int, count: int) -> dict[str, list[int]]:
-    """Role → its GPUs, of at least two; those that the job gave to others come last."""
+def _shared_out(asked: Mapping[str, list[int] | None], span: int, servers: int, count: int) -> dict[str, list[int]]:
+    """Role → its GPUs, of at least two; those that the job gave to others come last. `span` are the sampler's,
+    `servers` those of servers that we start."""
     named = {n for numbers in asked.values() for n in numbers or ()}
     sampler = asked["sampler"] or sorted(range(count), key=lambda n: (n in named, n))[:span]
     free = [n for n in range(count) if n not in sampler and n not in named]
     learner = asked["learner"] or [free[0] if free else count - 1]
     free = [n for n in free if n not in learner]
-    judge = asked["judge"] or [free[0] if free else sampler[0]]
-    return {"sampler": sampler, "learner": learner, "judge": judge}
+    theirs = (asked["judge"] or free[:servers]) if servers else []
+    free = [n for n in free if n not in theirs]
+    judge = (None if servers else asked["judge"]) or [free[0] if free else sampler[0]]
+    return {"sampler": sampler, "learner": learner, "judge": judge, "servers": theirs}

@@ -205,7 +205,7 @@ class ProcessWorker(Worker):
         except (subprocess.TimeoutExpired, ValueError):
             kill_group(self._process.pid)
             return WorkerDied(f"{self.name} worker closed its connection; its log is {self.log_path}")
-        last = _last_line(self.log_path, self._log_start)
+        last = last_line(self.log_path, self._log_start)
         return WorkerDied(
             f"{self.name} worker died ({_reason(code)}); its log is {self.log_path}"
             + (f", last line: {last}" if last else "")
@@ -228,8 +228,8 @@ def _reason(code: int) -> str:
     return f"exit code {code}"
 
 
-def _last_line(log_path: Path, start: int) -> str:
-    """The last line with words in it that this worker wrote; an exception's own line is preferred."""
+def last_line(log_path: Path, start: int = 0) -> str:
+    """The last line with words in it of a log, from a byte on; an exception's own line is preferred."""
     try:
         with log_path.open("rb") as log:
             log.seek(max(start, log.seek(0, os.SEEK_END) - 65536))

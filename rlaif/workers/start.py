@@ -5,12 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlaif.config import WorkerKind
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.process import ProcessWorker
 from rlaif.workers.worker import Worker
+
+
+class Starting(Protocol):
+    """What can be waited for: a worker, or servers (`rlaif.serving`)."""
+
+    name: str
+
+    def poll(self, timeout_s: float) -> bool:
+        """Whether `ready` has an answer, good or bad, after at most so many seconds."""
+
+    def ready(self) -> None:
+        """Waits until it can be used. Raises why it can't."""
 
 
 def start_worker(
@@ -28,7 +40,7 @@ def start_worker(
 
 
 def wait_until_ready(
-    workers: Iterable[Worker], told: Callable[[str, float, list[str]], None], poll_s: float = 0.1
+    workers: Iterable[Starting], told: Callable[[str, float, list[str]], None], poll_s: float = 0.1
 ) -> None:
     """Waits until all are built; the first that fails raises what it failed with.
 

@@ -1,0 +1,135 @@
+"""One server and the process that keeps it: a worker's object (`rlaif.workers.process`).
+
+The server and all that it starts are in the process group of the worker, which ends when its socket does. So they go
+with whoever asked for them, also when that one was killed, and no process has to be found by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from rlaif.errors import UserError
+from rlaif.workers.feed import Feed
+from rlaif.workers.process import last_line
+
+MAX_RESTARTS = 3
+"""Of one server: what ends more often is no accident."""
+STOP_S = 10.0
+"""A server that is asked to end may take so long."""
+_POLL_S = 0.25
+_ANSWER_S = 5.0
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""No proxy leads to a server on this machine."""
+
+
+class Keeper:
+    """Starts a server and waits until it answers."""
+
+    def __init__(
+        self,
+        what: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        health: str,
+        log: Path,
+        start_timeout_s: float,
+    ):
+        """
+        Args:
+            what: For messages: `judge server 0`.
+            command: The program and its options.
+            environment: Added to this process'.
+            health: An address that answers once the server does.
+            log: Where the output of this process goes, and so the server's.
+            start_timeout_s: Longest wait for the first answer.
+
+        Raises:
+            UserError: it ended, or gave no answer in time.
+        """
+        self._command, self._environment, self._health = command, dict(environment), health
+        self._log, self._start_timeout_s = log, start_timeout_s
+        self._process = self._started()
+        if why := self._until_it_answers(threading.Event()):
+            said = last_line(log, self._begins)
+            self.close()
+            raise UserError(f"{what} {why}; its log is {log}" + (f", last line: {said}" if said else ""))
+
+    def watch(self, feed: Feed) -> Iterator[str]:
+        """Until the feed ends: starts the server again when it has ended, at most `MAX_RESTARTS` times. Yields what
+        became of it, in words. With the feed the server ends, too."""
+        over = threading.Event()
+        feed.pour(lambda item: over.set() if item is None else None)
+        try:
+            for number in range(1, MAX_RESTARTS + 2):
+                while not over.wait(_POLL_S) and self._process.poll() is None:
+                    pass
+                if over.is_set():
+                    return
+                ended = f"ended ({_code(self._process)}); its log is {self._log}"
+                _kill_the_others()  # its engine may have outlived it
+                if number > MAX_RESTARTS:
+                    break
+                yield f"{ended}; it is started again ({number} of {MAX_RESTARTS})"
+                began, self._process = time.monotonic(), self._started()
+                if self._until_it_answers(over) is None and not over.is_set():
+                    yield f"answers again, after {time.monotonic() - began:.1f} s"
+            yield f"{ended}; it was started again {MAX_RESTARTS} times, and is left out from here on"
+            over.wait()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the server: asked first, killed with all that it started when it doesn't go."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_S)
+        _kill_the_others()
+        self._process.wait()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        self._begins = self._log.stat().st_size
+        return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, env=os.environ | self._environment)
+
+    def _until_it_answers(self, over: threading.Event) -> str | None:
+        """Why it doesn't; None when it does, or nobody waits any more."""
+        began = time.monotonic()
+        while time.monotonic() - began < self._start_timeout_s:
+            if self._process.poll() is not None:
+                return f"ended before it answered ({_code(self._process)})"
+            if self._answers() or over.wait(_POLL_S):
+                return None
+        self._process.kill()
+        return f"gave no answer within {self._start_timeout_s:g} s (judge.serve.start_timeout_s)"
+
+    def _answers(self) -> bool:
+        try:
+            with _DIRECT.open(self._health, timeout=_ANSWER_S) as answer:
+                return bool(answer.status == 200)
+        except OSError:  # urllib's errors are such
+            return False
+
+
+def _code(process: subprocess.Popen[bytes]) -> str:
+    code = process.wait()
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _kill_the_others() -> None:
+    """Kills whatever else is in this process' group, which is of its own making where it leads that group."""
+    if os.getpgrp() != os.getpid():
+        return
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if pid != os.getpid() and os.getpgid(pid) == os.getpgrp():
+                os.kill(pid, signal.SIGKILL)
