@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rlaif.transformers_compat",
     ),
     ("rlaif.rundir.*", "rlaif.data.*", "rlaif.workers.*", "rlaif.constitutions.*"),
+    ("rlaif.serving.*",),
     ("rlaif.sampling.*",),
     ("rlaif.judging.*",),
     ("rlaif.review.*",),

@@ -8,7 +8,7 @@ import pytest
 
 from rlaif.config import Job, parse_job
 from rlaif.errors import UserError
-from rlaif.workers.placement import Placed, place, usable_gpus
+from rlaif.workers.placement import Placed, place, served, spread, usable_gpus
 
 
 def job(**changes: Any) -> Job:
@@ -56,6 +56,39 @@ def test_a_job_may_say_where() -> None:
     assert roles(place(job(**on(learner=[0])), ["0", "1"])) == ("1", "0", "1")
     assert roles(place(job(**on(learner=[0])), ["0", "1", "2"])) == ("1", "0", "2")
     assert roles(place(job(**on(judge=[0])), ["0", "1", "2"])) == ("1", "2", "0")
+
+
+def serving(replicas: int, span: int) -> dict[str, Any]:
+    """A judge whose servers we start."""
+    serve = {"model": "m", "replicas": replicas, "tensor_parallel_size": span}
+    return {"judge": {"kind": "chat", "serve": serve}}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "replicas", "span", "places", "theirs", "others"),
+    [
+        (4, 2, 1, {}, [("2",), ("3",)], ("0", "1", "0")),
+        (8, 3, 2, {}, [("2", "3"), ("4", "5"), ("6", "7")], ("0", "1", "0")),
+        (8, 1, 4, {}, [("2", "3", "4", "5")], ("0", "1", "6")),
+        (2, 1, 1, on(judge=[0]), [("0",)], ("1", "1", "1")),
+        (1, 1, 1, {}, [("0",)], ("", "", "")),
+        (0, 2, 2, {}, [(), ()], ("", "", "")),
+    ],
+)
+def test_servers_that_we_start_have_gpus_of_their_own(
+    gpus: int, replicas: int, span: int, places: Any, theirs: list[tuple[str, ...]], others: tuple[str, ...]
+) -> None:
+    asked = job(**serving(replicas, span), **places)
+    placed = place(asked, [str(i) for i in range(gpus)])
+    assert spread(served(asked), placed["servers"].gpus, gpus) == theirs
+    assert roles(placed) == others
+
+
+@pytest.mark.parametrize(("gpus", "replicas", "span", "left"), [(1, 2, 1, 1), (2, 1, 1, 0), (4, 3, 1, 2), (4, 1, 4, 2)])
+def test_servers_without_room_are_refused(gpus: int, replicas: int, span: int, left: int) -> None:
+    said = f"need {replicas * span} GPUs of their own, and of {gpus} {left} "
+    with pytest.raises(UserError, match=said):
+        place(job(**serving(replicas, span)), [str(i) for i in range(gpus)])
 
 
 def test_one_role_may_run_elsewhere_than_the_others() -> None:

@@ -324,7 +324,7 @@ def _start(
 
     def told(message: str) -> None:
         if _begun(run):
-            run.event("server", message)
+            run.event("judge_server", message)
         note(message)
 
     gpus = spread(serve, places["servers"].gpus, len(places["servers"].gpus))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tests.stubs import Quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def test_a_run_that_is_killed_goes_on_with_other_servers_and_asks_nothing_again(
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
-        until(lambda: process.poll() is not None or len(votes_of(run)) > 3, 120)
+        until(lambda: process.poll() is not None or len(votes_of(run)) > 3, 250)
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
     finally:
         process.kill()
@@ -98,19 +99,23 @@ def test_a_dry_run_names_them_and_starts_none(tmp_path: Path, tiny_model: Path) 
 
 
 def test_a_command_that_asks_the_judge_starts_them_for_itself(tmp_path: Path, tiny_model: Path) -> None:
-    """In a process of its own: the servers go with it."""
+    """In a process of its own: the servers go with it. What they said is found again, though others say it."""
     project(tmp_path, tiny_model)
-    rows = [{"id": n, "prompt": "q", "first": "a", "second": "b", "label": 1 + n % 2} for n in range(4)]
+    rows = [{"id": n, "prompt": f"q{n}", "first": "a", "second": "b", "label": 1 + n % 2} for n in range(4)]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     code = (
         "import sys; from rlaif.serving import vllm; from tests.serving import program\n"
         "vllm.PROGRAM = program.command()\n"
-        "sys.argv = ['rlaif', 'judge', 'bench', 'pairs.json', '--job', 'tiny.yaml', '--json']\n"
-        "from rlaif.cli import main; main()\n"
+        "from rlaif.cli import main\n"
+        "sys.argv = ['rlaif', 'judge', 'bench', 'pairs.json', '--job', 'tiny.yaml', '--set', 'judge.cache=replies']\n"
+        "main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    diary = Diary(tmp_path / "diary")
-    assert done.returncode == 0, done.stderr
-    assert "starting 2 servers" in done.stderr
-    assert sum("asked" in line for line in diary.lines) == 8
-    assert not running(diary.processes)
+    diary, environment = Diary(tmp_path / "diary"), os.environ | {"TMPDIR": str(tmp_path)}
+    for _ in range(2):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "starting 2 servers" in done.stderr
+        assert sum("asked" in line for line in diary.lines) == 8
+        assert not running(diary.processes)
+    assert len({start["key"] for start in diary.starts}) == 2
