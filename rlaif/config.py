@@ -128,8 +128,9 @@ class Prompts(Section):
 class Sampling(Section):
     """How the policy answers."""
 
-    engine: Literal["vllm", "transformers"] = "vllm"
-    """`vllm`, or `transformers` where vLLM isn't installed; or `module:Class`, a class of yours
+    engine: Literal["vllm", "transformers", "server"] = "vllm"
+    """`vllm`, or `transformers` where vLLM isn't installed; `server`: vLLM's servers
+    ([scale.md](scale.md#sampling-from-servers)); or `module:Class`, a class of yours
     ([extend.md](extend.md)), whose own settings stand beside these."""
     completions_per_prompt: int = Field(4, ge=2)
     """Completions sampled for each prompt."""
@@ -156,12 +157,38 @@ class Sampling(Section):
     tensor_parallel_size: Adjustable[int] = Field(1, ge=1)
     """GPUs that one sampler spans (untried here)."""
 
+    replicas: Adjustable[int] = Field(1, ge=1)
+    """With `engine: server`: so many servers are started, each with `tensor_parallel_size` GPUs."""
+    base_url: Adjustable[str | list[str] | None] = None
+    """With `engine: server`: one or more servers that you started, instead. They must read the run's folder."""
+    api_key_env: Adjustable[str | None] = None
+    """The environment variable that holds the key of `base_url`'s servers; null for servers without one."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Servers that somebody else started."""
+        return (self.base_url,) if isinstance(self.base_url, str) else tuple(self.base_url or ())
+
+    @property
+    def spans(self) -> int:
+        """GPUs that it takes altogether."""
+        return self.tensor_parallel_size * self.replicas
+
     @field_validator("stop")
     @classmethod
     def _can_stop(cls, stop: list[str | int]) -> list[str | int]:
         if any(s == "" or (isinstance(s, int) and s < 0) for s in stop):
             raise ValueError('a stop is a string that isn\'t empty or a token id from 0, for example ["\\n\\n", 13]')
         return stop
+
+    @model_validator(mode="after")
+    def _servers_alone(self) -> Sampling:
+        for key, default in (("replicas", 1), ("base_url", None), ("api_key_env", None)):
+            if self.engine in ("vllm", "transformers") and getattr(self, key) != default:
+                raise ValueError(f"sampling.{key}: of `engine: server`; set that, or leave {key} out")
+        if self.base_url and self.replicas > 1:
+            raise ValueError("sampling.replicas: how many servers the run starts; with base_url it starts none")
+        return self
 
     @model_validator(mode="after")
     def _room_for_a_prompt(self) -> Sampling:

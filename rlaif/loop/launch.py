@@ -296,7 +296,7 @@ def _load(
         else:
             worker = start_worker(at.worker, name, factory, kwargs, log, at.environment)
         workers[name] = stack.enter_context(closing(worker))
-        if name == "sampler" and job.sampling.engine == "vllm" and gpu_names():
+        if name == "sampler" and job.sampling.engine in ("vllm", "server") and gpu_names():
             # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile.
             wait_until_ready([worker], loaded)
         else:
@@ -379,6 +379,7 @@ def _factories(run: RunDir, job: Job, start: _Start, servers: Servers | None) ->
                 "settings": job.sampling,
                 "policy": job.policy,
                 "sha256": start.own_code.get(job.sampling.engine),
+                "logs": run.path / "logs",
             },
         ),
         "learner": (

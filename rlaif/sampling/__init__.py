@@ -1,4 +1,5 @@
-"""Samplers: how the policy answers. Records here; the engines are `sampling.vllm` and `sampling.transformers`.
+"""Samplers: how the policy answers. Records here; the engines are `sampling.vllm`, `sampling.transformers` and
+`sampling.server`.
 
 An engine is the module's `Sampler`, built in a worker with `model_path` and `settings`, and has two methods:
 `sample(requests)` yields finished samples in lists as they finish, in any order, and `load(policy_path)` takes new

@@ -7,6 +7,7 @@ chat template, once per prompt, and thoughts are taken out of what was said.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Protocol
 
 from rlaif import models, thoughts
@@ -22,12 +23,19 @@ from rlaif.sampling.requests import needs_more_than, render_prompt, seed_for
 from rlaif.workers.weights import WeightsRef
 
 
-def make(model_path: str, settings: Sampling, policy: Policy | None = None, sha256: str | None = None) -> SamplerRole:
-    """Factory for a worker process; `sha256` is the digest that the loop knows of an engine of the user's own."""
-    return SamplerRole(model_path, settings, policy, sha256)
+def make(
+    model_path: str,
+    settings: Sampling,
+    policy: Policy | None = None,
+    sha256: str | None = None,
+    logs: Path | None = None,
+) -> SamplerRole:
+    """Factory for a worker process; `sha256` is the digest that the loop knows of an engine of the user's own, `logs` a
+    folder for the logs of what an engine starts."""
+    return SamplerRole(model_path, settings, policy, sha256, logs)
 
 
-def _engine(model_path: str, settings: Sampling, sha256: str | None) -> Engine:
+def _engine(model_path: str, settings: Sampling, sha256: str | None, logs: Path | None) -> Engine:
     if isinstance(settings, OwnSampling):
         code, own = of_sampler(settings, sha256)
         made: Engine = code.made(model_path, own)
@@ -36,13 +44,17 @@ def _engine(model_path: str, settings: Sampling, sha256: str | None) -> Engine:
         from rlaif.sampling import vllm
 
         return vllm.Sampler(model_path, settings)
+    if settings.engine == "server":
+        from rlaif.sampling import server
+
+        return server.Sampler(model_path, settings, logs)
     from rlaif.sampling import transformers
 
     return transformers.Sampler(model_path, settings)
 
 
 class Engine(Protocol):
-    """vLLM, transformers, or a class of the user's own: token ids in, token ids out."""
+    """vLLM, its servers, transformers, or a class of the user's own: token ids in, token ids out."""
 
     def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
         """Yields samples as they finish."""
@@ -78,13 +90,25 @@ def fixed_texts(renderer: Renderer, prompts: list[Prompt], max_model_len: int) -
 class SamplerRole:
     """Samples completions of prompts from the newest weights it was given."""
 
-    def __init__(self, model_path: str, settings: Sampling, policy: Policy | None = None, sha256: str | None = None):
+    def __init__(
+        self,
+        model_path: str,
+        settings: Sampling,
+        policy: Policy | None = None,
+        sha256: str | None = None,
+        logs: Path | None = None,
+    ):
         self._settings = settings
         self._strip = (policy or Policy()).thinking == "strip"
         self._tokenizer = models.load_tokenizer(model_path)
         self._renderer = Renderer(self._tokenizer, (policy or Policy()).chat_template_args)
         self._endings = Endings(model_path, self._tokenizer, settings)
-        self._engine = _engine(model_path, settings, sha256)
+        self._engine = _engine(model_path, settings, sha256, logs)
+
+    def close(self) -> None:
+        """Ends what the engine started."""
+        if hasattr(self._engine, "close"):
+            self._engine.close()
 
     def load(self, weights: WeightsRef) -> None:
         """New weights.

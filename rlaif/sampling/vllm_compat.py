@@ -18,7 +18,9 @@ On a GPU neither exists: kernels read the parameters themselves.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+import secrets
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +42,9 @@ REACHED = (
     Reached("vllm.v1.sample.logits_processor.builtin", "process_dict_updates", _NUCLEUS),
     Reached("vllm", "LLM.apply_model", _OLD),
     Reached("vllm", "LLM.collective_rpc", _OLD),
+    Reached("vllm.v1.worker.gpu_worker", "Worker.get_model", "a server takes no new weights"),
+    Reached("vllm.entrypoints.serve.dev.rpc.api_router", "collective_rpc", "a server takes no new weights"),
+    Reached("vllm.entrypoints.serve.dev.cache.api_router", "reset_prefix_cache", "a server takes no new weights"),
     Reached("vllm.v1.worker.gpu_worker", "Worker.reload_weights", _OLD),
     Reached("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.reload_weights", _OLD, says="weights_path"),
     Reached(f"{_RELOAD}.inplace", "", "weights that a folder lacks are not noticed", says="not loaded from checkpoint"),
@@ -112,38 +117,101 @@ def check_reloads(llm: Any) -> None:
     """
     if not on_cpu():
         return
-    unknown = sorted({name for module in _modules(llm) if (name := _method(module)) not in (None, *_PACKED_ON_CPU)})
+    refuse(", ".join(_unknown(_modules(llm))))
+
+
+def refuse(unknown: str) -> None:
+    """Refuses a model with layers in these forms; with none, it doesn't.
+
+    Raises:
+        UserError: there are some.
+    """
     if unknown:
         raise UserError(
-            f"sampling.engine: vLLM on the CPU is not known to take new weights for this model ({', '.join(unknown)}); "
-            "set sampling.engine: transformers"
+            f"sampling.engine: vLLM on the CPU is not known to take new weights for this model ({unknown}); set "
+            "sampling.engine: transformers"
         )
 
 
 def reload_weights(llm: Any, path: str) -> None:
-    """Takes the weights of a folder and drops what was cached under the old ones: the worker's `reload_weights`, and
-    around it what it leaves behind.
+    """Takes the weights of a folder and drops what was cached under the old ones.
 
     Raises:
         RlaifError: the folder lacks some of the model's weights; vLLM itself only warns.
     """
+    _take(_modules(llm), path, lambda: llm.collective_rpc("reload_weights", kwargs={"weights_path": path}))
+    llm.reset_prefix_cache()
+
+
+class TakesWeights:
+    """What a server's workers can do beside vLLM's own (`--worker-extension-cls`): vLLM adds this class to theirs, and
+    calls its methods by name. Their names must be new there."""
+
+    get_model: Any
+    """Of vLLM's worker, as what follows."""
+    reload_weights: Any
+    rlaif_weights = ""
+
+    def rlaif_check(self) -> str:
+        """Why this model would go on sampling from old weights; empty when it wouldn't."""
+        return ", ".join(_unknown(list(self.get_model().modules()))) if on_cpu() else ""
+
+    def rlaif_take(self, path: str) -> None:
+        """Takes the weights of a folder. Raises as `reload_weights`."""
+        _take(list(self.get_model().modules()), path, lambda: self.reload_weights(weights_path=path))
+        self.rlaif_weights = path
+
+    def rlaif_held(self) -> str:
+        """The folder whose weights it took last; empty for those that it was started with."""
+        return self.rlaif_weights
+
+
+async def only_with_key(request: Any, call_next: Any) -> Any:
+    """A server's middleware (`--middleware`): vLLM itself asks for a key on some paths alone, and one that takes
+    weights has others."""
+    from starlette.responses import Response
+
+    given, wanted = request.headers.get("authorization", ""), f"Bearer {os.environ['VLLM_API_KEY']}"
+    if request.url.path != "/health" and not secrets.compare_digest(given.encode(), wanted.encode()):
+        return Response(status_code=401)
+    return await call_next(request)
+
+
+def __getattr__(name: str) -> Any:
+    """`Nucleus`, for a server (`--logits-processors`): its base is vLLM's, which isn't imported before it is needed."""
+    if name == "Nucleus":
+        return nucleus_processor()
+    raise AttributeError(name)
+
+
+def _take(modules: list[Any], path: str, reload: Callable[[], object]) -> None:
+    """The worker's `reload_weights`, and around it what it leaves behind. `modules` are the layers of a worker in this
+    process.
+
+    Raises:
+        RlaifError: as `reload_weights`.
+    """
     cpu = on_cpu()
     if cpu:
-        for module in _modules(llm):
+        for module in modules:
             if _method(module) == "UnquantizedFusedMoEMethod":
                 # With a kernel there, vLLM takes the load for an update that needs no packing.
                 module.quant_method.moe_kernel = None
     with _warnings(_RELOAD) as said:
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        reload()
     if lost := [line for line in said if "not loaded from checkpoint" in line]:
         raise RlaifError(f"{path}: not all weights reached the sampler ({lost[0][:300]})")
     if cpu:
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-        for module in _modules(llm):
+        for module in modules:
             if _method(module) == "UnquantizedEmbeddingMethod" and hasattr(module, "cpu_linear"):
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-    llm.reset_prefix_cache()
+
+
+def _unknown(modules: list[Any]) -> list[str]:
+    """Forms in which layers hold weights that aren't known to follow a reload."""
+    return sorted({name for module in modules if (name := _method(module)) not in (None, *_PACKED_ON_CPU)})
 
 
 def _method(module: Any) -> str | None:

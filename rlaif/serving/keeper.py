@@ -43,6 +43,7 @@ class Keeper:
         health: str,
         log: Path,
         start_timeout_s: float,
+        restarts: int,
     ):
         """
         Args:
@@ -52,12 +53,13 @@ class Keeper:
             health: An address that answers once the server does.
             log: Where the output of this process goes, and so the server's.
             start_timeout_s: Longest wait for the first answer.
+            restarts: How often it is started again, at most.
 
         Raises:
             UserError: it ended, or gave no answer in time.
         """
         self._command, self._environment, self._health = command, dict(environment), health
-        self._log, self._start_timeout_s = log, start_timeout_s
+        self._log, self._start_timeout_s, self._restarts = log, start_timeout_s, restarts
         self._process = self._started()
         if why := self._until_it_answers(threading.Event()):
             said = last_line(log, self._begins)
@@ -65,25 +67,25 @@ class Keeper:
             raise UserError(f"{what} {why}; its log is {log}" + (f", last line: {said}" if said else ""))
 
     def watch(self, feed: Feed) -> Iterator[str]:
-        """Until the feed ends: starts the server again when it has ended, at most `MAX_RESTARTS` times. Yields what
-        became of it, in words. With the feed the server ends, too."""
+        """Until the feed ends: starts the server again when it has ended. Yields what became of it, in words. With the
+        feed the server ends, too."""
         over = threading.Event()
         feed.pour(lambda item: over.set() if item is None else None)
         try:
-            for number in range(1, MAX_RESTARTS + 2):
+            for number in range(1, self._restarts + 2):
                 while not over.wait(_POLL_S) and self._process.poll() is None:
                     pass
                 if over.is_set():
                     return
                 ended = f"ended ({_code(self._process)}); its log is {self._log}"
                 _kill_the_others()  # its engine may have outlived it
-                if number > MAX_RESTARTS:
+                if number > self._restarts:
                     break
-                yield f"{ended}; it is started again ({number} of {MAX_RESTARTS})"
+                yield f"{ended}; it is started again ({number} of {self._restarts})"
                 began, self._process = time.monotonic(), self._started()
                 if self._until_it_answers(over) is None and not over.is_set():
                     yield f"answers again, after {time.monotonic() - began:.1f} s"
-            yield f"{ended}; it was started again {MAX_RESTARTS} times, and is left out from here on"
+            yield f"{ended}; it was started again {self._restarts} times, and is left out from here on"
             over.wait()
         finally:
             self.close()

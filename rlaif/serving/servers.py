@@ -18,7 +18,7 @@ from pathlib import Path
 from rlaif.config import Precision, Serve
 from rlaif.errors import RlaifError
 from rlaif.serving import vllm
-from rlaif.serving.keeper import STOP_S
+from rlaif.serving.keeper import MAX_RESTARTS, STOP_S
 from rlaif.workers.child import kill_group
 from rlaif.workers.feed import Feed
 from rlaif.workers.process import ProcessWorker, last_line
@@ -65,6 +65,7 @@ class Servers:
         gpus: Sequence[Sequence[str]],
         logs: Path,
         told: Callable[[str], None],
+        takes_weights: bool = False,
     ) -> None:
         """Starts them; returns at once.
 
@@ -76,6 +77,8 @@ class Servers:
             gpus: For each server those it sees; none: whatever we see.
             logs: Folder of their logs.
             told: Is given a line when one of them ends, is started again, or takes long to load; from any thread.
+            takes_weights: Whoever has the key may give them other weights. One that ends then stays out: started
+                again it would hold those that it began with.
         """
         self._told, self._said = told, time.monotonic()
         for number, (port, mine) in enumerate(zip(self._ports, gpus, strict=True)):
@@ -83,10 +86,11 @@ class Servers:
             kwargs = {
                 "what": self._named(number),
                 "command": vllm.command(serve, model, called, port, precision),
-                "environment": vllm.environment(self.key, mine),
+                "environment": vllm.environment(self.key, mine, takes_weights),
                 "health": f"http://{vllm.HOST}:{port}{vllm.HEALTH}",
                 "log": log,
                 "start_timeout_s": serve.start_timeout_s,
+                "restarts": 0 if takes_weights else MAX_RESTARTS,
             }
             self._keepers.append(
                 ProcessWorker(f"{self.role}-server-{number}", "rlaif.serving.keeper:Keeper", kwargs, log)

@@ -30,8 +30,8 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # models are folders by now
 }
 """A value that is already in the environment wins."""
-_FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "0"}
-"""Whatever the environment says: a sampler in this process sets the first, and the second opens what needs no key."""
+_FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+"""Whatever the environment says: a sampler in this process sets it for itself."""
 _CPU = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
 """Compiling needs a C++ compiler and a minute; and vLLM would take half the memory."""
 
@@ -44,18 +44,28 @@ def command(serve: Serve, model: Path, called: str, port: int, precision: Precis
         "host": HOST,
         "port": port,
         "tensor_parallel_size": serve.tensor_parallel_size,
-        "uvicorn_log_level": "warning",  # a line for each of a million ballots
+        "uvicorn_log_level": "warning",  # else a line for each of a million ballots
+        "disable_log_stats": True,  # else one every ten seconds
         **_of_hardware(precision),
     }
     given = {key.replace("-", "_"): value for key, value in serve.args.items()}
     return [*PROGRAM, *_options(mine | given)]
 
 
-def environment(key: str, gpus: Sequence[str], here: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What a server starts with beside ours; `gpus` are those it sees, none: whatever we see."""
+def environment(
+    key: str, gpus: Sequence[str], takes_weights: bool = False, here: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """What a server starts with beside ours.
+
+    Args:
+        key: What it wants of whoever asks.
+        gpus: Those it sees; none: whatever we see.
+        takes_weights: It has vLLM's paths for development, which need no key of themselves.
+        here: Our own environment.
+    """
     mine = {name: value for name, value in _ENVIRONMENT.items() if name not in here}
     seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    return {**mine, **_FORCED, **seen, "VLLM_API_KEY": key}
+    return {**mine, **_FORCED, **seen, "VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": str(int(takes_weights))}
 
 
 def _of_hardware(precision: Precision) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from rlaif.loop.pairing import pairs_at_most
 from rlaif.records import Completion, IterationMetrics, Preference, Score, UpdateStep, Vote
 from rlaif.rundir.store import RunDir, StageDir
 
-DECODED_AT_ONCE = {"vllm": 256, "transformers": 32}
-"""Answers, at most, by engine; one by an engine of the user's own, as far as anybody knows."""
+DECODED_AT_ONCE = {"vllm": 256, "server": 256, "transformers": 32}
+"""Answers of one of its replicas, at most, by engine; one by an engine of the user's own, as far as anybody knows."""
 SAMPLES = 2000
 """Measured numbers that are kept of a distribution."""
 
@@ -118,7 +118,7 @@ def _sampled(stages: Sequence[StageDir], answers: Sequence[list[Completion]]) ->
 def _sampler(job: Job, *kinds: list[_Sampled]) -> tuple[dict[str, Any], dict[str, float]]:
     fixed, each = line(*([Timed(sum(some.tokens), some.seconds) for some in kind] for kind in kinds))
     largest = max((some.tokens for kind in kinds for some in kind), key=sum)
-    at_once = min(DECODED_AT_ONCE.get(job.sampling.engine, 1), len(largest))
+    at_once = min(DECODED_AT_ONCE.get(job.sampling.engine, 1) * job.sampling.replicas, len(largest))
     # A replica of this speed, busy to the last answer's end, takes as long as the stage did.
     slots_s = makespan(map(float, largest), at_once) * at_once
     return {"tokens_per_s": slots_s / max(sum(largest) * each, 1e-9), "at_once": at_once}, {"seconds": fixed}

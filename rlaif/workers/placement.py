@@ -71,7 +71,7 @@ def place(job: Job, gpus: Sequence[str]) -> dict[str, Placed]:
     _check(job, gpus, kinds, asked)
     serve = served(job)
     span = serve.replicas * serve.tensor_parallel_size if serve else 0
-    numbers = _shared_out(asked, job.sampling.tensor_parallel_size, span, len(gpus)) if len(gpus) > 1 else {}
+    numbers = _shared_out(asked, job.sampling.spans, span, len(gpus)) if len(gpus) > 1 else {}
     placed = {
         role: Placed(kind, tuple(gpus[n] for n in numbers.get(role, ())) if kind == "process" else ())
         for role, kind in kinds.items()
@@ -113,11 +113,9 @@ def apart(placed: Mapping[str, Placed], one: str, other: str) -> bool:
 def _check(
     job: Job, gpus: Sequence[str], kinds: Mapping[str, WorkerKind], asked: Mapping[str, list[int] | None]
 ) -> None:
-    span = job.sampling.tensor_parallel_size
+    span = job.sampling.spans
     if gpus and span > len(gpus):
-        raise UserError(
-            f"sampling.tensor_parallel_size: {span}, but this process can use {len(gpus)} GPU{'s' * (len(gpus) != 1)}"
-        )
+        raise UserError(f"{_spans(job)}, but this process can use {len(gpus)} GPU{'s' * (len(gpus) != 1)}")
     for role, numbers in asked.items():
         if missing := [n for n in numbers or () if n >= len(gpus)]:
             raise UserError(
@@ -130,10 +128,13 @@ def _check(
                 "`worker: process`, or leave `devices` out"
             )
     if asked["sampler"] is not None and len(asked["sampler"]) != span:
-        raise UserError(
-            f"placement.sampler.devices: {len(asked['sampler'])} GPUs for sampling.tensor_parallel_size: {span}; give "
-            "as many"
-        )
+        raise UserError(f"placement.sampler.devices: {len(asked['sampler'])} GPUs for {_spans(job)}; give as many")
+
+
+def _spans(job: Job) -> str:
+    """How many GPUs the sampler takes, as the job says it."""
+    replicas = f" times sampling.replicas: {job.sampling.replicas}" if job.sampling.replicas > 1 else ""
+    return f"sampling.tensor_parallel_size: {job.sampling.tensor_parallel_size}{replicas}"
 
 
 def _shared_out(asked: Mapping[str, list[int] | None], span: int, servers: int, count: int) -> dict[str, list[int]]:

@@ -36,7 +36,7 @@ def test_two_servers_share_the_ballots(tmp_path: Path, monkeypatch: pytest.Monke
     serve = {"model": "embedded:smollm2-135m-instruct", "replicas": 2, "args": {"max_model_len": 1024}}
     judge = {"kind": "chat", "model": "smollm2", "serve": serve, "cache": None, "templates": ["pairwise"]}
     job = parse_job({"constitution": "assistant@1", "judge": judge}, "test")
-    rows = [r for r in read_labelled([ROOT / "prompts/judge_bench.jsonl"]).rows if r.constitution == "assistant@1"][:8]
+    rows = [r for r in read_labelled([ROOT / "prompts/judge_bench.jsonl"]).rows if r.constitution == "assistant@1"][:4]
     constitution = load_constitution(ROOT / "constitutions", "assistant@1")
     notes: list[str] = []
 

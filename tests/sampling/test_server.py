@@ -1,0 +1,201 @@
+"""The engine that asks servers, against a small one that answers as vLLM's does."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlaif import config
+from rlaif.config import parse_job
+from rlaif.errors import RlaifError, UserError
+from rlaif.records import TokenSequence
+from rlaif.sampling import Sample, SampleRequest
+from rlaif.sampling.server import Sampler
+from tests.sampling.conftest import END
+
+KEY = "secret"
+
+
+class Stub:
+    """Answers every prompt with the same tokens; counts and keeps what it is asked."""
+
+    def __init__(self, tokens: list[int] | None = None) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.held = "another run's"
+        self.tokens = tokens or [5, 6, 7, END]
+        self.unknown = ""
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None: ...
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                known = self.headers["Authorization"] == f"Bearer {KEY}"
+                content = json.dumps(stub.answer(self.path, body) if known else {}).encode()
+                self.send_response(200 if known else 401)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, path: str, body: dict[str, Any]) -> Any:
+        self.asked.append((path, body))
+        if path == "/collective_rpc":
+            if body["method"] == "rlaif_take":
+                self.held = body["kwargs"]["path"]
+            said = {"rlaif_take": None, "rlaif_held": self.held, "rlaif_check": self.unknown}
+            return {"results": [said[body["method"]]]}
+        if path == "/reset_prefix_cache":
+            return {"success": True}
+        logprobs = [None, *({str(t): {"logprob": -float(t)}} for t in body["prompt"][1:])]
+        choice = {
+            "token_ids": self.tokens,
+            "logprobs": {"token_logprobs": [-0.5] * len(self.tokens)},
+            "finish_reason": "stop" if self.tokens[-1] == END else "length",
+            "prompt_logprobs": logprobs,
+        }
+        return {"choices": [choice]}
+
+    def paths(self) -> list[str]:
+        return [body["method"] if path == "/collective_rpc" else path for path, body in self.asked]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [body["prompt"] for path, body in self.asked if path == "/v1/completions"]
+
+
+@pytest.fixture
+def stubs() -> Iterator[list[Stub]]:
+    stubs = [Stub(), Stub()]
+    yield stubs
+    for stub in stubs:
+        stub.server.shutdown()
+        stub.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLICY_KEY", KEY)
+
+
+def sampler(model: Path, stubs: list[Stub], **changes: Any) -> Sampler:
+    urls = [stub.url for stub in stubs]
+    given = {"engine": "server", "base_url": urls, "api_key_env": "POLICY_KEY", "max_tokens": 8, "max_model_len": 64}
+    return Sampler(str(model), config.Sampling.model_validate(given | changes))
+
+
+def requests(prompts: int = 4, each: int = 3) -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            id=f"p{p}-{i}",
+            prompt_token_ids=(3 + p, 4),
+            seed=10 * p + i,
+            max_tokens=8,
+            temperature=0.7,
+            top_p=0.9,
+        )
+        for p in range(prompts)
+        for i in range(each)
+    ]
+
+
+def run(engine: Sampler, asked: list[SampleRequest]) -> dict[str, Sample]:
+    return {s.id: s for batch in engine.sample(asked) for s in batch}
+
+
+def test_servers_share_the_prompts_and_each_has_all_answers_of_its_own(tiny: Path, stubs: list[Stub]) -> None:
+    found = run(sampler(tiny, stubs), requests())
+    assert sorted(found) == sorted(r.id for r in requests())
+    assert {(s.token_ids, s.finish_reason, s.logprob, s.text) for s in found.values()} == {
+        ((5, 6, 7, END), "stop", -2.0, "w5 w6 w7")
+    }
+    of_each = [{tuple(p) for p in stub.prompts} for stub in stubs]
+    assert of_each == [{(3, 4), (5, 4)}, {(4, 4), (6, 4)}]
+    assert [len(stub.prompts) for stub in stubs] == [6, 6]
+
+
+def test_what_is_asked_is_what_the_engine_inside_is_given(tiny: Path, stubs: list[Stub]) -> None:
+    run(sampler(tiny, stubs[:1]), requests(1, 1))
+    [body] = [body for path, body in stubs[0].asked if path == "/v1/completions"]
+    assert (body["seed"], body["temperature"], body["top_p"], body["max_tokens"]) == (0, 0.7, 0.9, 8)
+    assert body["logprobs"] == 0
+    assert body["return_token_ids"]
+    assert body["stop_token_ids"] == [END]
+
+
+def test_weights_are_handed_over_by_path_and_asked_about(tiny: Path, stubs: list[Stub]) -> None:
+    engine = sampler(tiny, stubs)
+    assert {stub.held for stub in stubs} == {str(tiny)}, "whatever they held before"
+    engine.load("/run/policy")
+    assert {stub.held for stub in stubs} == {"/run/policy"}
+    before = len(stubs[0].asked)
+    run(engine, requests(2, 1))
+    assert stubs[0].paths()[before:] == ["rlaif_held", "/reset_prefix_cache", "/v1/completions", "rlaif_held"]
+
+
+def test_a_server_that_was_started_again_samples_nothing(tiny: Path, stubs: list[Stub]) -> None:
+    engine = sampler(tiny, stubs)
+    stubs[1].held = ""
+    with pytest.raises(RlaifError, match="holds the weights of its start"):
+        run(engine, requests())
+    assert stubs[0].prompts == []
+    with pytest.raises(RlaifError, match="holds the weights of its start"):
+        engine.logprobs([TokenSequence(prompt_token_ids=(3,), token_ids=(4,))])
+
+
+def test_one_that_changes_while_it_samples_is_found_out(tiny: Path, stubs: list[Stub]) -> None:
+    engine = sampler(tiny, stubs)
+    with pytest.raises(RlaifError, match="somebody else gives it weights"):
+        for _ in engine.sample(requests()):
+            stubs[0].held = "/another"
+
+
+def test_stop_strings_are_looked_for_at_every_token(tiny: Path, stubs: list[Stub]) -> None:
+    found = run(sampler(tiny, stubs, stop=["w6"]), requests(1, 1))["p0-0"]
+    assert found.token_ids == (5, 6)
+    assert (found.text, found.finish_reason, found.logprob) == ("w5 ", "stop", -1.0)
+
+
+def test_logprobs_are_those_of_the_completion(tiny: Path, stubs: list[Stub]) -> None:
+    sequences = [TokenSequence(prompt_token_ids=(3, 4), token_ids=(5, n)) for n in (6, 7, 8)]
+    assert sampler(tiny, stubs).logprobs(sequences) == [(-5.0, -6.0), (-5.0, -7.0), (-5.0, -8.0)]
+
+
+def test_what_cannot_be_used_is_refused(tiny: Path, stubs: list[Stub], monkeypatch: pytest.MonkeyPatch) -> None:
+    stubs[0].unknown = "AWQLinearMethod"
+    with pytest.raises(UserError, match=r"not known to take new weights for this model \(AWQLinearMethod\)"):
+        sampler(tiny, stubs)
+    monkeypatch.setenv("POLICY_KEY", "wrong")
+    with pytest.raises(UserError, match=r"sampling.api_key_env: http.* refuses the key"):
+        sampler(tiny, stubs)
+    monkeypatch.delenv("POLICY_KEY")
+    with pytest.raises(UserError, match="POLICY_KEY is not set"):
+        sampler(tiny, stubs)
+    stubs[0].server.shutdown()
+    stubs[0].server.server_close()
+    monkeypatch.setenv("POLICY_KEY", KEY)
+    with pytest.raises(RlaifError, match="no answer from"):
+        sampler(tiny, stubs[:1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"replicas": 2}, "sampling.replicas: of `engine: server`"),
+        ({"base_url": ["http://127.0.0.1:1"]}, "sampling.base_url: of `engine: server`"),
+        ({"engine": "server", "base_url": ["http://127.0.0.1:1"], "replicas": 2}, "with base_url it starts none"),
+    ],
+)
+def test_settings_of_servers_alone(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_job({"constitution": "rules", "sampling": settings}, "test")
