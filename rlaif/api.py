@@ -344,6 +344,10 @@ class Judge:
         self._job = parse_job(tree, "rlaif.Judge")
         self._opened = open_with_ballots(self._job, [self.constitution], Path(base_dir), lambda message: None)
 
+    def close(self) -> None:
+        """Ends what was started for this judge (`serve`); else that ends with this process."""
+        self._opened.close()
+
     def __call__(
         self,
         prompt: str | Sequence[Mapping[str, str]],

@@ -40,6 +40,7 @@ from rlaif.judging.spending import Spent, Wasted
 from rlaif.judging.transport import Answer, CallFailed, OpenAIServer, Server, merge_system, shown_urls
 from rlaif.records import Ballot, Message, Pair, Usage, Vote, digest
 from rlaif.rundir.store import append_line
+from rlaif.serving.servers import Servers
 from rlaif.workers.feed import Feed
 
 # What a server says of a question that it can't take for its length, or won't for what it holds.
@@ -98,6 +99,8 @@ class ChatJudge:
         self._connect = connect
         self._backoff_s = backoff_s
         self._wasted = wasted
+        self.servers: Servers | None = None
+        """Those that were started for this judge alone."""
         self._addresses: dict[str, Address] = {}
         """By server, as votes name it: its limits, and whether it is left out, over all casts."""
         self._identities: dict[str, dict[str, str | None]] = {}
@@ -153,9 +156,11 @@ class ChatJudge:
                 run(casting.stop())
 
     def close(self) -> None:
-        """Closes the cache."""
+        """Closes the cache, and ends servers that were started for this judge."""
         if self._cache is not None:
             self._cache.close()
+        if self.servers is not None:
+            self.servers.close()
 
     def _servers(self, slots: asyncio.Semaphore, wasted: Callable[[str, Usage], None]) -> dict[str, Server]:
         """What asks each juror's servers; jurors at one address share its limits."""

@@ -7,9 +7,9 @@ torch. To add a kind: settings in `rlaif.config.JUDGES` and in the union `AnyJud
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import tempfile
-import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -426,7 +426,8 @@ class ChatKind(JudgeKind[ChatSettings]):
         servers = Servers("judge", self.serve.replicas) if self.serve else None
         judge = make(**self._reached(servers))
         if servers:
-            weakref.finalize(judge, servers.close)
+            judge.servers = servers
+            atexit.register(servers.close)
             self._start(servers, note)
         return judge, self.name(None)
 
@@ -444,8 +445,12 @@ class ChatKind(JudgeKind[ChatSettings]):
         gpus = spread(self.serve, usable, len(usable))
         logs = Path(tempfile.mkdtemp(prefix="rlaif-judge-"))
         note(f"starting {counted(servers.width, 'server')} of {self.serve.model}; logs in {logs}")
-        servers.start(self.serve, model, self.settings.model, self.settings.precision, gpus, logs, note)
-        servers.ready()
+        try:
+            servers.start(self.serve, model, self.settings.model, self.settings.precision, gpus, logs, note)
+            servers.ready()
+        except BaseException:
+            servers.close()
+            raise
 
     def priced(self) -> dict[str, bool]:
         jurors = self.settings.jurors

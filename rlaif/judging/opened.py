@@ -22,11 +22,17 @@ Ask = Callable[[Sequence[Pair], Sequence[Candidate], Constitution], Iterator[lis
 """Votes on pairs under a constitution, in chunks."""
 
 
+def _nothing() -> None:
+    """Nothing was started."""
+
+
 class Opened(NamedTuple):
     """A judge that can be asked, and what it would be asked: whose id a vote has, that vote needn't be cast again."""
 
     ask: Ask
     ballots: Callable[[Sequence[Pair], Constitution], list[Ballot]]
+    close: Callable[[], None] = _nothing
+    """Ends what was started for it; else that ends with this process."""
 
 
 def open_with_ballots(
@@ -61,4 +67,4 @@ def open_with_ballots(
             **kind.cast_with(mine(constitution)),
         )
 
-    return Opened(ask, ballots)
+    return Opened(ask, ballots, getattr(judge, "close", _nothing))

@@ -47,12 +47,14 @@ def test_on_a_cpu_it_takes_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch
 
 def test_the_environment_holds_the_key_and_what_a_server_sees() -> None:
     here = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "DO_NOT_TRACK": "0"}
-    told = vllm.environment("secret", ["GPU-3f", "1"], here)
+    told = vllm.environment("secret", ["GPU-3f", "1"], here=here)
     assert told["VLLM_API_KEY"] == "secret"
     assert told["CUDA_VISIBLE_DEVICES"] == "GPU-3f,1"
     assert told["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1", "a sampler in this process has set it for itself"
     assert "DO_NOT_TRACK" not in told, "what the user has set stays"
-    assert "CUDA_VISIBLE_DEVICES" not in vllm.environment("secret", [], here)
+    assert told["VLLM_SERVER_DEV_MODE"] == "0", "whatever the user has set: it opens paths without a key"
+    assert vllm.environment("secret", [], takes_weights=True)["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in vllm.environment("secret", [], here=here)
 
 
 def test_a_job_needs_the_model_alone() -> None:

@@ -43,7 +43,7 @@ def test_two_servers_share_the_ballots(tmp_path: Path, monkeypatch: pytest.Monke
     opened = open_with_ballots(job, [constitution], ROOT, notes.append)
     assert len(servers_running()) >= 4, "each is two processes at least"
     votes: list[Vote] = cast_votes(rows, opened.ask, lambda reference: constitution)
-    del opened
+    opened.close()
     until(lambda: not servers_running(), 60)
 
     assert len(votes) == 2 * len(rows)
