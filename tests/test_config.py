@@ -89,7 +89,7 @@ def test_a_schedule_survives_the_run_directory(tmp_path: Path) -> None:
         ("constitution: a\nmonitors: {short_answers: {limit: -1}}", r"monitors\.short_answers\.limit: -1, and answers"),
         ("constitution: a\nitterations: 1", r"unknown key `itterations`; did you mean `iterations`\?"),
         ("constitution: a\niterations: 0", r"iterations: .*greater than or equal to 1 \(found 0\)"),
-        ("constitution: a\nsampling: {engine: hf}", r"sampling\.engine: .*'vllm' or 'transformers' \(found 'hf'\)"),
+        ("constitution: a\nsampling: {engine: hf}", r"sampling\.engine: .*'vllm', 'transformers' or 'server' \(found 'hf'\)"),
         ("iterations: 1", "exactly one of `constitution` and `schedule`"),
         ("constitution: a\nschedule: {0: b}", "exactly one of `constitution` and `schedule`"),
         ("schedule: {1: b}", "needs an entry for iteration 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ from rlaif.hardware import gpu_names
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.opened import open_with_ballots
 from rlaif.records import Vote
+from rlaif.serving.servers import KEY_VARIABLE
 from rlaif.trust.bench import cast_votes
 from tests.serving.test_servers import until
 
@@ -45,6 +47,9 @@ def test_two_servers_share_the_ballots(tmp_path: Path, monkeypatch: pytest.Monke
     votes: list[Vote] = cast_votes(rows, opened.ask, lambda reference: constitution)
     opened.close()
     until(lambda: not servers_running(), 60)
+    logs = list(tmp_path.rglob("judge-server-*.log"))
+    assert len(logs) == 2
+    assert not any(os.environ[KEY_VARIABLE] in log.read_text() for log in logs)
 
     assert len(votes) == 2 * len(rows)
     assert all(v.abstain_reason != "infra_error" for v in votes), [v.error for v in votes]
