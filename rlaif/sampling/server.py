@@ -229,7 +229,7 @@ def _start(servers: Servers, model_path: str, settings: config.Sampling, logs: P
             "enforce_eager": True,
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(4096, settings.max_model_len),
-            "logits_processors": [f"{_COMPAT}.Nucleus"],
+            "logits_processors": [f"{_COMPAT}:Nucleus"],
         }
     serve = Serve(
         model=model_path, replicas=settings.replicas, tensor_parallel_size=settings.tensor_parallel_size, args=args

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -28,6 +29,8 @@ STOP_S = 10.0
 """A server that is asked to end may take so long."""
 _POLL_S = 0.25
 _ANSWER_S = 5.0
+_EXCEPTION = re.compile(r"^(?:\(.*\] )?([\w.]*(?:Error|Exception): .+)$", re.M)
+"""Its own line, perhaps behind the prefix of a logger: `(Worker pid=1) ERROR 11-29 20:48:43 [core.py:953]`."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """No proxy leads to a server on this machine."""
 
@@ -62,9 +65,9 @@ class Keeper:
         self._log, self._start_timeout_s, self._restarts = log, start_timeout_s, restarts
         self._process = self._started()
         if why := self._until_it_answers(threading.Event()):
-            said = last_line(log, self._begins)
+            said = _cause(log, self._begins)
             self.close()
-            raise UserError(f"{what} {why}; its log is {log}" + (f", last line: {said}" if said else ""))
+            raise UserError(f"{what} {why}; its log is {log}" + (f", which says: {said}" if said else ""))
 
     def watch(self, feed: Feed) -> Iterator[str]:
         """Until the feed ends: starts the server again when it has ended. Yields what became of it, in words. With the
@@ -120,6 +123,15 @@ class Keeper:
                 return bool(answer.status == 200)
         except OSError:  # urllib's errors are such
             return False
+
+
+def _cause(log: Path, start: int) -> str:
+    """What a log has to say, from a byte on, of why a server ended: the first exception with a message, since those
+    after it tell of processes that missed the one that had it; else the last line."""
+    with log.open("rb") as lines:
+        lines.seek(start)
+        found = _EXCEPTION.search(lines.read().decode(errors="replace"))
+    return found[1][:300] if found else last_line(log, start)
 
 
 def _code(process: subprocess.Popen[bytes]) -> str:

@@ -47,7 +47,8 @@ def main() -> None:
     write(pid=os.getpid(), engine=engine.pid, key=key, port=options.port, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
     if options.stub == "refuses":
         engine.kill()
-        print("loading\nValueError: no such quantization `int0`\nbye")
+        print("(Worker pid=1) ERROR 11-29 [core.py:953] ValueError: no such quantization `int0`")
+        print("RuntimeError: Engine core initialization failed. See root cause above.\nbye")
         sys.exit(3)
 
     class Handler(BaseHTTPRequestHandler):

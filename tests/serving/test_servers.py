@@ -132,7 +132,7 @@ def test_one_that_does_not_start_names_its_log_and_what_it_said(tmp_path: Path) 
         servers.close()
     log = tmp_path / "logs/judge-server-0.log"
     assert (
-        f"judge server 0 ended before it answered (exit code 3); its log is {log}, last line: ValueError: no such"
+        f"judge server 0 ended before it answered (exit code 3); its log is {log}, which says: ValueError: no such"
         in str(e.value)
     )
     assert not running(Diary(tmp_path / "diary").processes)
