@@ -8,6 +8,7 @@ import pytest
 
 from rlaif.config import Job, parse_job
 from rlaif.errors import UserError
+from rlaif.loop.streaming import streams
 from rlaif.workers.placement import Placed, place, served, spread, usable_gpus
 
 
@@ -148,3 +149,11 @@ def test_what_makes_no_sense_is_refused(places: dict[str, Any]) -> None:
 )
 def test_what_the_process_may_use(given: str | None, usable: list[str]) -> None:
     assert usable_gpus(2, {} if given is None else {"CUDA_VISIBLE_DEVICES": given}) == usable
+
+
+def test_a_run_streams_by_itself_where_its_servers_have_gpus_of_their_own() -> None:
+    asked = job(**serving(1, 1))
+    assert streams(asked, place(asked, ["0", "1", "2"]))
+    assert not streams(asked, place(asked, [])), "sampler and servers share the processor"
+    elsewhere = job(judge={"kind": "chat", "model": "m", "base_url": "http://10.0.0.1:8000/v1"})
+    assert streams(elsewhere, place(elsewhere, []))
