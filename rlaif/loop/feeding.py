@@ -135,7 +135,7 @@ class Feeding:
     def _ask_on(self) -> None:
         """Opens pairs that wait, as far as there is room."""
         most = self._asking.kind.open_pairs
-        while (some := min(_TOGETHER, len(self._waiting))) and most - len(self._open) >= some:
+        while (some := min(_TOGETHER, most, len(self._waiting))) and most - len(self._open) >= some:
             waiting = [self._waiting.popleft() for _ in range(some)]
             asked = self._asking.by_pair([w.pair for w in waiting])
             for waited, (pair, ballots) in zip(waiting, asked, strict=True):
