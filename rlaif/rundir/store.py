@@ -356,16 +356,16 @@ class StageWriter(Generic[R]):
             WriterClosed: it was closed meanwhile.
         """
         rows = list(chunk)
-        lines = [row.model_dump_json().encode() + b"\n" for row in rows]
         with self._lock, disk_errors(self._partial):
             self._check_open()
-            at = self._file.tell()
-            self._file.write(b"".join(lines))
+            begins = []
+            for row in rows:
+                begins.append(self._file.tell())
+                self._file.write(row.model_dump_json().encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
-            for row, line in zip(rows, lines, strict=True):
+            for row, at in zip(rows, begins, strict=True):
                 self.held.note(row, at)
-                at += len(line)
             self._count += len(rows)
 
     def fill(
