@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.simulation import SPREAD, Clock, judge_server, make_job, make_project, stub_run
-from rlaif.config import Cluster, Job
+from rlaif.config import Cluster, Job, LikelihoodSettings
 from rlaif.records import Ballot, Completion, Preference, Score, UpdateStep, Vote
 from rlaif.rundir.stages import NAMES
 from rlaif.rundir.store import RunDir
@@ -46,6 +46,7 @@ from rlaif.workers.worker import Worker
 from tests.stubs import StubJudge, StubLearner, StubSampler, fraction
 
 REPLICAS = (1, 2, 4, 8, 16)
+STUBS = ("sampler", "judge", "learner")
 LATENCY_S, SLOW_LATENCY_S, AT_ONCE = 0.05, 0.2, 64
 BALLOTS_A_PAIR, PAIRS_A_PROMPT = 10, 25
 CHUNK, GATHER_S = 256, 0.02
@@ -92,10 +93,25 @@ _TOKENS = tuple(range(1000, 1064))
 _TEXT = "It is a number with a story, and the story is long. " * 6
 
 
+    def hold(self, digest: str) -> None:
+        """As `load`, without weights."""
+        self._digest = self._computes_with = digest
+
+
+class TellsDigests(Replicas):
+    """Replicas that are told which policy they hold, and get no weights: how those travel isn't measured here."""
+
+    def tell(self, method: str, **kwargs: Any) -> None:
+        """As `Replicas.tell`."""
+        if method == "load":
+            method, kwargs = "hold", {"digest": (kwargs["weights"].folder() / "weights.txt").read_text()}
+        super().tell(method, **kwargs)
+
+
 class PacedJudge(StubJudge):
     """Votes about a prompt's pairs after so many seconds."""
 
-    def __init__(self, prompt_s: float):
+    def __init__(self, prompt_s: float = 0.0):
         super().__init__()
         self._prompt_s = prompt_s
 
@@ -237,36 +253,35 @@ def streamed(root: Path, size: float) -> list[Row]:
 
 
 def replicas(root: Path, size: float) -> list[Row]:
-    """Samplers and judges that take a fixed time for a prompt, from one to sixteen of each."""
+    """Samplers, then judges, that take a fixed time for a prompt: from one to sixteen."""
     from rlaif.workers.ray import RayCluster
 
-    prompts, prompt_s = max(int(96 * size), 16), 0.4
-    took: dict[str, dict[int, float]] = {"sampler": {}, "judge": {}}
-    most = REPLICAS[-1]
+    prompts, prompt_s, most = max(int(96 * size), 16), 0.4, REPLICAS[-1]
     (root / "ray").mkdir()
-    cluster = Cluster.model_validate({"sampler": {"replicas": most}, "judge": {"replicas": most}})
-    with RayCluster(cluster, root / "ray") as ray:
-        workers: dict[str, list[Worker]] = {}
-        for role in took:
-            ray.reserve(role, most, 0)
-            factory = f"benchmarks.scale:Paced{role.capitalize()}"
-            workers[role] = [ray.start(role, n, factory, {"prompt_s": prompt_s}, 0) for n in range(most)]
-        for n in REPLICAS:
-            asked = {"per_iteration": prompts}
-            job = job_of(root, "", 1, {"kind": "likelihood", "batch_tokens": 64}, prompts=asked)
-            sampler, judge = (Replicas(role, workers[role].__getitem__, n) for role in took)
-            learner = InlineWorker("learner", "benchmarks.scale:PacedLearner", {})
-            run = stub_run(job, root / "runs" / f"replicas{n}", root, Clock(), sampler, judge, learner)
-            seconds = _stage_seconds(run, 0)
-            took["sampler"][n], took["judge"][n] = seconds["completions"], seconds["votes"]
-        for worker in (w for some in workers.values() for w in some):
-            worker.close()
-    ideal = prompts * prompt_s
-    out = [Row(f"one {role}", by_n[1], "s") for role, by_n in took.items()]
-    for role, by_n in took.items():
-        for n in REPLICAS[1:]:
-            out.append(Row(f"{n} {role}s: efficiency", by_n[1] / n / by_n[n], "", {8: 0.9, 16: 0.8}.get(n)))
-    return [Row("one of each, ideal", ideal, "s"), *out]
+    settings = Cluster.model_validate({"sampler": {"replicas": most}, "judge": {"replicas": most}})
+    # One prompt a piece, as of a judge whose batches a single prompt fills.
+    job = job_of(root, "", 1, {}, prompts={"per_iteration": prompts})
+    job = job.model_copy(update={"judge": LikelihoodSettings(batch_tokens=64)})
+    out = [Row("one of each, ideal", prompts * prompt_s, "s")]
+    with RayCluster(settings, root / "ray") as cluster:
+        for role, stage in (("sampler", "completions"), ("judge", "votes")):
+            cluster.reserve(role, most, 0)
+            factory, actors = f"benchmarks.scale:Paced{role.capitalize()}", list[Worker]()
+            for n in range(most):
+                actors.append(cluster.start(role, n, factory, {"prompt_s": prompt_s}, 0))
+                actors[-1].ready()  # one after the other: two cores start sixteen processes
+            took = {}
+            for n in REPLICAS:
+                at_once = {r: InlineWorker(r, f"benchmarks.scale:Paced{r.capitalize()}", {}) for r in STUBS}
+                shared = at_once | {role: TellsDigests(role, actors.__getitem__, n)}
+                run = stub_run(job, root / "runs" / f"{role}{n}", root, Clock(), **shared)
+                took[n] = _stage_seconds(run, 0)[stage]
+                efficiency = took[1] / n / took[n]
+                out.append(Row(f"{n} {role}s", took[n], "s"))
+                out.append(Row(f"{n} {role}s: efficiency", efficiency, "", {8: 0.9, 16: 0.8}.get(n)))
+            for actor in actors:
+                actor.close()
+    return out
 
 
 def latency(root: Path, size: float) -> list[Row]:
