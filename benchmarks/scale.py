@@ -50,6 +50,8 @@ STUBS = ("sampler", "judge", "learner")
 LATENCY_S, SLOW_LATENCY_S, AT_ONCE = 0.05, 0.2, 64
 BALLOTS_A_PAIR, PAIRS_A_PROMPT = 10, 25
 CHUNK, GATHER_S = 256, 0.02
+_TOKENS = tuple(range(1000, 1064))
+_TEXT = "It is a number with a story, and the story is long. " * 6
 
 
 class Row(NamedTuple):
@@ -87,11 +89,6 @@ class PacedSampler(StubSampler):
             due += self._prompt_s
             time.sleep(max(0.0, due - time.monotonic()))
             yield [c.model_copy(update={"token_ids": _TOKENS, "text": f"{c.text}. {_TEXT}"}) for c in group]
-
-
-_TOKENS = tuple(range(1000, 1064))
-_TEXT = "It is a number with a story, and the story is long. " * 6
-
 
     def hold(self, digest: str) -> None:
         """As `load`, without weights."""
