@@ -1,6 +1,7 @@
 """What many at once bring, and what the loop itself costs: `make bench-scale`.
 
-    python -m benchmarks.scale [--parts streamed replicas latency memory] [--size 1.0] [--profile] [--json]
+    python -m benchmarks.scale [--parts streamed replicas latency memory] [--size 1.0] [--replicas 1 2 4 8 16]
+                               [--profile] [--json]
 
 Sampler, judge and learner are stubs that take a fixed time; the loop, its run directory and its fsyncs are as always.
 So the ratios are the loop's, not this machine's arithmetic. Each part is a ratio within one run:
@@ -88,7 +89,10 @@ class PacedSampler(StubSampler):
         for group in super().sample(*args, **kwargs):
             due += self._prompt_s
             time.sleep(max(0.0, due - time.monotonic()))
-            yield [c.model_copy(update={"token_ids": _TOKENS, "text": f"{c.text}. {_TEXT}"}) for c in group]
+            yield [
+                c.model_copy(update={"token_ids": _TOKENS, "text": f"{c.text}. {_TEXT}", "logprob": None})
+                for c in group
+            ]
 
     def hold(self, digest: str) -> None:
         """As `load`, without weights."""
@@ -249,11 +253,11 @@ def streamed(root: Path, size: float) -> list[Row]:
     ]
 
 
-def replicas(root: Path, size: float) -> list[Row]:
-    """Samplers, then judges, that take a fixed time for a prompt: from one to sixteen."""
+def replicas(root: Path, size: float, numbers: Sequence[int] = REPLICAS) -> list[Row]:
+    """Samplers, then judges, that take a fixed time for a prompt: so many of them, one first."""
     from rlaif.workers.ray import RayCluster
 
-    prompts, prompt_s, most = max(int(96 * size), 16), 0.4, REPLICAS[-1]
+    prompts, prompt_s, most = max(int(96 * size), 16), 0.4, max(numbers)
     (root / "ray").mkdir()
     settings = Cluster.model_validate({"sampler": {"replicas": most}, "judge": {"replicas": most}})
     # One prompt a piece, as of a judge whose batches a single prompt fills.
@@ -268,12 +272,12 @@ def replicas(root: Path, size: float) -> list[Row]:
                 actors.append(cluster.start(role, n, factory, {"prompt_s": prompt_s}, 0))
                 actors[-1].ready()  # one after the other: two cores start sixteen processes
             took = {}
-            for n in REPLICAS:
+            for n in numbers:
                 at_once = {r: InlineWorker(r, f"benchmarks.scale:Paced{r.capitalize()}", {}) for r in STUBS}
                 shared = at_once | {role: TellsDigests(role, actors.__getitem__, n)}
-                run = stub_run(job, root / "runs" / f"{role}{n}", root, Clock(), **shared)
+                run = stub_run(job, root / "runs" / f"{role}{n}", root, Clock(), *(shared[r] for r in STUBS))
                 took[n] = _stage_seconds(run, 0)[stage]
-                efficiency = took[1] / n / took[n]
+                efficiency = took[numbers[0]] * numbers[0] / n / took[n]
                 out.append(Row(f"{n} {role}s", took[n], "s"))
                 out.append(Row(f"{n} {role}s: efficiency", efficiency, "", {8: 0.9, 16: 0.8}.get(n)))
             for actor in actors:
@@ -369,7 +373,7 @@ def _stage_seconds(run: RunDir, k: int) -> dict[str, float]:
     return {name: here.meta(name)["seconds"] for name in NAMES}
 
 
-PARTS: dict[str, Callable[[Path, float], list[Row]]] = {
+PARTS: dict[str, Callable[..., list[Row]]] = {
     "streamed": streamed,
     "replicas": replicas,
     "latency": latency,
@@ -392,6 +396,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--size", type=float, default=1.0, help="of each part, for a try: 0.1 is a tenth")
+    parser.add_argument("--replicas", type=int, nargs="+", default=REPLICAS, help="how many, the fewest first")
     parser.add_argument("--profile", action="store_true", help="where the loop's time goes in `memory`, on stderr")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -402,7 +407,8 @@ def main() -> None:
             root = Path(folder)
             make_project(root, models=False)
             os.chdir(root)
-            rows = memory(root, given.size, given.profile) if name == "memory" else PARTS[name](root, given.size)
+            more: dict[str, Any] = {"memory": {"profile": given.profile}, "replicas": {"numbers": given.replicas}}
+            rows = PARTS[name](root, given.size, **more.get(name, {}))
             os.chdir(Path(__file__).parents[1])
         report["parts"][name] = [{**r._asdict(), "met": r.met} for r in rows]
         missed += [f"{name}: {r.what}" for r in rows if r.met is False]

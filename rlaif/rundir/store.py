@@ -34,7 +34,7 @@ R = TypeVar("R", bound=Record)
 C = TypeVar("C", bound=Record, contravariant=True)
 
 ROW_DIGEST_BYTES = 4
-_READ_BACK = 1 << 16
+READ_BACK = 1 << 16
 """Bytes that are looked through at once for the end of a file's last whole line."""
 LOCK = ".lock"
 _LOOKED_AT_S = 0.2
@@ -437,7 +437,7 @@ def _cut_torn_line(path: Path) -> None:
     with path.open("rb") as f:
         size = whole = f.seek(0, os.SEEK_END)
         while whole:
-            begins = max(0, whole - _READ_BACK)
+            begins = max(0, whole - READ_BACK)
             f.seek(begins)
             if (end := f.read(whole - begins).rfind(b"\n")) >= 0:
                 whole = begins + end + 1
