@@ -212,7 +212,9 @@ def job_of(root: Path, url: str, iterations: int, judge: dict[str, Any], **chang
 def in_process(role: str, logs: Path, factory: str, **kwargs: Any) -> ProcessWorker:
     """A worker in a process of its own, as in a run."""
     factory = factory if ":" in factory else f"benchmarks.scale:{factory}"
-    return ProcessWorker(role, factory, kwargs, logs / f"{role}.log")
+    worker = ProcessWorker(role, factory, kwargs, logs / f"{role}.log")
+    worker.ready()  # or a stage would wait for its start
+    return worker
 
 
 def streamed(root: Path, size: float) -> list[Row]:
