@@ -44,7 +44,7 @@ from rlaif.workers.inline import InlineWorker
 from rlaif.workers.process import ProcessWorker
 from rlaif.workers.replicas import Replicas
 from rlaif.workers.worker import Worker
-from tests.stubs import StubJudge, StubLearner, StubSampler, fraction
+from tests.stubs import BASE_DIGEST, StubJudge, StubLearner, StubSampler, fraction
 
 REPLICAS = (1, 2, 4, 8, 16)
 STUBS = ("sampler", "judge", "learner")
@@ -275,6 +275,9 @@ def replicas(root: Path, size: float, numbers: Sequence[int] = REPLICAS) -> list
                 actors[-1].ready()  # one after the other: two cores start sixteen processes
             took = {}
             for n in numbers:
+                if role == "sampler":  # an earlier run has left it with another policy
+                    for actor in actors[:n]:
+                        actor.call("hold", digest=BASE_DIGEST)
                 at_once = {r: InlineWorker(r, f"benchmarks.scale:Paced{r.capitalize()}", {}) for r in STUBS}
                 shared = at_once | {role: TellsDigests(role, actors.__getitem__, n)}
                 run = stub_run(job, root / "runs" / f"{role}{n}", root, Clock(), *(shared[r] for r in STUBS))
