@@ -6,7 +6,7 @@ JOB ?= jobs/quickstart.yaml
 PORT ?= 8000
 export VENV
 
-.PHONY: help setup quickstart test test-all lint format bench bench-judge bench-audit bench-derived bench-probes bench-monitors bench-change bench-forgetting bench-staleness gpu-check judge-server data-llmbar data-pandalm clean
+.PHONY: help setup quickstart test test-all lint format bench bench-judge bench-audit bench-derived bench-probes bench-monitors bench-change bench-forgetting bench-staleness bench-scale gpu-check judge-server data-llmbar data-pandalm clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ bench-forgetting: $(STAMP) ## what holds forgetting down, four variants of a job
 
 bench-staleness: $(STAMP) ## what it costs in learning to sample from an older policy; hours (docs/scale.md)
 	@$(BIN)/python -m benchmarks.variants staleness $(ARGS)
+
+bench-scale: $(STAMP) ## what streams, overlap and replicas bring, and what the loop itself costs; half an hour (docs/scale.md)
+	@$(BIN)/python -m benchmarks.scale $(ARGS)
 
 gpu-check: $(STAMP) ## do learner, judge and hand-over compute on a GPU what they compute on the CPU? (no network)
 	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +41,9 @@ from rlaif.simulation import Setup, read_cluster, work_of
 from rlaif.simulation.simulate import simulate
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.weights import WeightsRef
+from rlaif.workers.worker import Worker
 from tests.judging.fault_server import _QUOTE as QUOTE
-from tests.stubs import BASE_DIGEST, StubLearner, StubSampler, fraction, stub_prompts, write_texts
+from tests.stubs import BASE_DIGEST, StubLearner, StubSampler, fraction, stub_prompts, write_base, write_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 SPREAD = 1.5
@@ -126,27 +128,37 @@ class WaitingLearner(StubLearner):
 def waiting_run(job: Job, path: Path, root: Path, clock: Clock, latency_s: float) -> None:
     """Runs a job with workers that wait; only its judge is asked for real."""
 
-    def worker(name: str, factory: str, **kwargs: Any) -> InlineWorker:
-        return InlineWorker(name, factory, kwargs)
+    def waiting(role: str) -> InlineWorker:
+        return InlineWorker(role, f"benchmarks.simulation:Waiting{role.capitalize()}", {"latency_s": latency_s})
 
+    judge = InlineWorker("judge", "rlaif.judging.chat:make", {"settings": job.judge, "spent": None})
+    stub_run(job, path, root, clock, waiting("sampler"), judge, waiting("learner"))
+
+
+def stub_run(
+    job: Job, path: Path, root: Path, clock: Clock, sampler: Worker, judge: Worker, learner: Worker, prompts: int = 400
+) -> RunDir:
+    """Runs a job in a new directory with these workers: the loop and its log are as always."""
     run = RunDir(path)
     path.mkdir(parents=True)
     write_json(path / "run.json", {"schema_version": 2, "job": job.model_dump(mode="json")})
+    write_base(root)
     Loop(
         job,
         run,
         InForce(job, run, root, clock.note),
-        stub_prompts(400, "train"),
+        stub_prompts(prompts, "train"),
         stub_prompts(16, "held"),
         WeightsRef(digest=BASE_DIGEST, path=root / "base"),
         judge_name="benchmark",
-        sampler=worker("sampler", "benchmarks.simulation:WaitingSampler", latency_s=latency_s),
-        judge=worker("judge", "rlaif.judging.chat:make", settings=job.judge, spent=None),
-        measurer=worker("measurer", "tests.stubs:StubJudge"),
-        learner=worker("learner", "benchmarks.simulation:WaitingLearner", latency_s=latency_s),
+        sampler=sampler,
+        judge=judge,
+        measurer=InlineWorker("measurer", "tests.stubs:StubJudge", {}),
+        learner=learner,
         progress=clock,
         stream=job.pipeline.stream is True,
     ).run()
+    return run
 
 
 class Outcome(NamedTuple):
@@ -163,7 +175,7 @@ class Outcome(NamedTuple):
 
 
 class Clock:
-    """Notes when the first iteration began to sample, and when each ended."""
+    """A progress that notes when the first iteration began to sample, and when each ended."""
 
     def __init__(self) -> None:
         self.began = 0.0
@@ -188,6 +200,20 @@ class Clock:
     def iteration_s(self) -> float:
         """Seconds an iteration took on average."""
         return (self.ends[-1] - self.began) / len(self.ends)
+
+
+@contextmanager
+def judge_server(latency_s: float) -> Iterator[str]:
+    """The address of a judge in a process of its own, whose replies take a while: this in the median, log-normal."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    server = spawn.Process(target=serve, args=(there, latency_s), daemon=True)
+    server.start()
+    try:
+        yield f"http://127.0.0.1:{here.recv()}/v1"
+    finally:
+        server.terminate()
+        server.join()
 
 
 def serve(port: Connection, latency_s: float) -> None:
@@ -316,19 +342,9 @@ def main() -> None:
     parser.add_argument("--anew", action="store_true", help="measure before each prediction: a load that changes")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    server = spawn.Process(target=serve, args=(there, given.latency), daemon=True)
-    server.start()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            root = (given.runs or Path(folder)).resolve()
-            url = f"http://127.0.0.1:{here.recv()}/v1"
-            outcomes = compare(root, url, given)
-            os.chdir(ROOT)
-    finally:
-        server.terminate()
-        server.join()
+    with judge_server(given.latency) as url, tempfile.TemporaryDirectory() as folder:
+        outcomes = compare((given.runs or Path(folder)).resolve(), url, given)
+        os.chdir(ROOT)
     if given.json:
         print(json.dumps([{**o._asdict(), "error": o.error} for o in outcomes], indent=1))
     else:

@@ -76,7 +76,16 @@ RowSource = Literal["judge", "replay", "human", "data"]
 
 def digest(value: Any, digits: int = 16) -> str:
     """sha256 (hex, first digits) of a value's canonical JSON: the identity of plans, ballots and texts."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return digest_of_text(canonical(value), digits)
+
+
+def canonical(value: Any) -> str:
+    """A value's canonical JSON."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def digest_of_text(text: str, digits: int = 16) -> str:
+    """The same of a text that is canonical JSON already."""
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
@@ -344,6 +353,12 @@ class Ballot(Record):
     def voice_key(self) -> VoiceKey:
         """The voice, whatever the pair and the order."""
         return VoiceKey(self.judge, self.voice, self.principles, self.sample_index)
+
+    @property
+    def question(self) -> tuple[object, ...]:
+        """All but the pair: equal for the ballots of two pairs that ask the same."""
+        b = self
+        return *self.voice_key, b.guard, b.order, b.seed, b.constitution, b.template, b.parameters
 
 
 class Usage(Record):

@@ -88,7 +88,7 @@ def test_each_chunk_is_durable_before_the_next_is_asked_for(tmp_path: Path) -> N
     assert not (tmp_path / "scores.jsonl.partial").exists()
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"completion_id": "c2", "pro', b"\xff"])
+@pytest.mark.parametrize("torn", [b"", b'{"completion_id": "c2", "pro', b"\xff", b"x" * (store.READ_BACK * 2)])
 def test_a_torn_last_line_is_owed_again(tmp_path: Path, torn: bytes) -> None:
     partial = tmp_path / "scores.jsonl.partial"
     partial.write_bytes(score(1).model_dump_json().encode() + b"\n" + torn)

@@ -292,7 +292,9 @@ def all_values() -> dict[str, float | str]:
 
 def test_calls_tokens_and_money() -> None:
     values = all_values()
-    assert (values["pipeline/judge_calls"], values["pipeline/judge_tokens"]) == (2, 1000)
+    counted = METRICS["judge_calls"], METRICS["judge_tokens"]
+    assert (values["pipeline/judge_calls"], values["pipeline/judge_tokens"]) == counted
+    assert (values["pipeline/held_out/judge_calls"], values["pipeline/held_out/judge_tokens"]) == (2, 1000)
     assert values["pipeline/judge_money"] == pytest.approx((900 * 1 + 100 * 10) / 1e6)
     assert values["pipeline/held_out/judge_money"] == pytest.approx((900 * 1 + 100 * 10) / 1e6)
 

@@ -33,8 +33,12 @@ def answer_stats(completions: Sequence[Completion]) -> AnswerStats:
 def distinct_n(texts: Iterable[str], n: int) -> float | None:
     """Different runs of n words over all of them, letter case aside; None without one (Li et al. 2016,
     arXiv 1510.03055)."""
-    grams = [gram for text in texts for gram in _grams(words_of(text.lower()), n)]
-    return share(len(set(grams)), len(grams))
+    different, every = set[tuple[str, ...]](), 0
+    for text in texts:
+        grams = list(_grams(words_of(text.lower()), n))
+        different.update(grams)
+        every += len(grams)
+    return share(len(different), every)
 
 
 def repeated_line_share(texts: Iterable[str]) -> float | None:

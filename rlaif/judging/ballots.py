@@ -9,7 +9,8 @@ principles. Early stop: its ballots in rounds, and when a pair needs no more of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from json.encoder import encode_basestring as json_string
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -19,7 +20,18 @@ from rlaif.constitutions.templates import Template, asks_by_principle
 from rlaif.errors import UserError
 from rlaif.judging import filters as rules
 from rlaif.judging.verdicts import aggregate
-from rlaif.records import Ballot, Order, Outcome, Pair, Side, VoiceKey, Vote, digest
+from rlaif.records import (
+    Ballot,
+    Order,
+    Outcome,
+    Pair,
+    Side,
+    VoiceKey,
+    Vote,
+    canonical,
+    digest,
+    digest_of_text,
+)
 
 Role = Literal["decide", "evaluate"]
 
@@ -85,14 +97,22 @@ def ballots_of(pairs: Iterable[Pair], voices: Sequence[Mapping[str, Any]], order
     An id is the digest of everything that could change the answer, so a vote is found again iff the question is the
     same.
     """
+    asked = [{**voice, "order": order} for voice in voices for order in orders]
+    identities = [_identity_of(question) for question in asked]
     for pair in pairs:
-        for voice in voices:
-            if voice["voice"] in pair.selected_by:
-                continue
-            for order in orders:
-                content = {**voice, "pair_id": pair.id, "order": order}
-                identity = digest({**content, "first": pair.first, "second": pair.second})
-                yield Ballot.model_validate({"id": identity, **content})
+        ids = pair.first, pair.id, pair.second
+        for question, identity in zip(asked, identities, strict=True):
+            if question["voice"] not in pair.selected_by:
+                yield Ballot.model_validate({"id": identity(*ids), "pair_id": pair.id, **question})
+
+
+def _identity_of(question: Mapping[str, Any]) -> Callable[[str, str, str], str]:
+    """The `digest` of a question together with a pair's first completion, its id and its second completion: all but
+    these is made into JSON once."""
+    names = ("first", "pair_id", "second")  # in the order of sorted keys
+    texts = {name: canonical(value).replace("%", "%%") for name, value in question.items()} | dict.fromkeys(names, "%s")
+    form = "{" + ",".join(f"{canonical(name)}:{texts[name]}" for name in sorted(texts)) + "}"
+    return lambda first, pair_id, second: digest_of_text(form % tuple(map(json_string, (first, pair_id, second))))
 
 
 def likelihood_parameters(settings: LikelihoodSettings) -> str:

@@ -479,12 +479,13 @@ def judged_stats(
     agreements = [d.verdict.agreement for _, d in decided if d.verdict.agreement is not None]
     sides = [i for pair, _ in decided for i in (pair.first, pair.second)]
     known = [end for i in sides if (end := ends.get(i)) is not None]
+    words = {i: count_words(texts[i]) for i in set(sides)}  # most are sides of several pairs
     return JudgedStats(
         pairs=len(decided),
         kept=sum(d.status == "kept" for _, d in decided) if kept is None else kept,
         mean_agreement=fmean(agreements) if agreements else None,
         agreement_sd=pstdev(agreements) if agreements else None,
-        mean_words=fmean(count_words(texts[i]) for i in sides),
+        mean_words=fmean(words[i] for i in sides),
         answers=len(known),
         cut_off=known.count("length"),
         one_cut_off=sum({ends.get(p.first), ends.get(p.second)} == {"stop", "length"} for p, _ in decided),

@@ -33,6 +33,7 @@ from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
 from rlaif.judging.ballots import juror_names, request_parameters
 from rlaif.judging.cache import ReplyCache, reply_key
 from rlaif.judging.candidates import Candidate, MoreBallots
+from rlaif.judging.kinds import MOST_EXCUSED
 from rlaif.judging.outcomes import said_in_reply
 from rlaif.judging.parsing import Reply
 from rlaif.judging.servers import Address, Pace, server_name
@@ -456,6 +457,8 @@ class _Casting:
             if streak.standing.answers:  # they are votes, as a single one would be
                 self.ready += streak.held
                 streak.held, streak.excused = [], 0
+            if streak.excused >= MOST_EXCUSED:
+                self._give_up(self._unavailable(streak))
         elif streak.held and self._too_many(streak):
             self._give_up(self._unavailable(streak))
 

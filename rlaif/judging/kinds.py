@@ -46,6 +46,9 @@ Place = tuple[VoiceKey, str]
 Factory = tuple[str, dict[str, Any]]
 """`"module:callable"` and its arguments: what a worker is built from."""
 
+MOST_EXCUSED = 256
+"""Ballots that a server may reject, for what they ask, before it has answered a first one: until then they are held
+back."""
 _SCORES_ARE_ROUNDED = 1.1e-4
 """Of a difference of two recorded scores, in nats: each has four decimals."""
 
@@ -68,6 +71,9 @@ class JudgeKind(Generic[S]):
     """Each of its ballots is about one principle: votes under a text are votes under each part of it."""
     under_way = 1
     """Ballots that can be with it at once."""
+    open_pairs = 1
+    """Pairs that it is asked about at once, where it is `fed`: so many that it never waits for a ballot, whatever votes
+    it holds back."""
     shows_slots = True
     """Its ballots show two answers, one before the other: the order could sway it."""
     early_stop = False
@@ -142,7 +148,8 @@ class JudgeKind(Generic[S]):
         name: str = "",
         templates: Sequence[Template] = (),
     ) -> list[Ballot]:
-        """What it is asked about pairs, pair by pair. `name` is that of a judge without a server (`name`), `templates`
+        """What it is asked about pairs, pair by pair: the same about each, except that a voice which selected a pair
+        isn't asked about it. `name` is that of a judge without a server (`name`), `templates`
         are those of the role.
 
         Raises:
@@ -358,6 +365,11 @@ class ChatKind(JudgeKind[ChatSettings]):
     @property
     def local_model(self) -> str | None:  # type: ignore[override]
         return self.serve.model if self.serve else None
+
+    @property
+    def open_pairs(self) -> int:  # type: ignore[override]
+        held_back = 2 * self.settings.breaker_failures + MOST_EXCUSED
+        return 4 * self.under_way + held_back * len(self.settings.jurors)
 
     @property
     def early_stop(self) -> bool:  # type: ignore[override]

@@ -13,10 +13,11 @@ apart: they veto, they don't elect; one that was asked and has no valid vote is 
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rlaif.intervals import share
 from rlaif.records import Order, Outcome, Record, Side, Verdict, VoiceKey, Vote
@@ -136,7 +137,21 @@ def flips(votes: Iterable[Vote]) -> bool:
     return len({order for order, _ in answers}) == 2 and len({outcome for _, outcome in answers}) > 1
 
 
-def fit_jurors(votes: Sequence[Vote]) -> JurorFit:
+class _Named(NamedTuple):
+    """What of a vote a fit looks at: there may be millions."""
+
+    pair_id: str
+    juror: str
+    order: Order
+    outcome: Outcome
+
+    @classmethod
+    def of(cls, vote: Vote) -> _Named:
+        b = vote.ballot
+        return cls(sys.intern(b.pair_id), sys.intern(b.judge), b.order, vote.outcome)
+
+
+def fit_jurors(votes: Iterable[Vote]) -> JurorFit:
     """Weights of the jurors by Dawid-Skene (1979), fitted without labels over the votes on all pairs.
 
     A juror is fitted in each order by itself, so that naming a slot shows as what it is: the same answer whatever
@@ -147,10 +162,15 @@ def fit_jurors(votes: Sequence[Vote]) -> JurorFit:
     believed than are clearly contrary: the fit then rests on one of two camps, and either could be the contrary
     one.
     """
-    jurors = sorted({v.ballot.judge for v in votes if not v.ballot.guard})
-    named = [v for v in votes if not v.ballot.guard and v.outcome in ("first", "second")]
-    pairs = len({v.ballot.pair_id for v in named})
-    if len({v.ballot.judge for v in named}) < _LEAST_JURORS or pairs < LEAST_FIT:
+    asked, named = set[str](), list[_Named]()
+    for v in votes:
+        if not v.ballot.guard:
+            asked.add(v.ballot.judge)
+            if v.outcome in ("first", "second"):
+                named.append(_Named.of(v))
+    jurors = sorted(asked)
+    pairs = len({v.pair_id for v in named})
+    if len({v.juror for v in named}) < _LEAST_JURORS or pairs < LEAST_FIT:
         return JurorFit(fitted=False, pairs=pairs, weights=dict.fromkeys(jurors, 1.0))
     confusions = _dawid_skene(named)
     mean = _informedness(confusions)
@@ -186,31 +206,34 @@ def learn_jurors(votes: Sequence[Vote], labels: Mapping[str, Side]) -> JurorFit:
 
 def juror_verdicts(votes: Sequence[Vote]) -> dict[str, dict[str, Outcome]]:
     """Juror → pair → the outcome of its own votes alone."""
-    of_juror: dict[str, list[Vote]] = defaultdict(list)
-    for vote in votes:
-        if not vote.ballot.guard:
-            of_juror[vote.ballot.judge].append(vote)
     return {
         juror: {pair: aggregate(cast).outcome for pair, cast in by_pair(mine).items()}
-        for juror, mine in of_juror.items()
+        for juror, mine in by_juror(votes).items()
     }
 
 
-def jurors_for(method: Method, votes: Sequence[Vote], calibrated: JurorFit | None = None) -> JurorFit | None:
+def by_juror(votes: Iterable[Vote]) -> dict[str, list[Vote]]:
+    """Votes by who cast them, in order of first appearance; those of guards left out."""
+    out: dict[str, list[Vote]] = {}
+    for vote in votes:
+        if not vote.ballot.guard:
+            out.setdefault(vote.ballot.judge, []).append(vote)
+    return out
+
+
+def jurors_for(method: Method, votes: Iterable[Vote], calibrated: JurorFit | None = None) -> JurorFit | None:
     """The juror weights that a way of adding up asks for: those that were calibrated, or a fit over these votes."""
     if method != "dawid_skene":
         return None
     return calibrated or fit_jurors(votes)
 
 
-def _dawid_skene(named: Sequence[Vote]) -> list[Confusion]:
+def _dawid_skene(named: Sequence[_Named]) -> list[Confusion]:
     import pandas as pd
     from crowdkit.aggregation import DawidSkene
 
-    workers = [f"{v.ballot.order} {v.ballot.judge}" for v in named]
-    table = pd.DataFrame(
-        {"task": [v.ballot.pair_id for v in named], "worker": workers, "label": [v.outcome for v in named]}
-    )
+    workers = [f"{v.order} {v.juror}" for v in named]
+    table = pd.DataFrame({"task": [v.pair_id for v in named], "worker": workers, "label": [v.outcome for v in named]})
     likely = DawidSkene(n_iter=100).fit_predict_proba(table).reindex(columns=["first", "second"], fill_value=0.0)
     truth = likely.loc[table["task"]].to_numpy()  # [votes, 2]
     out = []

@@ -44,7 +44,7 @@ def preferences_of(
         chosen, rejected = by_id[pair.first], by_id[pair.second]
         p_first = decision.verdict.p_first
         rows.append(
-            Preference(
+            Preference.model_construct(  # of what is valid already: a check would copy token ids, for each pair anew
                 pair_id=pair.id,
                 iteration=k,
                 source="judge" if decision.source == "votes" else "data",

@@ -7,6 +7,7 @@ made anew from the log where it is lost, torn, or behind. No head covers it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 from rlaif.errors import RlaifError
 from rlaif.records import Decision, PolicyVersion, Preference, Record, RowSource
@@ -59,13 +60,14 @@ def update_index(run: RunDir, k: int) -> None:
         return
     anew = covers < 0 or covers != k - 1
     try:
-        rows = [row for i in range(0 if anew else k, k + 1) for row in _rows_of(run, i)]
+        rows = (row for i in range(0 if anew else k, k + 1) for row in _rows_of(run, i))
+        lines = [row.model_dump_json().encode() + b"\n" for row in rows]
     except (RlaifError, FileNotFoundError):
         return
     make_folder(run.path / FOLDER)
     path = run.path / FOLDER / FILE
     with disk_errors(path), path.open("wb" if anew else "ab") as f:
-        f.write(b"".join(row.model_dump_json().encode() + b"\n" for row in rows))
+        f.writelines(lines)
         f.flush()
         os.fsync(f.fileno())
     write_json(path.with_name(STATE), {"through": k, "size": path.stat().st_size})
@@ -86,25 +88,25 @@ def _newest_mix(run: RunDir) -> int:
     return max((k for k in run.iterations() if run.iteration(k).is_complete("preferences")), default=-1)
 
 
-def _rows_of(run: RunDir, k: int) -> list[IndexRow]:
+def _rows_of(run: RunDir, k: int) -> Iterator[IndexRow]:
     """What iteration k had fresh in its mix."""
-    fresh = [row for row in run.iteration(k).read("preferences", Preference) if row.source != "replay"]
+    policies: dict[int, PolicyVersion] = {}
     votes: dict[str, int] = {}
-    for i in {row.iteration for row in fresh}:
-        votes |= {d.pair_id: d.verdict.valid_votes for d in run.iteration(i).read("decisions", Decision)}
-    policies = {i: run.plan(i).policy for i in {row.iteration for row in fresh}}
-    return [
-        IndexRow(
+    for row in run.iteration(k).each("preferences", Preference):
+        if row.source == "replay":
+            continue
+        if (i := row.iteration) not in policies:
+            policies[i] = run.plan(i).policy
+            votes |= {d.pair_id: d.verdict.valid_votes for d in run.iteration(i).each("decisions", Decision)}
+        yield IndexRow(
             pair_id=row.pair_id,
-            iteration=row.iteration,
+            iteration=i,
             mixed_in=k,
             source=row.source,
             constitution=row.constitution,
-            policy=policies[row.iteration],
+            policy=policies[i],
             votes=votes[row.pair_id],
             prompt_id=row.prompt_id,
             chosen_id=row.chosen_id,
             rejected_id=row.rejected_id,
         )
-        for row in fresh
-    ]

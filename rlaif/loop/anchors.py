@@ -12,7 +12,7 @@ from typing import NamedTuple
 from rlaif.config import Job
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import aggregate, by_pair
-from rlaif.loop.judging import templates_for, to_cast
+from rlaif.loop.asking import templates_for, to_cast
 from rlaif.loop.running import Iteration, Running, candidates
 from rlaif.records import AnchorCounts, Completion, Pair, Plan, Vote
 

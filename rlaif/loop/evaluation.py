@@ -101,7 +101,7 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
     )
     write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
     earlier = here.read("earlier_votes", Vote) if here.is_complete("earlier_votes") else []
-    values = tracking.of_evaluation(metrics, it.votes + earlier, run.job.judge, run.text_number(it.k))
+    values = tracking.of_evaluation(metrics, [*it.votes, *earlier], run.job.judge, run.text_number(it.k))
     run.track(max(updates - 1, 0), updates, values)
     return metrics
 

@@ -509,7 +509,7 @@ def calibration_of(
 def _votes(run: RunDir, names: Sequence[str]) -> Iterator[Vote]:
     """Of this run's earlier processes, the rows of some stages."""
     folders = [*map(run.iteration, run.iterations()), *map(run.evaluation, run.evaluations())]
-    return (vote for here in folders for name in names for vote in here.durable(name, Vote))
+    return (vote for here in folders for name in names for vote in here.each(name, Vote))
 
 
 def _begun(run: RunDir) -> bool:

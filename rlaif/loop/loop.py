@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+from itertools import chain
 
 from rlaif import monitors
 from rlaif.data.prompts import prompts_for
@@ -171,6 +172,8 @@ class Loop(Running):
 
     def _end(self, it: Iteration) -> None:
         """The iteration in numbers, its alarms, its head."""
+        jurors_file = it.dir.path / "jurors.json"
+        fit = read_record(jurors_file, JurorFit) if jurors_file.exists() else None
         ends, texts = {c.id: c.finish_reason for c in it.completions}, {c.id: c.text for c in it.completions}
         more_votes = [vote for stage in MORE_VOTES for vote in it.dir.durable(stage, Vote)]  # none in most iterations
         metrics = monitors.iteration_metrics(
@@ -183,7 +186,7 @@ class Loop(Running):
             it.steps,
             ballots=it.dir.meta("votes").get("ballots", len(it.votes)),
             seconds={stage: it.dir.meta(stage)["seconds"] for stage in ITERATION_NAMES if it.dir.is_complete(stage)},
-            jurors=self._tell_jurors(it),
+            jurors=fit,
             judged=judged_stats(
                 [(p, d) for p, d in zip(it.pairs, it.decisions, strict=True) if d.source == "votes"], texts, ends
             ),
@@ -196,14 +199,15 @@ class Loop(Running):
             wall_s=round(time.monotonic() - self._since, 3),
             streamed_votes=it.dir.meta("completions").get("votes"),
         )
+        self._tell_jurors(it.k, fit, metrics.juror_agreement)
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(metrics)
         for alarm in alarms:
             self.raise_alarm(alarm)
         self.hand_over.prune(it.k)
         write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
-        votes = [*it.votes, *more_votes]
-        told = tracking.of_iteration(metrics, votes, self.job.judge, self.text_number(it.k), self.dir.events())
+        votes, number = chain(it.votes, more_votes), self.text_number(it.k)
+        told = tracking.of_iteration(metrics, votes, self.job.judge, number, self.dir.events())
         self.track(it.k, it.k + 1, told)
         head = write_head(self.dir)
         self.progress.iteration_done(it.k, metrics)
@@ -223,13 +227,10 @@ class Loop(Running):
         # Its own alarms were told when it ended.
         self._pause_at(k, [alarm for alarm in self._alarms(ended) if self.raise_alarm(alarm)])
 
-    def _tell_jurors(self, it: Iteration) -> JurorFit | None:
-        """Notes what a jury's weights are and how its jurors agree; the weights, where it has such."""
-        path = it.dir.path / "jurors.json"
-        fit = read_record(path, JurorFit) if path.exists() else None
-        agreement = monitors.juror_agreement(it.votes, it.decisions)
+    def _tell_jurors(self, k: int, fit: JurorFit | None, agreement: dict[str, float | None]) -> None:
+        """Notes what a jury's weights are, where it has such, and how its jurors agree."""
         if fit is None and not agreement:
-            return None
+            return
         said = []
         for juror in sorted({*agreement, *(fit.weights if fit else ())}):
             weight = f"weight {fit.weights.get(juror, 1.0):.2f}, " if fit else ""
@@ -239,8 +240,7 @@ class Loop(Running):
         if fit is not None and not fit.fitted:
             message += f"; no weights were fitted on {fit.pairs} pairs"
         data = {"weights": fit.weights if fit else {}, "fitted": bool(fit and fit.fitted), "agreement": agreement}
-        self.tell_once("jurors", message, it.k, **data)
-        return fit
+        self.tell_once("jurors", message, k, **data)
 
     def _alarms(self, metrics: IterationMetrics) -> list[Alarm]:
         """The alarms of an iteration, told or not."""

@@ -15,7 +15,8 @@ from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, aggregate, by_pair
 from rlaif.learning.old_pairs import PairLog, held_against, shows_of, standing_by
 from rlaif.learning.replay_set import UNDER_IT, UNKNOWN, Member, members
-from rlaif.loop.judging import Deciding, ballots_for, tell_interrupted, templates_for, to_cast
+from rlaif.loop.asking import ballots_for, templates_for, to_cast
+from rlaif.loop.judging import Deciding, tell_interrupted
 from rlaif.loop.running import Interrupted, Iteration, Running, candidates
 from rlaif.records import Ballot, OldPair, OnChange, Pair, Preference, Side, Standing, Vote
 from rlaif.rundir.store import read_record

@@ -11,7 +11,7 @@ from rlaif.judging.ballots import Role
 from rlaif.judging.filters import decide_votes
 from rlaif.judging.kinds import JudgeKind
 from rlaif.judging.verdicts import by_pair
-from rlaif.loop.judging import to_cast
+from rlaif.loop.asking import to_cast
 from rlaif.loop.running import Iteration, Referee, Running, candidates
 from rlaif.records import Ballot, Decision, Vote
 

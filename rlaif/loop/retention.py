@@ -7,10 +7,12 @@ from functools import partial
 
 from rlaif import evaluation
 from rlaif.data.prompts import with_system
+from rlaif.errors import RlaifError
 from rlaif.evaluation.held_out import earlier_text
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import by_pair, jurors_for
-from rlaif.loop.judging import Deciding, as_cast, ballots_for, tell_interrupted, templates_for, to_cast
+from rlaif.loop.asking import ballots_for, templates_for, to_cast
+from rlaif.loop.judging import Deciding, tell_interrupted
 from rlaif.loop.running import Interrupted, Iteration, Running, candidates
 from rlaif.loop.sampling import answers
 from rlaif.records import (
@@ -166,9 +168,11 @@ def _votes(run: Running, it: Iteration, its: list[Iteration]) -> list[Vote]:
             piece = to_cast(owed, pairs=under.pairs, candidates=sides, constitution=under.constitution, **asked)
             yield from run.advancing(run.judge.spread("cast", [piece]))
 
-    votes = it.rows("earlier_votes", cast, before_commit=lambda: {"ballots": len(ballots)})
+    votes = {v.ballot.id: v for v in it.rows("earlier_votes", cast, before_commit=lambda: {"ballots": len(ballots)})}
     journal.unlink(missing_ok=True)
-    return as_cast(votes, ballots, complete=True)
+    if missing := [b.id for b in ballots if b.id not in votes]:
+        raise RlaifError(f"the judge left {len(missing)} of {len(ballots)} ballots unanswered, first {missing[0]}")
+    return [votes[b.id] for b in ballots]
 
 
 def earlier_plans(run: Running, plan: Plan) -> list[Plan]:

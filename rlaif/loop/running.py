@@ -39,7 +39,8 @@ from rlaif.records import (
     Vote,
 )
 from rlaif.rundir.stages import EVALUATION, ITERATION, Stage
-from rlaif.rundir.store import RunDir, StageDir, StageWriter, WriterClosed
+from rlaif.rundir.store import Held, RunDir, StageDir, StageWriter, WriterClosed
+from rlaif.rundir.votes import Rank, Votes, VotesByPair
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
 
@@ -64,9 +65,12 @@ class Interrupted(NamedTuple):
     @classmethod
     def found(cls, done: Iterable[Vote], journal: Path) -> Interrupted:
         """As it is on the disk, before anything is asked; `done` are the durable votes."""
-        have = {v.ballot.id for v in done}
         asked = set(journal.read_text().split()) if journal.exists() else set()
-        return cls(len(have), asked - have)
+        durable = 0
+        for vote in done:
+            durable += 1
+            asked.discard(vote.ballot.id)
+        return cls(durable, asked)
 
 
 @dataclass
@@ -85,7 +89,8 @@ class Iteration:
     """By prompt, then by sample; an evaluation's are followed by the base policy's."""
     scores: list[Score] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
-    votes: list[Vote] = field(default_factory=list)
+    votes: Votes = field(default_factory=Votes)
+    """On its pairs; they stay on the disk."""
     labels: dict[str, Side] = field(default_factory=dict)
     """Of pairs that a data set labelled, and nobody voted on: by pair."""
     decisions: list[Decision] = field(default_factory=list)
@@ -127,22 +132,52 @@ class Iteration:
         before_commit: Callable[[], dict[str, Any]] | None = None,
     ) -> list[Any]:
         """The stage's rows: read when complete, else produced; see `StageDir.rows`."""
-        stages = {s.name: s for s in self._stages}
-        of = stages[stage]
-        inputs = [name for name in of.inputs if not stages[name].optional or self.dir.is_complete(name)]
+        record = self._stage(stage).record
         if self.dir.is_complete(stage):
-            return self.dir.read(stage, of.record)
-        writer = self.begun.get(stage) or self.begin(stage)
-        return self.dir.rows(stage, of.record, produce, inputs=inputs, before_commit=before_commit, writer=writer)
+            return self.dir.read(stage, record)
+        writer, inputs = self.begun.get(stage) or self.begin(stage), self._inputs(stage)
+        return self.dir.rows(stage, record, produce, inputs=inputs, before_commit=before_commit, writer=writer)
 
-    def begin(self, stage: str) -> StageWriter[Any]:
-        """Begins a stage, perhaps before its turn; `rows` goes on with it."""
-        of = next(s for s in self._stages if s.name == stage)
+    def cast(
+        self,
+        rank: Rank | None,
+        produce: Callable[[VotesByPair], Iterable[list[Vote]]],
+        before_commit: Callable[[], dict[str, Any]],
+    ) -> Votes:
+        """The votes on its pairs, ordered by `rank`; what isn't there is produced, as by `rows`."""
+        if self.dir.is_complete("votes"):
+            held = self._votes_by_pair(rank)
+            self.dir.note_each("votes", Vote, held)
+        else:
+            writer = self.begun.get("votes") or self.begin_votes(rank)
+            held = writer.held
+            writer.fill(lambda: produce(held), self._inputs("votes"), before_commit)
+        return Votes(held, [p.id for p in self.pairs])
+
+    def begin(self, stage: str, held: Held[Any] | None = None) -> StageWriter[Any]:
+        """Begins a stage, perhaps before its turn; `rows` goes on with it, or `cast` with votes. `held` as in
+        `StageDir.writer`."""
+        of = self._stage(stage)
         with self._lock:
             if self.stopped:
                 raise WriterClosed(stage)
-            self.begun[stage] = self.dir.writer(of.name, of.record, resumable=self._resumable(of))
+            self.begun[stage] = self.dir.writer(of.name, of.record, resumable=self._resumable(of), held=held)
             return self.begun[stage]
+
+    def begin_votes(self, rank: Rank | None) -> StageWriter[Vote]:
+        """Begins the stage of the votes, which `cast` goes on with."""
+        return self.begin("votes", self._votes_by_pair(rank))
+
+    def _stage(self, name: str) -> Stage:
+        return next(s for s in self._stages if s.name == name)
+
+    def _inputs(self, stage: str) -> list[str]:
+        """Stages that its rows are made from; of those that only some iterations have, the ones that are there."""
+        found = self._stage(stage).inputs
+        return [name for name in found if not self._stage(name).optional or self.dir.is_complete(name)]
+
+    def _votes_by_pair(self, rank: Rank | None) -> VotesByPair:
+        return VotesByPair(lambda: self.dir.file("votes"), rank)
 
     def stop(self) -> None:
         """From now on no thread writes more of it; one that tries ends with `WriterClosed`."""

@@ -56,8 +56,8 @@ def take_over(run: Running, it: Iteration, source: PairSource) -> None:
         it.votes = judge(run, it)
         return
     it.labels = source.labels(it)
-    it.votes = it.rows(
-        "votes",
-        lambda done: [taken().votes[len(done) :]],
+    it.votes = it.cast(
+        None,
+        lambda cast: [taken().votes[len(cast) :]],
         before_commit=lambda: {"ballots": len(taken().votes)},
     )

@@ -18,14 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 from rlaif.config import Job
-from rlaif.judging.ballots import rounds, settled
-from rlaif.judging.candidates import MoreBallots
 from rlaif.judging.kinds import kind_of
-from rlaif.loop.judging import Asking, Scoring, paired, pieces
-from rlaif.loop.running import Interrupted, Iteration, Running, candidates
+from rlaif.loop.asking import Asking, pieces
+from rlaif.loop.feeding import Feeding
+from rlaif.loop.judging import Scoring, paired
+from rlaif.loop.running import Interrupted, Iteration, Running
 from rlaif.loop.sampling import Told, sample
-from rlaif.records import Ballot, Completion, Pair, Vote
-from rlaif.workers.feed import Feed
+from rlaif.records import Completion, Vote
 from rlaif.workers.placement import Placed, apart
 
 LAST_CHUNK_S = 5.0
@@ -47,9 +46,10 @@ def sample_and_judge(run: Running, it: Iteration) -> None:
     if it.dir.is_complete("completions"):
         return
     asking = Asking(run, it)
-    for stage in ("completions", "scores", "votes"):
-        it.begin(stage)
-    it.interrupted = Interrupted.found(it.begun["votes"].rows, asking.journal)
+    it.begin("completions")
+    it.begin("scores")
+    it.begin_votes(asking.rank)
+    it.interrupted = Interrupted.found(it.dir.each("votes", Vote), asking.journal)
     (_feed if asking.kind.fed else _ask_in_pieces)(run, it, asking)
 
 
@@ -57,8 +57,7 @@ def _ask_in_pieces(run: Running, it: Iteration, asking: Asking) -> None:
     """Scores, pairs and asks about one piece after the other, as many at a time as there are judges, until sampling has
     ended."""
     scores, votes = it.begun["scores"], it.begun["votes"]
-    groups, scoring = _Groups(it, run.job.sampling.completions_per_prompt), Scoring(run, it, scores.rows)
-    have = {v.ballot.id for v in votes.rows}
+    groups, scoring = _Groups(it, run.job.sampling.completions_per_prompt), Scoring(run, it, scores.held)
 
     def ask(ids: Sequence[str]) -> None:
         if (completions := groups.wait_for(ids)) is None:
@@ -66,7 +65,7 @@ def _ask_in_pieces(run: Running, it: Iteration, asking: Asking) -> None:
         for scored in scoring.scores([completions]):
             scores.add(scored)
         pairs = paired(run, it, completions, scoring.of(completions))
-        owed = [b for b in asking.ballots(pairs) if b.id not in have]
+        owed = asking.owed(pairs, votes.held)
         for chunk in run.judge.spread("cast", [asking.piece(owed, pairs, completions)]):
             votes.add(chunk)
 
@@ -81,14 +80,28 @@ def _ask_in_pieces(run: Running, it: Iteration, asking: Asking) -> None:
 
 
 def _feed(run: Running, it: Iteration, asking: Asking) -> None:
-    """Feeds one call with the ballots about each prompt as soon as its completions are there."""
-    feed, votes = Feed(), it.begun["votes"]
-    open_pairs = _OpenPairs(run, it, asking, feed, votes.rows)
-    groups = _Groups(it, run.job.sampling.completions_per_prompt, open_pairs.add)
-    with _Sampling(run, it, groups.add, open_pairs.end):
-        for chunk in run.judge.stream("cast", feed=feed, ballots=(), pairs=(), candidates=(), **asking.how):
+    """Feeds the judge with each prompt's pairs as soon as its completions are there."""
+    votes = it.begun["votes"]
+    feeding = Feeding(run, it, asking, votes.held)
+    sampled = threading.Event()
+
+    def add(group: list[Completion]) -> None:
+        feeding.add(paired(run, it, group, ()), group)
+
+    def end() -> None:
+        if it.dir.is_complete("completions"):
+            feeding.end()
+        else:
+            feeding.give_up()
+        if left := feeding.left():
+            run.progress.stage(it.k, "judge", left, "votes", str(it.constitution.ref))
+        sampled.set()
+
+    with _Sampling(run, it, _Groups(it, run.job.sampling.completions_per_prompt, add).add, end):
+        for chunk in feeding.votes():
             votes.add(chunk)
-            open_pairs.answered(chunk)
+            if sampled.is_set():
+                run.progress.advance(len(chunk))
 
 
 class _Groups:
@@ -126,77 +139,6 @@ class _Groups:
                     return [c for group in groups for c in group]
                 self._news.wait()
         return None
-
-
-class _OpenPairs:
-    """What a fed judge is asked about each pair, round by round where it stops early."""
-
-    def __init__(self, run: Running, it: Iteration, asking: Asking, feed: Feed, votes: Iterable[Vote]):
-        """`votes` are those of an earlier attempt."""
-        self._run, self._it, self._asking, self._feed = run, it, asking, feed
-        self._votes = {v.ballot.id: v for v in votes}
-        self._rounds: dict[str, list[list[Ballot]]] = {}
-        self._under_way: dict[str, int] = {}
-        """Pair → its ballots that are fed and not answered."""
-        self._lock = threading.Lock()  # groups come from the thread that samples, votes from the judge's
-        self._left = 0
-        self._sampled = False
-
-    def add(self, group: list[Completion]) -> None:
-        """A prompt's completions are there."""
-        pairs = paired(self._run, self._it, group, ())
-        by_pair: dict[str, list[Ballot]] = {p.id: [] for p in pairs}
-        for ballot in self._asking.ballots(pairs):
-            by_pair[ballot.pair_id].append(ballot)
-        with self._lock:
-            for pair_id, ballots in by_pair.items():
-                self._rounds[pair_id] = rounds(ballots) if self._asking.early_stop else [ballots]
-            self._ask(by_pair, pairs, group)
-
-    def answered(self, votes: Iterable[Vote]) -> None:
-        """Votes came: pairs whose round is done go on with the next."""
-        with self._lock:
-            chunk = list(votes)
-            self._votes |= {v.ballot.id: v for v in chunk}
-            for vote in chunk:
-                self._under_way[vote.ballot.pair_id] -= 1
-            self._left -= len(chunk)
-            if self._sampled:
-                self._run.progress.advance(len(chunk))
-            self._ask(p for p in {v.ballot.pair_id for v in chunk} if not self._under_way[p])
-
-    def end(self) -> None:
-        """Sampling has ended: what isn't fed yet is for the stage that judges, which asks about all pairs together."""
-        with self._lock:
-            self._sampled = True
-            self._feed.end()
-            if self._left:
-                self._run.progress.stage(self._it.k, "judge", self._left, "votes", str(self._it.constitution.ref))
-
-    def _ask(self, pair_ids: Iterable[str], pairs: Sequence[Pair] = (), sides: Sequence[Completion] = ()) -> None:
-        if self._sampled:
-            return
-        owed: list[Ballot] = []
-        for pair_id in pair_ids:
-            mine = self._owed(self._rounds[pair_id])
-            self._under_way[pair_id] = len(mine)
-            owed += mine
-        self._left += len(owed)
-        if owed or pairs:
-            self._feed.put(MoreBallots(owed, pairs, candidates(sides, self._it.prompts)))
-
-    def _owed(self, in_rounds: Sequence[Sequence[Ballot]]) -> list[Ballot]:
-        """What a pair is asked next: what is owed of its first round that isn't done, unless nothing could change."""
-        filters, weights = self._run.job.filters, self._it.constitution.weights
-        so_far: list[Vote] = []
-        for number, ballots in enumerate(in_rounds):
-            left = [b for later in in_rounds[number:] for b in later]
-            if number and settled(so_far, left, filters, weights):
-                return []
-            if owed := [b for b in ballots if b.id not in self._votes]:
-                return owed
-            so_far += [self._votes[b.id] for b in ballots]
-        return []
 
 
 class _Sampling:

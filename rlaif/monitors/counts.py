@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 
 from rlaif.constitutions.checks import count_words, words_of
 from rlaif.intervals import log_choose, share
-from rlaif.monitors.features import FEATURES, of_both
+from rlaif.monitors.features import FEATURES, Compared
 from rlaif.records import AnswerCounts, Completion, Decision, Feature, Leaning, Pair, PairCounts
 
 VOCABULARY_WORDS = 200
@@ -70,7 +70,8 @@ def leanings(
     texts, winners = {c.id: c.text for c in completions}, {d.pair_id: d.winner for d in decisions if d.status == "kept"}
     won = [(p.first, p.second) if winners[p.id] == "first" else (p.second, p.first) for p in pairs if p.id in winners]
     out: dict[Feature, Leaning] = {}
+    compared = Compared()
     for feature in FEATURES:
-        both = [of_both(feature, texts[winner], texts[loser]) for winner, loser in won]
+        both = [compared.of_both(feature, texts[winner], texts[loser]) for winner, loser in won]
         out[feature] = Leaning(more=sum(a > b for a, b in both), pairs=sum(a != b for a, b in both))
     return out

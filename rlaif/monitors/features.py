@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 
 from rlaif.constitutions.checks import count_list_items, count_words, words_of
 from rlaif.records import Feature
@@ -62,11 +63,17 @@ FEATURES: dict[Feature, Callable[[str], float]] = {
 """Feature → how much of it an answer has."""
 
 
-def of_both(feature: Feature, one: str, other: str) -> tuple[float, float]:
-    """How much of a feature each of two answers has. The longer one repeats itself more by being longer, so of
-    repetition only as many words count as the shorter has."""
-    if feature == "repetition":
-        words = min(count_words(one), count_words(other))
-        return repetition(one, words), repetition(other, words)
-    much = FEATURES[feature]
-    return much(one), much(other)
+class Compared:
+    """Answers that are compared two by two, many of them several times: what one has of a feature is made out once."""
+
+    def __init__(self) -> None:
+        self._much = cache(lambda feature, text: FEATURES[feature](text))
+        self._repetition = cache(repetition)
+
+    def of_both(self, feature: Feature, one: str, other: str) -> tuple[float, float]:
+        """How much of a feature each of two answers has. The longer one repeats itself more by being longer, so of
+        repetition only as many words count as the shorter has."""
+        if feature == "repetition":
+            words = min(self._much("length", one), self._much("length", other))
+            return self._repetition(one, words), self._repetition(other, words)
+        return self._much(feature, one), self._much(feature, other)

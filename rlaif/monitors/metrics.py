@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from statistics import fmean
+from typing import NamedTuple
 
 from rlaif.evaluation.answers import answer_stats
 from rlaif.intervals import share
 from rlaif.judging.filters import cut_off_won
-from rlaif.judging.verdicts import JurorFit, juror_verdicts, position_bias
+from rlaif.judging.verdicts import JurorFit, aggregate, by_juror, position_bias
 from rlaif.monitors.counts import answer_counts, leanings, pair_counts
 from rlaif.records import (
+    AbstainReason,
     AnchorCounts,
     Completion,
     Decision,
@@ -32,7 +35,7 @@ def iteration_metrics(
     plan: Plan,
     completions: list[Completion],
     pairs: list[Pair],
-    votes: list[Vote],
+    votes: Iterable[Vote],
     decisions: list[Decision],
     training: Sequence[TrainingRow],
     steps: list[UpdateStep],
@@ -49,11 +52,12 @@ def iteration_metrics(
     wall_s: float | None = None,
     streamed_votes: int | None = None,
 ) -> IterationMetrics:
-    """An iteration in numbers; `ballots` are those that all votes would have answered, `seconds` go by stage,
-    `more_votes` are those on pairs of earlier iterations (`old_pairs`, anchors): they only cost."""
+    """An iteration in numbers; `votes` come pair by pair, and are gone through once or, of a jury, twice; `ballots` are
+    those that all of them would have answered, `seconds` go by stage, `more_votes` are those on pairs of earlier
+    iterations (`old_pairs`, anchors): they only cost."""
     kept = sum(d.status == "kept" for d in decisions)
     agreements = [d.verdict.agreement for d in decisions if d.verdict.agreement is not None]
-    tokens = _tokens(votes)
+    cast, more = _Counts.of(votes), _Counts.of(more_votes)
     sides = {p.id: p for p in pairs}
     cut = {c.id for c in completions if c.cut_off}
     won = [w for d in decisions if (w := cut_off_won(d.verdict, sides[d.pair_id], cut)) is not None]
@@ -66,9 +70,9 @@ def iteration_metrics(
         sampled=answer_stats(completions),
         given=plan.source is not None,
         pairs=len(pairs),
-        votes=len(votes),
-        ballots_saved=ballots - len(votes),
-        abstentions=Counter(v.abstain_reason for v in votes if v.abstain_reason),
+        votes=cast.votes,
+        ballots_saved=ballots - cast.votes,
+        abstentions=cast.abstentions,
         kept=kept,
         kept_share=share(kept, len(decisions)),
         review=sum(d.status == "review" for d in decisions),
@@ -89,16 +93,16 @@ def iteration_metrics(
         one_cut_off=len(won),
         cut_off_won=sum(won),
         juror_weights=jurors.weights if jurors else {},
-        juror_agreement=juror_agreement(votes, decisions),
+        juror_agreement=juror_agreement(votes, decisions) if len(cast.jurors) > 1 else {},
         judged=judged,
-        judge_calls=sum(v.attempts for v in (*votes, *more_votes)),
-        judge_cached=sum(v.cached for v in (*votes, *more_votes)),
-        judge_tokens=tokens + _tokens(more_votes),
+        judge_calls=cast.calls + more.calls,
+        judge_cached=cast.cached + more.cached,
+        judge_tokens=cast.tokens + more.tokens,
         pair_counts=pair_counts(decisions),
         answer_counts=answer_counts(completions),
         leanings=leanings(completions, pairs, decisions),
         anchors=anchors,
-        judge_tokens_per_kept_pair=share(tokens, kept),
+        judge_tokens_per_kept_pair=share(cast.tokens, kept),
         seconds=seconds,
         wall_s=wall_s,
         streamed_votes=streamed_votes,
@@ -108,9 +112,35 @@ def iteration_metrics(
     )
 
 
-def _tokens(votes: Iterable[Vote]) -> int:
+class _Counts(NamedTuple):
+    """What is counted of votes."""
+
+    votes: int
+    calls: int
+    cached: int
+    tokens: int
     """That were paid for: a reply from the cache costs nothing."""
-    return sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes if not v.cached)
+    abstentions: Counter[AbstainReason]
+    jurors: set[str]
+    """Who cast more than guards' votes."""
+
+    @classmethod
+    def of(cls, votes: Iterable[Vote]) -> _Counts:
+        """Counts them in one pass."""
+        number = calls = cached = tokens = 0
+        abstentions, jurors = Counter[AbstainReason](), set[str]()
+        for v in votes:
+            number += 1
+            calls += v.attempts
+            if v.cached:
+                cached += 1
+            else:
+                tokens += v.usage.prompt_tokens + v.usage.completion_tokens
+            if v.abstain_reason:
+                abstentions[v.abstain_reason] += 1
+            if not v.ballot.guard:
+                jurors.add(v.ballot.judge)
+        return cls(number, calls, cached, tokens, abstentions, jurors)
 
 
 def learner_metrics(steps: Sequence[UpdateStep]) -> dict[str, float]:
@@ -119,14 +149,14 @@ def learner_metrics(steps: Sequence[UpdateStep]) -> dict[str, float]:
     return {name: fmean(s.metrics[name] for s in steps if name in s.metrics) for name in names}
 
 
-def juror_agreement(votes: list[Vote], decisions: list[Decision]) -> dict[str, float | None]:
+def juror_agreement(votes: Iterable[Vote], decisions: list[Decision]) -> dict[str, float | None]:
     """Juror → share of the pairs on which its own votes name the verdict's side, of those on which both name one; empty
-    for a single judge."""
+    for a single judge. Votes come pair by pair."""
     verdicts = {d.pair_id: d.verdict.outcome for d in decisions if d.verdict.outcome in ("first", "second")}
-    if len({v.ballot.judge for v in votes if not v.ballot.guard}) < 2:
-        return {}
-    out = {}
-    for juror, outcomes in juror_verdicts(votes).items():
-        both = [o == verdicts[pair] for pair, o in outcomes.items() if o in ("first", "second") and pair in verdicts]
-        out[juror] = share(sum(both), len(both))
-    return out
+    found: dict[str, list[bool]] = {}
+    for pair_id, on_pair in groupby(votes, key=lambda v: v.ballot.pair_id):
+        for juror, mine in by_juror(on_pair).items():
+            agrees, outcome = found.setdefault(juror, []), aggregate(mine).outcome
+            if outcome in ("first", "second") and pair_id in verdicts:
+                agrees.append(outcome == verdicts[pair_id])
+    return {juror: share(sum(agrees), len(agrees)) for juror, agrees in found.items()} if len(found) > 1 else {}

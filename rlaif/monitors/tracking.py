@@ -8,7 +8,7 @@ docs/view.md has the table.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -26,12 +26,12 @@ _NO_NUMBERS = frozenset({"iteration", "updates", "policy", "given", "constitutio
 
 
 def of_iteration(
-    metrics: IterationMetrics, votes: Sequence[Vote], judge: Judge, text_number: int, events: Sequence[Event]
+    metrics: IterationMetrics, votes: Iterable[Vote], judge: Judge, text_number: int, events: Sequence[Event]
 ) -> dict[str, float | str]:
     """An iteration in numbers, and its text and its alarms as marks.
 
     Args:
-        votes: those of the iteration, for what they cost.
+        votes: those of the iteration; gone through only where they have a price.
         text_number: the text in force, counted through the run's different texts from 1: of two texts both may be
             version 1, and a tracker that takes numbers only must show the change.
         events: the run's, so far.
@@ -43,7 +43,7 @@ def of_iteration(
         **dict(_numbers(_PIPELINE, metrics.learner_metrics)),
         **_marks(metrics.iteration + 1, metrics.constitution, text_number),
         **_fields(_PIPELINE, metrics),
-        **_cost(_PIPELINE, votes, judge),
+        **_money(_PIPELINE, votes, judge),
         f"{_PIPELINE}/alarms": len(mine),
         f"{_PIPELINE}/alarms_so_far": len(alarms),
         **({f"{_PIPELINE}/alarm": "\n".join(mine)} if mine else {}),
@@ -58,7 +58,8 @@ def of_evaluation(
     return {
         **_marks(metrics.updates, metrics.constitution, text_number),
         **_fields(_HELD_OUT, metrics),
-        **_cost(_HELD_OUT, votes, judge),
+        **_calls(_HELD_OUT, votes),
+        **_money(_HELD_OUT, votes, judge),
     }
 
 
@@ -104,13 +105,17 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
         yield name, value
 
 
-def _cost(name: str, votes: Sequence[Vote], judge: Judge) -> dict[str, float | str]:
-    """Requests, tokens and money, as metrics.json counts them. Money only where every juror has a price."""
-    out: dict[str, float | str] = {
+def _calls(name: str, votes: Iterable[Vote]) -> dict[str, float | str]:
+    """Requests and tokens, counted as the metrics.json of an iteration has them."""
+    return {
         f"{name}/judge_calls": sum(v.attempts for v in votes),
         f"{name}/judge_tokens": sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in votes if not v.cached),
     }
+
+
+def _money(name: str, votes: Iterable[Vote], judge: Judge) -> dict[str, float | str]:
+    """What votes cost, only where every juror has a price."""
     kind = kind_of(judge)
     if (priced := kind.priced()) and all(priced.values()):
-        out[f"{name}/judge_money"] = kind.money(votes)
-    return out
+        return {f"{name}/judge_money": kind.money(votes)}
+    return {}

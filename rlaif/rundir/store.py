@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from pydantic import ValidationError
 
@@ -31,8 +31,11 @@ from rlaif.errors import RlaifError, UserError, first_problem
 from rlaif.records import SCHEMA_VERSION, EvaluationMetrics, Event, IterationMetrics, Parent, Plan, Record, stored
 
 R = TypeVar("R", bound=Record)
+C = TypeVar("C", bound=Record, contravariant=True)
 
 ROW_DIGEST_BYTES = 4
+READ_BACK = 1 << 16
+"""Bytes that are looked through at once for the end of a file's last whole line."""
 LOCK = ".lock"
 _LOOKED_AT_S = 0.2
 """Who looks whether a run is held holds it for a moment, which must not keep a writer out."""
@@ -163,18 +166,23 @@ def read_rows(path: Path, record: type[R], only: re.Pattern[bytes] | None = None
 
     `only` spares parsing: lines in which it is nowhere found are left out, unread.
     """
-    rows = []
+    return [row for _, row in each_row(path, record, only)]
+
+
+def each_row(path: Path, record: type[R], only: re.Pattern[bytes] | None = None) -> Iterator[tuple[int, R]]:
+    """As `read_rows`, a row at a time, each with the byte at which its line begins."""
+    at = 0
     with path.open("rb") as f:
         for number, line in enumerate(f, 1):
+            begins, at = at, at + len(line)
             if only is not None and only.search(line) is None:
                 continue
             try:
-                rows.append(stored(record, line))
+                yield begins, stored(record, line)
             except ValidationError as e:
                 problem = e.errors()[0]["msg"]
                 what = f"not a {record.__name__} of schema {SCHEMA_VERSION} or older"
                 raise RlaifError(f"{path}:{number}: {what} ({problem})") from e
-    return rows
 
 
 class StageDir:
@@ -234,9 +242,26 @@ class StageDir:
 
     def durable(self, stage: str, record: type[R]) -> list[R]:
         """The rows that are on disk, of a complete stage or of an interrupted one."""
+        return list(self.each(stage, record))
+
+    def each(self, stage: str, record: type[R]) -> Iterator[R]:
+        """The same, a row at a time."""
+        return (row for _, row in self._each_at(stage, record))
+
+    def note_each(self, stage: str, record: type[R], held: Held[R]) -> None:
+        """Tells `held` of these rows."""
+        for at, row in self._each_at(stage, record):
+            held.note(row, at)
+
+    def file(self, stage: str) -> Path:
+        """Where the stage's rows are: a file that is whole, or one that is being written."""
+        whole = self._file(stage)
+        return whole if whole.exists() else self._partial(stage)
+
+    def _each_at(self, stage: str, record: type[R]) -> Iterator[tuple[int, R]]:
         if self.is_complete(stage):
-            return self.read(stage, record)
-        return _recover(self.path / f"{stage}.jsonl.partial", record)
+            return each_row(self._file(stage), record)
+        return _recover(self._partial(stage), record)
 
     def rows(
         self,
@@ -261,36 +286,60 @@ class StageDir:
         """
         if self.is_complete(stage):
             return self.read(stage, record)
-        with writer or self.writer(stage, record, resumable=resumable) as begun:
-            for chunk in produce(list(begun.rows)):
-                begun.add(chunk)
-            begun.complete(inputs, before_commit() if before_commit else {})
-        return begun.rows
+        begun = writer or self.writer(stage, record, resumable=resumable)
+        rows: list[R] = begun.held
+        begun.fill(lambda: produce(list(rows)), inputs, before_commit)
+        return rows
 
-    def writer(self, stage: str, record: type[R], *, resumable: bool = True) -> StageWriter[R]:
-        """Begins a stage, or goes on with it where an interrupted attempt left rows, if it is `resumable`."""
+    def writer(
+        self, stage: str, record: type[R], *, resumable: bool = True, held: Held[R] | None = None
+    ) -> StageWriter[R]:
+        """Begins a stage, or goes on with it where an interrupted attempt left rows, if it is `resumable`. `held` is
+        told of its rows; a list of them when absent."""
         self.path.mkdir(parents=True, exist_ok=True)
-        return StageWriter(self, stage, record, resumable)
+        return StageWriter(self, stage, record, resumable, Rows() if held is None else held)
 
     def _file(self, stage: str) -> Path:
         return self.path / f"{stage}.jsonl"
+
+    def _partial(self, stage: str) -> Path:
+        return self.path / f"{stage}.jsonl.partial"
 
 
 class WriterClosed(Exception):
     """Nobody wants more rows of this stage from here: whoever makes them should stop."""
 
 
+class Held(Protocol[C]):
+    """What is held of a stage's rows while they are written."""
+
+    def note(self, row: C, at: int) -> None:
+        """One more that is durable; its line begins at this byte of the stage's file."""
+
+
+class Rows(list[R]):
+    """All of them."""
+
+    def note(self, row: R, at: int) -> None:
+        """One more."""
+        self.append(row)
+
+
 class StageWriter(Generic[R]):
     """A stage that is being written. Closed, it takes no more rows, from whichever thread."""
 
-    def __init__(self, here: StageDir, stage: str, record: type[R], resumable: bool):
+    def __init__(self, here: StageDir, stage: str, record: type[R], resumable: bool, held: Held[R]):
         self._here, self._stage = here, stage
         self._started = time.monotonic()
         self._partial = here.path / f"{stage}.jsonl.partial"
         if not resumable:
             self._partial.unlink(missing_ok=True)
-        self.rows: list[R] = _recover(self._partial, record)
-        """Those that are durable."""
+        self.held: Any = held
+        """What was told of every durable row."""
+        self._count = 0
+        for at, row in _recover(self._partial, record):
+            held.note(row, at)
+            self._count += 1
         self._lock = threading.Lock()
         with disk_errors(self._partial):
             self._file = self._partial.open("ab")
@@ -298,7 +347,7 @@ class StageWriter(Generic[R]):
     def count(self) -> int:
         """How many are durable; waits for those that another thread is adding."""
         with self._lock:
-            return len(self.rows)
+            return self._count
 
     def add(self, chunk: Iterable[R]) -> None:
         """Appends rows; they are durable when it returns.
@@ -309,10 +358,28 @@ class StageWriter(Generic[R]):
         rows = list(chunk)
         with self._lock, disk_errors(self._partial):
             self._check_open()
-            self._file.write(b"".join(row.model_dump_json().encode() + b"\n" for row in rows))
+            begins = []
+            for row in rows:
+                begins.append(self._file.tell())
+                self._file.write(row.model_dump_json().encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
-            self.rows.extend(rows)
+            for row, at in zip(rows, begins, strict=True):
+                self.held.note(row, at)
+            self._count += len(rows)
+
+    def fill(
+        self,
+        chunks: Callable[[], Iterable[list[R]]],
+        inputs: Iterable[str],
+        before_commit: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
+        """Adds what is left, each chunk durable before the next is asked for; then the stage is complete. Arguments as
+        in `StageDir.rows`."""
+        with self:
+            for chunk in chunks():
+                self.add(chunk)
+            self.complete(inputs, before_commit() if before_commit else {})
 
     def complete(self, inputs: Iterable[str], extra: dict[str, Any]) -> None:
         """All rows are there: the stage is complete.
@@ -331,7 +398,7 @@ class StageWriter(Generic[R]):
                 of_rows = row_digests(f)
             meta = {
                 "schema_version": SCHEMA_VERSION,
-                "rows": len(self.rows),
+                "rows": self._count,
                 "sha256": file_digest(self._partial),
                 "row_digests": of_rows,
                 "inputs": {name: self._here.meta(name)["sha256"] for name in inputs},
@@ -358,15 +425,26 @@ class StageWriter(Generic[R]):
         self.close()
 
 
-def _recover(partial: Path, record: type[R]) -> list[R]:
+def _recover(partial: Path, record: type[R]) -> Iterator[tuple[int, R]]:
     """The durable rows of an interrupted stage; a torn last line is cut off, it is owed again."""
-    if not partial.exists():
-        return []
-    content = partial.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(partial, len(whole))
-    return read_rows(partial, record)
+    if partial.exists():
+        _cut_torn_line(partial)
+        yield from each_row(partial, record)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """A line without an end was being written when its writer was killed."""
+    with path.open("rb") as f:
+        size = whole = f.seek(0, os.SEEK_END)
+        while whole:
+            begins = max(0, whole - READ_BACK)
+            f.seek(begins)
+            if (end := f.read(whole - begins).rfind(b"\n")) >= 0:
+                whole = begins + end + 1
+                break
+            whole = begins
+    if whole < size:
+        os.truncate(path, whole)
 
 
 def rolling_back(path: Path) -> Path:

@@ -15,6 +15,7 @@ from rlaif.constitutions.constitution import parse_constitution
 from rlaif.constitutions.templates import parse_template
 from rlaif.errors import UserError
 from rlaif.judging.ballots import (
+    ballots_of,
     evaluating_voices,
     juror_names,
     likelihood_parameters,
@@ -27,7 +28,7 @@ from rlaif.judging.ballots import (
 from rlaif.judging.calibration import Panel
 from rlaif.judging.filters import decide
 from rlaif.judging.verdicts import aggregate
-from rlaif.records import Pair, Vote
+from rlaif.records import Pair, Vote, digest
 from tests.judging.vote_makers import WEIGHTS, make_vote, vote_lists
 
 TEXT = """
@@ -48,6 +49,22 @@ PAIR = Pair(id="p", prompt_id="x", first="a", second="b", method="all")
 
 def constitution(text=TEXT):
     return parse_constitution(text, "test", 1, "test.yaml")
+
+
+@given(st.text(), st.text(), st.text(), st.text(), st.booleans())
+def test_an_id_is_the_digest_of_the_question_and_its_pair(name, first, second, judge, with_parameters):
+    """As every run's log has it: JSON is made of a question once, and of a pair's ids for each pair."""
+    voice = {
+        "judge": judge, "voice": "100%s", "principles": ("a", "%(b)s"), "guard": True, "sample_index": 2, "seed": 3,
+        "constitution": "c", "template": "t",
+    } | ({"parameters": "p"} if with_parameters else {})  # fmt: skip
+    pair = Pair(id=name, prompt_id="x", first=first, second=second, method="all")
+    for ballot in ballots_of([pair], [voice], ("forward", "reversed")):
+        asked = {**voice, "order": ballot.order, "pair_id": name, "first": first, "second": second}
+        assert ballot.id == digest(asked)
+        assert ballot.model_dump(exclude={"id", "parameters"}) == {
+            k: v for k, v in asked.items() if k not in ("first", "second", "parameters")
+        }
 
 
 def test_uses_do_not_mix():

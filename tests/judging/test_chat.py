@@ -18,6 +18,7 @@ from rlaif.config import ChatSettings
 from rlaif.constitutions.constitution import load_constitution
 from rlaif.constitutions.templates import load_template
 from rlaif.errors import BudgetSpent, JudgeUnavailable, UserError
+from rlaif.judging import chat
 from rlaif.judging.ballots import juror_names, make_chat_ballots
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.chat import ChatJudge
@@ -481,6 +482,17 @@ def test_a_judge_that_rejects_all_questions_but_a_short_one_ends_in_no_votes():
     with FaultServer(status=fails(400, *range(9)), message="no") as server:
         cast = Cast(settings(server, concurrency=1, breaker_failures=4), 9)
         assert cast.run() == []
+    assert isinstance(cast.error, UserError)
+    assert "too long for it" in str(cast.error)
+
+
+def test_one_that_rejects_question_after_question_is_given_up(monkeypatch):
+    """What is held back until it answers is bounded: somebody may wait for room to ask more."""
+    monkeypatch.setattr(chat, "MOST_EXCUSED", 8)
+    with FaultServer(status=fails(400, *range(40)), message="no") as server:
+        cast = Cast(settings(server, concurrency=1, breaker_failures=4), 40)
+        assert cast.run() == []
+        assert server.requests < 16
     assert isinstance(cast.error, UserError)
     assert "too long for it" in str(cast.error)
 
