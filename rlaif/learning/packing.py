@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from rlaif.learning.scoring import plainly
 from rlaif.learning.trl_compat import FusedCausalLMOutput
 from rlaif.transformers_compat import attention_mask_of
 
@@ -194,7 +195,7 @@ def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor, mask: Any, **m
     model.eval()
     hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        type(model).forward(model, input_ids=input_ids, attention_mask=mask, use_cache=False, **more)
+        plainly(model, input_ids=input_ids, attention_mask=mask, use_cache=False, **more)
     finally:
         hook.remove()
         model.train(was_training)

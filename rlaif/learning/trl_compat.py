@@ -21,6 +21,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import FusedCausalLMOutput as FusedCausalLMOutput
 from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
 
+from rlaif.errors import UserError
 from rlaif.reached import Reached
 
 TrlConfig = _BaseConfig
@@ -250,6 +251,31 @@ def divide_losses_by(trainer: Any, parts: float) -> None:
     """Lets accelerate divide a loss by this before it goes backward, as it does for steps that are made of equal parts;
     a share of a step may be any."""
     trainer.accelerator.gradient_accumulation_steps = parts
+
+
+def gather_by(trainer: Any, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Lets a trainer's metrics be made of what `gather` gives for each process' values [rows]. accelerate's own wants
+    as many rows of each, and counts what fills up."""
+    trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = gather
+
+
+def check_as_launched(trainer: Any, precision: str) -> None:
+    """Whether a trainer runs as accelerate's variables (`learner.accelerate`) say.
+
+    Raises:
+        UserError: it doesn't.
+    """
+    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if said not in ("no", precision):
+        raise UserError(
+            f"learner.accelerate: mixed_precision: {said}, and this learner computes in {precision}; set it to `no` "
+            "there, and learner.precision in the job"
+        )
+    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wants_fsdp and not trainer.is_fsdp_enabled:
+        raise UserError(
+            "learner.accelerate: accelerate has FSDP for GPUs alone; on a CPU take distributed_type: MULTI_CPU"
+        )
 
 
 def log_step(trainer: Any, loss: float, grad_norm: float, learning_rate: float, started: float) -> None:

@@ -5,8 +5,8 @@ In: the GPUs that this process may use, and the job. Out: for each role the kind
 train where they see several, and sampler and judge would crowd on the first.
 
 With one GPU all roles share it. With more, the sampler takes the first `sampling.tensor_parallel_size`, the learner the
-next one, the judge the one after; where they run out, the learner shares the last and the judge the first. (Untried on
-several GPUs: checked by its table alone.)
+next one, or as many as it has processes, the judge the one after; where they run out, the learner shares the last and
+the judge the first. (Untried on several GPUs: checked by its table alone.)
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def usable_gpus(count: int, environment: Mapping[str, str] = os.environ) -> list
     return usable
 
 
-def place(job: Job, gpus: Sequence[str]) -> dict[str, Placed]:
-    """The place of each role; `measurer` says how sane answers are, and goes with the judge.
+def place(job: Job, gpus: Sequence[str], learners: int = 1) -> dict[str, Placed]:
+    """The place of each role; `measurer` says how sane answers are, and goes with the judge. `learners` are the
+    learner's processes on this machine: each sees the GPUs of all of them, and takes its own.
 
     Raises:
         UserError: the job names a GPU that isn't there, or spans more than there are, or names one for a worker that
@@ -66,8 +67,8 @@ def place(job: Job, gpus: Sequence[str]) -> dict[str, Placed]:
         of = job.placement.get(role)
         kinds[role] = (of and of.worker) or job.workers
         asked[role] = of.devices if of else None
-    _check(job, gpus, kinds, asked)
-    numbers = _shared_out(asked, job.sampling.tensor_parallel_size, len(gpus)) if len(gpus) > 1 else {}
+    _check(job, gpus, kinds, asked, learners)
+    numbers = _shared_out(asked, job.sampling.tensor_parallel_size, learners, len(gpus)) if len(gpus) > 1 else {}
     placed = {
         role: Placed(kind, tuple(gpus[n] for n in numbers.get(role, ())) if kind == "process" else ())
         for role, kind in kinds.items()
@@ -81,7 +82,7 @@ def apart(placed: Mapping[str, Placed], one: str, other: str) -> bool:
 
 
 def _check(
-    job: Job, gpus: Sequence[str], kinds: Mapping[str, WorkerKind], asked: Mapping[str, list[int] | None]
+    job: Job, gpus: Sequence[str], kinds: Mapping[str, WorkerKind], asked: Mapping[str, list[int] | None], learners: int
 ) -> None:
     span = job.sampling.tensor_parallel_size
     if gpus and span > len(gpus):
@@ -104,14 +105,25 @@ def _check(
             f"placement.sampler.devices: {len(asked['sampler'])} GPUs for sampling.tensor_parallel_size: {span}; give "
             "as many"
         )
+    if learners == 1:
+        return
+    if kinds["learner"] == "inline":
+        raise UserError(
+            f"learner.accelerate: an inline learner is one process, not {learners}; set "
+            "placement.learner.worker=process"
+        )
+    named = asked["learner"]
+    if gpus and len(gpus if named is None else named) < learners:
+        has = f"{len(gpus)} GPUs to use" if named is None else f"{len(named)} GPUs in placement.learner.devices"
+        raise UserError(f"learner.accelerate: {learners} processes take a GPU each, and there are {has}; give as many")
 
 
-def _shared_out(asked: Mapping[str, list[int] | None], span: int, count: int) -> dict[str, list[int]]:
+def _shared_out(asked: Mapping[str, list[int] | None], span: int, learners: int, count: int) -> dict[str, list[int]]:
     """Role → its GPUs, of at least two; those that the job gave to others come last."""
     named = {n for numbers in asked.values() for n in numbers or ()}
     sampler = asked["sampler"] or sorted(range(count), key=lambda n: (n in named, n))[:span]
     free = [n for n in range(count) if n not in sampler and n not in named]
-    learner = asked["learner"] or [free[0] if free else count - 1]
+    learner = asked["learner"] or (free[:learners] if len(free) >= learners else [*range(count)][-learners:])
     free = [n for n in free if n not in learner]
     judge = asked["judge"] or [free[0] if free else sampler[0]]
     return {"sampler": sampler, "learner": learner, "judge": judge}
