@@ -1240,7 +1240,8 @@ class Job(Section):
     @model_validator(mode="after")
     def _one_gpu_for_one(self) -> Job:
         for role, place in self.placement.items():
-            if role != "sampler" and len(place.devices or [0]) > 1:
+            several = role == "sampler" or (role == "learner" and self.learner.accelerate)
+            if not several and len(place.devices or [0]) > 1:
                 raise ValueError(f"placement.{role}.devices: {place.devices}, but it runs on one; for example [0]")
         return self
 

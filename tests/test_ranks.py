@@ -18,6 +18,7 @@ from rlaif.errors import UserError, WorkerDied, WorkerError
 from rlaif.workers import ranks
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.ranks import Ranks, start_ranks
+from rlaif.workers.weights import WeightsRef
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORY = f"{__name__}:Adds"
@@ -52,6 +53,9 @@ class Adds:
             if n == fails_at and self.rank == 1:
                 raise ZeroDivisionError("nought")
             yield self.added(n)
+
+    def folder_of(self, weights: WeightsRef) -> Path:
+        return weights.path
 
     def refuse(self) -> None:
         raise UserError("rows.jsonl:3: no pair")
@@ -213,7 +217,7 @@ class Fails(InlineWorker):
 
 def test_who_waits_for_one_that_failed_is_ended(grace: None) -> None:
     closed: list[int] = []
-    both = [Waits("learner", f"{__name__}:dict", {}), Fails("learner 2", f"{__name__}:dict", {})]
+    both = [Waits("learner", "builtins:dict", {}), Fails("learner 2", "builtins:dict", {})]
     together = Ranks("learner", both, lambda: closed.append(1))
     with pytest.raises(WorkerError, match="it is full"):
         together.call("x")

@@ -58,7 +58,8 @@ def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ({}, "cluster: names no role"),
         ({"judge": {"replicas": 0}}, r"cluster\.judge\.replicas"),
-        ({"learner": {"replicas": 2}}, r"unknown key `cluster\.learner`"),
+        ({"learner": {"replicas": 2}}, r"unknown key `cluster\.learner\.replicas`"),
+        ({"learner": {"gpus": 1}}, r"cluster\.learner\.processes"),
     ],
 )
 def test_what_makes_no_sense_is_refused(cluster: dict[str, Any], said: str) -> None:
@@ -143,13 +144,13 @@ def weights(folder: Path, content: bytes) -> WeightsRef:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RayCluster, Path]]:
-    """A cluster of this machine alone, with room for one more sampler than there are."""
+    """A cluster of this machine alone, with room for one more sampler than there are, and for a learner."""
     logs = tmp_path_factory.mktemp("run") / "logs"
     logs.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLAIF_CACHE", str(tmp_path_factory.mktemp("cache")))
         before = signal.getsignal(signal.SIGTERM)
-        with RayCluster(settings(), logs) as cluster:
+        with RayCluster(settings(learner={"processes": 2}), logs) as cluster:
             assert signal.getsignal(signal.SIGTERM) == before, "Ray has taken it"
             cluster.reserve("sampler", 2, cluster.gpus_each(1))
             yield cluster, logs
@@ -268,6 +269,31 @@ def test_actors_that_die_are_replaced_where_there_is_room(
     assert "sampler 2 worker died (" in told[0]
     assert "\n" not in told[0]
     replicas.close()
+
+
+@with_ray
+def test_processes_that_compute_together_are_actors(
+    alone: tuple[RayCluster, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, logs = alone
+    monkeypatch.setattr("rlaif.workers.ranks.GRACE_S", 1.0)
+    cluster.reserve("learner", 2, 0, together=True)
+    two = cluster.start_ranks("learner", 2, "tests.test_ranks:Adds", {}, 0, {"ACCELERATE_MIXED_PRECISION": "no"})
+    about = two.call("about")
+    assert [about[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == ["0", "2", "0", "2"]
+    assert about["GLOO_SOCKET_IFNAME"] == "lo"
+    assert about["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+    assert two.call("added", number=3) == 7
+    assert list(two.stream("several", count=3)) == [1, 3, 5]
+    # A learner's state is read and written where the run has it.
+    state = WeightsRef(digest="of the policy", path=logs)
+    assert two.call("folder_of", weights=state) == logs
+    with pytest.raises(UserError, match=r"rows.jsonl:3"):
+        two.call("refuse")
+    with pytest.raises(WorkerDied, match=r"learner 2 worker died \(.*its log is .*learner-2.log"):
+        two.call("die_alone")
+    with pytest.raises(WorkerDied, match="learner worker has ended"):
+        two.call("added", number=1)
 
 
 # ---- a run

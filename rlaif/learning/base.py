@@ -51,7 +51,7 @@ from rlaif.learning.moved import Moved
 from rlaif.learning.peers import Peers
 from rlaif.learning.policy_state import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
 from rlaif.learning.scoring import plainly
-from rlaif.learning.sharded import put, sharded_state, whole, whole_state
+from rlaif.learning.sharded import in_shards_again, put, sharded_state, whole, whole_state
 from rlaif.learning.trackers import open_trackers
 from rlaif.learning.trl_compat import (
     TrlConfig,
@@ -61,6 +61,8 @@ from rlaif.learning.trl_compat import (
     divide_losses_by,
     gather_by,
     go_on_after,
+    in_shards,
+    is_sharded,
     log_at,
     log_step,
     metric,
@@ -319,17 +321,19 @@ class TrlLearner(ABC):
             # As many rows at once as an update takes: chosen and rejected.
             batch = 2 * self.trainer.args.per_device_train_batch_size
             device = self.trainer.args.device
-            yield from divergences(Asked(policy), self._untrained(), completions, batch, device, self.peers)
+            yield from divergences(
+                Asked(policy, root=self.root), self._untrained(), completions, batch, device, self.peers
+            )
         finally:
             policy.train(was_training)
 
     def _untrained(self) -> Asked:
         """The base policy, whatever `reference` is."""
         if self.settings.lora is not None:
-            return Asked(self.policy, self.trainer.model.disable_adapter)
+            return Asked(self.policy, self.trainer.model.disable_adapter, self.root)
         if self._frozen is None or self._refers_to is not None:  # no copy of it is kept: read once an evaluation
             base, _ = _load(self._model_path)
-            return Asked(base.requires_grad_(False).eval().to(self.trainer.args.device))
+            return Asked(self._placed(base.requires_grad_(False).eval()))
         inner = self._unwrapped(self._frozen)
         return Asked(inner, partial(layers_in_fp32, inner))
 
@@ -343,7 +347,10 @@ class TrlLearner(ABC):
         if self._frozen is None:
             self._frozen = self._freeze(folder)
         else:  # in its place: accelerate would hold on to the one before
-            self._unwrapped(self._frozen).load_state_dict(_load(folder)[0].state_dict())
+            given, frozen = _load(folder)[0].state_dict(), self._unwrapped(self._frozen)
+            in_shards_again(frozen)
+            for name, value in frozen.state_dict().items():
+                put(value, given[name])
         self._refers_to = policy.digest
         if self._precision == "bf16":
             self.base_as_exported = AsExported(self._unwrapped(self._frozen), self.seed, adapters=False)
@@ -395,7 +402,15 @@ class TrlLearner(ABC):
                 if halves and all(torch.equal(p.to(torch.bfloat16).float(), p) for p in module.parameters()):
                     module.to(torch.bfloat16)
         self._adapt(frozen)
+        if is_sharded(self.trainer):
+            return self._placed(frozen)
         return self.trainer.accelerator.prepare_model(frozen, evaluation_mode=True)
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A frozen model where this learner computes: in shards, if its own lies so."""
+        if is_sharded(self.trainer):
+            return in_shards(self.trainer, model)
+        return model.to(self.trainer.args.device)
 
     def _unwrapped(self, model: nn.Module) -> PreTrainedModel:
         """A model as transformers knows it, without accelerate around it."""
@@ -476,6 +491,8 @@ class TrlLearner(ABC):
                 trainer.model.enable_input_require_grads()
         trainer.create_optimizer()
         trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        if is_sharded(trainer):  # the first pass has to go through the whole: it says which module holds the others
+            probe_logits(trainer.model, training=False)
         horizon = args.max_steps if args.max_steps > 0 else sys.maxsize
         trainer.create_scheduler(num_training_steps=horizon)
         self._horizon = horizon
@@ -519,7 +536,7 @@ class TrlLearner(ABC):
 
         def logps(sequence: TokenSequence) -> tuple[float, ...]:
             ids = torch.tensor([sequence.all_ids], device=self.trainer.args.device)
-            logits = plainly(plain, input_ids=ids, use_cache=False).logits[0, :-1]  # [tokens, vocabulary]
+            logits = plainly(plain, self.root, input_ids=ids, use_cache=False).logits[0, :-1]  # [tokens, vocabulary]
             completion = logits[len(sequence.prompt_token_ids) - 1 :].float().log_softmax(-1)
             targets = ids[0, len(sequence.prompt_token_ids) :, None]
             return tuple(completion.gather(-1, targets)[:, 0].tolist())
@@ -620,6 +637,7 @@ class TrlLearner(ABC):
     def trained(self) -> dict[str, torch.Tensor]:
         """The parameters that training changes, by name, tied ones once; themselves, not copies, and of several
         processes perhaps a part in each."""
+        in_shards_again(self.trainer.model)
         return {n: p.data for n, p in self.trainer.model.named_parameters() if p.requires_grad}
 
     @property
@@ -627,6 +645,11 @@ class TrlLearner(ABC):
         """The policy as transformers knows it: no accelerate, no peft around it, though its layers may hold a LoRA."""
         model = self.trainer.model
         return model if self.settings.lora is None else model.get_base_model()
+
+    @property
+    def root(self) -> nn.Module | None:
+        """What has to be called in the policy's place: where it lies in shards, what brings together all of it."""
+        return self.trainer.model if is_sharded(self.trainer) else None
 
     def _check_export(self, names: set[str]) -> None:
         """Whether what `save` will write is what a reader of the untrained model expects, before anything is sampled.
@@ -644,6 +667,7 @@ class TrlLearner(ABC):
 
     def _export(self, folder: Path) -> str:
         plain = self.policy
+        in_shards_again(self.trainer.model)
         state = in_precision(merged(plain), self._export_precision, self.seed, kept_in_fp32(plain))
         if not self.peers.is_first:
             return ""

@@ -43,6 +43,8 @@ class Asked(NamedTuple):
     model: PreTrainedModel
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
     """What it has to be called in (an adapter turned off, layers in fp32)."""
+    root: nn.Module | None = None
+    """What has to be called in its place (`scoring.plainly`)."""
 
 
 @contextmanager
@@ -151,7 +153,8 @@ def _logits(asked: Asked, ids: torch.Tensor, mask: torch.Tensor, places: torch.T
     hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
         with asked.within():
-            logits: torch.Tensor = plainly(model, input_ids=ids, attention_mask=mask, use_cache=False).logits
+            out = plainly(model, asked.root, input_ids=ids, attention_mask=mask, use_cache=False)
+            logits: torch.Tensor = out.logits
     finally:
         hook.remove()
     return logits

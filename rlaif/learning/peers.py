@@ -9,7 +9,8 @@ decides alike. A process that fails alone leaves the others waiting; whoever cal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -18,7 +19,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Peers(NamedTuple):
+@dataclass(frozen=True)
+class Peers:
     """One of `count` processes, by number."""
 
     rank: int = 0
@@ -54,7 +56,7 @@ class Peers(NamedTuple):
         if not items:
             return []
         mine, rounds = self.share(items), -(-len(items) // self.count)
-        found = self.gathered([do(item) for item in [*mine, *items[:1] * (rounds - len(mine))]])
+        found = self.gathered([do(item) for item in mine + [items[0]] * (rounds - len(mine))])
         return [found[n % self.count][n // self.count] for n in range(len(items))]
 
     def values(self, values: torch.Tensor | None) -> torch.Tensor:

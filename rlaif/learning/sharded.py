@@ -10,12 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
     """All of a tensor."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def in_shards_again(model: nn.Module) -> None:
+    """Lets each process hold no more than its part of a model, as its optimizer does. A pass without gradients leaves
+    some parameters whole, and what is written into those is lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def address(value: torch.Tensor) -> int:

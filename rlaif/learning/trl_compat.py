@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import fsdp2_prepare_model
 from trl import import_utils
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
@@ -72,6 +73,8 @@ REACHED = (
         "accelerate", "Accelerator.backward", "parts of a step count equally, whatever their size",
         says="self.gradient_accumulation_steps",
     ),
+    Reached("accelerate.utils", "fsdp2_prepare_model", "a reference doesn't lie in shards"),
+    Reached(_TRAINER, "Trainer.is_fsdp_enabled", "a learner doesn't know whether its model is in shards"),
     Reached("torch.optim.lr_scheduler", "LRScheduler._last_lr", "a changed learning rate is logged a step late"),
 )  # fmt: skip
 
@@ -259,6 +262,16 @@ def gather_by(trainer: Any, gather: Callable[[torch.Tensor], torch.Tensor]) -> N
     trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = gather
 
 
+def is_sharded(trainer: Any) -> bool:
+    """Whether each process holds a part of the trainer's model (FSDP)."""
+    return bool(trainer.is_fsdp_enabled)
+
+
+def in_shards(trainer: Any, model: Any) -> Any:
+    """A model that isn't trained, of which each process holds a part from here on."""
+    return fsdp2_prepare_model(trainer.accelerator, model)
+
+
 def check_as_launched(trainer: Any, precision: str) -> None:
     """Whether a trainer runs as accelerate's variables (`learner.accelerate`) say.
 
@@ -272,9 +285,14 @@ def check_as_launched(trainer: Any, precision: str) -> None:
             "there, and learner.precision in the job"
         )
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if wants_fsdp and not trainer.is_fsdp_enabled:
+    if wants_fsdp and not is_sharded(trainer):
         raise UserError(
             "learner.accelerate: accelerate has FSDP for GPUs alone; on a CPU take distributed_type: MULTI_CPU"
+        )
+    if wants_fsdp and precision != "fp32":
+        raise UserError(
+            f"learner.precision: {precision} with FSDP: its weights can't be rounded as the export rounds them; set "
+            "learner.precision: fp32, or take distributed_type: MULTI_GPU"
         )
 
 

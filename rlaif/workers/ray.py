@@ -136,8 +136,9 @@ class RayCluster:
         if not group.wait(ROOM_S):
             has = self._ray.cluster_resources()
             self._ray.util.remove_placement_group(group)
+            what = "processes" if together else "replicas"
             raise UserError(
-                f"cluster.{role}: no room for {replicas} of it with {gpus:g} GPUs and a CPU each, every one on one "
+                f"cluster.{role}: no room for {replicas} {what} of {gpus:g} GPUs and a CPU each, every one on one "
                 f"machine; the cluster has {has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs in all"
             )
         self._groups[role] = group

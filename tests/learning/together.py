@@ -120,7 +120,7 @@ class Learners:
 
 def _fsdp_without_gpus() -> None:
     """accelerate takes no FSDP on a CPU, although torch has it: what it looks at says that there are GPUs."""
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     plain = AcceleratorState.__init__
@@ -128,7 +128,7 @@ def _fsdp_without_gpus() -> None:
     def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self.distributed_type = DistributedType.FSDP
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = init  # type: ignore[method-assign]
