@@ -22,7 +22,7 @@ import pytest
 
 from rlaif.config import Cluster, parse_job
 from rlaif.errors import UserError, WorkerDied, WorkerError
-from rlaif.records import IterationMetrics
+from rlaif.records import IterationMetrics, UpdateStep
 from rlaif.rundir.store import RunDir
 from rlaif.workers.ray import PRIVATE, RayCluster, RayWorker
 from rlaif.workers.replicas import Replicas
@@ -338,6 +338,30 @@ def outcome(run: Path) -> dict[str, Any]:
         elif path.stem == "updates":
             found[f"{path.parent.name}/{path.stem}"] = [row["row_ids"] for row in rows]
     return found
+
+
+@with_ray
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_a_learner_of_two_actors_trains_as_one_process(tmp_path: Path, tiny_model: Path) -> None:
+    """Two iterations: the second goes on from what the first committed, after a new start."""
+    from rlaif.loop.launch import execute
+
+    changes: dict[str, Any] = {"constitution": "rules@1", "workers": "inline"}
+    one = project_job(tmp_path, tiny_model, **changes, iterations=2)
+    execute(one, tmp_path / "one", tmp_path, Killing(None, []))
+    for iterations in (1, 2):
+        two = project_job(tmp_path, tiny_model, **changes, iterations=iterations, cluster={"learner": {"processes": 2}})
+        progress = Killing(None, [])
+        execute(two, tmp_path / "two", tmp_path, progress, allow_change=True)
+        assert any("in 2 processes" in note for note in progress.notes)
+    steps = [
+        [step for k in range(2) for step in RunDir(tmp_path / run).iteration(k).read("updates", UpdateStep)]
+        for run in ("one", "two")
+    ]
+    assert [s.row_ids for s in steps[1]] == [s.row_ids for s in steps[0]]
+    assert [s.loss for s in steps[1]] == pytest.approx([s.loss for s in steps[0]], abs=1e-5)
+    assert (tmp_path / "two/logs/learner-2.log").exists()
 
 
 @with_ray

@@ -43,7 +43,11 @@ _REFUSED = {
 
 
 def launched(file: str, processes: int | None = None) -> dict[str, Any]:
-    """How many processes, and their environment.
+    """How many processes, and their environment: what `accelerate launch` starts a script with.
+
+    accelerate documents the command and not a function for it. What reads the file and joins it with arguments is
+    `_validate_launch_command`, for arguments of `launch_command_parser`; `prepare_multi_gpu_env` turns the result into
+    variables where GPUs or shards are asked for, `prepare_simple_launcher_cmd_env` where one process or CPUs are.
 
     Raises:
         UserError: accelerate can't read the file, or it asks for what this learner can't do.
@@ -63,6 +67,11 @@ def launched(file: str, processes: int | None = None) -> dict[str, Any]:
 
 
 def _check(args: Any, found: Any, processes: int | None) -> None:
+    """Whether the learner can do what the file asks for: nothing of it is passed over in silence.
+
+    Raises:
+        UserError: it can't.
+    """
     if found.compute_environment != ComputeEnvironment.LOCAL_MACHINE:
         raise UserError("it is for SageMaker; run `accelerate config` for `This machine`")
     for name, why in _REFUSED.items():
