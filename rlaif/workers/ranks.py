@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import queue
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -30,7 +31,7 @@ GRACE_S = 10.0
 """After one has failed: how long the others get to fail, too, or to end what they do."""
 JOINED = f"{__name__}:joined"
 """The factory of each process; it is given the object's own, and where to meet."""
-_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+_LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
 
 
 class Ranks(Worker):

@@ -91,6 +91,7 @@ class RayCluster:
             self._ray = _imported()
             with _own_sigterm():
                 self._connect(gpus)
+            logs.mkdir(parents=True, exist_ok=True)  # a machine that sees it sees the run
             stack.callback(self._ray.shutdown)
             self._closing = stack.pop_all()
 

@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlaif import config
-from rlaif.errors import WorkerError
+from rlaif.errors import UserError, WorkerError
+from rlaif.learning import make_learner
 from rlaif.records import Completion, PolicyVersion, TokenSequence
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.ranks import Ranks, start_ranks
@@ -312,3 +313,27 @@ def test_bf16_of_two_processes(
         found.append(worker.call("train", pairs=UNEVEN, iteration=1)[0])
     for a, b in zip(*found, strict=True):
         assert a.loss == pytest.approx(b.loss, abs=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision: bf16, and this learner computes in fp32"),
+        (
+            "ACCELERATE_USE_FSDP",
+            "true",
+            "accelerate has FSDP for GPUs alone; on a CPU take distributed_type: MULTI_CPU",
+        ),
+    ],
+)
+def test_what_accelerate_is_told_and_does_not_do_is_refused(
+    variable: str, value: str, said: str, models: Path, settings: config.Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"learner.accelerate: {said}"):
+        make_learner("dpo", str(models / "llama-tied"), settings, seed=7)
+
+
+def test_shards_compute_in_fp32(fsdp: Ranks, models: Path, settings: config.Learner) -> None:
+    with pytest.raises(UserError, match=r"learner\.precision: bf16 with FSDP"):
+        build(fsdp, models / "llama-tied", settings, precision="bf16")
