@@ -799,6 +799,10 @@ class Learner(Section):
     """Autocast of the update; master weights and Adam state are fp32 in both. `auto` as in `sampling.precision`."""
     lora: Lora | None = None
     """Train adapters; full weights when absent."""
+    accelerate: Adjustable[str | None] = None
+    """A config file of accelerate (`accelerate config` writes one): the learner is as many processes as it says, by DDP
+    or FSDP2 ([scale-ray.md](scale-ray.md#the-learner-in-several-processes)). They have to divide `batch_size`, which is
+    shared out to them. Absent: one process, or as many as `cluster.learner` says, by DDP."""
     args: Annotated[
         dict[str, Any], MayChange(("per_device_train_batch_size", "gradient_checkpointing", "report_to", "run_name"))
     ] = Field(default_factory=dict)
@@ -1185,7 +1189,8 @@ class Place(Section):
     """In place of the job's `workers`, for this role."""
     devices: list[int] | None = Field(None, min_length=1)
     """Its GPUs, counted from 0 among those that the process sees: as many as `sampling.tensor_parallel_size` for the
-    sampler, one for others. Not for an `inline` worker, which sees what the loop's process sees."""
+    sampler, as many as its processes for the learner, one for the judge. Not for an `inline` worker, which sees what
+    the loop's process sees."""
 
     @field_validator("devices")
     @classmethod
@@ -1205,6 +1210,15 @@ class Share(Section):
     `sampling.tensor_parallel_size` for the sampler, one for a judge. Untried on GPUs."""
 
 
+class LearnerShare(Section):
+    """The learner's processes on a cluster, which compute each step together."""
+
+    processes: int = Field(ge=1)
+    """How many; they have to divide `learner.batch_size`."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs of each. When absent: none where the cluster has none, else one. Untried on GPUs."""
+
+
 class Cluster(Section):
     """Roles that are several workers on a [Ray cluster](scale-ray.md); a role that isn't named here stays where
     `placement` says. Needs the extra `ray`."""
@@ -1216,17 +1230,21 @@ class Cluster(Section):
     """Who samples."""
     judge: Share | None = None
     """Who judges. Not for a judge behind servers, which waits and computes nothing."""
+    learner: LearnerShare | None = None
+    """Who trains. Its first process has to see the run directory."""
     max_restarts: int = Field(3, ge=0)
-    """How often another may take the place of a replica that died, for each role; then the run pauses."""
+    """How often another may take the place of a replica that died, for each role; then the run pauses. The learner
+    isn't started again: the same command goes on."""
 
     def of(self, role: str) -> Share | None:
-        """What a role has here; None: it is elsewhere."""
+        """The replicas that a role has here; None: it is elsewhere, or has none."""
         return {"sampler": self.sampler, "judge": self.judge}.get(role)
 
     @property
     def asked(self) -> int:
-        """Replicas in all."""
-        return sum(share.replicas for share in (self.sampler, self.judge) if share)
+        """Processes in all."""
+        replicas = sum(share.replicas for share in (self.sampler, self.judge) if share)
+        return replicas + (self.learner.processes if self.learner else 0)
 
     @model_validator(mode="after")
     def _names_a_role(self) -> Cluster:
@@ -1311,7 +1329,8 @@ class Job(Section):
     @model_validator(mode="after")
     def _one_gpu_for_one(self) -> Job:
         for role, place in self.placement.items():
-            if role != "sampler" and len(place.devices or [0]) > 1:
+            several = role == "sampler" or (role == "learner" and self.learner.accelerate)
+            if not several and len(place.devices or [0]) > 1:
                 raise ValueError(f"placement.{role}.devices: {place.devices}, but it runs on one; for example [0]")
         return self
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 BY_LIBRARY = {
     "transformers": "rlaif.transformers_compat",
+    "accelerate": "rlaif.learning.accelerate_compat",
     "peft": "rlaif.learning.peft_compat",
     "trl": "rlaif.learning.trl_compat",
     "vllm": "rlaif.sampling.vllm_compat",

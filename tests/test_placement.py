@@ -43,6 +43,42 @@ def test_roles_are_spread(gpus: int, span: int, wanted: tuple[str, ...]) -> None
     assert len(placed["learner"].gpus) == 1, "TRL's trainers refuse where they see several"
 
 
+@pytest.mark.parametrize(
+    ("gpus", "span", "learners", "wanted"),
+    [
+        (8, 1, 4, ("0", "1,2,3,4", "5")),
+        (8, 2, 6, ("0,1", "2,3,4,5,6,7", "0")),
+        (4, 1, 4, ("0", "0,1,2,3", "0")),
+        (2, 1, 2, ("0", "0,1", "0")),
+    ],
+)
+def test_a_learner_of_several_processes_gets_as_many_gpus(
+    gpus: int, span: int, learners: int, wanted: tuple[str, ...]
+) -> None:
+    settings = job(sampling={"tensor_parallel_size": span})
+    assert roles(place(settings, [str(i) for i in range(gpus)], learners)) == wanted
+    assert place(settings, [], learners)["learner"] == Placed("process"), "on CPUs there is nothing to share out"
+    named = job(**on(learner=[3, 1]), learner={"accelerate": "two.yaml"})
+    assert roles(place(named, ["0", "1", "2", "3"], 2)) == ("0", "3,1", "2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "said"),
+    [
+        ({}, 1, "learner.accelerate: 2 processes take a GPU each, and there are 1 GPUs to use"),
+        (
+            {**on(learner=[0]), "learner": {"accelerate": "two.yaml"}},
+            4,
+            "there are 1 GPUs in placement.learner.devices",
+        ),
+        ({"workers": "inline"}, 0, "an inline learner is one process, not 2; set placement.learner.worker=process"),
+    ],
+)
+def test_processes_of_a_learner_that_have_no_place(changes: dict[str, Any], gpus: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        place(job(**changes), [str(i) for i in range(gpus)], 2)
+
+
 @pytest.mark.parametrize("gpus", [[], ["0"], ["GPU-3f"]])
 def test_one_gpu_or_none_is_shared(gpus: list[str]) -> None:
     assert set(place(job(), gpus).values()) == {Placed("process")}

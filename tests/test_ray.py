@@ -22,7 +22,7 @@ import pytest
 
 from rlaif.config import Cluster, parse_job
 from rlaif.errors import UserError, WorkerDied, WorkerError
-from rlaif.records import IterationMetrics
+from rlaif.records import IterationMetrics, UpdateStep
 from rlaif.rundir.store import RunDir
 from rlaif.workers.ray import PRIVATE, RayCluster, RayWorker
 from rlaif.workers.replicas import Replicas
@@ -58,7 +58,8 @@ def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ({}, "cluster: names no role"),
         ({"judge": {"replicas": 0}}, r"cluster\.judge\.replicas"),
-        ({"learner": {"replicas": 2}}, r"unknown key `cluster\.learner`"),
+        ({"learner": {"replicas": 2}}, r"unknown key `cluster\.learner\.replicas`"),
+        ({"learner": {"gpus": 1}}, r"cluster\.learner\.processes"),
     ],
 )
 def test_what_makes_no_sense_is_refused(cluster: dict[str, Any], said: str) -> None:
@@ -143,13 +144,13 @@ def weights(folder: Path, content: bytes) -> WeightsRef:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RayCluster, Path]]:
-    """A cluster of this machine alone, with room for one more sampler than there are."""
+    """A cluster of this machine alone, with room for one more sampler than there are, and for a learner."""
     logs = tmp_path_factory.mktemp("run") / "logs"
     logs.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLAIF_CACHE", str(tmp_path_factory.mktemp("cache")))
         before = signal.getsignal(signal.SIGTERM)
-        with RayCluster(settings(), logs) as cluster:
+        with RayCluster(settings(learner={"processes": 2}), logs) as cluster:
             assert signal.getsignal(signal.SIGTERM) == before, "Ray has taken it"
             cluster.reserve("sampler", 2, cluster.gpus_each(1))
             yield cluster, logs
@@ -270,6 +271,31 @@ def test_actors_that_die_are_replaced_where_there_is_room(
     replicas.close()
 
 
+@with_ray
+def test_processes_that_compute_together_are_actors(
+    alone: tuple[RayCluster, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, logs = alone
+    monkeypatch.setattr("rlaif.workers.ranks.GRACE_S", 1.0)
+    cluster.reserve("learner", 2, 0, together=True)
+    two = cluster.start_ranks("learner", 2, "tests.test_ranks:Adds", {}, 0, {"ACCELERATE_MIXED_PRECISION": "no"})
+    about = two.call("about")
+    assert [about[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == ["0", "2", "0", "2"]
+    assert about["GLOO_SOCKET_IFNAME"] == "lo"
+    assert about["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+    assert two.call("added", number=3) == 7
+    assert list(two.stream("several", count=3)) == [1, 3, 5]
+    # A learner's state is read and written where the run has it.
+    state = WeightsRef(digest="of the policy", path=logs)
+    assert two.call("folder_of", weights=state) == logs
+    with pytest.raises(UserError, match=r"rows.jsonl:3"):
+        two.call("refuse")
+    with pytest.raises(WorkerDied, match=r"learner 2 worker died \(.*its log is .*learner-2.log"):
+        two.call("die_alone")
+    with pytest.raises(WorkerDied, match="learner worker has ended"):
+        two.call("added", number=1)
+
+
 # ---- a run
 
 
@@ -312,6 +338,30 @@ def outcome(run: Path) -> dict[str, Any]:
         elif path.stem == "updates":
             found[f"{path.parent.name}/{path.stem}"] = [row["row_ids"] for row in rows]
     return found
+
+
+@with_ray
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_a_learner_of_two_actors_trains_as_one_process(tmp_path: Path, tiny_model: Path) -> None:
+    """Two iterations: the second goes on from what the first committed, after a new start."""
+    from rlaif.loop.launch import execute
+
+    changes: dict[str, Any] = {"constitution": "rules@1", "workers": "inline"}
+    one = project_job(tmp_path, tiny_model, **changes, iterations=2)
+    execute(one, tmp_path / "one", tmp_path, Killing(None, []))
+    for iterations in (1, 2):
+        two = project_job(tmp_path, tiny_model, **changes, iterations=iterations, cluster={"learner": {"processes": 2}})
+        progress = Killing(None, [])
+        execute(two, tmp_path / "two", tmp_path, progress, allow_change=True)
+        assert any("in 2 processes" in note for note in progress.notes)
+    steps = [
+        [step for k in range(2) for step in RunDir(tmp_path / run).iteration(k).read("updates", UpdateStep)]
+        for run in ("one", "two")
+    ]
+    assert [s.row_ids for s in steps[1]] == [s.row_ids for s in steps[0]]
+    assert [s.loss for s in steps[1]] == pytest.approx([s.loss for s in steps[0]], abs=1e-5)
+    assert (tmp_path / "two/logs/learner-2.log").exists()
 
 
 @with_ray

@@ -1,9 +1,10 @@
 """Learners: rows of the type that each declares in, one `UpdateStep` per optimizer step and new policy weights out.
 
 `dpo` is TRL's `DPOTrainer`, `online_dpo` a thin adapter on TRL's experimental `OnlineDPOTrainer`; the contract
-tests hold the second to the first. Nothing heavy is imported before `make_learner` is called. To add a learner: a class
-with what `Learner` asks, and a line in `KINDS`; rows of a type that nothing makes yet, a function in
-`rlaif/loop/training.py`.
+tests hold the second to the first. A learner may be several processes, each of which is called alike (`launched` says
+how many, `peers` what is whose, `sharded` brings together what lies in parts). Nothing heavy is imported before
+`make_learner` is called. To add a learner: a class with what `Learner` asks, and a line in `KINDS`; rows of a type that
+nothing makes yet, a function in `rlaif/loop/training.py`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import math
 import pickle
 import random
 import sys
@@ -47,14 +48,21 @@ from rlaif.learning import KL_METRIC, too_far
 from rlaif.learning.as_exported import AsExported
 from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
 from rlaif.learning.moved import Moved
+from rlaif.learning.peers import Peers
 from rlaif.learning.policy_state import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
+from rlaif.learning.scoring import plainly
+from rlaif.learning.sharded import in_shards_again, put, sharded_state, whole, whole_state
 from rlaif.learning.trackers import open_trackers
 from rlaif.learning.trl_compat import (
     TrlConfig,
     TrlTrainer,
     attach,
+    check_as_launched,
     divide_losses_by,
+    gather_by,
     go_on_after,
+    in_shards,
+    is_sharded,
     log_at,
     log_step,
     metric,
@@ -69,7 +77,7 @@ from rlaif.workers.weights import WeightsRef
 
 Row = dict[str, Any]
 """A row as the trainer takes it: `row_id`, what `TrlLearner.row` makes of it, and the reference's log-probabilities in
-whatever form the learner's loss wants."""
+whatever form the learner's loss wants, under names that begin with `ref_`."""
 
 _SET_ELSEWHERE = {
     "learning_rate": "learner.learning_rate",
@@ -117,6 +125,9 @@ class TrlLearner(ABC):
         """Loads the policy (fp32) and builds the trainer; see `rlaif.learning.make_learner`."""
         self.settings = settings
         self.seed = seed
+        self.peers = Peers.here()
+        self._counts = True
+        """Whether what is being computed belongs to this process, not to another one that has a row less."""
         self._closed = False
         self._told: set[str] = set()
         """Trackers whose failure was told."""
@@ -138,9 +149,12 @@ class TrlLearner(ABC):
         names = set(policy.state_dict())
         reported, args.report_to = args.report_to, []  # the trainer's own would end a run that they fail in
         with _settings_errors():
-            self._trackers = open_trackers(reported)
+            self._trackers = open_trackers(reported if self.peers.is_first else [])
             self.trainer = self._make_trainer(policy, args, _peft_config(settings.lora))
         args.report_to = reported
+        check_as_launched(self.trainer, self._precision)
+        if self.peers.count > 1:
+            gather_by(self.trainer, lambda values: self.peers.values(values if self._counts else None))
         attach(self.trainer, self._trackers, self.tokenizer)
         self._check_export(names)
         self._adapt(self.policy)
@@ -212,7 +226,7 @@ class TrlLearner(ABC):
         for epoch in range(self.settings.epochs):
             steps = self._steps(prepared, iteration, epoch)
             for number, step in enumerate(steps, 1):
-                if trainer.control.should_training_stop:
+                if any(self.peers.gathered(trainer.control.should_training_stop)):
                     return
                 trainer.state.epoch = iteration * self.settings.epochs + epoch + number / len(steps)
                 taken = self._step(step, iteration)
@@ -235,19 +249,16 @@ class TrlLearner(ABC):
         trainer, started = self.trainer, time.perf_counter()
         args, state = trainer.args, trainer.state
         tell(trainer, "on_step_begin")
-        parts = _chunks(rows, args.per_device_train_batch_size)
-        losses = []
+        parts = self._parts(rows)
         with self.policy_as_exported():
-            for part in parts:
-                divide_losses_by(trainer, len(rows) / len(part))  # each counts by its share of the step's rows
-                losses.append(float(trainer.training_step(trainer.model_wrapped, self._batch(part))))
+            losses = [self._part_of_a_step(part, rows, last=part is parts[-1]) for part in parts]
+        loss = sum(self.peers.gathered(sum(losses)))
         shares = [len(part) / len(rows) for part in parts]
-        loss = _weighted(losses, shares)
         measured = {
             name: _weighted(metric(trainer, theirs)[-len(parts) :], shares)
             for name, theirs in self.step_metrics.items()
         }
-        grad_norm = float(trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), args.max_grad_norm))
+        grad_norm = float(whole(trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), args.max_grad_norm)))
         learning_rate = float(trainer.lr_scheduler.get_last_lr()[0])
         self._refuse_not_finite(loss, grad_norm, rows)
 
@@ -271,6 +282,23 @@ class TrlLearner(ABC):
             metrics=measured,
         )
 
+    def _parts(self, rows: list[Row]) -> list[list[Row]]:
+        """A step's rows as they go through the model, of each part `per_device_train_batch_size` in each process."""
+        return _chunks(rows, self.trainer.args.per_device_train_batch_size * self.peers.count)
+
+    def _part_of_a_step(self, part: list[Row], rows: list[Row], last: bool) -> float:
+        """Adds the gradient of this process's rows of a part; what they add to the loss of the step.
+
+        Gradients become the mean over processes, and a process without a row takes part with one that counts nothing.
+        """
+        trainer, mine = self.trainer, self.peers.share(part)
+        self._counts = bool(mine)
+        share = len(mine) / len(rows)  # each counts by its share of the step's rows
+        divide_losses_by(trainer, 1 / (share * self.peers.count) if mine else math.inf)
+        with nullcontext() if last else trainer.accelerator.no_sync(trainer.model_wrapped):
+            loss = float(trainer.training_step(trainer.model_wrapped, self._batch(mine or part[:1])))
+        return loss * share if mine else 0.0
+
     def _refuse_not_finite(self, loss: float, grad_norm: float, rows: list[Row]) -> None:
         values = torch.tensor([loss, grad_norm])
         if bool(values.isfinite().all()):
@@ -293,17 +321,19 @@ class TrlLearner(ABC):
             # As many rows at once as an update takes: chosen and rejected.
             batch = 2 * self.trainer.args.per_device_train_batch_size
             device = self.trainer.args.device
-            yield from divergences(Asked(policy), self._untrained(), completions, batch, device)
+            yield from divergences(
+                Asked(policy, root=self.root), self._untrained(), completions, batch, device, self.peers
+            )
         finally:
             policy.train(was_training)
 
     def _untrained(self) -> Asked:
         """The base policy, whatever `reference` is."""
         if self.settings.lora is not None:
-            return Asked(self.policy, self.trainer.model.disable_adapter)
+            return Asked(self.policy, self.trainer.model.disable_adapter, self.root)
         if self._frozen is None or self._refers_to is not None:  # no copy of it is kept: read once an evaluation
             base, _ = _load(self._model_path)
-            return Asked(base.requires_grad_(False).eval().to(self.trainer.args.device))
+            return Asked(self._placed(base.requires_grad_(False).eval()))
         inner = self._unwrapped(self._frozen)
         return Asked(inner, partial(layers_in_fp32, inner))
 
@@ -317,7 +347,10 @@ class TrlLearner(ABC):
         if self._frozen is None:
             self._frozen = self._freeze(folder)
         else:  # in its place: accelerate would hold on to the one before
-            self._unwrapped(self._frozen).load_state_dict(_load(folder)[0].state_dict())
+            given, frozen = _load(folder)[0].state_dict(), self._unwrapped(self._frozen)
+            in_shards_again(frozen)
+            for name, value in frozen.state_dict().items():
+                put(value, given[name])
         self._refers_to = policy.digest
         if self._precision == "bf16":
             self.base_as_exported = AsExported(self._unwrapped(self._frozen), self.seed, adapters=False)
@@ -326,9 +359,17 @@ class TrlLearner(ABC):
         """In the parts that training will take: bf16 rounds differently in another batch, and a policy that equals
         its reference would not start at a log-ratio of 0."""
         with torch.no_grad(), self._reference() as model:
-            for rows in steps:
-                for part in _chunks(rows, self.trainer.args.per_device_train_batch_size):
-                    self._score_reference(model, part)
+            for part in (part for rows in steps for part in self._parts(rows)):
+                self._score_part(model, part)
+
+    def _score_part(self, model: nn.Module, part: list[Row]) -> None:
+        """Each process scores its rows, and gets what the others found of theirs."""
+        mine = self.peers.share(part)
+        self._score_reference(model, mine or part[:1])
+        found = [{name: value for name, value in row.items() if name.startswith("ref_")} for row in mine]
+        for rank, scored in enumerate(self.peers.gathered(found)):
+            for row, values in zip(self.peers.share(part, rank), scored, strict=True):
+                row.update(values)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -361,7 +402,15 @@ class TrlLearner(ABC):
                 if halves and all(torch.equal(p.to(torch.bfloat16).float(), p) for p in module.parameters()):
                     module.to(torch.bfloat16)
         self._adapt(frozen)
+        if is_sharded(self.trainer):
+            return self._placed(frozen)
         return self.trainer.accelerator.prepare_model(frozen, evaluation_mode=True)
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A frozen model where this learner computes: in shards, if its own lies so."""
+        if is_sharded(self.trainer):
+            return in_shards(self.trainer, model)
+        return model.to(self.trainer.args.device)
 
     def _unwrapped(self, model: nn.Module) -> PreTrainedModel:
         """A model as transformers knows it, without accelerate around it."""
@@ -389,7 +438,8 @@ class TrlLearner(ABC):
             "beta": settings.beta,
             "loss_type": settings.loss_type,
             "max_grad_norm": settings.max_grad_norm,
-            "per_device_train_batch_size": settings.batch_size,
+            "per_device_train_batch_size": -(-settings.batch_size // self.peers.count),
+            "ddp_broadcast_buffers": False,  # they are constants, and who is late must not hold up who scores
             "bf16": self._precision == "bf16",
             "use_cpu": not torch.cuda.is_available(),
             "seed": self.seed,
@@ -441,6 +491,8 @@ class TrlLearner(ABC):
                 trainer.model.enable_input_require_grads()
         trainer.create_optimizer()
         trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        if is_sharded(trainer):  # the first pass has to go through the whole: it says which module holds the others
+            probe_logits(trainer.model, training=False)
         horizon = args.max_steps if args.max_steps > 0 else sys.maxsize
         trainer.create_scheduler(num_training_steps=horizon)
         self._horizon = horizon
@@ -481,13 +533,15 @@ class TrlLearner(ABC):
         plain = self.policy
         was_training = plain.training
         plain.eval()
-        out = []
-        for sequence in sequences:
+
+        def logps(sequence: TokenSequence) -> tuple[float, ...]:
             ids = torch.tensor([sequence.all_ids], device=self.trainer.args.device)
-            logits = type(plain).forward(plain, input_ids=ids, use_cache=False).logits[0, :-1]  # [tokens, vocabulary]
+            logits = plainly(plain, self.root, input_ids=ids, use_cache=False).logits[0, :-1]  # [tokens, vocabulary]
             completion = logits[len(sequence.prompt_token_ids) - 1 :].float().log_softmax(-1)
             targets = ids[0, len(sequence.prompt_token_ids) :, None]
-            out.append(tuple(completion.gather(-1, targets)[:, 0].tolist()))
+            return tuple(completion.gather(-1, targets)[:, 0].tolist())
+
+        out = self.peers.shared(sequences, logps)
         plain.train(was_training)
         return out
 
@@ -503,7 +557,8 @@ class TrlLearner(ABC):
         """Writes the learner's state (fp32 weights, optimizer, schedule, RNG, step), and the policy in the precision
         that it samples in.
 
-        Both folders are made if missing; whoever calls decides when they become the run's (one rename).
+        Both folders are made if missing; whoever calls decides when they become the run's (one rename). Of several
+        processes the first writes, and what it writes is whole: any other number of them goes on from it.
 
         Returns:
             The policy, where it was written.
@@ -513,21 +568,23 @@ class TrlLearner(ABC):
         """
         state = {
             "global_step": self.global_step,
-            "optimizer": self.trainer.optimizer.state_dict(),
+            "optimizer": whole_state(self.trainer.optimizer.state_dict()),
             "scheduler": self.trainer.lr_scheduler.state_dict(),
             "rng": _rng_state(),
         }
-        with _write_errors(state_dir):
-            state_dir.mkdir(parents=True, exist_ok=True)
-            save_file(self.trained(), state_dir / "weights.safetensors")
-            with _no_checksums():
-                torch.save(state, state_dir / "state.pt")
+        weights = {name: whole(value) for name, value in self.trained().items()}
+        if self.peers.is_first:
+            with _write_errors(state_dir):
+                state_dir.mkdir(parents=True, exist_ok=True)
+                save_file(weights, state_dir / "weights.safetensors")
+                with _no_checksums():
+                    torch.save(state, state_dir / "state.pt")
         return self.export(policy_dir)
 
     def export(self, policy_dir: Path) -> WeightsRef:
         """Writes the policy alone, as `save` does."""
         with _write_errors(policy_dir):
-            return WeightsRef(digest=self._export(policy_dir), path=policy_dir)
+            return WeightsRef(digest=self._export(policy_dir), path=policy_dir)  # that of the first process counts
 
     def load(self, state: WeightsRef) -> None:
         """Goes on from the state that `save` wrote; the next step is the one an uninterrupted run would take.
@@ -551,9 +608,9 @@ class TrlLearner(ABC):
             raise UserError(f"{folder}: the state of another model (they differ in `{differing[0]}`); was it changed?")
         with torch.no_grad():
             for name, value in mine.items():
-                value.copy_(weights[name])
+                put(value, weights[name])
         _set_rng_state(rest["rng"])
-        trainer.optimizer.load_state_dict(rest["optimizer"])
+        trainer.optimizer.load_state_dict(sharded_state(rest["optimizer"], trainer.optimizer))
         trainer.lr_scheduler.load_state_dict(rest["scheduler"])
         # A state brings its learning rate along; a job resumed with another one (`--allow-change`) means that one.
         set_learning_rate(trainer, self.settings.learning_rate)
@@ -571,14 +628,16 @@ class TrlLearner(ABC):
         theirs = model.state_dict()
         with torch.no_grad():
             for name, value in self.trained().items():
-                value.copy_(theirs[name])
+                put(value, theirs[name])
         optimizer, scheduler = copy.deepcopy(self._untrained_state)
         self.trainer.optimizer.load_state_dict(optimizer)
         self.trainer.lr_scheduler.load_state_dict(scheduler)
         go_on_after(self.trainer, global_step)
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """The parameters that training changes, by name, tied ones once; themselves, not copies."""
+        """The parameters that training changes, by name, tied ones once; themselves, not copies, and of several
+        processes perhaps a part in each."""
+        in_shards_again(self.trainer.model)
         return {n: p.data for n, p in self.trainer.model.named_parameters() if p.requires_grad}
 
     @property
@@ -586,6 +645,11 @@ class TrlLearner(ABC):
         """The policy as transformers knows it: no accelerate, no peft around it, though its layers may hold a LoRA."""
         model = self.trainer.model
         return model if self.settings.lora is None else model.get_base_model()
+
+    @property
+    def root(self) -> nn.Module | None:
+        """What has to be called in the policy's place: where it lies in shards, what brings together all of it."""
+        return self.trainer.model if is_sharded(self.trainer) else None
 
     def _check_export(self, names: set[str]) -> None:
         """Whether what `save` will write is what a reader of the untrained model expects, before anything is sampled.
@@ -603,7 +667,10 @@ class TrlLearner(ABC):
 
     def _export(self, folder: Path) -> str:
         plain = self.policy
+        in_shards_again(self.trainer.model)
         state = in_precision(merged(plain), self._export_precision, self.seed, kept_in_fp32(plain))
+        if not self.peers.is_first:
+            return ""
         plain.save_pretrained(folder, state_dict=state)
         # save_pretrained writes the master weights' dtype and TRL's settings into config.json
         exported = copy.deepcopy(self._exported_config)

@@ -16,6 +16,7 @@ import math
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlaif.errors import RlaifError
+from rlaif.learning.peers import ALONE, Peers
+from rlaif.learning.scoring import plainly
 from rlaif.records import Completion, Divergence
 
 PLACES = 1024
@@ -40,6 +43,8 @@ class Asked(NamedTuple):
     model: PreTrainedModel
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
     """What it has to be called in (an adapter turned off, layers in fp32)."""
+    root: nn.Module | None = None
+    """What has to be called in its place (`scoring.plainly`)."""
 
 
 @contextmanager
@@ -61,7 +66,12 @@ def layers_in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 def divergences(
-    policy: Asked, base: Asked, completions: list[Completion], batch_size: int, device: torch.device
+    policy: Asked,
+    base: Asked,
+    completions: list[Completion],
+    batch_size: int,
+    device: torch.device,
+    peers: Peers = ALONE,
 ) -> Iterator[list[Divergence]]:
     """Divergences, a batch at a time, completions of similar length together.
 
@@ -71,36 +81,42 @@ def divergences(
         completions: without an empty one: a sampled completion has at least its end token.
         batch_size: completions that go through a model at once, at most.
         device: where both models are.
+        peers: who shares the batches; each yields what all found.
 
     Raises:
         RlaifError: a divergence is not finite.
     """
-    for batch in batches(completions, batch_size):
-        width = max(len(c.prompt_token_ids) + len(c.token_ids) for c in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask, places = torch.zeros_like(ids), torch.zeros(len(batch), width, dtype=torch.bool)
-        for row, c in enumerate(batch):
-            prompt, end = len(c.prompt_token_ids), len(c.prompt_token_ids) + len(c.token_ids)
-            ids[row, :end] = torch.tensor([*c.prompt_token_ids, *c.token_ids])
-            mask[row, :end] = 1
-            places[row, prompt - 1 : end - 1] = True  # position t predicts token t + 1
-        ids, mask, places = ids.to(device), mask.to(device), places.to(device)
-        with torch.no_grad():
-            nats = (
-                kl(_logits(policy, ids, mask, places), _logits(base, ids, mask, places))
-                .double()
-                .cpu()
-                .split([len(c.token_ids) for c in batch])
-            )
-        sums = [float(n.sum()) for n in nats]
-        if not all(map(math.isfinite, sums)):
+    owed = list(batches(completions, batch_size))
+    for at in range(0, len(owed), peers.count):
+        found = peers.shared(owed[at : at + peers.count], partial(_of_a_batch, policy, base, device))
+        if not all(math.isfinite(d.kl) for chunk in found for d in chunk):
             raise RlaifError(
                 "KL from the base policy is not finite: the policy's probabilities are no numbers any more"
             )
-        yield [
-            Divergence(completion_id=c.id, prompt_id=c.prompt_id, tokens=len(c.token_ids), kl=nats)
-            for c, nats in zip(batch, sums, strict=True)
-        ]
+        yield [d for chunk in found for d in chunk]
+
+
+def _of_a_batch(policy: Asked, base: Asked, device: torch.device, batch: list[Completion]) -> list[Divergence]:
+    width = max(len(c.prompt_token_ids) + len(c.token_ids) for c in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask, places = torch.zeros_like(ids), torch.zeros(len(batch), width, dtype=torch.bool)
+    for row, c in enumerate(batch):
+        prompt, end = len(c.prompt_token_ids), len(c.prompt_token_ids) + len(c.token_ids)
+        ids[row, :end] = torch.tensor([*c.prompt_token_ids, *c.token_ids])
+        mask[row, :end] = 1
+        places[row, prompt - 1 : end - 1] = True  # position t predicts token t + 1
+    ids, mask, places = ids.to(device), mask.to(device), places.to(device)
+    with torch.no_grad():
+        nats = (
+            kl(_logits(policy, ids, mask, places), _logits(base, ids, mask, places))
+            .double()
+            .cpu()
+            .split([len(c.token_ids) for c in batch])
+        )
+    return [
+        Divergence(completion_id=c.id, prompt_id=c.prompt_id, tokens=len(c.token_ids), kl=float(n.sum()))
+        for c, n in zip(batch, nats, strict=True)
+    ]
 
 
 def batches(completions: list[Completion], most: int) -> Iterator[list[Completion]]:
@@ -137,9 +153,8 @@ def _logits(asked: Asked, ids: torch.Tensor, mask: torch.Tensor, places: torch.T
     hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
         with asked.within():
-            # The class's forward: the instance's is wrapped in autocast, and in our own scoring.
-            output = type(model).forward(model, input_ids=ids, attention_mask=mask, use_cache=False)
-            logits: torch.Tensor = output.logits
+            out = plainly(model, asked.root, input_ids=ids, attention_mask=mask, use_cache=False)
+            logits: torch.Tensor = out.logits
     finally:
         hook.remove()
     return logits

@@ -94,17 +94,20 @@ class DpoLearner(PairwiseLearner):
         super()._score_references(steps)
         self._known = {}
 
-    def _score_reference(self, model: nn.Module, rows: list[Row]) -> None:
-        are_known = all(i in self._known for row in rows for i in row["completion_ids"])
+    def _score_part(self, model: nn.Module, part: list[Row]) -> None:
+        are_known = all(i in self._known for row in part for i in row["completion_ids"])
         if are_known and self._compared >= COMPARED:
-            for row in rows:
+            for row in part:
                 row["ref_chosen_logps"], row["ref_rejected_logps"] = (self._known[i] for i in row["completion_ids"])
             return
+        super()._score_part(model, part)
+        if are_known:
+            self._compare(part)
+
+    def _score_reference(self, model: nn.Module, rows: list[Row]) -> None:
         chosen, rejected = reference_logps(self.trainer, model, self._batch(rows))
         for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=True):
             row["ref_chosen_logps"], row["ref_rejected_logps"] = c, r
-        if are_known:
-            self._compare(rows)
 
     def _compare(self, rows: list[Row]) -> None:
         """Whether rows that were scored here are as others say; else nothing of theirs is taken."""

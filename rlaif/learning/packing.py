@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from rlaif.learning.scoring import plainly
 from rlaif.learning.trl_compat import FusedCausalLMOutput
 from rlaif.transformers_compat import attention_mask_of
 
@@ -94,9 +95,9 @@ def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Te
 class SharedPrompts:
     """Asks models for log-probabilities of pairs that share their prompts, where they can and it is less work."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """`model` is the policy; its reference is built like it."""
-        self._model = model
+    def __init__(self, model: PreTrainedModel, root: torch.nn.Module | None = None) -> None:
+        """`model` is the policy; its reference is built like it. `root`: see `scoring.plainly`."""
+        self._model, self._root = model, root
         self._hidden_size = getattr(model.config, "hidden_size", 0)
         self._agreed = (0, 0)
         """The most tokens of one sequence, and of both, that were computed alike."""
@@ -160,17 +161,37 @@ class SharedPrompts:
         packed = pack(ids, mask, ids)
         try:
             sees = attention_mask_of(self._model, packed.sees)
-            alike = _last_hidden(self._model, packed.input_ids, sees, position_ids=packed.position_ids)
+            alike = self._last_hidden(packed.input_ids, sees, position_ids=packed.position_ids)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError):
             return False  # a forward pass that isn't made for such a mask, or takes no positions
-        whole = _last_hidden(self._model, ids, mask)[:, :-1]
+        whole = self._last_hidden(ids, mask)[:, :-1]
         apart = (packed.spread(alike) - whole).abs().amax(-1)[mask[:, 1:] == 1]  # of places that predict a token
         if not bool((apart <= TOLERANCE * whole.abs().max()).all()):
             return False
         self._agreed = (max(self._agreed[0], lengths[0]), max(self._agreed[1], lengths[1]))
         return True
+
+    @torch.no_grad()
+    def _last_hidden(self, input_ids: torch.Tensor, mask: Any, **more: Any) -> torch.Tensor:
+        """What goes into the model's head, [rows, length, hidden], by its plain forward pass, outside of autocast."""
+        model = self._model
+        kept: list[torch.Tensor] = []
+
+        def keep(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            kept.append(inputs[0])
+            return (inputs[0][:, :1],)
+
+        was_training = model.training
+        model.eval()
+        hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            plainly(model, self._root, input_ids=input_ids, attention_mask=mask, use_cache=False, **more)
+        finally:
+            hook.remove()
+            model.train(was_training)
+        return kept[0]
 
 
 def _of_one(pair: tuple[list[int], list[int]]) -> int:
@@ -179,23 +200,3 @@ def _of_one(pair: tuple[list[int], list[int]]) -> int:
 
 def _of_both(pair: tuple[list[int], list[int]]) -> int:
     return sum(map(len, pair))
-
-
-@torch.no_grad()
-def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor, mask: Any, **more: Any) -> torch.Tensor:
-    """What goes into the model's head, [rows, length, hidden], by its plain forward pass, outside of autocast."""
-    kept: list[torch.Tensor] = []
-
-    def keep(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        kept.append(inputs[0])
-        return (inputs[0][:, :1],)
-
-    was_training = model.training
-    model.eval()
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
-        type(model).forward(model, input_ids=input_ids, attention_mask=mask, use_cache=False, **more)
-    finally:
-        hook.remove()
-        model.train(was_training)
-    return kept[0]

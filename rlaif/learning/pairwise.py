@@ -19,7 +19,7 @@ class PairwiseLearner(TrlLearner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """See `TrlLearner`."""
         super().__init__(*args, **kwargs)
-        self._prompts = SharedPrompts(self.policy)
+        self._prompts = SharedPrompts(self.policy, self.root)
         self.trainer.asked = self._prompts.asked
 
     def look_at(self, rows: Sequence[Row]) -> None:

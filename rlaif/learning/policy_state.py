@@ -19,6 +19,7 @@ from rlaif import transformers_compat
 from rlaif.errors import UserError
 from rlaif.learning.peft_compat import adapted, is_adapters, plain, product
 from rlaif.learning.rounding import round_stochastically
+from rlaif.learning.sharded import address, whole
 
 
 def plain_names(model: nn.Module) -> set[str]:
@@ -35,7 +36,7 @@ def check_mergeable(model: nn.Module) -> None:
     tied: dict[int, list[str]] = {}
     for key, value in model.state_dict().items():
         if value.numel():
-            tied.setdefault(value.data_ptr(), []).append(plain(key))
+            tied.setdefault(address(value), []).append(plain(key))
     twice = {name for names in tied.values() if len(names) > 1 for name in names}
     if both := sorted(twice & adapted(model).keys()):
         raise UserError(
@@ -46,17 +47,19 @@ def check_mergeable(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merged(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a model with LoRA layers as that of a plain one. The masters are not touched: merging them and
-    taking the adapter out again would leave rounding behind."""
+    """The state of a model with LoRA layers as that of a plain one, whole. The masters are not touched: merging them
+    and taking the adapter out again would leave rounding behind."""
     adapters = adapted(model)
-    state = {}
-    for key, value in model.state_dict().items():
+    state: dict[str, torch.Tensor] = {}
+    made: dict[int, torch.Tensor] = {}
+    for key, held in model.state_dict().items():
         if is_adapters(key):
             continue
         name = plain(key)
+        value = made.setdefault(address(held), whole(held)) if held.numel() else held  # tied ones stay one
         for layer in adapters.get(name, ()):
             # On the CPU, one by one: together they would be as large as the model, beside it.
-            value = (value + product(layer).to(value.dtype)).cpu()
+            value = (value + whole(product(layer)).to(value.dtype)).cpu()
         state[name] = value
     return state
 

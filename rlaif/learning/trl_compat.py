@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import fsdp2_prepare_model
 from trl import import_utils
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import FusedCausalLMOutput as FusedCausalLMOutput
 from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
 
+from rlaif.errors import UserError
 from rlaif.reached import Reached
 
 TrlConfig = _BaseConfig
@@ -71,6 +73,8 @@ REACHED = (
         "accelerate", "Accelerator.backward", "parts of a step count equally, whatever their size",
         says="self.gradient_accumulation_steps",
     ),
+    Reached("accelerate.utils", "fsdp2_prepare_model", "a reference doesn't lie in shards"),
+    Reached(_TRAINER, "Trainer.is_fsdp_enabled", "a learner doesn't know whether its model is in shards"),
     Reached("torch.optim.lr_scheduler", "LRScheduler._last_lr", "a changed learning rate is logged a step late"),
 )  # fmt: skip
 
@@ -250,6 +254,46 @@ def divide_losses_by(trainer: Any, parts: float) -> None:
     """Lets accelerate divide a loss by this before it goes backward, as it does for steps that are made of equal parts;
     a share of a step may be any."""
     trainer.accelerator.gradient_accumulation_steps = parts
+
+
+def gather_by(trainer: Any, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Lets a trainer's metrics be made of what `gather` gives for each process' values [rows]. accelerate's own wants
+    as many rows of each, and counts what fills up."""
+    trainer.accelerator.gather = trainer.accelerator.gather_for_metrics = gather
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether each process holds a part of the trainer's model (FSDP)."""
+    return bool(trainer.is_fsdp_enabled)
+
+
+def in_shards(trainer: Any, model: Any) -> Any:
+    """A model that isn't trained, of which each process holds a part from here on."""
+    return fsdp2_prepare_model(trainer.accelerator, model)
+
+
+def check_as_launched(trainer: Any, precision: str) -> None:
+    """Whether a trainer runs as accelerate's variables (`learner.accelerate`) say.
+
+    Raises:
+        UserError: it doesn't.
+    """
+    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if said not in ("no", precision):
+        raise UserError(
+            f"learner.accelerate: mixed_precision: {said}, and this learner computes in {precision}; set it to `no` "
+            "there, and learner.precision in the job"
+        )
+    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wants_fsdp and not is_sharded(trainer):
+        raise UserError(
+            "learner.accelerate: accelerate has FSDP for GPUs alone; on a CPU take distributed_type: MULTI_CPU"
+        )
+    if wants_fsdp and precision != "fp32":
+        raise UserError(
+            f"learner.precision: {precision} with FSDP: its weights can't be rounded as the export rounds them; set "
+            "learner.precision: fp32, or take distributed_type: MULTI_GPU"
+        )
 
 
 def log_step(trainer: Any, loss: float, grad_norm: float, learning_rate: float, started: float) -> None:

@@ -295,7 +295,7 @@ def _past(run: RunDir, iterations: int) -> _Past:
 
 def _parts(run: RunDir, start: _Start, past: _Past) -> Iterator[str]:
     """Files and folders that never change again, and belong to the past."""
-    yield from (name for name in ("prompts", "calibration.json") if (run.path / name).exists())
+    yield from (name for name in ("prompts", "calibration.json", "accelerate.yaml") if (run.path / name).exists())
     copied = {Path(name).parts[1] for head in past.heads for name in head.files if name.startswith("constitutions/")}
     for text in sorted((run.path / "constitutions").glob("*/")):
         if text.name in copied or past.head is None:

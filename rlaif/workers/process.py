@@ -71,7 +71,7 @@ class ProcessWorker(Worker):
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                env=_child_env(env),
+                env=child_env(env),
             )
         theirs.close()
         self._connection = Connection(ours.detach())
@@ -158,6 +158,11 @@ class ProcessWorker(Worker):
         finally:
             self._connection.close()
 
+    def kill(self) -> None:
+        """Ends the child at once, with everything it started."""
+        kill_group(self._process.pid)
+        self.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -212,7 +217,8 @@ class ProcessWorker(Worker):
         )
 
 
-def _child_env(extra: Mapping[str, str] | None) -> dict[str, str]:
+def child_env(extra: Mapping[str, str] | None) -> dict[str, str]:
+    """The environment of a Python process that finds this package, and `extra`."""
     root = str(Path(rlaif.__file__).parents[1])  # so that the child finds this very package, installed or not
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     quiet = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}

@@ -22,6 +22,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -39,6 +40,7 @@ from rlaif.errors import UserError, WorkerDied, WorkerError, needs_extra, to_ins
 from rlaif.models import digest_of
 from rlaif.workers.feed import Feed
 from rlaif.workers.process import CLOSE_GRACE_S
+from rlaif.workers.ranks import JOINED, Ranks, numbered
 from rlaif.workers.weights import FileParts, WeightsMissing, WeightsRef, keep, parts_of, seen_here
 from rlaif.workers.worker import Worker, built, one_line
 
@@ -89,6 +91,7 @@ class RayCluster:
             self._ray = _imported()
             with _own_sigterm():
                 self._connect(gpus)
+            logs.mkdir(parents=True, exist_ok=True)  # a machine that sees it sees the run
             stack.callback(self._ray.shutdown)
             self._closing = stack.pop_all()
 
@@ -115,47 +118,88 @@ class RayCluster:
             ) from e
 
     def has(self, role: str) -> bool:
-        """Whether the job puts a role here."""
+        """Whether the job puts replicas of a role here."""
         return self._settings.of(role) is not None
 
     def gpus_each(self, wanted: int) -> float:
         """GPUs of a replica that wants some, where the job doesn't say how many it gets."""
         return wanted if self._ray.cluster_resources().get("GPU") else 0
 
-    def reserve(self, role: str, replicas: int, gpus: float) -> None:
-        """Room for a role's replicas, each on one machine.
+    def reserve(self, role: str, replicas: int, gpus: float, together: bool = False) -> None:
+        """Room for a role's replicas, each on one machine; all of them on as few as there may be, if they are to be
+        `together`.
 
         Raises:
             UserError: there is none.
         """
         bundle = {"CPU": 1.0, "GPU": float(gpus)} if gpus else {"CPU": 1.0}
-        group = self._ray.util.placement_group([bundle] * replicas, strategy="SPREAD")
+        group = self._ray.util.placement_group([bundle] * replicas, strategy="PACK" if together else "SPREAD")
         if not group.wait(ROOM_S):
             has = self._ray.cluster_resources()
             self._ray.util.remove_placement_group(group)
+            what = "processes" if together else "replicas"
             raise UserError(
-                f"cluster.{role}: no room for {replicas} replicas of {gpus:g} GPUs and a CPU each, every one on one "
+                f"cluster.{role}: no room for {replicas} {what} of {gpus:g} GPUs and a CPU each, every one on one "
                 f"machine; the cluster has {has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs in all"
             )
         self._groups[role] = group
 
     def start(self, role: str, number: int, factory: str, kwargs: dict[str, Any], gpus: float) -> RayWorker:
         """Replica `number` of a role, from 0, in the room that was reserved for it; returns at once."""
+        # Ray would give each a single thread, and sums would depend on that.
+        actor = self._actor(role, number, gpus, {"OMP_NUM_THREADS": _threads(1)})
+        return RayWorker(self, self._ray, actor, *self._named(role, number), factory, kwargs)
+
+    def start_ranks(
+        self, role: str, count: int, factory: str, kwargs: dict[str, Any], gpus: float, variables: Mapping[str, str]
+    ) -> Ranks:
+        """A role's processes that compute together, in the room that was reserved for them. All read and write the
+        run's folders under their own names.
+
+        Args:
+            variables: What each finds in its environment.
+
+        Raises:
+            UserError: a machine doesn't see the run.
+        """
+        on = self._ray.util.placement_group_table(self._groups[role])["bundles_to_node_id"]
+        nodes = [on[number] for number in range(count)]
+        actors = []
+        for number, node in enumerate(nodes):
+            here = nodes.count(node)
+            mine = {"OMP_NUM_THREADS": _threads(here), **variables}
+            actors.append(
+                self._actor(role, number, gpus, mine | numbered(number, count, nodes[:number].count(node), here))
+            )
+        for number, sees in enumerate(self._ray.get([actor.sees.remote(self._logs) for actor in actors])):
+            if not sees:
+                raise UserError(
+                    f"cluster.{role}: the machine of process {number + 1} doesn't see {self._logs}; put runs on a file "
+                    "system that all of them share"
+                )
+        meeting = self._ray.get(actors[0].meeting.remote(len(set(nodes)) == 1))
+        given = {"meeting": meeting, "factory": factory, **kwargs}
+        made = [
+            RayWorker(self, self._ray, actor, *self._named(role, number), JOINED, given)
+            for number, actor in enumerate(actors)
+        ]
+        return Ranks(role, made)
+
+    def _named(self, role: str, number: int) -> tuple[str, Path]:
+        """What messages call it, and its log."""
+        return f"{role} {number + 1}", self._logs / f"{role}-{number + 1}.log"
+
+    def _actor(self, role: str, number: int, gpus: float, variables: Mapping[str, str]) -> Any:
         strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
             placement_group=self._groups[role], placement_group_bundle_index=number
         )
         root = str(Path(rlaif.__file__).parents[1])  # so that the actor finds this very package, where it is there
-        # Ray would give each a single thread, and sums would depend on that.
-        threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-        variables = {"PYTHONPATH": f"{root}:${{PYTHONPATH}}", "OMP_NUM_THREADS": threads}
-        name, log = f"{role} {number + 1}", self._logs / f"{role}-{number + 1}.log"
-        actor = self._ray.remote(_Held).options(
+        return self._ray.remote(_Held).options(
             num_cpus=1,
             num_gpus=gpus,
             scheduling_strategy=strategy,
-            runtime_env={"env_vars": variables},
-        ).remote(name, log, [p for p in sys.path if p], __version__)  # fmt: skip
-        return RayWorker(self, self._ray, actor, name, log, factory, kwargs)
+            runtime_env={"env_vars": {"PYTHONPATH": f"{root}:${{PYTHONPATH}}", **variables}},
+        ).remote(*self._named(role, number), [p for p in sys.path if p], __version__)  # fmt: skip
 
     def sent(self, ref: WeightsRef) -> FileParts:
         """A folder's files in the object store, put there once; for nodes that don't see it."""
@@ -252,6 +296,11 @@ class RayWorker(Worker):
         with contextlib.suppress(Exception):  # a cluster that is gone has taken it along
             self._ray.kill(self._actor)
 
+    def kill(self) -> None:
+        """As `ProcessWorker.kill`."""
+        self._ready = False
+        self.close()
+
     def _is_there(self, answer: Any, timeout_s: float) -> bool:
         return bool(self._ray.wait([answer], timeout=timeout_s)[0])
 
@@ -297,10 +346,28 @@ class _Held:
         self._version = version
         self._object: Any = None
         self._items: Iterator[Any] | None = None
+        self._sees_the_run = False
 
     def node(self) -> str:
         """Where it is."""
         return os.uname().nodename
+
+    def sees(self, folder: Path) -> bool:
+        """Whether a folder of the run is on this machine, too; then its weights are read where they are."""
+        self._sees_the_run = folder.is_dir()
+        return self._sees_the_run
+
+    def meeting(self, on_one_machine: bool) -> str:
+        """Where processes that compute together meet: in a folder that nobody else reads, or at a port of this
+        machine."""
+        if on_one_machine:
+            return (Path(tempfile.mkdtemp(prefix="rlaif-")) / "meeting").as_uri()
+        import ray
+
+        address = ray.util.get_node_ip_address()
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as found:
+            found.bind((address, 0))
+            return f"tcp://{address}:{found.getsockname()[1]}"
 
     def build(self, factory: str, kwargs: dict[str, Any]) -> Answer:
         """Builds the object."""
@@ -310,6 +377,8 @@ class _Held:
 
         def make() -> Answer:
             here = {name: str(v.path) if isinstance(v, WeightsRef) else v for name, v in _here(kwargs).items()}
+            if factory == JOINED:
+                _talk_where_ray_does()
             self._object = built(factory, here)
             return "ok", None
 
@@ -317,13 +386,13 @@ class _Held:
 
     def call(self, method: str, kwargs: dict[str, Any]) -> Answer:
         """Calls a method of the object."""
-        return _guarded(lambda: ("ok", getattr(self._object, method)(**_here(kwargs))))
+        return _guarded(lambda: ("ok", getattr(self._object, method)(**self._found(kwargs))))
 
     def begin(self, method: str, kwargs: dict[str, Any]) -> Answer:
         """Begins a stream."""
 
         def begin() -> Answer:
-            self._items = iter(getattr(self._object, method)(**_here(kwargs)))
+            self._items = iter(getattr(self._object, method)(**self._found(kwargs)))
             return "ok", None
 
         return _guarded(begin)
@@ -347,6 +416,9 @@ class _Held:
         if items is not None and hasattr(items, "close"):
             items.close()
 
+    def _found(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(kwargs) if self._sees_the_run else _here(kwargs)
+
     def receive(self, ref: WeightsRef, files: FileParts) -> Answer:
         """Files of a folder that this node doesn't see."""
         import ray
@@ -358,6 +430,23 @@ class _Held:
         if hasattr(self._object, "close"):
             self._object.close()
         print("--- closed", flush=True)
+
+
+def _threads(processes: int) -> str:
+    """Of each of so many processes on a machine."""
+    return os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
+
+def _talk_where_ray_does() -> None:
+    """gloo and NCCL take the network that this machine has Ray's address in; by its name, they might take another."""
+    import psutil
+    import ray
+
+    mine = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == mine for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def _here(kwargs: Mapping[str, Any]) -> dict[str, Any]:

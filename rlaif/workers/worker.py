@@ -42,6 +42,10 @@ class Worker(Protocol):
     def close(self) -> None:
         """Ends the worker. Closing twice does nothing."""
 
+    def kill(self) -> None:
+        """Ends the worker at once, whatever it is at."""
+        self.close()
+
     # Where a role is one worker, the rest follows.
 
     def tell(self, method: str, **kwargs: Any) -> None:

@@ -1,0 +1,115 @@
+"""How many processes a learner is started in: accelerate's own file, and a run with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlaif.config import Job, parse_job
+from rlaif.errors import UserError
+from rlaif.learning.launched import Launched, launched
+from rlaif.records import UpdateStep
+from rlaif.rundir.store import RunDir
+from tests.conftest import project_job
+from tests.stubs import Quiet
+
+ON_CPUS = {"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True}
+FSDP2 = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {"fsdp_version": 2}}
+
+
+def write(folder: Path, **said: Any) -> Path:
+    path = folder / "accelerate.yaml"
+    path.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", **said}))
+    return path
+
+
+def job(**changes: Any) -> Job:
+    return parse_job({"constitution": "rules", **changes}, "test")
+
+
+def test_without_a_file_it_is_what_the_cluster_says() -> None:
+    assert launched(job(), None) == Launched()
+    assert launched(job(cluster={"learner": {"processes": 2}}), None) == Launched(2)
+
+
+def test_pairs_of_a_step_have_to_be_shared_out_evenly() -> None:
+    with pytest.raises(UserError, match=r"learner.batch_size: 4 pairs .* the learner's 3 processes; 6 could"):
+        launched(job(cluster={"learner": {"processes": 3}}), None)
+
+
+@pytest.mark.slow
+def test_accelerate_reads_its_own_file(tmp_path: Path) -> None:
+    found = launched(job(learner={"batch_size": 8}), write(tmp_path, **FSDP2, mixed_precision="bf16"))
+    assert found.processes == 4
+    wanted = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    assert found.environment.items() >= wanted.items()
+    assert found.environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false", "each process reads the weights"
+    assert not {"MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} & found.environment.keys()
+    with pytest.raises(
+        UserError, match=r"learner.accelerate: .*accelerate.yaml: accelerate can't use it .*unknown keys"
+    ):
+        launched(job(), write(tmp_path, **ON_CPUS, nonsense=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_version": 1}}, "to-fsdp2"),
+        ({"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": {"zero_stage": 2}}, "take FSDP2"),
+        ({"distributed_type": "MEGATRON_LM", "num_processes": 2}, "Megatron-LM"),
+        ({**FSDP2, "parallelism_config": {"parallelism_config_tp_size": 2}}, "parallelism_config"),
+        ({"distributed_type": "MULTI_GPU"}, "num_processes"),
+        ({"distributed_type": "NONSENSE", "num_processes": 2}, "NONSENSE"),
+        ({"num_processes": 2}, "distributed_type"),
+        (ON_CPUS, "cluster.learner.processes: 4"),
+    ],
+)
+def test_what_the_learner_cannot_do_is_refused(said: dict[str, Any], message: str, tmp_path: Path) -> None:
+    from rlaif.learning import accelerate_compat
+
+    with pytest.raises(UserError, match=message):
+        accelerate_compat.launched(str(write(tmp_path, **said)), 4 if said is ON_CPUS else None)
+
+
+@pytest.mark.slow
+def test_a_run_whose_learner_is_two_processes(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decisions and the steps are those of one; the run goes on when the file is gone."""
+    from rlaif.loop.launch import execute
+
+    steps, notes = {}, []
+    for name in ("one", "two"):
+        root = tmp_path / name
+        learner = {"batch_size": 2, "precision": "fp32", **({"accelerate": "cpus.yaml"} if name == "two" else {})}
+        changes: dict[str, Any] = {"iterations": 1, "workers": "process", "learner": learner}
+        made = project_job(root, tiny_model, **changes)
+        write(root, **ON_CPUS).rename(root / "cpus.yaml")
+        told = Quiet()
+        run = execute(made, root / "run", root, told)
+        steps[name] = run.iteration(0).read("updates", UpdateStep)
+        notes += told.notes
+    assert [s.row_ids for s in steps["two"]] == [s.row_ids for s in steps["one"]]
+    assert [s.loss for s in steps["two"]] == pytest.approx([s.loss for s in steps["one"]], abs=1e-5)
+    assert any("in 2 processes" in note for note in notes)
+    assert yaml.safe_load((tmp_path / "two/run/accelerate.yaml").read_text())["num_processes"] == 2
+    assert json.loads((tmp_path / "two/run/run.json").read_text())["job"]["learner"]["accelerate"] == "cpus.yaml"
+
+    (tmp_path / "two/cpus.yaml").unlink()
+    longer = made.model_copy(update={"iterations": 2})
+    execute(longer, tmp_path / "two/run", tmp_path / "two", Quiet(), allow_change=True)
+    assert RunDir(tmp_path / "two/run").iteration(1).read("updates", UpdateStep)
+    assert (tmp_path / "two/run/logs/learner-2.log").exists()
+
+
+def test_a_file_that_is_nowhere_is_named(tmp_path: Path, tiny_model: Path) -> None:
+    from rlaif.loop.launch import execute
+
+    made = project_job(tmp_path, tiny_model, learner={"accelerate": "nowhere.yaml"})
+    with pytest.raises(UserError, match=r"learner.accelerate: no file .*nowhere.yaml; `accelerate config"):
+        execute(made, tmp_path / "run", tmp_path, Quiet())
