@@ -64,12 +64,13 @@ AT_TOP = {
     "transformers": "rlaif.learning.* rlaif.sampling.transformers",
     "trl": "rlaif.learning.*",
     "datasets": "rlaif.learning.*",
+    "accelerate": "rlaif.learning.*",
 }
 """Who may import a heavy library when it is imported itself; these modules are loaded by their worker only."""
 ANYWHERE = {
     **AT_TOP,
     "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm_compat rlaif.judging.kv_scoring rlaif.models rlaif.hardware "
-    "rlaif.transformers_compat",
+    "rlaif.transformers_compat rlaif.workers.ranks",
     "transformers": f"{AT_TOP['transformers']} rlaif.judging.kv_scoring rlaif.models rlaif.transformers_compat",
     "vllm": "rlaif.sampling.vllm rlaif.sampling.vllm_compat",
     "peft": "rlaif.learning.base rlaif.models",
