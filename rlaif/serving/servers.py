@@ -25,7 +25,7 @@ from rlaif.workers.process import ProcessWorker, last_line
 
 KEY_VARIABLE = "RLAIF_SERVED_KEY"
 """Where a worker finds the key of servers that we started. In no file: it is made anew for every process."""
-_SILENCE_S = 30.0
+SILENCE_S = 30.0
 """While a server loads, so often its log's last line is passed on."""
 
 
@@ -109,7 +109,7 @@ class Servers:
                 self._ready.add(number)
         if len(self._ready) == self.width:
             return True
-        if time.monotonic() - self._said > _SILENCE_S:
+        if time.monotonic() - self._said > SILENCE_S:
             self._said = time.monotonic()
             for number in sorted({*waiting} - self._ready):
                 log = self._keepers[number].log_path

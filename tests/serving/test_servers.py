@@ -209,7 +209,7 @@ def test_what_started_them_is_killed_and_takes_them_along(tmp_path: Path) -> Non
 
 
 def test_a_long_start_is_told_of(tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlaif.serving.servers._SILENCE_S", 0.2)
+    monkeypatch.setattr("rlaif.serving.servers.SILENCE_S", 0.2)
     servers = started(tmp_path, told=told.append, stub="silent")
     try:
         until(lambda: servers.poll(0.1) or len(told) > 1)
