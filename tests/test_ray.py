@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -351,10 +352,9 @@ def test_a_learner_of_two_actors_trains_as_one_process(tmp_path: Path, tiny_mode
     for name, cluster in (("one", None), ("two", {"learner": {"processes": 2}})):
         execute(project_job(tmp_path, tiny_model, **changes, cluster=cluster), tmp_path / name, tmp_path, told[name])
     assert any("in 2 processes" in note for note in told["two"].notes)
-    steps = [
-        [step for k in range(2) for step in RunDir(tmp_path / run).iteration(k).read("updates", UpdateStep)]
-        for run in ("one", "two")
-    ]
+    assert RunDir(tmp_path / "two").iteration(1).read("updates", UpdateStep)
+    # The second iteration samples from weights that differ in their last bits, and so may its answers.
+    steps = [RunDir(tmp_path / run).iteration(0).read("updates", UpdateStep) for run in ("one", "two")]
     assert [s.row_ids for s in steps[1]] == [s.row_ids for s in steps[0]]
     assert [s.loss for s in steps[1]] == pytest.approx([s.loss for s in steps[0]], abs=1e-5)
     assert (tmp_path / "two/logs/learner-2.log").exists()
@@ -370,8 +370,7 @@ def test_a_run_on_three_nodes_decides_as_one_process(
 
     from rlaif.loop.launch import execute
 
-    for name, value in {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray was imported to want one (conftest)
     monkeypatch.setattr("rlaif.workers.ray.ROOM_S", 600.0)
     changes: dict[str, Any] = {"iterations": 2, "constitution": "rules@1", "workers": "process"}
     alone = project_job(tmp_path, tiny_model, **changes)
