@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rlaif.learning import KINDS, make_learner
 from rlaif.learning.dpo import DpoLearner
+from rlaif.loop.judging import base_logprobs
 from rlaif.loop.launch import execute
-from rlaif.records import BaseLogprob, Preference, UpdateStep
+from rlaif.records import BaseLogprob, Completion, Pair, Preference, TokenSequence, UpdateStep
 from rlaif.rundir.store import RunDir
+from rlaif.workers.inline import InlineWorker
+from rlaif.workers.replicas import Replicas
 from tests.conftest import project_job
 from tests.sampling.conftest import make_model
-from tests.stubs import Quiet
+from tests.stubs import Quiet, stub_job, stub_loop
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
@@ -71,6 +75,31 @@ def test_of_another_model_nothing_is_handed_over(
     assert steps
     assert took == []
     assert bool(known) == (other == "reference")
+
+
+class Knows:
+    """A judge that was asked about every third completion, from its number on."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def known_logprobs(self, sequences: list[TokenSequence]) -> list[float | None]:
+        return [-float(n) if n % 3 == self._number else None for n in range(len(sequences))]
+
+
+def test_each_of_several_judges_is_asked_for_what_it_knows(tmp_path: Path) -> None:
+    judges = Replicas("judge", lambda n: InlineWorker("judge", f"{__name__}:Knows", {"number": n}), 2)
+    run: Any = stub_loop(tmp_path, stub_job(iterations=1))
+    run.run()
+    it: Any = SimpleNamespace(dir=run.dir.iteration(1), pairs=run.dir.iteration(0).read("pairs", Pair))
+    it.completions = run.dir.iteration(0).read("completions", Completion)
+    it.rows = lambda stage, produce: kept.extend(row for chunk in produce([]) for row in chunk)
+    kept: list[BaseLogprob] = []
+    base_logprobs(SimpleNamespace(judge=judges, measurer=judges), it)  # type: ignore[arg-type]
+    wanted = {i for p in it.pairs for i in (p.first, p.second)}
+    sides = [c.id for c in it.completions if c.id in wanted]
+    assert {k.completion_id: k.logprob for k in kept} == {i: -float(n) for n, i in enumerate(sides) if n % 3 < 2}
+    assert len(sides) > 3
 
 
 def test_only_dpo_takes_it() -> None:

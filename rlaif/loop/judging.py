@@ -127,7 +127,9 @@ def base_logprobs(run: Running, it: Iteration) -> None:
     wanted = {i for p in it.pairs for i in (p.first, p.second)}
     sides = [c for c in it.completions if c.id in wanted]
     sequences = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in sides]
-    logprobs: list[float | None] = run.judge.call("known_logprobs", sequences=sequences)
+    # Each of several judges knows what it was asked itself.
+    answers: list[list[float | None]] = run.judge.each("known_logprobs", sequences=sequences)
+    logprobs = [next((found for found in of_one if found is not None), None) for of_one in zip(*answers, strict=True)]
     known = [
         BaseLogprob(completion_id=c.id, tokens=len(c.token_ids), logprob=logprob)
         for c, logprob in zip(sides, logprobs, strict=True)
