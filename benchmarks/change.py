@@ -15,7 +15,7 @@ same number of iterations after the change:
 Held-out answers and what the policy still knows are measured every four iterations. What is done is not done again: the
 same command goes on after a kill, and with more seeds. The tables at the end are those of `rlaif compare`; the picture
 lies beside the runs. Some two hours a seed on two cores without bf16. Arms may run beside each other, once the run that
-they begin with is at the change: the same command with other `--arms` in a second terminal.
+they begin with is at the change, and a restart at any time: the same command with other `--arms` in a second terminal.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def main() -> None:
     plan = Plan(args.runs, args.change, args.iterations, tuple(args.set))
     for seed in args.seeds:
         began = time.monotonic()
-        up_to_the_change(plan, seed)
+        if {*args.arms} - {"restart"}:
+            up_to_the_change(plan, seed)
         # The others first: they begin where the run stands now.
         for arm in sorted(args.arms, key=lambda arm: arm == "online"):
             go_on(plan, arm, seed)

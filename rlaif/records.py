@@ -386,6 +386,9 @@ class Vote(Record):
     score_first: float | None = None
     """For a judge that scores: the voice's score of the first completion (nats)."""
     score_second: float | None = None
+    logprobs: tuple[float, float] | None = None
+    """Of a likelihood judge's guard: log p of the first completion and of the second one under the judge's model, of
+    the tokens that were sampled, summed (nats). None where it read other tokens, or computes in less than fp32."""
     raw_reply: str
     finish_reason: str | None = None
     """As the server says it; None without a server, or without a reply."""

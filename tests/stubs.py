@@ -202,9 +202,6 @@ class StubJudge:
         outcome = "first" if p > 0.5 else "second"
         return Vote(ballot=ballot, model="stub", outcome=outcome, p_first=p, raw_reply=f"{p:.3f}")
 
-    def known_logprobs(self, sequences: list[TokenSequence]) -> list[float | None]:
-        return [None] * len(sequences)
-
     def quality(self, candidates: list[Any], seed: int) -> Iterator[list[Quality]]:
         yield [
             Quality(completion_id=c.completion_id, tokens=5, logprob_per_token=-1.0, relevance=0.5) for c in candidates

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlaif.judging.likelihood import LikelihoodJudge
 from rlaif.learning import KINDS, make_learner
 from rlaif.learning.dpo import DpoLearner
 from rlaif.loop.judging import base_logprobs
 from rlaif.loop.launch import execute
-from rlaif.records import BaseLogprob, Completion, Pair, Preference, TokenSequence, UpdateStep
+from rlaif.records import BaseLogprob, Completion, Pair, Preference, UpdateStep, Vote
 from rlaif.rundir.store import RunDir
-from rlaif.workers.inline import InlineWorker
-from rlaif.workers.replicas import Replicas
 from tests.conftest import project_job
 from tests.sampling.conftest import make_model
 from tests.stubs import Quiet, stub_job, stub_loop
@@ -77,29 +77,59 @@ def test_of_another_model_nothing_is_handed_over(
     assert bool(known) == (other == "reference")
 
 
-class Knows:
-    """A judge that was asked about every third completion, from its number on."""
+@pytest.mark.parametrize("kept", [1, 4, 7])
+def test_a_kill_while_judging_changes_no_bit(kept: int, tiny_model: Path, tmp_path: Path, took: list[bool]) -> None:
+    """What is computed a second time may be computed among others, so it isn't."""
+    job = project_job(tmp_path, tiny_model, **ONE, **GUARDS)
+    whole = execute(job, tmp_path / "runs" / "whole", tmp_path, Quiet())
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(kept, patch)
+        with pytest.raises(Killed):
+            execute(job, tmp_path / "runs" / "killed", tmp_path, Quiet())
+    killed = execute(job, tmp_path / "runs" / "killed", tmp_path, Quiet())
+    assert any(e.kind == "judging_interrupted" for e in killed.events())
+    assert rows_of(killed)[1] == rows_of(whole)[1] != []
+    assert killed.iteration(0).policy_made() == whole.iteration(0).policy_made() is not None
+    assert took == [True, True]
 
-    def __init__(self, number: int) -> None:
-        self._number = number
 
-    def known_logprobs(self, sequences: list[TokenSequence]) -> list[float | None]:
-        return [-float(n) if n % 3 == self._number else None for n in range(len(sequences))]
+class Killed(BaseException):
+    """In place of a signal."""
 
 
-def test_each_of_several_judges_is_asked_for_what_it_knows(tmp_path: Path) -> None:
-    judges = Replicas("judge", lambda n: InlineWorker("judge", f"{__name__}:Knows", {"number": n}), 2)
+def killed_after(chunks: int, patch: pytest.MonkeyPatch) -> None:
+    """The judge's process ends when it has given so many chunks of votes."""
+    cast = LikelihoodJudge.cast
+
+    def until_then(judge: LikelihoodJudge, *args: Any, **kwargs: Any) -> Iterator[list[Vote]]:
+        for n, chunk in enumerate(cast(judge, *args, **kwargs)):
+            if n == chunks:
+                raise Killed
+            yield chunk
+
+    patch.setattr(LikelihoodJudge, "cast", until_then)
+    patch.setattr("rlaif.judging.likelihood.KV_BATCHES", 0)  # a chunk is a pair
+
+
+def test_votes_of_another_judge_are_no_reference(tmp_path: Path) -> None:
+    """A run may take over votes that another model cast."""
     run: Any = stub_loop(tmp_path, stub_job(iterations=1))
     run.run()
-    it: Any = SimpleNamespace(dir=run.dir.iteration(1), pairs=run.dir.iteration(0).read("pairs", Pair))
-    it.completions = run.dir.iteration(0).read("completions", Completion)
-    it.rows = lambda stage, produce: kept.extend(row for chunk in produce([]) for row in chunk)
+    first = run.dir.iteration(0)
+    votes = first.read("votes", Vote)
+    pairs = first.read("pairs", Pair)
+    some = [v.model_copy(update={"logprobs": (-1.0, -2.0)}) for v in votes if v.ballot.pair_id == pairs[0].id]
+    other = [
+        v.model_copy(update={"logprobs": (-3.0, -4.0), "ballot": v.ballot.model_copy(update={"judge": "other"})})
+        for v in votes
+        if v.ballot.pair_id == pairs[1].id
+    ]
+    it: Any = SimpleNamespace(dir=run.dir.iteration(1), pairs=pairs, completions=first.read("completions", Completion))
+    it.votes = SimpleNamespace(of_each=lambda ids: ([v for v in (*some, *other) if v.ballot.pair_id == i] for i in ids))
     kept: list[BaseLogprob] = []
-    base_logprobs(SimpleNamespace(judge=judges, measurer=judges), it)  # type: ignore[arg-type]
-    wanted = {i for p in it.pairs for i in (p.first, p.second)}
-    sides = [c.id for c in it.completions if c.id in wanted]
-    assert {k.completion_id: k.logprob for k in kept} == {i: -float(n) for n, i in enumerate(sides) if n % 3 < 2}
-    assert len(sides) > 3
+    it.rows = lambda stage, produce: kept.extend(row for chunk in produce([]) for row in chunk)
+    base_logprobs(SimpleNamespace(judge=run.judge, measurer=run.judge, judge_name=run.judge_name), it)  # type: ignore[arg-type]
+    assert {k.completion_id: k.logprob for k in kept} == {pairs[0].first: -1.0, pairs[0].second: -2.0}
 
 
 def test_only_dpo_takes_it() -> None:

@@ -15,6 +15,8 @@ class Candidate(Record):
     prompt_id: str
     messages: tuple[Message, ...]
     """The prompt as the policy saw it, system message included."""
+    prompt_token_ids: tuple[int, ...] = ()
+    """The same as the policy's tokens; empty where nobody knows."""
     token_ids: tuple[int, ...] | None = None
     """As sampled, what ended it included iff it ended by itself. When they are absent, or another model's (they
     don't decode to `text`), or hold more (a thought, a stop string), a likelihood judge's tokenizer reads `text`."""
@@ -34,6 +36,7 @@ class Candidate(Record):
             completion_id=completion.id,
             prompt_id=prompt.id,
             messages=prompt.messages,
+            prompt_token_ids=completion.prompt_token_ids,
             token_ids=completion.token_ids,
             finish_reason=completion.finish_reason,
             text=completion.text,

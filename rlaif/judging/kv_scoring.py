@@ -317,11 +317,6 @@ class Likelihoods:
         self.asked_anew += not self._stored.issuperset(continuations)
         return [self._known[c] for c in continuations]
 
-    def known(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, ...] | None]:
-        """Of contexts and the tokens after them, what was computed in this process; None where nothing was."""
-        found = {(c.context, c.token_ids): logps for c, logps in self._known.items()}
-        return [found.get((tuple(context), tuple(ids))) for context, ids in sequences]
-
     def _key(self, continuation: Continuation) -> str:
         return likelihood_key(self._computed_by, continuation.context, continuation.token_ids)
 

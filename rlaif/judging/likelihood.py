@@ -39,7 +39,6 @@ from rlaif.records import (
     Quality,
     Record,
     Score,
-    TokenSequence,
     Usage,
     Vote,
 )
@@ -116,14 +115,6 @@ class LikelihoodJudge:
             weights: Identity of the model's files; what else its arithmetic depends on is found here.
         """
         self._likelihoods.remember(store, weights)
-
-    def known_logprobs(self, sequences: Sequence[TokenSequence]) -> list[float | None]:
-        """Summed log p of completions, in nats, that were asked about before: of these very token ids, after these very
-        tokens, in fp32. None of any other; nothing is computed."""
-        if str(self.scorer.model.dtype) != "torch.float32":
-            return [None] * len(sequences)
-        known = self._likelihoods.known([(s.prompt_token_ids, s.token_ids) for s in sequences])
-        return [None if logps is None else math.fsum(logps) for logps in known]
 
     def score(
         self, candidates: Sequence[Candidate], constitution: Constitution, voices: Sequence[str]
@@ -282,8 +273,8 @@ class LikelihoodJudge:
             asked += [self._asked(m, c) for c, (_, m) in zip(sides, drawn, strict=True)]
         # All in one call: one side's other prompt is another one's own, and is read once for both.
         values = self._likelihoods.logps(asked)
+        own, unasked = values[: len(sides)], values[len(sides) :]
         if measure == "relevance":
-            own, unasked = values[: len(sides)], values[len(sides) :]
             values = [tuple(x - y for x, y in zip(v, u, strict=True)) for v, u in zip(own, unasked, strict=True)]
         out: list[dict[str, Any]] = []
         for i in range(0, len(sides), 2):
@@ -301,6 +292,7 @@ class LikelihoodJudge:
                     "score_first": round(a, 4),
                     "score_second": round(b, 4),
                     "raw_reply": json.dumps(reply),
+                    "logprobs": self._as_sampled(sides[i : i + 2], own[i : i + 2]),
                     "usage": Usage(
                         prompt_tokens=sum(len(self.reader.context(c.messages)) for c in sides[i : i + 2]),
                         completion_tokens=sum(len(v) for v in values[i : i + 2]),
@@ -308,6 +300,14 @@ class LikelihoodJudge:
                 }
             )
         return out
+
+    def _as_sampled(self, sides: Sequence[Candidate], logps: Sequence[tuple[float, ...]]) -> tuple[float, ...] | None:
+        """Summed log p of both sides, where they are of the policy's own tokens and not rounded to less than fp32."""
+        exact = str(self.scorer.model.dtype) == "torch.float32"
+        same = all(
+            (self.reader.context(c.messages), self.reader.answer(c)) == (c.prompt_token_ids, c.token_ids) for c in sides
+        )
+        return tuple(map(math.fsum, logps)) if exact and same else None
 
     def _usage(self, voice: Voice, first: Candidate, second: Candidate) -> Usage:
         contexts = [self.reader.context(in_context(side, first.messages)) for side in (voice.prefer, voice.avoid)]

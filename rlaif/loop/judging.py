@@ -15,7 +15,7 @@ from rlaif.loop.asking import ANY_PAIR, Asking, ballots_for, in_pieces
 from rlaif.loop.feeding import Feeding
 from rlaif.loop.pairing import make_pairs
 from rlaif.loop.running import Interrupted, Iteration, Running, candidates
-from rlaif.records import Ballot, BaseLogprob, Completion, Decision, Pair, Score, TokenSequence, Vote
+from rlaif.records import Ballot, BaseLogprob, Completion, Decision, Pair, Score, Vote
 from rlaif.rundir.store import write_json
 from rlaif.rundir.votes import Votes, VotesByPair
 from rlaif.workers.worker import Piece
@@ -120,20 +120,21 @@ def _fed(run: Running, it: Iteration, asking: Asking, cast: VotesByPair) -> Iter
 
 
 def base_logprobs(run: Running, it: Iteration) -> None:
-    """Keeps how likely the judge found each completion of a pair, where its model is the untrained policy: a learner's
-    reference computes just that, and a judge forgets with its process."""
+    """Keeps how likely the guards found each completion of a pair, where the judge's model is the untrained policy: a
+    learner's reference computes just that. It comes with their votes, so a kill while they are cast changes none of it.
+    """
     if run.measurer is not run.judge or it.dir.is_complete("base_logprobs"):
         return
-    wanted = {i for p in it.pairs for i in (p.first, p.second)}
-    sides = [c for c in it.completions if c.id in wanted]
-    sequences = [TokenSequence(prompt_token_ids=c.prompt_token_ids, token_ids=c.token_ids) for c in sides]
-    # Each of several judges knows what it was asked itself.
-    answers: list[list[float | None]] = run.judge.each("known_logprobs", sequences=sequences)
-    logprobs = [next((found for found in of_one if found is not None), None) for of_one in zip(*answers, strict=True)]
+    found: dict[str, float] = {}
+    for p, votes in zip(it.pairs, it.votes.of_each(p.id for p in it.pairs), strict=True):
+        # A vote that was taken over may be another judge's.
+        for logprobs in (v.logprobs for v in votes if v.logprobs and v.ballot.judge == run.judge_name):
+            for side, logprob in zip((p.first, p.second), logprobs, strict=True):
+                found.setdefault(side, logprob)
     known = [
-        BaseLogprob(completion_id=c.id, tokens=len(c.token_ids), logprob=logprob)
-        for c, logprob in zip(sides, logprobs, strict=True)
-        if logprob is not None
+        BaseLogprob(completion_id=c.id, tokens=len(c.token_ids), logprob=found[c.id])
+        for c in it.completions
+        if c.id in found
     ]
     if known:
         it.rows("base_logprobs", lambda _: [known])

@@ -42,7 +42,6 @@ def sampled_and_judged(run: Running, it: Iteration) -> Iteration:
     it.scores = score(run, it)
     it.pairs = pair(run, it)
     it.votes = judge(run, it)
-    base_logprobs(run, it)  # now, while the judge still knows them
     return it
 
 
@@ -75,6 +74,7 @@ class Loop(Running):
         else:
             it = self._ahead.take(k) or sampled_and_judged(self, it)
             self.go_ahead(k)
+        base_logprobs(self, it)
         it.decisions = decide(self, it)
         it.old_pairs = judge_old_pairs(self, it)
         it.training = mix(self, it)

@@ -23,7 +23,6 @@ from rlaif.loop.in_force import InForce
 from rlaif.records import (
     Alarm,
     AnchorCounts,
-    BaseLogprob,
     Completion,
     Decision,
     IterationMetrics,
@@ -217,9 +216,6 @@ class Taken(NamedTuple):
     scores: list[Score]
     pairs: list[Pair]
     votes: list[Vote]
-    base_logprobs: Sequence[BaseLogprob] = ()
-    base: str | None = None
-    """Digest of the policy that these are of."""
 
 
 class PairSource(Protocol):

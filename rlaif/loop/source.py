@@ -50,8 +50,6 @@ def take_over(run: Running, it: Iteration, source: PairSource) -> None:
     it.completions = in_order(it.rows("completions", lambda _: [taken().completions]), it.plan.prompt_ids)
     it.scores = it.rows("scores", lambda done: [taken().scores[len(done) :]])
     it.pairs = it.rows("pairs", lambda _: [taken().pairs])
-    if not it.dir.is_complete("votes") and taken().base_logprobs and taken().base == run.base.digest:
-        it.rows("base_logprobs", lambda _: [list(taken().base_logprobs)])
     if not it.labels_as_stored:
         it.votes = judge(run, it)
         return

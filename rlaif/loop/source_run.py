@@ -14,14 +14,12 @@ from rlaif.errors import RlaifError, UserError
 from rlaif.loop.in_force import copy_texts
 from rlaif.loop.pairing import pair_id
 from rlaif.loop.running import Iteration, Taken, may_train
-from rlaif.records import BaseLogprob, Completion, Pair, Plan, PlanSource, PlanTexts, Prompt, Score, Side, Vote, digest
+from rlaif.records import Completion, Pair, Plan, PlanSource, PlanTexts, Prompt, Score, Side, Vote, digest
 from rlaif.rundir.store import RunDir, file_digest, read_rows
 from rlaif.workers.worker import Worker
 
 _TAKEN = ("completions", "scores", "pairs", "votes")
 """Stages of a run that another one can take over."""
-_OPTIONAL = "base_logprobs"
-"""One more, where it is there."""
 
 
 class StoredPairs:
@@ -169,13 +167,7 @@ class StoredPairs:
         if not noted.rejudged:
             known = [v for v in here.read("votes", Vote) if v.ballot.pair_id in pairs]
             votes = [_taken_over(v, pairs[v.ballot.pair_id]) for v in known]
-        logprobs = [
-            b.model_copy(update={"completion_id": completions[b.completion_id].id})
-            for b in (here.read(_OPTIONAL, BaseLogprob) if here.is_complete(_OPTIONAL) else [])
-            if b.completion_id in completions
-        ]
-        base = self._run.header.get("models", {}).get("policy")
-        return Taken([*completions.values()], scores, [*pairs.values()], votes, logprobs, base)
+        return Taken([*completions.values()], scores, [*pairs.values()], votes)
 
     def _at(self, position: int) -> int:
         return self.iterations[position % len(self.iterations)]
@@ -188,7 +180,7 @@ class StoredPairs:
         """
         here = self._run.iteration(k)
         found = {}
-        for stage in (*_TAKEN, *([_OPTIONAL] if here.is_complete(_OPTIONAL) else [])):
+        for stage in _TAKEN:
             path = here.path / f"{stage}.jsonl"
             found[stage] = file_digest(path)
             if found[stage] != here.meta(stage)["sha256"]:

@@ -49,7 +49,7 @@ ITERATION = (
     Stage("scores", Score, ("completions",), resumable=True),
     Stage("pairs", Pair, ("completions", "scores")),
     Stage("votes", Vote, ("pairs",), resumable=True),
-    Stage("base_logprobs", BaseLogprob, ("pairs",), optional=True),
+    Stage("base_logprobs", BaseLogprob, ("votes",), optional=True),
     Stage("decisions", Decision, ("votes",)),
     Stage("rejudged_votes", Vote, resumable=True, optional=True),
     Stage("old_pairs", OldPair, ("rejudged_votes",), optional=True),

@@ -14,7 +14,7 @@ from rlaif.constitutions.constitution import parse_constitution
 from rlaif.errors import UserError
 from rlaif.judging.ballots import make_ballots, selecting_voices
 from rlaif.judging.cache import LikelihoodCache, likelihood_key
-from rlaif.records import Message, Pair, TokenSequence
+from rlaif.records import Message, Pair, Vote
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -191,31 +191,50 @@ def test_a_template_without_a_system_role_is_the_users_mistake(model, constituti
         flat(judge.cast(make_ballots(PAIRS, constitution, "tiny"), PAIRS, CANDIDATES, constitution))
 
 
-def test_what_it_has_computed_is_known_by_its_very_tokens(model, judge, constitution):
-    c = CANDIDATES[1]
-    context, answer = judge.reader.context(c.messages), judge.reader.answer(c)
-    asked = TokenSequence(prompt_token_ids=context, token_ids=answer)
-    assert judge.known_logprobs([asked]) == [None], "nothing was computed yet"
-    contrasts = flat(judge.score(CANDIDATES, constitution, [constitution.voices()[0].id]))
-    assert contrasts
-    assert judge.known_logprobs([asked]) == [None], "that was under a contrast"
-    flat(judge.quality(CANDIDATES))
-    others = [
-        TokenSequence(prompt_token_ids=context, token_ids=answer[:-1]),
-        TokenSequence(prompt_token_ids=(*context, 5), token_ids=answer),
-        TokenSequence(prompt_token_ids=(), token_ids=(*context, *answer)),
-    ]
-    found = judge.known_logprobs([asked, *others])
-    assert found[0] == pytest.approx(plain_logp(model, judge, c.messages, answer), abs=1e-4)
-    assert found[1:] == [None, None, None]
+def as_sampled(judge, c: Candidate) -> Candidate:
+    """A candidate as a policy with the judge's own tokenizer samples it."""
+    return c.model_copy(
+        update={"prompt_token_ids": judge.reader.context(c.messages), "token_ids": judge.reader.answer(c)}
+    )
 
 
-def test_what_is_rounded_to_bf16_is_nobodys_reference(model):
+def guard_votes(judge, constitution, sides) -> dict[str, Vote]:
+    """By measure, on the pair of the first two; no other voice is asked."""
+    ballots = [b for b in make_ballots(PAIRS[:1], constitution, "tiny") if b.guard]
+    votes = flat(judge.cast(ballots, PAIRS[:1], sides, constitution))
+    return {v.ballot.voice.rpartition("/")[2]: v for v in votes}
+
+
+def test_a_guards_vote_holds_what_a_reference_computes(model, judge, constitution):
+    sides = [as_sampled(judge, c) for c in CANDIDATES]
+    votes = guard_votes(judge, constitution, sides)
+    assert votes.keys() == {"relevance", "fluency"}
+    of = {c.completion_id: c for c in sides}
+    wanted = [plain_logp(model, judge, of[i].messages, of[i].token_ids) for i in (PAIRS[0].first, PAIRS[0].second)]
+    for vote in votes.values():
+        assert vote.logprobs == pytest.approx(wanted, abs=1e-4)
+    contrasts = [b for b in make_ballots(PAIRS, constitution, "tiny") if not b.guard]
+    assert {v.logprobs for v in flat(judge.cast(contrasts, PAIRS, sides, constitution))} == {None}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"prompt_token_ids": ()}, {"prompt_token_ids": (1, 5)}, {"token_ids": None}, {"token_ids": (5,)}],
+    ids=lambda other: f"{next(iter(other))}-{next(iter(other.values()))}",
+)
+def test_of_other_tokens_than_the_policys_it_holds_nothing(judge, constitution, other):
+    """One side is enough: a pair trains as a whole."""
+    sides = [as_sampled(judge, c) for c in CANDIDATES]
+    sides = [c.model_copy(update=other) if c.completion_id == PAIRS[0].second else c for c in sides]
+    assert {v.logprobs for v in guard_votes(judge, constitution, sides).values()} == {None}
+
+
+def test_what_is_rounded_to_bf16_is_nobodys_reference(model, constitution):
     rounded = LikelihoodJudge.of(copy.deepcopy(model).to(torch.bfloat16), CharTokenizer(), LikelihoodSettings())
-    flat(rounded.quality(CANDIDATES))
-    c = CANDIDATES[1]
-    sequence = TokenSequence(prompt_token_ids=rounded.reader.context(c.messages), token_ids=rounded.reader.answer(c))
-    assert rounded.known_logprobs([sequence]) == [None]
+    sides = [as_sampled(rounded, c) for c in CANDIDATES]
+    votes = guard_votes(rounded, constitution, sides)
+    assert {v.outcome for v in votes.values()} <= {"first", "second", "tie"}
+    assert {v.logprobs for v in votes.values()} == {None}
 
 
 def test_end_token_is_scored_iff_the_completion_ended(judge):
