@@ -219,7 +219,7 @@ def in_process(role: str, logs: Path, factory: str, **kwargs: Any) -> ProcessWor
 
 def streamed(root: Path, size: float) -> list[Row]:
     """One thing after the other against streams and overlap."""
-    concurrency, prompts, iterations = 8, max(int(72 * size), 8), 5
+    concurrency, prompts = 8, max(int(72 * size), 8)
     reply_s = SLOW_LATENCY_S * math.exp(math.log(SPREAD) ** 2 / 2)
     sample_s = 3 * 2 * reply_s / concurrency  # three pairs in both orders: judging takes as long
     update_s = prompts * sample_s / 3
@@ -231,7 +231,8 @@ def streamed(root: Path, size: float) -> list[Row]:
             ("overlapped", {"stream": True, "staleness": 1}),
         ):
             asked = {"per_iteration": prompts}
-            job = job_of(root, url, iterations, {"concurrency": concurrency}, prompts=asked, pipeline=pipeline)
+            job = job_of(root, url, 9, {"concurrency": concurrency}, prompts=asked, pipeline=pipeline)
+            every = job.monitors.anchors.every
             clock, path = Clock(), root / "runs" / name
             logs = path.with_suffix(".logs")
             with (
@@ -240,8 +241,9 @@ def streamed(root: Path, size: float) -> list[Row]:
                 in_process("learner", logs, "PacedLearner", update_s=update_s) as learner,
             ):
                 run = stub_run(job, path, root, clock, sampler, judge, learner)
-            # Neither the first iteration, which waits for what nothing runs beside, nor the last, which is evaluated.
-            took[name] = (clock.ends[-2] - clock.ends[0]) / (iterations - 2)
+            # From one iteration that asks about anchors to the next: to ask, it waits for what was begun ahead. So
+            # neither the first iterations count, beside which less runs, nor the last, which is evaluated.
+            took[name] = (clock.ends[2 * every - 1] - clock.ends[every - 1]) / every
             if name == "sequence":
                 stages = _stage_seconds(run, 1)
     longest = max(stages.values())
