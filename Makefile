@@ -32,7 +32,7 @@ test-all: $(STAMP) ## the test suite with what is marked `nightly`
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy rlaif
+	@$(BIN)/mypy rlaif benchmarks
 
 format: $(STAMP) ## puts the code into shape
 	@$(BIN)/ruff check --fix .

@@ -21,6 +21,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,9 @@ def run_benchmark(path: Path) -> Report:
     ask("look for news", None, index.refresh)
     ask("overview", OVERVIEW_S, lambda: overview(index, run))
     for name, fields in FILTERS.items():
-        page = ask(f"list: {name}", LIST_S, lambda fields=fields: list_pairs(index, PairFilter(**fields)))
+        page = ask(f"list: {name}", LIST_S, partial(list_pairs, index, PairFilter(**fields)))
     for sort in ("agreement", "margin", "length"):
-        ask(f"list: by {sort}", LIST_S, lambda sort=sort: list_pairs(index, sort=sort, descending=True))
+        ask(f"list: by {sort}", LIST_S, partial(list_pairs, index, sort=sort, descending=True))
     page = ask("page in the middle", PAGE_S, lambda: list_pairs(index, limit=50, offset=10**5))
     total = page.total
     page = ask("last page", PAGE_S, lambda: list_pairs(index, limit=50, offset=max(total - 50, 0)))
@@ -168,8 +169,8 @@ def table(report: Report) -> str:
         ratio = "" if m.limit_s is None else f"{m.seconds / m.limit_s:.2f}"
         found = "" if m.found is None else f"{m.found:,}"
         lines.append(f"{m.name:36}{m.seconds:9.2f}{limit:>8}{ratio:>8}{m.processor_s:11.2f}{found:>10}")
-    ratio = report.peak_gib / MEMORY_GIB
-    lines.append(f"{'peak memory, GiB':36}{report.peak_gib:9.2f}{MEMORY_GIB:>8.0f}{ratio:>8.2f}")
+    of_limit = report.peak_gib / MEMORY_GIB
+    lines.append(f"{'peak memory, GiB':36}{report.peak_gib:9.2f}{MEMORY_GIB:>8.0f}{of_limit:>8.2f}")
     return "\n".join(lines)
 
 

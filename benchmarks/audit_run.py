@@ -391,9 +391,7 @@ def _decided(cast: tuple[tuple[str, float | None], ...], filters_: Filters) -> D
         ballot = Ballot(
             id="x", pair_id="p", judge=_JUDGES[juror], voice=template, principles=("answers", "brief"),
             order=order, constitution="c", template=_TEMPLATES[template],
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         abstained = "unparsed" if outcome == "abstain" else None
-        votes.append(
-            Vote(ballot=ballot, model="m", outcome=outcome, abstain_reason=abstained, p_first=p, raw_reply="")  # type: ignore[arg-type]
-        )
+        votes.append(Vote(ballot=ballot, model="m", outcome=outcome, abstain_reason=abstained, p_first=p, raw_reply=""))
     return decide(aggregate(votes), pair, filters_, {"a": "1", "b": "2"})

@@ -57,7 +57,7 @@ def numbers(folder: Path) -> dict[str, list[float]]:
     ]  # fmt: skip
     out: dict[str, list[float]] = {}
     for kind in ("dpo", "online_dpo") if folder.name == "llama-tied" else ("dpo",):
-        settings = Learner(kind=kind, precision="fp32", learning_rate=1e-3, warmup_steps=0, batch_size=2)  # type: ignore[arg-type]
+        settings = Learner(kind=kind, precision="fp32", learning_rate=1e-3, warmup_steps=0, batch_size=2)
         with tempfile.TemporaryDirectory() as scratch:
             learner = make_learner(kind, str(folder), settings, seed=7, export_precision="fp32")
             out[f"{kind} as given"] = [v for row in learner.logprobs(texts) for v in row]

@@ -116,8 +116,9 @@ class AtOnce:
         usage = Usage(prompt_tokens=400, completion_tokens=1)
         return Answer(reply=Reply(content="A", finish_reason="stop", usage=usage, model="m"), attempts=1, latency_s=0.0)
 
-    async def identity(self) -> None:
+    async def identities(self) -> dict[str, str | None]:
         """Says nothing of itself."""
+        return {}
 
     async def close(self) -> None:
         """Nothing to close."""

@@ -60,6 +60,7 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
+from rlaif.workers.feed import Feed
 from rlaif.workers.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -327,10 +328,6 @@ class FreeJudge:
         """Nothing: pairs are random here."""
         yield from ()
 
-    def known_logprobs(self, sequences: list[Any]) -> list[None]:
-        """None: it computes nothing."""
-        return [None] * len(sequences)
-
     def quality(self, candidates: list[Any], **_: Any) -> Iterator[list[Quality]]:
         """Zeros: the loop evaluates the base policy on one prompt before it starts, nobody reads the result."""
         yield [Quality(completion_id=c.completion_id, tokens=1, logprob_per_token=0, relevance=0) for c in candidates]
@@ -358,13 +355,16 @@ def make_judge() -> FreeJudge:
 # The parts. Each runs in its own process and prints one JSON object to a file.
 
 
-class _Timed:
+class _Timed(Worker):
     """A worker, and how long its caller waited for each method."""
 
     def __init__(self, worker: Worker, waited: dict[str, float]) -> None:
         self.name = worker.name
         self._worker = worker
         self._waited = waited
+
+    def poll(self, timeout_s: float) -> bool:
+        return self._worker.poll(timeout_s)
 
     def ready(self) -> None:
         self._worker.ready()
@@ -376,8 +376,8 @@ class _Timed:
         finally:
             self._waited[method] += time.perf_counter() - started
 
-    def stream(self, method: str, **kwargs: Any) -> Iterator[Any]:
-        items = self._worker.stream(method, **kwargs)
+    def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Iterator[Any]:
+        items = self._worker.stream(method, feed=feed, **kwargs)
         while True:
             started = time.perf_counter()
             item = next(items, None)
@@ -461,7 +461,9 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
             judge_name="hash",
             measurer=workers["judge"],
             progress=_Notes(),
-            **workers,
+            sampler=workers["sampler"],
+            judge=workers["judge"],
+            learner=workers["learner"],
         )
         loop.iterate(0)
         waited.clear()

@@ -9,7 +9,8 @@ So the ratios are the loop's, not this machine's arithmetic. Each part is a rati
 - `streamed`: one iteration and one stage after the other, against `pipeline: {stream: true, staleness: 1}`. The judge
   is the one for servers; its server is a process that answers after 200 ms (median, log-normal) and takes as long
   alone as sampling.
-- `replicas`: 1, 2, 4, 8 and 16 samplers and judges in actors of a Ray cluster on this machine.
+- `replicas`: 1, 2, 4, 8 and 16 samplers and judges in actors of a Ray cluster on this machine, beside what
+  `--dry-run --cluster` says of them by the run of one.
 - `latency`: 100,000 ballots that take 50 ms each, 64 at once, of a judge in a process of its own.
 - `memory`: an iteration of 4,096 prompts × 8 completions and a million ballots that are answered at once; the peak of
   the loop's process, and where its seconds go.
@@ -34,11 +35,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.simulation import SPREAD, Clock, judge_server, make_job, make_project, stub_run
+import yaml
+
+from benchmarks.simulation import MEASURED, SPREAD, TARGET, Clock, judge_server, make_job, make_project, stub_run
 from rlaif.config import Cluster, Job, LikelihoodSettings
 from rlaif.records import Ballot, Completion, Preference, Score, UpdateStep, Vote
 from rlaif.rundir.stages import NAMES
 from rlaif.rundir.store import RunDir
+from rlaif.simulation import read_cluster, work_of
+from rlaif.simulation.simulate import simulate
 from rlaif.workers.feed import Feed
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.process import ProcessWorker
@@ -280,16 +285,36 @@ def replicas(root: Path, size: float, numbers: Sequence[int] = REPLICAS) -> list
                 if role == "sampler":  # an earlier run has left it with another policy
                     for actor in actors[:n]:
                         actor.call("hold", digest=BASE_DIGEST)
-                at_once = {r: InlineWorker(r, f"benchmarks.scale:Paced{r.capitalize()}", {}) for r in STUBS}
-                shared = at_once | {role: TellsDigests(role, actors.__getitem__, n)}
-                run = stub_run(job, root / "runs" / f"{role}{n}", root, Clock(), *(shared[r] for r in STUBS))
+                workers: dict[str, Worker] = {
+                    r: InlineWorker(r, f"benchmarks.scale:Paced{r.capitalize()}", {}) for r in STUBS
+                }
+                workers[role] = TellsDigests(role, actors.__getitem__, n)
+                clock, path = Clock(), root / "runs" / f"{role}{n}"
+                run = stub_run(job, path, root, clock, workers["sampler"], workers["judge"], workers["learner"])
                 took[n] = _stage_seconds(run, 0)[stage]
                 efficiency = took[numbers[0]] * numbers[0] / n / took[n]
+                setup = _setup(root, role, n, root / "runs" / f"{role}{numbers[0]}", prompt_s)
+                expected = simulate(work_of(job, root), read_cluster(setup)).iteration_s
+                off = abs(expected / clock.iteration_s - 1)
                 out.append(Row(f"{n} {role}s", took[n], "s"))
                 out.append(Row(f"{n} {role}s: efficiency", efficiency, "", {8: 0.9, 16: 0.8}.get(n)))
+                out.append(Row(f"{n} {role}s: the iteration", clock.iteration_s, "s"))
+                out.append(Row(f"{n} {role}s: its prediction is off by", off, "", TARGET, at_most=True))
             for actor in actors:
                 actor.close()
     return out
+
+
+def _setup(root: Path, role: str, number: int, measured: Path, prompt_s: float) -> Path:
+    """A file for `--dry-run --cluster`: so many of a role, as fast as one was in a run. What no log tells is that the
+    stub answers one prompt after the other."""
+    answers = MEASURED["sampling"]["completions_per_prompt"]
+    rates: dict[str, Any] = {"from": str(measured)}
+    if role == "sampler":
+        rates["sampler"] = {"tokens_per_s": answers * len(_TOKENS) / prompt_s, "at_once": answers}
+    path = root / f"{role}{number}.yaml"
+    path.write_text(yaml.safe_dump({"cluster": {role: {"replicas": number}}, "rates": rates}))
+    return path
 
 
 def latency(root: Path, size: float) -> list[Row]:
