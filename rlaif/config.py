@@ -1037,6 +1037,15 @@ class AnchorsMonitor(Monitor):
     """Share of them whose verdict moved, at most (the lower end of the 95 % interval)."""
 
 
+class SilentServerMonitor(Monitor):
+    """One of several servers that share a judge's ballots answers none of them in an iteration. When it answers again,
+    the run says so (the event `judge_server`)."""
+
+    votes: int = Field(8, ge=1)
+    """Votes asked anew in an iteration, for each of the servers that share them: with fewer nothing is told, since one
+    that failed once would look like one that is down."""
+
+
 class HackingMonitor(Monitor):
     """The win rate has risen, and what should have risen with it hasn't: the reference judge's, the length-controlled
     one, or the checks; or what the base policy could is lost (`eval.retention`)."""
@@ -1108,6 +1117,7 @@ class Monitors(Section):
     abstained_drift: AbstainedDriftMonitor = AbstainedDriftMonitor()
     kept_drift: KeptDriftMonitor = KeptDriftMonitor()
     anchors: AnchorsMonitor = AnchorsMonitor()
+    silent_server: SilentServerMonitor = SilentServerMonitor()
     leaning: LeaningMonitor = LeaningMonitor()
     hacking: HackingMonitor = HackingMonitor()
 

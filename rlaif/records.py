@@ -61,6 +61,7 @@ AlarmKind = Literal[
     "abstained_drift",
     "kept_drift",
     "anchors",
+    "silent_server",
     "leaning",
     "hacking",
     "labels",
@@ -862,8 +863,11 @@ class IterationMetrics(Record):
     """What was asked again; None where nothing was."""
     leanings: dict[Feature, Leaning] = Field(default_factory=dict)
     """What winners have more of."""
+    servers: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """Juror → server → votes that it answered, where the juror was asked anew; a server of the juror's list that
+    answered none has 0. Empty for a judge without a server."""
     judge_calls: int = 0
-    """Requests to the judge's server. These and the next two count votes on old pairs and on anchors, too."""
+    """Requests to the judge's servers. These, `servers` and the next two count votes on old pairs and anchors, too."""
     judge_cached: int = 0
     """Votes from the cache."""
     judge_tokens: int

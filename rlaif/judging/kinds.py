@@ -33,6 +33,7 @@ from rlaif.judging.ballots import (
 )
 from rlaif.judging.outcomes import Said, said_by_guard, said_by_scores, said_in_reply, tolerances
 from rlaif.judging.parsing import Reply
+from rlaif.judging.servers import server_name
 from rlaif.judging.spending import Wasted, spent_on
 from rlaif.judging.transport import check_address
 from rlaif.records import Ballot, Pair, Prompt, VoiceKey, Vote
@@ -216,6 +217,11 @@ class JudgeKind(Generic[S]):
         """How its worker is built. `model` is the folder of `local_model`; `votes` are those of the run's earlier
         processes, `wasted` its file of answers that held no reply; `servers` are those of `serve`."""
         raise NotImplementedError
+
+    def listed(self, servers: Servers | None = None) -> dict[str, tuple[str, ...]]:
+        """By judge, as ballots name it: the servers that share its ballots, as votes name them; empty without a server.
+        `servers` are those of `serve`."""
+        return {}
 
     def measures(self, job: Job, same_weights: bool) -> bool:
         """Whether it can say, too, how sane an answer is under the base policy; `same_weights`: its are that one's."""
@@ -431,6 +437,11 @@ class ChatKind(JudgeKind[ChatSettings]):
     ) -> Factory:
         spent = spent_on(votes, self.settings, read_grown(wasted, Wasted))
         return "rlaif.judging.chat:make", {"spent": spent, "wasted": wasted, **self._reached(servers)}
+
+    def listed(self, servers: Servers | None = None) -> dict[str, tuple[str, ...]]:
+        names, reached = juror_names(self.settings.jurors), self._reached(servers)["settings"]
+        of_each = (tuple(map(server_name, juror.addresses)) for juror in reached.jurors)
+        return dict(zip(names, of_each, strict=True))
 
     def open(self, note: Callable[[str], None]) -> tuple[Casts, str]:
         from rlaif.judging.chat import make

@@ -1,10 +1,11 @@
 """The servers of one model: which one is asked next, what each of them allows, and which are left out for a while.
 
 In: how requests went. Out: the server for the next one, which is the one with the fewest requests under way among those
-that are in. A server that fails is left out: for a second, then twice as long after every further failure, at most a
-minute, or as long as it asks for. When that time is over, one request tries it again, and an answer takes it back in.
-With all of them out, the one that is due first is asked: a single server is asked again and again. Whether a server can
-be asked, and whether it is to be left out, others say (`transport`). Nothing here knows a network.
+that are in; of several, the one that was asked longest ago, so that each is asked however little there is to ask. A
+server that fails is left out: for a second, then twice as long after every further failure, at most a minute, or as
+long as it asks for. When that time is over, one request tries it again, and an answer takes it back in. With all of
+them out, the one that is due first is asked: a single server is asked again and again. Whether a server can be asked,
+and whether it is to be left out, others say (`transport`). Nothing here knows a network.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class Address:
         """How often it was left out. What comes of a request that was sent before is no news."""
         self._tried = False
         """A request is under way that tries it again."""
+        self.asked_at = 0.0
+        """When it was asked last."""
 
     @property
     def name(self) -> str:
@@ -106,6 +109,7 @@ class Address:
     def asked(self) -> Iterator[None]:
         """Within it, one more request is under way."""
         self.under_way += 1
+        self.asked_at = time.monotonic()
         try:
             yield
         finally:
@@ -162,9 +166,10 @@ def to_be_tried(addresses: Sequence[Address], failed: Collection[Address]) -> Ad
 
 
 def least_busy(addresses: Sequence[Address], failed: Collection[Address]) -> Address:
-    """The server that the next request goes to: of those that are in, the one with the fewest under way."""
+    """The server that the next request goes to: of those that are in, the one with the fewest under way, or of several
+    such the one that was asked longest ago."""
     left = [a for a in addresses if a not in failed]
-    return min(left, key=lambda a: (a.turn, a.under_way))
+    return min(left, key=lambda a: (a.turn, a.under_way, a.asked_at))
 
 
 def others_left(addresses: Sequence[Address], failed: Collection[Address]) -> bool:

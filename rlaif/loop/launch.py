@@ -156,7 +156,8 @@ def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_
         tracked = bool(job.learner.args.get("report_to"))
         with _told_when_it_stops(run):
             # A setting that one of them refuses must not cost minutes, or a header.
-            workers, train, held_out = _load(run, job, start, places, learners, stack, progress.note)
+            servers = _servers(job)
+            workers, train, held_out = _load(run, job, start, places, learners, servers, stack, progress.note)
             write_header(run, job, start.models, start.code, start.changed)
             resumed = any(e.kind == "started" for e in run.events())
             # run.json has the code that a run was begun with; which code went on with it, these events tell.
@@ -183,6 +184,7 @@ def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_
                 source=start.source,
                 code=start.own_code,
                 referee=referee,
+                servers=servers,
                 stream=streams(job, places),
                 base_cache=_base_cache(job, start, progress.note) if job.eval.cache else None,
                 **workers,
@@ -277,6 +279,7 @@ def _load(
     start: _Start,
     places: dict[str, Placed],
     learners: Launched,
+    servers: Servers | None,
     stack: ExitStack,
     note: Callable[[str], None],
 ) -> tuple[dict[str, Worker], list[Prompt], list[Prompt]]:
@@ -287,7 +290,6 @@ def _load(
         UserError: one of them can't be built, or a prompt can't be asked.
         WorkerError: one of them fails.
     """
-    servers = _servers(job)
     factories, holds = _factories(run, job, start, servers), _holds(job, learners.processes)
     note(f"loading {', '.join([*factories, *([servers.name] if servers else [])])}; a line when each is ready")
     workers: dict[str, Worker] = {}

@@ -14,6 +14,7 @@ from rlaif import monitors
 from rlaif.data.prompts import prompts_for
 from rlaif.errors import RunPaused
 from rlaif.judging.calibration import judged_stats
+from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit
 from rlaif.loop.ahead import Ahead, Aside, Later
 from rlaif.loop.anchors import ask_again
@@ -198,8 +199,11 @@ class Loop(Running):
             anchors=it.anchors,
             wall_s=round(time.monotonic() - self._since, 3),
             streamed_votes=it.dir.meta("completions").get("votes"),
+            servers=kind_of(self.job.judge).listed(self.servers),
         )
         self._tell_jurors(it.k, fit, metrics.juror_agreement)
+        for message in monitors.back_again(self.job.monitors, self._history(metrics)):
+            self.tell_once("judge_server", message, it.k)
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
         alarms = self._alarms(metrics)
         for alarm in alarms:

@@ -40,6 +40,7 @@ from rlaif.records import (
 from rlaif.rundir.stages import EVALUATION, ITERATION, Stage
 from rlaif.rundir.store import Held, RunDir, StageDir, StageWriter, WriterClosed
 from rlaif.rundir.votes import Rank, Votes, VotesByPair
+from rlaif.serving.servers import Servers
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
 
@@ -283,6 +284,8 @@ class Running:
     """... and what is scored."""
     referee: Referee | None = None
     """Who compares held-out answers and never trains."""
+    servers: Servers | None = None
+    """The judge's, where the run started them (`judge.serve`)."""
     source: PairSource | None = None
     """Where pairs come from; None: from the policy."""
     stream: bool = False

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from rlaif.config import Monitors
-from rlaif.monitors import answers, hacking, judges, leaning, policies
+from rlaif.monitors import answers, hacking, judges, leaning, policies, servers
 from rlaif.monitors.history import Finding, History
 from rlaif.records import Alarm, AlarmKind
 
@@ -33,6 +33,7 @@ KINDS: dict[AlarmKind, Callable[[Any, History], Iterable[Finding]]] = {
     "abstained_drift": judges.abstained_drift,
     "kept_drift": judges.kept_drift,
     "anchors": judges.anchors,
+    "silent_server": servers.silent_server,
     "leaning": leaning.leaning,
     "hacking": hacking.hacking,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
 from typing import NamedTuple
@@ -51,10 +51,11 @@ def iteration_metrics(
     anchors: AnchorCounts | None = None,
     wall_s: float | None = None,
     streamed_votes: int | None = None,
+    servers: Mapping[str, Sequence[str]] = {},
 ) -> IterationMetrics:
     """An iteration in numbers; `votes` come pair by pair, and are gone through once or, of a jury, twice; `ballots` are
     those that all of them would have answered, `seconds` go by stage, `more_votes` are those on pairs of earlier
-    iterations (`old_pairs`, anchors): they only cost."""
+    iterations (`old_pairs`, anchors): they only cost; `servers` are those that share a juror's ballots."""
     kept = sum(d.status == "kept" for d in decisions)
     agreements = [d.verdict.agreement for d in decisions if d.verdict.agreement is not None]
     cast, more = _Counts.of(votes), _Counts.of(more_votes)
@@ -95,6 +96,10 @@ def iteration_metrics(
         juror_weights=jurors.weights if jurors else {},
         juror_agreement=juror_agreement(votes, decisions) if len(cast.jurors) > 1 else {},
         judged=judged,
+        servers={
+            juror: {server: cast.answered[juror, server] + more.answered[juror, server] for server in listed}
+            for juror, listed in servers.items()
+        },
         judge_calls=cast.calls + more.calls,
         judge_cached=cast.cached + more.cached,
         judge_tokens=cast.tokens + more.tokens,
@@ -123,12 +128,15 @@ class _Counts(NamedTuple):
     abstentions: Counter[AbstainReason]
     jurors: set[str]
     """Who cast more than guards' votes."""
+    answered: Counter[tuple[str, str | None]]
+    """By juror and server: votes that were asked anew. From the cache, a vote says nothing about a server."""
 
     @classmethod
     def of(cls, votes: Iterable[Vote]) -> _Counts:
         """Counts them in one pass."""
         number = calls = cached = tokens = 0
         abstentions, jurors = Counter[AbstainReason](), set[str]()
+        answered = Counter[tuple[str, str | None]]()
         for v in votes:
             number += 1
             calls += v.attempts
@@ -136,11 +144,12 @@ class _Counts(NamedTuple):
                 cached += 1
             else:
                 tokens += v.usage.prompt_tokens + v.usage.completion_tokens
+                answered[v.ballot.judge, v.server] += 1
             if v.abstain_reason:
                 abstentions[v.abstain_reason] += 1
             if not v.ballot.guard:
                 jurors.add(v.ballot.judge)
-        return cls(number, calls, cached, tokens, abstentions, jurors)
+        return cls(number, calls, cached, tokens, abstentions, jurors, answered)
 
 
 def learner_metrics(steps: Sequence[UpdateStep]) -> dict[str, float]:

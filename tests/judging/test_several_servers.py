@@ -73,6 +73,17 @@ def test_the_least_busy_one_is_asked():
     assert [x.under_way for x in every] == [0, 0, 0]
 
 
+def test_of_equally_busy_ones_the_one_is_asked_that_waited_longest(clock):
+    """Or a judge with little to do would never ask the last one, and never see that it is gone."""
+    every = addresses(3)
+    asked = []
+    for _ in range(7):
+        clock.at += 1
+        with (least := least_busy(every, ())).asked():
+            asked.append(every.index(least))
+    assert asked == [0, 1, 2, 0, 1, 2, 0]
+
+
 def test_one_that_fails_is_left_out_longer_and_longer_and_tried_by_one(clock):
     a, b = every = addresses(2)
     waits = []

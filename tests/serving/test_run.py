@@ -75,6 +75,8 @@ def test_a_run_that_is_killed_goes_on_with_other_servers_and_asks_nothing_again(
     assert sum("asked" in line for line in diary.lines) - asked == len(votes_of(run)) - before
     assert {v.ballot.judge for v in votes_of(run)} == {"chat:tiny"}
     assert {v.server for v in votes_of(run)} <= {f"127.0.0.1:{start['port']}/v1" for start in diary.starts}
+    [answered] = run.iterations_measured([0])[0].servers.values()
+    assert {*answered} == {f"127.0.0.1:{start['port']}/v1" for start in new}
     assert "judge" in run.header["models"]
     for key in {start["key"] for start in diary.starts}:
         for path in run.path.rglob("*"):
