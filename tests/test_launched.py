@@ -11,6 +11,7 @@ import yaml
 
 from rlaif.config import Job, parse_job
 from rlaif.errors import UserError
+from rlaif.learning import launched as launching
 from rlaif.learning.launched import Launched, launched
 from rlaif.records import UpdateStep
 from rlaif.rundir.store import RunDir
@@ -41,10 +42,18 @@ def test_pairs_of_a_step_have_to_be_shared_out_evenly() -> None:
         launched(job(cluster={"learner": {"processes": 3}}), None)
 
 
+def test_without_accelerate_its_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run needs no more of the extra than this."""
+    monkeypatch.setattr(launching, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"learner.accelerate: .*accelerate.yaml is accelerate's to read: `"):
+        launched(job(), write(tmp_path, **ON_CPUS))
+
+
 @pytest.mark.slow
 def test_accelerate_reads_its_own_file(tmp_path: Path) -> None:
     found = launched(job(learner={"batch_size": 8}), write(tmp_path, **FSDP2, mixed_precision="bf16"))
     assert found.processes == 4
+    assert found.sharded
     wanted = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}
     assert found.environment.items() >= wanted.items()
     assert found.environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false", "each process reads the weights"

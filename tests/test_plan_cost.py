@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rlaif.config import load_job
+from rlaif.config import Job, load_job
 from rlaif.errors import UserError
 from rlaif.evaluation.probes import shipped
 from rlaif.loop import cost as plan_cost
@@ -20,6 +21,8 @@ from rlaif.rundir.store import RunDir
 from tests.conftest import project_job
 from tests.judging.test_calibration import calibration
 from tests.stubs import stub_loop, write_texts
+from tests.test_launched import FSDP2, ON_CPUS
+from tests.test_launched import write as write_accelerate
 from tests.test_old_pairs import Wishes, written
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,6 +225,8 @@ def test_precision_is_what_the_plan_reckons_with(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_plan_that_doesnt_fit_or_isnt_reached_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = SimpleNamespace(total=64 * GIB, available=64 * GIB)
+    monkeypatch.setattr(plan_cost.psutil, "virtual_memory", lambda: room)
     job = project_job(tmp_path, "m", iterations=2)
     unreached, unknown = estimate(job, tmp_path)["warnings"]
     assert unknown.startswith("m: of unknown size")
@@ -240,6 +245,64 @@ def test_the_plan_says_where_each_role_runs_and_refuses_what_is_not_there(monkey
     assert found["placement"] == {"sampler": "process on GPU 0", "learner": "process on GPU 1", "judge": "inline"}
     with pytest.raises(UserError, match=r"placement\.judge\.devices: no GPU 2"):
         estimate(load_job(job, ["placement.judge.devices=[2]"]), ROOT)
+
+
+def bf16_plan(monkeypatch: pytest.MonkeyPatch, job: Job, root: Path) -> dict[str, Any]:
+    """Of a policy of the reference's size, on a machine without GPUs."""
+    monkeypatch.setattr(plan_cost, "parameters_of", lambda model: None)
+    monkeypatch.setattr(plan_cost, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(plan_cost, "gpu_names", list)
+    return estimate(job, root)
+
+
+LEARNER = WEIGHTS * (2 + 7.5) / GIB  # fp32
+
+
+def test_workers_on_a_cluster_are_in_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(**cluster: Any) -> dict[str, Any]:
+        job = project_job(tmp_path, "m", workers="process", **({"cluster": cluster} if cluster else {}))
+        return bf16_plan(monkeypatch, job, tmp_path)
+
+    alone, two = plan(), plan(learner={"processes": 2}, judge={"replicas": 3})
+    assert (alone["learner_processes"], two["learner_processes"]) == (1, 2)
+    assert alone["placement"] == {"sampler": "process", "judge": "process", "learner": "process"}
+    on_ray = {"judge": "3 processes on the cluster (local)", "learner": "2 processes on the cluster (local)"}
+    assert two["placement"] == {"sampler": "process", **on_ray}
+    more = LEARNER + 2 * WEIGHTS / GIB + 3 * 1.2  # a learner, and two judges, which are the base policy
+    assert two["memory_gib"] - alone["memory_gib"] == pytest.approx(more, abs=0.11)
+    plan_cost.table(two, tmp_path)
+    assert "2 processes on the cluster" in " ".join(capsys.readouterr().out.split())
+
+    away = plan(address="auto", learner={"processes": 2})
+    assert away["placement"]["learner"] == "2 processes on the cluster (auto)"
+    assert alone["memory_gib"] - away["memory_gib"] == pytest.approx(LEARNER + 1.2, abs=0.11)
+    with pytest.raises(UserError, match=r"learner.batch_size: 2 pairs .* the learner's 3 processes; 3 could"):
+        plan(learner={"processes": 3})
+
+
+@pytest.mark.slow
+def test_a_learner_that_accelerate_starts_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+
+    def plan(**said: Any) -> dict[str, Any]:
+        learner = {"batch_size": 4, **({"accelerate": "said.yaml"} if said else {})}
+        write_accelerate(tmp_path, **said).rename(tmp_path / "said.yaml")
+        return bf16_plan(monkeypatch, project_job(tmp_path, "m", workers="process", learner=learner), tmp_path)
+
+    alone, two, four = plan(), plan(**ON_CPUS), plan(**FSDP2)
+    assert [p["placement"]["learner"] for p in (alone, two, four)] == [
+        "process", "process, 2 processes", "process, 4 processes",
+    ]  # fmt: skip
+    assert two["memory_gib"] - alone["memory_gib"] == pytest.approx(LEARNER + 1.2, abs=0.11)
+    assert four["memory_gib"] - alone["memory_gib"] == pytest.approx(3 * 1.2, abs=0.11), "each holds a part"
+    monkeypatch.setattr(plan_cost, "gpu_names", lambda: ["one", "two", "three"])
+    with pytest.raises(UserError, match=r"learner.accelerate: 4 processes take a GPU each"):
+        estimate(load_job(tmp_path / "tiny.yaml"), tmp_path)
+    (tmp_path / "said.yaml").rename(tmp_path / "accelerate.yaml")  # no run's copy
+    with pytest.raises(UserError, match=r"learner.accelerate: no file .*said.yaml"):
+        estimate(load_job(tmp_path / "tiny.yaml"), tmp_path)
 
 
 def test_of_a_source_nothing_is_sampled_and_stored_labels_cost_nothing(tmp_path: Path) -> None:

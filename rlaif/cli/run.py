@@ -114,7 +114,7 @@ def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool, cluste
     if cluster is not None:
         from rlaif.simulation import outlook, read_cluster, work_of
 
-        found = outlook(work_of(job, Path.cwd()), read_cluster(cluster, job.cluster))
+        found = outlook(work_of(job, Path.cwd()), read_cluster(cluster, job.cluster, costs["learner_processes"]))
     if as_json:
         simulated = {"simulated": found.model_dump(mode="json")} if found else {}
         typer.echo(json.dumps({"run": str(where), **costs, **simulated}, indent=1))

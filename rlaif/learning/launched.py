@@ -10,12 +10,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from rlaif.config import Job
-from rlaif.errors import RlaifError, UserError
+from rlaif.errors import RlaifError, UserError, to_install
 from rlaif.workers.process import child_env
+
+COPY = "accelerate.yaml"
+"""What a run calls its copy of the file."""
 
 
 class Launched(NamedTuple):
@@ -24,6 +28,26 @@ class Launched(NamedTuple):
     processes: int = 1
     environment: Mapping[str, str] = {}
     """What each of them finds beside ours: accelerate's variables."""
+
+    @property
+    def sharded(self) -> bool:
+        """Each process holds a part of the weights; else all of them."""
+        return self.environment.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def accelerate_file(job: Job, base_dir: Path, run_dir: Path | None) -> Path | None:
+    """What `learner.accelerate` names; where it is gone, the run's copy of it.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if job.learner.accelerate is None:
+        return None
+    named = base_dir / job.learner.accelerate
+    for file in (named, run_dir and run_dir / COPY):
+        if file and file.is_file():
+            return file
+    raise UserError(f"learner.accelerate: no file {named}; `accelerate config --config_file {named}` writes one")
 
 
 def launched(job: Job, file: Path | None) -> Launched:
@@ -46,6 +70,8 @@ def launched(job: Job, file: Path | None) -> Launched:
 
 
 def _of_file(file: Path, processes: int | None) -> Launched:
+    if find_spec("accelerate") is None:  # a dry run needs nothing else of the extra
+        raise UserError(f"learner.accelerate: {file} is accelerate's to read: `{to_install('train')}`")
     command = [sys.executable, "-m", "rlaif.learning.accelerate_compat", str(file)]
     command += [str(processes)] if processes else []
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_env(None))

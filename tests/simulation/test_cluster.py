@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,21 @@ def test_a_dry_run_on_a_cluster(tmp_path: Path) -> None:
         assert words in shown.stdout
     assert "simulated" not in json.loads(rlaif_here("run", path, "--dry-run", "--json").stdout)
     assert not Path("runs").exists()
+
+
+def test_a_jobs_own_workers_are_simulated_where_the_file_names_none(tmp_path: Path) -> None:
+    roles = {"judge": {"replicas": 3}, "learner": {"processes": 2, "gpus": 1}}
+    jobs = [make_project(tmp_path / name, "m", **more) for name, more in (("one", {}), ("many", {"cluster": roles}))]
+    file = written(tmp_path / "c.yaml", rates=RATES)
+    found = read_cluster(file, load_job(jobs[1]).cluster, 2)
+    assert (found.cluster.judge.replicas, found.cluster.learner.processes, found.gpus) == (3, 2, 2)
+    work_s = []
+    for path in jobs:
+        with contextlib.chdir(path.parent):
+            done = rlaif_here("run", str(path), "--dry-run", "--json", "--cluster", str(file.resolve()))
+        work_s.append(json.loads(done.stdout)["simulated"]["work_s"]["learner"])
+    commit_s = read_cluster(file).rates.learner.commit_s
+    assert work_s[1] - commit_s == pytest.approx((work_s[0] - commit_s) / 2)
 
 
 def test_a_simulation_runs_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import pytest
 from rlaif.config import ChatSettings
 from rlaif.errors import UserError
 from rlaif.records import Completion, Vote
-from rlaif.rundir.store import RunDir, write_json
-from rlaif.simulation import Setup, measured
+from rlaif.rundir.store import RunDir, read_json, write_json
+from rlaif.simulation import Setup, measured, read_cluster
 from rlaif.simulation.measured import Timed, line, makespan, measure
 from rlaif.simulation.simulate import simulate
 from tests.judging.fault_server import FaultServer
@@ -135,6 +136,27 @@ def test_a_judge_without_a_server_answers_one_after_another(tmp_path: Path) -> N
     rates = measure(loop.dir)
     assert rates["judge"] == pytest.approx({"latency_s": 2.0, "start_s": 0.0, "score_s": 0.5}, abs=1e-6)
     assert Setup.model_validate({"rates": rates}).rates.judge.at_once is None
+    header = read_json(loop.dir.path / "run.json")
+    header["job"] |= {"cluster": {"judge": {"replicas": 3}}}
+    write_json(loop.dir.path / "run.json", header)
+    assert measure(RunDir.open(loop.dir.path))["judge"] == pytest.approx(
+        {"latency_s": 6.0, "start_s": 0.0, "score_s": 1.5}, abs=1e-6
+    )
+
+
+def test_rates_are_those_of_one_of_several_workers(tmp_path: Path) -> None:
+    """Or a run on two of each, simulated on two of each, would take half its time."""
+    shutil.copytree(STORED, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    header = read_json(path)
+    header["job"] |= {"cluster": {"sampler": {"replicas": 2}, "learner": {"processes": 2}}}
+    write_json(path, header)
+    one, two = read_cluster(STORED), read_cluster(path.parent, RunDir.open(path.parent).job().cluster, 2)
+    assert two.rates.learner.tokens_per_s == pytest.approx(one.rates.learner.tokens_per_s / 2)
+    assert two.rates.sampler.tokens_per_s == pytest.approx(one.rates.sampler.tokens_per_s / 2, rel=0.1)
+    assert two.rates.sampler.at_once == math.ceil(one.rates.sampler.at_once / 2)
+    found = [simulate(work(prompts=64, pairs=64), setup) for setup in (one, two)]
+    assert found[1].iteration_s == pytest.approx(found[0].iteration_s, rel=0.05)
 
 
 def test_a_run_without_an_iteration_says_nothing(tmp_path: Path) -> None:
