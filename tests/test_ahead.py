@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -218,25 +219,46 @@ def test_a_plan_that_names_another_policy_is_found(tmp_path: Path) -> None:
     assert [f.what for f in verify(loop.dir).findings if "names policy" in f.what]
 
 
-# Kills: at writes of every stage, and going on with another setting each time.
+# Kills: at writes of every stage.
 
 
-@pytest.fixture(scope="module", params=["chat", "likelihood"])
-def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    root = tmp_path_factory.mktemp("kills")
-    settings = json.dumps([{"staleness": 1, "stream": stream} for stream in (False, True, False)])
-    command = [sys.executable, "-m", "tests.kill_driver", str(root), "50", "1", "--pipeline", request.param, settings]
+def killed(root: Path, judge: str, kills: int, settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs below `root` that were killed and went on, and what the driver says of them."""
+    arguments = [str(root), str(kills), "1", "--pipeline", judge, json.dumps(settings)]
+    command = [sys.executable, "-m", "tests.kill_driver", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return root, json.loads(done.stdout)
+    said: dict[str, Any] = json.loads(done.stdout)
+    assert len(said["kills"]) == kills
+    return said
+
+
+def assert_each_ends_as_the_unkilled_one(root: Path, said: dict[str, Any]) -> None:
+    whole = root / "whole" / "run"
+    expected, planned = log_of(whole), plans(RunDir(whole))
+    for kill in said["kills"]:
+        run = root / kill["folder"] / "run"
+        assert kill["exits"][-1] == 0, kill
+        assert log_of(run) == expected, kill["label"]
+        assert plans(RunDir(run)) == planned, kill["label"]
+        assert not list(run.rglob("*.partial")), kill["label"]
+    assert {k["label"]: k["again"] for k in said["kills"] if k["again"]} == {}
 
 
 @pytest.mark.slow
-def test_killed_overlaps_end_as_the_unkilled_one_and_ask_nobody_twice(killed: tuple[Path, dict[str, Any]]) -> None:
-    root, said = killed
-    expected = outcome(root / "whole" / "run")
-    for kill in said["kills"]:
-        assert kill["exits"][-1] == 0, kill
-        assert outcome(root / kill["folder"] / "run") == expected, kill["label"]
-        assert not list((root / kill["folder"] / "run").rglob("*.partial")), kill["label"]
-    assert {k["label"]: k["again"] for k in said["kills"] if k["again"]} == {}
+@pytest.mark.parametrize("judge", ["chat", "likelihood"])
+def test_killed_overlaps_end_as_the_unkilled_one_and_ask_nobody_twice(judge: str, tmp_path: Path) -> None:
+    """They go on with another setting each time."""
+    settings = [{"staleness": 1, "stream": stream} for stream in (False, True, False)]
+    assert_each_ends_as_the_unkilled_one(tmp_path, killed(tmp_path, judge, 50, settings))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("judge", ["chat", "likelihood"])
+def test_a_hundred_kills_of_a_streamed_overlap(judge: str, tmp_path: Path) -> None:
+    said = killed(tmp_path, judge, 100, [{"staleness": 1, "stream": True}] * 2)
+    assert_each_ends_as_the_unkilled_one(tmp_path, said)
+    assert sum(kill["exits"][0] == -signal.SIGKILL for kill in said["kills"]) >= 95  # few come after the end
+    reached = {kill["stage"] for kill in said["kills"]}
+    assert reached == {stage for stage in said["stages"] if stage.startswith("iterations/")}
