@@ -35,6 +35,10 @@ class OwnKind(JudgeKind[OwnJudge]):
         return own_code.of_judge(self.settings)
 
     @property
+    def rests(self) -> bool:  # type: ignore[override]
+        return own_code.can_rest(self._class()[0])
+
+    @property
     def _voice(self) -> str:
         return self.settings.kind.rpartition(":")[2]
 

@@ -53,7 +53,7 @@ def test_the_environment_holds_the_key_and_what_a_server_sees() -> None:
     assert told["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1", "a sampler in this process has set it for itself"
     assert "DO_NOT_TRACK" not in told, "what the user has set stays"
     assert told["VLLM_SERVER_DEV_MODE"] == "0", "whatever the user has set: it opens paths without a key"
-    assert vllm.environment("secret", [], takes_weights=True)["VLLM_SERVER_DEV_MODE"] == "1"
+    assert vllm.environment("secret", [], development=True)["VLLM_SERVER_DEV_MODE"] == "1"
     assert "CUDA_VISIBLE_DEVICES" not in vllm.environment("secret", [], here=here)
 
 
