@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from rlaif.config import Job, parse_job
+from rlaif.config import Job, OwnJudge, parse_job
 from rlaif.errors import RlaifError, UserError
+from rlaif.judging.kinds import kind_of
 from rlaif.judging.likelihood import LikelihoodJudge
 from rlaif.loop import Loop, launch
 from rlaif.loop.streaming import streams
@@ -19,7 +21,7 @@ from rlaif.sampling.role import SamplerRole
 from rlaif.workers.feed import Feed
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.placement import Placed
-from rlaif.workers.turns import WITHOUT_DEVICE, Turns
+from rlaif.workers.turns import WITHOUT_DEVICE, OfWorker, Turns
 from rlaif.workers.worker import Piece, Worker
 from tests.conftest import project_job
 from tests.stubs import Quiet, stub_job, stub_loop
@@ -242,9 +244,10 @@ def in_turns(loop: Loop, device: Device) -> Loop:
     return loop
 
 
-def everything() -> Job:
+def everything(**changes: Any) -> Job:
     """Whatever asks a worker: retention, a reference judge, old pairs judged again, a reference that changes."""
     return stub_job(
+        **changes,
         eval={"every": 1, "prompts": 3, "retention": True, "reference_judge": {"kind": "likelihood"}},
         replay={"share": 0.4, "on_change": "rejudge", "half_distance": 0.1},
         learner={"reference": "at_change"},
@@ -254,9 +257,9 @@ def everything() -> Job:
 
 def test_a_run_that_takes_turns_is_the_run_that_doesnt(tmp_path: Path, device: Device) -> None:
     logs = []
-    for name in ("together", "turns"):
-        loop = stub_loop(tmp_path, everything(), name=name)
-        (in_turns(loop, device) if name == "turns" else loop).run()
+    for name, shared in (("together", None), ("turns", "shared")):
+        loop = stub_loop(tmp_path, everything(device=shared), name=name)
+        (in_turns(loop, device) if shared else loop).run()
         logs.append(log_of(loop.dir.path))
     assert logs[0]["rows"], "or else nothing is compared"
     assert logs[0] == logs[1]
@@ -266,14 +269,15 @@ def test_a_run_that_takes_turns_is_the_run_that_doesnt(tmp_path: Path, device: D
 
 
 def test_an_iteration_in_turns(tmp_path: Path, device: Device) -> None:
-    job = stub_job(iterations=1, constitution="rules@1", eval={"every": 9, "prompts": 3, "kl_prompts": 0})
+    evaluated = {"every": 9, "prompts": 3, "kl_prompts": 0}
+    job = stub_job(iterations=1, constitution="rules@1", eval=evaluated, device="shared")
     loop = in_turns(stub_loop(tmp_path, job), device)
     loop.run()
     worked = [said.removesuffix(" works") for said in device.said if said.endswith("works")]
     assert worked == [
         *("learner", "sampler", "judge"),  # the base policy: both compared, answers, their sanity
         *("sampler", "learner", "judge", "learner"),  # sampled, scored again, judged, trained and saved
-        *("sampler", "learner", "sampler", "judge"),  # loaded, compared, answers, judged
+        *("sampler", "judge"),  # loaded, compared with what the learner said when it was awake, answers; judged
     ]
 
 
@@ -281,12 +285,18 @@ def test_a_run_that_was_stopped_in_its_turn_goes_on(tmp_path: Path, device: Devi
     whole = stub_loop(tmp_path, name="whole")
     whole.run()
     with pytest.raises(RlaifError, match="the loss is nan"):
-        in_turns(stub_loop(tmp_path, nan_at=2), device).run()
+        in_turns(stub_loop(tmp_path, stub_job(device="shared"), nan_at=2), device).run()
     assert device.awake == {"learner"}
     again = Device()  # a new process: whoever loads has the memory first
-    loop = in_turns(stub_loop(tmp_path), again)
+    loop = in_turns(stub_loop(tmp_path, stub_job(device="shared")), again)
     loop.run()
     assert log_of(loop.dir.path) == log_of(whole.dir.path)
+
+
+def test_a_sampler_that_keeps_old_weights_is_found_out_in_turns(tmp_path: Path, device: Device) -> None:
+    loop = in_turns(stub_loop(tmp_path, stub_job(device="shared"), forgetful=True), device)
+    with pytest.raises(RlaifError, match="doesn't hold the policy that is trained"):
+        loop.run()
 
 
 def test_a_judges_servers_take_its_turn(tmp_path: Path, device: Device) -> None:
@@ -333,6 +343,33 @@ def test_a_real_run_in_turns_is_the_run_that_doesnt_take_any(
     assert digests[0] == digests[1] is not None
     assert {"sampler", "learner", "judge"} <= {*taken}
     assert any("sampler, learner, judge take turns with the GPU's memory" in note for note in notes[1])
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_a_judge_of_ones_own_takes_part_when_it_can_rest(
+    rests: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    module = f"own_judge_{rests}".lower()
+    methods = "    def rest(self): self.turn = 'rest'\n    def wake(self): self.turn = 'wake'\n" if rests else ""
+    (tmp_path / f"{module}.py").write_text(
+        "class Judge:\n    def __init__(self, settings): SEEN.append(self)\n    def cast(self, *_): ...\n"
+        f"{methods}SEEN = []\n"
+    )
+    settings = job(judge={"kind": f"{module}:Judge"}).judge
+    kind = kind_of(settings)
+    assert kind.rests == rests
+    if rests:
+        assert isinstance(settings, OwnJudge)
+        worker = InlineWorker("judge", *kind.worker(None, (), tmp_path))
+        turns, turned = Turns(), []
+        turns.join("judge", OfWorker(worker), ())
+        [inside] = sys.modules[module].SEEN
+        turned.append(inside.turn)
+        with turns.of("judge"):
+            turned.append(inside.turn)
+        assert turned == ["rest", "wake"]
 
 
 # ---- what a job may say

@@ -161,6 +161,14 @@ class Checked:
                 raise RlaifError(f"{self._name}.score: {wrong[0].completion_id}: {wrong[0].value} is no score")
             yield scores
 
+    def rest(self) -> None:
+        """Gives back what it holds of a GPU; of a class that can (`OwnKind.rests`)."""
+        self._judge.rest()
+
+    def wake(self) -> None:
+        """Takes it again."""
+        self._judge.wake()
+
     def close(self) -> None:
         """Closes what it holds, where it has something to close."""
         if callable(close := getattr(self._judge, "close", None)):
