@@ -142,6 +142,7 @@ def test_what_needs_no_device_disturbs_nobody(device: Device) -> None:
     assert device.said == ["learner wakes", "learner works"]
 
 
+@pytest.mark.slow
 def test_the_methods_without_a_device_are_methods() -> None:
     learning = pytest.importorskip("rlaif.learning.dpo")
     there = {name for of in (SamplerRole, learning.DpoLearner, LikelihoodJudge) for name in dir(of)}
