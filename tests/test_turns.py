@@ -13,7 +13,6 @@ import pytest
 from rlaif.config import Job, OwnJudge, parse_job
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.kinds import kind_of
-from rlaif.judging.likelihood import LikelihoodJudge
 from rlaif.loop import Loop, launch
 from rlaif.loop.streaming import streams
 from rlaif.rundir.store import RunDir
@@ -145,7 +144,7 @@ def test_what_needs_no_device_disturbs_nobody(device: Device) -> None:
 @pytest.mark.slow
 def test_the_methods_without_a_device_are_methods() -> None:
     learning = pytest.importorskip("rlaif.learning.dpo")
-    there = {name for of in (SamplerRole, learning.DpoLearner, LikelihoodJudge) for name in dir(of)}
+    there = {name for of in (SamplerRole, learning.DpoLearner) for name in dir(of)}
     assert there >= WITHOUT_DEVICE
 
 

@@ -24,10 +24,9 @@ WITHOUT_DEVICE = frozenset(
     {
         *("computes_in", "problems", "answer_problems", "tokens_of", "sequences_of", "sequences_in"),
         *("exports_in", "track", "use_reference", "close"),
-        "known_logprobs",
     }
 )
-"""Methods of sampler, learner and judge that need nothing of what rests."""
+"""Methods of sampler and learner that need nothing of what rests."""
 
 
 class Rests(Protocol):
