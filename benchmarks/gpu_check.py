@@ -4,10 +4,12 @@ In: random models of a dozen architectures, made here; no network. Out: a table,
 Two processes compute the same numbers, one that sees no GPU and one that does:
 
 - the learner's contract: log-probabilities as given, the losses of two steps, log-probabilities after them, and a step
-  after save and load (of both learners where the model is the Llama);
-- the likelihood judge: log-probabilities of answers, and a guard's relevance;
+  after save, load and a rest (of both learners where the model is the Llama);
+- the likelihood judge, after a rest: log-probabilities of answers, and a guard's relevance;
 - the hand-over: train, export, load, compare, load the model again, compare, with the `transformers` sampler and, where
-  vLLM is installed, with vLLM, in fp32 and in bf16.
+  vLLM is installed, with vLLM, in fp32 and in bf16; and what the sampler says before and after a rest.
+
+A rest (`device: shared`) has to give a GPU's memory back.
 
 Without a GPU both compute on the CPU: that shows that the check works, and nothing about GPUs.
 """
@@ -66,8 +68,10 @@ def numbers(folder: Path) -> dict[str, list[float]]:
             again = make_learner(kind, str(folder), settings, seed=7)
             again.load(WeightsRef(digest=made.digest, path=Path(scratch, "state")))
             out[f"{kind} after"] = [v for row in again.logprobs(texts) for v in row]
+            take_a_rest(again)
             out[f"{kind} goes on"] = [step.loss for step in again.update(pairs, 1)]
     judge = LikelihoodJudge(str(folder), LikelihoodSettings(precision="fp32"))
+    take_a_rest(judge)
     answers = [
         Candidate(
             completion_id=str(i), prompt_id=str(i), messages=(Message(role="user", content=f"Question {i}?"),),
@@ -81,6 +85,21 @@ def numbers(folder: Path) -> dict[str, list[float]]:
     return out
 
 
+def take_a_rest(role: Any) -> None:
+    """Gives its memory back, and takes it again.
+
+    Raises:
+        RuntimeError: nothing was given back.
+    """
+    import torch
+
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 1
+    role.rest()
+    if (torch.cuda.memory_allocated() if torch.cuda.is_available() else 0) >= before:
+        raise RuntimeError("a rest gave no memory back")
+    role.wake()
+
+
 def hand_overs(engine: str, trained: Path) -> dict[str, float]:
     """The largest `typical` gap of three loads, by what was trained (`tests/hand_over_makers.py`)."""
     from rlaif.loop.deep_check import Trained, compare
@@ -91,8 +110,14 @@ def hand_overs(engine: str, trained: Path) -> dict[str, float]:
         made = Trained.model_validate_json((trained / kind / "trained.json").read_text())
         model = trained / kind / "model"
         try:
-            with sampler(engine, model, "bf16" if kind == "bf16" else "fp32", **ON_GPU) as worker:
+            with sampler(engine, model, "bf16" if kind == "bf16" else "fp32", rests=True, **ON_GPU) as worker:
                 found[kind] = max(row.gap.typical for row in compare(worker, model, made, limit=0.02))
+                before = worker.call("logprobs", sequences=list(made.texts))
+                worker.call("rest")
+                worker.call("wake")
+                after = worker.call("logprobs", sequences=list(made.texts))
+                rested = max(abs(a - b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))
+                found[kind] = max(found[kind], rested)
         except Exception as e:  # one that fails is a row, not the end of the table
             print(f"{engine} {trained.name} {kind}: {type(e).__name__}: {' '.join(str(e).split())[:300]}", flush=True)
             found[kind] = float("inf")

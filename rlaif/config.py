@@ -151,7 +151,7 @@ class Sampling(Section):
     kv_cache_gib: Adjustable[float] = Field(1.0, gt=0)
     """Memory for vLLM's KV cache on the CPU, GiB."""
     gpu_memory_utilization: Adjustable[float] = Field(0.4, gt=0, le=1)
-    """Share of a GPU that vLLM may use (untried here)."""
+    """Share of a GPU that vLLM may use (untried here). With `device: shared` 0.8 by default."""
     enforce_eager: Adjustable[bool] = False
     """vLLM on a GPU without compiled graphs: starts in seconds, samples slower (untried here; always on a CPU)."""
     tensor_parallel_size: Adjustable[int] = Field(1, ge=1)
@@ -475,6 +475,8 @@ class Serve(Section):
         return args
 
 
+SHARED_UTILIZATION = 0.8
+"""Of a GPU's memory, with `device: shared`: the processes that rest keep some for themselves."""
 SERVED = ["http://127.0.0.1/v1"]
 """The address of a server that we start, as long as nobody knows its port; a list, so that no ballot names it."""
 _NO_SERVERS_NAME = "judge.model: a chat judge needs the name that its server knows, for example gpt-4.1-mini"
@@ -1301,6 +1303,9 @@ class Job(Section):
     """By role, where it runs."""
     workers: Adjustable[WorkerKind] = "process"
     """Sampler, judge and learner each in a process of its own, or (tests) in the loop's; `placement` says it of one."""
+    device: Adjustable[Literal["shared"] | None] = None
+    """`shared`: roles on one GPU take turns with its memory ([scale.md](scale.md#one-gpu-in-turns), untried). Absent:
+    each keeps its part for the whole run."""
     cluster: Adjustable[Cluster | None] = None
     """Roles that are several workers, on this machine or on others."""
 
@@ -1363,6 +1368,28 @@ class Job(Section):
     @model_validator(mode="after")
     def _fits_its_judge(self) -> Job:
         self.judge.check_in(self)
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _most_of_a_shared_device(cls, tree: Any) -> Any:
+        """A job's default where nobody else has memory meanwhile."""
+        sampling = tree.get("sampling", {}) if isinstance(tree, dict) and tree.get("device") == "shared" else None
+        if not isinstance(sampling, dict) or "gpu_memory_utilization" in sampling:
+            return tree
+        return tree | {"sampling": sampling | {"gpu_memory_utilization": SHARED_UTILIZATION}}
+
+    @model_validator(mode="after")
+    def _one_at_a_time(self) -> Job:
+        """Of a shared device."""
+        elsewhere = isinstance(self.judge, ChatSettings) and self.judge.serve is None
+        for key, given, why in (
+            ("pipeline.staleness", self.pipeline.staleness, "it lets the policy be sampled while it trains"),
+            ("pipeline.stream", self.pipeline.stream and not elsewhere, "it lets the judge work while others sample"),
+            ("cluster", self.cluster, "those of a cluster have GPUs of their own"),
+        ):
+            if given and self.device == "shared":
+                raise ValueError(f"{key}: not with `device: shared`, whose roles work one at a time: {why}; drop one")
         return self
 
     @model_validator(mode="after")

@@ -161,6 +161,11 @@ def of_sampler(settings: OwnSampling, sha256: str | None = None, anew: bool = Fa
     return code, checked(code, settings, "sampling")
 
 
+def can_rest(code: Code) -> bool:
+    """Whether objects of a class give back what they hold of a GPU, and take it again (`device: shared`)."""
+    return all(callable(getattr(code.made, method, None)) for method in ("rest", "wake"))
+
+
 def of_rule(name: str, anew: bool = False) -> Code:
     """A function that a job's `filters.rules` names.
 

@@ -55,10 +55,11 @@ class Maker:
         return decoding_gap(some, scored)
 
 
-def sampler(engine: Any, model: Path, precision: Precision = "fp32", **more: Any) -> InlineWorker:
-    """A sampler in this process."""
+def sampler(engine: Any, model: Path, precision: Precision = "fp32", rests: bool = False, **more: Any) -> InlineWorker:
+    """A sampler in this process; `rests`: it will be asked to."""
     settings = Sampling(engine=engine, precision=precision, **SAMPLING | more)
-    return InlineWorker("sampler", "rlaif.sampling.role:make", {"model_path": str(model), "settings": settings})
+    kwargs = {"model_path": str(model), "settings": settings, "rests": rests}
+    return InlineWorker("sampler", "rlaif.sampling.role:make", kwargs)
 
 
 def answers_of(engine: Worker) -> list[Completion]:

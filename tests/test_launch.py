@@ -56,6 +56,10 @@ def only_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             assert (self.name, method) == ("sampler", "problems")
             return []
 
+        def tell(self, method: str) -> None:
+            assert method == "rest"
+            calls.append(f"rest {self.name}")
+
         def close(self) -> None: ...
 
     monkeypatch.setattr(launch, "Loop", NoLoop)
@@ -295,6 +299,50 @@ def test_vllm_loads_alone_on_a_gpu(
     assert only_start == [
         "start sampler", "ready sampler", "start learner", "start judge", "ready learner", "ready judge",
     ]  # fmt: skip
+
+
+def test_roles_that_share_a_gpu_load_one_after_the_other(
+    tmp_path: Path, only_start: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "gpu_names", lambda: ["one"])
+    make_project(tmp_path, tiny_model)
+    start(tmp_path, device="shared")
+    assert only_start == [
+        f"{what} {name}" for name in ("sampler", "learner", "judge") for what in ("start", "ready", "rest")
+    ]  # fmt: skip
+
+
+def test_without_a_gpu_nobody_takes_turns_and_it_is_said(
+    tmp_path: Path, only_start: list[str], tiny_model: Path
+) -> None:
+    make_project(tmp_path, tiny_model)
+    progress = Quiet()
+    job = load_job(tmp_path / "tiny.yaml", ["device=shared"])
+    with pytest.raises(RunInterrupted):
+        launch.execute(job, tmp_path / "run", tmp_path, progress)
+    assert not any(call.startswith("rest") for call in only_start)
+    assert "device: shared has no effect here, since there is no GPU" in progress.notes
+
+
+def test_a_class_without_rest_keeps_its_memory_and_it_is_said(
+    tmp_path: Path, only_start: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "gpu_names", lambda: ["one"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    make_project(tmp_path, tiny_model)
+    for rests in (False, True):
+        methods = ["sample", "load", "logprobs", *(["rest", "wake"] if rests else [])]
+        name = f"engine_{rests}".lower()
+        body = "\n".join(f"    def {method}(self, *_): ..." for method in methods)
+        (tmp_path / f"{name}.py").write_text(f"class Engine:\n{body}\n")
+        only_start.clear()
+        progress = Quiet()
+        job = load_job(tmp_path / "tiny.yaml", ["device=shared", f"sampling.engine={name}:Engine"])
+        with pytest.raises(RunInterrupted):
+            launch.execute(job, tmp_path / name, tmp_path, progress)
+        assert ("rest sampler" in only_start) == rests
+        assert any("has no `rest` and `wake`" in note for note in progress.notes) == (not rests)
 
 
 def test_code_that_was_corrected_before_anything_was_sampled_is_the_runs(

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rlaif", "rlaif.records", "rlaif.config", "rlaif.errors"),
     (
         "rlaif.console",
+        "rlaif.device_memory",
         "rlaif.hardware",
         "rlaif.intervals",
         "rlaif.models",
@@ -70,7 +71,7 @@ AT_TOP = {
 ANYWHERE = {
     **AT_TOP,
     "torch": f"{AT_TOP['torch']} rlaif.sampling.vllm_compat rlaif.judging.kv_scoring rlaif.models rlaif.hardware "
-    "rlaif.transformers_compat rlaif.workers.ranks",
+    "rlaif.transformers_compat rlaif.device_memory rlaif.workers.ranks",
     "transformers": f"{AT_TOP['transformers']} rlaif.judging.kv_scoring rlaif.models rlaif.transformers_compat",
     "vllm": "rlaif.sampling.vllm rlaif.sampling.vllm_compat",
     "peft": "rlaif.learning.base rlaif.models",

@@ -87,6 +87,8 @@ class JudgeKind(Generic[S]):
     """The model that is loaded on this machine for it: by its worker, or by servers that we start."""
     serve: Serve | None = None
     """How servers are started for it; None where it needs none."""
+    rests = False
+    """What its worker holds of a GPU it can give back for a while (`device: shared`)."""
     frozen = False
     """It answers from weights whose digest the run holds: asked again, it says the same."""
     unshown: str | None = None
@@ -258,6 +260,7 @@ class LikelihoodKind(JudgeKind[LikelihoodSettings]):
     """A frozen model that compares likelihoods."""
 
     derives = True
+    rests = True
     frozen = True
     per_principle = True
     shows_slots = False

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlaif import transformers_compat
 from rlaif.config import Precision
+from rlaif.device_memory import DeviceMemory, tensors_of
 from rlaif.errors import UserError
 from rlaif.hardware import torch_dtype
 from rlaif.judging.cache import LikelihoodCache, likelihood_key
@@ -84,6 +85,7 @@ class KVScorer:
             UserError: this kind of model can't be scored with cached keys and values, or gives other likelihoods so.
         """
         self.model = model.eval().requires_grad_(False)
+        self.memory = DeviceMemory(lambda: tensors_of(model))
         self.batch_tokens = batch_tokens
         # A window counts cache slots: with contexts of several lengths, padding would take room in it.
         self._one_length = getattr(model.config.get_text_config(), "sliding_window", None) is not None

@@ -116,6 +116,14 @@ class LikelihoodJudge:
         """
         self._likelihoods.remember(store, weights)
 
+    def rest(self) -> None:
+        """Weights go to RAM. Until it wakes nothing can be computed."""
+        self.scorer.memory.rest()
+
+    def wake(self) -> None:
+        """They come back."""
+        self.scorer.memory.wake()
+
     def score(
         self, candidates: Sequence[Candidate], constitution: Constitution, voices: Sequence[str]
     ) -> Iterator[list[Score]]:

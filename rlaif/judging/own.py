@@ -35,6 +35,10 @@ class OwnKind(JudgeKind[OwnJudge]):
         return own_code.of_judge(self.settings)
 
     @property
+    def rests(self) -> bool:  # type: ignore[override]
+        return own_code.can_rest(self._class()[0])
+
+    @property
     def _voice(self) -> str:
         return self.settings.kind.rpartition(":")[2]
 
@@ -156,6 +160,14 @@ class Checked:
             if wrong := [s for s in scores if not math.isfinite(s.value)]:
                 raise RlaifError(f"{self._name}.score: {wrong[0].completion_id}: {wrong[0].value} is no score")
             yield scores
+
+    def rest(self) -> None:
+        """Gives back what it holds of a GPU; of a class that can (`OwnKind.rests`)."""
+        self._judge.rest()
+
+    def wake(self) -> None:
+        """Takes it again."""
+        self._judge.wake()
 
     def close(self) -> None:
         """Closes what it holds, where it has something to close."""

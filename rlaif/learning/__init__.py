@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from rlaif import config
 from rlaif.errors import UserError
-from rlaif.own_code import load, of_learner
+from rlaif.own_code import can_rest, load, of_learner
 from rlaif.records import Completion, Divergence, Preference, TokenSequence, TrainingRow, UpdateStep
 from rlaif.workers.weights import WeightsRef
 
@@ -133,6 +133,8 @@ class Kind(NamedTuple):
     """The class's own."""
     takes_reference: bool = False
     """Whether it has `use_reference`: takes the reference's log-probabilities from whoever has them."""
+    rests: bool = True
+    """Whether it has `rest` and `wake`: gives back what it holds of a GPU, and takes it again (`device: shared`)."""
 
 
 KINDS = {
@@ -148,7 +150,8 @@ def kind_of(name: str) -> Kind:
         UserError: no learner is called that.
     """
     if ":" in name:  # the user's own; a class attribute says its rows
-        return Kind(name, getattr(load("learner.kind", name).made, "row_type", Preference))
+        code = load("learner.kind", name)
+        return Kind(name, getattr(code.made, "row_type", Preference), rests=can_rest(code))
     if name not in KINDS:
         raise UserError(f"learner.kind: no learner is called {name!r}; there are {', '.join(f'`{k}`' for k in KINDS)}")
     return KINDS[name]

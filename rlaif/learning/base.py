@@ -42,6 +42,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from rlaif import config
+from rlaif.device_memory import DeviceMemory, tensors_of
 from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import precision_here
 from rlaif.learning import KL_METRIC, too_far
@@ -166,6 +167,7 @@ class TrlLearner(ABC):
         """Digest of the policy that `_frozen` is, by `refer_to`; None: the untrained one is referred to."""
         with _settings_errors():
             self._prepare(args)
+        self._memory = DeviceMemory(self._held)
         self.policy_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
         """`with` it, the policy computes with the weights of its export; in fp32 those are the masters."""
         self.base_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -517,6 +519,26 @@ class TrlLearner(ABC):
         new = [t.failed for t in self._trackers if t.failed is not None and t.name not in self._told]
         self._told |= {t.name for t in self._trackers if t.failed is not None}
         return new
+
+    # ---- memory
+
+    def rest(self) -> None:
+        """Weights, the optimizer's state and the frozen reference go to RAM, bit by bit as they are. Until it wakes it
+        can neither compute nor be saved."""
+        self._memory.rest()
+
+    def wake(self) -> None:
+        """All of it comes back."""
+        self._memory.wake()
+
+    def _held(self) -> Iterator[torch.Tensor]:
+        """What stays on its device between two calls."""
+        for model in (self.trainer.model, self._frozen):
+            if model is not None:
+                in_shards_again(model)
+                yield from tensors_of(model)
+        for moments in self.trainer.optimizer.state.values():
+            yield from (value for value in moments.values() if isinstance(value, torch.Tensor))
 
     # ---- the policy as it is
 

@@ -40,7 +40,7 @@ class _Held:
     """Of the policy with that digest."""
     read: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
     """Digest of a policy → log p of the fixed texts by the learner when it held that one, where it will have gone on
-    before somebody asks (`pipeline.staleness`)."""
+    before somebody asks (`pipeline.staleness`), or will rest (`device: shared`)."""
     exports_in: str | None = None
 
 
@@ -155,7 +155,7 @@ class HandOver:
         replace_dir(partial[state], state)
         self._held.learner_at = k + 1
         noted: dict[str, Any] = {"policy_digest": made.digest, "exported": self._exports_in()}
-        if run.job.pipeline.staleness:
+        if run.job.pipeline.staleness or run.job.device:
             noted["fixed_texts"] = self._read_by_learner(made.digest)
         return noted
 
@@ -256,11 +256,11 @@ class HandOver:
         if self._held.gap is not None and self._held.gap[0] == version.digest:
             return
         run = self._run
-        theirs = self._noted_by_learner(version) if stale else None
+        theirs = self._noted_by_learner(version) if stale or run.job.device else None
         if stale and theirs is None:  # the setting was raised since, by more than one
             self._held.gap = None
             return
-        if not stale:
+        if theirs is None:
             self.load_learner(k)
         if not (texts := self._fixed_texts()):
             return

@@ -6,7 +6,7 @@ import platform
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +38,7 @@ from rlaif.judging.calibration import EVERYTHING, Asked, Calibration, read_calib
 from rlaif.judging.filters import check_asked
 from rlaif.judging.kinds import kind_of, likelihood_worker
 from rlaif.judging.spending import REFERENCE_WASTED, WASTED
+from rlaif.learning import kind_of as learner_kind
 from rlaif.learning.launched import COPY, Launched, accelerate_file, launched
 from rlaif.loop import Loop, Progress
 from rlaif.loop.base_cache import BaseCache
@@ -56,12 +57,14 @@ from rlaif.rundir.heads import write_head
 from rlaif.rundir.stages import REFERENCE_VOTES, VOTES
 from rlaif.rundir.store import LOCK, STARTING, RunDir, read_json, read_rows, replacing, write_json
 from rlaif.sampling import PromptProblem
+from rlaif.sampling.role import can_rest
 from rlaif.serving.servers import Servers
 from rlaif.workers.placement import Placed, place, spread, usable_gpus
 from rlaif.workers.ranks import Ranks, start_ranks
 from rlaif.workers.ray import RayCluster
 from rlaif.workers.replicas import Replicas
 from rlaif.workers.start import Starting, start_worker, wait_until_ready
+from rlaif.workers.turns import OfWorker, Turns
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
 
@@ -278,7 +281,8 @@ def _load(
         UserError: one of them can't be built, or a prompt can't be asked.
         WorkerError: one of them fails.
     """
-    factories, holds = _factories(run, job, start, servers), _holds(job, learners.processes)
+    shared = _shared(job, note)
+    factories, holds = _factories(run, job, start, servers, shared), _holds(job, learners.processes)
     note(f"loading {', '.join([*factories, *([servers.name] if servers else [])])}; a line when each is ready")
     workers: dict[str, Worker] = {}
     asked: list[list[Prompt]] = []
@@ -308,13 +312,18 @@ def _load(
 
     cluster = stack.enter_context(_cluster(run, job.cluster, places)) if job.cluster else None
     unready: list[Starting] = []
+    turns = Turns()
     for name, (factory, kwargs) in factories.items():
         at, log = places["judge" if name == "reference" else name], run.path / "logs" / f"{name}.log"
         worker: Worker
         if name == "judge" and servers:  # before it, so that they outlast it
             stack.enter_context(closing(servers))
-            _start(servers, run, job, start, places, note)
-            unready.append(servers)
+            _start(servers, run, job, start, places, note, bool(shared))
+            if shared:
+                wait_until_ready([servers], loaded)
+                turns.join(name, servers, places["servers"].gpus)
+            else:
+                unready.append(servers)
         if cluster and cluster.has(name):
             worker = _replicas(run, job, cluster, name, factory, kwargs, note)
         elif name == "learner" and cluster and job.cluster and job.cluster.learner:
@@ -325,16 +334,42 @@ def _load(
         else:
             worker = start_worker(at.worker, name, factory, kwargs, log, at.environment)
         workers[name] = stack.enter_context(closing(worker))
-        if name == "sampler" and job.sampling.engine in ("vllm", "server") and gpu_names():
+        if name in shared or (name == "sampler" and job.sampling.engine in ("vllm", "server") and gpu_names()):
             # vLLM measures free GPU memory while it loads: nobody else may take any meanwhile.
             wait_until_ready([worker], loaded)
         else:
             unready.append(worker)
+        if name in shared:
+            turns.join(name, OfWorker(worker), at.gpus)
+        workers[name] = turns.worker(name, worker)
     wait_until_ready(unready, loaded)
     if not asked:  # it was ready before the others began to load
         check_prompts()
+    if turns.roles:
+        note(f"{', '.join(turns.roles)} take turns with the GPU's memory (device: shared)")
     train, held_out = asked
     return {"measurer": workers["judge"], **workers}, train, held_out
+
+
+def _shared(job: Job, note: Callable[[str], None]) -> set[str]:
+    """Roles whose workers take turns with the memory of a GPU (`device: shared`); says who doesn't."""
+    if job.device is None:
+        return set()
+    if not gpu_names():
+        note("device: shared has no effect here, since there is no GPU")
+        return set()
+    reference = job.eval.reference_judge
+    can = {
+        "sampler": can_rest(job.sampling),
+        "learner": learner_kind(job.learner.kind).rests,
+        "judge": kind_of(job.judge).rests,
+        "measurer": True,
+        "reference": reference is not None and kind_of(reference).rests,
+    }
+    for role, setting in (("sampler", job.sampling.engine), ("learner", job.learner.kind), ("judge", job.judge.kind)):
+        if not can[role] and ":" in setting:
+            note(f"device: shared: {setting} has no `rest` and `wake`, and keeps what memory it takes")
+    return {role for role, rests in can.items() if rests}
 
 
 def _servers(job: Job) -> Servers | None:
@@ -344,9 +379,15 @@ def _servers(job: Job) -> Servers | None:
 
 
 def _start(
-    servers: Servers, run: RunDir, job: Job, start: _Start, places: dict[str, Placed], note: Callable[[str], None]
+    servers: Servers,
+    run: RunDir,
+    job: Job,
+    start: _Start,
+    places: dict[str, Placed],
+    note: Callable[[str], None],
+    rests: bool,
 ) -> None:
-    """Starts the judge's servers; what becomes of them later is an event of the run."""
+    """Starts the judge's servers; what becomes of them later is an event of the run. `rests`: they will be asked to."""
     serve = kind_of(job.judge).serve
     assert serve is not None
     assert start.judge is not None
@@ -358,7 +399,8 @@ def _start(
 
     gpus = spread(serve, places["servers"].gpus, len(places["servers"].gpus))
     model = start.judge.folder()
-    servers.start(serve, model, job.judge.model, job.judge.precision, gpus, run.path / "logs", told)
+    logs = run.path / "logs"
+    servers.start(serve, model, job.judge.model, job.judge.precision, gpus, logs, told, rests=rests)
 
 
 def _cluster(run: RunDir, settings: Cluster, places: dict[str, Placed]) -> RayCluster:
@@ -407,8 +449,11 @@ def _learners(
     return cluster.start_ranks("learner", learners.processes, factory, kwargs, gpus, learners.environment)
 
 
-def _factories(run: RunDir, job: Job, start: _Start, servers: Servers | None) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Role → what builds it in its worker, and from what; `servers` are the judge's, if we start them."""
+def _factories(
+    run: RunDir, job: Job, start: _Start, servers: Servers | None, shared: Collection[str]
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Role → what builds it in its worker, and from what; `servers` are the judge's, if we start them; `shared`: roles
+    that will be asked to rest."""
     policy = str(start.base.path)
     factories: dict[str, tuple[str, dict[str, Any]]] = {
         "sampler": (
@@ -419,6 +464,7 @@ def _factories(run: RunDir, job: Job, start: _Start, servers: Servers | None) ->
                 "policy": job.policy,
                 "sha256": start.own_code.get(job.sampling.engine),
                 "logs": run.path / "logs",
+                "rests": "sampler" in shared,
             },
         ),
         "learner": (

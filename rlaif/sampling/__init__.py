@@ -3,7 +3,7 @@
 
 An engine is the module's `Sampler`, built in a worker with `model_path` and `settings`, and has two methods:
 `sample(requests)` yields finished samples in lists as they finish, in any order, and `load(policy_path)` takes new
-weights. Nothing heavy is imported here.
+weights. `rest()` gives back what it holds of a GPU until `wake()` (`device: shared`). Nothing heavy is imported here.
 """
 
 from __future__ import annotations

@@ -10,11 +10,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from rlaif import models, thoughts
+from rlaif import models, own_code, thoughts
 from rlaif.config import OwnSampling, Policy, Sampling
 from rlaif.errors import UserError
 from rlaif.hardware import precision_here
-from rlaif.own_code import of_sampler
 from rlaif.records import Completion, PolicyVersion, Prompt, TokenSequence
 from rlaif.rendering import Renderer
 from rlaif.sampling import GivenAnswer, PromptProblem, Sample, SampleRequest
@@ -29,25 +28,34 @@ def make(
     policy: Policy | None = None,
     sha256: str | None = None,
     logs: Path | None = None,
+    rests: bool = False,
 ) -> SamplerRole:
     """Factory for a worker process; `sha256` is the digest that the loop knows of an engine of the user's own, `logs` a
-    folder for the logs of what an engine starts."""
-    return SamplerRole(model_path, settings, policy, sha256, logs)
+    folder for the logs of what an engine starts; `rests`: it will be asked to."""
+    return SamplerRole(model_path, settings, policy, sha256, logs, rests)
 
 
-def _engine(model_path: str, settings: Sampling, sha256: str | None, logs: Path | None) -> Engine:
+def can_rest(settings: Sampling) -> bool:
+    """Whether an engine gives back what it holds of a GPU, and takes it again. Servers that somebody else started
+    aren't ours to ask."""
     if isinstance(settings, OwnSampling):
-        code, own = of_sampler(settings, sha256)
+        return own_code.can_rest(own_code.of_sampler(settings)[0])
+    return not settings.addresses
+
+
+def _engine(model_path: str, settings: Sampling, sha256: str | None, logs: Path | None, rests: bool) -> Engine:
+    if isinstance(settings, OwnSampling):
+        code, own = own_code.of_sampler(settings, sha256)
         made: Engine = code.made(model_path, own)
         return made
     if settings.engine == "vllm":
         from rlaif.sampling import vllm
 
-        return vllm.Sampler(model_path, settings)
+        return vllm.Sampler(model_path, settings, rests)
     if settings.engine == "server":
         from rlaif.sampling import server
 
-        return server.Sampler(model_path, settings, logs)
+        return server.Sampler(model_path, settings, logs, rests)
     from rlaif.sampling import transformers
 
     return transformers.Sampler(model_path, settings)
@@ -64,6 +72,14 @@ class Engine(Protocol):
 
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         """log p of each completion token under them, in nats."""
+
+    # One of the user's own needn't have these (`can_rest`).
+
+    def rest(self) -> None:
+        """Gives back what it holds of a GPU; the weights are kept elsewhere."""
+
+    def wake(self) -> None:
+        """Takes it again."""
 
 
 GAP_PROMPTS, GAP_TOKENS = 8, 64
@@ -97,18 +113,27 @@ class SamplerRole:
         policy: Policy | None = None,
         sha256: str | None = None,
         logs: Path | None = None,
+        rests: bool = False,
     ):
         self._settings = settings
         self._strip = (policy or Policy()).thinking == "strip"
         self._tokenizer = models.load_tokenizer(model_path)
         self._renderer = Renderer(self._tokenizer, (policy or Policy()).chat_template_args)
         self._endings = Endings(model_path, self._tokenizer, settings)
-        self._engine = _engine(model_path, settings, sha256, logs)
+        self._engine = _engine(model_path, settings, sha256, logs, rests)
 
     def close(self) -> None:
         """Ends what the engine started."""
         if hasattr(self._engine, "close"):
             self._engine.close()
+
+    def rest(self) -> None:
+        """The engine gives back what it holds of a GPU (`can_rest`)."""
+        self._engine.rest()
+
+    def wake(self) -> None:
+        """It takes it again, and holds the weights that it held."""
+        self._engine.wake()
 
     def load(self, weights: WeightsRef) -> None:
         """New weights.

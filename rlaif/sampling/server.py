@@ -48,12 +48,15 @@ class Sampler:
         model_path: Folder with config, safetensors and tokenizer.
         settings: The job's `sampling` section.
         logs: Folder for the logs of servers that are started.
+        rests: Those will be asked to rest.
 
     Raises:
         UserError: a server can't be started or reached, or doesn't take weights.
     """
 
-    def __init__(self, model_path: str, settings: config.Sampling, logs: Path | None = None) -> None:
+    def __init__(
+        self, model_path: str, settings: config.Sampling, logs: Path | None = None, rests: bool = False
+    ) -> None:
         self._endings = Endings(model_path, models.load_tokenizer(model_path), settings)
         self._max_model_len = settings.max_model_len
         self._held = ""
@@ -69,7 +72,8 @@ class Sampler:
             self._key = self._servers.key
             self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             self._nucleus = not gpu_names()
-            _start(self._servers, model_path, settings, logs or Path(tempfile.mkdtemp(prefix="rlaif-sampler-")))
+            logs = logs or Path(tempfile.mkdtemp(prefix="rlaif-sampler-"))
+            _start(self._servers, model_path, settings, logs, rests)
         self._pool = ThreadPoolExecutor(MAX_SEQUENCES * len(self._urls), "sampling")
         refuse(self._rpc("rlaif_check")[0])
         if self._servers is None:  # whatever they held before
@@ -104,6 +108,16 @@ class Sampler:
         self._rpc("rlaif_take", path=policy_path)
         self._each(lambda url: self._post(url, "/reset_prefix_cache"))
         self._held = policy_path
+
+    def rest(self) -> None:
+        """Servers that were started give back what they hold of their GPUs, and keep their weights in RAM."""
+        if self._servers is not None:
+            self._servers.rest()
+
+    def wake(self) -> None:
+        """They take it again."""
+        if self._servers is not None:
+            self._servers.wake()
 
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         """log p of each completion token under the weights that sample now, in nats."""
@@ -206,7 +220,7 @@ def _told(message: str) -> None:
     print(message, flush=True)
 
 
-def _start(servers: Servers, model_path: str, settings: config.Sampling, logs: Path) -> None:
+def _start(servers: Servers, model_path: str, settings: config.Sampling, logs: Path, rests: bool) -> None:
     """Starts servers that compute as the engine inside does, and waits for them."""
     args: dict[str, Any] = {
         "max_model_len": settings.max_model_len,
@@ -236,7 +250,7 @@ def _start(servers: Servers, model_path: str, settings: config.Sampling, logs: P
     )
     gpus = spread(serve, usable, len(usable))
     try:
-        servers.start(serve, Path(model_path), MODEL, settings.precision, gpus, logs, _told, takes_weights=True)
+        servers.start(serve, Path(model_path), MODEL, settings.precision, gpus, logs, _told, True, rests)
         servers.ready()
     except BaseException:
         servers.close()

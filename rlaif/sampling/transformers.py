@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlaif import config, models, transformers_compat
+from rlaif.device_memory import DeviceMemory, tensors_of
 from rlaif.errors import UserError
 from rlaif.hardware import precision_here, torch_dtype
 from rlaif.records import TokenSequence
@@ -41,6 +42,7 @@ class Sampler:
         self._max_model_len = settings.max_model_len
         self._dtype = torch_dtype(precision_here(settings.precision))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._memory = DeviceMemory(lambda: tensors_of(self._model))
         self.load(model_path)
 
     def load(self, policy_path: str) -> None:
@@ -64,6 +66,14 @@ class Sampler:
                 f"sampling.engine: `transformers` can't sample from a {self._model.config.model_type}, whose layers "
                 "keep a state instead of keys and values; set sampling.engine: vllm"
             )
+
+    def rest(self) -> None:
+        """Weights go to RAM. Until it wakes nothing can be computed."""
+        self._memory.rest()
+
+    def wake(self) -> None:
+        """They come back."""
+        self._memory.wake()
 
     @torch.inference_mode()
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:

@@ -47,12 +47,13 @@ class Sampler:
     Args:
         model_path: Folder with config, safetensors and tokenizer.
         settings: The job's `sampling` section.
+        rests: It will be asked to rest; its memory is then allocated so that it can.
 
     Raises:
         UserError: vLLM is not installed.
     """
 
-    def __init__(self, model_path: str, settings: config.Sampling) -> None:
+    def __init__(self, model_path: str, settings: config.Sampling, rests: bool = False) -> None:
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         try:
@@ -84,6 +85,7 @@ class Sampler:
             else {
                 "gpu_memory_utilization": settings.gpu_memory_utilization,
                 "enforce_eager": settings.enforce_eager,
+                "enable_sleep_mode": rests,
             }
         )
         self._llm = vllm.LLM(
@@ -155,6 +157,15 @@ class Sampler:
     def load(self, policy_path: str) -> None:
         """Takes the weights of another folder of the same architecture; drops what was cached under the old ones."""
         reload_weights(self._llm, policy_path)
+
+    def rest(self) -> None:
+        """Weights go to RAM, keys and values are forgotten (vLLM's sleep). Not at level 2, which forgets the weights,
+        too: what was loaded last may be gone from the disk, and mustn't be mistaken for what was there at the start."""
+        self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """It can sample again, from the weights that it held."""
+        self._llm.wake_up()
 
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         """log p of each completion token under the weights that sample now, in nats."""

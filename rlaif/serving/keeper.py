@@ -31,7 +31,7 @@ _POLL_S = 0.25
 _ANSWER_S = 5.0
 _EXCEPTION = re.compile(r"^(?:\(.*\] )?([\w.]*(?:Error|Exception): .+)$", re.M)
 """Its own line, perhaps behind the prefix of a logger: `(Worker pid=1) ERROR 11-29 20:48:43 [core.py:953]`."""
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """No proxy leads to a server on this machine."""
 
 
@@ -119,7 +119,7 @@ class Keeper:
 
     def _answers(self) -> bool:
         try:
-            with _DIRECT.open(self._health, timeout=_ANSWER_S) as answer:
+            with DIRECT.open(self._health, timeout=_ANSWER_S) as answer:
                 return bool(answer.status == 200)
         except OSError:  # urllib's errors are such
             return False

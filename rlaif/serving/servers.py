@@ -12,19 +12,22 @@ import socket
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rlaif.config import Precision, Serve
 from rlaif.errors import RlaifError
 from rlaif.serving import vllm
-from rlaif.serving.keeper import MAX_RESTARTS, STOP_S
+from rlaif.serving.keeper import DIRECT, MAX_RESTARTS, STOP_S
 from rlaif.workers.child import kill_group
 from rlaif.workers.feed import Feed
 from rlaif.workers.process import ProcessWorker, last_line
 
 KEY_VARIABLE = "RLAIF_SERVED_KEY"
 """Where a worker finds the key of servers that we started. In no file: it is made anew for every process."""
+_TURN_S = 600.0
+"""Longest wait until a server rests or is awake: its weights go once through the machine's bus."""
 SILENCE_S = 30.0
 """While a server loads, so often its log's last line is passed on."""
 
@@ -66,6 +69,7 @@ class Servers:
         logs: Path,
         told: Callable[[str], None],
         takes_weights: bool = False,
+        rests: bool = False,
     ) -> None:
         """Starts them; returns at once.
 
@@ -79,18 +83,20 @@ class Servers:
             told: Is given a line when one of them ends, is started again, or takes long to load; from any thread.
             takes_weights: Whoever has the key may give them other weights. One that ends then stays out: started
                 again it would hold those that it began with.
+            rests: They will be asked to (`rest`). One that ends stays out as well: started again it would take memory
+                that is another's meanwhile.
         """
         self._told, self._said = told, time.monotonic()
         for number, (port, mine) in enumerate(zip(self._ports, gpus, strict=True)):
             log = logs / f"{self.role}-server-{number}.log"
             kwargs = {
                 "what": self._named(number),
-                "command": vllm.command(serve, model, called, port, precision),
-                "environment": vllm.environment(self.key, mine, takes_weights),
+                "command": vllm.command(serve, model, called, port, precision, rests),
+                "environment": vllm.environment(self.key, mine, takes_weights or rests),
                 "health": f"http://{vllm.HOST}:{port}{vllm.HEALTH}",
                 "log": log,
                 "start_timeout_s": serve.start_timeout_s,
-                "restarts": 0 if takes_weights else MAX_RESTARTS,
+                "restarts": 0 if takes_weights or rests else MAX_RESTARTS,
             }
             self._keepers.append(
                 ProcessWorker(f"{self.role}-server-{number}", "rlaif.serving.keeper:Keeper", kwargs, log)
@@ -130,6 +136,18 @@ class Servers:
             for thread in self._watching:
                 thread.start()
 
+    def rest(self) -> None:
+        """Each gives back what it holds of its GPUs; weights wait in RAM. Nobody may be asking them.
+
+        Raises:
+            RlaifError: one doesn't.
+        """
+        self._each_at(vllm.SLEEP)
+
+    def wake(self) -> None:
+        """Each takes it again. Raises as `rest`."""
+        self._each_at(vllm.WAKE)
+
     def close(self) -> None:
         """Ends them all, at the same time. Closing twice does nothing."""
         for over in self._over:
@@ -140,6 +158,21 @@ class Servers:
             keeper.close()
         for held in self._held:
             held.close()
+
+    def _each_at(self, path: str) -> None:
+        """Asks each for something, one after the other."""
+        for number, port in enumerate(self._ports):
+            request = urllib.request.Request(
+                f"http://{vllm.HOST}:{port}{path}", headers={"Authorization": f"Bearer {self.key}"}, method="POST"
+            )
+            try:
+                with DIRECT.open(request, timeout=_TURN_S):
+                    pass
+            except OSError as e:
+                raise RlaifError(
+                    f"{self._named(number)}: {path} failed ({e}); its log is {self._keepers[number].log_path}. The "
+                    "same command goes on"
+                ) from e
 
     def _named(self, number: int) -> str:
         return f"{self.role} server {number}"

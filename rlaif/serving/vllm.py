@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlaif.config import Precision, Serve
+from rlaif.config import SHARED_UTILIZATION, Precision, Serve
+from rlaif.errors import UserError
 from rlaif.hardware import cpu_has_bf16, gpu_names
 
 PROGRAM: Sequence[str] = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
@@ -35,9 +36,23 @@ _FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 _CPU = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
 """Compiling needs a C++ compiler and a minute; and vLLM would take half the memory."""
 
+_RESTS = {
+    "enable_sleep_mode": True,
+    "gpu_memory_utilization": SHARED_UTILIZATION,
+    "middleware": "rlaif.sampling.vllm_compat.only_with_key",
+}
+"""The paths by which it is asked are for development, and need no key of themselves."""
+SLEEP, WAKE = "/sleep?level=1", "/wake_up"
+"""Paths. At level 1 weights go to RAM; at 2 they would be forgotten, and nobody loads a judge's again."""
 
-def command(serve: Serve, model: Path, called: str, port: int, precision: Precision) -> list[str]:
-    """The program and its options. `model` is the folder of `serve.model`, `called` the name that requests give."""
+
+def command(serve: Serve, model: Path, called: str, port: int, precision: Precision, rests: bool = False) -> list[str]:
+    """The program and its options. `model` is the folder of `serve.model`, `called` the name that requests give;
+    `rests`: it will be asked to give its GPU's memory back for a while.
+
+    Raises:
+        UserError: an option leaves no room for one of ours.
+    """
     mine = {
         "model": str(model),
         "served_model_name": called,
@@ -47,25 +62,28 @@ def command(serve: Serve, model: Path, called: str, port: int, precision: Precis
         "uvicorn_log_level": "warning",  # else a line for each of a million ballots
         "disable_log_stats": True,  # else one every ten seconds
         **_of_hardware(precision),
+        **(_RESTS if rests else {}),
     }
     given = {key.replace("-", "_"): value for key, value in serve.args.items()}
+    if rests and "middleware" in given:
+        raise UserError("judge.serve.args: `middleware`: `device: shared` needs it to ask for the key; remove it")
     return [*PROGRAM, *_options(mine | given)]
 
 
 def environment(
-    key: str, gpus: Sequence[str], takes_weights: bool = False, here: Mapping[str, str] = os.environ
+    key: str, gpus: Sequence[str], development: bool = False, here: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
     """What a server starts with beside ours.
 
     Args:
         key: What it wants of whoever asks.
         gpus: Those it sees; none: whatever we see.
-        takes_weights: It has vLLM's paths for development, which need no key of themselves.
+        development: It has vLLM's paths for development, which need no key of themselves.
         here: Our own environment.
     """
     mine = {name: value for name, value in _ENVIRONMENT.items() if name not in here}
     seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    return {**mine, **_FORCED, **seen, "VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": str(int(takes_weights))}
+    return {**mine, **_FORCED, **seen, "VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": str(int(development))}
 
 
 def _of_hardware(precision: Precision) -> dict[str, Any]:

@@ -237,6 +237,22 @@ def test_what_is_rounded_to_bf16_is_nobodys_reference(model, constitution):
     assert {v.logprobs for v in votes.values()} == {None}
 
 
+def test_a_judge_that_rested_says_what_it_would_have_said(model, constitution):
+    ballots = make_ballots(PAIRS, constitution, "tiny")
+    said = []
+    for rests in (False, True):
+        own = copy.deepcopy(model)
+        judge = LikelihoodJudge.of(own, CharTokenizer(), LikelihoodSettings(batch_tokens=64), name="tiny")
+        if rests:
+            judge.rest()
+            assert sum(p.untyped_storage().nbytes() for p in (*own.parameters(), *own.buffers())) == 0
+            judge.wake()
+        votes = flat(judge.cast(ballots, PAIRS, CANDIDATES, constitution))
+        said.append([v.model_copy(update={"latency_s": 0}) for v in votes])
+    assert said[0] == said[1]
+    assert said[0]
+
+
 def test_end_token_is_scored_iff_the_completion_ended(judge):
     ended, cut = candidate(0, "Hi", "Hello", "stop"), candidate(1, "Hi", "Hello", "length")
     assert judge.reader.answer(ended) == (*judge.reader.answer(cut), 1)

@@ -127,6 +127,22 @@ def test_three_steps_are_those_of_one_process(
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_processes_that_rest_between_updates_take_the_same_steps(
+    lora: config.Lora | None, together: Ranks, alone: InlineWorker, models: Path, settings: config.Learner
+) -> None:
+    for worker in (together, alone):
+        build(worker, models / "llama-tied", settings, lora=lora)
+    for iteration in range(3):
+        pairs = UNEVEN[4 * iteration : 4 * iteration + 4]
+        found, _, _ = together.call("train", pairs=pairs, iteration=iteration)
+        expected, _, _ = alone.call("train", pairs=pairs, iteration=iteration)
+        same_steps(found, expected)
+        assert together.call("rest") == 0
+        together.call("wake")
+    close(together.call("weights"), alone.call("weights"))
+
+
 def test_what_runs_is_what_is_meant(
     ddp: Ranks, fsdp: Ranks, alone: InlineWorker, models: Path, settings: config.Learner
 ) -> None:

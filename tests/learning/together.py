@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from rlaif import config
@@ -76,6 +77,20 @@ class Learners:
     def moments(self) -> list[Any]:
         states = self._made.trainer.optimizer.state_dict()["state"].values()
         return [_array(s[name]) for s in states for name in ("exp_avg", "exp_avg_sq", "step")]
+
+    def rest(self) -> int:
+        """Bytes that weights and moments still hold of this process' memory, where it can be given back."""
+        learner = self._made
+        for p in learner.trainer.model.parameters():
+            if not isinstance(p.data, DTensor):
+                p.data = p.data.clone()  # TRL's trainer has them where a CPU can't give them back
+        learner.rest()
+        moments = [m for of in learner.trainer.optimizer.state.values() for m in of.values()]
+        held = [*(p.data for p in learner.trainer.model.parameters()), *moments]
+        return sum((t.to_local() if isinstance(t, DTensor) else t).untyped_storage().nbytes() for t in held)
+
+    def wake(self) -> None:
+        self._made.wake()
 
     def use_reference(self, logprobs: dict[str, float]) -> None:
         self._made.use_reference(logprobs)

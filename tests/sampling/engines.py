@@ -31,3 +31,11 @@ class Engines:
     def load(self, policy_path: str) -> None:
         """The sampler's own."""
         self._sampler.load(policy_path)
+
+    def rest(self) -> None:
+        """The sampler's own."""
+        self._sampler.rest()
+
+    def wake(self) -> None:
+        """The sampler's own."""
+        self._sampler.wake()

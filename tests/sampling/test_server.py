@@ -15,7 +15,8 @@ from rlaif import config
 from rlaif.config import parse_job
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import TokenSequence
-from rlaif.sampling import Sample, SampleRequest
+from rlaif.sampling import Sample, SampleRequest, server
+from rlaif.sampling.role import can_rest, make
 from rlaif.sampling.server import Sampler
 from tests.sampling.conftest import END
 
@@ -158,6 +159,43 @@ def test_one_that_changes_while_it_samples_is_found_out(tiny: Path, stubs: list[
     with pytest.raises(RlaifError, match="somebody else gives it weights"):
         for _ in engine.sample(requests()):
             stubs[0].held = "/another"
+
+
+def test_servers_of_somebody_else_are_not_asked_to_rest(tiny: Path, stubs: list[Stub]) -> None:
+    engine = sampler(tiny, stubs)
+    asked = [stub.paths() for stub in stubs]
+    engine.rest()
+    engine.wake()
+    assert [stub.paths() for stub in stubs] == asked
+    assert not can_rest(config.Sampling(engine="server", base_url=stubs[0].url))
+    assert can_rest(config.Sampling(engine="server", replicas=2))
+
+
+def test_servers_that_it_started_rest_and_wake(
+    tiny: Path, stubs: list[Stub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    class Started:
+        urls = (stubs[0].url,)
+        key = KEY
+
+        def __init__(self, role: str, replicas: int) -> None: ...
+        def start(self, *_: Any) -> None:
+            told.append(_[-2:])
+
+        def ready(self) -> None: ...
+        def rest(self) -> None:
+            told.append("rest")
+
+        def wake(self) -> None:
+            told.append("wake")
+
+    monkeypatch.setattr(server, "Servers", Started)
+    engine = make(str(tiny), config.Sampling(engine="server"), logs=tmp_path, rests=True)
+    engine.rest()
+    engine.wake()
+    assert told == [(True, True), "rest", "wake"]
 
 
 def test_stop_strings_are_looked_for_at_every_token(tiny: Path, stubs: list[Stub]) -> None:

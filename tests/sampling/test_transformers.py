@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rlaif.sampling import Sample, SampleRequest  # noqa: E402
 from rlaif.sampling.requests import seed_for  # noqa: E402
 from rlaif.sampling.transformers import Sampler  # noqa: E402
 from tests.sampling.conftest import END  # noqa: E402
+from tests.unmapped import unmap  # noqa: E402
 
 
 def make_requests(count: int = 12, temperature: float = 1.0, top_p: float = 1.0) -> list[SampleRequest]:
@@ -56,6 +58,27 @@ def test_the_end_token_is_kept_iff_stopped(sampler: Sampler) -> None:
         assert END not in s.token_ids[:-1]
         assert len(s.token_ids) == 24 or s.finish_reason == "stop"
         assert "w2 " not in f"{s.text} "
+
+
+def test_after_a_rest_it_samples_the_same(tiny: Path, other_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unmap(monkeypatch)
+    settings = config.Sampling(engine="transformers", max_tokens=24, max_model_len=64, precision="fp32")
+    made = Sampler(str(tiny), settings)
+    for weights in (tiny, other_tiny):
+        made.load(str(weights))
+        before, held = run(made, make_requests()), held_now()
+        made.rest()
+        assert held - held_now() > 40_000, "bytes of weights"
+        made.wake()
+        assert held_now() == held
+        assert run(made, make_requests()) == before
+
+
+def held_now() -> int:
+    """Bytes of parameters in this process."""
+    gc.collect()
+    parameters = [thing for thing in gc.get_objects() if type(thing) is torch.nn.Parameter]
+    return sum({p.data_ptr(): p.untyped_storage().nbytes() for p in parameters}.values())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

@@ -114,6 +114,21 @@ def test_new_weights_by_path_and_back(worker: ProcessWorker, tiny: Path, other_t
     assert run(worker, make_requests()) == before
 
 
+def test_after_a_rest_it_samples_from_the_weights_that_it_held(
+    worker: ProcessWorker, tiny: Path, other_tiny: Path
+) -> None:
+    """On a CPU vLLM pauses and goes on; that memory comes and goes can be seen on a GPU alone."""
+    worker.call("load", policy_path=str(other_tiny))
+    before = run(worker, make_requests())
+    for method in ("rest", "rest", "wake", "wake"):
+        worker.call(method)
+    assert run(worker, make_requests()) == before
+    for method in ("rest", "wake"):
+        worker.call(method)
+    worker.call("load", policy_path=str(tiny))
+    assert run(worker, make_requests()) != before
+
+
 def test_a_batch_given_up_leaves_nothing_behind(worker: ProcessWorker) -> None:
     whole = run(worker, make_requests())
     stream = worker.stream("sample", requests=make_requests())

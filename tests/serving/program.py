@@ -3,7 +3,7 @@
 It has a child, as vLLM has its engine, and judges by a digest of the question. In `--diary` it writes a line (JSON)
 when it starts, with its process ids and the key that it was given, and the digest of every request that it answers.
 Ways: `refuses` (ends before it answers), `silent` (listens, and is never well), `ends` (ends by itself once it was
-asked how it is).
+asked how it is), `wide awake` (neither sleeps nor wakes when it is asked to).
 """
 
 from __future__ import annotations
@@ -73,9 +73,13 @@ def main() -> None:
                 self.answer(200, {"data": [{"id": options.served_model_name, "root": "here", "created": time.time()}]})
 
         def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers["Content-Length"]))
+            content = self.rfile.read(int(self.headers["Content-Length"] or 0))
             if self.headers["Authorization"] != f"Bearer {key}":
                 self.answer(401, {"error": {"message": "Unauthorized"}})
+                return
+            if self.path in ("/sleep?level=1", "/wake_up"):
+                write(turn=self.path, port=options.port)
+                self.answer(500 if options.stub == "wide awake" else 200, {})
                 return
             body = json.loads(content)
             asked = hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from rlaif.config import Serve
-from rlaif.errors import UserError
+from rlaif.errors import RlaifError, UserError
 from rlaif.serving import vllm
 from rlaif.serving.servers import KEY_VARIABLE, Servers
 from tests.serving import program
@@ -68,13 +68,14 @@ def started(
     replicas: int = 1,
     told: Callable[[str], None] = print,
     start_timeout_s: float = 30.0,
+    rests: bool = False,
     **args: Any,
 ) -> Servers:
     """Servers on their way; `args` are the program's."""
     servers = Servers("judge", replicas)
     args["diary"] = str(folder / "diary")
     serve = Serve(model="m", replicas=replicas, args=args, start_timeout_s=start_timeout_s)
-    servers.start(serve, folder, "m", "auto", [()] * replicas, folder / "logs", told)
+    servers.start(serve, folder, "m", "auto", [()] * replicas, folder / "logs", told, rests=rests)
     return servers
 
 
@@ -112,6 +113,44 @@ def test_several_servers_answer_with_their_key_until_they_are_closed(tmp_path: P
     for log in (tmp_path / "logs").iterdir():
         assert servers.key not in log.read_text()
     assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == ["judge-server-0.log", "judge-server-1.log"]
+
+
+def test_each_server_rests_and_wakes(tmp_path: Path) -> None:
+    diary, servers = Diary(tmp_path / "diary"), started(tmp_path, replicas=2, rests=True)
+    try:
+        servers.ready()
+        servers.rest()
+        servers.wake()
+        servers.wake()
+        turns = [(line["turn"], line["port"]) for line in diary.lines if "turn" in line]
+        ports = [start["port"] for start in diary.starts]
+        for port in ports:
+            assert [turn for turn, at in turns if at == port] == ["/sleep?level=1", "/wake_up", "/wake_up"]
+    finally:
+        servers.close()
+
+
+def test_a_server_that_does_not_rest_is_told_of(tmp_path: Path) -> None:
+    servers = started(tmp_path, rests=True, stub="wide awake")
+    try:
+        servers.ready()
+        with pytest.raises(RlaifError, match=r"judge server 0: /sleep\?level=1 failed .*500.* its log is .*server-0"):
+            servers.rest()
+    finally:
+        servers.close()
+
+
+def test_one_that_takes_turns_is_not_started_again(tmp_path: Path, told: list[str]) -> None:
+    """It would take memory in another's turn."""
+    diary, servers = Diary(tmp_path / "diary"), started(tmp_path, told=told.append, rests=True, stub="ends")
+    try:
+        servers.ready()
+        until(lambda: any("left out from here on" in line for line in told))
+        with pytest.raises(RlaifError, match="judge server 0: /wake_up failed"):
+            servers.wake()
+    finally:
+        servers.close()
+    assert len(diary.starts) == 1
 
 
 def test_no_proxy_is_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,20 @@ def test_the_options_are_those_of_the_job_and_of_the_machine(monkeypatch: pytest
     assert "kv-cache" not in said
 
 
+def test_one_that_takes_turns_can_sleep_takes_most_and_asks_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "gpu_names", lambda: ["a GPU"])
+    ours = "--middleware rlaif.sampling.vllm_compat.only_with_key"
+
+    def options(rests: bool = True, **args: Any) -> str:
+        return " ".join(vllm.command(Serve(model="m", args=args), Path("/m"), "judge", 4711, "auto", rests))
+
+    assert f"--enable-sleep-mode --gpu-memory-utilization 0.8 {ours}" in options()
+    assert "--gpu-memory-utilization 0.5" in options(gpu_memory_utilization=0.5)
+    assert "sleep" not in options(rests=False)
+    with pytest.raises(UserError, match=r"judge\.serve\.args: `middleware`"):
+        options(middleware="mine.open_to_all")
+
+
 def test_on_a_cpu_it_takes_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     said = " ".join(told(monkeypatch, []))
     assert "--dtype float32 --enforce-eager --kv-cache-memory-bytes 1073741824" in said
@@ -53,7 +67,7 @@ def test_the_environment_holds_the_key_and_what_a_server_sees() -> None:
     assert told["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1", "a sampler in this process has set it for itself"
     assert "DO_NOT_TRACK" not in told, "what the user has set stays"
     assert told["VLLM_SERVER_DEV_MODE"] == "0", "whatever the user has set: it opens paths without a key"
-    assert vllm.environment("secret", [], takes_weights=True)["VLLM_SERVER_DEV_MODE"] == "1"
+    assert vllm.environment("secret", [], development=True)["VLLM_SERVER_DEV_MODE"] == "1"
     assert "CUDA_VISIBLE_DEVICES" not in vllm.environment("secret", [], here=here)
 
 
