@@ -20,6 +20,9 @@ from rlaif.workers.worker import Worker
 
 _TAKEN = ("completions", "scores", "pairs", "votes")
 """Stages of a run that another one can take over."""
+_FOLLOWS = "base_logprobs"
+"""One more that a plan's digest covers where it is there, though it follows from the votes: earlier versions took it,
+and their runs go on."""
 
 
 class StoredPairs:
@@ -180,7 +183,7 @@ class StoredPairs:
         """
         here = self._run.iteration(k)
         found = {}
-        for stage in _TAKEN:
+        for stage in (*_TAKEN, *([_FOLLOWS] if here.is_complete(_FOLLOWS) else [])):
             path = here.path / f"{stage}.jsonl"
             found[stage] = file_digest(path)
             if found[stage] != here.meta(stage)["sha256"]:
