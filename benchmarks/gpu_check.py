@@ -17,6 +17,7 @@ Without a GPU both compute on the CPU: that shows that the check works, and noth
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -121,6 +122,7 @@ def hand_overs(engine: str, trained: Path) -> dict[str, float]:
         except Exception as e:  # one that fails is a row, not the end of the table
             print(f"{engine} {trained.name} {kind}: {type(e).__name__}: {' '.join(str(e).split())[:300]}", flush=True)
             found[kind] = float("inf")
+        gc.collect()  # vLLM's engine that sleeps wants to be the only one of its process
     return found
 
 

@@ -19,6 +19,7 @@ from rlaif.loop.branch import branch
 from rlaif.loop.source import open_source
 from rlaif.loop.source_run import StoredPairs
 from rlaif.records import (
+    BaseLogprob,
     Completion,
     Decision,
     EvaluationMetrics,
@@ -28,6 +29,7 @@ from rlaif.records import (
     Score,
     UpdateStep,
     Vote,
+    digest,
 )
 from rlaif.rundir.store import RunDir, read_record
 from tests.conftest import project_job
@@ -174,6 +176,28 @@ def test_a_source_that_grew_is_taken_as_it_was(online: RunDir, tmp_path: Path) -
     loop = offline_loop(tmp_path / "ours", stub_job(iterations=4, source={"run": str(theirs.path)}))
     loop.run()
     assert [loop.dir.plan(k).source.iteration for k in range(4)] == [0, 1, 2, 0]
+
+
+def test_a_source_that_goes_on_meanwhile_is_what_it_was(
+    online: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows from the votes is written later than they are; earlier versions took it over."""
+    shutil.copytree(online.path, tmp_path / "theirs")
+    theirs = RunDir(tmp_path / "theirs")
+    with monkeypatch.context() as patch:
+        patch.setattr("rlaif.loop.loop.take_over", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            offline_loop(tmp_path / "ours", offline_job(theirs.path)).run()
+    ours = RunDir(tmp_path / "ours" / "run")
+    row = BaseLogprob(completion_id="c", tokens=1, logprob=-1.0)
+    later = theirs.iteration(0)
+    later.rows("base_logprobs", BaseLogprob, lambda _: [[row]])
+    offline_loop(tmp_path / "ours", offline_job(theirs.path)).source.check(ours.plan(0).source)
+    content = json.loads((plan := ours.iteration(0).path / "plan.json").read_text())
+    digests = {s: later.meta(s)["sha256"] for s in ("completions", "scores", "pairs", "votes", "base_logprobs")}
+    content["source"]["sha256"] = digest(digests, 64)
+    plan.write_text(json.dumps(content))
+    offline_loop(tmp_path / "ours", offline_job(theirs.path)).source.check(ours.plan(0).source)
 
 
 def test_a_source_that_changed_since_its_plan_is_noticed(

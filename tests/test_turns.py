@@ -173,6 +173,29 @@ def test_one_that_fails_to_wake_rests_before_another_works(device: Device) -> No
     assert device.said == ["learner wakes", "learner rests", "sampler wakes", "sampler works"]
 
 
+def test_one_that_failed_to_wake_is_woken_again_before_it_works(device: Device) -> None:
+    _, made, by = roles(device, learner="")
+    made["learner"].fails = "wake"
+    with pytest.raises(RlaifError, match="no memory left"):
+        by["learner"].call("work")
+    made["learner"].fails = ""
+    by["learner"].call("work")
+    assert device.said == ["learner wakes", "learner wakes", "learner works"]
+
+
+@pytest.mark.parametrize(
+    ("servers", "sampler", "share"),
+    [("", "0", True), ("2", "", True), ("1 2", "2", True), ("2", "0 1", False)],
+)
+def test_a_judges_servers_rest_only_for_who_sees_their_gpus(servers: str, sampler: str, share: bool) -> None:
+    places = {
+        name: Placed("process", tuple(gpus.split()))
+        for name, gpus in (("servers", servers), ("sampler", sampler), ("judge", "9"))
+    }
+    assert launch._share_gpus(places, ["sampler", "reference"]) is share
+    assert not launch._share_gpus(places, [])
+
+
 def test_nobody_wakes_beside_one_that_doesnt_rest(device: Device) -> None:
     _, made, by = roles(device, sampler="", learner="")
     by["learner"].call("work")

@@ -310,12 +310,14 @@ class LikelihoodJudge:
         return out
 
     def _as_sampled(self, sides: Sequence[Candidate], logps: Sequence[tuple[float, ...]]) -> tuple[float, ...] | None:
-        """Summed log p of both sides, where they are of the policy's own tokens and not rounded to less than fp32."""
+        """Summed log p of both sides, where they are of the policy's own tokens and not rounded to less than fp32.
+        What isn't finite is no reference."""
         exact = str(self.scorer.model.dtype) == "torch.float32"
         same = all(
             (self.reader.context(c.messages), self.reader.answer(c)) == (c.prompt_token_ids, c.token_ids) for c in sides
         )
-        return tuple(map(math.fsum, logps)) if exact and same else None
+        sums = tuple(map(math.fsum, logps))
+        return sums if exact and same and all(map(math.isfinite, sums)) else None
 
     def _usage(self, voice: Voice, first: Candidate, second: Candidate) -> Usage:
         contexts = [self.reader.context(in_context(side, first.messages)) for side in (voice.prefer, voice.avoid)]

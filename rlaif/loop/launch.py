@@ -318,8 +318,9 @@ def _load(
         worker: Worker
         if name == "judge" and servers:  # before it, so that they outlast it
             stack.enter_context(closing(servers))
-            _start(servers, run, job, start, places, note, bool(shared))
-            if shared:
+            among = _share_gpus(places, shared & factories.keys())
+            _start(servers, run, job, start, places, note, rests=among)
+            if among:
                 wait_until_ready([servers], loaded)
                 turns.join(name, servers, places["servers"].gpus)
             else:
@@ -349,6 +350,13 @@ def _load(
         note(f"{', '.join(turns.roles)} take turns with the GPU's memory (device: shared)")
     train, held_out = asked
     return {"measurer": workers["judge"], **workers}, train, held_out
+
+
+def _share_gpus(places: dict[str, Placed], roles: Collection[str]) -> bool:
+    """Whether the judge's servers have a GPU in common with one of the roles; who has none named sees all."""
+    mine = set(places["servers"].gpus)
+    theirs = [set(places["judge" if role == "reference" else role].gpus) for role in roles]
+    return any(not mine or not gpus or mine & gpus for gpus in theirs)
 
 
 def _shared(job: Job, note: Callable[[str], None]) -> set[str]:

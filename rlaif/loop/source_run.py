@@ -20,9 +20,8 @@ from rlaif.workers.worker import Worker
 
 _TAKEN = ("completions", "scores", "pairs", "votes")
 """Stages of a run that another one can take over."""
-_FOLLOWS = "base_logprobs"
-"""One more that a plan's digest covers where it is there, though it follows from the votes: earlier versions took it,
-and their runs go on."""
+_TAKEN_ONCE = "base_logprobs"
+"""One more that earlier versions took where it was there; the digests in their plans cover it."""
 
 
 class StoredPairs:
@@ -126,7 +125,8 @@ class StoredPairs:
         Raises:
             UserError: it changed since.
         """
-        if self._digest(_number(noted)) != noted.sha256:
+        k = _number(noted)
+        if noted.sha256 not in (self._digest(k), self._digest(k, _TAKEN_ONCE)):
             raise UserError(
                 f"source.run: iteration {noted.iteration} of {self.path} isn't what it was when this run's plan was "
                 "written; restore it, or start a new run with --name NAME"
@@ -175,15 +175,15 @@ class StoredPairs:
     def _at(self, position: int) -> int:
         return self.iterations[position % len(self.iterations)]
 
-    def _digest(self, k: int) -> str:
-        """Of what an iteration has to be taken over.
+    def _digest(self, k: int, *more: str) -> str:
+        """Of what an iteration has to be taken over, and of `more` stages where they are there.
 
         Raises:
             RlaifError: a file isn't as it was written.
         """
         here = self._run.iteration(k)
         found = {}
-        for stage in (*_TAKEN, *([_FOLLOWS] if here.is_complete(_FOLLOWS) else [])):
+        for stage in (*_TAKEN, *filter(here.is_complete, more)):
             path = here.path / f"{stage}.jsonl"
             found[stage] = file_digest(path)
             if found[stage] != here.meta(stage)["sha256"]:

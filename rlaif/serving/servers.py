@@ -137,7 +137,8 @@ class Servers:
                 thread.start()
 
     def rest(self) -> None:
-        """Each gives back what it holds of its GPUs; weights wait in RAM. Nobody may be asking them.
+        """Each gives back what it holds of its GPUs; weights wait in RAM. Nobody may be asking them. One that has ended
+        holds nothing, and was told of.
 
         Raises:
             RlaifError: one doesn't.
@@ -169,6 +170,8 @@ class Servers:
                 with DIRECT.open(request, timeout=_TURN_S):
                     pass
             except OSError as e:
+                if isinstance(getattr(e, "reason", e), ConnectionRefusedError):
+                    continue
                 raise RlaifError(
                     f"{self._named(number)}: {path} failed ({e}); its log is {self._keepers[number].log_path}. The "
                     "same command goes on"

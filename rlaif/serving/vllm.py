@@ -65,7 +65,7 @@ def command(serve: Serve, model: Path, called: str, port: int, precision: Precis
         **(_RESTS if rests else {}),
     }
     given = {key.replace("-", "_"): value for key, value in serve.args.items()}
-    if rests and "middleware" in given:
+    if rests and given.get("middleware", _RESTS["middleware"]) != _RESTS["middleware"]:
         raise UserError("judge.serve.args: `middleware`: `device: shared` needs it to ask for the key; remove it")
     return [*PROGRAM, *_options(mine | given)]
 

@@ -227,7 +227,7 @@ class Setup(Section):
 
 
 def read_cluster(path: Path, of: Cluster | None = None, learners: int = 1) -> Setup:
-    """A cluster's file, or the one machine that a run's log tells of. Where it doesn't say how many of each role there
+    """A cluster's file, or the one machine that a run's log tells of. Where it doesn't say how many of a role there
     are, a job does: its own section (`of`), and the processes of its learner.
 
     Raises:
@@ -250,7 +250,7 @@ def read_cluster(path: Path, of: Cluster | None = None, learners: int = 1) -> Se
     rates = dict(tree.get("rates", {}))
     if (run := rates.pop("from", None)) is not None:
         rates = _over(measure(RunDir.open(Path(str(run)))), rates)
-    return _parsed({**own, **tree, "rates": rates}, str(path), root)
+    return _parsed({**_over(own, tree), "rates": rates}, str(path), root)
 
 
 def _as_here(cluster: Cluster | None, learners: int) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _as_here(cluster: Cluster | None, learners: int) -> dict[str, Any]:
 
 
 def _over(measured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What was measured, and what a file says in its place."""
+    """What was measured, or a job says, and what a file says in its place."""
     out = dict(measured)
     for key, value in given.items():
         mine = out.get(key)

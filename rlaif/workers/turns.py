@@ -5,9 +5,9 @@ take the turn before they are called (`InTurn`): all others that share a GPU wit
 Nobody rests before another one's turn, so calls of one role in a row cost nothing, and a stage needn't know of any of
 this. What a method computes without the device (`WITHOUT_DEVICE`) needs no turn.
 
-A role counts as awake from when it is asked to wake until it has said that it rests. So one that failed on the way, or
-whose call failed, is asked to rest before another works. Where resting or waking fails, the call does, and with it the
-run; the same command starts anew. Untried on a GPU.
+A role may hold memory from when it is asked to wake until it has said that it rests. So one that failed on the way, or
+whose call failed, is asked to rest before another works; and it counts as awake only when it has said so. Where resting
+or waking fails, the call does, and with it the run; the same command starts anew. Untried on a GPU.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ class _Role:
     gpus: frozenset[str]
     """None: whatever this process sees."""
     awake: bool = True
+    """It has what it computes with."""
+    holds: bool = True
+    """It may have memory of a device: also where it failed on its way."""
 
     def shares_with(self, other: _Role) -> bool:
         return not self.gpus or not other.gpus or bool(self.gpus & other.gpus)
@@ -97,11 +100,12 @@ class Turns:
         if working is not None and working in others:
             raise RuntimeError(f"{name}: finish or close the open stream of the role that shares its device first")
         for other in others:
-            if other.awake:
+            if other.holds:
                 self._rest(other)
         if not role.awake:
-            role.awake = True
+            role.holds = True
             role.rests.wake()
+            role.awake = True
         self._working = role
         try:
             yield
@@ -109,8 +113,9 @@ class Turns:
             self._working = working
 
     def _rest(self, role: _Role) -> None:
-        role.rests.rest()
         role.awake = False
+        role.rests.rest()
+        role.holds = False
 
 
 class InTurn(Worker):

@@ -229,6 +229,16 @@ def test_of_other_tokens_than_the_policys_it_holds_nothing(judge, constitution, 
     assert {v.logprobs for v in guard_votes(judge, constitution, sides).values()} == {None}
 
 
+def test_what_isnt_finite_is_nobodys_reference(judge, constitution, monkeypatch):
+    """JSON has no infinity: a row that held one could not be read again."""
+    logps = judge.scorer.logps
+    monkeypatch.setattr(
+        judge.scorer, "logps", lambda asked: {c: (-math.inf,) * len(v) for c, v in logps(asked).items()}
+    )
+    votes = guard_votes(judge, constitution, [as_sampled(judge, c) for c in CANDIDATES])
+    assert {v.logprobs for v in votes.values()} == {None}
+
+
 def test_what_is_rounded_to_bf16_is_nobodys_reference(model, constitution):
     rounded = LikelihoodJudge.of(copy.deepcopy(model).to(torch.bfloat16), CharTokenizer(), LikelihoodSettings())
     sides = [as_sampled(rounded, c) for c in CANDIDATES]

@@ -49,6 +49,8 @@ def test_one_that_takes_turns_can_sleep_takes_most_and_asks_for_the_key(monkeypa
     assert f"--enable-sleep-mode --gpu-memory-utilization 0.8 {ours}" in options()
     assert "--gpu-memory-utilization 0.5" in options(gpu_memory_utilization=0.5)
     assert "sleep" not in options(rests=False)
+    given = options(middleware="rlaif.sampling.vllm_compat.only_with_key")
+    assert given.count(ours) == 1, "as of the policy's own servers"
     with pytest.raises(UserError, match=r"judge\.serve\.args: `middleware`"):
         options(middleware="mine.open_to_all")
 

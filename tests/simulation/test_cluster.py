@@ -102,6 +102,9 @@ def test_a_jobs_own_workers_are_simulated_where_the_file_names_none(tmp_path: Pa
     file = written(tmp_path / "c.yaml", rates=RATES)
     found = read_cluster(file, load_job(jobs[1]).cluster, 2)
     assert (found.cluster.judge.replicas, found.cluster.learner.processes, found.gpus) == (3, 2, 2)
+    samplers = written(tmp_path / "s.yaml", cluster={"sampler": {"replicas": 8}, "learner": {"gpus": 4}}, rates=RATES)
+    some = read_cluster(samplers, load_job(jobs[1]).cluster, 2).cluster
+    assert (some.sampler.replicas, some.judge.replicas, some.learner.processes, some.learner.gpus) == (8, 3, 2, 4)
     work_s = []
     for path in jobs:
         with contextlib.chdir(path.parent):
