@@ -32,6 +32,7 @@ _NUCLEUS = "no top-p on the CPU"
 _REFUSED = "every model is refused on the CPU"
 _LAYERS = "vllm.model_executor.layers"
 _RELOAD = "vllm.model_executor.model_loader.reload"
+_SLEEP = "vllm.entrypoints.serve.dev.sleep.api_router"
 
 REACHED = (
     Reached("vllm.platforms", "current_platform", "the sampler doesn't know what it runs on"),
@@ -45,10 +46,8 @@ REACHED = (
     Reached("vllm.v1.worker.gpu_worker", "Worker.get_model", "a server takes no new weights"),
     Reached("vllm.entrypoints.serve.dev.rpc.api_router", "collective_rpc", "a server takes no new weights"),
     Reached("vllm.entrypoints.serve.dev.cache.api_router", "reset_prefix_cache", "a server takes no new weights"),
-    Reached("vllm.entrypoints.serve.dev.sleep.api_router", "sleep", "servers can't share a GPU in turns"),
-    Reached("vllm.entrypoints.serve.dev.sleep.api_router", "wake_up", "servers can't share a GPU in turns"),
-    Reached("vllm", "LLM.sleep", "the sampler can't share a GPU in turns", says="level"),
-    Reached("vllm", "LLM.wake_up", "the sampler can't share a GPU in turns"),
+    Reached(_SLEEP, "", "servers can't share a GPU in turns", says='"/sleep"'),
+    Reached(_SLEEP, "", "servers can't share a GPU in turns", says='"/wake_up"'),
     Reached("vllm.v1.worker.gpu_worker", "Worker.reload_weights", _OLD),
     Reached("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.reload_weights", _OLD, says="weights_path"),
     Reached(f"{_RELOAD}.inplace", "", "weights that a folder lacks are not noticed", says="not loaded from checkpoint"),
