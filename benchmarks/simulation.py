@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import heapq
 import json
 import math
 import multiprocessing
@@ -39,7 +38,6 @@ from rlaif.loop.in_force import InForce
 from rlaif.records import Completion, IterationMetrics, Preference, UpdateStep
 from rlaif.rundir.store import RunDir, write_json
 from rlaif.simulation import Setup, read_cluster, work_of
-from rlaif.simulation.measured import DECODED_AT_ONCE
 from rlaif.simulation.simulate import simulate
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.weights import WeightsRef
@@ -86,33 +84,25 @@ SAMPLED, TRAINED = 300.0, 600.0
 
 
 class WaitingSampler(StubSampler):
-    """Answers as the stub's, of 8 to 120 tokens. As many are decoded at a time as by the job's engine, each at its part
-    of the speed; a prompt's are handed on when all of them are there."""
+    """Answers as the stub's, of 8 to 120 tokens, that are decoded together and share the tokens of a second; a prompt's
+    are handed on when all of them are there."""
 
     def __init__(self, latency_s: float):
         super().__init__()
-        self._slots = DECODED_AT_ONCE[MEASURED["sampling"]["engine"]]
-        self._token_s = latency_s / SAMPLED * self._slots
+        self._tokens_per_s = SAMPLED / latency_s
 
     def sample(self, *args: Any, **kwargs: Any) -> Iterator[list[Completion]]:
         """Each prompt's answers when the last of them is decoded."""
         groups = [[self._longer(c) for c in group] for group in super().sample(*args, **kwargs)]
-        ends = list(self._ends(groups))
+        lengths = sorted(len(c.token_ids) for group in groups for c in group)
+        ends, now, before = {}, 0.0, 0
+        for rank, length in enumerate(lengths):
+            now += (length - before) * (len(lengths) - rank) / self._tokens_per_s
+            ends[length], before = now, length
         started = time.monotonic()
-        for n in sorted(range(len(groups)), key=ends.__getitem__):
-            time.sleep(max(0.0, started + ends[n] - time.monotonic()))
-            yield groups[n]
-
-    def _ends(self, groups: Sequence[Sequence[Completion]]) -> Iterator[float]:
-        """When the last of each is decoded, each taken by the slot that is free first."""
-        free = [0.0] * self._slots
-        for group in groups:
-            last = 0.0
-            for c in group:
-                end = free[0] + len(c.token_ids) * self._token_s
-                heapq.heapreplace(free, end)
-                last = max(last, end)
-            yield last
+        for group in sorted(groups, key=lambda group: max(len(c.token_ids) for c in group)):
+            time.sleep(max(0.0, started + ends[max(len(c.token_ids) for c in group)] - time.monotonic()))
+            yield group
 
     def _longer(self, c: Completion) -> Completion:
         ids = tuple(range(3, 11 + int(112 * fraction("length", c.text))))
@@ -289,6 +279,8 @@ def make_job(root: Path, url: str, iterations: int, changes: dict[str, Any]) -> 
     model = root / "model"  # where workers wait there is none, and nobody looks for one on a hub
     tree = json.loads(json.dumps(MEASURED)) | {"iterations": iterations}
     tree["policy"] = {"model": str(model) if model.exists() else "nobody/waiting"}
+    if not model.exists():  # `WaitingSampler` has all answers under way, as vLLM has
+        tree["sampling"]["engine"] = "vllm"
     for key, value in changes.items():
         tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
     tree["judge"]["base_url"] = url
