@@ -202,10 +202,11 @@ class Loop(Running):
             servers=kind_of(self.job.judge).listed(self.servers),
         )
         self._tell_jurors(it.k, fit, metrics.juror_agreement)
-        for message in monitors.back_again(self.job.monitors, self._history(metrics)):
+        history = self._history(metrics)
+        for message in monitors.back_again(self.job.monitors, history):
             self.tell_once("judge_server", message, it.k)
         # With metrics.json the iteration is done and never looked at again: what it has to tell is told before.
-        alarms = self._alarms(metrics)
+        alarms = monitors.alarms(self.job.monitors, history)
         for alarm in alarms:
             self.raise_alarm(alarm)
         self.hand_over.prune(it.k)
@@ -229,7 +230,8 @@ class Loop(Running):
         self._evaluate(k + 1, self.dir.plan(k))
         (ended,) = self.dir.iterations_measured([k])
         # Its own alarms were told when it ended.
-        self._pause_at(k, [alarm for alarm in self._alarms(ended) if self.raise_alarm(alarm)])
+        alarms = monitors.alarms(self.job.monitors, self._history(ended))
+        self._pause_at(k, [alarm for alarm in alarms if self.raise_alarm(alarm)])
 
     def _tell_jurors(self, k: int, fit: JurorFit | None, agreement: dict[str, float | None]) -> None:
         """Notes what a jury's weights are, where it has such, and how its jurors agree."""
@@ -245,10 +247,6 @@ class Loop(Running):
             message += f"; no weights were fitted on {fit.pairs} pairs"
         data = {"weights": fit.weights if fit else {}, "fitted": bool(fit and fit.fitted), "agreement": agreement}
         self.tell_once("jurors", message, k, **data)
-
-    def _alarms(self, metrics: IterationMetrics) -> list[Alarm]:
-        """The alarms of an iteration, told or not."""
-        return monitors.alarms(self.job.monitors, self._history(metrics))
 
     def _history(self, metrics: IterationMetrics) -> monitors.History:
         """The run up to an iteration, which may have no metrics.json yet."""
