@@ -59,7 +59,7 @@ from rlaif.rundir.store import LOCK, STARTING, RunDir, read_json, read_rows, rep
 from rlaif.sampling import PromptProblem
 from rlaif.sampling.role import can_rest
 from rlaif.serving.servers import Servers
-from rlaif.workers.placement import Placed, place, spread, usable_gpus
+from rlaif.workers.placement import Placed, apart, place, spread, usable_gpus
 from rlaif.workers.ranks import Ranks, start_ranks
 from rlaif.workers.ray import RayCluster
 from rlaif.workers.replicas import Replicas
@@ -354,9 +354,7 @@ def _load(
 
 def _share_gpus(places: dict[str, Placed], roles: Collection[str]) -> bool:
     """Whether the judge's servers have a GPU in common with one of the roles; who has none named sees all."""
-    mine = set(places["servers"].gpus)
-    theirs = [set(places["judge" if role == "reference" else role].gpus) for role in roles]
-    return any(not mine or not gpus or mine & gpus for gpus in theirs)
+    return any(not apart(places, "servers", "judge" if role == "reference" else role) for role in roles)
 
 
 def _shared(job: Job, note: Callable[[str], None]) -> set[str]:

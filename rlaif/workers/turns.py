@@ -57,7 +57,7 @@ class OfWorker:
 class _Role:
     rests: Rests
     gpus: frozenset[str]
-    """None: whatever this process sees."""
+    """None of them: whatever this process sees."""
     awake: bool = True
     """It has what it computes with."""
     holds: bool = True
