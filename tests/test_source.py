@@ -178,16 +178,19 @@ def test_a_source_that_grew_is_taken_as_it_was(online: RunDir, tmp_path: Path) -
     assert [loop.dir.plan(k).source.iteration for k in range(4)] == [0, 1, 2, 0]
 
 
-def test_a_source_that_goes_on_meanwhile_is_what_it_was(
-    online: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What follows from the votes is written later than they are; earlier versions took it over."""
+@pytest.fixture
+def theirs(online: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A source of its own, of which the run in `ours` has planned an iteration and taken nothing yet."""
     shutil.copytree(online.path, tmp_path / "theirs")
-    theirs = RunDir(tmp_path / "theirs")
     with monkeypatch.context() as patch:
         patch.setattr("rlaif.loop.loop.take_over", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            offline_loop(tmp_path / "ours", offline_job(theirs.path)).run()
+            offline_loop(tmp_path / "ours", offline_job(tmp_path / "theirs")).run()
+    return RunDir(tmp_path / "theirs")
+
+
+def test_a_source_that_goes_on_meanwhile_is_what_it_was(theirs: RunDir, tmp_path: Path) -> None:
+    """What follows from the votes is written later than they are; earlier versions took it over."""
     ours = RunDir(tmp_path / "ours" / "run")
     row = BaseLogprob(completion_id="c", tokens=1, logprob=-1.0)
     later = theirs.iteration(0)
@@ -200,15 +203,7 @@ def test_a_source_that_goes_on_meanwhile_is_what_it_was(
     offline_loop(tmp_path / "ours", offline_job(theirs.path)).source.check(ours.plan(0).source)
 
 
-def test_a_source_that_changed_since_its_plan_is_noticed(
-    online: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(online.path, tmp_path / "theirs")
-    theirs = RunDir(tmp_path / "theirs")
-    with monkeypatch.context() as patch:
-        patch.setattr("rlaif.loop.loop.take_over", _interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            offline_loop(tmp_path / "ours", offline_job(theirs.path)).run()
+def test_a_source_that_changed_since_its_plan_is_noticed(theirs: RunDir, tmp_path: Path) -> None:
     file = theirs.iteration(0).path / "votes.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[1:]))
