@@ -6,7 +6,7 @@ import platform
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -318,7 +318,7 @@ def _load(
         worker: Worker
         if name == "judge" and servers:  # before it, so that they outlast it
             stack.enter_context(closing(servers))
-            among = _share_gpus(places, shared & factories.keys())
+            among = share_gpus(places, shared & factories.keys())
             _start(servers, run, job, start, places, note, rests=among)
             if among:
                 wait_until_ready([servers], loaded)
@@ -352,7 +352,7 @@ def _load(
     return {"measurer": workers["judge"], **workers}, train, held_out
 
 
-def _share_gpus(places: dict[str, Placed], roles: Collection[str]) -> bool:
+def share_gpus(places: Mapping[str, Placed], roles: Collection[str]) -> bool:
     """Whether the judge's servers have a GPU in common with one of the roles; who has none named sees all."""
     return any(not apart(places, "servers", "judge" if role == "reference" else role) for role in roles)
 
