@@ -353,8 +353,9 @@ def _load(
 
 
 def share_gpus(places: Mapping[str, Placed], roles: Collection[str]) -> bool:
-    """Whether the judge's servers have a GPU in common with one of the roles; who has none named sees all."""
-    return any(not apart(places, "servers", "judge" if role == "reference" else role) for role in roles)
+    """Whether the judge's servers have a GPU in common with one of the roles."""
+    theirs = [places["judge" if role == "reference" else role].gpus for role in roles]
+    return any(not apart(places["servers"].gpus, gpus) for gpus in theirs)
 
 
 def _shared(job: Job, note: Callable[[str], None]) -> set[str]:

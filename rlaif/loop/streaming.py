@@ -38,7 +38,8 @@ def streams(job: Job, places: Mapping[str, Placed]) -> bool:
         return job.pipeline.stream
     kind = kind_of(job.judge)
     elsewhere = kind.fed and kind.serve is None
-    return elsewhere or (job.device is None and apart(places, "sampler", "servers" if kind.serve else "judge"))
+    judge = places["servers" if kind.serve else "judge"]
+    return elsewhere or (job.device is None and apart(places["sampler"].gpus, judge.gpus))
 
 
 def sample_and_judge(run: Running, it: Iteration) -> None:

@@ -13,7 +13,7 @@ of these. (Untried on several GPUs: checked by its table alone.)
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, get_args
 
 from rlaif.config import ChatSettings, Job, PlacedRole, Serve, WorkerKind
@@ -108,9 +108,9 @@ def spread(serve: Serve, gpus: Sequence[str], there: int) -> list[tuple[str, ...
     return [tuple(gpus[n * each : (n + 1) * each]) for n in range(serve.replicas)]
 
 
-def apart(placed: Mapping[str, Placed], one: str, other: str) -> bool:
-    """Whether two roles each have a GPU of their own."""
-    return bool(placed[one].gpus and placed[other].gpus and not set(placed[one].gpus) & set(placed[other].gpus))
+def apart(one: Collection[str], other: Collection[str]) -> bool:
+    """Whether two roles have no GPU in common, by those that each sees; who has none named sees all."""
+    return bool(one and other and not {*one} & {*other})
 
 
 def _check(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlaif.workers.feed import Feed
+from rlaif.workers.placement import apart
 from rlaif.workers.worker import Piece, Worker
 
 WITHOUT_DEVICE = frozenset(
@@ -56,15 +57,12 @@ class OfWorker:
 @dataclass
 class _Role:
     rests: Rests
-    gpus: frozenset[str]
-    """None of them: whatever this process sees."""
+    gpus: Collection[str]
+    """Those that it sees; none: whatever this process sees."""
     awake: bool = True
     """It has what it computes with."""
     holds: bool = True
     """It may have memory of a device: also where it failed on its way."""
-
-    def shares_with(self, other: _Role) -> bool:
-        return not self.gpus or not other.gpus or bool(self.gpus & other.gpus)
 
 
 class Turns:
@@ -76,7 +74,7 @@ class Turns:
 
     def join(self, name: str, rests: Rests, gpus: Collection[str]) -> None:
         """One more role, which was just built. It rests at once, so that the next one finds room while it is built."""
-        role = self._roles[name] = _Role(rests, frozenset(gpus))
+        role = self._roles[name] = _Role(rests, gpus)
         self._rest(role)
 
     @property
@@ -96,7 +94,7 @@ class Turns:
             RuntimeError: it is another's turn, which isn't over.
         """
         role, working = self._roles[name], self._working
-        others = [other for other in self._roles.values() if other is not role and other.shares_with(role)]
+        others = [other for other in self._roles.values() if other is not role and not apart(other.gpus, role.gpus)]
         if working is not None and working in others:
             raise RuntimeError(f"{name}: finish or close the open stream of the role that shares its device first")
         for other in others:
