@@ -1245,8 +1245,8 @@ class Cluster(Section):
     learner: LearnerShare | None = None
     """Who trains. Its first process has to see the run directory."""
     max_restarts: int = Field(3, ge=0)
-    """How often another may take the place of a replica that died, for each role; then the run pauses. The learner
-    isn't started again: the same command goes on."""
+    """How often another may take the place of a replica that died, for each role; then the run pauses. What has no
+    replica, as the learner: how often the run goes on from its log by itself, with every worker started anew."""
 
     def of(self, role: str) -> Share | None:
         """The replicas that a role has here; None: it is elsewhere, or has none."""

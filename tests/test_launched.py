@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import yaml
 
 from rlaif.config import Job, parse_job
-from rlaif.errors import UserError
+from rlaif.errors import RunPaused, UserError, WorkerDied
 from rlaif.learning import launched as launching
 from rlaif.learning.launched import Launched, launched
 from rlaif.records import UpdateStep
 from rlaif.rundir.store import RunDir
+from rlaif.workers.feed import Feed
+from rlaif.workers.inline import InlineWorker
+from rlaif.workers.worker import Worker
 from tests.conftest import project_job
 from tests.stubs import Quiet
 
@@ -114,6 +118,72 @@ def test_a_run_whose_learner_is_two_processes(
     execute(longer, tmp_path / "two/run", tmp_path / "two", Quiet(), allow_change=True)
     assert RunDir(tmp_path / "two/run").iteration(1).read("updates", UpdateStep)
     assert (tmp_path / "two/run/logs/learner-2.log").exists()
+
+
+class Dies(InlineWorker):
+    """A learner whose process dies at the first step of an update, as often as `left` says."""
+
+    left: list[int]
+
+    def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Iterator[Any]:
+        for item in super().stream(method, feed, **kwargs):
+            yield item
+            if method == "update" and self.left:
+                self.left.pop()
+                raise WorkerDied("learner 2 worker died (unplugged)")
+
+
+class Here:
+    """In a Ray cluster's place: its learner is this process. tests/test_ray.py has a real one, with real deaths."""
+
+    def __init__(self, deaths: int) -> None:
+        self._left = [0] * deaths
+
+    def has(self, role: str) -> bool:
+        return False
+
+    def gpus_each(self, wanted: int) -> float:
+        return 0
+
+    def reserve(self, role: str, count: int, gpus: float, together: bool) -> None: ...
+
+    def start_ranks(
+        self, role: str, count: int, factory: str, kwargs: dict[str, Any], gpus: float, variables: dict[str, str]
+    ) -> Worker:
+        learner = Dies(role, factory, kwargs)
+        learner.left = self._left
+        return learner
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+@pytest.mark.slow
+def test_a_learner_that_dies_on_a_cluster_goes_on_from_the_log(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlaif.loop import launch
+
+    cluster = {"learner": {"processes": 2}, "max_restarts": 2}
+    changes: dict[str, Any] = {"iterations": 1, "constitution": "rules@1", "cluster": cluster}
+    made = project_job(tmp_path, tiny_model, **changes)
+
+    told = Quiet()
+    here = Here(deaths=3)
+    monkeypatch.setattr(launch, "RayCluster", lambda *args: here)
+    with pytest.raises(RunPaused, match=r"learner 2 worker died \(unplugged\); cluster\.max_restarts=2 is used up"):
+        launch.execute(made, tmp_path / "dies", tmp_path, told)
+    assert [note for note in told.notes if "worker died" in note] == [
+        f"learner 2 worker died (unplugged); the run goes on from its log (restart {n} of 2)" for n in (1, 2)
+    ]
+    assert [e.kind for e in RunDir(tmp_path / "dies").events()].count("resumed") == 2
+    steps = [
+        [(step.row_ids, step.loss) for step in run.iteration(0).read("updates", UpdateStep)]
+        for run in (launch.execute(made, tmp_path / name, tmp_path, Quiet()) for name in ("dies", "alone"))
+    ]
+    assert steps[0] == steps[1]
 
 
 def test_a_file_that_is_nowhere_is_named(tmp_path: Path, tiny_model: Path) -> None:

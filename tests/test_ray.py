@@ -29,6 +29,7 @@ from rlaif.workers.ray import PRIVATE, RayCluster, RayWorker
 from rlaif.workers.replicas import Replicas
 from rlaif.workers.weights import WeightsRef
 from tests.conftest import project_job
+from tests.test_launched import ON_CPUS, write
 from tests.test_replicas import in_pieces
 
 pytestmark = pytest.mark.slow
@@ -301,7 +302,7 @@ def test_processes_that_compute_together_are_actors(
 
 
 class Killing:
-    """A progress that kills the machine of one replica in each stage that it is told."""
+    """A progress that kills a machine in each stage that it is told: the newest one, in an update the learner's."""
 
     def __init__(self, cluster: Any, stages: list[tuple[int, str]]) -> None:
         self._cluster, self._left, self._now = cluster, list(stages), (-1, "")
@@ -315,12 +316,22 @@ class Killing:
         if self._now in self._left:
             self._left.remove(self._now)
             self.killed.append(self._now)
-            self._cluster.remove_node(self._cluster.list_all_nodes()[-1], allow_graceful=False)
+            nodes = self._cluster.list_all_nodes()
+            doomed = [node for node in nodes if node.node_id in learners_nodes()] if self._now[1] == "update" else nodes
+            self._cluster.remove_node(doomed[-1], allow_graceful=False)
             self._cluster.add_node(num_cpus=2, wait=False)
 
     def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None: ...
     def note(self, message: str) -> None:
         self.notes.append(message)
+
+
+def learners_nodes() -> set[str]:
+    """Where the processes are that compute together."""
+    from ray.util import placement_group_table
+
+    groups = [group for group in placement_group_table().values() if group["strategy"] == "PACK"]
+    return {node for group in groups if group["state"] == "CREATED" for node in group["bundles_to_node_id"].values()}
 
 
 STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences")
@@ -373,20 +384,30 @@ def test_a_run_on_three_nodes_decides_as_one_process(
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray was imported to want one (conftest)
     monkeypatch.setattr("rlaif.workers.ray.ROOM_S", 600.0)
     changes: dict[str, Any] = {"iterations": 2, "constitution": "rules@1", "workers": "process"}
-    alone = project_job(tmp_path, tiny_model, **changes)
+    # A learner of two processes here as well: its sums are rounded otherwise than one process's, and the second
+    # iteration samples from what they make. That they are one process's to 1e-5 is the test above, and another's.
+    two = write(tmp_path, **ON_CPUS)
+    alone = project_job(tmp_path, tiny_model, **changes, learner={"accelerate": two.name})
     execute(alone, tmp_path / "alone", tmp_path, Killing(None, []))
     nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    stages = [(k, stage) for k in range(2) for stage in ("sample", "score", "judge", "update")]
     try:
         for _ in range(3):
             nodes.add_node(num_cpus=2)
-        cluster = {"address": nodes.address, "sampler": {"replicas": 2}, "judge": {"replicas": 2}, "max_restarts": 9}
-        progress = Killing(nodes, [(0, "sample"), (0, "score"), (0, "judge"), (1, "sample")])
-        shared = project_job(tmp_path, tiny_model, **changes, cluster=cluster)
+        roles = {"sampler": {"replicas": 2}, "judge": {"replicas": 2}, "learner": {"processes": 2}}
+        progress = Killing(nodes, [*stages, (1, "held-out"), (1, "sanity")])
+        shared = project_job(
+            tmp_path, tiny_model, **changes, cluster={"address": nodes.address, **roles, "max_restarts": 9}
+        )
         execute(shared, tmp_path / "shared", tmp_path, progress)
     finally:
         nodes.shutdown()
-    assert len(progress.killed) == 4
-    died = [e.message for e in RunDir(tmp_path / "shared").events() if e.kind == "replica_died"]
+    assert len(progress.killed) == 10
+    run = RunDir(tmp_path / "shared")
+    died = [e.message for e in run.events() if e.kind == "replica_died"]
     assert died, progress.notes
     assert all("takes its place" in message and "\n" not in message for message in died)
+    again = [note for note in progress.notes if "goes on from its log" in note]
+    assert len(again) >= 2, "the learner died in each update"
+    assert [e.kind for e in run.events()].count("resumed") == len(again)
     assert outcome(tmp_path / "shared") == outcome(tmp_path / "alone")

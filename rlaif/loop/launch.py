@@ -28,7 +28,7 @@ from rlaif.config import (
     worth_knowing,
 )
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
-from rlaif.errors import RlaifError, RunInterrupted, RunPaused, UserError
+from rlaif.errors import RlaifError, RunInterrupted, RunPaused, UserError, WorkerDied
 from rlaif.evaluation.probes import Probe, probes_of
 from rlaif.evaluation.texts import FixedText
 from rlaif.evaluation.texts import shipped as shipped_texts
@@ -112,10 +112,11 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
     Raises:
         UserError: the job, a text, a prompt file or a model can't be used, or another process holds the run.
         RunInterrupted: Ctrl-C or SIGTERM; the same command goes on.
-        RunPaused: an alarm's action says so; the run may have been taken back.
+        RunPaused: an alarm's action says so, and the run may have been taken back; or workers of a cluster keep dying.
+        WorkerDied: one that isn't on a cluster.
     """
     try:
-        return _execute(job, run_dir, base_dir, progress, allow_change)
+        return _execute_again(job, run_dir, base_dir, progress, allow_change)
     except RunPaused as e:  # by now nobody holds the run
         if e.back_to is None:
             raise
@@ -124,6 +125,27 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         except UserError as why:
             raise RunPaused(f"{e}, and it can't go back there ({why}); the same command goes on from here") from None
         raise RunPaused(f"{e}, and is as it was then; what came after is kept in {before.path}") from None
+
+
+def _execute_again(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_change: bool) -> RunDir:
+    """On a cluster, a worker that dies and has no replica ends what is under way, as it does anywhere: above all the
+    learner, whose processes can do nothing without each other. Then the run goes on from its log by itself.
+
+    Raises:
+        RunPaused: that happened too often.
+    """
+    deaths = 0
+    while True:
+        try:
+            return _execute(job, run_dir, base_dir, progress, allow_change)
+        except WorkerDied as e:
+            if job.cluster is None:
+                raise
+            limit = job.cluster.max_restarts
+            if deaths == limit:
+                raise RunPaused(f"{e}; cluster.max_restarts={limit} is used up. The same command goes on") from e
+            deaths += 1
+            progress.note(f"{e}; the run goes on from its log (restart {deaths} of {limit})")
 
 
 def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_change: bool) -> RunDir:
