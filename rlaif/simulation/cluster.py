@@ -111,6 +111,9 @@ class SamplerRates(Section):
     """Of a replica with `at_once` answers under way."""
     at_once: int = Field(64, ge=1)
     """Answers that a replica decodes at once; each advances at `tokens_per_s / at_once`, also when it is the last."""
+    at_most: int | None = Field(None, ge=1)
+    """Where an iteration has more answers for a replica than `at_once`, it decodes as many of them at once as this, at
+    the same `tokens_per_s` in all. `at_once` when absent."""
     failures: Failures | None = None
     """How often a replica dies; never when absent, as for the other roles."""
 

@@ -132,7 +132,8 @@ def _sampler(job: Job, *kinds: list[_Sampled]) -> tuple[dict[str, Any], dict[str
     at_once = min(most, math.ceil(len(largest) / replicas))
     # Replicas of this speed, busy to the last answer's end, take as long as the stage did.
     slot_tokens_per_s = makespan(map(float, largest), at_once * replicas) / max(sum(largest) * each, 1e-9)
-    return {"tokens_per_s": slot_tokens_per_s * at_once, "at_once": at_once}, {"seconds": fixed}
+    found = {"tokens_per_s": slot_tokens_per_s * at_once, "at_once": at_once, "at_most": most}
+    return found, {"seconds": fixed}
 
 
 class Judging(NamedTuple):

@@ -103,7 +103,8 @@ class _Run:
         """Prompts that one stands for."""
         roles, rates = setup.cluster, setup.rates
         at_once = rates.judge.at_once or work.judges_at_once or 1
-        self.sampler = self._role(rates.sampler.at_once, roles.sampler.replicas, rates.sampler.failures, 1)
+        answers = max(work.prompts * work.answers, work.held_out)
+        self.sampler = self._role(self._decoded(answers), roles.sampler.replicas, rates.sampler.failures, 1)
         self.judge = self._role(at_once, roles.judge.replicas, rates.judge.failures, 2, work.judges_at_once)
         self.log = Station(env, 1, [Outages(None, self._random(3))])
         self._learner = self._outages(rates.learner.failures, roles.learner.processes, 4)
@@ -305,10 +306,15 @@ class _Run:
 
     def _answers(self, random: np.random.Generator, n: int, weight: float) -> list[float]:
         """Seconds that answers take to be decoded."""
-        slot = self.rates.sampler.tokens_per_s / self.rates.sampler.at_once
+        slot = self.rates.sampler.tokens_per_s / self._decoded(n * weight)
         tokens = np.minimum(self._tokens.draw(random, n), self.work.max_tokens)
         seconds: list[float] = self.sampler.seconds(tokens / slot, weight).tolist()
         return seconds
+
+    def _decoded(self, answers: float) -> int:
+        """Of so many, those that a sampler has under way at once."""
+        rates = self.rates.sampler
+        return max(rates.at_once, min(rates.at_most or 1, math.ceil(answers / self.setup.cluster.sampler.replicas)))
 
     def _latencies(self, random: np.random.Generator, of: Spread, n: int, weight: float | None = None) -> Any:
         return iter(self.judge.seconds(of.draw(random, n), weight or self.weight).tolist())

@@ -74,6 +74,15 @@ def test_replicas_processes_and_slots_share_the_work() -> None:
     assert run(work(), loads).spent_s["weights"] == pytest.approx(5 * 2 * 3)
 
 
+@pytest.mark.parametrize(("at_most", "first_s"), [(None, 2), (1, 2), (4, 4), (16, 16), (99, 16)])
+def test_answers_that_are_decoded_together_share_the_tokens_of_a_second(at_most: int | None, first_s: float) -> None:
+    """Sampling takes as long in all; what is streamed comes later, and all at once in the end."""
+    sampler = {"at_most": at_most}
+    assert np.diff(run(work(), setup(sampler=sampler)).ends_s) == pytest.approx(16 + 16 + 4)
+    found = run(work(), setup(sampler=sampler, judge={"latency_s": 2}, pipeline={"stream": True}))
+    assert np.diff(found.ends_s) == pytest.approx(first_s + 8 * 2 + 4)
+
+
 @pytest.mark.parametrize("latency_s", [0.5, 2.0, 6.0])
 def test_streamed_the_slower_of_two_sets_the_pace(latency_s: float) -> None:
     """Two machines in a row, one group after another: the first has to pass one, the last waits for the other."""
