@@ -61,6 +61,7 @@ def problem(words: list[str]) -> str | None:
     return f"no option {wrong} in {sorted(known)}" if wrong else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", GENERATED, ids=lambda p: p.name)
 def test_generated_blocks_are_fresh(page: Path) -> None:
     assert docs.render(page.read_text()) == page.read_text(), "run `python -m rlaif.docs`"
@@ -329,6 +330,7 @@ def test_contributing_is_short() -> None:
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", GENERATED, ids=lambda p: p.name)
 def test_generated_types_are_words(page: Path) -> None:
     made = "".join(re.findall(r"<!-- generated: .*?<!-- /generated -->", docs.render(page.read_text()), re.DOTALL))

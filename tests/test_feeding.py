@@ -37,6 +37,7 @@ def fed_loop(root: Path, **changes: Any) -> Loop:
     return loop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_ballots_and_votes_that_are_held_do_not_grow_with_their_number(

@@ -163,6 +163,9 @@ def test_answers_are_scored_as_they_were_decoded(name: str, maker: ProcessWorker
     assert gap.typical < 1e-4, gap
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("number", [1, 2])
 def test_so_are_cold_and_stopped_ones(number: int, maker: ProcessWorker, tmp_path: Path) -> None:
     assert maker.call("decoded", name="llama-tied", folder=str(tmp_path), **SETTINGS[number]).typical < 1e-4

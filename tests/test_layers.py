@@ -131,6 +131,7 @@ def test_imports_go_down_only() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_heavy_libraries_stay_in_their_modules() -> None:
     wrong = []
     for allowed, top_only in ((AT_TOP, True), (ANYWHERE, False)):

@@ -539,6 +539,7 @@ def test_old_pairs_are_judged_again_over_http_and_count_against_the_budget(tmp_p
     assert again.problems == ()
 
 
+@pytest.mark.slow
 def test_tokens_of_an_iteration_are_limited(tmp_path: Path) -> None:
     with FaultServer(say=greater_number) as server:
         loop = chat_loop(tmp_path / "all", rejudging(server))
@@ -556,6 +557,7 @@ def test_tokens_of_an_iteration_are_limited(tmp_path: Path) -> None:
     assert sum(r.standing == "waiting" for r in old) == len(old) - len(new) // 2 > 0
 
 
+@pytest.mark.slow
 def test_votes_from_the_cache_say_nothing_of_what_the_next_ones_cost(tmp_path: Path) -> None:
     def job(server: FaultServer, text: str, **rejudge: Any) -> Job:
         replay = {"share": 0.5, "on_change": "rejudge", "rejudge": rejudge}

@@ -88,6 +88,7 @@ def streamed_votes(run: RunDir) -> list[int | None]:
     return [run.iteration(k).meta("completions").get("votes") for k in run.iterations()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow", ["policy", "judge"])
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_a_streamed_run_of_a_chat_judge_is_the_sequence(slow: str, early_stop: bool, tmp_path: Path) -> None:

@@ -278,6 +278,7 @@ def everything(**changes: Any) -> Job:
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_takes_turns_is_the_run_that_doesnt(tmp_path: Path, device: Device) -> None:
     logs = []
     for name, shared in (("together", None), ("turns", "shared")):

@@ -97,6 +97,7 @@ def test_rows_are_taken_from_all_over_the_file():
         assert {r.slice for r in taken} == {r.slice for r in rows}
 
 
+@pytest.mark.slow
 def test_a_judge_that_always_says_a_has_nothing_to_flip(monkeypatch, capsys):
     with FaultServer(say=lambda body: "A") as server:
         out = run(monkeypatch, capsys, server)

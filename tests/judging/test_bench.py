@@ -474,6 +474,7 @@ CAMPS = (("alone", 0.85), ("x", 0.1), ("y", 0.12), ("z", 0.2))
 """One juror that is right, and three that are wrong together."""
 
 
+@pytest.mark.slow
 def test_the_labels_contradict_a_fit_that_believes_the_wrong_camp():
     rows, votes = a_jury(100, *CAMPS)
     filters = Filters(aggregate="dawid_skene")

@@ -216,6 +216,7 @@ def asked(rlaif, tmp_path: Path):
     return run
 
 
+@pytest.mark.slow
 def test_a_bench_whose_budget_ends_says_what_is_kept(asked) -> None:
     asked_, code, err = asked("bench", **{"budget.calls": "3"})
     assert (asked_, code) == (3, 2)

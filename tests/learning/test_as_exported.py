@@ -143,6 +143,7 @@ def test_a_loras_gradients_are_those_through_the_merged_weights(name: str, tmp_p
         torch.testing.assert_close(found[key], p.grad, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_policy_starts_as_its_reference_with_biases_off_the_grid(kind: str, tmp_path: Path) -> None:
     """Weights on bf16's grid and biases that aren't: both are rounded alike on both sides."""

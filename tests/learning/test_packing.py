@@ -116,6 +116,7 @@ def with_lora(model: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     return wrapped, trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "online_dpo"])
 def test_a_step_computes_fewer_tokens_and_the_same(kind: str, model_path: str, settings: config.Learner) -> None:
     changed = settings.model_copy(update={"kind": kind, "max_grad_norm": 1e6})
