@@ -25,7 +25,7 @@ CHUNKS = (1, 16, 256)
 
 
 def votes(n: int) -> list[Record]:
-    """As a chat judge casts them, some 1.2 kB each."""
+    """As a chat judge casts them, some 750 bytes each."""
     return [
         Vote(
             ballot=Ballot(

@@ -1,10 +1,12 @@
 """How fast the loop is, beside TRL's trainer and two limits: `make bench`.
 
-In: prompts, a model, a judge that costs nothing. Out: seconds by stage, tokens a second, ratios. Parts run one after
-another, each in a process of its own, on the same prompts:
+In: prompts, a model, a judge whose preferences cost nothing. Out: seconds by stage, tokens a second, ratios. Parts run
+one after another, each in a process of its own, on the same prompts:
 
 - `loop`: one whole iteration of `rlaif.loop.Loop` with its sampler and learner workers, as `rlaif run` does it: the
-  last iteration's weights into vLLM, sampling, voting, deciding, update, state and weights written.
+  last iteration's weights into vLLM, sampling, voting, deciding, update, state and weights written. Guards are asked of
+  the frozen base policy, as in any run with the likelihood judge. What they find is the update's reference, which
+  therefore isn't computed again. Seconds of the judge are shown, and counted on no side: TRL's judge is free, too.
 - `vllm`: the same requests straight to `vllm.LLM.generate`, the limit for sampling. Once more without top-p, which
   vLLM's CPU sampler pays for by sorting the vocabulary.
 - `bare`: PyTorch on the token batches that the loop trained on, the limit for the update. Policy in fp32, under bf16
@@ -69,7 +71,7 @@ BATCH = 8
 MAX_TOKENS = 64
 LEARNING_RATE = 5e-7
 """TRL's default for online DPO; too small to change a bf16 weight, so all parts sample from the same policy."""
-AIM_TRL, AIM_SAMPLING, AIM_UPDATE = 3.0, 0.9, 0.7
+AIM_TRL, AIM_TUNED, AIM_SAMPLING, AIM_UPDATE = 3.0, 1.6, 0.9, 1.2
 """At least."""
 AIM_OUTSIDE = 0.05
 """At most."""
@@ -89,7 +91,9 @@ class LoopTimes(Record):
     load_s: float
     sample_s: float
     judge_s: float
+    """The guards'; on no side of any ratio."""
     reference_s: float
+    """What the update computed of it: some answers, held against the guards'."""
     steps_s: float
     """Forward, backward, clipping, Adam and metrics of all steps."""
     save_s: float
@@ -97,9 +101,16 @@ class LoopTimes(Record):
     """As many bytes written plainly, after the iteration; no part of it."""
     tokens: int
     """Completion tokens sampled."""
+    checks_s: float = 0.0
+    """Other questions to sampler and learner: whether both hold the same weights."""
     pairs: int
     """Pairs trained on."""
     steps: int
+
+    @property
+    def counted_s(self) -> float:
+        """The iteration without its judge."""
+        return self.seconds - self.judge_s
 
     @property
     def arithmetic_s(self) -> float:
@@ -109,7 +120,7 @@ class LoopTimes(Record):
     @property
     def rest_s(self) -> float:
         """Everything that no worker was asked for: the loop's own work, records and fsync."""
-        return self.seconds - self.arithmetic_s - self.load_s - self.judge_s - self.save_s
+        return self.counted_s - self.arithmetic_s - self.load_s - self.save_s - self.checks_s
 
 
 class TrlTimes(Record):
@@ -164,7 +175,7 @@ class Report(Record):
 
     @property
     def ratio_to_tuned_trl(self) -> float | None:
-        """Completion tokens a second of a whole iteration, over tuned TRL's."""
+        """Completion tokens a second of a whole iteration but for its judge, over tuned TRL's."""
         return self._ratio_to(self.tuned)
 
     @property
@@ -175,7 +186,7 @@ class Report(Record):
     def _ratio_to(self, peer: TrlTimes | None) -> float | None:
         if self.loop is None or peer is None:
             return None
-        return _rate(self.loop.tokens, self.loop.seconds) / _rate(peer.tokens, peer.seconds)
+        return _rate(self.loop.tokens, self.loop.counted_s) / _rate(peer.tokens, peer.seconds)
 
     @property
     def sampling_vs_vllm(self) -> float | None:
@@ -201,8 +212,8 @@ class Report(Record):
 
     @property
     def outside(self) -> float | None:
-        """Share of the iteration that is not sampling, reference or steps: weights moved, records, the judge."""
-        return None if self.loop is None else 1 - self.loop.arithmetic_s / self.loop.seconds
+        """Share of the iteration that is not sampling, reference or steps: weights moved and checked, records."""
+        return None if self.loop is None else 1 - self.loop.arithmetic_s / self.loop.counted_s
 
     def ratios(self) -> dict[str, float | None]:
         """The figures by name, as `--json` prints them."""
@@ -226,25 +237,28 @@ def render(report: Report) -> str:
 
     both = (tuned, trl)
     rows: list[tuple[Any, ...]] = [
-        ("whole iteration", of(loop, lambda x: x.seconds), *(of(t, lambda x: x.seconds) for t in both), None),
+        ("iteration without judge", of(loop, lambda x: x.counted_s), *(of(t, lambda x: x.seconds) for t in both), None),
         ("  weights into the sampler", of(loop, lambda x: x.load_s), None, None, None),
         ("  sampling", *(of(x, lambda x: x.sample_s) for x in (loop, *both)), of(vllm, lambda x: x.seconds)),
-        ("  judge", of(loop, lambda x: x.judge_s), None, None, None),
         ("  update: reference", of(loop, lambda x: x.reference_s), None, None, of(bare, lambda x: x.reference_s)),
         ("  update: steps", of(loop, lambda x: x.steps_s), *(of(t, lambda x: x.seconds - x.sample_s) for t in both),
          of(bare, lambda x: x.forward_backward_s)),
         ("  state and weights written", of(loop, lambda x: x.save_s), None, None, of(loop, lambda x: x.disk_s)),
+        ("  weights checked", of(loop, lambda x: x.checks_s), None, None, None),
         ("  rest", of(loop, lambda x: x.rest_s), None, None, None),
+        ("judge: guards", of(loop, lambda x: x.judge_s), None, None, None),
     ]  # fmt: skip
     rates: list[tuple[Any, ...]] = [
         ("completion tokens", *(of(x, lambda x: x.tokens) for x in (loop, *both, vllm))),
         ("tokens/s, sampling", *(of(x, lambda x: _rate(x.tokens, x.sample_s)) for x in (loop, *both)),
          of(vllm, lambda x: _rate(x.tokens, x.seconds))),
-        ("tokens/s, whole iteration", *(of(x, lambda x: _rate(x.tokens, x.seconds)) for x in (loop, *both)), None),
+        ("tokens/s, without judge", of(loop, lambda x: _rate(x.tokens, x.counted_s)),
+         *(of(x, lambda x: _rate(x.tokens, x.seconds)) for x in both), None),
     ]  # fmt: skip
     pairs = f"{loop.pairs} pairs in batches of {BATCH}, " if loop else ""
+    over_tuned = report.ratio_to_tuned_trl
     lines = [
-        *_figure("ratio to TRL tuned", report.ratio_to_tuned_trl, "{:.2f}x"),
+        *_figure("ratio to TRL tuned", over_tuned, "{:.2f}x", (over_tuned or 0) >= AIM_TUNED, f">= {AIM_TUNED:g}"),
         f"{report.prompts} prompts x 2 completions of at most {MAX_TOKENS} tokens, {pairs}{report.cores} cores; load "
         f"average before each part: {busy}",
         "",
@@ -322,7 +336,11 @@ def preference_of(text: str) -> str:
 
 
 class FreeJudge:
-    """A judge worker that prefers by a hash of the text: consistent, and without a model."""
+    """A judge worker that prefers by a hash of the text: consistent, and without a model. A likelihood judge that it is
+    given is asked the guards' questions, and says how likely each answer is."""
+
+    def __init__(self, guards: Any = None) -> None:
+        self._guards = guards
 
     def score(self, **_: Any) -> Iterator[list[Any]]:
         """Nothing: pairs are random here."""
@@ -332,24 +350,30 @@ class FreeJudge:
         """Zeros: the loop evaluates the base policy on one prompt before it starts, nobody reads the result."""
         yield [Quality(completion_id=c.completion_id, tokens=1, logprob_per_token=0, relevance=0) for c in candidates]
 
-    def cast(self, ballots: list[Ballot], pairs: list[Pair], candidates: list[Any], **_: Any) -> Iterator[list[Vote]]:
-        """All votes of a pair name the same side, guards included."""
+    def cast(
+        self, ballots: list[Ballot], pairs: list[Pair], candidates: list[Any], **given: Any
+    ) -> Iterator[list[Vote]]:
+        """All votes of a pair name the same side, guards included: every pair is kept."""
         value = {c.completion_id: preference_of(c.text) for c in candidates}
-        by_id = {p.id: p for p in pairs}
-        votes = []
-        for ballot in ballots:
-            pair = by_id[ballot.pair_id]
-            first = value[pair.first] > value[pair.second]
-            outcome = "first" if first else "second"
-            votes.append(Vote.model_validate({
-                "ballot": ballot, "model": "hash", "outcome": outcome, "p_first": float(first), "raw_reply": outcome,
-            }))  # fmt: skip
-        yield votes
+        first = {p.id: value[p.first] > value[p.second] for p in pairs}
+
+        def said(ballot: Ballot) -> dict[str, Any]:
+            outcome = "first" if first[ballot.pair_id] else "second"
+            return {"outcome": outcome, "p_first": float(first[ballot.pair_id]), "raw_reply": outcome}
+
+        guards = [b for b in ballots if b.guard] if self._guards else []
+        free = [b for b in ballots if not (b.guard and self._guards)]
+        yield [Vote.model_validate({"ballot": ballot, "model": "hash", **said(ballot)}) for ballot in free]
+        if guards:
+            for chunk in self._guards.cast(guards, pairs, candidates, **given):
+                yield [vote.model_copy(update=said(vote.ballot)) for vote in chunk]
 
 
-def make_judge() -> FreeJudge:
-    """Factory for a worker process."""
-    return FreeJudge()
+def make_judge(**guards: Any) -> FreeJudge:
+    """Factory for a worker process; `guards` are the arguments of the likelihood judge."""
+    from rlaif.judging import likelihood
+
+    return FreeJudge(likelihood.make(**guards))
 
 
 # The parts. Each runs in its own process and prints one JSON object to a file.
@@ -447,7 +471,7 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
             )
             for name, factory, kwargs in (
                 ("sampler", "rlaif.sampling.role:make", {"model_path": str(model), "settings": job.sampling}),
-                ("judge", "benchmarks.loop:make_judge", {}),
+                ("judge", "benchmarks.loop:make_judge", {"model_path": str(model), "settings": job.judge}),
                 ("learner", "rlaif.learning:make", {"model_path": str(model), "settings": job.learner, "seed": 0}),
             )
         }  # fmt: skip
@@ -476,6 +500,7 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
     disk_s = _plain_writes(work / "plain", sum(f.stat().st_size for f in written))
     steps = here.read("updates", UpdateStep)
     steps_s = sum(s.seconds for s in steps)
+    of_stages = {"load", "sample", "cast", "update", "save"}
     return LoopTimes(
         seconds=seconds,
         load_s=waited["load"],
@@ -484,6 +509,7 @@ def part_loop(work: Path, model: Path, prompts: list[Prompt]) -> LoopTimes:
         reference_s=waited["update"] - steps_s,
         steps_s=steps_s,
         save_s=waited["save"],
+        checks_s=sum(s for method, s in waited.items() if method not in of_stages),
         disk_s=disk_s,
         tokens=sum(len(c.token_ids) for c in here.read("completions", Completion)),
         pairs=len(here.read("preferences", Preference)),
