@@ -302,7 +302,7 @@ def test_processes_that_compute_together_are_actors(
 
 
 class Killing:
-    """A progress that kills a machine in each stage that it is told: the newest one, in an update the learner's."""
+    """A progress that kills a machine in each stage that it is told: one that has who works at it."""
 
     def __init__(self, cluster: Any, stages: list[tuple[int, str]]) -> None:
         self._cluster, self._left, self._now = cluster, list(stages), (-1, "")
@@ -316,9 +316,9 @@ class Killing:
         if self._now in self._left:
             self._left.remove(self._now)
             self.killed.append(self._now)
-            nodes = self._cluster.list_all_nodes()
-            doomed = [node for node in nodes if node.node_id in learners_nodes()] if self._now[1] == "update" else nodes
-            self._cluster.remove_node(doomed[-1], allow_graceful=False)
+            busy = nodes_of(WORKS_AT[self._now[1]])
+            doomed = next(node for node in self._cluster.list_all_nodes() if node.node_id in busy)
+            self._cluster.remove_node(doomed, allow_graceful=False)
             self._cluster.add_node(num_cpus=2, wait=False)
 
     def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None: ...
@@ -326,12 +326,22 @@ class Killing:
         self.notes.append(message)
 
 
-def learners_nodes() -> set[str]:
-    """Where the processes are that compute together."""
+WORKS_AT = {
+    "sample": "sampler",
+    "score": "judge",
+    "judge": "judge",
+    "update": "learner",
+    "held-out": "sampler",
+    "sanity": "judge",
+}
+
+
+def nodes_of(role: str) -> set[str]:
+    """Where a role's workers are."""
     from ray.util import placement_group_table
 
-    groups = [group for group in placement_group_table().values() if group["strategy"] == "PACK"]
-    return {node for group in groups if group["state"] == "CREATED" for node in group["bundles_to_node_id"].values()}
+    groups = [g for g in placement_group_table().values() if g["name"] == role and g["state"] != "REMOVED"]
+    return {node for group in groups for node in group["bundles_to_node_id"].values()}
 
 
 STAGES = ("completions", "scores", "pairs", "votes", "decisions", "preferences")

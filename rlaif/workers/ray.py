@@ -133,7 +133,8 @@ class RayCluster:
             UserError: there is none.
         """
         bundle = {"CPU": 1.0, "GPU": float(gpus)} if gpus else {"CPU": 1.0}
-        group = self._ray.util.placement_group([bundle] * replicas, strategy="PACK" if together else "SPREAD")
+        how = "PACK" if together else "SPREAD"
+        group = self._ray.util.placement_group([bundle] * replicas, strategy=how, name=role)
         if not group.wait(ROOM_S):
             has = self._ray.cluster_resources()
             self._ray.util.remove_placement_group(group)
@@ -146,8 +147,7 @@ class RayCluster:
 
     def start(self, role: str, number: int, factory: str, kwargs: dict[str, Any], gpus: float) -> RayWorker:
         """Replica `number` of a role, from 0, in the room that was reserved for it; returns at once."""
-        # Ray would give each a single thread, and sums would depend on that.
-        actor = self._actor(role, number, gpus, {"OMP_NUM_THREADS": _threads(1)})
+        actor = self._actor(role, number, gpus, {}, beside=1)
         return RayWorker(self, self._ray, actor, *self._named(role, number), factory, kwargs)
 
     def start_ranks(
@@ -167,10 +167,8 @@ class RayCluster:
         actors = []
         for number, node in enumerate(nodes):
             here = nodes.count(node)
-            mine = {"OMP_NUM_THREADS": _threads(here), **variables}
-            actors.append(
-                self._actor(role, number, gpus, mine | numbered(number, count, nodes[:number].count(node), here))
-            )
+            mine = {**variables, **numbered(number, count, nodes[:number].count(node), here)}
+            actors.append(self._actor(role, number, gpus, mine, beside=here))
         for number, sees in enumerate(self._ray.get([actor.sees.remote(self._logs) for actor in actors])):
             if not sees:
                 raise UserError(
@@ -189,17 +187,20 @@ class RayCluster:
         """What messages call it, and its log."""
         return f"{role} {number + 1}", self._logs / f"{role}-{number + 1}.log"
 
-    def _actor(self, role: str, number: int, gpus: float, variables: Mapping[str, str]) -> Any:
+    def _actor(self, role: str, number: int, gpus: float, variables: Mapping[str, str], beside: int) -> Any:
+        """`beside`: so many processes of the role share their machine's cores."""
         strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
             placement_group=self._groups[role], placement_group_bundle_index=number
         )
         root = str(Path(rlaif.__file__).parents[1])  # so that the actor finds this very package, where it is there
-        return self._ray.remote(_Held).options(
+        held = self._ray.remote(_Held).options(
             num_cpus=1,
             num_gpus=gpus,
             scheduling_strategy=strategy,
             runtime_env={"env_vars": {"PYTHONPATH": f"{root}:${{PYTHONPATH}}", **variables}},
-        ).remote(*self._named(role, number), [p for p in sys.path if p], __version__)  # fmt: skip
+        )
+        threads = os.environ.get("OMP_NUM_THREADS")
+        return held.remote(*self._named(role, number), [p for p in sys.path if p], __version__, threads, beside)
 
     def sent(self, ref: WeightsRef) -> FileParts:
         """A folder's files in the object store, put there once; for nodes that don't see it."""
@@ -338,7 +339,11 @@ class RayWorker(Worker):
 class _Held:
     """The object, in its actor."""
 
-    def __init__(self, name: str, log_path: Path, path: list[str], version: str) -> None:
+    def __init__(
+        self, name: str, log_path: Path, path: list[str], version: str, threads: str | None, beside: int
+    ) -> None:
+        # Ray would give each a single thread, and sums would depend on that.
+        os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // beside))
         if log_path.parent.is_dir():  # the run's, where this machine sees it
             _print_to(log_path)
         print(f"--- {name} started {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}", flush=True)
@@ -430,11 +435,6 @@ class _Held:
         if hasattr(self._object, "close"):
             self._object.close()
         print("--- closed", flush=True)
-
-
-def _threads(processes: int) -> str:
-    """Of each of so many processes on a machine."""
-    return os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 
 def _talk_where_ray_does() -> None:

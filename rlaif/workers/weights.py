@@ -98,6 +98,8 @@ def keep(ref: WeightsRef, files: Iterable[tuple[str, list[Any]]], get: Callable[
     with FileLock(folder.parent / ".lock"):
         if folder.is_dir():
             return folder
+        for left in folder.parent.glob(".partial-*"):  # whoever wrote it was killed, or had the lock
+            shutil.rmtree(left, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
         try:
             for name, parts in files:
