@@ -1181,8 +1181,8 @@ class Pipeline(Section):
     """What happens at the same time ([scale.md](scale.md)). The log and the decisions are the same either way."""
 
     stream: Adjustable[bool | None] = None
-    """The judge works on prompts that are sampled while the policy samples others. When absent, where the judge is a
-    server or has a GPU of its own."""
+    """The judge works on prompts that are sampled while the policy samples others. When absent, where judge and sampler
+    share no device: a server elsewhere, a GPU for each, replicas on a cluster."""
     staleness: Adjustable[int] = Field(0, ge=0)
     """Iteration k samples from the policy after k - staleness iterations, so that it can be sampled and judged while
     earlier ones train. 0: from the newest."""

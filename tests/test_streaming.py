@@ -249,6 +249,8 @@ def test_it_is_streamed_where_judge_and_sampler_share_no_device() -> None:
     chat = stub_job(judge={"kind": "chat", "model": "m", "api_key_env": None})
     assert streams(chat, {"sampler": together, "judge": together})
     assert not streams(stub_job(), {"sampler": together, "judge": together})
+    assert streams(stub_job(cluster={"judge": {"replicas": 2}}), {"sampler": together, "judge": together})
+    assert not streams(stub_job(cluster={"learner": {"processes": 1}}), {"sampler": together, "judge": together})
     assert not streams(stub_job(), {"sampler": Placed("process"), "judge": Placed("process")})
     assert streams(stub_job(), {"sampler": together, "judge": alone})
     assert not streams(stub_job(pipeline={"stream": False}), {"sampler": together, "judge": alone})

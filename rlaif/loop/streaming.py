@@ -32,14 +32,14 @@ LAST_CHUNK_S = 5.0
 
 
 def streams(job: Job, places: Mapping[str, Placed]) -> bool:
-    """Whether an iteration of the job is streamed: as it says or, where it doesn't, where the two don't share a
-    device. Who takes turns (`device: shared`) never works at the same time."""
+    """Whether an iteration of the job is streamed: as it says or, where it doesn't, where sampler and judge don't share
+    a device. What a cluster holds has its own. Who takes turns (`device: shared`) never works at the same time."""
     if job.pipeline.stream is not None:
         return job.pipeline.stream
     kind = kind_of(job.judge)
-    elsewhere = kind.fed and kind.serve is None
+    elsewhere = (kind.fed and kind.serve is None) or (job.cluster and (job.cluster.sampler or job.cluster.judge))
     judge = places["servers" if kind.serve else "judge"]
-    return elsewhere or (job.device is None and apart(places["sampler"].gpus, judge.gpus))
+    return bool(elsewhere) or (job.device is None and apart(places["sampler"].gpus, judge.gpus))
 
 
 def sample_and_judge(run: Running, it: Iteration) -> None:

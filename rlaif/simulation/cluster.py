@@ -61,7 +61,7 @@ class Replicas(Section):
     """How many of a role share its work."""
 
     replicas: int = Field(1, ge=1)
-    """Each takes the next answer, or ballot, when it has room."""
+    """Each takes the next answer, or ballot, when it has room; in a run each sampler has its share of the prompts."""
     gpus: float = Field(0, ge=0)
     """Of each replica."""
 

@@ -72,7 +72,7 @@ def simulate(work: Work, setup: Setup, seed: int = 0) -> Simulated:
 
 
 @dataclass
-class _Sampled:
+class _Marks:
     """When an iteration's sampling began, when the policy was there, when it was over."""
 
     began: float = 0.0
@@ -118,7 +118,7 @@ class _Run:
         self._taken = [env.event() for _ in range(work.iterations)]
         """The loop goes on with an iteration that is judged: later ones may begin."""
         self._ended = [env.event() for _ in range(work.iterations)]
-        self._sampled = [_Sampled() for _ in range(work.iterations)]
+        self._sampled = [_Marks() for _ in range(work.iterations)]
         self.began_s, self.ends_s = 0.0, list[float]()
         self._spent_s = dict.fromkeys(STAGES, 0.0)
 

@@ -71,7 +71,7 @@ def work_of(job: Job, base_dir: Path) -> Work:
         anchors=counts.anchors,
         evaluated=counts.evaluated,
         max_tokens=job.sampling.max_tokens,
-        stream=True if job.pipeline.stream is None and chat else job.pipeline.stream,
+        stream=True if job.pipeline.stream is None and chat and not chat.serve else job.pipeline.stream,
         staleness=job.pipeline.staleness,
         judges_at_once=chat.concurrency if chat else None,
         requests_per_minute=chat.requests_per_minute if chat else None,
