@@ -100,7 +100,8 @@ def test_a_run_whose_learner_is_two_processes(
     for name in ("one", "two"):
         root = tmp_path / name
         learner = {"batch_size": 2, "precision": "fp32", **({"accelerate": "cpus.yaml"} if name == "two" else {})}
-        changes: dict[str, Any] = {"iterations": 1, "workers": "process", "learner": learner}
+        own = {"learner": {"worker": "process"}}
+        changes: dict[str, Any] = {"iterations": 1, "learner": learner, "placement": own}
         made = project_job(root, tiny_model, **changes)
         write(root, **ON_CPUS).rename(root / "cpus.yaml")
         told = Quiet()

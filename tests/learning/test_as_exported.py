@@ -40,8 +40,8 @@ def learner(path: str, precision: config.Precision, kind: str = "dpo", **changes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reference", ["base", "previous"])
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("online_dpo", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("reference", ["previous", pytest.param("base", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("rate", "lora"), [(3e-6, None), (5e-5, LORA)], ids=["full", "lora"])
 def test_the_margin_is_the_whole_moves(
     rate: float, lora: config.Lora | None, reference: str, kind: str, on_grid: str, tmp_path: Path
