@@ -192,8 +192,8 @@ def test_a_judges_servers_rest_only_for_who_sees_their_gpus(servers: str, sample
         name: Placed("process", tuple(gpus.split()))
         for name, gpus in (("servers", servers), ("sampler", sampler), ("judge", "9"))
     }
-    assert launch.share_gpus(places, ["sampler", "reference"]) is share
-    assert not launch.share_gpus(places, [])
+    assert launch.gpus_in_common(places, ["sampler", "reference"]) is share
+    assert not launch.gpus_in_common(places, [])
 
 
 def test_nobody_wakes_beside_one_that_doesnt_rest(device: Device) -> None:

@@ -68,8 +68,6 @@ from rlaif.workers.turns import OfWorker, Turns
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
 
-"""Marks a folder in which a start writes and that has no run.json yet."""
-
 _COPIES = ("prompts", "constitutions", "calibration.json", COPY, "events.jsonl")
 """What a start writes into the run before anything is sampled."""
 
@@ -303,7 +301,7 @@ def _load(
         UserError: one of them can't be built, or a prompt can't be asked.
         WorkerError: one of them fails.
     """
-    shared = _shared(job, note)
+    shared = _who_takes_turns(job, note)
     factories, holds = _factories(run, job, start, servers, shared), _holds(job, learners.processes)
     note(f"loading {', '.join([*factories, *([servers.name] if servers else [])])}; a line when each is ready")
     workers: dict[str, Worker] = {}
@@ -340,8 +338,8 @@ def _load(
         worker: Worker
         if name == "judge" and servers:  # before it, so that they outlast it
             stack.enter_context(closing(servers))
-            among = share_gpus(places, shared & factories.keys())
-            _start(servers, run, job, start, places, note, rests=among)
+            among = gpus_in_common(places, shared & factories.keys())
+            _start_servers(servers, run, job, start, places, note, rests=among)
             if among:
                 wait_until_ready([servers], loaded)
                 turns.join(name, servers, places["servers"].gpus)
@@ -374,13 +372,13 @@ def _load(
     return {"measurer": workers["judge"], **workers}, train, held_out
 
 
-def share_gpus(places: Mapping[str, Placed], roles: Collection[str]) -> bool:
+def gpus_in_common(places: Mapping[str, Placed], roles: Collection[str]) -> bool:
     """Whether the judge's servers have a GPU in common with one of the roles."""
     theirs = [places["judge" if role == "reference" else role].gpus for role in roles]
     return any(not apart(places["servers"].gpus, gpus) for gpus in theirs)
 
 
-def _shared(job: Job, note: Callable[[str], None]) -> set[str]:
+def _who_takes_turns(job: Job, note: Callable[[str], None]) -> set[str]:
     """Roles whose workers take turns with the memory of a GPU (`device: shared`); says who doesn't."""
     if job.device is None:
         return set()
@@ -407,7 +405,7 @@ def _servers(job: Job) -> Servers | None:
     return Servers("judge", serve.replicas) if serve else None
 
 
-def _start(
+def _start_servers(
     servers: Servers,
     run: RunDir,
     job: Job,

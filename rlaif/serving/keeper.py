@@ -47,6 +47,7 @@ class Keeper:
         log: Path,
         start_timeout_s: float,
         restarts: int,
+        setting: str = "",
     ):
         """
         Args:
@@ -57,12 +58,14 @@ class Keeper:
             log: Where the output of this process goes, and so the server's.
             start_timeout_s: Longest wait for the first answer.
             restarts: How often it is started again, at most.
+            setting: What the user calls `start_timeout_s`, if he can change it.
 
         Raises:
             UserError: it ended, or gave no answer in time.
         """
         self._command, self._environment, self._health = command, dict(environment), health
         self._log, self._start_timeout_s, self._restarts = log, start_timeout_s, restarts
+        self._setting = f" ({setting})" if setting else ""
         self._process = self._started()
         if why := self._until_it_answers(threading.Event()):
             said = _cause(log, self._begins)
@@ -115,7 +118,7 @@ class Keeper:
             if self._answers() or over.wait(_POLL_S):
                 return None
         self._process.kill()
-        return f"gave no answer within {self._start_timeout_s:g} s (judge.serve.start_timeout_s)"
+        return f"gave no answer within {self._start_timeout_s:g} s{self._setting}"
 
     def _answers(self) -> bool:
         try:

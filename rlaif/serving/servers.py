@@ -97,6 +97,7 @@ class Servers:
                 "log": log,
                 "start_timeout_s": serve.start_timeout_s,
                 "restarts": 0 if takes_weights or rests else MAX_RESTARTS,
+                "setting": "judge.serve.start_timeout_s" if self.role == "judge" else "",
             }
             self._keepers.append(
                 ProcessWorker(f"{self.role}-server-{number}", "rlaif.serving.keeper:Keeper", kwargs, log)

@@ -24,10 +24,10 @@ from rlaif.workers.worker import Piece, Worker
 WITHOUT_DEVICE = frozenset(
     {
         *("computes_in", "problems", "answer_problems", "tokens_of", "sequences_of", "sequences_in"),
-        *("exports_in", "track", "use_reference", "close"),
+        *("exports_in", "track", "use_reference"),
     }
 )
-"""Methods of sampler and learner that need nothing of what rests."""
+"""Methods of sampler and learner that need nothing of what rests. `close` isn't one: a tracker may save the policy."""
 
 
 class Rests(Protocol):
