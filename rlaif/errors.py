@@ -27,6 +27,10 @@ class UserError(RlaifError):
     exit_code = 2
 
 
+class NoRoom(UserError):
+    """A cluster is too small for what the job asks of it, now at least."""
+
+
 class WorkerError(RlaifError):
     """A worker process died or reported a failure; the run can be resumed."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlaif.config import Job, Monitors
-from rlaif.errors import RlaifError, RunPaused, UserError
+from rlaif.errors import RlaifError, RunPaused, UserError, WorkerDied
 from rlaif.monitors import History, alarms
 from rlaif.records import (
     Completion,
@@ -30,7 +30,9 @@ from rlaif.records import (
     Vote,
     WeightsGap,
 )
+from rlaif.rundir.heads import read_heads
 from rlaif.rundir.store import RunDir, read_record, read_rows
+from rlaif.workers.inline import InlineWorker
 from rlaif.workers.weights import WeightsRef
 from tests.conftest import make_project, project_job
 from tests.stubs import Quiet, stub_job, stub_loop, text, write_texts
@@ -593,6 +595,26 @@ def test_an_alarm_pauses_once_and_the_same_command_goes_on(tmp_path: Path) -> No
         stub_loop(tmp_path, job).run()
     stub_loop(tmp_path, job).run()
     assert [k for k, _ in events(tmp_path, "alarm")] == [0, 1]
+
+
+def test_a_learner_that_dies_as_trackers_are_told_keeps_no_alarm_from_pausing(tmp_path: Path) -> None:
+    """The iteration is done then, and a run that goes on never looks at it again."""
+
+    class Dies(InlineWorker):
+        def call(self, method: str, **kwargs: Any) -> Any:
+            if method == "track" and kwargs["step"]:
+                raise WorkerDied("learner worker died (unplugged)")
+            return super().call(method, **kwargs)
+
+    for action, stops in (("pause", RunPaused), ("warn", WorkerDied)):
+        job = stub_job(iterations=2, monitors={"short_answers": {"limit": 99, "action": action}})
+        loop = stub_loop(tmp_path / action, job)
+        loop.learner = Dies("learner", "tests.stubs:StubLearner", {})
+        with pytest.raises(stops):
+            loop.run()
+        assert loop.dir.done() == [0]
+        assert read_heads(loop.dir.path)
+        assert [k for k, _ in events(tmp_path / action, "alarm")] == [0]
 
 
 def test_an_alarm_says_where_it_was_silent(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from rlaif.config import (
     worth_knowing,
 )
 from rlaif.data.prompts import check_enough, exclude_held_out, load_prompts, shipped_held_out, with_system
-from rlaif.errors import RlaifError, RunInterrupted, RunPaused, UserError, WorkerDied
+from rlaif.errors import NoRoom, RlaifError, RunInterrupted, RunPaused, UserError, WorkerDied
 from rlaif.evaluation.probes import Probe, probes_of
 from rlaif.evaluation.texts import FixedText
 from rlaif.evaluation.texts import shipped as shipped_texts
@@ -130,12 +130,16 @@ def _execute_again(job: Job, run_dir: Path, base_dir: Path, progress: Progress, 
     learner, whose processes can do nothing without each other. Then the run goes on from its log by itself.
 
     Raises:
-        RunPaused: that happened too often.
+        RunPaused: that happened too often, or the cluster has no room any more.
     """
     deaths = 0
     while True:
         try:
             return _execute(job, run_dir, base_dir, progress, allow_change)
+        except NoRoom as e:
+            if not deaths:
+                raise
+            raise RunPaused(f"{e}, since a machine is gone. The same command goes on when it is back") from e
         except WorkerDied as e:
             if job.cluster is None:
                 raise
@@ -330,11 +334,12 @@ def _load(
         if name == "sampler" and workers.keys() == factories.keys():
             check_prompts()  # while the others load: it names file and row, and they can't
 
-    cluster = stack.enter_context(_cluster(run, job.cluster, places)) if job.cluster else None
+    roles = {*factories, *(["servers"] if servers else [])}
+    cluster = stack.enter_context(_cluster(run, job.cluster, places, roles)) if job.cluster else None
     unready: list[Starting] = []
     turns = Turns()
     for name, (factory, kwargs) in factories.items():
-        at, log = places["judge" if name == "reference" else name], run.path / "logs" / f"{name}.log"
+        at, log = places[_placed_as(name)], run.path / "logs" / f"{name}.log"
         worker: Worker
         if name == "judge" and servers:  # before it, so that they outlast it
             stack.enter_context(closing(servers))
@@ -374,8 +379,7 @@ def _load(
 
 def gpus_in_common(places: Mapping[str, Placed], roles: Collection[str]) -> bool:
     """Whether the judge's servers have a GPU in common with one of the roles."""
-    theirs = [places["judge" if role == "reference" else role].gpus for role in roles]
-    return any(not apart(places["servers"].gpus, gpus) for gpus in theirs)
+    return any(not apart(places["servers"].gpus, places[_placed_as(role)].gpus) for role in roles)
 
 
 def _who_takes_turns(job: Job, note: Callable[[str], None]) -> set[str]:
@@ -430,12 +434,16 @@ def _start_servers(
     servers.start(serve, model, job.judge.model, job.judge.precision, gpus, logs, told, rests=rests)
 
 
-def _cluster(run: RunDir, settings: Cluster, places: dict[str, Placed]) -> RayCluster:
-    """A cluster of this machine alone may have the GPUs that a learner outside of it and the judge's servers leave."""
-    servers = places["servers"].gpus if "servers" in places else ()
-    taken = {*(() if settings.learner else places["learner"].gpus), *servers}
-    mine = [gpu for gpu in usable_gpus(len(gpu_names())) if gpu not in taken]
-    return RayCluster(settings, run.path / "logs", mine)
+def _cluster(run: RunDir, settings: Cluster, places: Mapping[str, Placed], roles: Collection[str]) -> RayCluster:
+    """A cluster of this machine alone may have the GPUs that the `roles` outside of it leave."""
+    outside = [places[_placed_as(role)].gpus for role in roles if not getattr(settings, role, None)]
+    mine = [gpu for gpu in usable_gpus(len(gpu_names())) if not any(gpu in gpus for gpus in outside)]
+    return RayCluster(settings, (run.path / "logs").absolute(), mine)
+
+
+def _placed_as(role: str) -> str:
+    """Whose place a role has: a reference judge's is the judge's."""
+    return "judge" if role == "reference" else role
 
 
 def _replicas(
@@ -481,7 +489,7 @@ def _factories(
 ) -> dict[str, tuple[str, dict[str, Any]]]:
     """Role → what builds it in its worker, and from what; `servers` are the judge's, if we start them; `shared`: roles
     that will be asked to rest."""
-    policy = str(start.base.path)
+    policy, logs = str(start.base.path), (run.path / "logs").absolute()  # a worker may work in another directory
     factories: dict[str, tuple[str, dict[str, Any]]] = {
         "sampler": (
             "rlaif.sampling.role:make",
@@ -490,7 +498,7 @@ def _factories(
                 "settings": job.sampling,
                 "policy": job.policy,
                 "sha256": start.own_code.get(job.sampling.engine),
-                "logs": run.path / "logs",
+                "logs": logs,
                 "rests": "sampler" in shared,
             },
         ),
@@ -500,7 +508,7 @@ def _factories(
                 "model_path": policy,
                 "settings": job.learner,
                 "seed": job.seed,
-                "output_dir": str(run.path / "logs" / "learner"),
+                "output_dir": str(logs / "learner"),
                 "export_precision": job.sampling.precision,
                 "sha256": start.own_code.get(job.learner.kind),
             },

@@ -12,7 +12,7 @@ from itertools import chain
 
 from rlaif import monitors
 from rlaif.data.prompts import prompts_for
-from rlaif.errors import RunPaused
+from rlaif.errors import RunPaused, WorkerDied
 from rlaif.judging.calibration import judged_stats
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit
@@ -213,12 +213,18 @@ class Loop(Running):
         write_json(it.dir.path / "metrics.json", metrics.model_dump(mode="json"))
         votes, number = chain(it.votes, more_votes), self.text_number(it.k)
         told = tracking.of_iteration(metrics, votes, self.job.judge, number, self.dir.events())
-        self.track(it.k, it.k + 1, told)
+        died: WorkerDied | None = None
+        try:
+            self.track(it.k, it.k + 1, told)
+        except WorkerDied as e:  # it must not keep an alarm from pausing the run, which goes on with the next iteration
+            died = e
         head = write_head(self.dir)
         self.progress.iteration_done(it.k, metrics)
         self.progress.note(f"head {head.name}")
         self._since = time.monotonic()
         self._pause_at(it.k, alarms)
+        if died:
+            raise died
 
     def _evaluate(self, updates: int, plan: Plan) -> EvaluationMetrics:
         """Held-out answers of the policy after `updates` iterations, under the text that was in force in a plan's."""

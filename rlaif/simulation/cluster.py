@@ -252,6 +252,8 @@ def read_cluster(path: Path, of: Cluster | None = None, learners: int = 1) -> Se
         raise UserError(f"{path}: a cluster's file is a mapping with `cluster` and `rates`; see docs/scale-plan.md")
     rates = dict(tree.get("rates", {}))
     if (run := rates.pop("from", None)) is not None:
+        if isinstance(sampler := rates.get("sampler"), dict) and "at_once" in sampler:
+            rates["sampler"] = {"at_most": None, **sampler}  # a file's word on the one is its word on both
         rates = _over(measure(RunDir.open(Path(str(run)))), rates)
     return _parsed({**_over(own, tree), "rates": rates}, str(path), root)
 

@@ -312,9 +312,12 @@ class _Run:
         return seconds
 
     def _decoded(self, answers: float) -> int:
-        """Of so many, those that a sampler has under way at once."""
-        rates = self.rates.sampler
-        return max(rates.at_once, min(rates.at_most or 1, math.ceil(answers / self.setup.cluster.sampler.replicas)))
+        """Of so many, those that a sampler has under way at once. Where they are more than it can have, in rounds of one
+        size: it isn't slower for a last one that is half empty, since others are under way meanwhile."""
+        rates, mine = self.rates.sampler, math.ceil(answers / self.setup.cluster.sampler.replicas)
+        if rates.at_most is None or not mine:
+            return rates.at_once
+        return max(rates.at_once, math.ceil(mine / math.ceil(mine / rates.at_most)))
 
     def _latencies(self, random: np.random.Generator, of: Spread, n: int, weight: float | None = None) -> Any:
         return iter(self.judge.seconds(of.draw(random, n), weight or self.weight).tolist())

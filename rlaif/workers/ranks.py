@@ -31,7 +31,7 @@ GRACE_S = 10.0
 """After one has failed: how long the others get to fail, too, or to end what they do."""
 JOINED = f"{__name__}:joined"
 """The factory of each process; it is given the object's own, and where to meet."""
-_LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
+LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
 
 
 class Ranks(Worker):
@@ -177,7 +177,7 @@ def start_ranks(
             JOINED,
             {"meeting": meeting, "factory": factory, **kwargs},
             logs / f"{name if number == 0 else f'{name}-{number + 1}'}.log",
-            {**_LOOPBACK, "OMP_NUM_THREADS": threads, **(env or {}), **numbered(number, count, number, count)},
+            {**LOOPBACK, "OMP_NUM_THREADS": threads, **(env or {}), **numbered(number, count, number, count)},
         )
         for number in range(count)
     ]

@@ -36,11 +36,11 @@ from typing import Any, Self
 import rlaif
 from rlaif import __version__
 from rlaif.config import Cluster
-from rlaif.errors import UserError, WorkerDied, WorkerError, needs_extra, to_install
+from rlaif.errors import NoRoom, UserError, WorkerDied, WorkerError, needs_extra, to_install
 from rlaif.models import digest_of
 from rlaif.workers.feed import Feed
 from rlaif.workers.process import CLOSE_GRACE_S
-from rlaif.workers.ranks import JOINED, Ranks, numbered
+from rlaif.workers.ranks import JOINED, LOOPBACK, Ranks, numbered
 from rlaif.workers.weights import FileParts, WeightsMissing, WeightsRef, keep, parts_of, seen_here
 from rlaif.workers.worker import Worker, built, one_line
 
@@ -57,6 +57,8 @@ PRIVATE = {
     "RAY_worker_niceness": "0",  # else whatever else this machine does goes before
 }
 """What a cluster that is made for the run starts with."""
+_TOKEN = secrets.token_hex(32)
+"""Of all clusters that this process makes: Ray reads it once in the life of a process."""
 
 Answer = tuple[str, Any]
 """`ok`, `item`, `end`, `user_error`, `error` or `missing`, and what belongs to it."""
@@ -85,7 +87,7 @@ class RayCluster:
         with contextlib.ExitStack() as stack:
             if settings.address == "local":
                 _private_from_now_on()
-                stack.enter_context(_environment({"RAY_AUTH_TOKEN": secrets.token_hex(32)}))
+                stack.enter_context(_environment({"RAY_AUTH_TOKEN": _TOKEN}))
                 self._folder = Path(tempfile.mkdtemp(prefix="rlaif-"))
                 stack.callback(self._keep_logs, self._folder)
             self._ray = _imported()
@@ -130,7 +132,7 @@ class RayCluster:
         `together`.
 
         Raises:
-            UserError: there is none.
+            NoRoom: there is none.
         """
         bundle = {"CPU": 1.0, "GPU": float(gpus)} if gpus else {"CPU": 1.0}
         how = "PACK" if together else "SPREAD"
@@ -139,7 +141,7 @@ class RayCluster:
             has = self._ray.cluster_resources()
             self._ray.util.remove_placement_group(group)
             what = "processes" if together else "replicas"
-            raise UserError(
+            raise NoRoom(
                 f"cluster.{role}: no room for {replicas} {what} of {gpus:g} GPUs and a CPU each, every one on one "
                 f"machine; the cluster has {has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs in all"
             )
@@ -164,24 +166,41 @@ class RayCluster:
         """
         on = self._ray.util.placement_group_table(self._groups[role])["bundles_to_node_id"]
         nodes = [on[number] for number in range(count)]
+        alone = len({*nodes}) == 1
         actors = []
         for number, node in enumerate(nodes):
             here = nodes.count(node)
-            mine = {**variables, **numbered(number, count, nodes[:number].count(node), here)}
+            mine = {
+                **(LOOPBACK if alone else {}),
+                **variables,
+                **numbered(number, count, nodes[:number].count(node), here),
+            }
             actors.append(self._actor(role, number, gpus, mine, beside=here))
-        for number, sees in enumerate(self._ray.get([actor.sees.remote(self._logs) for actor in actors])):
+        for number, sees in enumerate(self._of_all(role, [actor.sees.remote(self._logs) for actor in actors])):
             if not sees:
                 raise UserError(
                     f"cluster.{role}: the machine of process {number + 1} doesn't see {self._logs}; put runs on a file "
                     "system that all of them share"
                 )
-        meeting = self._ray.get(actors[0].meeting.remote(len(set(nodes)) == 1))
+        (meeting,) = self._of_all(role, [actors[0].meeting.remote(alone)])
         given = {"meeting": meeting, "factory": factory, **kwargs}
         made = [
             RayWorker(self, self._ray, actor, *self._named(role, number), JOINED, given)
             for number, actor in enumerate(actors)
         ]
         return Ranks(role, made)
+
+    def _of_all(self, role: str, asked: list[Any]) -> list[Any]:
+        """Answers of actors that are just being made.
+
+        Raises:
+            WorkerDied: one isn't there in time, or will never be.
+        """
+        try:
+            answers: list[Any] = self._ray.get(asked, timeout=ROOM_S)
+        except self._ray.exceptions.RayError as e:  # a GetTimeoutError is one
+            raise WorkerDied(f"{role} worker died while it was made ({_reason(e)}); its log is in {self._logs}") from e
+        return answers
 
     def _named(self, role: str, number: int) -> tuple[str, Path]:
         """What messages call it, and its log."""
@@ -243,7 +262,7 @@ class RayWorker(Worker):
         self._cluster, self._ray, self._actor = cluster, ray, actor
         self._begun = time.monotonic()
         self._placed = actor.node.remote()
-        self._build = functools.partial(actor.build.remote, factory, _by_reference(kwargs))
+        self._build = functools.partial(actor.build.remote, factory, _by_reference(_absolute(kwargs)))
         self._built = self._build()
         self._ready = self._closed = False
 
@@ -269,14 +288,14 @@ class RayWorker(Worker):
     def call(self, method: str, **kwargs: Any) -> Any:
         """As `ProcessWorker.call`."""
         self.ready()
-        return self._asked(functools.partial(self._actor.call.remote, method, kwargs))[1]
+        return self._asked(functools.partial(self._actor.call.remote, method, _absolute(kwargs)))[1]
 
     def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Generator[Any, None, None]:
         """As `ProcessWorker.stream`, without a feed: a judge that is fed only waits, and needs no cluster."""
         if feed is not None:
             raise NotImplementedError(f"{self.name}.{method}: an actor takes no feed")
         self.ready()
-        self._asked(functools.partial(self._actor.begin.remote, method, kwargs))
+        self._asked(functools.partial(self._actor.begin.remote, method, _absolute(kwargs)))
         ahead = deque(self._actor.more.remote() for _ in range(_AHEAD))
         try:
             while (answer := self._answer(ahead.popleft()))[0] != "end":
@@ -352,6 +371,7 @@ class _Held:
         self._object: Any = None
         self._items: Iterator[Any] | None = None
         self._sees_the_run = False
+        self._meeting: Path | None = None
 
     def node(self) -> str:
         """Where it is."""
@@ -366,7 +386,8 @@ class _Held:
         """Where processes that compute together meet: in a folder that nobody else reads, or at a port of this
         machine."""
         if on_one_machine:
-            return (Path(tempfile.mkdtemp(prefix="rlaif-")) / "meeting").as_uri()
+            self._meeting = Path(tempfile.mkdtemp(prefix="rlaif-"))
+            return (self._meeting / "meeting").as_uri()
         import ray
 
         address = ray.util.get_node_ip_address()
@@ -434,6 +455,8 @@ class _Held:
         """Lets the object end what it has begun."""
         if hasattr(self._object, "close"):
             self._object.close()
+        if self._meeting is not None:
+            shutil.rmtree(self._meeting, ignore_errors=True)
         print("--- closed", flush=True)
 
 
@@ -456,6 +479,11 @@ def _here(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         WeightsMissing: one isn't.
     """
     return {name: seen_here(value) if isinstance(value, WeightsRef) else value for name, value in kwargs.items()}
+
+
+def _absolute(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments whose paths lead to the same from any working directory."""
+    return {name: value.absolute() if isinstance(value, Path) else value for name, value in kwargs.items()}
 
 
 def _by_reference(kwargs: Mapping[str, Any]) -> dict[str, Any]:

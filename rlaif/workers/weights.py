@@ -12,9 +12,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock
+from pydantic import AfterValidator
 
 from rlaif.errors import UserError, WorkerError
 from rlaif.models import cache_root, digest_of, weight_files
@@ -35,8 +36,9 @@ class WeightsRef(Record):
     digest: str
     """Of the policy, as in `PolicyVersion`: sha256 of its exported weights, first 16 hex digits. A learner's state has
     that of the policy which it exports."""
-    path: Path
-    """A folder that every worker can read, or has sent to it: an exported policy, or a learner's state."""
+    path: Annotated[Path, AfterValidator(Path.absolute)]
+    """A folder that every worker can read, or has sent to it: an exported policy, or a learner's state. Absolute, since
+    who reads it may work in another directory."""
 
     def folder(self) -> Path:
         """Where to read a policy from.

@@ -62,6 +62,8 @@ def test_what_a_file_says_takes_the_place_of_what_was_measured(tmp_path: Path) -
     assert (found.learner.commit_s, found.answers.tokens and found.answers.tokens.median) == (9, 7)
     assert found.learner.tokens_per_s == alone.learner.tokens_per_s
     assert found.sampler == alone.sampler
+    slots = read_cluster(written(tmp_path / "c.yaml", rates={"from": str(STORED), "sampler": {"at_once": 5}})).rates
+    assert (slots.sampler.at_once, slots.sampler.at_most) == (5, None), "a file's word on the one is its word on both"
 
 
 def test_a_jobs_counts_are_those_of_its_plan(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_replicas_processes_and_slots_share_the_work() -> None:
     assert run(work(), loads).spent_s["weights"] == pytest.approx(5 * 2 * 3)
 
 
-@pytest.mark.parametrize(("at_most", "first_s"), [(None, 2), (1, 2), (4, 4), (16, 16), (99, 16)])
+@pytest.mark.parametrize(("at_most", "first_s"), [(None, 2), (1, 2), (4, 4), (12, 8), (16, 16), (99, 16)])
 def test_answers_that_are_decoded_together_share_the_tokens_of_a_second(at_most: int | None, first_s: float) -> None:
     """Sampling takes as long in all; what is streamed comes later, and all at once in the end."""
     sampler = {"at_most": at_most}
