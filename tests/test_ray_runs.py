@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,13 @@ import pytest
 
 from rlaif.records import IterationMetrics, UpdateStep
 from rlaif.rundir.store import RunDir
-from tests.conftest import project_job
+from tests.conftest import make_project, project_job
+from tests.serving.test_servers import until
 from tests.test_launched import ON_CPUS, write
 from tests.test_ray import with_ray
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Killing:
@@ -26,6 +32,8 @@ class Killing:
         self._cluster, self._left, self._now = cluster, list(stages), (-1, "")
         self.killed: list[tuple[int, str]] = []
         self.notes: list[str] = []
+        self._kills = ThreadPoolExecutor(1)
+        """A machine ends with the thread that made it, and a run that streams judges in threads that come and go."""
 
     def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
         self._now = (iteration, name)
@@ -34,8 +42,13 @@ class Killing:
         if self._now in self._left:
             self._left.remove(self._now)
             self.killed.append(self._now)
-            busy = nodes_of(WORKS_AT[self._now[1]])
-            doomed = next(node for node in self._cluster.list_all_nodes() if node.node_id in busy)
+            self._kills.submit(self._kill, WORKS_AT[self._now[1]]).result()
+
+    def _kill(self, role: str) -> None:
+        busy = nodes_of(role)
+        doomed = next(node for node in self._cluster.list_all_nodes() if node.node_id in busy)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("signal.signal", lambda *_: None)  # Ray takes some, which the main thread alone may
             self._cluster.remove_node(doomed, allow_graceful=False)
             self._cluster.add_node(num_cpus=2, wait=False)
 
@@ -151,3 +164,22 @@ def test_a_run_on_three_nodes_decides_as_one_process(
     assert len(again) >= 2, "the learner died in each update"
     assert [e.kind for e in run.events()].count("resumed") == len(again)
     assert outcome(tmp_path / "shared") == outcome(tmp_path / "alone")
+
+
+@with_ray
+def test_the_cluster_of_a_run_that_is_killed_ends(tmp_path: Path, tiny_model: Path) -> None:
+    """Also what its agents hold, some of whom ask every few seconds only whether anybody is there."""
+    cluster = {"sampler": {"replicas": 2}}
+    make_project(tmp_path, tiny_model, constitution="rules@1", workers="process", cluster=cluster)
+    command = [sys.executable, "-m", "rlaif", "run", "tiny.yaml", "--name", "killed"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    log = (tmp_path / "out").open("w")
+    run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    try:
+        until(lambda: run.poll() is not None or "sampler ready" in (tmp_path / "out").read_text(), 600)
+        started = psutil.Process(run.pid).children(recursive=True)
+        assert any("raylet" in process.name() for process in started), (tmp_path / "out").read_text()
+    finally:
+        run.kill()
+        run.wait()
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in started), 120)

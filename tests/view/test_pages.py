@@ -18,6 +18,7 @@ import pytest
 from rlaif.judging.verdicts import aggregate
 from rlaif.review.queue import Queue
 from rlaif.rundir.store import RunDir
+from tests.conftest import rlaif_here
 from tests.judging.vote_makers import make_vote
 from tests.view.conftest import served
 from tests.view.runs import make_run, reviewed_job
@@ -57,6 +58,21 @@ def test_a_name_that_is_not_this_machine_is_refused(address: str) -> None:
     assert status == 400
     assert "loopback" in text
     assert get(address, Host="localhost:1234")[0] == 200
+
+
+@pytest.mark.slow
+def test_iterations_that_an_older_policy_sampled_say_so(stub_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(stub_run, tmp_path / "run")
+    column = "Sampled iterations before"
+    with served(run) as url:
+        assert column not in get(url)[2]
+    assert "stale" not in rlaif_here("audit", str(run)).stdout
+    metrics = run / "iterations/0001/metrics.json"
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"staleness": 1}))
+    with served(run) as url:
+        assert column in get(url)[2]
+    header = next(line for line in rlaif_here("audit", str(run)).stdout.splitlines() if "slot 1" in line)
+    assert "stale" in header
 
 
 @pytest.mark.slow
