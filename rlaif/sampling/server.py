@@ -2,8 +2,9 @@
 
 In: `SampleRequest`s and folders of weights that the servers can read. Out: `Sample`s as they finish. A prompt's answers
 are all sampled by one server, and which one follows from the order of the prompts alone. What the servers do beside
-vLLM's own is in `vllm_compat` (`TakesWeights`). That every server holds the weights that it was given is asked before
-and after each batch: one that was started again in between holds others.
+vLLM's own is in `vllm_compat` (`TakesWeights`). That every server holds the weights that it was given is asked when
+answers have come and before anybody is given them: one that was started again, or that somebody else gives weights,
+holds others, and what is handed out may be on the disk a moment later.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import queue
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,12 +77,14 @@ class Sampler:
             logs = logs or Path(tempfile.mkdtemp(prefix="rlaif-sampler-"))
             _start(self._servers, model_path, settings, logs, rests)
         self._pool = ThreadPoolExecutor(MAX_SEQUENCES * len(self._urls), "sampling")
+        self._aside = ThreadPoolExecutor(len(self._urls), "servers")
+        """For what doesn't wait until a batch's answers have had their turn."""
         refuse(self._rpc("rlaif_check")[0])
         if self._servers is None:  # whatever they held before
             self.load(model_path)
 
     def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
-        """Samples a batch; yields each answer as it finishes, in any order.
+        """Samples a batch; yields answers as they finish, in any order.
 
         Raises:
             UserError: a prompt leaves no room for `max_tokens` within `sampling.max_model_len`.
@@ -95,13 +99,22 @@ class Sampler:
             self._pool.submit(self._answer, self._urls[prompts[r.prompt_token_ids] % len(self._urls)], r)
             for r in requests
         ]
+        finished: queue.SimpleQueue[Future[Sample]] = queue.SimpleQueue()
+        for answer in asked:
+            answer.add_done_callback(finished.put)
+        left = len(asked)
         try:
-            for answer in as_completed(asked):
-                yield [answer.result()]
+            while left:
+                some = [finished.get()]
+                while not finished.empty():
+                    some.append(finished.get())
+                left -= len(some)
+                samples = [answer.result() for answer in some]
+                self._check_weights()
+                yield samples
         finally:
             for answer in asked:
                 answer.cancel()
-        self._check_weights()
 
     def load(self, policy_path: str) -> None:
         """Takes the weights of another folder of the same architecture, which every server can read."""
@@ -121,12 +134,14 @@ class Sampler:
 
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         """log p of each completion token under the weights that sample now, in nats."""
+        found = list(self._pool.map(self._scored, sequences, itertools.cycle(self._urls)))
         self._check_weights()
-        return list(self._pool.map(self._scored, sequences, itertools.cycle(self._urls)))
+        return found
 
     def close(self) -> None:
         """Ends the servers that were started."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._aside.shutdown(wait=False, cancel_futures=True)
         if self._servers is not None:
             self._servers.close()
 
@@ -179,7 +194,7 @@ class Sampler:
 
     def _each(self, ask: Callable[[str], T]) -> list[T]:
         """Something of every server, at the same time."""
-        return list(self._pool.map(ask, self._urls))
+        return list(self._aside.map(ask, self._urls))
 
     def _post(self, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})

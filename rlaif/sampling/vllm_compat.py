@@ -161,6 +161,7 @@ class TakesWeights:
 
     def rlaif_take(self, path: str) -> None:
         """Takes the weights of a folder. Raises as `reload_weights`."""
+        self.rlaif_weights = f"{path}, in part"  # what it says it holds, should the rest not come
         _take(list(self.get_model().modules()), path, lambda: self.reload_weights(weights_path=path))
         self.rlaif_weights = path
 

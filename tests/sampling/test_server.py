@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,20 +16,25 @@ from rlaif import config
 from rlaif.config import parse_job
 from rlaif.errors import RlaifError, UserError
 from rlaif.records import TokenSequence
-from rlaif.sampling import Sample, SampleRequest, server
+from rlaif.sampling import Sample, SampleRequest, server, vllm_compat
 from rlaif.sampling.role import can_rest, make
 from rlaif.sampling.server import Sampler
+from rlaif.sampling.vllm_compat import TakesWeights
 from tests.sampling.conftest import END
 
 KEY = "secret"
 
 
 class Stub:
-    """Answers every prompt with the same tokens; counts and keeps what it is asked."""
+    """Answers every prompt with the same tokens, backwards under other weights than it was given first; keeps what it
+    is asked."""
 
     def __init__(self, tokens: list[int] | None = None) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.held = "another run's"
+        self.given: list[str] = []
+        self.meanwhile: Callable[[], object] = lambda: None
+        """What happens while it samples an answer."""
         self.tokens = tokens or [5, 6, 7, END]
         self.unknown = ""
         stub = self
@@ -54,15 +60,18 @@ class Stub:
         if path == "/collective_rpc":
             if body["method"] == "rlaif_take":
                 self.held = body["kwargs"]["path"]
+                self.given.append(self.held)
             said = {"rlaif_take": None, "rlaif_held": self.held, "rlaif_check": self.unknown}
             return {"results": [said[body["method"]]]}
         if path == "/reset_prefix_cache":
             return {"success": True}
+        self.meanwhile()
+        tokens = self.tokens if self.held in self.given else self.tokens[::-1]
         logprobs = [None, *({str(t): {"logprob": -float(t)}} for t in body["prompt"][1:])]
         choice = {
-            "token_ids": self.tokens,
-            "logprobs": {"token_logprobs": [-0.5] * len(self.tokens)},
-            "finish_reason": "stop" if self.tokens[-1] == END else "length",
+            "token_ids": tokens,
+            "logprobs": {"token_logprobs": [-0.5] * len(tokens)},
+            "finish_reason": "stop" if tokens[-1] == END else "length",
             "prompt_logprobs": logprobs,
         }
         return {"choices": [choice]}
@@ -140,7 +149,7 @@ def test_weights_are_handed_over_by_path_and_asked_about(tiny: Path, stubs: list
     engine.load("/run/policy")
     assert {stub.held for stub in stubs} == {"/run/policy"}
     before = len(stubs[0].asked)
-    run(engine, requests(2, 1))
+    run(engine, requests(1, 1))
     assert stubs[0].paths()[before:] == ["rlaif_held", "/reset_prefix_cache", "/v1/completions", "rlaif_held"]
 
 
@@ -154,11 +163,54 @@ def test_a_server_that_was_started_again_samples_nothing(tiny: Path, stubs: list
         engine.logprobs([TokenSequence(prompt_token_ids=(3,), token_ids=(4,))])
 
 
-def test_one_that_changes_while_it_samples_is_found_out(tiny: Path, stubs: list[Stub]) -> None:
+def test_answers_of_other_weights_are_never_handed_out(tiny: Path, stubs: list[Stub]) -> None:
+    """Another run gives a server its policy in the middle of a batch: what is handed out would be written and judged."""
     engine = sampler(tiny, stubs)
-    with pytest.raises(RlaifError, match="somebody else gives it weights"):
-        for _ in engine.sample(requests()):
+
+    def taken_over() -> None:
+        if len(stubs[0].prompts) > 3:
             stubs[0].held = "/another"
+
+    stubs[0].meanwhile = taken_over
+    found = []
+    with pytest.raises(RlaifError, match="holds the weights of /another.*somebody else gives it weights"):
+        for some in engine.sample(requests()):
+            found += some
+    assert {s.token_ids for s in found} <= {(5, 6, 7, END)}
+    with pytest.raises(RlaifError, match="holds the weights of /another"):
+        engine.logprobs([TokenSequence(prompt_token_ids=(3,), token_ids=(4,))])
+
+
+def test_it_is_asked_what_it_holds_while_answers_are_owed(
+    tiny: Path, stubs: list[Stub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once all of a batch's answers have had their turn: they move on as they finish."""
+    monkeypatch.setattr(server, "MAX_SEQUENCES", 1)
+    [stub, _], first_has_moved_on = stubs, threading.Event()
+    stub.meanwhile = lambda: len(stub.prompts) == 1 or first_has_moved_on.wait(10)
+    answers = sampler(tiny, [stub]).sample(requests())
+    assert len(next(answers)) == 1
+    assert len(stub.prompts) <= 2
+    first_has_moved_on.set()
+    assert sum(len(some) for some in answers) == 11
+
+
+def test_weights_that_came_in_part_are_not_the_weights_of_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker(TakesWeights):
+        def get_model(self) -> Any:
+            return SimpleNamespace(modules=list)
+
+    def taken(modules: list[Any], path: str, reload: Callable[[], object]) -> None:
+        if path == "/lacks":
+            raise RlaifError("not all weights reached the sampler")
+
+    monkeypatch.setattr(vllm_compat, "_take", taken)
+    worker = Worker()
+    worker.rlaif_take("/whole")
+    assert worker.rlaif_held() == "/whole"
+    with pytest.raises(RlaifError):
+        worker.rlaif_take("/lacks")
+    assert worker.rlaif_held() == "/lacks, in part"
 
 
 def test_servers_of_somebody_else_are_not_asked_to_rest(tiny: Path, stubs: list[Stub]) -> None:
