@@ -14,6 +14,7 @@ import json
 import os
 import queue
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -41,6 +42,9 @@ MODEL = "policy"
 _COMPAT = "rlaif.sampling.vllm_compat"
 _ANSWER_S = 3600.0
 """No answer takes so long; a server that is gone cuts the connection."""
+_FREE_S, _POLL_S = 20.0, 0.2
+"""How long answers that nobody waits for any more may hold a server's prefix cache: it gives them up at its next step.
+And how often it is asked."""
 
 
 class Sampler:
@@ -88,12 +92,12 @@ class Sampler:
 
         Raises:
             UserError: a prompt leaves no room for `max_tokens` within `sampling.max_model_len`.
-            RlaifError: a server is gone, or holds other weights than it was given.
+            RlaifError: a server is gone, holds other weights than it was given, or samples for somebody else.
         """
         for r in requests:
             check_length(r, self._max_model_len)
         self._check_weights()
-        self._each(lambda url: self._post(url, "/reset_prefix_cache"))  # as the engine inside does
+        self._each(self._forget_prompts)  # as the engine inside does
         prompts = {ids: n for n, ids in enumerate(dict.fromkeys(r.prompt_token_ids for r in requests))}
         asked = [
             self._pool.submit(self._answer, self._urls[prompts[r.prompt_token_ids] % len(self._urls)], r)
@@ -117,9 +121,14 @@ class Sampler:
                 answer.cancel()
 
     def load(self, policy_path: str) -> None:
-        """Takes the weights of another folder of the same architecture, which every server can read."""
+        """Takes the weights of another folder of the same architecture, which every server can read. What is cached
+        goes before: who comes into the middle of somebody else's batch is refused, and leaves that one its weights.
+
+        Raises:
+            RlaifError: a server is gone, lacks weights, or samples for somebody else.
+        """
+        self._each(self._forget_prompts)
         self._rpc("rlaif_take", path=policy_path)
-        self._each(lambda url: self._post(url, "/reset_prefix_cache"))
         self._held = policy_path
 
     def rest(self) -> None:
@@ -186,6 +195,21 @@ class Sampler:
                     f"{url}: holds the weights of {held or 'its start'}, and was given {self._held or 'none'}; it was "
                     "started again, or somebody else gives it weights; the same command goes on"
                 )
+
+    def _forget_prompts(self, url: str) -> None:
+        """Empties a server's prefix cache. Keys and values of older weights would else be read with the new ones.
+
+        Raises:
+            RlaifError: answers are under way there, whose keys and values vLLM keeps, and with them all others.
+        """
+        until = time.monotonic() + _FREE_S
+        while not self._post(url, "/reset_prefix_cache")["success"]:
+            if time.monotonic() > until:
+                raise RlaifError(
+                    f"{url}: its prefix cache can't be emptied, since answers are under way there; one run at a time "
+                    "can sample from a server. Once the other one has ended, the same command goes on"
+                )
+            time.sleep(_POLL_S)
 
     def _rpc(self, method: str, **kwargs: str) -> list[str]:
         """What each server's first worker says."""

@@ -37,6 +37,8 @@ class Stub:
         """What happens while it samples an answer."""
         self.tokens = tokens or [5, 6, 7, END]
         self.unknown = ""
+        self.busy = 0
+        """How often its prefix cache can't be emptied."""
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -64,7 +66,8 @@ class Stub:
             said = {"rlaif_take": None, "rlaif_held": self.held, "rlaif_check": self.unknown}
             return {"results": [said[body["method"]]]}
         if path == "/reset_prefix_cache":
-            return {"success": True}
+            self.busy -= 1
+            return {"success": self.busy < 0}
         self.meanwhile()
         tokens = self.tokens if self.held in self.given else self.tokens[::-1]
         logprobs = [None, *({str(t): {"logprob": -float(t)}} for t in body["prompt"][1:])]
@@ -164,7 +167,7 @@ def test_a_server_that_was_started_again_samples_nothing(tiny: Path, stubs: list
 
 
 def test_answers_of_other_weights_are_never_handed_out(tiny: Path, stubs: list[Stub]) -> None:
-    """Another run gives a server its policy in the middle of a batch: what is handed out would be written and judged."""
+    """Another run gives a server its policy in the middle of a batch: what is handed out is written, and judged."""
     engine = sampler(tiny, stubs)
 
     def taken_over() -> None:
@@ -173,7 +176,7 @@ def test_answers_of_other_weights_are_never_handed_out(tiny: Path, stubs: list[S
 
     stubs[0].meanwhile = taken_over
     found = []
-    with pytest.raises(RlaifError, match="holds the weights of /another.*somebody else gives it weights"):
+    with pytest.raises(RlaifError, match=r"holds the weights of /another.*somebody else gives it weights"):
         for some in engine.sample(requests()):
             found += some
     assert {s.token_ids for s in found} <= {(5, 6, 7, END)}
@@ -193,6 +196,36 @@ def test_it_is_asked_what_it_holds_while_answers_are_owed(
     assert len(stub.prompts) <= 2
     first_has_moved_on.set()
     assert sum(len(some) for some in answers) == 11
+
+
+def test_a_cache_of_older_weights_is_not_read(tiny: Path, stubs: list[Stub], monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM keeps all of it while a request holds some, and says so with status 200."""
+    monkeypatch.setattr(server, "_POLL_S", 0.01)
+    engine = sampler(tiny, stubs)
+    stubs[1].busy = 3  # answers that nobody waits for any more
+    assert len(run(engine, requests())) == 12
+    stubs[1].busy = 10**6
+    asked = [len(stub.prompts) for stub in stubs]
+    monkeypatch.setattr(server, "_FREE_S", 0.05)
+    said = f"{stubs[1].url.removesuffix('/v1')}: its prefix cache can't be emptied.*one run at a time"
+    with pytest.raises(RlaifError, match=said):
+        run(engine, requests())
+    with pytest.raises(RlaifError, match=said):
+        engine.load("/run/policy")
+    assert [len(stub.prompts) for stub in stubs] == asked
+    assert {stub.held for stub in stubs} == {str(tiny)}, "whoever samples there keeps its weights"
+
+
+def test_a_cache_of_older_weights_is_not_read_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied = [True, False, False]
+    llm = SimpleNamespace(reset_prefix_cache=lambda: emptied.pop(0))
+    monkeypatch.setattr(vllm_compat, "_modules", lambda llm: [])
+    monkeypatch.setattr(vllm_compat, "_take", lambda *_: None)
+    vllm_compat.reload_weights(llm, "/run/policy")
+    with pytest.raises(RlaifError, match="the prefix cache can't be emptied"):
+        vllm_compat.reload_weights(llm, "/run/policy")
+    with pytest.raises(RlaifError, match="the prefix cache can't be emptied"):
+        vllm_compat.forget_prompts(llm)
 
 
 def test_weights_that_came_in_part_are_not_the_weights_of_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
