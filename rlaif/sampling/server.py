@@ -1,10 +1,10 @@
 """Sampling from vLLM's servers: those that the job names, or those that this engine starts.
 
 In: `SampleRequest`s and folders of weights that the servers can read. Out: `Sample`s as they finish. A prompt's answers
-are all sampled by one server, and which one follows from the order of the prompts alone. What the servers do beside
-vLLM's own is in `vllm_compat` (`TakesWeights`). That every server holds the weights that it was given is asked when
-answers have come and before anybody is given them: one that was started again, or that somebody else gives weights,
-holds others, and what is handed out may be on the disk a moment later.
+are all sampled by one server, and which one follows from the prompt's place alone (`SampleRequest.place`). What the
+servers do beside vLLM's own is in `vllm_compat` (`TakesWeights`). That every server holds the weights that it was given
+is asked when answers have come and before anybody is given them: one that was started again, or that somebody else
+gives weights, holds others, and what is handed out may be on the disk a moment later.
 """
 
 from __future__ import annotations
@@ -98,11 +98,7 @@ class Sampler:
             check_length(r, self._max_model_len)
         self._check_weights()
         self._each(self._forget_prompts)  # as the engine inside does
-        prompts = {ids: n for n, ids in enumerate(dict.fromkeys(r.prompt_token_ids for r in requests))}
-        asked = [
-            self._pool.submit(self._answer, self._urls[prompts[r.prompt_token_ids] % len(self._urls)], r)
-            for r in requests
-        ]
+        asked = [self._pool.submit(self._answer, self._urls[r.place % len(self._urls)], r) for r in requests]
         finished: queue.SimpleQueue[Future[Sample]] = queue.SimpleQueue()
         for answer in asked:
             answer.add_done_callback(finished.put)

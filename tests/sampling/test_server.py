@@ -15,7 +15,7 @@ import pytest
 from rlaif import config
 from rlaif.config import parse_job
 from rlaif.errors import RlaifError, UserError
-from rlaif.records import TokenSequence
+from rlaif.records import Message, PolicyVersion, Prompt, TokenSequence
 from rlaif.sampling import Sample, SampleRequest, server, vllm_compat
 from rlaif.sampling.role import can_rest, make
 from rlaif.sampling.server import Sampler
@@ -116,6 +116,7 @@ def requests(prompts: int = 4, each: int = 3) -> list[SampleRequest]:
             max_tokens=8,
             temperature=0.7,
             top_p=0.9,
+            place=p,
         )
         for p in range(prompts)
         for i in range(each)
@@ -135,6 +136,28 @@ def test_servers_share_the_prompts_and_each_has_all_answers_of_its_own(tiny: Pat
     of_each = [{tuple(p) for p in stub.prompts} for stub in stubs]
     assert of_each == [{(3, 4), (5, 4)}, {(4, 4), (6, 4)}]
     assert [len(stub.prompts) for stub in stubs] == [6, 6]
+
+
+def test_a_run_that_goes_on_asks_the_same_servers(tiny: Path, stubs: list[Stub]) -> None:
+    """Whatever is there by then, of all prompts but the first and the last one."""
+    settings = {"engine": "server", "base_url": [stub.url for stub in stubs], "max_tokens": 8, "max_model_len": 64}
+    role = make(str(tiny), config.Sampling.model_validate(settings | {"api_key_env": "POLICY_KEY"}))
+    prompts = [Prompt(id=f"p{n}", messages=(Message(role="user", content=f"w{n + 3}"),)) for n in range(5)]
+    policy = PolicyVersion(iteration=0, digest="d")
+
+    def sampled(have: frozenset[str]) -> tuple[set[str], list[set[tuple[int, ...]]]]:
+        for stub in stubs:
+            stub.asked.clear()
+        found = {c.id for some in role.sample(prompts, 2, policy, 0, 0, "0000", have=have) for c in some}
+        return found, [{tuple(ids) for ids in stub.prompts} for stub in stubs]
+
+    whole, before = sampled(frozenset())
+    assert [len(prompts) for prompts in before] == [3, 2]
+    there = frozenset(name for name in whole if "p0" not in name and "p4-1" not in name)
+    rest, after = sampled(there)
+    assert rest == whole - there
+    assert [len(prompts) for prompts in after] == [2, 0]
+    assert after[0] < before[0]
 
 
 def test_what_is_asked_is_what_the_engine_inside_is_given(tiny: Path, stubs: list[Stub]) -> None:
