@@ -73,6 +73,20 @@ def in_an_order_of_their_own(loop: Loop, before_the_last: Callable[[StageDir], N
     target.sample = shuffled
 
 
+def asked_of_the_sampler(loop: Loop) -> dict[str, dict[str, Any]]:
+    """What it is asked from here on, by the prefix of the answers' names."""
+    loop.sampler.ready()
+    target: Any = loop.sampler.target  # type: ignore[attr-defined]
+    sample, asked = target.sample, dict[str, dict[str, Any]]()
+
+    def noted(**kwargs: Any) -> Iterator[list[Completion]]:
+        asked[kwargs["prefix"]] = kwargs
+        yield from sample(**kwargs)
+
+    target.sample = noted
+    return asked
+
+
 def votes_in(here: StageDir) -> int:
     """Durable ones of a stage that somebody is writing."""
     return (here.path / "votes.jsonl.partial").read_bytes().count(b"\n")
@@ -211,7 +225,7 @@ def test_a_judge_that_stops_stops_the_sampling_and_what_was_asked_about_stays(tm
 def test_a_sampler_that_fails_is_the_runs_error_once_what_was_fed_is_answered(tmp_path: Path) -> None:
     with FaultServer(say=greater_number, latency_s=0.05) as server:
         loop = chat_loop(tmp_path, chat_job(server))
-        loop.sampler.ready()
+        first = asked_of_the_sampler(loop)
         target: Any = loop.sampler.target  # type: ignore[attr-defined]
         sample, before = target.sample, {*threading.enumerate()}
 
@@ -228,6 +242,12 @@ def test_a_sampler_that_fails_is_the_runs_error_once_what_was_fed_is_answered(tm
         votes = loop.dir.iteration(0).durable("votes", Vote)
         assert len(votes) == server.requests > 0
         assert "sampling" not in {t.name for t in {*threading.enumerate()} - before}
+        there = {c.id for c in loop.dir.iteration(0).durable("completions", Completion)}
+        again = chat_loop(tmp_path, chat_job(server))
+        second = asked_of_the_sampler(again)
+        again.run()
+    assert (first["0000"]["have"], second["0000"]["have"]) == (set(), there)
+    assert first["0000"]["prompts"] == second["0000"]["prompts"], "each in its place"
 
 
 def test_completions_that_nobody_was_asked_about_are_sampled_anew(tmp_path: Path) -> None:

@@ -79,17 +79,15 @@ def answers(
 
 def _shares(run: Running, prompts: Sequence[Prompt], done: Sequence[Completion], **how: Any) -> list[Piece]:
     """What is left to be sampled, in as many pieces as there are samplers: an engine wants all that it is to sample at
-    once. Neighbours go to different ones: what is long often stands together."""
+    once. Neighbours go to different ones: what is long often stands together. A piece names all of its prompts, since
+    which server answers follows from a prompt's place among them."""
 
     def share(mine: Sequence[Prompt]) -> Piece:
+        ids, wanted = {p.id for p in mine}, len(mine) * how["completions_per_prompt"]
+
         def asked(more: Sequence[Completion]) -> dict[str, Any] | None:
-            have: dict[str, set[str]] = {p.id: set() for p in mine}
-            for c in (*done, *more):
-                if c.prompt_id in have:
-                    have[c.prompt_id].add(c.id)
-            left = [p for p in mine if len(have[p.id]) < how["completions_per_prompt"]]
-            ids = frozenset(i for p in left for i in have[p.id])
-            return {"prompts": left, "have": ids, "seed": run.job.seed, **how} if left else None
+            have = frozenset(c.id for c in (*done, *more) if c.prompt_id in ids)
+            return {"prompts": mine, "have": have, "seed": run.job.seed, **how} if len(have) < wanted else None
 
         return asked
 

@@ -22,6 +22,8 @@ class SampleRequest(Record):
     temperature: float
     """0 is greedy."""
     top_p: float
+    place: int = 0
+    """Its prompt's, among all those of its batch from 0, also where some of their answers are there already."""
 
 
 class PromptProblem(Record):

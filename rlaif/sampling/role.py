@@ -218,11 +218,12 @@ class SamplerRole:
     ) -> Iterator[list[Completion]]:
         """Yields completions as they finish, in chunks; each is named `<prefix>-<prompt id>-<index>`.
 
-        `temperature` and `top_p` take the place of the settings' own; those that somebody has are left out.
+        `temperature` and `top_p` take the place of the settings' own. Answers that somebody has (`have`) are left out;
+        their prompts are among `prompts` all the same, since a prompt's place is counted among them.
         """
         settings = self._settings
         requests, about, begun = [], {}, {}
-        for prompt in prompts:
+        for place, prompt in enumerate(prompts):
             ids = render_prompt(self._renderer, prompt)
             begun[prompt.id] = thoughts.opening(self._renderer.begun(prompt.messages)) if self._strip else ""
             for index in range(completions_per_prompt):
@@ -233,6 +234,7 @@ class SamplerRole:
                     max_tokens=settings.max_tokens,
                     temperature=settings.temperature if temperature is None else temperature,
                     top_p=settings.top_p if top_p is None else top_p,
+                    place=place,
                 )
                 if request.id not in have:
                     requests.append(request)

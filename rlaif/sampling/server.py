@@ -1,9 +1,10 @@
 """Sampling from vLLM's servers: those that the job names, or those that this engine starts.
 
 In: `SampleRequest`s and folders of weights that the servers can read. Out: `Sample`s as they finish. A prompt's answers
-are all sampled by one server, and which one follows from the order of the prompts alone. What the servers do beside
-vLLM's own is in `vllm_compat` (`TakesWeights`). That every server holds the weights that it was given is asked before
-and after each batch: one that was started again in between holds others.
+are all sampled by one server, and which one follows from the prompt's place alone (`SampleRequest.place`). What the
+servers do beside vLLM's own is in `vllm_compat` (`TakesWeights`). That every server holds the weights that it was given
+is asked when answers have come and before anybody is given them: one that was started again, or that somebody else
+gives weights, holds others, and what is handed out may be on the disk a moment later.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import queue
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +42,9 @@ MODEL = "policy"
 _COMPAT = "rlaif.sampling.vllm_compat"
 _ANSWER_S = 3600.0
 """No answer takes so long; a server that is gone cuts the connection."""
+_FREE_S, _POLL_S = 20.0, 0.2
+"""How long answers that nobody waits for any more may hold a server's prefix cache: it gives them up at its next step.
+And how often it is asked."""
 
 
 class Sampler:
@@ -75,38 +81,50 @@ class Sampler:
             logs = logs or Path(tempfile.mkdtemp(prefix="rlaif-sampler-"))
             _start(self._servers, model_path, settings, logs, rests)
         self._pool = ThreadPoolExecutor(MAX_SEQUENCES * len(self._urls), "sampling")
+        self._aside = ThreadPoolExecutor(len(self._urls), "servers")
+        """For what doesn't wait until a batch's answers have had their turn."""
         refuse(self._rpc("rlaif_check")[0])
         if self._servers is None:  # whatever they held before
             self.load(model_path)
 
     def sample(self, requests: list[SampleRequest]) -> Iterator[list[Sample]]:
-        """Samples a batch; yields each answer as it finishes, in any order.
+        """Samples a batch; yields answers as they finish, in any order.
 
         Raises:
             UserError: a prompt leaves no room for `max_tokens` within `sampling.max_model_len`.
-            RlaifError: a server is gone, or holds other weights than it was given.
+            RlaifError: a server is gone, holds other weights than it was given, or samples for somebody else.
         """
         for r in requests:
             check_length(r, self._max_model_len)
         self._check_weights()
-        self._each(lambda url: self._post(url, "/reset_prefix_cache"))  # as the engine inside does
-        prompts = {ids: n for n, ids in enumerate(dict.fromkeys(r.prompt_token_ids for r in requests))}
-        asked = [
-            self._pool.submit(self._answer, self._urls[prompts[r.prompt_token_ids] % len(self._urls)], r)
-            for r in requests
-        ]
+        self._each(self._forget_prompts)  # as the engine inside does
+        asked = [self._pool.submit(self._answer, self._urls[r.place % len(self._urls)], r) for r in requests]
+        finished: queue.SimpleQueue[Future[Sample]] = queue.SimpleQueue()
+        for answer in asked:
+            answer.add_done_callback(finished.put)
+        left = len(asked)
         try:
-            for answer in as_completed(asked):
-                yield [answer.result()]
+            while left:
+                some = [finished.get()]
+                while not finished.empty():
+                    some.append(finished.get())
+                left -= len(some)
+                samples = [answer.result() for answer in some]
+                self._check_weights()
+                yield samples
         finally:
             for answer in asked:
                 answer.cancel()
-        self._check_weights()
 
     def load(self, policy_path: str) -> None:
-        """Takes the weights of another folder of the same architecture, which every server can read."""
+        """Takes the weights of another folder of the same architecture, which every server can read. What is cached
+        goes before: who comes into the middle of somebody else's batch is refused, and leaves that one its weights.
+
+        Raises:
+            RlaifError: a server is gone, lacks weights, or samples for somebody else.
+        """
+        self._each(self._forget_prompts)
         self._rpc("rlaif_take", path=policy_path)
-        self._each(lambda url: self._post(url, "/reset_prefix_cache"))
         self._held = policy_path
 
     def rest(self) -> None:
@@ -121,12 +139,14 @@ class Sampler:
 
     def logprobs(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
         """log p of each completion token under the weights that sample now, in nats."""
+        found = list(self._pool.map(self._scored, sequences, itertools.cycle(self._urls)))
         self._check_weights()
-        return list(self._pool.map(self._scored, sequences, itertools.cycle(self._urls)))
+        return found
 
     def close(self) -> None:
         """Ends the servers that were started."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._aside.shutdown(wait=False, cancel_futures=True)
         if self._servers is not None:
             self._servers.close()
 
@@ -172,6 +192,21 @@ class Sampler:
                     "started again, or somebody else gives it weights; the same command goes on"
                 )
 
+    def _forget_prompts(self, url: str) -> None:
+        """Empties a server's prefix cache. Keys and values of older weights would else be read with the new ones.
+
+        Raises:
+            RlaifError: answers are under way there, whose keys and values vLLM keeps, and with them all others.
+        """
+        until = time.monotonic() + _FREE_S
+        while not self._post(url, "/reset_prefix_cache")["success"]:
+            if time.monotonic() > until:
+                raise RlaifError(
+                    f"{url}: its prefix cache can't be emptied, since answers are under way there; one run at a time "
+                    "can sample from a server. Once the other one has ended, the same command goes on"
+                )
+            time.sleep(_POLL_S)
+
     def _rpc(self, method: str, **kwargs: str) -> list[str]:
         """What each server's first worker says."""
         answers = self._each(lambda url: self._post(url, "/collective_rpc", {"method": method, "kwargs": kwargs}))
@@ -179,7 +214,7 @@ class Sampler:
 
     def _each(self, ask: Callable[[str], T]) -> list[T]:
         """Something of every server, at the same time."""
-        return list(self._pool.map(ask, self._urls))
+        return list(self._aside.map(ask, self._urls))
 
     def _post(self, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})

@@ -20,6 +20,7 @@ from rlaif.sampling.requests import check_length
 from rlaif.sampling.vllm_compat import (
     check_reloads,
     engine_of,
+    forget_prompts,
     nucleus_processor,
     on_cpu,
     output_kind,
@@ -116,7 +117,7 @@ class Sampler:
             check_length(r, self._max_model_len)
         engine = engine_of(self._llm)
         # A batch must not depend on the ones before it: a run that is resumed starts with an empty cache.
-        self._llm.reset_prefix_cache()
+        forget_prompts(self._llm)
         self._batches += 1
         names = {f"{self._batches}/{r.id}": r.id for r in requests}
         for name, request_id in names.items():

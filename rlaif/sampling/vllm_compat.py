@@ -32,6 +32,7 @@ _NUCLEUS = "no top-p on the CPU"
 _REFUSED = "every model is refused on the CPU"
 _LAYERS = "vllm.model_executor.layers"
 _RELOAD = "vllm.model_executor.model_loader.reload"
+_CACHE = "vllm.entrypoints.serve.dev.cache.api_router"
 _SLEEP = "vllm.entrypoints.serve.dev.sleep.api_router"
 
 REACHED = (
@@ -45,7 +46,8 @@ REACHED = (
     Reached("vllm", "LLM.collective_rpc", _OLD),
     Reached("vllm.v1.worker.gpu_worker", "Worker.get_model", "a server takes no new weights"),
     Reached("vllm.entrypoints.serve.dev.rpc.api_router", "collective_rpc", "a server takes no new weights"),
-    Reached("vllm.entrypoints.serve.dev.cache.api_router", "reset_prefix_cache", "a server takes no new weights"),
+    Reached(_CACHE, "reset_prefix_cache", "a server takes no new weights", says='"success"'),
+    Reached("vllm", "LLM.reset_prefix_cache", "prompts are remembered under old weights", says="-> bool"),
     Reached(_SLEEP, "", "servers can't share a GPU in turns", says='"/sleep"'),
     Reached(_SLEEP, "", "servers can't share a GPU in turns", says='"/wake_up"'),
     Reached("vllm.v1.worker.gpu_worker", "Worker.reload_weights", _OLD),
@@ -140,10 +142,25 @@ def reload_weights(llm: Any, path: str) -> None:
     """Takes the weights of a folder and drops what was cached under the old ones.
 
     Raises:
-        RlaifError: the folder lacks some of the model's weights; vLLM itself only warns.
+        RlaifError: the folder lacks some of the model's weights, of which vLLM itself only warns; or as
+            `forget_prompts`.
     """
     _take(_modules(llm), path, lambda: llm.collective_rpc("reload_weights", kwargs={"weights_path": path}))
-    llm.reset_prefix_cache()
+    forget_prompts(llm)
+
+
+def forget_prompts(llm: Any) -> None:
+    """Empties the prefix cache. vLLM keeps all of it while a request holds some, and says so by what it returns. Nobody
+    else asks this engine, so waiting would change nothing.
+
+    Raises:
+        RlaifError: it is kept: keys and values of older weights would be read with the new ones.
+    """
+    if not llm.reset_prefix_cache():
+        raise RlaifError(
+            "vLLM: the prefix cache can't be emptied, since a request of an earlier batch still holds some of it; the "
+            "same command goes on, with an engine that is started anew"
+        )
 
 
 class TakesWeights:
@@ -161,6 +178,7 @@ class TakesWeights:
 
     def rlaif_take(self, path: str) -> None:
         """Takes the weights of a folder. Raises as `reload_weights`."""
+        self.rlaif_weights = f"{path}, in part"  # what it says it holds, should the rest not come
         _take(list(self.get_model().modules()), path, lambda: self.reload_weights(weights_path=path))
         self.rlaif_weights = path
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,23 +15,30 @@ import pytest
 from rlaif import config
 from rlaif.config import parse_job
 from rlaif.errors import RlaifError, UserError
-from rlaif.records import TokenSequence
-from rlaif.sampling import Sample, SampleRequest, server
+from rlaif.records import Message, PolicyVersion, Prompt, TokenSequence
+from rlaif.sampling import Sample, SampleRequest, server, vllm_compat
 from rlaif.sampling.role import can_rest, make
 from rlaif.sampling.server import Sampler
+from rlaif.sampling.vllm_compat import TakesWeights
 from tests.sampling.conftest import END
 
 KEY = "secret"
 
 
 class Stub:
-    """Answers every prompt with the same tokens; counts and keeps what it is asked."""
+    """Answers every prompt with the same tokens, backwards under other weights than it was given first; keeps what it
+    is asked."""
 
     def __init__(self, tokens: list[int] | None = None) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.held = "another run's"
+        self.given: list[str] = []
+        self.meanwhile: Callable[[], object] = lambda: None
+        """What happens while it samples an answer."""
         self.tokens = tokens or [5, 6, 7, END]
         self.unknown = ""
+        self.busy = 0
+        """How often its prefix cache can't be emptied."""
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,15 +62,19 @@ class Stub:
         if path == "/collective_rpc":
             if body["method"] == "rlaif_take":
                 self.held = body["kwargs"]["path"]
+                self.given.append(self.held)
             said = {"rlaif_take": None, "rlaif_held": self.held, "rlaif_check": self.unknown}
             return {"results": [said[body["method"]]]}
         if path == "/reset_prefix_cache":
-            return {"success": True}
+            self.busy -= 1
+            return {"success": self.busy < 0}
+        self.meanwhile()
+        tokens = self.tokens if self.held in self.given else self.tokens[::-1]
         logprobs = [None, *({str(t): {"logprob": -float(t)}} for t in body["prompt"][1:])]
         choice = {
-            "token_ids": self.tokens,
-            "logprobs": {"token_logprobs": [-0.5] * len(self.tokens)},
-            "finish_reason": "stop" if self.tokens[-1] == END else "length",
+            "token_ids": tokens,
+            "logprobs": {"token_logprobs": [-0.5] * len(tokens)},
+            "finish_reason": "stop" if tokens[-1] == END else "length",
             "prompt_logprobs": logprobs,
         }
         return {"choices": [choice]}
@@ -104,6 +116,7 @@ def requests(prompts: int = 4, each: int = 3) -> list[SampleRequest]:
             max_tokens=8,
             temperature=0.7,
             top_p=0.9,
+            place=p,
         )
         for p in range(prompts)
         for i in range(each)
@@ -125,6 +138,28 @@ def test_servers_share_the_prompts_and_each_has_all_answers_of_its_own(tiny: Pat
     assert [len(stub.prompts) for stub in stubs] == [6, 6]
 
 
+def test_a_run_that_goes_on_asks_the_same_servers(tiny: Path, stubs: list[Stub]) -> None:
+    """Whatever is there by then, of all prompts but the first and the last one."""
+    settings = {"engine": "server", "base_url": [stub.url for stub in stubs], "max_tokens": 8, "max_model_len": 64}
+    role = make(str(tiny), config.Sampling.model_validate(settings | {"api_key_env": "POLICY_KEY"}))
+    prompts = [Prompt(id=f"p{n}", messages=(Message(role="user", content=f"w{n + 3}"),)) for n in range(5)]
+    policy = PolicyVersion(iteration=0, digest="d")
+
+    def sampled(have: frozenset[str]) -> tuple[set[str], list[set[tuple[int, ...]]]]:
+        for stub in stubs:
+            stub.asked.clear()
+        found = {c.id for some in role.sample(prompts, 2, policy, 0, 0, "0000", have=have) for c in some}
+        return found, [{tuple(ids) for ids in stub.prompts} for stub in stubs]
+
+    whole, before = sampled(frozenset())
+    assert [len(prompts) for prompts in before] == [3, 2]
+    there = frozenset(name for name in whole if "p0" not in name and "p4-1" not in name)
+    rest, after = sampled(there)
+    assert rest == whole - there
+    assert [len(prompts) for prompts in after] == [2, 0]
+    assert after[0] < before[0]
+
+
 def test_what_is_asked_is_what_the_engine_inside_is_given(tiny: Path, stubs: list[Stub]) -> None:
     run(sampler(tiny, stubs[:1]), requests(1, 1))
     [body] = [body for path, body in stubs[0].asked if path == "/v1/completions"]
@@ -140,7 +175,7 @@ def test_weights_are_handed_over_by_path_and_asked_about(tiny: Path, stubs: list
     engine.load("/run/policy")
     assert {stub.held for stub in stubs} == {"/run/policy"}
     before = len(stubs[0].asked)
-    run(engine, requests(2, 1))
+    run(engine, requests(1, 1))
     assert stubs[0].paths()[before:] == ["rlaif_held", "/reset_prefix_cache", "/v1/completions", "rlaif_held"]
 
 
@@ -154,11 +189,84 @@ def test_a_server_that_was_started_again_samples_nothing(tiny: Path, stubs: list
         engine.logprobs([TokenSequence(prompt_token_ids=(3,), token_ids=(4,))])
 
 
-def test_one_that_changes_while_it_samples_is_found_out(tiny: Path, stubs: list[Stub]) -> None:
+def test_answers_of_other_weights_are_never_handed_out(tiny: Path, stubs: list[Stub]) -> None:
+    """Another run gives a server its policy in the middle of a batch: what is handed out is written, and judged."""
     engine = sampler(tiny, stubs)
-    with pytest.raises(RlaifError, match="somebody else gives it weights"):
-        for _ in engine.sample(requests()):
+
+    def taken_over() -> None:
+        if len(stubs[0].prompts) > 3:
             stubs[0].held = "/another"
+
+    stubs[0].meanwhile = taken_over
+    found = []
+    with pytest.raises(RlaifError, match=r"holds the weights of /another.*somebody else gives it weights"):
+        for some in engine.sample(requests()):
+            found += some
+    assert {s.token_ids for s in found} <= {(5, 6, 7, END)}
+    with pytest.raises(RlaifError, match="holds the weights of /another"):
+        engine.logprobs([TokenSequence(prompt_token_ids=(3,), token_ids=(4,))])
+
+
+def test_it_is_asked_what_it_holds_while_answers_are_owed(
+    tiny: Path, stubs: list[Stub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once all of a batch's answers have had their turn: they move on as they finish."""
+    monkeypatch.setattr(server, "MAX_SEQUENCES", 1)
+    [stub, _], first_has_moved_on = stubs, threading.Event()
+    stub.meanwhile = lambda: len(stub.prompts) == 1 or first_has_moved_on.wait(10)
+    answers = sampler(tiny, [stub]).sample(requests())
+    assert len(next(answers)) == 1
+    assert len(stub.prompts) <= 2
+    first_has_moved_on.set()
+    assert sum(len(some) for some in answers) == 11
+
+
+def test_a_cache_of_older_weights_is_not_read(tiny: Path, stubs: list[Stub], monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM keeps all of it while a request holds some, and says so with status 200."""
+    monkeypatch.setattr(server, "_POLL_S", 0.01)
+    engine = sampler(tiny, stubs)
+    stubs[1].busy = 3  # answers that nobody waits for any more
+    assert len(run(engine, requests())) == 12
+    stubs[1].busy = 10**6
+    asked = [len(stub.prompts) for stub in stubs]
+    monkeypatch.setattr(server, "_FREE_S", 0.05)
+    said = f"{stubs[1].url.removesuffix('/v1')}: its prefix cache can't be emptied.*one run at a time"
+    with pytest.raises(RlaifError, match=said):
+        run(engine, requests())
+    with pytest.raises(RlaifError, match=said):
+        engine.load("/run/policy")
+    assert [len(stub.prompts) for stub in stubs] == asked
+    assert {stub.held for stub in stubs} == {str(tiny)}, "whoever samples there keeps its weights"
+
+
+def test_a_cache_of_older_weights_is_not_read_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied = [True, False, False]
+    llm = SimpleNamespace(reset_prefix_cache=lambda: emptied.pop(0))
+    monkeypatch.setattr(vllm_compat, "_modules", lambda llm: [])
+    monkeypatch.setattr(vllm_compat, "_take", lambda *_: None)
+    vllm_compat.reload_weights(llm, "/run/policy")
+    with pytest.raises(RlaifError, match="the prefix cache can't be emptied"):
+        vllm_compat.reload_weights(llm, "/run/policy")
+    with pytest.raises(RlaifError, match="the prefix cache can't be emptied"):
+        vllm_compat.forget_prompts(llm)
+
+
+def test_weights_that_came_in_part_are_not_the_weights_of_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker(TakesWeights):
+        def get_model(self) -> Any:
+            return SimpleNamespace(modules=list)
+
+    def taken(modules: list[Any], path: str, reload: Callable[[], object]) -> None:
+        if path == "/lacks":
+            raise RlaifError("not all weights reached the sampler")
+
+    monkeypatch.setattr(vllm_compat, "_take", taken)
+    worker = Worker()
+    worker.rlaif_take("/whole")
+    assert worker.rlaif_held() == "/whole"
+    with pytest.raises(RlaifError):
+        worker.rlaif_take("/lacks")
+    assert worker.rlaif_held() == "/lacks, in part"
 
 
 def test_servers_of_somebody_else_are_not_asked_to_rest(tiny: Path, stubs: list[Stub]) -> None:
