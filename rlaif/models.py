@@ -84,6 +84,8 @@ _STAYS = re.compile(
 """What of a base's folder is not its policy's: weights in any form and what describes them, its model card, pictures,
 data, and what a training left behind."""
 _FOLDERS_CARRIED = ("additional_chat_templates", "LICENSES")
+_CONFIGS = re.compile(r"(?:.*quant\w*_)?config\.json$", re.IGNORECASE)
+"""What stays of it because it says how these very weights are multiplied."""
 
 
 class TokenizerIdentity(Record):
@@ -159,7 +161,7 @@ def resolve_policy(model: str, adapter: str | None, progress: Progress | None = 
     progress = progress or _silent
     source = resolve_adapter(adapter, progress)
     check_adapter(source, f"policy.adapter {adapter}")
-    sha = hashlib.sha256(f"{digest_of(base)} {tokenizer_identity(base).model_dump_json()}".encode())
+    sha = hashlib.sha256(f"{digest_of(base)} {files_of(base)}".encode())
     for file in sorted(f for f in source.iterdir() if f.is_file() and not f.name.lower().startswith((".", "readme"))):
         sha.update(f"{file.name} {_sha256([file])}".encode())
     target = cache_root() / "models" / f"merged-{sha.hexdigest()[:16]}"
@@ -266,6 +268,18 @@ def digest_of(path: Path) -> str:
     if not files:
         raise UserError(f"{path}: no *.safetensors in this folder; it is not a complete model")
     return _digest_of_files(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+def files_of(path: Path) -> str:
+    """Identity of what a model's folder holds beside its weights and is read with them: configurations, tokenizer, chat
+    templates, code; sha256 of names and contents, 16 hex digits. A model card, pictures and data are nobody's to read.
+
+    Kept as `digest_of` keeps its own.
+    """
+    found = [f for f in path.iterdir() if f.is_file() and (_CONFIGS.match(f.name) or not _STAYS.match(f.name))]
+    found += [f for folder in _FOLDERS_CARRIED for f in (path / folder).rglob("*") if f.is_file()]
+    named = sorted((str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in found)
+    return _digest_by_name(path, tuple(named))
 
 
 def tokenizer_identity(path: Path) -> TokenizerIdentity:
@@ -674,6 +688,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=64)
 def _digest_of_files(files: tuple[tuple[str, int, int], ...]) -> str:
     return _sha256([Path(name) for name, _, _ in files])[:16]
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_by_name(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    each = (f"{name} {_sha256([folder / name])}\n" for name, _, _ in files)
+    return hashlib.sha256("".join(each).encode()).hexdigest()[:16]
 
 
 def _sha256(files: list[Path]) -> str:

@@ -19,8 +19,11 @@ from rlaif.audit.verify import verify
 from rlaif.config import Job
 from rlaif.errors import RunPaused, UserError, WorkerError
 from rlaif.loop import Loop
+from rlaif.loop.loop import sampled_and_judged
+from rlaif.loop.running import Iteration, Running
 from rlaif.records import SCHEMA_VERSION, Completion, IterationMetrics, Plan, Vote
 from rlaif.rundir.store import RunDir, StageDir, read_record, write_json
+from rlaif.workers.inline import InlineWorker
 from tests.stubs import BASE_DIGEST, stub_job, stub_loop
 from tests.test_resume import outcome
 from tests.test_streaming import log_of, wait_until
@@ -217,6 +220,109 @@ def test_a_plan_that_names_another_policy_is_found(tmp_path: Path) -> None:
     path = loop.dir.iteration(3).path / "plan.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"staleness": 0}))
     assert [f.what for f in verify(loop.dir).findings if "names policy" in f.what]
+
+
+# A run that was begun in fp32 and goes on in bf16: its older policies have to be rounded.
+
+
+class Unplugged(Exception):
+    pass
+
+
+def unstreamed() -> Job:
+    """An iteration in order is sampled in the main thread."""
+    return stub_job(iterations=5, filters={"min_kept_pairs": 1}, pipeline={"staleness": 1, "stream": False})
+
+
+def goes_on_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.stubs.StubSampler.computes_in", lambda self: "stub bf16")
+    monkeypatch.setattr("tests.stubs.StubLearner.exports_in", lambda self: "bf16")
+
+
+def learner_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads on one connection take each other's answers."""
+
+    def guard(method: str) -> None:
+        plain = getattr(InlineWorker, method)
+
+        def guarded(self: InlineWorker, *args: Any, **kwargs: Any) -> Any:
+            if self.name == "learner" and threading.current_thread() is not threading.main_thread():
+                raise AssertionError(f"learner.{args[0]} from another thread")
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(InlineWorker, method, guarded)
+
+    guard("call")
+    guard("stream")
+
+
+def rounded(run: RunDir) -> list[tuple[int | None, str, bool]]:
+    return [(e.iteration, e.data["policy"], "copy" in e.data) for e in run.events() if e.kind == "policy_rounded"]
+
+
+def test_what_was_planned_in_fp32_asks_the_learner_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = stub_loop(tmp_path, unstreamed())
+    planned = loop.dir.path / "iterations" / "0002" / "plan.json"
+
+    def stop(k: int) -> None:
+        if k == 1:
+            wait_until(planned.exists)
+            raise Unplugged
+
+    before_update(loop, stop)
+    monkeypatch.setattr("rlaif.loop.loop.sampled_and_judged", only_before(2))
+    with pytest.raises(WorkerError, match="Unplugged"):
+        loop.run()
+    monkeypatch.undo()
+    goes_on_in_bf16(monkeypatch)
+    learner_in_one_thread(monkeypatch)
+    again = stub_loop(tmp_path, unstreamed())
+    again.run()
+    run = again.dir
+    assert rounded(run) == [(1, run.iteration(0).policy_made(), True)]
+    sampled_as_planned(run)
+    assert not list(run.path.glob("learner/*.partial"))
+    stub_loop(tmp_path / "whole", unstreamed()).run()
+    found, whole = outcome(tmp_path / "run"), outcome(tmp_path / "whole" / "run")
+    assert (found["rows"], found["weights"]) == (whole["rows"], whole["weights"])
+
+
+def test_a_policy_whose_state_is_gone_is_sampled_as_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest state alone is kept, and an iteration ahead may have sampled nothing yet."""
+    loop = stub_loop(tmp_path, unstreamed())
+    monkeypatch.setattr("rlaif.loop.loop.sampled_and_judged", only_before(2))
+    with pytest.raises(Unplugged):
+        loop.run()
+    assert loop.dir.done() == [0, 1]
+    monkeypatch.undo()
+    goes_on_in_bf16(monkeypatch)
+    learner_in_one_thread(monkeypatch)
+    again = stub_loop(tmp_path, unstreamed())
+    again.run()
+    assert rounded(again.dir) == [(1, again.dir.iteration(0).policy_made(), False)]
+    gap = metrics_of(again.dir)[2].weights_gap
+    assert gap is not None
+    assert (gap.exported, gap.sampler) == ("fp32", "stub bf16")
+    assert [p.staleness for p in plans(again.dir)] == [0, 1, 1, 0, 1], "what isn't planned yet takes the newest"
+    sampled_as_planned(again.dir)
+
+
+def sampled_as_planned(run: RunDir) -> None:
+    for plan in plans(run):
+        assert {c.policy for c in run.iteration(plan.iteration).read("completions", Completion)} == {plan.policy}
+
+
+def only_before(stop: int) -> Any:
+    """Samples and judges no iteration from that one on."""
+
+    def until(run: Running, it: Iteration) -> Iteration:
+        if it.k >= stop:
+            raise Unplugged
+        return sampled_and_judged(run, it)
+
+    return until
 
 
 # Kills: at writes of every stage.

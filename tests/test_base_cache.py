@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlaif.loop import Loop
-from rlaif.loop.base_cache import KEPT, BaseCache
+from rlaif.loop.base_cache import KEPT, BaseCache, follows_from, sources
 from rlaif.records import TextScore
 from rlaif.rundir.store import RunDir
 from tests.conftest import project_job
@@ -127,6 +127,34 @@ def test_what_rows_follow_from_is_their_name(tmp_path: Path) -> None:
     assert given(-1.0) == -1.0
     assert given(-2.0) == -1.0
     assert [given(-3.0, about=2), given(-4.0, base=2), given(-5.0, stage="others")] == [-3.0, -4.0, -5.0]
+
+
+def test_what_is_read_of_the_policy_s_folder_counts(tmp_path: Path) -> None:
+    """The same weights end elsewhere, or know another window; what nobody reads is nothing to them."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+
+    def found(name: str, content: str) -> dict[str, Any]:
+        (tmp_path / name).write_text(content)
+        return follows_from(stub_job(), tmp_path, {"policy": "w"}, {"rlaif": "1", "revision": content})
+
+    before = found("config.json", "{}")
+    assert found("README.md", "a card") == before, "nor is a revision anything"
+    seen = [before]
+    for name, content in (("config.json", '{"rope_theta": 1}'), ("generation_config.json", '{"eos_token_id": 2}')):
+        seen.append(found(name, content))
+        assert seen[-1] not in seen[:-1], name
+
+
+def test_code_counts_as_it_is_committed_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rlaif" / "__pycache__").mkdir(parents=True)
+    monkeypatch.setattr("rlaif.__file__", str(tmp_path / "rlaif" / "__init__.py"))
+    code = tmp_path / "rlaif" / "code.py"
+    code.write_text("one")
+    before = sources()
+    (tmp_path / "rlaif" / "__pycache__" / "code.pyc").write_text("compiled")
+    assert sources() == before
+    code.write_text("two")
+    assert sources() != before
 
 
 def test_rows_that_were_not_all_made_are_not_kept(tmp_path: Path) -> None:

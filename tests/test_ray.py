@@ -130,12 +130,10 @@ class Reads:
 
 
 def weights(folder: Path, content: bytes) -> WeightsRef:
-    from rlaif.models import digest_of
-
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(content)
     (folder / "config.json").write_text("{}")
-    return WeightsRef(digest=digest_of(folder), path=folder)
+    return WeightsRef.of(folder)
 
 
 @pytest.fixture(scope="module")
@@ -224,20 +222,20 @@ def test_weights_are_read_where_they_are_or_sent(reader: RayWorker, tmp_path: Pa
     put = importlib.import_module("ray").put
     content = {"config.json": [b"{}"], "model.safetensors": [b"t", b"wo"]}
     parts = [(name, [put(part) for part in of_file]) for name, of_file in content.items()]
-    reader._cluster.in_store = {sent.digest: parts}
+    reader._cluster.in_store = {sent.name: parts}
     (tmp_path / "sent/model.safetensors").write_bytes(b"of another machine")
     reader.tell("load", weights=sent)
     folder, read = reader.call("holds")
     assert read == b"two"
-    assert Path(folder).name == sent.digest
+    assert Path(folder).name == sent.name
     reader.tell("load", weights=seen)
     reader._cluster.in_store = {}
     reader.tell("load", weights=sent)  # kept, nothing is sent
     assert reader.call("holds") == (folder, b"two")
     damaged = weights(tmp_path / "damaged", b"three")
-    reader._cluster.in_store = {damaged.digest: parts}
+    reader._cluster.in_store = {damaged.name: parts}
     (tmp_path / "damaged/model.safetensors").unlink()
-    with pytest.raises(WorkerError, match=f"weights {damaged.digest} arrived as {sent.digest}: damaged"):
+    with pytest.raises(WorkerError, match=f"weights {damaged.name} arrived as {sent.name}: damaged"):
         reader.tell("load", weights=damaged)
 
 

@@ -335,6 +335,22 @@ def test_a_paused_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not durable & {*casts(tmp_path / "many")[before:]}, "nobody is asked twice"
 
 
+def test_one_that_takes_a_dead_ones_place_finds_the_copy_that_the_others_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy that was written in fp32 reaches a sampler in bf16 as a copy."""
+    stub_loop(tmp_path, stub_job(**JOB | {"iterations": 1})).run()
+    monkeypatch.setattr("tests.stubs.StubSampler.computes_in", lambda self: "stub bf16")
+    monkeypatch.setattr("tests.stubs.StubLearner.exports_in", lambda self: "bf16")
+    loop = stub_loop(tmp_path, stub_job(**JOB | {"iterations": 2}))
+    told = replicated(loop, "sampler", 0, deaths=2)
+    loop.run()
+    assert len(told) == 2
+    assert all("another takes its place" in line for line in told), "and none is lost"
+    assert [e.kind for e in loop.dir.events()].count("policy_rounded") == 1
+    assert not list(loop.dir.path.glob("learner/*.partial"))
+
+
 # ---- with processes
 
 

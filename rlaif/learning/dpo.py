@@ -34,7 +34,7 @@ from rlaif.learning.trl_compat import (
 COMPARED, APART = 4, 1e-4
 """Rows whose reference is scored here although others have done so, at least, and how far both may be apart, in nats a
 token."""
-_LOSSES = (
+LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
@@ -57,8 +57,8 @@ class DpoLearner(PairwiseLearner):
     def _defaults(self) -> dict[str, Any]:
         named = self.settings.loss_type
         for loss in [named] if isinstance(named, str) else named or [""]:
-            if loss not in _LOSSES:
-                raise UserError(f"learner.loss_type: TRL has no `{loss}`; known: {', '.join(_LOSSES)}")
+            if loss not in LOSSES:
+                raise UserError(f"learner.loss_type: TRL has no `{loss}`; known: {', '.join(LOSSES)}")
         # A sequence is as long as it was sampled: truncation is the sampler's.
         # Nor does a mixture's balancing loss join the preference loss unasked; without experts it would be no number.
         return {"max_length": None, "precompute_ref_log_probs": True, "router_aux_loss_coef": 0.0}
@@ -86,8 +86,12 @@ class DpoLearner(PairwiseLearner):
 
     def use_reference(self, logprobs: Mapping[str, float]) -> None:
         """Takes the untrained policy's log p of completions, by id, from who has computed them in fp32: in the next
-        update, in place of a pass of its own, if its own over the first rows says the same."""
-        self._known = logprobs if self._precision == "fp32" else {}
+        update, in place of a pass of its own, if its own over the first rows says the same.
+
+        Not with `ld_alpha` (LD-DPO), under which a reference is no plain sum: what lies beyond the shorter side counts
+        less, which rows with sides of equal length don't show."""
+        sums = self.trainer.args.ld_alpha is None
+        self._known = logprobs if sums and self._precision == "fp32" else {}
         self._compared = 0
 
     def _score_references(self, steps: list[list[Row]]) -> None:

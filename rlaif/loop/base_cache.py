@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+import rlaif
+from rlaif import models
+from rlaif.config import Job
 from rlaif.errors import RlaifError
 from rlaif.records import SCHEMA_VERSION, Record, digest
 from rlaif.rundir.store import make_folder, replacing
@@ -27,11 +30,39 @@ KEPT = 400
 """Entries in the folder; the oldest go. One of 48 answers takes some 100 kB."""
 
 
+def follows_from(job: Job, policy: Path, digests: Mapping[str, Any], code: Mapping[str, Any]) -> dict[str, Any]:
+    """What evaluations of the untrained policy follow from in any run. Whoever judges, the base policy measures; by
+    which settings, each stage says.
+
+    Args:
+        policy: Its folder.
+        digests: Of the run's models, as run.json has them.
+        code: What runs, as run.json has it.
+    """
+    return {
+        "models": {name: value for name, value in digests.items() if name not in ("judge", "reference_judge")},
+        "files": models.files_of(policy),
+        "policy": job.policy.model_dump(mode="json", exclude={"model", "adapter"}),
+        "sampling": job.sampling.model_dump(mode="json"),
+        "seed": job.seed,
+        # A revision changes where no code does, and doesn't where code isn't committed.
+        "code": {name: value for name, value in code.items() if name != "revision"} | {"sources": sources()},
+    }
+
+
+def sources() -> str:
+    """sha256 of the files that this package runs from, 16 hex digits."""
+    root, sha = Path(rlaif.__file__).parent, hashlib.sha256()
+    for file in sorted(f for f in root.rglob("*") if f.is_file() and f.parent.name != "__pycache__"):
+        sha.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return sha.hexdigest()[:16]
+
+
 class BaseCache:
     """Rows of one run's untrained policy, from a folder that all runs share."""
 
     def __init__(self, folder: Path, about: dict[str, Any], note: Callable[[str], None]):
-        """`about` is what all rows follow from: weights, tokenizer, seed, how it is sampled, versions, the machine.
+        """`about` is what all rows follow from (`follows_from`).
         `note` is told once when rows of another run are taken."""
         self._folder = folder
         self._about = {"schema": SCHEMA_VERSION, **about}

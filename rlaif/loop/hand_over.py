@@ -42,6 +42,9 @@ class _Held:
     """Digest of a policy → log p of the fixed texts by the learner when it held that one, where it will have gone on
     before somebody asks (`pipeline.staleness`), or will rest (`device: shared`)."""
     exports_in: str | None = None
+    copy: Path | None = None
+    """A copy that was written for the sampler alone, as long as that holds it: whoever takes the place of a replica
+    that died reads it again."""
 
 
 class HandOver:
@@ -119,10 +122,10 @@ class HandOver:
         has = self.sampler_has or self._run.base.digest
         if has != version.digest:
             weights.folder()  # gone, they are missed before a worker misses them
-            if self._export_of(version).anew:
-                self._load_anew(k, version)
-            else:
-                self._run.sampler.tell("load", weights=weights)
+            before, self._held.copy = self._held.copy, None
+            given = self._rounded(k, version, weights) if self._export_of(version).anew else weights
+            self._run.sampler.tell("load", weights=given)
+            _remove(before)
         self.sampler_has = version.digest
         self._compare(k, version, stale)
 
@@ -159,13 +162,20 @@ class HandOver:
             noted["fixed_texts"] = self._read_by_learner(made.digest)
         return noted
 
+    def forget_copy(self) -> None:
+        """Nobody samples any more."""
+        _remove(self._held.copy)
+        self._held.copy = None
+
     def prune(self, k: int) -> None:
         """After iteration k, removes the checkpoints that `keep_checkpoints` doesn't name, and tells it before: each
         policy has the size of the model, each learner's state some six times that. Reference policies stay: of this
         iteration, and of those that a branch or a rollback may go on from."""
         run = self._run
         gone = superfluous(run.dir, run.job.keep_checkpoints, k + 1)
-        gone = gone._replace(policies=gone.policies - self._sampled_from(k))
+        sampled_from = self._sampled_from(k)
+        rounded = {i for i in sampled_from if self.needs_learner(i + 1)}
+        gone = gone._replace(policies=gone.policies - sampled_from, states=gone.states - rounded)
         if run.job.learner.reference == "at_change" and gone.policies:
             behind = [i for i in range(k) if self._state(i).is_dir() and i not in gone.states]
             needed = {found.path for i in (*behind, k) if (found := self.reference_at_change(i)) is not None}
@@ -178,7 +188,8 @@ class HandOver:
             run.dir.event("pruned", f"removed (keep_checkpoints): {'; '.join(named)}", k, **data)
         for pattern in ("learner/*.partial", "iterations/*/policy.partial"):  # what a killed attempt left
             for left in run.dir.path.glob(pattern):
-                shutil.rmtree(left)
+                if left != self._held.copy:
+                    shutil.rmtree(left)
         for folder in (*(policy_dir(run.dir, i) for i in gone.policies), *(self._state(i) for i in gone.states)):
             going = folder.with_name(f"{folder.name}.partial")
             os.replace(folder, going)  # so that what has a checkpoint's name is whole
@@ -193,6 +204,11 @@ class HandOver:
         return {self.policy_before(n)[0].iteration - 1 for n in behind if n <= k + 1}
 
     # ---- do both hold the same policy?
+
+    def needs_learner(self, k: int) -> bool:
+        """Whether the sampler can't be given the policy after k iterations without the learner's help: then nobody does
+        so while that may be training."""
+        return self._export_of(self.policy_before(k)[0]).anew
 
     def look_ahead(self, k: int) -> None:
         """Before an iteration is begun that samples from the policy after k iterations, or a later one, while the
@@ -283,28 +299,42 @@ class HandOver:
         # What it was written in then: this process may compute in something else.
         written = self._run.dir.iteration(version.iteration - 1).meta("updates").get("exported", "bf16")
         anew = written == "fp32" and self._exports_in() == "bf16"
-        return _Export("bf16" if anew else written, anew)
+        return _Export("bf16" if anew and self._has_state(version) else written, anew)
 
-    def _load_anew(self, k: int, version: PolicyVersion) -> None:
-        """Gives a bf16 sampler the newest policy, which was written in fp32: a plain load would round it to the
-        nearest, and lose most of its last updates. The learner's state, which is the same policy, is written once more,
-        as every export of this process will be. The log knows the policy by its own digest; the event has the copy's.
+    def _rounded(self, k: int, version: PolicyVersion, weights: WeightsRef) -> WeightsRef:
+        """For a bf16 sampler, a policy that was written in fp32: a plain load would round it to the nearest, and lose
+        most of its last updates. The learner's state, which is the same policy, is written once more, as every export
+        of this process will be. The log knows the policy by its own digest; the event has the copy's.
+
+        An iteration that was planned in fp32 may sample from a policy whose state isn't kept any more: it gets the
+        weights as they are, and the event says so.
         """
         run = self._run
+        was = f"policy {version.digest} was written in fp32, and {run.sampler.call('computes_in')}"
+        if not self._has_state(version):
+            message = f"{was} rounds it to the nearest: the learner's state behind it isn't kept"
+            run.tell_once("policy_rounded", message, k, policy=version.digest)
+            return weights
         self.load_learner(k)
-        copy = run.dir.path / "learner" / "for_sampler.partial"
-        shutil.rmtree(copy, ignore_errors=True)
-        rounded: WeightsRef = run.learner.call("export", policy_dir=copy)
-        message = (
-            f"policy {version.digest} was written in fp32, and {run.sampler.call('computes_in')} samples from a copy "
-            f"({rounded.digest}) that was rounded at random from the learner's weights"
-        )
+        self._held.copy = run.dir.path / "learner" / f"for_sampler_{version.digest}.partial"
+        _remove(self._held.copy)
+        rounded: WeightsRef = run.learner.call("export", policy_dir=self._held.copy)
+        message = f"{was} samples from a copy ({rounded.digest}) that was rounded at random from the learner's weights"
         run.tell_once("policy_rounded", message, k, policy=version.digest, copy=rounded.digest)
-        run.sampler.tell("load", weights=rounded)
-        shutil.rmtree(copy, ignore_errors=True)  # it follows from state and seed
+        return rounded
+
+    def _has_state(self, version: PolicyVersion) -> bool:
+        """Whether the learner can go back to a policy that was trained."""
+        return self._state(version.iteration - 1).is_dir()
 
     def _state(self, k: int) -> Path:
         return state_dir(self._run.dir, k)
+
+
+def _remove(copy: Path | None) -> None:
+    """A copy follows from state and seed."""
+    if copy is not None:
+        shutil.rmtree(copy, ignore_errors=True)
 
 
 def gap_of(here: StageDir) -> WeightsGap | None:

@@ -41,7 +41,7 @@ from rlaif.judging.spending import REFERENCE_WASTED, WASTED
 from rlaif.learning import kind_of as learner_kind
 from rlaif.learning.launched import COPY, Launched, accelerate_file, launched
 from rlaif.loop import Loop, Progress
-from rlaif.loop.base_cache import BaseCache
+from rlaif.loop.base_cache import BaseCache, follows_from
 from rlaif.loop.branch import may_branch, rollback
 from rlaif.loop.in_force import InForce
 from rlaif.loop.model_checks import check_likelihood_judge, check_policy
@@ -523,23 +523,20 @@ def _factories(
         votes = _votes(run, [REFERENCE_VOTES])
         factories["reference"] = kind_of(job.eval.reference_judge).worker(path, votes, run.path / REFERENCE_WASTED)
     # Sanity is measured under the frozen base policy, whoever judges.
-    if not judge.measures(job, start.judge is not None and start.judge.digest == start.base.digest):
+    if not judge.measures(job, start.judge is not None and _same_model(start.judge, start.base)):
         args = job.policy.chat_template_args
         as_policy = LikelihoodSettings(precision=job.judge.precision, chat_template_args=args)
         factories["measurer"] = likelihood_worker(start.base.path, as_policy)
     return factories
 
 
+def _same_model(a: WeightsRef, b: WeightsRef) -> bool:
+    """Another template, or another configuration, reads the same weights otherwise."""
+    return a.digest == b.digest and models.files_of(a.path) == models.files_of(b.path)
+
+
 def _base_cache(job: Job, start: _Start, note: Callable[[str], None]) -> BaseCache:
-    """Evaluations of the untrained policy, by all that they follow from in any run. Whoever judges, the base policy
-    measures; by which settings, each stage says."""
-    about = {
-        "models": {name: value for name, value in start.models.items() if name not in ("judge", "reference_judge")},
-        "policy": job.policy.model_dump(mode="json", exclude={"model", "adapter"}),
-        "sampling": job.sampling.model_dump(mode="json"),
-        "seed": job.seed,
-        "code": {name: value for name, value in start.code.items() if name != "revision"},
-    }
+    about = follows_from(job, start.base.path, start.models, start.code)
     return BaseCache(models.cache_root() / "evaluations", about, note)
 
 

@@ -65,6 +65,7 @@ class Loop(Running):
                     self.iterate(k)
             # Planned already, unless a resumed run has fewer iterations.
             self._evaluate_after(self.job.iterations - 1)
+        self.hand_over.forget_copy()
         return write_head(self.dir)  # a new one where a kill came between an iteration's metrics and its head
 
     def iterate(self, k: int) -> None:
@@ -107,6 +108,8 @@ class Loop(Running):
                 return
             plan = self._plan(j, newest=k)
             if j - plan.staleness > k:  # planned when the setting was another
+                return
+            if self.hand_over.needs_learner(j - plan.staleness):  # planned when exports were fp32: done in order
                 return
             it = self._iteration(plan)
             check_calibration(self, it)

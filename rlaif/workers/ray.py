@@ -37,7 +37,6 @@ import rlaif
 from rlaif import __version__
 from rlaif.config import Cluster
 from rlaif.errors import NoRoom, UserError, WorkerDied, WorkerError, needs_extra, to_install
-from rlaif.models import digest_of
 from rlaif.workers.feed import Feed
 from rlaif.workers.process import CLOSE_GRACE_S
 from rlaif.workers.ranks import JOINED, LOOPBACK, Ranks, numbered
@@ -80,7 +79,7 @@ class RayCluster:
         self._settings, self._logs = settings, logs
         self._groups: dict[str, Any] = {}
         self.in_store: dict[str, FileParts] = {}
-        """What was put into the object store, by digest."""
+        """What was put into the object store, by `WeightsRef.name`."""
         self._sending = threading.Lock()
         self._folder: Path | None = None
         """Where a cluster that is made for the run has its sockets and logs."""
@@ -224,13 +223,11 @@ class RayCluster:
     def sent(self, ref: WeightsRef) -> FileParts:
         """A folder's files in the object store, put there once; for nodes that don't see it."""
         with self._sending:  # several replicas ask for the same at the same time
-            if ref.digest not in self.in_store:
+            if ref.name not in self.in_store:
                 self.in_store.clear()  # whoever was promised those has them
                 put = self._ray.put
-                self.in_store[ref.digest] = [
-                    (name, [put(part) for part in parts]) for name, parts in parts_of(ref.path)
-                ]
-            return self.in_store[ref.digest]
+                self.in_store[ref.name] = [(name, [put(part) for part in parts]) for name, parts in parts_of(ref.path)]
+            return self.in_store[ref.name]
 
     def close(self) -> None:
         """Gives back what was reserved. A cluster that was made for the run ends, and leaves its logs in the run's."""
@@ -262,7 +259,7 @@ class RayWorker(Worker):
         self._cluster, self._ray, self._actor = cluster, ray, actor
         self._begun = time.monotonic()
         self._placed = actor.node.remote()
-        self._build = functools.partial(actor.build.remote, factory, _by_reference(_absolute(kwargs)))
+        self._build = functools.partial(actor.build.remote, factory, _by_reference(_to_leave(kwargs)))
         self._built = self._build()
         self._ready = self._closed = False
 
@@ -288,14 +285,14 @@ class RayWorker(Worker):
     def call(self, method: str, **kwargs: Any) -> Any:
         """As `ProcessWorker.call`."""
         self.ready()
-        return self._asked(functools.partial(self._actor.call.remote, method, _absolute(kwargs)))[1]
+        return self._asked(functools.partial(self._actor.call.remote, method, _to_leave(kwargs)))[1]
 
     def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Generator[Any, None, None]:
         """As `ProcessWorker.stream`, without a feed: a judge that is fed only waits, and needs no cluster."""
         if feed is not None:
             raise NotImplementedError(f"{self.name}.{method}: an actor takes no feed")
         self.ready()
-        self._asked(functools.partial(self._actor.begin.remote, method, _absolute(kwargs)))
+        self._asked(functools.partial(self._actor.begin.remote, method, _to_leave(kwargs)))
         ahead = deque(self._actor.more.remote() for _ in range(_AHEAD))
         try:
             while (answer := self._answer(ahead.popleft()))[0] != "end":
@@ -481,9 +478,15 @@ def _here(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: seen_here(value) if isinstance(value, WeightsRef) else value for name, value in kwargs.items()}
 
 
-def _absolute(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments whose paths lead to the same from any working directory."""
-    return {name: value.absolute() if isinstance(value, Path) else value for name, value in kwargs.items()}
+def _to_leave(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that mean the same on another machine, and in any working directory."""
+
+    def meant(value: Any) -> Any:
+        if isinstance(value, WeightsRef):
+            return value.whole()
+        return value.absolute() if isinstance(value, Path) else value
+
+    return {name: meant(value) for name, value in kwargs.items()}
 
 
 def _by_reference(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -491,7 +494,7 @@ def _by_reference(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     named = kwargs.get("model_path")
     if named is None or not Path(named).is_dir():
         return dict(kwargs)
-    return {**kwargs, "model_path": WeightsRef(digest=digest_of(Path(named)), path=Path(named))}
+    return {**kwargs, "model_path": WeightsRef.of(Path(named))}
 
 
 def _guarded(action: Callable[[], Answer]) -> Answer:

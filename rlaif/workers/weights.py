@@ -1,8 +1,8 @@
 """Weights by reference: what the learner and the sampler hand each other, in whichever process they are, and how their
 files get to a machine that doesn't see them.
 
-Such a machine keeps some folders in `$RLAIF_CACHE/weights`, each under the digest of its weights: written beside it,
-checked, then renamed.
+Such a machine keeps some folders in `$RLAIF_CACHE/weights`, each under the digests of its weights and of what is read
+with them (a model may get another chat template, and keep its weights): written beside it, checked, then renamed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from filelock import FileLock
 from pydantic import AfterValidator
 
 from rlaif.errors import UserError, WorkerError
-from rlaif.models import cache_root, digest_of, weight_files
+from rlaif.models import cache_root, digest_of, files_of, weight_files
 from rlaif.records import Record
 
 KEPT = 4
@@ -40,6 +40,32 @@ class WeightsRef(Record):
     """A folder that every worker can read, or has sent to it: an exported policy, or a learner's state. Absolute, since
     who reads it may work in another directory."""
 
+    files: str | None = None
+    """What is read of the folder beside its weights (`models.files_of`), where the reference leaves for a machine that
+    may hold another one; None: it was never asked. A policy is known by its weights alone."""
+
+    @classmethod
+    def of(cls, folder: Path) -> WeightsRef:
+        """A model's folder on this machine."""
+        return cls(digest=digest_of(folder), path=folder).whole()
+
+    def whole(self) -> WeightsRef:
+        """The same, with what else is read of its folder; as it is where this machine doesn't see that."""
+        if self.files is not None or not self.path.is_dir():
+            return self
+        return self.model_copy(update={"files": files_of(self.path)})
+
+    @property
+    def name(self) -> str:
+        """What its folder is kept under elsewhere."""
+        return self.digest if self.files is None else f"{self.digest}-{self.files}"
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder holds just this."""
+        if self.files is not None and not (folder.is_dir() and files_of(folder) == self.files):
+            return False
+        return bool(weight_files(folder)) and digest_of(folder) == self.digest
+
     def folder(self) -> Path:
         """Where to read a policy from.
 
@@ -60,16 +86,16 @@ class WeightsMissing(Exception):
 
 
 def seen_here(ref: WeightsRef) -> WeightsRef:
-    """A reference to the same weights on this machine: where the path leads, if that is they, or what was kept.
+    """A reference to the same folder on this machine: where the path leads, if that is it, or what was kept.
 
     Raises:
         WeightsMissing: neither is there.
     """
-    for folder in (ref.path, _kept(ref.digest)):
-        if weight_files(folder) and digest_of(folder) == ref.digest:
+    for folder in (ref.path, _kept(ref)):
+        if ref.is_in(folder):
             if folder != ref.path:
                 os.utime(folder)  # used last
-            return WeightsRef(digest=ref.digest, path=folder)
+            return ref.model_copy(update={"path": folder})
     raise WeightsMissing(ref)
 
 
@@ -95,11 +121,12 @@ def keep(ref: WeightsRef, files: Iterable[tuple[str, list[Any]]], get: Callable[
     Raises:
         WorkerError: what arrived isn't what was sent.
     """
-    folder = _kept(ref.digest)
+    folder = _kept(ref)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / ".lock"):
-        if folder.is_dir():
+        if ref.is_in(folder):
             return folder
+        shutil.rmtree(folder, ignore_errors=True)  # changed by hand, it would be asked for again and again
         for left in folder.parent.glob(".partial-*"):  # whoever wrote it was killed, or had the lock
             shutil.rmtree(left, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
@@ -110,8 +137,9 @@ def keep(ref: WeightsRef, files: Iterable[tuple[str, list[Any]]], get: Callable[
                 with to.open("wb") as f:
                     for part in parts:
                         f.write(get(part))
-            if (found := digest_of(partial)) != ref.digest:
-                raise WorkerError(f"weights {ref.digest} arrived as {found}: damaged on their way")
+            if not ref.is_in(partial):
+                found = WeightsRef.of(partial)
+                raise WorkerError(f"weights {ref.name} arrived as {found.name}: damaged on their way")
             os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -119,8 +147,8 @@ def keep(ref: WeightsRef, files: Iterable[tuple[str, list[Any]]], get: Callable[
     return folder
 
 
-def _kept(digest: str) -> Path:
-    return cache_root() / "weights" / digest
+def _kept(ref: WeightsRef) -> Path:
+    return cache_root() / "weights" / ref.name
 
 
 def _forget(folder: Path) -> None:

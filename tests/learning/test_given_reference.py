@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from trl import DPOTrainer
 
 from rlaif import config
 from rlaif.learning import make_learner
-from rlaif.learning.dpo import APART, COMPARED
+from rlaif.learning.base import epoch_order
+from rlaif.learning.dpo import APART, COMPARED, LOSSES
 from rlaif.records import Preference
 from tests.learning.conftest import make_preferences
 
@@ -24,9 +28,13 @@ def pairs() -> list[Preference]:
 @pytest.fixture(scope="module")
 def scored(model_path: str) -> dict[str, float]:
     """log p of every completion under the untrained policy, each by a pass of its own."""
+    return scores_of(model_path, pairs())
+
+
+def scores_of(model_path: str, rows: list[Preference]) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     out = {}
-    for pair in pairs():
+    for pair in rows:
         for i, sequence in zip((pair.chosen_id, pair.rejected_id), pair.sequences, strict=True):
             ids = torch.tensor([sequence.all_ids])
             with torch.no_grad():
@@ -36,7 +44,11 @@ def scored(model_path: str) -> dict[str, float]:
 
 
 def trained(
-    path: str, settings: config.Learner, given: dict[str, float] | None, **changes: Any
+    path: str,
+    settings: config.Learner,
+    given: dict[str, float] | None,
+    rows: list[Preference] | None = None,
+    **changes: Any,
 ) -> tuple[list[Any], dict[str, torch.Tensor], int]:
     """Steps, weights after them, and rows that the reference was computed for."""
     made = make_learner("dpo", path, settings.model_copy(update=changes), seed=7)
@@ -51,7 +63,7 @@ def trained(
     )[1]
     if given is not None:
         made.use_reference(given)
-    steps = list(made.update(pairs(), 0))
+    steps = list(made.update(rows or pairs(), 0))
     return steps, {n: p.clone() for n, p in made.trained().items()}, sum(computed)
 
 
@@ -107,3 +119,43 @@ def test_it_serves_one_update(model_path: str, settings: config.Learner, scored:
 def test_a_learner_in_bf16_rounds_its_own(model_path: str, settings: config.Learner, scored: dict[str, float]) -> None:
     _, _, computed = trained(model_path, settings, scored, precision="bf16")
     assert computed == ROWS
+
+
+def alike_where_they_are_compared() -> list[Preference]:
+    """Rows whose first ones of an update have sides of equal length, and no others."""
+    rows = make_preferences(ROWS, seed=1)
+    for i in epoch_order(ROWS, seed=7, iteration=0, epoch=0)[:COMPARED]:
+        ids = rows[i].rejected_token_ids
+        rows[i] = rows[i].model_copy(update={"chosen_token_ids": (*ids[:-1], 5)})
+    apart = [len(row.chosen_token_ids) != len(row.rejected_token_ids) for row in rows]
+    assert ROWS - COMPARED >= sum(apart) > 4
+    return rows
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ld_alpha": {"args": {"ld_alpha": 0.3}},
+    "every loss": {"loss_type": list(LOSSES), "args": {"label_smoothing": 0.1}},
+    "forward KL": {"args": {"f_divergence_type": "forward_kl"}},
+    "alpha divergence": {"args": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5}},
+    "WPO": {"args": {"use_weighting": True}},
+}
+
+
+@pytest.mark.parametrize("named", SETTINGS)
+def test_no_setting_makes_it_another(named: str, model_path: str, settings: config.Learner) -> None:
+    """Whatever TRL makes of log-probabilities: given or computed, the steps are the same."""
+    rows, how = alike_where_they_are_compared(), SETTINGS[named]
+    expected, weights, _ = trained(model_path, settings, None, rows, **how)
+    steps, found, computed = trained(model_path, settings, scores_of(model_path, rows), rows, **how)
+    assert [s.loss for s in steps] == pytest.approx([s.loss for s in expected], rel=1e-4, abs=1e-5)
+    assert computed == (ROWS if named == "ld_alpha" else COMPARED)
+    assert [s.notes for s in steps] == [()] * len(steps)
+    for name, value in weights.items():
+        torch.testing.assert_close(found[name], value, atol=1e-3, rtol=0)
+
+
+def test_no_other_setting_decides_what_a_reference_is() -> None:
+    """A newer TRL may have one more: then it belongs into the table above."""
+    asked = inspect.getsource(DPOTrainer.compute_ref_log_probs)
+    found = set(re.findall(r"self\.((?:args\.)?\w+)", asked))
+    assert found == {"accelerator", "args.gradient_checkpointing_kwargs", "ld_alpha", "model", "ref_model"}
