@@ -312,8 +312,8 @@ class _Run:
         return seconds
 
     def _decoded(self, answers: float) -> int:
-        """Of so many, those that a sampler has under way at once. Where they are more than it can have, in rounds of one
-        size: it isn't slower for a last one that is half empty, since others are under way meanwhile."""
+        """Of so many, those that a sampler has under way at once. Where they are more than it can have, in rounds of
+        one size: it isn't slower for a last one that is half empty, since others are under way meanwhile."""
         rates, mine = self.rates.sampler, math.ceil(answers / self.setup.cluster.sampler.replicas)
         if rates.at_most is None or not mine:
             return rates.at_once
