@@ -533,7 +533,7 @@ def part_vllm(work: Path, model: Path, prompts: list[Prompt]) -> VllmTimes:
     """The loop's own requests, in the loop's order, through `LLM.generate`. Same engine settings as the sampler."""
     from rlaif.rundir.store import RunDir
     from rlaif.sampling.vllm import ENVIRONMENT, MAX_SEQUENCES
-    from rlaif.sampling.vllm_compat import on_cpu
+    from rlaif.sampling.vllm_compat import forget_prompts, on_cpu
 
     os.environ.update(ENVIRONMENT)
     from vllm import LLM, SamplingParams
@@ -556,7 +556,7 @@ def part_vllm(work: Path, model: Path, prompts: list[Prompt]) -> VllmTimes:
             SamplingParams(max_tokens=settings.max_tokens, temperature=settings.temperature, top_p=top_p, seed=c.seed)
             for c in some
         ]
-        llm.reset_prefix_cache()
+        forget_prompts(llm)
         started = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": list(c.prompt_token_ids)} for c in some], params, use_tqdm=False)
         return time.perf_counter() - started, sum(len(o.outputs[0].token_ids) for o in outputs)

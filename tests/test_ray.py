@@ -213,7 +213,9 @@ def test_a_stream_comes_row_by_row_and_ends_when_nobody_wants_more(reader: RayWo
 
 
 @with_ray
-def test_weights_are_read_where_they_are_or_sent(reader: RayWorker, tmp_path: Path) -> None:
+def test_weights_are_read_where_they_are_or_sent(
+    alone: tuple[RayCluster, Path], reader: RayWorker, tmp_path: Path
+) -> None:
     seen = weights(tmp_path / "seen", b"one")
     reader.tell("load", weights=seen)
     assert reader.call("holds") == (str(seen.path), b"one")
@@ -222,18 +224,18 @@ def test_weights_are_read_where_they_are_or_sent(reader: RayWorker, tmp_path: Pa
     put = importlib.import_module("ray").put
     content = {"config.json": [b"{}"], "model.safetensors": [b"t", b"wo"]}
     parts = [(name, [put(part) for part in of_file]) for name, of_file in content.items()]
-    reader._cluster.in_store = {sent.name: parts}
+    alone[0].in_store = {sent.name: parts}
     (tmp_path / "sent/model.safetensors").write_bytes(b"of another machine")
     reader.tell("load", weights=sent)
     folder, read = reader.call("holds")
     assert read == b"two"
     assert Path(folder).name == sent.name
     reader.tell("load", weights=seen)
-    reader._cluster.in_store = {}
+    alone[0].in_store = {}
     reader.tell("load", weights=sent)  # kept, nothing is sent
     assert reader.call("holds") == (folder, b"two")
     damaged = weights(tmp_path / "damaged", b"three")
-    reader._cluster.in_store = {damaged.name: parts}
+    alone[0].in_store = {damaged.name: parts}
     (tmp_path / "damaged/model.safetensors").unlink()
     with pytest.raises(WorkerError, match=f"weights {damaged.name} arrived as {sent.name}: damaged"):
         reader.tell("load", weights=damaged)

@@ -42,7 +42,7 @@ MODEL = "policy"
 _COMPAT = "rlaif.sampling.vllm_compat"
 _ANSWER_S = 3600.0
 """No answer takes so long; a server that is gone cuts the connection."""
-_FREE_S, _POLL_S = 20.0, 0.2
+FREE_S, POLL_S = 20.0, 0.2
 """How long answers that nobody waits for any more may hold a server's prefix cache: it gives them up at its next step.
 And how often it is asked."""
 
@@ -198,14 +198,14 @@ class Sampler:
         Raises:
             RlaifError: answers are under way there, whose keys and values vLLM keeps, and with them all others.
         """
-        until = time.monotonic() + _FREE_S
+        until = time.monotonic() + FREE_S
         while not self._post(url, "/reset_prefix_cache")["success"]:
             if time.monotonic() > until:
                 raise RlaifError(
                     f"{url}: its prefix cache can't be emptied, since answers are under way there; one run at a time "
                     "can sample from a server. Once the other one has ended, the same command goes on"
                 )
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
 
     def _rpc(self, method: str, **kwargs: str) -> list[str]:
         """What each server's first worker says."""

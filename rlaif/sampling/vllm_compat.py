@@ -122,7 +122,7 @@ def check_reloads(llm: Any) -> None:
     """
     if not on_cpu():
         return
-    refuse(", ".join(_unknown(_modules(llm))))
+    refuse(", ".join(_unknown(modules_of(llm))))
 
 
 def refuse(unknown: str) -> None:
@@ -145,7 +145,7 @@ def reload_weights(llm: Any, path: str) -> None:
         RlaifError: the folder lacks some of the model's weights, of which vLLM itself only warns; or as
             `forget_prompts`.
     """
-    _take(_modules(llm), path, lambda: llm.collective_rpc("reload_weights", kwargs={"weights_path": path}))
+    take(modules_of(llm), path, lambda: llm.collective_rpc("reload_weights", kwargs={"weights_path": path}))
     forget_prompts(llm)
 
 
@@ -179,7 +179,7 @@ class TakesWeights:
     def rlaif_take(self, path: str) -> None:
         """Takes the weights of a folder. Raises as `reload_weights`."""
         self.rlaif_weights = f"{path}, in part"  # what it says it holds, should the rest not come
-        _take(list(self.get_model().modules()), path, lambda: self.reload_weights(weights_path=path))
+        take(list(self.get_model().modules()), path, lambda: self.reload_weights(weights_path=path))
         self.rlaif_weights = path
 
     def rlaif_held(self) -> str:
@@ -205,7 +205,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(name)
 
 
-def _take(modules: list[Any], path: str, reload: Callable[[], object]) -> None:
+def take(modules: list[Any], path: str, reload: Callable[[], object]) -> None:
     """The worker's `reload_weights`, and around it what it leaves behind. `modules` are the layers of a worker in this
     process.
 
@@ -243,7 +243,7 @@ def _method(module: Any) -> str | None:
     return type(method).__name__
 
 
-def _modules(llm: Any) -> list[Any]:
+def modules_of(llm: Any) -> list[Any]:
     """The layers of the engine in this process (`apply_model`); on the CPU there is one."""
     modules: list[Any] = llm.apply_model(lambda model: list(model.modules()))[0]
     return modules

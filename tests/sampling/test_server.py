@@ -223,13 +223,13 @@ def test_it_is_asked_what_it_holds_while_answers_are_owed(
 
 def test_a_cache_of_older_weights_is_not_read(tiny: Path, stubs: list[Stub], monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM keeps all of it while a request holds some, and says so with status 200."""
-    monkeypatch.setattr(server, "_POLL_S", 0.01)
+    monkeypatch.setattr(server, "POLL_S", 0.01)
     engine = sampler(tiny, stubs)
     stubs[1].busy = 3  # answers that nobody waits for any more
     assert len(run(engine, requests())) == 12
     stubs[1].busy = 10**6
     asked = [len(stub.prompts) for stub in stubs]
-    monkeypatch.setattr(server, "_FREE_S", 0.05)
+    monkeypatch.setattr(server, "FREE_S", 0.05)
     said = f"{stubs[1].url.removesuffix('/v1')}: its prefix cache can't be emptied.*one run at a time"
     with pytest.raises(RlaifError, match=said):
         run(engine, requests())
@@ -242,8 +242,8 @@ def test_a_cache_of_older_weights_is_not_read(tiny: Path, stubs: list[Stub], mon
 def test_a_cache_of_older_weights_is_not_read_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     emptied = [True, False, False]
     llm = SimpleNamespace(reset_prefix_cache=lambda: emptied.pop(0))
-    monkeypatch.setattr(vllm_compat, "_modules", lambda llm: [])
-    monkeypatch.setattr(vllm_compat, "_take", lambda *_: None)
+    monkeypatch.setattr(vllm_compat, "modules_of", lambda llm: [])
+    monkeypatch.setattr(vllm_compat, "take", lambda *_: None)
     vllm_compat.reload_weights(llm, "/run/policy")
     with pytest.raises(RlaifError, match="the prefix cache can't be emptied"):
         vllm_compat.reload_weights(llm, "/run/policy")
@@ -260,7 +260,7 @@ def test_weights_that_came_in_part_are_not_the_weights_of_a_folder(monkeypatch: 
         if path == "/lacks":
             raise RlaifError("not all weights reached the sampler")
 
-    monkeypatch.setattr(vllm_compat, "_take", taken)
+    monkeypatch.setattr(vllm_compat, "take", taken)
     worker = Worker()
     worker.rlaif_take("/whole")
     assert worker.rlaif_held() == "/whole"
