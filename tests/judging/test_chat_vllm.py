@@ -70,11 +70,11 @@ def test_votes_of_a_real_server(server: str, tmp_path: Path) -> None:
         {
             "constitution": "assistant@1",
             "judge": {"kind": "chat", "model": "smollm2", "base_url": server, "api_key_env": None,
-                      "templates": ["pairwise", "pairwise_json"], "max_tokens": 128, "cache": str(tmp_path / "cache")},
+                      "templates": ["pairwise", "pairwise_json"], "cache": str(tmp_path / "cache")},
         },
         "test",
     )  # fmt: skip
-    rows = [r for r in read_labelled([ROOT / "prompts/judge_bench.jsonl"]).rows if r.constitution == "assistant@1"][:3]
+    rows = [r for r in read_labelled([ROOT / "prompts/judge_bench.jsonl"]).rows if r.constitution == "assistant@1"][:6]
     constitution = load_constitution(ROOT / "constitutions", "assistant@1")
     ask = open_with_ballots(job, [constitution], ROOT, lambda message: None).ask
     votes = cast_votes(rows, ask, lambda reference: constitution)
