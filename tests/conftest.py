@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import yaml
 
 from rlaif.config import Job, load_job
 from rlaif.hardware import gpu_names
+from rlaif.records import Completion, PolicyVersion
 from rlaif.workers.ray import PRIVATE
 from tests.stubs import write_texts
 
@@ -105,6 +108,46 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.sampling.conftest import make_model
 
     return make_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+def until(true: Callable[[], object], seconds: float = 20) -> None:
+    """Waits until something comes true, and fails when it doesn't in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+def killed_at(file: str) -> str:
+    """The command (`python -c`) as it dies, and its workers with it, when the first rows of a run's file are durable;
+    `file` is the end of its path."""
+    return f"""
+import os, signal
+from rlaif.cli import main
+real = os.fsync
+def fsync(fd):
+    real(fd)
+    if os.readlink(f"/proc/self/fd/{{fd}}").endswith({file!r}):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = fsync
+main()
+"""
+
+
+def answered(name: str, token_ids: Sequence[int], logprob: float | None) -> Completion:
+    """A completion of which nothing but its tokens and their log p matters."""
+    return Completion(
+        id=name,
+        prompt_id="p",
+        policy=PolicyVersion(iteration=0, digest="d"),
+        index=0,
+        seed=0,
+        prompt_token_ids=(1,),
+        token_ids=tuple(token_ids),
+        text="",
+        finish_reason="stop",
+        logprob=logprob,
+    )
 
 
 def rlaif_here(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -24,9 +24,10 @@ from rlaif.loop.running import Iteration, Running
 from rlaif.records import SCHEMA_VERSION, Completion, IterationMetrics, Plan, Vote
 from rlaif.rundir.store import RunDir, StageDir, read_record, write_json
 from rlaif.workers.inline import InlineWorker
+from tests.conftest import until
 from tests.stubs import BASE_DIGEST, stub_job, stub_loop
 from tests.test_resume import outcome
-from tests.test_streaming import log_of, wait_until
+from tests.test_streaming import log_of
 
 
 def stale_job(staleness: int, **changes: Any) -> Job:
@@ -112,7 +113,7 @@ def test_the_next_iteration_is_judged_before_this_one_is_trained(tmp_path: Path)
 
     def wait(k: int) -> None:
         if k < 4:
-            wait_until(lambda: voted(loop.dir.iteration(k + 1)))
+            until(lambda: voted(loop.dir.iteration(k + 1)), 120)
             said.append(status_of(loop.dir).at)
 
     before_update(loop, wait)
@@ -132,7 +133,7 @@ def test_an_evaluation_waits_for_who_is_ahead(tmp_path: Path) -> None:
         inside["now"] += 1
         inside["most"] = max(inside["most"], inside["now"])
         for chunk in sample(**kwargs):
-            wait_until(lambda: True)
+            until(lambda: True, 120)
             yield chunk
         inside["now"] -= 1
 
@@ -171,7 +172,7 @@ def test_an_edit_counts_from_the_next_plan_that_is_written(tmp_path: Path) -> No
 
     def edit(k: int) -> None:
         if k == 0:
-            wait_until(first.exists)
+            until(first.exists, 120)
             (tmp_path / "constitutions" / "rules" / "v2.yaml").write_text(text(2))
 
     before_update(loop, edit)
@@ -266,7 +267,7 @@ def test_what_was_planned_in_fp32_asks_the_learner_in_order(tmp_path: Path, monk
 
     def stop(k: int) -> None:
         if k == 1:
-            wait_until(planned.exists)
+            until(planned.exists, 120)
             raise Unplugged
 
     before_update(loop, stop)

@@ -5,22 +5,12 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.servers import alike, in_common
-from rlaif.records import Completion, PolicyVersion
+from rlaif.records import Completion
+from tests.conftest import answered
 
 
 def answer(name: str, *token_ids: int, logprob: float = -1.0) -> Completion:
-    return Completion(
-        id=name,
-        prompt_id="p",
-        policy=PolicyVersion(iteration=0, digest="d"),
-        index=0,
-        seed=0,
-        prompt_token_ids=(1,),
-        token_ids=token_ids,
-        text="",
-        finish_reason="length",
-        logprob=logprob,
-    )
+    return answered(name, token_ids, logprob)
 
 
 def test_answers_are_compared_by_their_ids() -> None:

@@ -14,10 +14,10 @@ from rlaif.config import Job, parse_job
 from rlaif.errors import RlaifError, UserError
 from rlaif.loop.deep_check import CheckedLoad, check_hand_over, compare
 from rlaif.loop.gaps import decoding_gap, to_score_again, weights_gap
-from rlaif.records import Completion, PolicyVersion
+from rlaif.records import Completion
 from rlaif.workers.process import ProcessWorker
 from tests.architectures import ARCHITECTURES, MIXTURES, each, make_model
-from tests.conftest import project_job
+from tests.conftest import answered, project_job
 from tests.hand_over_makers import answers_of, sampler
 
 
@@ -183,18 +183,7 @@ def test_vllm_records_the_raw_log_p(number: int, maker: ProcessWorker, tmp_path:
 
 
 def answer(name: str, tokens: int, logprob: float | None) -> Completion:
-    return Completion(
-        id=name,
-        prompt_id="p",
-        policy=PolicyVersion(iteration=0, digest="d"),
-        index=0,
-        seed=0,
-        prompt_token_ids=(1,),
-        token_ids=(3,) * tokens,
-        text="",
-        finish_reason="stop",
-        logprob=logprob,
-    )
+    return answered(name, (3,) * tokens, logprob)
 
 
 def test_the_decoding_gap_by_hand() -> None:

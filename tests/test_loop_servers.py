@@ -19,11 +19,11 @@ from rlaif.records import EvaluationMetrics, Vote
 from rlaif.rundir.store import RunDir, read_record
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.process import ProcessWorker
+from tests.conftest import until
 from tests.judging.fault_server import FaultServer
 from tests.stubs import stub_job
 from tests.test_loop_chat import ROOT, all_votes, chat_loop, greater_number
 from tests.test_resume import outcome
-from tests.test_streaming import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -76,12 +76,12 @@ def test_a_run_that_is_killed_while_two_servers_judge_asks_again_only_what_was_i
         here = os.environ | {"PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, cwd=killed, env=here, stderr=subprocess.PIPE)
         try:
-            wait_until(lambda: process.poll() is not None or len(durable(killed)) >= 8)
+            until(lambda: process.poll() is not None or len(durable(killed)) >= 8, 120)
             assert process.poll() is None, process.stderr and process.stderr.read().decode()
         finally:
             process.kill()
             process.communicate()
-        wait_until(lambda: a.open + b.open == 0)  # the judge's process ends with the loop
+        until(lambda: a.open + b.open == 0, 120)  # the judge's process ends with the loop
         before, kept = len(durable(killed)), a.requests + b.requests
         loop = run(killed)
         asked = a.seen + b.seen

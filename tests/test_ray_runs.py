@@ -16,8 +16,7 @@ import pytest
 
 from rlaif.records import IterationMetrics, UpdateStep
 from rlaif.rundir.store import RunDir
-from tests.conftest import make_project, project_job
-from tests.serving.test_servers import until
+from tests.conftest import make_project, project_job, until
 from tests.test_launched import ON_CPUS, write
 from tests.test_ray import with_ray
 

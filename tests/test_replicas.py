@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rlaif.workers.inline import InlineWorker
 from rlaif.workers.process import ProcessWorker
 from rlaif.workers.replicas import Replicas
 from rlaif.workers.worker import Piece, Worker
+from tests.conftest import until
 from tests.kill_driver import casts, durable_ballots
 from tests.stubs import stub_job, stub_loop
 from tests.test_resume import outcome
@@ -116,13 +117,6 @@ class Cluster:
 
     def counts(self) -> Counter[int]:
         return Counter(map(int, self.asked.read_text().split()))
-
-
-def until(done: Callable[[], bool], within_s: float = 20) -> None:
-    end = time.monotonic() + within_s
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def squares(n: int, offset: int = 0) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ from rlaif.records import SCHEMA_VERSION, Decision, Preference
 from rlaif.rundir import store
 from rlaif.rundir.store import RunDir
 from rlaif.workers.process import ProcessWorker
+from tests.conftest import killed_at
 from tests.stubs import Quiet, stub_job, stub_loop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -361,20 +362,6 @@ def test_whole_lines_leave_a_torn_one_out(tmp_path: Path) -> None:
     assert whole_lines(tmp_path / "votes.jsonl.partial") == ['{"a": 1}\n', '{"a": 2}\n']
 
 
-# A loop that dies with its first durable step of iteration 1's update, and its workers with it.
-_KILLED = """
-import os, signal
-from rlaif.cli import main
-real = os.fsync
-def fsync(fd):
-    real(fd)
-    if os.readlink(f"/proc/self/fd/{fd}").endswith("iterations/0001/updates.jsonl.partial"):
-        os.kill(os.getpid(), signal.SIGKILL)
-os.fsync = fsync
-main()
-"""
-
-
 @pytest.mark.slow
 def test_a_kill_on_small_workers_of_their_own(tiny_model: Path, tmp_path: Path) -> None:
     """Three processes, killed in the middle of an update and started again, end where one process does that wasn't."""
@@ -385,7 +372,7 @@ def test_a_kill_on_small_workers_of_their_own(tiny_model: Path, tmp_path: Path) 
     job = project_job(tmp_path, tiny_model, iterations=2, schedule={0: "rules@1"}, eval={"every": 2, "prompts": 2})
     whole = execute(job, tmp_path / "runs" / "whole", tmp_path, Quiet())
     arguments = ("run", "tiny.yaml", "--name", "killed", "--set", "workers=process")
-    command = [sys.executable, "-c", _KILLED, *arguments]
+    command = [sys.executable, "-c", killed_at("iterations/0001/updates.jsonl.partial"), *arguments]
     died = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
     killed = RunDir(tmp_path / "runs" / "killed")

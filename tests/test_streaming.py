@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from rlaif.workers.inline import InlineWorker
 from rlaif.workers.placement import Placed
 from rlaif.workers.process import ProcessWorker
 from rlaif.workers.worker import Worker
-from tests.conftest import project_job
+from tests.conftest import project_job, until
 from tests.judging.fault_server import FaultServer
 from tests.stubs import Quiet, stub_job
 from tests.test_loop_chat import chat_job, chat_loop, greater_number
@@ -47,13 +46,6 @@ def log_of(run: Path) -> dict[str, Any]:
         steps = [json.loads(line) | {"seconds": 0} for line in path.read_text().splitlines()]
         found["rows"][str(path.relative_to(run))] = steps
     return found
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.005)
 
 
 def in_an_order_of_their_own(loop: Loop, before_the_last: Callable[[StageDir], None] = lambda here: None) -> None:
@@ -94,7 +86,7 @@ def votes_in(here: StageDir) -> int:
 
 def someone_voted(here: StageDir) -> None:
     """Waits for a vote."""
-    wait_until(lambda: votes_in(here) > 0)
+    until(lambda: votes_in(here) > 0, 120)
 
 
 def streamed_votes(run: RunDir) -> list[int | None]:
@@ -111,7 +103,7 @@ def test_a_streamed_run_of_a_chat_judge_is_the_sequence(slow: str, early_stop: b
 
     def undecided(body: dict[str, Any]) -> str:
         if slow == "judge":
-            wait_until(lambda: all((here / "completions.jsonl").exists() for here in asked_in[-1].glob("iterations/*")))
+            until(lambda: all((here / "completions.jsonl").exists() for here in asked_in[-1].glob("iterations/*")), 120)
         if early_stop and "one letter" in body["messages"][0]["content"] and "question 1" in str(body["messages"]):
             return "A"  # these pairs' order flips, and nothing can save them
         return greater_number(body)
@@ -161,8 +153,9 @@ def test_a_streamed_run_of_a_likelihood_judge_is_the_sequence_to_the_bit(
 
     def slow_score(self: LikelihoodJudge, *args: Any, **kwargs: Any) -> Iterator[list[Score]]:
         if slow == "judge" and streamed:
-            wait_until(
-                lambda: all(streamed[0].iteration(k).is_complete("completions") for k in streamed[0].iterations())
+            until(
+                lambda: all(streamed[0].iteration(k).is_complete("completions") for k in streamed[0].iterations()),
+                120,
             )
         yield from score(self, *args, **kwargs)
 
@@ -204,7 +197,7 @@ def test_a_streamed_run_of_a_likelihood_judge_is_the_sequence_to_the_bit(
 def test_a_judge_that_stops_stops_the_sampling_and_what_was_asked_about_stays(tmp_path: Path) -> None:
     with FaultServer(say=greater_number) as server:
         loop = chat_loop(tmp_path, chat_job(server, {"budget": {"calls": 5}, "concurrency": 2}))
-        in_an_order_of_their_own(loop, lambda here: wait_until(lambda: votes_in(here) == 5))
+        in_an_order_of_their_own(loop, lambda here: until(lambda: votes_in(here) == 5, 120))
         with pytest.raises(BudgetSpent):
             loop.run()
         here = loop.dir.iteration(0)

@@ -127,7 +127,7 @@ def keep(ref: WeightsRef, files: Iterable[tuple[str, list[Any]]], get: Callable[
         if ref.is_in(folder):
             return folder
         shutil.rmtree(folder, ignore_errors=True)  # changed by hand, it would be asked for again and again
-        for left in folder.parent.glob(".partial-*"):  # whoever wrote it was killed, or had the lock
+        for left in folder.parent.glob(".partial-*"):  # whoever wrote it was killed: it had the lock
             shutil.rmtree(left, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
         try:

@@ -17,9 +17,8 @@ from rlaif import config
 from rlaif.records import Completion, IterationMetrics, TokenSequence
 from rlaif.rundir.store import RunDir, read_record
 from rlaif.workers.process import ProcessWorker
-from tests.conftest import make_project
+from tests.conftest import killed_at, make_project, until
 from tests.sampling.test_vllm import make_requests, run
-from tests.test_streaming import wait_until
 
 pytestmark = [
     pytest.mark.nightly,
@@ -71,20 +70,6 @@ def test_samples_and_logprobs_are_those_of_the_engine_inside(
             assert found_one == pytest.approx(wanted_one, abs=1e-3)
 
 
-# A loop that dies with iteration 1's first durable answers; the others are under way.
-_KILLED = """
-import os, signal
-from rlaif.cli import main
-real = os.fsync
-def fsync(fd):
-    real(fd)
-    if os.readlink(f"/proc/self/fd/{fd}").endswith("iterations/0001/completions.jsonl.partial"):
-        os.kill(os.getpid(), signal.SIGKILL)
-os.fsync = fsync
-main()
-"""
-
-
 def servers_of(model: Path) -> list[int]:
     """Processes that serve a model."""
     found = [p.info for p in psutil.process_iter(["pid", "cmdline"])]
@@ -97,14 +82,16 @@ def test_a_run_on_two_servers_is_killed_while_it_samples_and_goes_on(tiny: Path,
     pytest.importorskip("trl")
     sampling = {**SETTINGS, "engine": "server", "replicas": 2}
     make_project(tmp_path, tiny, iterations=2, schedule={0: "rules@1"}, sampling=sampling, workers="process")
+    # With iteration 1's first durable answers; the others are under way.
+    program = killed_at("iterations/0001/completions.jsonl.partial")
     died = subprocess.run(
-        [sys.executable, "-c", _KILLED, "run", "tiny.yaml"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", program, "run", "tiny.yaml"], cwd=tmp_path, capture_output=True, text=True
     )
     assert died.returncode == -signal.SIGKILL, died.stderr
     here = RunDir(tmp_path / "runs" / "tiny")
     partial = here.iteration(1).path / "completions.jsonl.partial"
     assert 0 < len(partial.read_text().splitlines()) < 24, "not in the middle of sampling"
-    wait_until(lambda: not servers_of(tiny))  # gone with the run
+    until(lambda: not servers_of(tiny), 120)  # gone with the run
     before = here.iteration(0).read("completions", Completion)
     done = subprocess.run(
         [sys.executable, "-m", "rlaif", "run", "tiny.yaml"], cwd=tmp_path, capture_output=True, text=True

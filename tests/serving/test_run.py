@@ -17,9 +17,9 @@ from rlaif.loop.launch import execute
 from rlaif.records import Vote
 from rlaif.rundir.store import RunDir
 from rlaif.serving import vllm
-from tests.conftest import make_project, rlaif_here
+from tests.conftest import make_project, rlaif_here, until
 from tests.serving import program
-from tests.serving.test_servers import Diary, running, until
+from tests.serving.test_servers import Diary, running
 from tests.stubs import Quiet
 
 ROOT = Path(__file__).resolve().parents[2]

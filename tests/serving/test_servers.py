@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from rlaif.config import Serve
 from rlaif.errors import RlaifError, UserError
 from rlaif.serving import vllm
 from rlaif.serving.servers import KEY_VARIABLE, Servers
+from tests.conftest import until
 from tests.serving import program
 
 pytestmark = pytest.mark.slow
@@ -49,13 +49,6 @@ class Diary:
     def processes(self) -> set[int]:
         """All that were started."""
         return {start[what] for start in self.starts for what in ("pid", "engine")}
-
-
-def until(true: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.05)
 
 
 def running(pids: set[int]) -> set[int]:

@@ -17,7 +17,7 @@ from rlaif.judging.opened import open_with_ballots
 from rlaif.records import Vote
 from rlaif.serving.servers import KEY_VARIABLE
 from rlaif.trust.bench import cast_votes
-from tests.serving.test_servers import until
+from tests.conftest import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
