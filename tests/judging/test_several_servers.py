@@ -253,7 +253,8 @@ def test_whoever_answers_and_whatever_fails_the_votes_are_those_of_one_server(se
             )
             for n in range(3)
         ]
-        cast = Cast(of(*some, concurrency=12), 60)
+        # Three requests of ten fail, which ones is a matter of timing: five retries lose one ballot in 1,400.
+        cast = Cast(of(*some, concurrency=12, max_retries=20), 60)
         cast.run()
         asked = sum(s.requests for s in some)
     assert cast.error is None
