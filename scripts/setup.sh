@@ -74,6 +74,9 @@ else
 fi
 [ "$(uname -s)" = Linux ] || die "vLLM's packages are for Linux; elsewhere: pip install '.[train]' and sampling.engine: transformers"
 
+# Where Python may not keep bytecode (many container images say so), each start of vLLM would compile it anew.
+[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || export UV_COMPILE_BYTECODE=1
+
 say "packages (about 2 GB to download the first time)"
 uv pip install $quiet ${torch[@]+"${torch[@]}"} --editable ".[$extras]" ||
   die "installing failed (above); it needs a package index and, for torch, the internet or a wheel in PIP_FIND_LINKS"
