@@ -452,7 +452,7 @@ def test_a_run_that_goes_on_says_by_which_code(
     from rlaif.loop.launch import execute
 
     root, run = copied(finished, tmp_path)
-    before = {k: finished.header[k] for k in ("rlaif", "packages", "python", "revision", "hardware")}
+    before = {k: finished.header[k] for k in ("rlaif", "packages", "python", "revision", "hardware", "model_files")}
     monkeypatch.setattr(launch, "revision", lambda: "another")
     execute(parse_job(run.header["job"] | {"iterations": 4}, "run.json"), run.path, root, Quiet(), allow_change=True)
     begun, gone_on = [e for e in run.events() if e.kind in ("started", "resumed")]
@@ -476,6 +476,33 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_what_is_done(
     assert "-> 'another')" in note
     with pytest.raises(UserError, match=r"iterations: 2, but .* has done 4"):
         launch.execute(parse_job(job | {"iterations": 2}, "run.json"), run.path, root, Quiet(), allow_change=True)
+
+
+def test_other_files_beside_the_same_weights_are_told(
+    finished: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlaif import models
+    from rlaif.config import parse_job
+    from rlaif.loop import launch
+
+    root, run = copied(finished, tmp_path)
+    policy = run.header["job"]["policy"]
+    changed = tmp_path / "changed"
+    shutil.copytree(models.resolve_policy(policy["model"], policy["adapter"]), changed)
+    monkeypatch.setattr(models, "resolve_policy", lambda *args, **kwargs: changed)
+
+    def told(iterations: int) -> list[str]:
+        progress = Quiet()
+        job = parse_job(run.header["job"] | {"iterations": iterations}, "run.json")
+        launch.execute(job, run.path, root, progress, allow_change=True)
+        return [n for n in progress.notes if "beside its weights changed" in n]
+
+    assert not told(4)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"transformers_version": "another"}))
+    (note,) = told(5)
+    assert note.startswith("the policy model's files beside its weights changed since this run was begun")
+    assert [e.data["model_files"] for e in run.events() if e.kind == "resumed"][-1] != run.header["model_files"]
 
 
 def test_other_weights_under_the_same_name_are_refused(finished: RunDir, tmp_path: Path) -> None:

@@ -45,8 +45,9 @@ def follows_from(job: Job, policy: Path, digests: Mapping[str, Any], code: Mappi
         "policy": job.policy.model_dump(mode="json", exclude={"model", "adapter"}),
         "sampling": job.sampling.model_dump(mode="json"),
         "seed": job.seed,
-        # A revision changes where no code does, and doesn't where code isn't committed.
-        "code": {name: value for name, value in code.items() if name != "revision"} | {"sources": sources()},
+        # A revision changes where no code does, and doesn't where code isn't committed; files are the policy's, above.
+        "code": {name: value for name, value in code.items() if name not in ("revision", "model_files")}
+        | {"sources": sources()},
     }
 
 

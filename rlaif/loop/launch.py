@@ -266,9 +266,12 @@ def _look(
     if source:
         source.check_tokenizer(tokenizer)
     found = digests | tokenizer
-    code = _code() | ({"own_code": own_code} if own_code else {})
+    folders = {"policy": base, "judge": judge and judge.path, "reference_judge": reference and reference.path}
+    files = {name: models.files_of(folder) for name, folder in folders.items() if folder}
+    code = _code() | {"model_files": files} | ({"own_code": own_code} if own_code else {})
     _check_models(run, found)
     _tell_hardware(run, code["hardware"], note)
+    _tell_files(run, files, note)
     return _Start(
         changed=changed,
         in_force=in_force,
@@ -917,6 +920,17 @@ def _tell_hardware(run: RunDir, found: dict[str, Any], note: Callable[[str], Non
     if before and before != found:
         changed = ", ".join(f"{k} {before.get(k)!r} -> {v!r}" for k, v in found.items() if before.get(k) != v)
         note(f"other hardware than this run was begun on ({changed}): its answers are no longer those of one machine")
+
+
+def _tell_files(run: RunDir, found: dict[str, str], note: Callable[[str], None]) -> None:
+    """Models whose weights are the run's, with another configuration, tokenizer or chat template beside them. Told, not
+    refused: a library that writes a folder anew may change no more than its own version in it."""
+    before = run.header.get("model_files", {}) if _begun(run) else {}
+    for name in (n for n, files in found.items() if n in before and before[n] != files):
+        note(
+            f"the {name.replace('_', ' ')} model's files beside its weights changed since this run was begun "
+            f"({before[name]} -> {found[name]}): its answers may be another model's"
+        )
 
 
 def _version(package: str) -> str | None:
