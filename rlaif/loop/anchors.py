@@ -12,7 +12,7 @@ from typing import NamedTuple
 from rlaif.config import Job
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import aggregate, by_pair
-from rlaif.loop.asking import templates_for, to_cast
+from rlaif.loop.asking import cast_owed, templates_for
 from rlaif.loop.running import Iteration, Running, candidates
 from rlaif.records import AnchorCounts, Completion, Pair, Plan, Vote
 
@@ -43,13 +43,10 @@ def ask_again(run: Running, it: Iteration) -> AnchorCounts | None:
     journal = it.dir.path / "anchor_votes.asked"
 
     def produce(done: list[Vote]) -> Iterator[list[Vote]]:
-        have = {v.ballot.id for v in done}
-        if owed := [v.ballot for v in anchors.votes if v.ballot.id not in have]:
-            run.progress.stage(it.k, "anchors", len(owed), "votes", str(it.constitution.ref))
-            how = kind.cast_with(templates_for(run, it, "decide"), journal) | kind.afresh()
-            sides = candidates(anchors.completions, it.prompts)
-            piece = to_cast(owed, pairs=anchors.pairs, candidates=sides, constitution=it.constitution, **how)
-            yield from run.advancing(run.judge.spread("cast", [piece]))
+        how = {"pairs": anchors.pairs, "constitution": it.constitution}
+        how |= kind.cast_with(templates_for(run, it, "decide"), journal) | kind.afresh()
+        sides = candidates(anchors.completions, it.prompts)
+        yield from cast_owed(run, it, run.judge, "anchors", [v.ballot for v in anchors.votes], done, sides, **how)
 
     again = by_pair(it.rows("anchor_votes", produce))
     journal.unlink(missing_ok=True)

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rlaif.constitutions.templates import Template
+from rlaif.errors import RlaifError
 from rlaif.judging.ballots import Role
+from rlaif.judging.candidates import Candidate
 from rlaif.judging.kinds import kind_of
 from rlaif.loop.pairing import pairs_of_a_prompt
 from rlaif.loop.running import Iteration, Running, candidates
-from rlaif.records import Ballot, Completion, Pair, Vote
+from rlaif.records import Ballot, Completion, Pair, Prompt, Vote
 from rlaif.rundir.votes import VotesByPair
-from rlaif.workers.worker import Piece
+from rlaif.workers.worker import Piece, Worker
 
 P = TypeVar("P", Completion, Pair)
 
@@ -99,8 +101,7 @@ class Asking:
 
     def piece(self, owed: Sequence[Ballot], pairs: Sequence[Pair], completions: Iterable[Completion]) -> Piece:
         """The ballots that are owed about the pairs of one piece; `completions` are at least the sides."""
-        wanted = {c for p in pairs for c in (p.first, p.second)}
-        sides = candidates((c for c in completions if c.id in wanted), self._it.prompts)
+        sides = sides_of(pairs, completions, self._it.prompts)
         return to_cast(owed, pairs=pairs, candidates=sides, **self.how)
 
 
@@ -114,6 +115,42 @@ def to_cast(owed: Sequence[Ballot], **how: Any) -> Piece:
         return {"ballots": left, **how} if left else None
 
     return asked
+
+
+def cast_owed(
+    run: Running,
+    it: Iteration,
+    worker: Worker,
+    stage: str,
+    ballots: Iterable[Ballot],
+    done: Iterable[Vote],
+    sides: Sequence[Candidate],
+    **how: Any,
+) -> Iterator[list[Vote]]:
+    """Votes on the ballots that no vote answers which is `done`, as they come; without a word where all are answered.
+    `how` are the arguments of `cast` but ballots and candidates; `stage` is what progress calls it."""
+    have = {v.ballot.id for v in done}
+    if owed := [b for b in ballots if b.id not in have]:
+        run.progress.stage(it.k, stage, len(owed), "votes", str(how["constitution"].ref))
+        yield from run.advancing(worker.spread("cast", [to_cast(owed, candidates=sides, **how)]))
+
+
+def all_answered(ballots: Sequence[Ballot], votes: Iterable[Vote], whose: str = "the judge") -> list[Vote]:
+    """The votes on the ballots, in their order.
+
+    Raises:
+        RlaifError: one has none.
+    """
+    found = {v.ballot.id: v for v in votes}
+    if missing := [b.id for b in ballots if b.id not in found]:
+        raise RlaifError(f"{whose} left {len(missing)} of {len(ballots)} ballots unanswered, first {missing[0]}")
+    return [found[b.id] for b in ballots]
+
+
+def sides_of(pairs: Iterable[Pair], completions: Iterable[Completion], prompts: dict[str, Prompt]) -> list[Candidate]:
+    """Of these completions, those that are compared in a pair, as a judge needs them."""
+    wanted = {c for p in pairs for c in (p.first, p.second)}
+    return candidates((c for c in completions if c.id in wanted), prompts)
 
 
 def templates_for(run: Running, it: Iteration, role: Role) -> list[Template]:

@@ -15,7 +15,7 @@ from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import JurorFit, aggregate, by_pair
 from rlaif.learning.old_pairs import PairLog, held_against, shows_of, standing_by
 from rlaif.learning.replay_set import UNDER_IT, UNKNOWN, Member, members
-from rlaif.loop.asking import ballots_for, templates_for, to_cast
+from rlaif.loop.asking import ballots_for, cast_owed, templates_for
 from rlaif.loop.judging import Deciding, tell_interrupted
 from rlaif.loop.running import Interrupted, Iteration, Running, candidates
 from rlaif.records import Ballot, OldPair, OnChange, Pair, Preference, Side, Standing, Vote
@@ -134,16 +134,12 @@ class _Rejudging:
             ballots = [b for case in owed for b in case.carried.owed]
             tell_interrupted(run, it.k, Interrupted.found(done, journal), ballots, journal)
             # Of all pairs, asked about or not: a likelihood judge takes other prompts from them.
-            with_what["candidates"] = candidates(self._log.completions.values(), it.prompts)
+            sides = candidates(self._log.completions.values(), it.prompts)
             votes = list(done)
             for part in self._parts(owed, votes):
-                have = {v.ballot.id for v in votes}
-                left = [b for case in part for b in case.carried.owed if b.id not in have]
-                if not left:
-                    continue
-                run.progress.stage(it.k, "rejudge", len(left), "votes", str(it.constitution.ref))
-                pairs = [case.pair for case in part]
-                for chunk in run.advancing(run.judge.spread("cast", [to_cast(left, pairs=pairs, **with_what)])):
+                ballots = [b for case in part for b in case.carried.owed]
+                with_what["pairs"] = [case.pair for case in part]
+                for chunk in cast_owed(run, it, run.judge, "rejudge", ballots, list(votes), sides, **with_what):
                     votes += chunk
                     yield chunk
 

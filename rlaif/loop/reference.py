@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlaif.constitutions.constitution import Constitution
-from rlaif.errors import RlaifError
 from rlaif.judging.ballots import Role
 from rlaif.judging.filters import decide_votes
 from rlaif.judging.kinds import JudgeKind
 from rlaif.judging.verdicts import by_pair
-from rlaif.loop.asking import to_cast
-from rlaif.loop.running import Iteration, Referee, Running, candidates
+from rlaif.loop.asking import all_answered, cast_owed, sides_of
+from rlaif.loop.running import Iteration, Referee, Running
 from rlaif.records import Ballot, Decision, Vote
 
 
@@ -46,17 +45,10 @@ def _votes(run: Running, it: Iteration, referee: Referee) -> Sequence[Vote]:
     ]
 
     def produce(done: list[Vote]) -> Iterator[list[Vote]]:
-        have = {v.ballot.id for v in done}
-        if owed := [b for b in ballots if b.id not in have]:
-            run.progress.stage(it.k, "reference", len(owed), "votes", str(constitution.ref))
-            wanted = {c for p in it.pairs for c in (p.first, p.second)}
-            sides = candidates((c for c in it.completions if c.id in wanted), it.prompts)
-            how = kind.cast_with(templates, journal)
-            piece = to_cast(owed, pairs=it.pairs, candidates=sides, constitution=constitution, **how)
-            yield from run.advancing(referee.worker.spread("cast", [piece]))
+        how = {"pairs": it.pairs, "constitution": constitution} | kind.cast_with(templates, journal)
+        sides = sides_of(it.pairs, it.completions, it.prompts)
+        yield from cast_owed(run, it, referee.worker, "reference", ballots, done, sides, **how)
 
-    votes = {v.ballot.id: v for v in it.rows("reference_votes", produce)}
+    votes = it.rows("reference_votes", produce)
     journal.unlink(missing_ok=True)
-    if missing := [b.id for b in ballots if b.id not in votes]:
-        raise RlaifError(f"the reference judge left {len(missing)} of {len(ballots)} ballots unanswered")
-    return [votes[b.id] for b in ballots]
+    return all_answered(ballots, votes, "the reference judge")

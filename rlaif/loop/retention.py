@@ -7,13 +7,12 @@ from functools import partial
 
 from rlaif import evaluation
 from rlaif.data.prompts import with_system
-from rlaif.errors import RlaifError
 from rlaif.evaluation.held_out import earlier_text
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import by_pair, jurors_for
-from rlaif.loop.asking import ballots_for, templates_for, to_cast
+from rlaif.loop.asking import all_answered, ballots_for, cast_owed, sides_of, templates_for
 from rlaif.loop.judging import Deciding, tell_interrupted
-from rlaif.loop.running import Interrupted, Iteration, Running, candidates
+from rlaif.loop.running import Interrupted, Iteration, Running
 from rlaif.loop.sampling import answers
 from rlaif.records import (
     Completion,
@@ -156,23 +155,15 @@ def _votes(run: Running, it: Iteration, its: list[Iteration]) -> list[Vote]:
 
     def cast(done: list[Vote]) -> Iterator[list[Vote]]:
         tell_interrupted(run, it.k, Interrupted.found(done, journal), ballots, journal)
-        have = {v.ballot.id for v in done}
         for under, of_text in zip(its, ballots_of, strict=True):
-            owed = [b for b in of_text if b.id not in have]
-            if not owed:
-                continue
-            run.progress.stage(it.k, "earlier text", len(owed), "votes", str(under.constitution.ref))
-            asked = kind.cast_with(templates_for(run, under, "evaluate"), journal)
-            wanted = {c for p in under.pairs for c in (p.first, p.second)}
-            sides = candidates((c for c in under.completions if c.id in wanted), under.prompts)
-            piece = to_cast(owed, pairs=under.pairs, candidates=sides, constitution=under.constitution, **asked)
-            yield from run.advancing(run.judge.spread("cast", [piece]))
+            how = {"pairs": under.pairs, "constitution": under.constitution}
+            how |= kind.cast_with(templates_for(run, under, "evaluate"), journal)
+            sides = sides_of(under.pairs, under.completions, under.prompts)
+            yield from cast_owed(run, it, run.judge, "earlier text", of_text, done, sides, **how)
 
-    votes = {v.ballot.id: v for v in it.rows("earlier_votes", cast, before_commit=lambda: {"ballots": len(ballots)})}
+    votes = it.rows("earlier_votes", cast, before_commit=lambda: {"ballots": len(ballots)})
     journal.unlink(missing_ok=True)
-    if missing := [b.id for b in ballots if b.id not in votes]:
-        raise RlaifError(f"the judge left {len(missing)} of {len(ballots)} ballots unanswered, first {missing[0]}")
-    return [votes[b.id] for b in ballots]
+    return all_answered(ballots, votes)
 
 
 def earlier_plans(run: Running, plan: Plan) -> list[Plan]:
