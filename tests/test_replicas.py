@@ -16,14 +16,16 @@ import pytest
 
 from rlaif.errors import RunPaused, UserError, WorkerDied, WorkerError
 from rlaif.loop import Loop
+from rlaif.records import IterationMetrics
 from rlaif.workers.feed import Feed
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.process import ProcessWorker
 from rlaif.workers.replicas import Replicas
+from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Piece, Worker
 from tests.conftest import until
 from tests.kill_driver import casts, durable_ballots
-from tests.stubs import stub_job, stub_loop
+from tests.stubs import Quiet, stub_job, stub_loop
 from tests.test_resume import outcome
 
 
@@ -311,6 +313,31 @@ def test_a_run_of_replicas_that_die_decides_as_one_of_single_workers(
     again = sum(asked.values()) - len(asked)
     assert again <= 3 * len(told[1]), "the stub casts three at a time: those that were on their way are lost"
     assert asked.keys() == {*(tmp_path / "one/casts.log").read_text().split()}
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_who_takes_the_place_of_one_that_died_can_read_what_it_held(tmp_path: Path, staleness: int) -> None:
+    """Whenever that is: an iteration's end removes checkpoints, and the next policy may be long in coming."""
+    held: list[WeightsRef] = []
+    ends: list[bool] = []
+
+    class Watching(Quiet):
+        def iteration_done(self, iteration: int, metrics: IterationMetrics) -> None:
+            ends.append(not held or held[-1].path.is_dir())
+
+    class Tells(InlineWorker):
+        def tell(self, method: str, **kwargs: Any) -> None:
+            super().tell(method, **kwargs)
+            held.append(kwargs["weights"])
+
+    changes: dict[str, Any] = {"filters": {"min_kept_pairs": 1}, "eval": {"every": 9, "prompts": 3}}
+    job = stub_job(**changes, constitution="rules@1", pipeline={"staleness": staleness})
+    loop = stub_loop(tmp_path, job, progress=Watching())
+    loop.sampler = Tells("sampler", *loop.sampler.made_from)  # type: ignore[attr-defined]
+    loop.run()
+    assert ends == [True] * 4
+    assert len({ref.digest for ref in held}) == 4 - staleness
+    assert sum(ref.path.is_dir() for ref in held) < len(held), "nothing was removed"
 
 
 @pytest.mark.slow
