@@ -24,9 +24,11 @@ from rlaif.records import (
     AnswerCounts,
     AnswerStats,
     ConstitutionRef,
+    DecodingGap,
     EvaluationMetrics,
     Feature,
     IterationMetrics,
+    JudgedStats,
     Leaning,
     PairCounts,
     PolicyVersion,
@@ -35,6 +37,7 @@ from rlaif.records import (
 
 ITERATIONS, BAD_FROM, SAMPLES = 32, 16, 4
 PROMPTS, EVERY = 48, 4
+CALIBRATED = 200
 TEXT = ConstitutionRef(name="text", version=1, hash="0")
 
 
@@ -57,6 +60,12 @@ class Rates(NamedTuple):
     nats: float = 1.1
     moved: float = 0.05
     """Verdicts that are others when they are asked for again: a judge may answer with some chance."""
+    cut_off_won: float = 0.5
+    """Winners that were cut off, of pairs with one such answer: a judge that minds no end is at a half."""
+    decoding: float = 0.0
+    """What an answer as it was sampled is from what the learner says of it, nats a token, beside rounding."""
+    agreement: float = 0.85
+    """Mean agreement of the votes on a judged pair."""
     fooled: bool = False
     """The win rate rises, and nothing else that should."""
 
@@ -77,6 +86,9 @@ BAD: dict[str, tuple[str, Rates]] = {
     "jump": ("answers become a third as long at once", Rates(words=15.0)),
     "anchors": ("another model: 40 % of its verdicts are others", Rates(moved=0.4)),
     "hacking": ("the win rate is at 85 %, the reference's, at equal length and the checks stay", Rates(fooled=True)),
+    "cut_off_won": ("nine of ten pairs with one answer that was cut off go to that one", Rates(cut_off_won=0.9)),
+    "decoding_gap": ("answers are sampled from a policy that is .05 nats a token off", Rates(decoding=0.05)),
+    "calibration_shift": ("the votes' mean agreement falls from .85 to .6", Rates(agreement=0.6)),
     "collapse": ("a third of the different words is left", Rates(vocabulary=37.0)),
 }
 """Kind → what happens, and what is drawn from then on."""
@@ -120,6 +132,30 @@ def evaluation(rng: np.random.Generator, k: int, rates: Rates) -> EvaluationMetr
         referred=referred,
         seconds=0.0,
     )
+
+
+def judged(rng: np.random.Generator, pairs: int, rates: Rates) -> JudgedStats:
+    """Judged pairs as a calibration is held against them: their answers are as long as the labelled ones."""
+    agreement = np.clip(rng.normal(rates.agreement, 0.2, pairs), 0.5, 1.0)
+    return JudgedStats(
+        pairs=pairs,
+        kept=int(rng.binomial(pairs, rates.kept)),
+        mean_agreement=float(agreement.mean()),
+        agreement_sd=float(agreement.std()),
+        mean_words=float(rates.words * rng.lognormal(0.0, 0.5, 2 * pairs).mean()),
+        answers=2 * pairs,
+        cut_off=int(rng.binomial(2 * pairs, 1 - rates.ended)),
+        one_cut_off=int(rng.binomial(pairs, 2 * rates.ended * (1 - rates.ended))),
+    )
+
+
+def decoded(rng: np.random.Generator, rates: Rates) -> DecodingGap:
+    """Eight answers of a policy that samples in bf16: rounding is some .01 nats a token of an answer."""
+    apart = rates.decoding + rng.normal(0.0, 0.01, 8)
+    return DecodingGap(
+        answers=8, tokens=480, mean=abs(float(apart.mean())), error=float(apart.std(ddof=1) / np.sqrt(8)),
+        typical=float(np.abs(apart).mean()), worst=float(np.abs(apart).max()),
+    )  # fmt: skip
 
 
 def iteration(rng: np.random.Generator, k: int, pairs: int, rates: Rates) -> IterationMetrics:
@@ -183,12 +219,22 @@ def first_alarms(
     run: list[IterationMetrics] = []
     evaluated: list[EvaluationMetrics] = []
     told: dict[str, int] = {}
+    # From a generator of their own: what was measured of the other kinds stays as it was.
+    (own,) = rng.spawn(1)
+    calibrated = judged(own, CALIBRATED, Rates())
     for k in range(iterations):
         rates = bad if bad and k >= BAD_FROM else Rates()
-        run.append(iteration(rng, k, pairs, rates))
+        compared = judged(own, pairs, rates)
+        made = {
+            "judged": compared,
+            "one_cut_off": compared.one_cut_off,
+            "cut_off_won": int(own.binomial(compared.one_cut_off, rates.cut_off_won)),
+            "decoding_gap": decoded(own, rates),
+        }
+        run.append(iteration(rng, k, pairs, rates).model_copy(update=made))
         if k % EVERY == EVERY - 1:
             evaluated.append(evaluation(rng, k, rates))
-        for alarm in alarms(monitors, History(run, evaluated)):
+        for alarm in alarms(monitors, History(run, evaluated, calibrated=calibrated)):
             if bad is None or k >= BAD_FROM:
                 told.setdefault(alarm.kind, k)
     return told

@@ -947,8 +947,8 @@ class CutOffWonMonitor(Monitor):
     """The judge prefers answers that were cut off."""
 
     limit: float = Field(0.5, ge=0, le=1)
-    """Of two answers one of which was cut off, the judge prefers that one in at most this share of an iteration's
-    pairs (the lower end of the 95 % interval)."""
+    """Of two answers one of which was cut off, the judge prefers that one in at most this share of the pairs of the
+    last four iterations under the text, beyond chance (3.5 standard deviations)."""
 
 
 class WeightsGapMonitor(Monitor):
@@ -1083,9 +1083,10 @@ class CalibrationShiftMonitor(Monitor):
     """With a calibration: judged pairs are unlike those that were calibrated."""
 
     kept: float = Field(0.25, ge=0, le=1)
-    """The share of kept pairs may differ from the calibration's by this, and by chance (its 95 % interval)."""
+    """The share of kept pairs, in the last four iterations under the text, may differ from the calibration's by this,
+    and by chance (3.5 standard deviations)."""
     agreement: float = Field(0.15, ge=0, le=1)
-    """The same for the votes' mean agreement; chance is two standard errors."""
+    """The same for the votes' mean agreement."""
     cut_off: float = Field(0.25, ge=0, le=1)
     """The same for the share of answers that the length limit cut off; labelled ones of which nothing says how they
     ended count as ended."""

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 _Z = 1.959963984540054
 """A standard normal value lies within ± this with probability 0.95."""
+SURE = 3.5
+"""Standard deviations within which chance stays where it is asked again and again: a standard normal value is above
+this once in 4,300 times."""
 
 
 def share(part: float | None, whole: float | None) -> float | None:
@@ -24,15 +27,16 @@ def log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson 95 % interval of a share (Wilson 1927); (0, 1) when nothing was counted.
+def wilson(successes: float, n: int, z: float = _Z) -> tuple[float, float]:
+    """Wilson interval of a share (Wilson 1927), 95 % or as wide as `z` standard deviations each way say;
+    (0, 1) when nothing was counted.
 
     `successes` may be fractional: a tie is half of one.
     """
     if n == 0:
         return 0.0, 1.0
-    middle = (successes + _Z**2 / 2) / (n + _Z**2)
-    half = _Z / (n + _Z**2) * math.sqrt(successes * (n - successes) / n + _Z**2 / 4)
+    middle = (successes + z**2 / 2) / (n + z**2)
+    half = z / (n + z**2) * math.sqrt(successes * (n - successes) / n + z**2 / 4)
     # Rounding must not leave a crumb beside the ends.
     return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else min(middle + half, 1.0)
 

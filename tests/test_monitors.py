@@ -295,9 +295,9 @@ def test_winners_that_were_cut_off_are_counted_among_pairs_with_one_such_side() 
 @pytest.mark.parametrize(
     ("outcomes", "limits", "found"),
     [
-        ("cccccccc00000000", {}, ["the judge prefers answers that were cut off, in 8 of 8 pairs"]),
-        ("ccc0000", {}, []),  # three could be chance
-        ("cccccc00000000", {"cut_off_won": 0.7}, []),
+        ("ccccccccccccc00000000", {}, ["the judge prefers answers that were cut off, in 13 of 13 pairs"]),
+        ("cccccc0000", {}, []),  # in one of 32 iterations, six could be chance
+        ("ccccccccccccc00000000", {"cut_off_won": 0.7}, []),
         ("eeeeee0000000000", {}, []),
         ("222220", {}, ["cut off 83% of the sampled answers, over 80%"]),
         ("222220", {"cut_off": 0.9}, []),

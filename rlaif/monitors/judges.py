@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from rlaif.config import (
@@ -14,15 +14,21 @@ from rlaif.config import (
     DriftMonitor,
     JurorMonitor,
 )
-from rlaif.intervals import wilson
-from rlaif.monitors.charts import Counted, Direction, shift
+from rlaif.intervals import SURE, wilson
+from rlaif.monitors.charts import Counted, Direction, shift, surprise
 from rlaif.monitors.history import Finding, History
+from rlaif.records import JudgedStats
+
+TOGETHER = 4
+"""Iterations under one text whose pairs are counted together where they are held against a number that was there before
+the run: a single iteration's are few."""
 
 
 def cut_off_won(settings: CutOffWonMonitor, history: History) -> Iterator[Finding]:
     """It likes answers without an end."""
-    won, of = history.now.cut_off_won, history.now.one_cut_off
-    if of and wilson(won, of)[0] > settings.limit:
+    some = history.under_this_text[-TOGETHER:]
+    won, of = sum(m.cut_off_won for m in some), sum(m.one_cut_off for m in some)
+    if history.now.one_cut_off and wilson(won, of, SURE)[0] > settings.limit:
         message = (
             f"the judge prefers answers that were cut off, in {won} of {of} pairs with one such answer; with "
             "filters.cut_off: keep they train"
@@ -96,25 +102,29 @@ def anchors(settings: AnchorsMonitor, history: History) -> Iterator[Finding]:
 def calibration_shift(settings: CalibrationShiftMonitor, history: History) -> Iterator[Finding]:
     """In what the judged pairs are not like those that were calibrated: its promise is about pairs like those. Only
     what is more than chance in so few pairs is told."""
-    now, calibrated = history.now.judged, history.calibrated
-    if now is None or calibrated is None:
+    calibrated = history.calibrated
+    if history.now.judged is None or calibrated is None:
         return
+    now = _together([m.judged for m in history.under_this_text[-TOGETHER:] if m.judged])
     out: list[tuple[str, float, float]] = []
     counts = (
-        ("pairs kept", settings.kept, (now.kept, now.pairs), (calibrated.kept, calibrated.pairs)),
+        ("pairs kept", settings.kept, Counted(now.kept, now.pairs), Counted(calibrated.kept, calibrated.pairs)),
         # A labelled answer of which nothing says how it ended was judged as one that ended by itself.
-        ("answers cut off", settings.cut_off, (now.cut_off, now.answers), (calibrated.cut_off, 2 * calibrated.pairs)),
+        (
+            "answers cut off",
+            settings.cut_off,
+            Counted(now.cut_off, now.answers),
+            Counted(calibrated.cut_off, 2 * calibrated.pairs),
+        ),
     )
-    for what, limit, (some, of), (before, of_before) in counts:
-        if of and of_before:
-            share, was = some / of, before / of_before
-            low, high = wilson(some, of)
-            if abs(share - was) > limit and not low <= was <= high:
-                out.append((f"{what}: {share:.0%}, {was:.0%} when calibrated", share, was))
+    for what, limit, found, before in counts:
+        if abs(surprise(found, before)) > SURE and abs(found.share - before.share) > limit:
+            said = f"{what}: {found.share:.0%}, {before.share:.0%} when calibrated"
+            out.append((said, found.share, before.share))
     if now.mean_agreement is not None and calibrated.mean_agreement is not None:
         by = now.mean_agreement - calibrated.mean_agreement
         error = max(now.agreement_sd or 0.0, calibrated.agreement_sd or 0.0) / math.sqrt(now.pairs)
-        if abs(by) > settings.agreement and abs(by) > 2 * error:
+        if abs(by) > settings.agreement and abs(by) > SURE * error:
             was = calibrated.mean_agreement
             said = f"the votes' mean agreement: {now.mean_agreement:.2f}, {was:.2f} when calibrated"
             out.append((said, now.mean_agreement, was))
@@ -124,6 +134,24 @@ def calibration_shift(settings: CalibrationShiftMonitor, history: History) -> It
         out.append((said, now.mean_words, calibrated.mean_words))
     unlike = "judged pairs are unlike the calibrated ones, so its promise may not hold"
     yield from (Finding(f"{unlike}: {said}", found, was) for said, found, was in out)
+
+
+def _together(stats: Sequence[JudgedStats]) -> JudgedStats:
+    """The pairs of several iterations as those of one; at least one."""
+    pairs, answers = sum(s.pairs for s in stats), sum(s.answers for s in stats)
+    agreeing = [(s.mean_agreement, s.agreement_sd or 0.0, s.pairs) for s in stats if s.mean_agreement is not None]
+    of = sum(n for *_, n in agreeing)
+    mean = sum(mean * n for mean, _, n in agreeing) / of if of else None
+    return JudgedStats(
+        pairs=pairs,
+        kept=sum(s.kept for s in stats),
+        mean_agreement=mean,
+        agreement_sd=max((sd for _, sd, _ in agreeing), default=None),
+        mean_words=sum(s.mean_words * s.pairs for s in stats) / pairs if pairs else 0.0,
+        answers=answers,
+        cut_off=sum(s.cut_off for s in stats),
+        one_cut_off=sum(s.one_cut_off for s in stats),
+    )
 
 
 def juror(settings: JurorMonitor, history: History) -> Iterator[Finding]:

@@ -57,8 +57,8 @@ class Spread(Section):
         return float(cast("float", self.median) * np.exp(np.log(self.spread) ** 2 / 2))
 
 
-class Replicas(Section):
-    """How many of a role share its work."""
+class Workers(Section):
+    """How many of a role share its work; `Share` of a job, with as many GPUs as it says."""
 
     replicas: int = Field(1, ge=1)
     """Each takes the next answer, or ballot, when it has room; in a run each sampler has its share of the prompts."""
@@ -81,8 +81,8 @@ class Roles(Section):
     address: str | None = None
     """As in a job, like the next; a simulation reaches nothing, and restarts as often as it must."""
     max_restarts: int | None = None
-    sampler: Replicas = Replicas()
-    judge: Replicas = Replicas()
+    sampler: Workers = Workers()
+    judge: Workers = Workers()
     learner: Processes = Processes()
 
 
