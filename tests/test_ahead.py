@@ -25,7 +25,7 @@ from rlaif.records import SCHEMA_VERSION, Completion, IterationMetrics, Plan, Vo
 from rlaif.rundir.store import RunDir, StageDir, read_record, write_json
 from rlaif.workers.inline import InlineWorker
 from tests.conftest import until
-from tests.stubs import BASE_DIGEST, stub_job, stub_loop
+from tests.stubs import BASE_DIGEST, Quiet, stub_job, stub_loop
 from tests.test_resume import outcome
 from tests.test_streaming import log_of
 
@@ -123,8 +123,14 @@ def test_the_next_iteration_is_judged_before_this_one_is_trained(tmp_path: Path)
 
 
 def test_an_evaluation_waits_for_who_is_ahead(tmp_path: Path) -> None:
-    """Two at once would be asked for answers of a policy that the sampler doesn't hold."""
-    loop = stub_loop(tmp_path, stale_job(1, eval={"every": 1, "prompts": 3}))
+    """Two at once would be asked for answers of a policy that the sampler doesn't hold. What is waited for is shown."""
+    shown: set[tuple[int, str]] = set()
+
+    class Shows(Quiet):
+        def stage(self, iteration: int, name: str, total: int, unit: str, text: str) -> None:
+            shown.add((iteration, name))
+
+    loop = stub_loop(tmp_path, stale_job(1, eval={"every": 1, "prompts": 3}), progress=Shows())
     loop.sampler.ready()
     target: Any = loop.sampler.target  # type: ignore[attr-defined]
     sample, inside = target.sample, Counter[str]()
@@ -132,9 +138,9 @@ def test_an_evaluation_waits_for_who_is_ahead(tmp_path: Path) -> None:
     def alone(**kwargs: Any) -> Iterator[list[Completion]]:
         inside["now"] += 1
         inside["most"] = max(inside["most"], inside["now"])
-        for chunk in sample(**kwargs):
-            until(lambda: True, 120)
-            yield chunk
+        if kwargs["prefix"].isdecimal():  # an iteration, no evaluation
+            until(lambda: (kwargs["iteration"], "sample") in shown, 20)
+        yield from sample(**kwargs)
         inside["now"] -= 1
 
     target.sample = alone

@@ -53,6 +53,8 @@ class Ahead:
     def wait(self) -> None:
         """Returns when nothing is under way."""
         for job in self._jobs.values():
+            if job.thread.is_alive():
+                job.progress.show()
             job.thread.join()
 
     def __enter__(self) -> Self:
