@@ -38,6 +38,8 @@ from rlaif.records import (
 ITERATIONS, BAD_FROM, SAMPLES = 32, 16, 4
 PROMPTS, EVERY = 48, 4
 CALIBRATED = 200
+CHECKS = 0.5
+"""Share of the base policy's answers that pass the checks."""
 TEXT = ConstitutionRef(name="text", version=1, hash="0")
 
 
@@ -99,8 +101,9 @@ def within(rate: float) -> tuple[float, float]:
     return wilson(rate * PROMPTS, PROMPTS)
 
 
-def evaluation(rng: np.random.Generator, k: int, rates: Rates) -> EvaluationMetrics:
-    """What iteration k made, by 48 held-out prompts. A quiet run wins more and more, by everybody's word."""
+def evaluation(rng: np.random.Generator, k: int, rates: Rates, base: float) -> EvaluationMetrics:
+    """What iteration k made, by 48 held-out prompts. A quiet run wins more and more, by everybody's word, and passes
+    more of the checks than the share `base` of the base policy's answers."""
     learned = k / (ITERATIONS - 1)
     wins = 0.85 if rates.fooled else 0.5 + 0.35 * learned
     others = 0.5 if rates.fooled else wins
@@ -112,8 +115,11 @@ def evaluation(rng: np.random.Generator, k: int, rates: Rates) -> EvaluationMetr
         shared = rng.random(PROMPTS) < 0.5
         return float((np.where(shared, reasons, rng.random(PROMPTS)) < rate).mean())
 
-    by_judge, by_reference, controlled, passed = map(won, (wins, others, others, 0.3 + others - 0.5))
-    counts = {"wins": 0, "losses": 0, "undecided": 0, "abstained": 0}
+    by_judge, by_reference, controlled, passed = map(
+        won, (wins, others, others, CHECKS + (others - 0.5) * (1 - CHECKS) / 0.5)
+    )
+    silent = int(rng.binomial(PROMPTS, rates.abstained))
+    counts = {"wins": 0, "losses": 0, "undecided": 0, "abstained": silent, "asked": PROMPTS}
     referred = Referred(judge="other", win_rate=by_reference, win_interval=within(by_reference), **counts)
     return EvaluationMetrics(
         **dict(QUIET.sampled.model_copy(update={"answers": PROMPTS})),
@@ -128,7 +134,7 @@ def evaluation(rng: np.random.Generator, k: int, rates: Rates) -> EvaluationMetr
         relevance=1.0,
         base_logprob_per_token=-1.0,
         checks={"wish": passed},
-        base_checks={"wish": float(rng.binomial(PROMPTS, 0.3) / PROMPTS)},
+        base_checks={"wish": base},
         referred=referred,
         seconds=0.0,
     )
@@ -163,8 +169,9 @@ def iteration(rng: np.random.Generator, k: int, pairs: int, rates: Rates) -> Ite
     learned = 3.0 ** (-k / (ITERATIONS - 1))
     words = rates.words * learned * rng.lognormal(0.0, 0.5, pairs) / np.exp(0.125)
     answers = SAMPLES * pairs
-    ended = rng.binomial(SAMPLES, rng.beta(4 * rates.ended, 4 * (1 - rates.ended), pairs)).sum()
-    kept = int(rng.binomial(pairs, rates.kept))
+    ended = rng.binomial(SAMPLES, rng.beta(4 * rates.ended, 4 * (1 - rates.ended), pairs)) / SAMPLES
+    abstained = int(rng.binomial(pairs, rates.abstained))
+    kept = int(rng.binomial(pairs - abstained, rates.kept))
     again = AnchorCounts(pairs=32, moved=int(rng.binomial(32, rates.moved)))
     leanings: dict[Feature, Leaning] = {}
     for feature, share in DIFFERING.items():
@@ -175,7 +182,7 @@ def iteration(rng: np.random.Generator, k: int, pairs: int, rates: Rates) -> Ite
         update={
             "iteration": k,
             "sampled": QUIET.sampled.model_copy(
-                update={"answers": answers, "mean_words": float(words.mean()), "ended_share": float(ended / answers)}
+                update={"answers": answers, "mean_words": float(words.mean()), "ended_share": float(ended.mean())}
             ),
             "pairs": pairs,
             "anchors": again if k % EVERY == EVERY - 1 else None,
@@ -183,13 +190,16 @@ def iteration(rng: np.random.Generator, k: int, pairs: int, rates: Rates) -> Ite
             "pair_counts": PairCounts(
                 pairs=pairs,
                 kept=kept,
+                abstained=abstained,
                 **{
-                    name: int(rng.binomial(pairs, getattr(rates, name)))
-                    for name in ("abstained", "unanimous", "flipped")
+                    name: int(rng.binomial(pairs - abstained, getattr(rates, name)))
+                    for name in ("unanimous", "flipped")
                 },
             ),
             "answer_counts": AnswerCounts(
                 mean_words_error=float(words.std(ddof=1) / np.sqrt(pairs)),
+                ended_error=float(ended.std(ddof=1) / np.sqrt(pairs)),
+                prompts=pairs,
                 nats_per_token=float(rng.normal(rates.nats, 0.05)),
                 vocabulary=float(rng.normal(rates.vocabulary, 5.0)),
                 self_praise=int(rng.binomial(answers, rates.praising)),
@@ -219,21 +229,20 @@ def first_alarms(
     run: list[IterationMetrics] = []
     evaluated: list[EvaluationMetrics] = []
     told: dict[str, int] = {}
-    # From a generator of their own: what was measured of the other kinds stays as it was.
-    (own,) = rng.spawn(1)
-    calibrated = judged(own, CALIBRATED, Rates())
+    calibrated = judged(rng, CALIBRATED, Rates())
+    base = float(rng.binomial(PROMPTS, CHECKS) / PROMPTS)
     for k in range(iterations):
         rates = bad if bad and k >= BAD_FROM else Rates()
-        compared = judged(own, pairs, rates)
+        compared = judged(rng, pairs, rates)
         made = {
             "judged": compared,
             "one_cut_off": compared.one_cut_off,
-            "cut_off_won": int(own.binomial(compared.one_cut_off, rates.cut_off_won)),
-            "decoding_gap": decoded(own, rates),
+            "cut_off_won": int(rng.binomial(compared.one_cut_off, rates.cut_off_won)),
+            "decoding_gap": decoded(rng, rates),
         }
         run.append(iteration(rng, k, pairs, rates).model_copy(update=made))
         if k % EVERY == EVERY - 1:
-            evaluated.append(evaluation(rng, k, rates))
+            evaluated.append(evaluation(rng, k, rates, base))
         for alarm in alarms(monitors, History(run, evaluated, calibrated=calibrated)):
             if bad is None or k >= BAD_FROM:
                 told.setdefault(alarm.kind, k)

@@ -906,8 +906,8 @@ class Monitor(Section):
 
     action: Literal["warn", "pause", "rollback", "off"] = "warn"
     """`warn`: noted, and the run goes on. `pause`: the run stops after the iteration, and the same command goes on.
-    `rollback`: it stops the same, taken back to the newest iteration at which this was silent, if `keep_checkpoints`
-    kept that; what came after is kept beside it. `off`: nobody looks."""
+    `rollback`: it stops the same, taken back to the newest iteration at which this had something to look at and was
+    silent, if `keep_checkpoints` kept that; what came after is kept beside it. `off`: nobody looks."""
 
     @field_validator("action", mode="before")
     @classmethod
@@ -980,24 +980,26 @@ class JumpMonitor(Monitor):
     """Sampled answers are unlike those of the iteration before, under the same text."""
 
     length_ratio: float = Field(2.0, ge=1)
-    """So many times longer, or shorter, may they be (mean words), beyond chance."""
+    """So many times longer, or shorter, may they be (mean words), and by more than prompts differ by chance. With fewer
+    than 6 prompts nothing is told."""
     ended: float = Field(0.4, ge=0, le=1)
-    """The share of those that end by themselves may differ by this, beyond chance."""
+    """The share of those that end by themselves may differ by this, and by chance, likewise."""
 
 
 class SelfPraiseMonitor(Monitor):
     """Sampled answers praise themselves, or speak to whoever judges them."""
 
     limit: float = Field(0.1, ge=0, le=1)
-    """Share of an iteration's sampled answers that do either, at most (the lower end of the 95 % interval)."""
+    """Share of an iteration's sampled answers that do either, at most, beyond chance (3.5 standard deviations)."""
 
 
 class AbstainedMonitor(Monitor):
     """The judge abstains: failed calls, unreadable replies."""
 
     limit: float = Field(0.2, ge=0, le=1)
-    """Share of the held-out answers that it abstained on, at most; and share of an iteration's pairs without a valid
-    vote (the lower end of the 95 % interval)."""
+    """Share of the pairs without a valid vote, at most, in an iteration or in the last four under the text; and share
+    of the held-out answers that it, or the reference judge, was asked about. Both beyond chance (3.5 standard
+    deviations). An evaluation without a single vote is always told."""
 
 
 class DriftMonitor(Monitor):
@@ -1036,7 +1038,8 @@ class AnchorsMonitor(Monitor):
     every: int = Field(4, ge=1)
     """Iterations from one time to the next."""
     limit: float = Field(0.1, ge=0, le=1)
-    """Share of them whose verdict moved, at most (the lower end of the 95 % interval)."""
+    """Share of them whose verdict moved, at most, beyond chance (2.8 standard deviations). With fewer than 8 that got a
+    verdict both times nothing is told."""
 
 
 class SilentServerMonitor(Monitor):
@@ -1062,8 +1065,8 @@ class HackingMonitor(Monitor):
 
 class LeaningMonitor(Monitor):
     """Winners have more of something than losers that is no merit, in more of the kept pairs than the limit. It counts
-    the last 8 iterations under the text, and takes the lower end of the 95 % interval. What a principle's `check` asks
-    for is no finding, and of what is null nothing is."""
+    the last 8 iterations under the text, and asks for more than chance (2.4 standard deviations). What a principle's
+    `check` asks for is no finding, and of what is null nothing is."""
 
     length: float | None = Field(0.9, ge=0.5, le=1)
     """Words, or fewer of them."""
@@ -1091,7 +1094,8 @@ class CalibrationShiftMonitor(Monitor):
     """The same for the share of answers that the length limit cut off; labelled ones of which nothing says how they
     ended count as ended."""
     length_ratio: float = Field(2.0, ge=1)
-    """So many times longer, or shorter, than the labelled ones may the judged answers be (mean words)."""
+    """So many times longer, or shorter, than the labelled ones may the judged answers be (mean words). With fewer than
+    16 pairs nothing is told of it."""
 
 
 class JurorMonitor(Monitor):

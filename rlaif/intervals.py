@@ -56,13 +56,12 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[flo
     return ratio - half, ratio + half
 
 
-def students_t(degrees: int) -> float:
-    """Student's t: a value lies within ± this with probability 0.95 (Cornish-Fisher; exact for one and two degrees)."""
-    if degrees == 1:
-        return 12.706204736
-    if degrees == 2:
-        return 4.302652730
-    z, v = _Z, float(degrees)
+def students_t(degrees: int, z: float = _Z) -> float:
+    """Student's t: a value lies within ± this as probably as a standard normal one within ± z, 95 % by default
+    (Cornish-Fisher; at 95 % exact for one and two degrees; below what it is for a wide z and few degrees)."""
+    if z == _Z and degrees in (1, 2):
+        return (12.706204736, 4.302652730)[degrees - 1]
+    v = float(degrees)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

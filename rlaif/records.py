@@ -740,6 +740,8 @@ class JudgedStats(Record):
     """Over the pairs with a valid vote; None without one."""
     agreement_sd: float | None
     """Standard deviation over the same pairs."""
+    agreeing: int | None = None
+    """How many those are; None in what older versions wrote."""
     mean_words: float
     """Of an answer."""
     answers: int
@@ -755,6 +757,10 @@ class AnswerCounts(Record):
 
     mean_words_error: float | None
     """Standard error of `sampled.mean_words`, over the prompts; None with fewer than two."""
+    ended_error: float | None = None
+    """The same of `sampled.ended_share`; None in what older versions wrote, too."""
+    prompts: int | None = None
+    """How many prompts were answered; None in what older versions wrote."""
     nats_per_token: float | None
     """-log p of a sampled token on average, under the policy and untempered: how open it still is. None where the
     engine reports none."""
@@ -910,6 +916,7 @@ class AgainstBase(Record):
     losses: int
     undecided: int
     abstained: int
+    asked: int | None = None
 
 
 class Referred(AgainstBase):
@@ -986,6 +993,8 @@ class EvaluationMetrics(AnswerStats):
     """Answers with a tied verdict, and answers equal to the base policy's, which nobody is asked about."""
     abstained: int = 0
     """Answers without a valid vote (failed calls, unreadable replies); the first versions counted them as undecided."""
+    asked: int | None = None
+    """Answers that somebody was asked about: those unlike the base policy's. None in what older versions wrote."""
     kl_per_token: float | None
     """KL(policy, base), nats: the sum of `kl` over the sum of `tokens` (Divergence); 0 for the base policy itself, None
     when not measured (`eval.kl_prompts: 0`). Where `kl_answers` is null it is what older versions wrote: the mean of

@@ -22,6 +22,7 @@ from rlaif.records import (
     Completion,
     Decision,
     IterationMetrics,
+    Leaning,
     Pair,
     PolicyVersion,
     Verdict,
@@ -114,6 +115,66 @@ def test_iterations_without_pairs_say_nothing() -> None:
     assert (told.before, told.now) == (Counted(80, 96), Counted(8, 48))
 
 
+@pytest.mark.parametrize(
+    ("pairs", "before", "after"), [(48, 0.9, 0.05), (100, 0.9, 0.1), (200, 0.7, 0.2), (200, 0.9, 0.1), (300, 0.7, 0.4)]
+)
+def test_many_pairs_tell_a_large_shift_at_once_and_since_when(pairs: int, before: float, after: float) -> None:
+    counts = [Counted(round(pairs * (before if k < 16 else after)), pairs) for k in range(20)]
+    found = [shift(counts[: n + 1], "down", 6, 0.15) for n in range(len(counts))]
+    assert [n for n, told in enumerate(found) if told] == [16]
+    assert found[16] is not None
+    assert found[16].since == 16
+    turned = [Counted(c.of - c.some, c.of) for c in counts]
+    up = shift(turned[:17], "up", 6, 0.15)
+    assert up is not None
+    assert (up.since, up.now) == (16, turned[16])
+
+
+def test_iterations_without_pairs_hide_no_shift() -> None:
+    with_pairs = [Counted(17, 24)] * 16 + [Counted(11, 24)] * 12
+    told_after = []
+    for empty in range(4):
+        counts = [c for count in with_pairs for c in (count, *[Counted(0, 0)] * empty)]
+        told = [shift(counts[: n + 1], "down", 6, 0.15) is not None for n in range(len(counts))]
+        told_after.append(told.index(True) // (empty + 1))
+    assert told_after == [told_after[0]] * 4
+
+
+def test_a_second_shift_is_held_against_the_new_level() -> None:
+    counts = [Counted(40, 48)] * 8 + [Counted(20, 48)] * 3 + [Counted(4, 48)] * 3
+    found = [shift(counts[: n + 1], "down", 6, 0.15) for n in range(len(counts))]
+    first, second = [told for told in found if told]
+    assert (first.since, second.since) == (8, 11)
+    assert second.before.share == pytest.approx(20 / 48)
+
+
+def test_an_outage_is_no_other_judge() -> None:
+    """Half of the pairs get no vote for some iterations; on the others it says what it always said."""
+    healthy = {"pairs": 48, "abstained": 0, "unanimous": 36, "flipped": 16, "kept": 28}
+    down = {"pairs": 48, "abstained": 24, "unanimous": 18, "flipped": 8, "kept": 14}
+    for run in ([healthy] * 8 + [down] * 4 + [healthy] * 8, [down] * 4 + [healthy] * 12):
+        assert {kind for kind, _ in told(with_counts(run))} <= {"abstained", "abstained_drift"}
+        assert "abstained" in {kind for kind, _ in told(with_counts(run))}
+
+
+@pytest.mark.parametrize("abstained", [1, 2, 5])
+def test_a_few_pairs_without_a_vote_are_chance(abstained: int) -> None:
+    assert told(with_counts([{"pairs": abstained + 3, "abstained": abstained, "unanimous": 3, "kept": 2}])) == []
+
+
+def test_what_few_prompts_say_is_no_jump() -> None:
+    def answered(prompts: int, ended: float, words: float) -> IterationMetrics:
+        counts = AnswerCounts(
+            mean_words_error=4.0, ended_error=0.12, prompts=prompts, nats_per_token=1.0, vocabulary=90.0, self_praise=0,
+            to_judge=0,
+        )  # fmt: skip
+        sampled = measured().sampled.model_copy(update={"ended_share": ended, "mean_words": words})
+        return measured(sampled=sampled, answer_counts=counts)
+
+    for prompts, kinds in ((4, []), (8, []), (48, [("jump", 0), ("jump", 0)])):
+        assert told([answered(prompts, 0.95, 20.0), answered(prompts, 0.2, 50.0)]) == kinds, prompts
+
+
 def test_a_surprise_is_a_normal_score_of_the_exact_probability() -> None:
     """3 of 4 after 1 of 4: of 4 so in 8, the first four hold 0, 1, 2 in 1, 16, 36 of 70 ways, and 3 in 16."""
     from statistics import NormalDist
@@ -194,7 +255,7 @@ def test_a_text_that_asks_for_length_may_have_it() -> None:
     limits = Monitors.model_validate({"short_answers": {"action": "off"}})
 
     def leaning(more: int) -> list[str]:
-        some = measured().leanings["length"].model_copy(update={"more": more, "pairs": 60})
+        some = Leaning(more=more, pairs=60)
         return [a.message for a in alarms(limits, History([measured(leanings={"length": some})], asked=asked))]
 
     assert leaning(0) == leaning(30) == []
@@ -214,15 +275,29 @@ def test_pairs_that_a_data_set_labelled_are_no_silent_judge() -> None:
 
 def test_answers_of_a_source_say_nothing_about_the_policy() -> None:
     bad = {
-        "sampled": measured().sampled.model_copy(update={"mean_words": 2.0, "distinct_share": 0.1, "ended_share": 0.0}),
+        "sampled": measured().sampled.model_copy(
+            update={"answers": 9, "mean_words": 2.0, "distinct_share": 0.1, "ended_share": 0.0}
+        ),
         "answer_counts": AnswerCounts(
-            mean_words_error=0.1, nats_per_token=0.1, vocabulary=9.0, self_praise=1, to_judge=1
+            mean_words_error=0.1,
+            ended_error=0.1,
+            prompts=9,
+            nats_per_token=0.1,
+            vocabulary=9.0,
+            self_praise=9,
+            to_judge=9,
         ),
     }
     good = {
         "sampled": measured().sampled.model_copy(update={"mean_words": 90.0}),
         "answer_counts": AnswerCounts(
-            mean_words_error=0.1, nats_per_token=1.0, vocabulary=90.0, self_praise=0, to_judge=0
+            mean_words_error=0.1,
+            ended_error=0.0,
+            prompts=9,
+            nats_per_token=1.0,
+            vocabulary=90.0,
+            self_praise=0,
+            to_judge=0,
         ),
     }
     its_own, of_others = measured(**good), measured(**bad)

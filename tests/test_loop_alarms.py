@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rlaif.constitutions.checks import count_words
 from rlaif.errors import RunPaused
 from rlaif.loop import Loop
 from rlaif.records import Completion, Event, Vote
+from rlaif.rundir.store import write_json
 from tests.stubs import fraction, stub_job, stub_loop
 
 pytestmark = pytest.mark.slow
@@ -62,7 +64,7 @@ def test_a_judge_that_goes_silent(tmp_path: Path) -> None:
 
 def test_a_judge_that_likes_length(tmp_path: Path) -> None:
     """Under a text whose check asks for the opposite."""
-    loop = loop_of(tmp_path)
+    loop = loop_of(tmp_path, iterations=6)
     says(loop, lambda a: " ".join([a.text, *(f"x{n}" for n in range(int(9 * fraction(a.text))))]))
 
     def longer(vote: Vote, first: str, second: str) -> Vote:
@@ -75,6 +77,63 @@ def test_a_judge_that_likes_length(tmp_path: Path) -> None:
     loop.run()
     assert {e.data["kind"] for e in alarms(loop)} == {"leaning"}
     assert "the winner has more words than the loser" in alarms(loop)[0].message
+
+
+def test_an_alarm_says_where_it_was_silent(tmp_path: Path) -> None:
+    back = {"short_answers": {"limit": 2, "action": "rollback"}, "equal_answers": {"action": "off"}}
+    loop = loop_of(tmp_path, monitors=back)
+    loop.iterate(0)
+    loop.iterate(1)
+    says(loop, lambda a: "w")
+    with pytest.raises(RunPaused, match=r"iteration 3: .*silent after iteration 2") as e:
+        loop.run()
+    assert e.value.back_to == 2
+
+    loop = loop_of(tmp_path / "from the start", monitors=back)
+    says(loop, lambda a: "w")
+    with pytest.raises(RunPaused, match=r"iteration 1: .*no earlier iteration was silent"):
+        loop.run()
+
+
+def test_who_did_not_look_was_not_silent(tmp_path: Path) -> None:
+    """KL is looked at where held-out answers are: a state in between may be beyond the limit, too."""
+    how: dict[str, Any] = {"iterations": 6, "eval": {"every": 2, "prompts": 3}}
+    loop = loop_of(tmp_path, **how)
+    loop.run()
+    low = loop.dir.evaluation(2).path / "metrics.json"
+    for n, kl in ((2, 0.1), (4, 0.9), (6, 0.9)):
+        path = low.parent.parent / f"{n:04d}" / "metrics.json"
+        write_json(path, json.loads(path.read_text()) | {"kl_per_token": kl})
+    (loop.dir.iteration(5).path / "metrics.json").unlink()
+    with pytest.raises(RunPaused, match=r"iteration 6: .*silent after iteration 2"):
+        loop_of(tmp_path, **how, monitors={"kl": {"limit": 0.5, "action": "rollback"}}).run()
+
+
+def test_of_several_alarms_the_run_goes_back_furthest(tmp_path: Path) -> None:
+    kinds = {"short_answers": {"limit": 2, "action": "pause"}, "equal_answers": {"limit": 0.5, "action": "rollback"}}
+    loop = loop_of(tmp_path, monitors=kinds)
+    loop.iterate(0)
+    says(loop, lambda a: "w")
+    with pytest.raises(RunPaused, match=r"equal_answers.action=rollback\); it was silent after iteration 1"):
+        loop.run()
+
+
+def test_a_kill_before_a_pause_loses_no_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException): ...
+
+    def kill(*args: Any) -> None:
+        raise Killed
+
+    pausing = {"short_answers": {"limit": 99, "action": "pause"}}
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("rlaif.loop.loop.write_head", kill)  # the iteration is done by then
+        loop_of(tmp_path, monitors=pausing, eval={"every": 9, "prompts": 3}).run()
+    loop = loop_of(tmp_path, monitors=pausing, eval={"every": 9, "prompts": 3})
+    assert (loop.dir.done(), len(alarms(loop))) == ([0], 1)
+    with pytest.raises(RunPaused, match="paused at an alarm in iteration 1"):
+        loop.run()
+    with pytest.raises(RunPaused, match="paused at an alarm in iteration 2"):  # it stops no later attempt
+        loop_of(tmp_path, monitors=pausing, eval={"every": 9, "prompts": 3}).run()
 
 
 def test_a_policy_that_collapses(tmp_path: Path) -> None:

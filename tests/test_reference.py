@@ -162,6 +162,7 @@ def kept(share: float, high: float) -> dict[str, Any]:
         ({"checks": {"w": 0.3}, "base_checks": {"w": 0.3}}, "pass 30% of the mechanical checks, the base policy's 30%"),
         ({"checks": {"w": 0.8}, "base_checks": {"w": 0.3}}, ""),
         ({"checks": {"w": 0.9}, "base_checks": {"w": 0.9}}, ""),  # no room to rise
+        ({"checks": {"w": 0.85}, "base_checks": {"w": 0.75}}, ""),  # it rose by two fifths of its room
         (kept(0.9, 0.95), ""),
         (kept(0.6, 0.75), "still passes only 60% of the probes"),
         ({"win_rate": None, "win_interval": None} | referred(0.5, 0.36), ""),

@@ -125,6 +125,8 @@ class _Won(NamedTuple):
     by_prompt: list[float]
     """The share that each prompt's answers won: answers to one prompt are no independent draws. An abstention is no
     verdict, so it counts for nothing. Empty where nobody was asked, or nobody knew."""
+    asked: int
+    """Answers that somebody was asked about."""
 
     def fields(self) -> dict[str, Any]:
         """As `EvaluationMetrics` and `EarlierText` have it."""
@@ -135,22 +137,23 @@ class _Won(NamedTuple):
             "losses": self.outcomes.count("second"),
             "undecided": self.outcomes.count("tie"),
             "abstained": self.outcomes.count("abstain"),
+            "asked": self.asked,
         }
 
 
 def _won(completions: list[Completion], pairs: list[Pair], decisions: list[Decision] | None) -> _Won:
     if decisions is None:
-        return _Won([], [])
+        return _Won([], [], 0)
     verdicts = {d.pair_id: d.verdict.outcome for d in decisions}
     asked = {p.first: verdicts[p.id] for p in pairs}
     outcomes: list[Outcome] = [asked.get(c.id, "tie") for c in completions]
     if asked and all(o == "abstain" for o in asked.values()):
-        return _Won(outcomes, [])
+        return _Won(outcomes, [], len(asked))
     won: dict[str, list[float]] = {}
     for completion, outcome in zip(completions, outcomes, strict=True):
         if outcome != "abstain":
             won.setdefault(completion.prompt_id, []).append(_WON[outcome])
-    return _Won(outcomes, [fmean(of_prompt) for of_prompt in won.values()])
+    return _Won(outcomes, [fmean(of_prompt) for of_prompt in won.values()], len(asked))
 
 
 def _judged(

@@ -485,6 +485,7 @@ def judged_stats(
         kept=sum(d.status == "kept" for _, d in decided) if kept is None else kept,
         mean_agreement=fmean(agreements) if agreements else None,
         agreement_sd=pstdev(agreements) if agreements else None,
+        agreeing=len(agreements),
         mean_words=fmean(words[i] for i in sides),
         answers=len(known),
         cut_off=known.count("length"),

@@ -58,6 +58,7 @@ class Loop(Running):
         """All iterations that are still owed; returns the head of the whole."""
         self._since = time.monotonic()
         with self._ahead:
+            self._pause_that_is_owed()
             if self.job.pipeline.staleness:
                 self._make_room_ahead()
             for k in range(self.job.iterations):
@@ -269,25 +270,44 @@ class Loop(Running):
         )
 
     def _pause_at(self, k: int, alarms: list[Alarm]) -> None:
-        """Stops the run at the first alarm that says so; it was told, and stops no later attempt.
+        """Stops the run where an alarm says so; it was told, and stops no later attempt. Of several, what takes it back
+        furthest.
 
         Raises:
             RunPaused: there is one.
         """
-        for alarm in alarms:
-            if alarm.action == "warn":
-                continue
+        back = [(self._silent_after(alarm), alarm) for alarm in alarms if alarm.action == "rollback"]
+        pausing = [(None, alarm) for alarm in alarms if alarm.action == "pause"]
+        there = sorted([found for found in back if found[0] is not None], key=lambda found: found[0] or 0)
+        for silent, alarm in (*there, *back, *pausing):
             said = f"paused at an alarm in iteration {k + 1}: {alarm.message} (monitors.{alarm.kind}.action"
+            self.dir.event("paused", alarm.message, k, kind=alarm.kind, action=alarm.action)
             if alarm.action == "pause":
                 raise RunPaused(f"{said}=pause); the same command goes on")
-            silent = self._silent_after(alarm)
             if silent is None:
                 raise RunPaused(f"{said}=rollback); no earlier iteration was silent; the same command goes on")
             raise RunPaused(f"{said}=rollback); it was silent after iteration {silent}", back_to=silent)
 
+    def _pause_that_is_owed(self) -> None:
+        """A kill may have come between an alarm and its pause.
+
+        Raises:
+            RunPaused: it did.
+        """
+        if not (done := self.dir.done()):
+            return
+        told: list[Alarm] = []
+        for e in self.dir.events():
+            if e.kind == "alarm" and e.iteration == done[-1]:
+                told.append(Alarm(message=e.message, iteration=done[-1], **e.data))
+            elif e.kind == "paused" or (e.kind == "stopped" and e.message.startswith("RunPaused")):  # older versions
+                told = []
+        self._pause_at(done[-1], told)
+
     def _silent_after(self, alarm: Alarm) -> int | None:
         """After how many iterations an alarm's kind was silent last, before that began which it tells."""
         first = alarm.iteration if alarm.since is None else alarm.since
-        told = (e for e in self.dir.events() if e.kind == "alarm" and e.data.get("kind") == alarm.kind)
-        raised = {e.iteration for e in told}
-        return next((j + 1 for j in range(first - 1, -1, -1) if j not in raised), None)
+        measured = {m.iteration: m for m in self.dir.iterations_measured(range(first))}
+        newest_first = (measured[j] for j in sorted(measured, reverse=True))
+        silent = (m for m in newest_first if monitors.silent(self.job.monitors, alarm.kind, self._history(m)))
+        return next((m.iteration + 1 for m in silent), None)

@@ -5,10 +5,19 @@ In: the rows of an iteration's stages, and the records of all so far. Out: the r
 `rlaif.monitors.alarms`.
 """
 
-from rlaif.monitors.alarms import alarms
+from rlaif.monitors.alarms import alarms, silent
 from rlaif.monitors.history import History
 from rlaif.monitors.leaning import asked_for
 from rlaif.monitors.metrics import iteration_metrics, juror_agreement, learner_metrics
 from rlaif.monitors.servers import back_again
 
-__all__ = ["History", "alarms", "asked_for", "back_again", "iteration_metrics", "juror_agreement", "learner_metrics"]
+__all__ = [
+    "History",
+    "alarms",
+    "asked_for",
+    "back_again",
+    "iteration_metrics",
+    "juror_agreement",
+    "learner_metrics",
+    "silent",
+]

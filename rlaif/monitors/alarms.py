@@ -40,6 +40,33 @@ KINDS: dict[AlarmKind, Callable[[Any, History], Iterable[Finding]]] = {
 """Kind → what it finds, from its settings and a run so far."""
 
 
+_SOMETIMES: dict[AlarmKind, Callable[[History], object]] = {
+    "weights_gap": lambda run: run.now.weights_gap or (run.evaluated and run.evaluated.weights_gap),
+    "decoding_gap": lambda run: run.now.decoding_gap,
+    "kl": lambda run: run.evaluated and run.evaluated.kl_per_token is not None,
+    "cut_off_won": lambda run: run.now.one_cut_off,
+    "abstained": lambda run: run.now.pair_counts and run.now.pair_counts.pairs,
+    "calibration_shift": lambda run: run.calibrated and run.now.judged,
+    "juror": lambda run: run.now.juror_agreement,
+    "anchors": lambda run: run.now.anchors and run.now.anchors.pairs,
+    "silent_server": lambda run: run.now.servers,
+    "leaning": lambda run: any(leaning.pairs for leaning in run.now.leanings.values()),
+    "hacking": lambda run: run.evaluated and run.evaluated.win_rate is not None,
+    **dict.fromkeys(
+        ("agreement_drift", "order_flip_drift", "abstained_drift", "kept_drift"),
+        lambda run: run.now.pair_counts and run.now.pair_counts.pairs,
+    ),
+}
+"""Kind → whether there was something to look at, for those that look at what not every iteration has."""
+
+
+def silent(monitors: Monitors, kind: AlarmKind, history: History) -> bool:
+    """Whether a kind had something to look at after the iteration that `history` ends with, and found nothing: who
+    didn't look can't say that all was well."""
+    looked = _SOMETIMES[kind](history) if kind in _SOMETIMES else history.sampled
+    return bool(looked) and not any(KINDS[kind](getattr(monitors, kind), history))
+
+
 def alarms(monitors: Monitors, history: History) -> list[Alarm]:
     """What somebody should look at after the iteration that `history` ends with."""
     out = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 from rlaif.config import (
     CollapseMonitor,
@@ -16,14 +17,13 @@ from rlaif.config import (
     SelfPraiseMonitor,
     ShortAnswersMonitor,
 )
-from rlaif.intervals import wilson
-from rlaif.monitors.charts import Counted, surprise
+from rlaif.intervals import SURE, students_t, wilson
 from rlaif.monitors.counts import VOCABULARY_WORDS
 from rlaif.monitors.history import Finding, History
 from rlaif.records import IterationMetrics
 
-_BEYOND_CHANCE = 3.5
-"""Standard errors. Each iteration is looked at: two errors are nothing in a hundred of them."""
+_PROMPTS = 6
+"""Of fewer, the spread of their means isn't known well enough."""
 
 
 def short_answers(settings: ShortAnswersMonitor, history: History) -> Iterator[Finding]:
@@ -52,14 +52,21 @@ def cut_off(settings: CutOffMonitor, history: History) -> Iterator[Finding]:
 def collapse(settings: CollapseMonitor, history: History) -> Iterator[Finding]:
     """Few different words, or no doubt about any. Held against the run's first iteration that sampled, whatever the
     text: one text may ask for other words than another, none for so few."""
-    sampled = [m.answer_counts for m in history.iterations if not m.given]
-    if history.sampled is None or (first := sampled[0]) is None or (now := sampled[-1]) is None:
+    sampled = [m.answer_counts for m in history.iterations if m.answer_counts and not m.given]
+    if history.sampled is None or (now := history.sampled.answer_counts) is None:
         return
     what = f"different words in {VOCABULARY_WORDS} of the sampled answers' words"
-    for before, measured, least, said, digits in (
-        (first.vocabulary, now.vocabulary, settings.vocabulary, what, 0),
-        (first.nats_per_token, now.nats_per_token, settings.entropy, "nats a sampled token (its surprise)", 2),
+    for counted, measured, least, said, digits in (
+        ([c.vocabulary for c in sampled], now.vocabulary, settings.vocabulary, what, 0),
+        (
+            [c.nats_per_token for c in sampled],
+            now.nats_per_token,
+            settings.entropy,
+            "nats a sampled token (its surprise)",
+            2,
+        ),
     ):
+        before = next((value for value in counted if value is not None), None)
         if before and measured is not None and measured < least * before:
             message = (
                 f"the policy has collapsed: {measured:.{digits}f} {said}, {before:.{digits}f} in the first iteration, "
@@ -74,28 +81,32 @@ def jump(settings: JumpMonitor, history: History) -> Iterator[Finding]:
         return
     before, now = under[-2], under[-1]
     longer, shorter = sorted((now.sampled.mean_words, before.sampled.mean_words), reverse=True)
-    error = _length_error(before, now)
-    if error is not None and longer > settings.length_ratio * shorter and longer - shorter > _BEYOND_CHANCE * error:
+    beyond = _beyond_chance("mean_words_error", before, now)
+    if beyond is not None and longer > settings.length_ratio * shorter and longer - shorter > beyond:
         message = (
             f"sampled answers have {now.sampled.mean_words:.0f} words on average, {before.sampled.mean_words:.0f} in "
             "the iteration before"
         )
         yield Finding(message, longer / max(shorter, 1e-9), settings.length_ratio)
-    ended = [Counted(round(m.sampled.ended_share * m.sampled.answers), m.sampled.answers) for m in (before, now)]
-    by = abs(ended[1].share - ended[0].share)
-    if by > settings.ended and abs(surprise(ended[1], ended[0])) > _BEYOND_CHANCE:
+    by = abs(now.sampled.ended_share - before.sampled.ended_share)
+    beyond = _beyond_chance("ended_error", before, now)
+    if beyond is not None and by > max(settings.ended, beyond):
         message = (
-            f"{ended[1].share:.0%} of the sampled answers end by themselves, "
-            f"{ended[0].share:.0%} in the iteration before"
+            f"{now.sampled.ended_share:.0%} of the sampled answers end by themselves, "
+            f"{before.sampled.ended_share:.0%} in the iteration before"
         )
         yield Finding(message, by, settings.ended)
 
 
-def _length_error(*iterations: IterationMetrics) -> float | None:
-    """Standard error of the difference of two iterations' mean words; None where it isn't known."""
-    errors = [m.answer_counts.mean_words_error if m.answer_counts else None for m in iterations]
-    known = [e for e in errors if e is not None]
-    return math.hypot(*known) if len(known) == len(errors) else None
+def _beyond_chance(error: Literal["mean_words_error", "ended_error"], *iterations: IterationMetrics) -> float | None:
+    """What two iterations' means may differ by without a reason; None where it isn't known, or prompts are too few to
+    say. Answers of one prompt are alike, so prompts are what counts."""
+    counts = [m.answer_counts for m in iterations]
+    errors = [e for c in counts if c and (e := getattr(c, error)) is not None]
+    prompts = min((c.prompts for c in counts if c and c.prompts is not None), default=0)
+    if len(errors) < len(counts) or prompts < _PROMPTS:
+        return None
+    return students_t(prompts - 1, SURE) * math.hypot(*errors)
 
 
 def self_praise(settings: SelfPraiseMonitor, history: History) -> Iterator[Finding]:
@@ -104,5 +115,5 @@ def self_praise(settings: SelfPraiseMonitor, history: History) -> Iterator[Findi
     for some, doing in (
         ((counts.self_praise, "praise themselves"), (counts.to_judge, "speak to their judge")) if counts else ()
     ):
-        if wilson(some, of)[0] > settings.limit:
+        if wilson(some, of, SURE)[0] > settings.limit:
             yield Finding(f"{some} of {of} sampled answers {doing}", some / of, settings.limit)

@@ -87,27 +87,42 @@ def shift(counts: Sequence[Counted], direction: Direction, limit: float, least: 
 
 
 def _shifts(counts: Sequence[Counted], direction: Direction, limit: float, least: float) -> Iterator[Shift | None]:
-    """What each iteration makes certain. Told, the chart starts again: what comes after is held against the new
-    level."""
+    """What each iteration makes certain. Told, the chart starts again where the shift began: what comes after is held
+    against the new level."""
     sign = 1.0 if direction == "up" else -1.0
     start, height = 0, 0.0
     for index, count in enumerate(counts):
+        if not count.of or not _total(counts[start:index]).of:
+            yield None
+            continue
         # All pairs so far, also those since a shift may have begun: so one iteration's surprise says nothing about the
         # next one's, and few pairs at the beginning, by chance unlike all others, don't add up to a shift.
         height = max(0.0, height + sign * surprise(count, _total(counts[start:index])) - SLACK)
         found = _likeliest(counts, start, index + 1, sign, height) if height >= limit else None
         if found and sign * (found.now.share - found.before.share) >= least:
-            start, height = index + 1, 0.0
+            start, height = found.since, 0.0
             yield found
         else:
             yield None
 
 
 def _likeliest(counts: Sequence[Counted], start: int, end: int, sign: float, height: float) -> Shift:
-    """The shift where it began most surprisingly. The sum may have risen by chance before."""
+    """The shift where it began most likely: the sum may have risen by chance before. By the likelihood ratio of two
+    shares to one, which has no largest value as a `surprise` has."""
     splits = [Shift(i, _total(counts[start:i]), _total(counts[i:end]), height) for i in range(start + 1, end)]
     splits = [split for split in splits if split.before.of and split.now.of]
-    return max(splits, key=lambda split: sign * surprise(split.now, split.before))
+
+    def likelihood_ratio(split: Shift) -> float:
+        two = _log_likelihood(split.before) + _log_likelihood(split.now)
+        by = max(two - _log_likelihood(_total((split.before, split.now))), 0.0)
+        return math.copysign(by, sign * (split.now.share - split.before.share))
+
+    return max(splits, key=likelihood_ratio)
+
+
+def _log_likelihood(count: Counted) -> float:
+    """Of a count, at the share that fits it best; up to a constant."""
+    return sum(n * math.log(n / count.of) for n in (count.some, count.of - count.some) if n)
 
 
 def _total(counts: Sequence[Counted]) -> Counted:

@@ -20,12 +20,14 @@ VOCABULARY_WORDS = 200
 
 def answer_counts(completions: Sequence[Completion]) -> AnswerCounts:
     """What monitors of the policy look at."""
-    of_prompt: dict[str, list[int]] = {}
+    of_prompt: dict[str, list[Completion]] = {}
     for c in completions:
-        of_prompt.setdefault(c.prompt_id, []).append(count_words(c.text))
+        of_prompt.setdefault(c.prompt_id, []).append(c)
     scored = [c for c in completions if c.logprob is not None]
     return AnswerCounts(
-        mean_words_error=_error([fmean(words) for words in of_prompt.values()]),
+        mean_words_error=_error([fmean(count_words(c.text) for c in its) for its in of_prompt.values()]),
+        ended_error=_error([fmean(c.finish_reason == "stop" for c in its) for its in of_prompt.values()]),
+        prompts=len(of_prompt),
         nats_per_token=share(-sum(c.logprob or 0.0 for c in scored), sum(len(c.token_ids) for c in scored)),
         vocabulary=vocabulary([c.text for c in completions]),
         self_praise=sum(FEATURES["self_praise"](c.text) > 0 for c in completions),
@@ -66,8 +68,10 @@ def pair_counts(decisions: Sequence[Decision]) -> PairCounts:
 def leanings(
     completions: Sequence[Completion], pairs: Sequence[Pair], decisions: Sequence[Decision]
 ) -> dict[Feature, Leaning]:
-    """Of the pairs that a judge's verdict keeps, how often the winner has more of a feature than the loser."""
-    texts, winners = {c.id: c.text for c in completions}, {d.pair_id: d.winner for d in decisions if d.status == "kept"}
+    """Of the pairs that a judge's verdict keeps, how often the winner has more of a feature than the loser. What a data
+    set labelled says nothing of a judge."""
+    texts = {c.id: c.text for c in completions}
+    winners = {d.pair_id: d.winner for d in decisions if d.status == "kept" and d.source == "votes"}
     won = [(p.first, p.second) if winners[p.id] == "first" else (p.second, p.first) for p in pairs if p.id in winners]
     out: dict[Feature, Leaning] = {}
     compared = Compared()

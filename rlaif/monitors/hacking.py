@@ -68,4 +68,6 @@ def _others(now: EvaluationMetrics, length_is_asked_for: bool) -> Iterator[Rise]
         passed, before = fmean(now.checks[p] for p in room), fmean(now.base_checks[p] for p in room)
         error = math.sqrt((passed * (1 - passed) + before * (1 - before)) / now.answers)
         said = f"its answers pass {passed:.0%} of the mechanical checks, the base policy's {before:.0%}"
-        yield Rise(passed - before, passed - before - 1.960 * error, said)
+        # A win rate can rise by a half. What can rise by less is held against it as a share of its room.
+        room_of = 0.5 / (1 - before)
+        yield Rise((passed - before) * room_of, (passed - before - 1.960 * error) * room_of, said)

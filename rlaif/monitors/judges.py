@@ -22,31 +22,48 @@ from rlaif.records import JudgedStats
 TOGETHER = 4
 """Iterations under one text whose pairs are counted together where they are held against a number that was there before
 the run: a single iteration's are few."""
+_FEW = 16
+"""Pairs below which a mean length says nothing."""
+_LOOKS_AT_ANCHORS = 2.8
+"""Standard deviations: anchors are asked every few iterations only."""
+_ANCHORS = 8
+"""Fewer that got a verdict both times say nothing."""
 
 
 def cut_off_won(settings: CutOffWonMonitor, history: History) -> Iterator[Finding]:
     """It likes answers without an end."""
-    some = history.under_this_text[-TOGETHER:]
-    won, of = sum(m.cut_off_won for m in some), sum(m.one_cut_off for m in some)
-    if history.now.one_cut_off and wilson(won, of, SURE)[0] > settings.limit:
+    under = [Counted(m.cut_off_won, m.one_cut_off) for m in history.under_this_text[-TOGETHER:]]
+    if found := _surely_over(settings.limit, under):
         message = (
-            f"the judge prefers answers that were cut off, in {won} of {of} pairs with one such answer; with "
-            "filters.cut_off: keep they train"
+            f"the judge prefers answers that were cut off, in {found.some} of {found.of} pairs with one such answer; "
+            "with filters.cut_off: keep they train"
         )
-        yield Finding(message, won / of, settings.limit)
+        yield Finding(message, found.share, settings.limit)
+
+
+def _surely_over(limit: float, counts: Sequence[Counted]) -> Counted | None:
+    """The last count, or all of them together, where that is over the limit by more than chance does."""
+    if not counts or not counts[-1].of:
+        return None
+    together = Counted(sum(c.some for c in counts), sum(c.of for c in counts))
+    return next((c for c in (counts[-1], together) if wilson(c.some, c.of, SURE)[0] > limit), None)
 
 
 def abstained(settings: AbstainedMonitor, history: History) -> Iterator[Finding]:
     """It says nothing."""
     evaluated, most = history.evaluated, settings.limit
-    if evaluated and evaluated.abstained > most * evaluated.answers:
-        some = f"{evaluated.abstained} of {evaluated.answers}"
-        message = f"the judge abstained on {some} held-out answers, over {most:.0%}"
-        yield Finding(message, evaluated.abstained / evaluated.answers, most)
-    counts = history.now.pair_counts
-    if counts and wilson(counts.abstained, counts.pairs)[0] > most:
-        message = f"{counts.abstained} of {counts.pairs} pairs have no valid vote, over {most:.0%}"
-        yield Finding(message, counts.abstained / counts.pairs, most)
+    for whose, held_out in (("the judge", evaluated), ("the reference judge", evaluated and evaluated.referred)):
+        if evaluated and held_out:
+            # Nobody is asked about an answer that is the base policy's.
+            asked = Counted(held_out.abstained, evaluated.answers if held_out.asked is None else held_out.asked)
+            nothing = held_out.win_rate is None and asked.of  # measured, whatever chance does
+            if (nothing and asked.share > most) or _surely_over(most, [asked]):
+                message = f"{whose} abstained on {asked.some} of {asked.of} held-out answers, over {most:.0%}"
+                yield Finding(message, asked.share, most)
+    under = [m.pair_counts for m in history.under_this_text[-TOGETHER:]]
+    if under[-1] and (found := _surely_over(most, [Counted(c.abstained, c.pairs) for c in under if c])):
+        message = f"{found.some} of {found.of} pairs have no valid vote, over {most:.0%}"
+        yield Finding(message, found.share, most)
 
 
 def agreement_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
@@ -61,7 +78,7 @@ def order_flip_drift(settings: DriftMonitor, history: History) -> Iterator[Findi
 
 def abstained_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
     """More pairs that get no vote."""
-    return _drift(settings, history, "pairs without a valid vote", "abstained", "up")
+    return _drift(settings, history, "pairs without a valid vote", "abstained", "up", of="pairs")
 
 
 def kept_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
@@ -74,11 +91,17 @@ _Counted = Literal["abstained", "unanimous", "flipped", "kept"]
 
 
 def _drift(
-    settings: DriftMonitor, history: History, what: str, counted: _Counted, direction: Direction
+    settings: DriftMonitor,
+    history: History,
+    what: str,
+    counted: _Counted,
+    direction: Direction,
+    of: Literal["pairs", "voted"] = "voted",
 ) -> Iterator[Finding]:
-    """A chart of a share of the pairs. An iteration of before there were such counts says nothing."""
+    """A chart of a share of the pairs, by default of those with a valid vote: an outage is no other judge. An iteration
+    of before there were such counts says nothing."""
     under = [(m.iteration, m.pair_counts) for m in history.under_this_text if m.pair_counts]
-    counts = [Counted(getattr(c, counted), c.pairs) for _, c in under]
+    counts = [Counted(getattr(c, counted), c.pairs if of == "pairs" else c.pairs - c.abstained) for _, c in under]
     if history.now.pair_counts and (found := shift(counts, direction, settings.limit, settings.least)):
         since = under[found.since][0]
         message = (
@@ -91,7 +114,7 @@ def _drift(
 def anchors(settings: AnchorsMonitor, history: History) -> Iterator[Finding]:
     """It doesn't say what it said, though nothing changed that the run knows of."""
     found = history.now.anchors
-    if found and wilson(found.moved, found.pairs)[0] > settings.limit:
+    if found and found.pairs >= _ANCHORS and wilson(found.moved, found.pairs, _LOOKS_AT_ANCHORS)[0] > settings.limit:
         message = (
             f"asked again, the judge gives another verdict on {found.moved} of {found.pairs} pairs under the same "
             "text: it may be another model now"
@@ -123,13 +146,14 @@ def calibration_shift(settings: CalibrationShiftMonitor, history: History) -> It
             out.append((said, found.share, before.share))
     if now.mean_agreement is not None and calibrated.mean_agreement is not None:
         by = now.mean_agreement - calibrated.mean_agreement
-        error = max(now.agreement_sd or 0.0, calibrated.agreement_sd or 0.0) / math.sqrt(now.pairs)
+        agreeing = now.pairs if now.agreeing is None else now.agreeing
+        error = max(now.agreement_sd or 0.0, calibrated.agreement_sd or 0.0) / math.sqrt(agreeing)
         if abs(by) > settings.agreement and abs(by) > SURE * error:
             was = calibrated.mean_agreement
             said = f"the votes' mean agreement: {now.mean_agreement:.2f}, {was:.2f} when calibrated"
             out.append((said, now.mean_agreement, was))
     longest, shortest = sorted((now.mean_words, calibrated.mean_words), reverse=True)
-    if longest > settings.length_ratio * shortest:
+    if now.pairs >= _FEW and longest > settings.length_ratio * shortest:
         said = f"words an answer: {now.mean_words:.0f}, {calibrated.mean_words:.0f} when calibrated"
         out.append((said, now.mean_words, calibrated.mean_words))
     unlike = "judged pairs are unlike the calibrated ones, so its promise may not hold"
@@ -139,7 +163,11 @@ def calibration_shift(settings: CalibrationShiftMonitor, history: History) -> It
 def _together(stats: Sequence[JudgedStats]) -> JudgedStats:
     """The pairs of several iterations as those of one; at least one."""
     pairs, answers = sum(s.pairs for s in stats), sum(s.answers for s in stats)
-    agreeing = [(s.mean_agreement, s.agreement_sd or 0.0, s.pairs) for s in stats if s.mean_agreement is not None]
+    agreeing = [
+        (s.mean_agreement, s.agreement_sd or 0.0, s.pairs if s.agreeing is None else s.agreeing)
+        for s in stats
+        if s.mean_agreement is not None
+    ]
     of = sum(n for *_, n in agreeing)
     mean = sum(mean * n for mean, _, n in agreeing) / of if of else None
     return JudgedStats(
@@ -147,6 +175,7 @@ def _together(stats: Sequence[JudgedStats]) -> JudgedStats:
         kept=sum(s.kept for s in stats),
         mean_agreement=mean,
         agreement_sd=max((sd for _, sd, _ in agreeing), default=None),
+        agreeing=of,
         mean_words=sum(s.mean_words * s.pairs for s in stats) / pairs if pairs else 0.0,
         answers=answers,
         cut_off=sum(s.cut_off for s in stats),
