@@ -997,8 +997,8 @@ class AbstainedMonitor(Monitor):
     """The judge abstains: failed calls, unreadable replies."""
 
     limit: float = Field(0.2, ge=0, le=1)
-    """Share of the pairs without a valid vote, at most, in an iteration or in the last four under the text; and share
-    of the held-out answers that it, or the reference judge, was asked about. Both beyond chance (3.5 standard
+    """Share of the pairs without a valid vote, at most, in an iteration or in the last four under the text. The same
+    of the held-out answers that it was asked about, and the reference judge. Both beyond chance (3.5 standard
     deviations). An evaluation without a single vote is always told."""
 
 
