@@ -87,6 +87,21 @@ class Policy(Section):
     _template_args = field_validator("chat_template_args")(_no_reserved_template_args)
 
 
+def _check_addresses(urls: Sequence[str], expected: str) -> None:
+    """Whether addresses can be taken apart, and each is there once.
+
+    Raises:
+        ValueError: not so.
+    """
+    try:
+        for url in urls:
+            _ = urlsplit(url).port  # raises at a port that is none, as urlsplit at an unfinished [IPv6]
+    except ValueError as e:
+        raise ValueError(f"no address ({e}); expected {expected}") from e
+    if len({url.rstrip("/") for url in urls}) < len(urls):
+        raise ValueError("a server is named twice; name it once")
+
+
 class Columns(Section):
     """What a prompt set's own columns are called. One inside another is named by its path (`question.text`,
     `turns.0`)."""
@@ -173,6 +188,17 @@ class Sampling(Section):
     def spans(self) -> int:
         """GPUs that it takes altogether."""
         return self.tensor_parallel_size * self.replicas
+
+    @field_validator("base_url")
+    @classmethod
+    def _can_be_reached(cls, given: str | list[str] | None) -> str | list[str] | None:
+        if given is None:
+            return given
+        urls = given if isinstance(given, list) else [given]
+        if not urls:
+            raise ValueError("expected http(s)://HOST[:PORT], or a list of such")
+        _check_addresses(urls, "http(s)://HOST[:PORT]")
+        return given
 
     @field_validator("stop")
     @classmethod
@@ -313,13 +339,7 @@ class Juror(Section):
         urls = given if isinstance(given, list) else [given]
         if not urls or not all(isinstance(url, str) for url in urls):
             raise ValueError("expected http(s)://HOST[:PORT]/v1, or a list of such, as text; put them in quotes")
-        try:
-            for url in urls:
-                _ = urlsplit(url).port  # raises at a port that is none, as urlsplit at an unfinished [IPv6]
-        except ValueError as e:
-            raise ValueError(f"no address ({e}); expected http(s)://HOST[:PORT]/v1") from e
-        if len({url.rstrip("/") for url in urls}) < len(urls):
-            raise ValueError("a server is named twice; name it once")
+        _check_addresses(urls, "http(s)://HOST[:PORT]/v1")
         return given
 
     @property
@@ -1256,6 +1276,11 @@ class Cluster(Section):
     def of(self, role: str) -> Share | None:
         """The replicas that a role has here; None: it is elsewhere, or has none."""
         return {"sampler": self.sampler, "judge": self.judge}.get(role)
+
+    @property
+    def wants_gpus(self) -> bool:
+        """Some role names GPUs."""
+        return any(share and share.gpus for share in (self.sampler, self.judge, self.learner))
 
     @property
     def asked(self) -> int:

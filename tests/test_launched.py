@@ -69,6 +69,14 @@ def test_accelerate_reads_its_own_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_file_that_is_no_yaml_is_the_users_mistake(tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    file.write_text("distributed_type: MULTI_CPU\nfoo: [1\n")
+    with pytest.raises(UserError, match=r"accelerate.yaml: accelerate can't use it \(.*expected ',' or '\]'"):
+        launched(job(), file)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("said", "message"),
     [
@@ -79,6 +87,7 @@ def test_accelerate_reads_its_own_file(tmp_path: Path) -> None:
         ({"distributed_type": "MULTI_GPU"}, "num_processes"),
         ({"distributed_type": "NONSENSE", "num_processes": 2}, "NONSENSE"),
         ({"num_processes": 2}, "distributed_type"),
+        ({"distributed_type": "MULTI_CPU", "num_processes": 0, "use_cpu": True}, "num_processes: 0; set 1 or more"),
         (ON_CPUS, "cluster.learner.processes: 4"),
     ],
 )

@@ -26,6 +26,8 @@ from tests.test_launched import write as write_accelerate
 from tests.test_old_pairs import Wishes, written
 
 ROOT = Path(__file__).resolve().parent.parent
+TEMPLATES = str(ROOT / "prompts" / "judge")
+CHAT: dict[str, Any] = {"kind": "chat", "model": "m", "api_key_env": None, "templates_dir": TEMPLATES}
 
 
 def test_a_calibration_that_is_not_there_is_found() -> None:
@@ -318,3 +320,51 @@ def test_of_a_source_nothing_is_sampled_and_stored_labels_cost_nothing(tmp_path:
     assert again["ballots_at_most"] == online["ballots_at_most"] > 0
     assert stored["tokens"]["sampled"] < online["tokens"]["sampled"]
     assert online["source"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"sampling": {"engine": "server", "base_url": "10.0.0.1:8000"}}, r"sampling\.base_url: .* is no address"),
+        (
+            {"sampling": {"engine": "server", "base_url": ["http://a:1", "http://a b"]}},
+            r"sampling\.base_url: .* is no a",
+        ),
+        ({"judge": CHAT | {"base_url": "10.0.0.1:8000/v1"}}, r"judge\.base_url: .* is no address"),
+        ({"eval": {"reference_judge": CHAT | {"base_url": "h/v1"}}}, r"judge\.base_url: .* is no address"),
+    ],
+)
+def test_an_address_that_is_none_is_told_before_anything_is_run(
+    changes: dict[str, Any], wrong: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=wrong):
+        estimate(project_job(tmp_path, "m", **changes), tmp_path)
+
+
+def test_what_a_run_will_need_and_this_machine_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("A_KEY", raising=False)
+    monkeypatch.setattr("rlaif.loop.cost.gpu_names", list)
+    sampling = {"engine": "server", "replicas": 3, "tensor_parallel_size": 2}
+    judge = CHAT | {"base_url": "http://127.0.0.1:1/v1", "api_key_env": "A_KEY"}
+    plan = estimate(project_job(tmp_path, "m", sampling=sampling, judge=judge), tmp_path)
+    said = plan["warnings"]
+    assert "sampling.tensor_parallel_size: for GPUs, and this machine has none" in said
+    assert "A_KEY: this environment variable isn't set; a run needs it" in said
+    assert plan["sampler_servers"] == "3 servers of vLLM's, started and stopped by the run"
+    monkeypatch.setenv("A_KEY", "k")
+    one = estimate(
+        project_job(tmp_path / "one", "m", sampling=sampling | {"replicas": 1}, judge=judge), tmp_path / "one"
+    )
+    assert one["memory_gib"] < plan["memory_gib"]
+    assert not any("A_KEY" in warning for warning in one["warnings"])
+
+
+def test_gpus_of_another_machine_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlaif.loop.cost.gpu_names", list)
+    places = {"learner": {"worker": "process", "devices": [0]}, "sampler": {"worker": "process", "devices": [2]}}
+    job = project_job(tmp_path, "m", placement=places)
+    with pytest.raises(UserError, match=r"no GPU \d; this process can use none; leave `placement` out, or run it where"):
+        estimate(job, tmp_path)
+    plan = estimate(job, tmp_path, elsewhere=True)
+    assert "placement.*.devices: for GPUs, and this machine has none" in plan["warnings"]
+    assert "2" in plan["placement"]["sampler"]

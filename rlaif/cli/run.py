@@ -109,12 +109,13 @@ def _print_plan(job: Job, where: Path, as_json: bool, allow_change: bool, cluste
             update={**{name: str(path) for name, path in copies.items()}, "columns": Columns()}
         )
         job = job.model_copy(update={"prompts": prompts})
-    costs = estimate(job, Path.cwd(), RunDir.open(where) if (where / "run.json").exists() else None)
+    begun = RunDir.open(where) if (where / "run.json").exists() else None
+    costs = estimate(job, Path.cwd(), begun, elsewhere=cluster is not None)
     found = None
     if cluster is not None:
         from rlaif.simulation import outlook, read_cluster, work_of
 
-        found = outlook(work_of(job, Path.cwd()), read_cluster(cluster, job.cluster, costs["learner_processes"]))
+        found = outlook(work_of(job, Path.cwd()), read_cluster(cluster, job, costs["learner_processes"]))
     if as_json:
         simulated = {"simulated": found.model_dump(mode="json")} if found else {}
         typer.echo(json.dumps({"run": str(where), **costs, **simulated}, indent=1))

@@ -195,25 +195,30 @@ def check_address(juror: Juror) -> None:
     header_values(juror)
     _trusted(juror)
     for url in juror.addresses:
-        _check_url(url)
+        check_url(url)
 
 
-def _check_url(url: str) -> None:
+def check_url(url: str, key: str = "judge.base_url", expected: str = "http(s)://HOST[:PORT]/v1") -> None:
+    """Whether a server could be there; `key` is the job's setting that names it.
+
+    Raises:
+        UserError: it couldn't, or the address holds what must not be written into a run.
+    """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"judge.base_url: `{shown_url(url)}` is no address; expected http(s)://HOST[:PORT]/v1")
+        raise UserError(f"{key}: `{shown_url(url)}` is no address; expected {expected}")
     why = _host_fault(parts.hostname)
     if re.search(r"\s", url):
         why = "there is a space in it"
     elif parts.fragment:
         why = "a `#` is part of no server's address"
     if why:
-        raise UserError(f"judge.base_url: `{shown_url(url)}` is no address ({why}); expected http(s)://HOST[:PORT]/v1")
+        raise UserError(f"{key}: `{shown_url(url)}` is no address ({why}); expected {expected}")
     if "@" in parts.netloc or parts.query:  # the job, address included, is written into the run
         raise UserError(
-            f"judge.base_url: {shown_url(url)} comes with a user, a password or a query, and would be written into "
-            "the run; put the secret into a variable and name it in judge.api_key_env or judge.headers, and what is "
-            "none into judge.query"
+            f"{key}: {shown_url(url)} comes with a user, a password or a query, and would be written into the run; put "
+            "the secret into a variable and name it in api_key_env (a judge's also in headers), and what is none into "
+            "judge.query"
         )
     if (proxy := _proxy(url)) is not None and (why := _host_fault(proxy.host)):
         raise UserError(

@@ -16,6 +16,7 @@ from typing import Any
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import ComputeEnvironment
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from yaml import YAMLError
 
 from rlaif.errors import UserError
 from rlaif.reached import Reached
@@ -58,7 +59,7 @@ def launched(file: str, processes: int | None = None) -> dict[str, Any]:
         _check(args, found, processes)
         shards = args.use_fsdp or args.multi_gpu
         environment = prepare_multi_gpu_env(args) if shards else prepare_simple_launcher_cmd_env(args)[1]
-    except (ValueError, TypeError, AttributeError, KeyError, OSError) as e:
+    except (ValueError, TypeError, AttributeError, KeyError, OSError, YAMLError) as e:
         raise UserError(f"accelerate can't use it ({' '.join(str(e).split())})") from e
     mine = {k: v for k, v in environment.items() if k.startswith(_TAKEN) and os.environ.get(k) != v}
     if args.use_fsdp:  # otherwise all but the first process would begin with empty weights
@@ -79,6 +80,8 @@ def _check(args: Any, found: Any, processes: int | None) -> None:
             raise UserError(why)
     if args.use_fsdp and int(args.fsdp_version) != 2:
         raise UserError("FSDP of version 1; set fsdp_version: 2 (`accelerate to-fsdp2 --config_file FILE` converts it)")
+    if found.num_processes == 0 or found.num_processes < -1:
+        raise UserError(f"num_processes: {found.num_processes}; set 1 or more")
     if processes and found.num_processes not in (-1, processes):
         raise UserError(
             f"num_processes: {found.num_processes}, and cluster.learner.processes: {processes}; make them one"

@@ -6,6 +6,7 @@ Of a run that was begun, or a branch, what is left is counted. An iteration that
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import psutil
 from rich.table import Table
 
 from rlaif import models
-from rlaif.config import Job, Judge, PlacedRole, Precision, worth_knowing
+from rlaif.config import ChatSettings, Job, Judge, PlacedRole, Precision, worth_knowing
 from rlaif.console import counted, inert, stdout_console
 from rlaif.constitutions.constitution import Constitution, load_constitution
 from rlaif.constitutions.templates import Template, load_template, templates_in
@@ -32,7 +33,7 @@ from rlaif.judging.kinds import kind_of
 from rlaif.learning.launched import Launched, accelerate_file, launched
 from rlaif.loop.anchors import is_due
 from rlaif.loop.begun import Begun, begun, probes_asked
-from rlaif.loop.model_checks import check_likelihood_judge, check_policy
+from rlaif.loop.model_checks import check_addresses, check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update, pairs_at_most
 from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.running import PairSource
@@ -119,16 +120,21 @@ class _Needed(NamedTuple):
     disk: float
 
 
-def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, Any]:
+def estimate(job: Job, base_dir: Path, run: RunDir | None = None, elsewhere: bool = False) -> dict[str, Any]:
     """Counts (exact) and time, memory, disk (rough, for the reference machine): of the whole job, or of what is left of
-    a `run` that was begun.
+    a `run` that was begun. `elsewhere`: GPUs that this machine lacks are those of another one.
 
     Raises:
         UserError: a model, a prompt file or a text is missing or broken, or a GPU: a dry run finds it too.
     """
     job, own = resolved(job)
     learners = launched(job, accelerate_file(job, base_dir, run.path if run else None))
-    places = place(job, usable_gpus(len(gpu_names())), learners.processes)
+    check_addresses(job)
+    gpus = usable_gpus(len(gpu_names()))
+    named = [n for role in job.placement.values() for n in role.devices or ()]
+    places = place(
+        job, [str(n) for n in range(max(named, default=-1) + 1)] if elsewhere and named else gpus, learners.processes
+    )
     read = _read(job, base_dir, run)
     counts = _count(job, base_dir, read)
     tokens = _tokens(job, counts)
@@ -148,6 +154,7 @@ def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, A
         "ballots_at_most": counts.ballots,
         "judge": job.judge.kind,
         "judge_takes_own_time": kind_of(job.judge).own_time,
+        "sampler_servers": _sampler_servers(job),
         "judge_servers": _served(job, places),
         "own_code": {code.name: {"file": str(code.file), "sha256": code.sha256} for code in own},
         "evaluations": counts.evaluations,
@@ -172,9 +179,18 @@ def estimate(job: Job, base_dir: Path, run: RunDir | None = None) -> dict[str, A
         "memory_here_gib": round(psutil.virtual_memory().total / GIB, 1),
         "disk_gib": round(needed.disk / GIB, 1),
         "disk_free_gib": round(disk_free / GIB, 1),
-        "warnings": _warnings(job, read.calibration, needed, disk_free),
+        "warnings": _warnings(job, read.calibration, needed, disk_free) + _owed(job, learners, bool(gpus)),
         "parameters": parameters_of(job.policy.model),
     }
+
+
+def _sampler_servers(job: Job) -> str | None:
+    """The servers that sample, where some do."""
+    if job.sampling.engine != "server":
+        return None
+    if given := len(job.sampling.addresses):
+        return f"{counted(given, 'server')} of yours, which have to read the run's folder"
+    return f"{counted(job.sampling.replicas, 'server')} of vLLM's, started and stopped by the run"
 
 
 def _served(job: Job, places: Mapping[str, Placed]) -> dict[str, Any] | None:
@@ -414,6 +430,7 @@ def _needed(job: Job, counts: Counts, fast: bool, there: int, learners: Launched
     learner = weights * (2 + (5.5 + _width(job.learner.precision, fast)) * trained_share)
     # Processes that hold parts of a learner hold one in all, as far as this goes.
     learner *= min(updating, 1) if learners.sharded else updating
+    samplers = job.sampling.replicas if job.sampling.engine == "server" else samplers
     frozen = samplers * (weights * _width(job.sampling.precision, fast) + job.sampling.kv_cache_gib * GIB)
     # The measurer on the base policy, and judges of their own where that isn't the same model.
     judge = kind_of(job.judge)
@@ -459,6 +476,25 @@ def _warnings(job: Job, calibration: Calibration | None, needed: _Needed, disk_f
     if calibration is not None and (dropped := calibration.cut_off_dropped(job.judge.cut_off_counts)):
         warnings.append(f"filters.calibration {job.filters.calibration}: {dropped}")
     return warnings
+
+
+def _owed(job: Job, learners: Launched, has_gpus: bool) -> list[str]:
+    """What the machine that runs it has to have, and this one hasn't."""
+    serve = kind_of(job.judge).serve
+    for_gpus = {
+        "sampling.tensor_parallel_size": job.sampling.tensor_parallel_size > 1,
+        "judge.serve.tensor_parallel_size": serve and serve.tensor_parallel_size > 1,
+        "learner.accelerate (FSDP)": learners.sharded,
+        "placement.*.devices": any(role.devices for role in job.placement.values()),
+        "device": job.device,
+        "cluster.*.gpus": job.cluster and job.cluster.address == "local" and job.cluster.wants_gpus,
+    }
+    named = [] if has_gpus else [name for name, wanted in for_gpus.items() if wanted]
+    owed = [f"{', '.join(named)}: for GPUs, and this machine has none"] if named else []
+    chat = [judge for judge in (job.judge, job.eval.reference_judge) if isinstance(judge, ChatSettings)]
+    keys = [juror.api_key_env for judge in chat if not judge.serve for juror in judge.jurors]
+    unset = {key for key in (*keys, job.sampling.api_key_env) if key and not os.environ.get(key)}
+    return owed + [f"{key}: this environment variable isn't set; a run needs it" for key in sorted(unset)]
 
 
 def _computes(precision: Precision, fast: bool) -> str:
@@ -561,6 +597,7 @@ def table(costs: dict[str, Any], where: Path) -> None:
         "tokens": f"about {tokens['sampled']:,} sampled, {tokens['judged']:,} judged, {tokens['trained']:,} trained on",
         "time": f"about {costs['minutes_on_reference_machine']} min on 2 cores like these, without a GPU, after set-up"
         + (", and the judge's own" if costs["judge_takes_own_time"] else ""),
+        **({"sampler's servers": servers} if (servers := costs["sampler_servers"]) else {}),
         **({"judge's servers": _started(started)} if (started := costs["judge_servers"]) else {}),
         "placement": ", ".join(f"{role}: {where}" for role, where in costs["placement"].items()),
         **({"at once": at_once} if (at_once := _at_once(**costs["pipeline"])) else {}),

@@ -44,7 +44,7 @@ from rlaif.loop import Loop, Progress
 from rlaif.loop.base_cache import BaseCache, follows_from
 from rlaif.loop.branch import may_branch, rollback
 from rlaif.loop.in_force import InForce
-from rlaif.loop.model_checks import check_likelihood_judge, check_policy
+from rlaif.loop.model_checks import check_addresses, check_likelihood_judge, check_policy
 from rlaif.loop.pairing import check_can_update
 from rlaif.loop.retention import BASE_POLICY
 from rlaif.loop.running import PairSource, Referee
@@ -158,6 +158,7 @@ def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_
         progress.note(f"code of yours: {code}")
     judge = kind_of(job.judge)
     judge.check()  # before minutes of sampling
+    check_addresses(job)
     reference = kind_of(job.eval.reference_judge) if job.eval.reference_judge else None
     if reference:
         reference.check()

@@ -16,9 +16,10 @@ from typing import Any, TypeGuard
 import jinja2
 import jinja2.sandbox
 
-from rlaif.config import Job
+from rlaif.config import ChatSettings, Job
 from rlaif.constitutions.constitution import Constitution
 from rlaif.errors import UserError
+from rlaif.judging.transport import check_url
 from rlaif.models import names_no_quantiser
 from rlaif.rendering import Renderer
 from rlaif.transformers_compat import auto_source, causal_types
@@ -364,3 +365,18 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not readable as JSON ({e}); the model folder is damaged") from e
     return content if isinstance(content, dict) else {}
+
+
+def check_addresses(job: Job) -> None:
+    """Whether the servers that a job names could be there, without asking: for a dry run, too.
+
+    Raises:
+        UserError: one couldn't.
+    """
+    for url in job.sampling.addresses:
+        check_url(url, "sampling.base_url", "http(s)://HOST[:PORT]")
+    for judge in (job.judge, job.eval.reference_judge):
+        if isinstance(judge, ChatSettings) and not judge.serve:
+            for juror in judge.jurors:
+                for url in juror.addresses:
+                    check_url(url)

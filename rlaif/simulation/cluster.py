@@ -6,14 +6,15 @@ In: YAML with `cluster` (as a job has it), `rates`, perhaps `pipeline`; or a run
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from rlaif.config import Cluster, Section, refuse_duplicate_keys
+from rlaif.config import ChatSettings, Job, Section, refuse_duplicate_keys, sections_in
 from rlaif.errors import UserError, cant_read
 from rlaif.rundir.store import RunDir
 from rlaif.simulation.measured import measure
@@ -217,7 +218,7 @@ class Setup(Section):
         """What happens at the same time: as this says, or the job; what both leave open, as a run makes it out."""
         if self.pipeline is not None:
             return self.pipeline
-        apart = bool(self.cluster.sampler.gpus and self.cluster.judge.gpus)
+        apart = bool(self.cluster.address or (self.cluster.sampler.gpus and self.cluster.judge.gpus))
         return Overlap(stream=apart if work.stream is None else work.stream, staleness=work.staleness)
 
     @property
@@ -229,9 +230,9 @@ class Setup(Section):
         )
 
 
-def read_cluster(path: Path, of: Cluster | None = None, learners: int = 1) -> Setup:
+def read_cluster(path: Path, of: Job | None = None, learners: int = 1) -> Setup:
     """A cluster's file, or the one machine that a run's log tells of. Where it doesn't say how many of a role there
-    are, a job does: its own section (`of`), and the processes of its learner.
+    are, a job does (`of`): its own section and its servers, and the processes of its learner.
 
     Raises:
         UserError: it can't be read, doesn't say what it must, or says what nobody knows.
@@ -255,15 +256,29 @@ def read_cluster(path: Path, of: Cluster | None = None, learners: int = 1) -> Se
         if isinstance(sampler := rates.get("sampler"), dict) and "at_once" in sampler:
             rates["sampler"] = {"at_most": None, **sampler}  # a file's word on the one is its word on both
         rates = _over(measure(RunDir.open(Path(str(run)))), rates)
+    if isinstance(roles := tree.get("cluster"), dict) and {"sampler", "judge"} & {*roles}:
+        tree = {**tree, "cluster": {"address": "auto", **roles}}
     return _parsed({**_over(own, tree), "rates": rates}, str(path), root)
 
 
-def _as_here(cluster: Cluster | None, learners: int) -> dict[str, Any]:
-    """A job's cluster as a file has it."""
+def _as_here(job: Job | None, learners: int) -> dict[str, Any]:
+    """A job's cluster as a file has it, with its servers as replicas."""
+    cluster = job.cluster if job else None
     shares = {role: share for role in ("sampler", "judge") if cluster and (share := cluster.of(role))}
-    roles: dict[str, Any] = {role: {"replicas": s.replicas, "gpus": s.gpus or 0} for role, s in shares.items()}
+    roles: dict[str, Any] = {role: {"replicas": n} for role, n in (_servers(job) if job else {}).items() if n > 1}
+    roles |= {role: {"replicas": s.replicas, "gpus": s.gpus or 0} for role, s in shares.items()}
+    if cluster and shares:
+        roles["address"] = cluster.address
     gpus = cluster.learner.gpus if cluster and cluster.learner else None
     return {"cluster": {**roles, "learner": {"processes": learners, "gpus": gpus or 0}}}
+
+
+def _servers(job: Job) -> dict[str, int]:
+    """How many servers share a role's work; the first judge's of a jury."""
+    judge = job.judge if isinstance(job.judge, ChatSettings) else None
+    judges = 0 if judge is None else judge.serve.replicas if judge.serve else len(judge.addresses)
+    samplers = max(job.sampling.replicas, len(job.sampling.addresses))
+    return {"sampler": samplers if job.sampling.engine == "server" else 0, "judge": judges}
 
 
 def _over(measured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -285,8 +300,21 @@ def _parsed(tree: dict[str, Any], source: str, root: yaml.Node | None) -> Setup:
         problem = min(e.errors(), key=lambda problem: problem["type"] == "missing")
         line = f":{_line(root, problem['loc'])}" if root is not None else ""
         where, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            what = _unknown(problem["loc"])
         step = "give it, or name a run that has it: `rates: {from: RUN}`; " if problem["type"] == "missing" else ""
         raise UserError(f"{source}{line}: {where}: {what}; {step}docs/scale-plan.md has all keys") from e
+
+
+def _unknown(loc: tuple[Any, ...]) -> str:
+    """Which key may have been meant."""
+    if loc[0] in Job.model_fields and len(loc) == 1:
+        return "this is a job's; a cluster's file has `rates`, and perhaps `cluster` and `pipeline`"
+    section: type[BaseModel] = Setup
+    for part in loc[:-1]:
+        section = sections_in(section.model_fields[part].annotation)[0]
+    near = difflib.get_close_matches(str(loc[-1]), [*section.model_fields], n=1, cutoff=0.5)
+    return "unknown key; " + (f"did you mean `{near[0]}`?" if near else f"known: {', '.join(section.model_fields)}")
 
 
 def _line(root: yaml.Node, loc: tuple[Any, ...]) -> int:

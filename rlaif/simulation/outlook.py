@@ -86,24 +86,28 @@ def _changes(work: Work, setup: Setup) -> list[tuple[str, Setup]]:
     """What is tried: one more of each role, and what the pipeline doesn't do yet."""
     roles, pipeline = setup.cluster, setup.overlap(work)
 
-    def more(role: str, count: str) -> Setup:
-        now = getattr(roles, role)
-        section = now.model_copy(update={count: getattr(now, count) + 1})
+    def more(role: str, count: str, so_many: int) -> Setup:
+        section = getattr(roles, role).model_copy(update={count: so_many})
         return setup.model_copy(update={"cluster": roles.model_copy(update={role: section})})
 
     def piped(**how: bool | int) -> Setup:
         return setup.model_copy(update={"pipeline": pipeline.model_copy(update=how)})
 
     found = [
-        ("one more sampler", more("sampler", "replicas")),
-        ("one more judge", more("judge", "replicas")),
-        ("one more learner process", more("learner", "processes")),
+        ("one more sampler", more("sampler", "replicas", roles.sampler.replicas + 1)),
+        ("one more judge", more("judge", "replicas", roles.judge.replicas + 1)),
     ]
+    learners = next((n for n in range(roles.learner.processes + 1, work.batch + 1) if work.batch % n == 0), None)
+    if learners is not None:  # a step's pairs are shared out evenly
+        found.append((f"{learners} learner processes", more("learner", "processes", learners)))
+    if work.in_turns:
+        return found
+    stale = pipeline.staleness + 1
     if not pipeline.stream:
         found.append(("pipeline.stream: true", piped(stream=True)))
-    found.append(
-        (f"pipeline.staleness: {pipeline.staleness + 1}", piped(stream=True, staleness=pipeline.staleness + 1))
-    )
+    found.append((f"pipeline.staleness: {stale}", piped(staleness=stale)))
+    if not pipeline.stream:
+        found.append((f"pipeline: {{stream: true, staleness: {stale}}}", piped(stream=True, staleness=stale)))
     return found
 
 
@@ -120,8 +124,24 @@ def _judge_cost(work: Work, setup: Setup) -> float:
 
 
 def _hints(work: Work, setup: Setup) -> list[str]:
-    at_once, most = setup.rates.judge.at_once, work.judges_at_once
-    if at_once is None or most is None or most >= at_once * setup.cluster.judge.replicas:
-        return []
-    room = at_once * setup.cluster.judge.replicas
-    return [f"judge.concurrency={most} sends fewer ballots at once than the judges could take ({room}); raise it"]
+    hints = []
+    roles, rates, most = setup.cluster, setup.rates, work.judges_at_once
+    room = (rates.judge.at_once or 0) * roles.judge.replicas
+    if most is not None and most < room:
+        hints.append(
+            f"judge.concurrency={most} sends fewer ballots at once than the judges could take ({room}); raise it"
+        )
+    if rates.prices.gpu_hour and not setup.gpus:
+        hints.append(
+            "rates.prices.gpu_hour is given, and no role has GPUs, so they cost nothing; give cluster.sampler.gpus, "
+            "cluster.judge.gpus and cluster.learner.gpus"
+        )
+    if work.batch % roles.learner.processes:
+        hints.append(
+            f"learner.batch_size={work.batch} can't be shared out evenly to {roles.learner.processes} processes: a run "
+            "refuses that"
+        )
+    loading = rates.weights.at_once
+    if loading and loading < roles.sampler.replicas:
+        hints.append(f"rates.weights.at_once={loading} of {roles.sampler.replicas} samplers load at once; others wait")
+    return hints

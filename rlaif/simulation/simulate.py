@@ -31,7 +31,7 @@ EVENTS = 60_000
 _LEAST_PROMPTS, _LEAST_SLOTS = 32, 8
 """What thinning leaves of an iteration, and of a role: enough for the shape of what happens."""
 _HOPELESS = 5
-"""An update that takes so many times as long as its processes go without a failure is done once in e^5 attempts."""
+"""What takes so many times as long as whoever does it goes without a failure is done once in e^5 attempts."""
 STAGES = ("weights", "sampling", "judging", "loop", "update", "evaluation")
 """What the loop does, or waits for."""
 PACE = "requests a minute"
@@ -123,6 +123,16 @@ class _Run:
         self._spent_s = dict.fromkeys(STAGES, 0.0)
 
     def simulated(self) -> Simulated:
+        slot = self.rates.sampler.tokens_per_s / self._decoded(self.work.prompts * self.work.answers)
+        for role, what, seconds, failures in (
+            ("sampler", "an answer", min(self._tokens.mean, self.work.max_tokens) / slot, self.rates.sampler.failures),
+            ("judge", "a ballot", self.rates.judge.latency_s.mean, self.rates.judge.failures),
+        ):
+            if failures and seconds > _HOPELESS * 3600 * failures.hours_between:
+                raise UserError(
+                    f"rates.{role}.failures: {what} takes {seconds:.3g} s, and a replica fails every "
+                    f"{3600 * failures.hours_between:.3g} s, so it is hardly ever done; hours_between is in hours"
+                )
         self.env.run(self.env.process(self._main()))
         end, judge = self.env.now, self.judge.station
         use = {

@@ -36,6 +36,10 @@ class Work(Record):
     stream: bool | None = None
     """As in `pipeline`, like the next; None where it depends on whether sampler and judge have devices of their own."""
     staleness: int = 0
+    in_turns: bool = False
+    """Roles never work at the same time (`device: shared`)."""
+    batch: int = 1
+    """Pairs of a step, which the learner's processes share evenly."""
     judges_at_once: int | None = None
     """Ballots under way, at most, however many judges there are (`judge.concurrency`); None without a server."""
     requests_per_minute: int | None = None
@@ -71,10 +75,22 @@ def work_of(job: Job, base_dir: Path) -> Work:
         anchors=counts.anchors,
         evaluated=counts.evaluated,
         max_tokens=job.sampling.max_tokens,
-        stream=True if job.pipeline.stream is None and chat and not chat.serve else job.pipeline.stream,
+        stream=_streams(job),
         staleness=job.pipeline.staleness,
+        in_turns=job.device == "shared",
+        batch=job.learner.batch_size,
         judges_at_once=chat.concurrency if chat else None,
         requests_per_minute=chat.requests_per_minute if chat else None,
         prompt_price=price.prompt if price else 0.0,
         completion_price=price.completion if price else 0.0,
     )
+
+
+def _streams(job: Job) -> bool | None:
+    """As `rlaif.loop.streaming.streams`, where no GPU has to be known."""
+    if job.pipeline.stream is not None:
+        return job.pipeline.stream
+    if job.device == "shared":
+        return False
+    elsewhere = isinstance(job.judge, ChatSettings) and not job.judge.serve
+    return True if elsewhere or (job.cluster and (job.cluster.sampler or job.cluster.judge)) else None

@@ -122,7 +122,8 @@ def _check(
     for role, numbers in asked.items():
         if missing := [n for n in numbers or () if n >= len(gpus)]:
             raise UserError(
-                f"placement.{role}.devices: no GPU {missing[0]}; this process can use {len(gpus)}, counted from 0"
+                f"placement.{role}.devices: no GPU {missing[0]}; this process can use {len(gpus) or 'none'}"
+                + (", counted from 0" if gpus else "; leave `placement` out, or run it where there are GPUs")
                 + (" (CUDA_VISIBLE_DEVICES narrows them)" if "CUDA_VISIBLE_DEVICES" in os.environ else "")
             )
         if numbers and kinds[role] == "inline":

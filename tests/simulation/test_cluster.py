@@ -12,6 +12,7 @@ import yaml
 
 from rlaif.config import load_job
 from rlaif.errors import UserError
+from rlaif.loop.cost import estimate
 from rlaif.simulation import read_cluster, work_of
 from tests.conftest import make_project, rlaif_here
 
@@ -41,8 +42,9 @@ def test_a_file_says_how_many_and_how_fast(tmp_path: Path) -> None:
     [
         ("rates:\n  sampler: {tokens_per_s: 1}\n  judge: {latency_s: 1}\n", "c.yaml:1: rates.learner: Field required"),
         ("cluster:\n  sampler: {replicas: 0}\n", r"c.yaml:2: cluster.sampler.replicas: .*greater than or equal to 1"),
-        ("cluster:\n  sampler: {replica: 2}\n", r"c.yaml:2: cluster.sampler.replica: Extra inputs"),
+        ("cluster:\n  sampler: {replica: 2}\n", r"c.yaml:2: cluster.sampler.replica: unknown key; did you mean `repl"),
         ("rates:\n  judge:\n    latency_s: {spread: 2}\n", "c.yaml:3: rates.judge.latency_s: give a number, or median"),
+        ("iterations: 3\n", "c.yaml:1: iterations: this is a job's; a cluster's file has `rates`"),
         ("rates: {}\nrates: {}\n", "c.yaml:2: `rates` is given twice"),
         ("- 1\n", "c.yaml: a cluster's file is a mapping"),
         ("a: [\n", "c.yaml: not valid YAML"),
@@ -90,7 +92,7 @@ def test_a_dry_run_on_a_cluster(tmp_path: Path) -> None:
         "simulated on",
         "bottleneck",
         "one more sampler",
-        "one more learner process",
+        "2 learner processes",
         "pipeline.staleness: 1",
     ):
         assert words in shown.stdout
@@ -102,10 +104,10 @@ def test_a_jobs_own_workers_are_simulated_where_the_file_names_none(tmp_path: Pa
     roles = {"judge": {"replicas": 3}, "learner": {"processes": 2, "gpus": 1}}
     jobs = [make_project(tmp_path / name, "m", **more) for name, more in (("one", {}), ("many", {"cluster": roles}))]
     file = written(tmp_path / "c.yaml", rates=RATES)
-    found = read_cluster(file, load_job(jobs[1]).cluster, 2)
+    found = read_cluster(file, load_job(jobs[1]), 2)
     assert (found.cluster.judge.replicas, found.cluster.learner.processes, found.gpus) == (3, 2, 2)
     samplers = written(tmp_path / "s.yaml", cluster={"sampler": {"replicas": 8}, "learner": {"gpus": 4}}, rates=RATES)
-    some = read_cluster(samplers, load_job(jobs[1]).cluster, 2).cluster
+    some = read_cluster(samplers, load_job(jobs[1]), 2).cluster
     assert (some.sampler.replicas, some.judge.replicas, some.learner.processes, some.learner.gpus) == (8, 3, 2, 4)
     work_s = []
     for path in jobs:
@@ -114,6 +116,47 @@ def test_a_jobs_own_workers_are_simulated_where_the_file_names_none(tmp_path: Pa
         work_s.append(json.loads(done.stdout)["simulated"]["work_s"]["learner"])
     commit_s = read_cluster(file).rates.learner.commit_s
     assert work_s[1] - commit_s == pytest.approx((work_s[0] - commit_s) / 2)
+
+
+TEMPLATES = str(ROOT / "prompts" / "judge")
+CHAT = {"kind": "chat", "model": "m", "api_key_env": None, "templates_dir": TEMPLATES}
+SERVERS = ["http://127.0.0.1:8000/v1", "http://127.0.0.1:8001/v1"]
+POLICY_SERVERS = {
+    "engine": "server",
+    "base_url": ["http://10.0.0.1:8000", "http://10.0.0.2:8000", "http://10.0.0.3:8000"],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "samplers", "judges", "streamed"),
+    [
+        ({}, 1, 1, False),
+        ({"pipeline": {"stream": True}}, 1, 1, True),
+        ({"cluster": {"sampler": {"replicas": 4}}}, 4, 1, True),
+        ({"cluster": {"learner": {"processes": 1}}}, 1, 1, False),
+        ({"cluster": {"sampler": {"replicas": 4}}, "pipeline": {"stream": False}}, 4, 1, False),
+        ({"judge": {**CHAT, "base_url": SERVERS}}, 1, 2, True),
+        ({"judge": {"kind": "chat", "templates_dir": TEMPLATES, "serve": {"model": "m", "replicas": 3}}}, 1, 3, False),
+        ({"sampling": {"engine": "server", "replicas": 2}}, 2, 1, False),
+        ({"sampling": POLICY_SERVERS}, 3, 1, False),
+    ],
+)
+def test_a_job_is_simulated_as_its_plan_says(
+    tmp_path: Path, changes: dict[str, Any], samplers: int, judges: int, streamed: bool
+) -> None:
+    path = make_project(tmp_path / "job", "m", **changes)
+    job = load_job(path)
+    setup = read_cluster(written(tmp_path / "c.yaml", rates=RATES), job)
+    assert (setup.cluster.sampler.replicas, setup.cluster.judge.replicas) == (samplers, judges)
+    assert setup.overlap(work_of(job, path.parent)).stream == streamed
+    assert estimate(job, path.parent)["pipeline"]["stream"] == streamed
+
+
+def test_workers_that_only_a_file_names_are_a_clusters(tmp_path: Path) -> None:
+    path = make_project(tmp_path / "job", "m")
+    for roles, streamed in (({"judge": {"replicas": 2}}, True), ({"learner": {"processes": 2}}, False)):
+        setup = read_cluster(written(tmp_path / "c.yaml", cluster=roles, rates=RATES), load_job(path))
+        assert setup.overlap(work_of(load_job(path), path.parent)).stream == streamed
 
 
 def test_a_simulation_runs_nothing(tmp_path: Path) -> None:

@@ -178,8 +178,10 @@ def test_an_update_whose_process_dies_starts_again() -> None:
     lost = math.exp(update / mean) - 1
     took = lost * (mean - update / lost + 2) + update
     assert found.spent_s["update"] / 400 == pytest.approx(took, rel=0.15)
-    with pytest.raises(UserError, match="hardly ever done"):
-        run(work(), setup(learner={"failures": {"hours_between": 0.5 / 3600}}))
+    soon = {"failures": {"hours_between": 0.15 / 3600}}
+    for role in ("sampler", "judge", "learner"):
+        with pytest.raises(UserError, match=rf"rates.{role}.failures: .*hardly ever done"):
+            run(work(), setup(**{role: soon}))
 
 
 def test_more_of_what_holds_it_up_brings_most() -> None:
@@ -205,6 +207,38 @@ def test_a_limit_of_the_job_is_told() -> None:
     (hint,) = outlook(work(judges_at_once=16), setup(judge={"at_once": 32})).hints
     assert hint.startswith("judge.concurrency=16 sends fewer ballots at once than the judges could take (32)")
     assert not outlook(work(judges_at_once=64), setup(judge={"at_once": 32})).hints
+
+
+def test_a_change_is_what_it_says() -> None:
+    """What another setup is simulated as, is the setup that a file of these words describes."""
+    counts = work(batch=6)
+    for pipeline in ({"stream": False}, {"stream": True, "staleness": 1}):
+        stale = pipeline.get("staleness", 0) + 1
+        said = {c.change: c.iteration_s for c in outlook(counts, setup(pipeline=pipeline)).changes}
+        expected = {f"pipeline.staleness: {stale}": {**pipeline, "staleness": stale}}
+        if not pipeline["stream"]:
+            expected["pipeline.stream: true"] = {"stream": True}
+            expected[f"pipeline: {{stream: true, staleness: {stale}}}"] = {"stream": True, "staleness": stale}
+        assert {name: said[name] for name in said if name.startswith("pipeline")} == {
+            name: run(counts, setup(pipeline=how)).iteration_s for name, how in expected.items()
+        }
+    assert not any("pipeline" in c.change for c in outlook(work(in_turns=True), setup()).changes)
+
+
+@pytest.mark.parametrize(("now", "batch", "more"), [(1, 2, 2), (2, 6, 3), (3, 8, 4), (4, 4, None), (1, 1, None)])
+def test_more_learner_processes_share_a_step_evenly(now: int, batch: int, more: int | None) -> None:
+    changes = outlook(work(batch=batch), setup(cluster={"learner": {"processes": now}})).changes
+    found = [c.change for c in changes if "learner" in c.change]
+    assert found == ([f"{more} learner processes"] if more else [])
+
+
+def test_what_a_run_would_refuse_or_nobody_pays_for_is_told() -> None:
+    (hint,) = outlook(work(batch=4), setup(cluster={"learner": {"processes": 3}})).hints
+    assert hint.startswith("learner.batch_size=4 can't be shared out evenly to 3 processes")
+    (hint,) = outlook(work(), setup(prices={"gpu_hour": 2.5})).hints
+    assert hint.startswith("rates.prices.gpu_hour is given, and no role has GPUs")
+    (hint,) = outlook(work(), setup(weights={"at_once": 2}, cluster={"sampler": {"replicas": 3}})).hints
+    assert hint.startswith("rates.weights.at_once=2 of 3 samplers")
 
 
 def test_a_spread_is_what_its_median_says() -> None:
