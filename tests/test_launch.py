@@ -285,7 +285,7 @@ def test_each_role_runs_where_the_job_places_it(
 def test_a_gpu_that_is_not_there_is_refused_before_anything(tmp_path: Path, only_start, tiny_model: Path) -> None:
     make_project(tmp_path, tiny_model)
     job = load_job(tmp_path / "tiny.yaml", ["placement.judge.devices=[0]"])
-    with pytest.raises(UserError, match=r"placement\.judge\.devices: no GPU 0; this process can use 0"):
+    with pytest.raises(UserError, match=r"placement\.judge\.devices: no GPU 0; this process can use none"):
         launch.execute(job, tmp_path / "run", tmp_path, Quiet())
     assert not (tmp_path / "run").exists()
 

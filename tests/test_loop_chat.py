@@ -115,7 +115,7 @@ def test_a_judge_that_likes_half_answers_is_told_watched_and_overruled(tmp_path:
 
     with FaultServer(say=likes_them) as server:
         filters = {} if cut_off == "drop" else {"cut_off": cut_off}
-        loop = chat_loop(tmp_path, chat_job(server, filters=filters))
+        loop = chat_loop(tmp_path, chat_job(server, filters=filters, prompts={"per_iteration": 20}))
         cutting(loop, lambda c: c.index == 0)
         loop.run()
     assert any("CUT OFF" in user for user in seen)
@@ -124,13 +124,13 @@ def test_a_judge_that_likes_half_answers_is_told_watched_and_overruled(tmp_path:
     pairs = {p.id: p for p in here.read("pairs", Pair)}
     decisions = here.read("decisions", Decision)
     mixed = [d for d in decisions if (pairs[d.pair_id].first in cut) != (pairs[d.pair_id].second in cut)]
-    assert 0 < len(mixed) < len(decisions)
+    assert 13 <= len(mixed) < len(decisions), "as many as are no chance"
     assert {d.reasons for d in mixed} == {("cut_off",) if cut_off == "drop" else ()}
     assert all(d.status == "kept" for d in decisions if d not in mixed)
     metrics = json.loads((here.path / "metrics.json").read_text())
     assert (metrics["one_cut_off"], metrics["cut_off_won"]) == (len(mixed), len(mixed))
     alarms = [e.message for e in loop.dir.events() if e.kind == "alarm" and e.iteration == 0]
-    assert any("the judge prefers answers that were cut off" in m for m in alarms) == (len(mixed) >= 4)
+    assert any("the judge prefers answers that were cut off" in m for m in alarms)
 
 
 @pytest.mark.slow

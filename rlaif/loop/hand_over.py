@@ -196,14 +196,15 @@ class HandOver:
             shutil.rmtree(going)
 
     def _sampled_from(self, k: int) -> set[int]:
-        """Iterations up to k that made a policy which a later one samples from, or which the sampler holds."""
+        """Iterations up to k that made a policy which a later one samples from, or which the sampler holds still: that
+        of iteration k, unless it was evaluated since. Whoever takes the place of a replica that dies reads it again."""
         run = self._run
         begun = [j for j in run.dir.iterations() if j > k and (run.dir.iteration(j).path / "plan.json").exists()]
         behind = {j - run.dir.plan(j).staleness for j in begun}
         behind |= {*range(max(k + 1 - run.job.pipeline.staleness, 0), k + 2)}
-        found = {self.policy_before(n)[0].iteration - 1 for n in behind if n <= k + 1}
-        # And what it holds now: whoever takes the place of a replica that dies reads that again.
-        return found | {i for i in range(k + 1) if run.dir.iteration(i).policy_made() == self.sampler_has}
+        if not (plan := run.dir.plan(k)).evaluate:
+            behind.add(k - plan.staleness)
+        return {self.policy_before(n)[0].iteration - 1 for n in behind if n <= k + 1}
 
     # ---- do both hold the same policy?
 
