@@ -284,7 +284,7 @@ def test_a_run_whose_pairs_are_unlike_the_calibrated_ones_raises_an_alarm(tmp_pa
     stats = JudgedStats(pairs=200, kept=190, mean_agreement=1.0, agreement_sd=0.0, mean_words=90, answers=0, cut_off=0,
                         one_cut_off=0)  # fmt: skip
     with FaultServer(say=greater_number) as server:
-        _, loop = calibrated(tmp_path, server, stats)
+        _, loop = calibrated(tmp_path, server, stats, prompts={"per_iteration": 18})
         loop.run()
     assert any("words an answer: " in e.message for e in loop.dir.events() if e.kind == "alarm")
     judged = read_json(loop.dir.iteration(0).path / "metrics.json")["judged"]
@@ -322,7 +322,7 @@ def test_judging_that_was_interrupted_is_told(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_calls_that_were_in_flight_are_named(tmp_path: Path) -> None:
     """Also when no vote is durable yet."""
-    with FaultServer(say=greater_number, latency_s=0.6) as server:
+    with FaultServer(say=greater_number, latency_s=3) as server:
         loop = chat_loop(tmp_path, chat_job(server, {"concurrency": 4}))
 
         def interrupt() -> None:
