@@ -148,7 +148,7 @@ def test_a_judge_whose_weights_the_run_knows_is_not_asked(tmp_path: Path, monkey
     assert not ChatKind.frozen
 
 
-@pytest.mark.parametrize(("moved", "told"), [(0, False), (6, False), (7, True), (32, True)])
+@pytest.mark.parametrize(("moved", "told"), [(0, False), (7, False), (8, True), (32, True)])
 def test_few_verdicts_may_move(moved: int, told: bool) -> None:
     metrics: IterationMetrics = measured(anchors=AnchorCounts(pairs=32, moved=moved))
     limits = Monitors.model_validate({"short_answers": {"action": "off"}})
