@@ -17,6 +17,8 @@ from rlaif.rundir.store import RunDir
 from tests.conftest import make_project, project_job
 from tests.stubs import Quiet
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("trl")
@@ -139,7 +141,6 @@ def test_folders_that_hold_no_adapter(tiny_model: Path, tmp_path: Path, files: d
             estimate(load_job(tmp_path / "tiny.yaml", [f"policy.adapter={adapter}"]), tmp_path)
 
 
-@pytest.mark.slow
 def test_merging_runs_in_a_process_of_its_own(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +193,6 @@ def test_a_run_of_full_weights_has_no_adapter(trained: RunDir, tmp_path: Path) -
         export_adapter(RunDir(run), tmp_path / "adapter")
 
 
-@pytest.mark.slow
 def test_a_run_starts_from_an_adapter(tiny_model: Path, tmp_path: Path, in_this_process: list[list[str]]) -> None:
     from rlaif.loop.launch import execute
 
@@ -214,7 +214,6 @@ def test_a_run_starts_from_an_adapter(tiny_model: Path, tmp_path: Path, in_this_
     assert len(in_this_process) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

@@ -29,6 +29,8 @@ from tests.stubs import BASE_DIGEST, Quiet, stub_job, stub_loop
 from tests.test_resume import outcome
 from tests.test_streaming import log_of
 
+pytestmark = pytest.mark.slow
+
 
 def stale_job(staleness: int, **changes: Any) -> Job:
     """No iteration is skipped, or a policy that is too old would look like the right one."""
@@ -358,7 +360,6 @@ def assert_each_ends_as_the_unkilled_one(root: Path, said: dict[str, Any]) -> No
     assert {k["label"]: k["again"] for k in said["kills"] if k["again"]} == {}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("judge", ["chat", "likelihood"])
 def test_killed_overlaps_end_as_the_unkilled_one_and_ask_nobody_twice(judge: str, tmp_path: Path) -> None:
     """They go on with another setting each time."""

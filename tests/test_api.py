@@ -22,6 +22,8 @@ from tests.learning.conftest import make_preferences
 from tests.stubs import stub_job, stub_loop
 from tests.test_branch import go_on
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "tests" / "data" / "run_schema1"
 
@@ -122,7 +124,6 @@ def test_a_job_needs_a_name() -> None:
         rlaif.run(rlaif.parse_job({"constitution": "assistant"}, "here"))
 
 
-@pytest.mark.slow
 @pytest.mark.model
 def test_a_judge_is_asked_in_one_call(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)

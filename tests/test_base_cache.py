@@ -17,6 +17,8 @@ from rlaif.rundir.store import RunDir
 from tests.conftest import project_job
 from tests.stubs import Quiet, stub_job, stub_loop
 
+pytestmark = pytest.mark.slow
+
 STAGES = ("completions", "quality", "probe_completions", "texts")
 EVAL = {"every": 2, "prompts": 3, "retention": True}
 
@@ -181,7 +183,6 @@ def test_the_oldest_entries_go(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.jsonl"))) == KEPT
 
 
-@pytest.mark.slow
 def test_a_job_s_own_runs_share_it(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another rate is no other base policy; another seed or temperature is; and the job may not want it."""
     pytest.importorskip("trl")

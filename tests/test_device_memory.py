@@ -10,6 +10,8 @@ import pytest
 
 from rlaif.device_memory import DeviceMemory, tensors_of
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch")
 
 

@@ -20,6 +20,8 @@ from tests.architectures import ARCHITECTURES, MIXTURES, each, make_model
 from tests.conftest import answered, project_job
 from tests.hand_over_makers import answers_of, sampler
 
+pytestmark = pytest.mark.slow
+
 
 def rows_of(model: Path, engine: str, lora: bool = False, mode: Any = "inline", precision: str = "fp32") -> list[Any]:
     learner: dict[str, Any] = {"precision": "fp32"}
@@ -38,7 +40,6 @@ def check(rows: list[Any], limit: float = 1e-3) -> None:
     assert rows[1].moved > 0.05, "so small a move would hide a load that does nothing"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", each(ARCHITECTURES))
 def test_transformers(name: str, tmp_path: Path) -> None:
     check(rows_of(make_model(name, tmp_path / "model"), "transformers"))
@@ -114,7 +115,6 @@ experts. vLLM looks at each architecture in a process of its own, which takes te
 is whole, `test_transformers` shows for every architecture."""
 
 
-@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize(
@@ -153,7 +153,6 @@ SETTINGS = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", each(ARCHITECTURES))
 def test_answers_are_scored_as_they_were_decoded(name: str, maker: ProcessWorker, tmp_path: Path) -> None:
     """Whatever temperature and top-p: the raw log p is recorded."""
@@ -163,7 +162,6 @@ def test_answers_are_scored_as_they_were_decoded(name: str, maker: ProcessWorker
     assert gap.typical < 1e-4, gap
 
 
-@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("number", [1, 2])
@@ -171,7 +169,6 @@ def test_so_are_cold_and_stopped_ones(number: int, maker: ProcessWorker, tmp_pat
     assert maker.call("decoded", name="llama-tied", folder=str(tmp_path), **SETTINGS[number]).typical < 1e-4
 
 
-@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("number", range(3))

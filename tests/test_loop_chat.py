@@ -30,6 +30,8 @@ from tests.judging.fault_server import FaultServer
 from tests.judging.test_calibration import ACCEPTED, REFUSED, calibration
 from tests.stubs import StubSampler, stub_job, stub_loop, write_texts
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -133,7 +135,6 @@ def test_a_judge_that_likes_half_answers_is_told_watched_and_overruled(tmp_path:
     assert any("the judge prefers answers that were cut off" in m for m in alarms)
 
 
-@pytest.mark.slow
 def test_stored_replies_cost_a_run_nothing(tmp_path: Path) -> None:
     found = []
     with FaultServer(say=greater_number) as server:
@@ -147,7 +148,6 @@ def test_stored_replies_cost_a_run_nothing(tmp_path: Path) -> None:
     assert found[1]["judge_cached"] == found[1]["votes"]
 
 
-@pytest.mark.slow
 def test_a_budget_stops_the_run_and_a_larger_one_goes_on(tmp_path: Path) -> None:
     with FaultServer(say=greater_number) as server:
         job = chat_job(server, {"budget": {"calls": 7}, "concurrency": 2})
@@ -165,7 +165,6 @@ def test_a_budget_stops_the_run_and_a_larger_one_goes_on(tmp_path: Path) -> None
         assert len({v.ballot.id for v in cast}) == len(cast) == server.requests  # none asked twice
 
 
-@pytest.mark.slow
 def test_a_judge_that_is_down_leaves_nothing_behind(tmp_path: Path) -> None:
     with FaultServer(status=503) as server:
         loop = chat_loop(tmp_path, chat_job(server, {"breaker_failures": 3}))
@@ -177,7 +176,6 @@ def test_a_judge_that_is_down_leaves_nothing_behind(tmp_path: Path) -> None:
     assert all(v.outcome != "abstain" for v in all_votes(loop))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "A", None])
 def test_an_outage_under_200_ends_no_run(tmp_path: Path, content: str | None) -> None:
     """It pauses, with nothing of it in the log or the cache, and goes on when the server is back."""
@@ -194,7 +192,6 @@ def test_an_outage_under_200_ends_no_run(tmp_path: Path, content: str | None) ->
     assert all(v.outcome != "abstain" and not v.cached for v in all_votes(loop))
 
 
-@pytest.mark.slow
 def test_early_stop_saves_ballots_and_changes_no_decision(tmp_path: Path) -> None:
     def undecided(body: dict[str, Any]) -> str:
         # One template always names the slot shown first: the pair's order flips, and nothing can save it.
@@ -216,7 +213,6 @@ def test_early_stop_saves_ballots_and_changes_no_decision(tmp_path: Path) -> Non
     assert len(early) == len(whole) / 2
 
 
-@pytest.mark.slow
 def test_early_stop_leaves_no_held_out_pair_out(tmp_path: Path) -> None:
     def undecided_when_held_out(body: dict[str, Any]) -> str:
         return "A" if "held" in body["messages"][-1]["content"] else greater_number(body)
@@ -230,7 +226,6 @@ def test_early_stop_leaves_no_held_out_pair_out(tmp_path: Path) -> None:
     assert all(d.verdict.order_flip for d in here.read("decisions", Decision))
 
 
-@pytest.mark.slow
 def test_a_slice_of_a_calibration_is_the_prompts_category(tmp_path: Path) -> None:
     with FaultServer(say=greater_number) as server:
         plain = chat_loop(tmp_path / "plain", chat_job(server))
@@ -266,7 +261,6 @@ def calibrated(root: Path, server: FaultServer, stats: JudgedStats | None = None
     return plain, again
 
 
-@pytest.mark.slow
 def test_a_run_that_asks_otherwise_than_was_calibrated_stops_before_it_samples(tmp_path: Path) -> None:
     policy = {"system_prompt": "Be kind."}
     with FaultServer(say=greater_number) as server:
@@ -279,7 +273,6 @@ def test_a_run_that_asks_otherwise_than_was_calibrated_stops_before_it_samples(t
     assert {d.reasons for d in loop.dir.iteration(0).read("decisions", Decision)} == {("uncalibrated",)}
 
 
-@pytest.mark.slow
 def test_a_run_whose_pairs_are_unlike_the_calibrated_ones_raises_an_alarm(tmp_path: Path) -> None:
     stats = JudgedStats(pairs=200, kept=190, mean_agreement=1.0, agreement_sd=0.0, mean_words=90, answers=0, cut_off=0,
                         one_cut_off=0)  # fmt: skip
@@ -291,7 +284,6 @@ def test_a_run_whose_pairs_are_unlike_the_calibrated_ones_raises_an_alarm(tmp_pa
     assert judged["kept"] == judged["pairs"] > 0
 
 
-@pytest.mark.slow
 def test_a_juries_agreement_is_told(tmp_path: Path) -> None:
     jury = [{"model": n, "base_url": "http://127.0.0.1:1/v1", "api_key_env": None} for n in ("n", "o")]
     with FaultServer(say=greater_number) as server:
@@ -307,7 +299,6 @@ def test_a_juries_agreement_is_told(tmp_path: Path) -> None:
     assert "no weights were fitted on" in told[0].message
 
 
-@pytest.mark.slow
 def test_judging_that_was_interrupted_is_told(tmp_path: Path) -> None:
     with FaultServer(say=greater_number) as server:
         with pytest.raises(BudgetSpent):
@@ -319,7 +310,6 @@ def test_judging_that_was_interrupted_is_told(tmp_path: Path) -> None:
     assert event.data["asked_again"] == []  # what was under way at the budget's end was answered
 
 
-@pytest.mark.slow
 def test_calls_that_were_in_flight_are_named(tmp_path: Path) -> None:
     """Also when no vote is durable yet."""
     with FaultServer(say=greater_number, latency_s=3) as server:
@@ -345,7 +335,6 @@ def test_calls_that_were_in_flight_are_named(tmp_path: Path) -> None:
     assert not list(again.dir.path.glob("*/*/votes.asked"))
 
 
-@pytest.mark.slow
 def test_ballots_of_a_judge_that_is_down_are_named(tmp_path: Path) -> None:
     with FaultServer(say=greater_number) as server:
         server.status = lambda body: 503 if server.requests > 3 else None
@@ -360,7 +349,6 @@ def test_ballots_of_a_judge_that_is_down_are_named(tmp_path: Path) -> None:
     assert sum(n > 1 for n in server.seen.values()) <= len(event.data["asked_again"]) <= 4
 
 
-@pytest.mark.slow
 def test_a_template_that_vanishes_mid_run_is_the_runs_own(tmp_path: Path) -> None:
     with FaultServer(say=greater_number) as server:
         job = chat_job(server, {"budget": {"calls": 7}})
@@ -416,7 +404,6 @@ def test_a_calibration_of_another_judge_is_found_before_anything_runs(tmp_path: 
     assert server.requests == 0
 
 
-@pytest.mark.slow
 def test_jurors_that_are_believed_are_written_down(tmp_path: Path) -> None:
     def jury(body: dict[str, Any]) -> str:
         told = greater_number(body)
@@ -539,7 +526,6 @@ def test_old_pairs_are_judged_again_over_http_and_count_against_the_budget(tmp_p
     assert again.problems == ()
 
 
-@pytest.mark.slow
 def test_tokens_of_an_iteration_are_limited(tmp_path: Path) -> None:
     with FaultServer(say=greater_number) as server:
         loop = chat_loop(tmp_path / "all", rejudging(server))
@@ -557,7 +543,6 @@ def test_tokens_of_an_iteration_are_limited(tmp_path: Path) -> None:
     assert sum(r.standing == "waiting" for r in old) == len(old) - len(new) // 2 > 0
 
 
-@pytest.mark.slow
 def test_votes_from_the_cache_say_nothing_of_what_the_next_ones_cost(tmp_path: Path) -> None:
     def job(server: FaultServer, text: str, **rejudge: Any) -> Job:
         replay = {"share": 0.5, "on_change": "rejudge", "rejudge": rejudge}

@@ -16,6 +16,8 @@ from rlaif.rundir.store import RunDir
 from tests.conftest import make_project
 from tests.stubs import write_texts
 
+pytestmark = pytest.mark.slow
+
 STORED = Path(__file__).parent / "data" / "run_schema1"
 ODD = "[bold]x"
 """rich would swallow the first half of it."""

@@ -363,7 +363,9 @@ def test_gpus_of_another_machine_can_be_planned(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("rlaif.loop.cost.gpu_names", list)
     places = {"learner": {"worker": "process", "devices": [0]}, "sampler": {"worker": "process", "devices": [2]}}
     job = project_job(tmp_path, "m", placement=places)
-    with pytest.raises(UserError, match=r"no GPU \d; this process can use none; leave `placement` out, or run it where"):
+    with pytest.raises(
+        UserError, match=r"no GPU \d; this process can use none; leave `placement` out, or run it where"
+    ):
         estimate(job, tmp_path)
     plan = estimate(job, tmp_path, elsewhere=True)
     assert "placement.*.devices: for GPUs, and this machine has none" in plan["warnings"]

@@ -25,6 +25,8 @@ from rlaif.workers.process import ProcessWorker
 from tests.conftest import killed_at
 from tests.stubs import Quiet, stub_job, stub_loop
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = 34
 
@@ -50,7 +52,6 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return root, json.loads(done.stdout)
 
 
-@pytest.mark.slow
 def test_the_kills_reach_every_stage(killed: tuple[Path, dict[str, Any]]) -> None:
     _, said = killed
     assert len(said["kills"]) == KILLS
@@ -59,7 +60,6 @@ def test_the_kills_reach_every_stage(killed: tuple[Path, dict[str, Any]]) -> Non
     assert {"iterations/rejudged_votes", "iterations/old_pairs", "replay/index"} < set(said["stages"])
 
 
-@pytest.mark.slow
 def test_every_killed_run_was_killed_and_finished(killed: tuple[Path, dict[str, Any]]) -> None:
     _, said = killed
     for kill in said["kills"]:
@@ -67,7 +67,6 @@ def test_every_killed_run_was_killed_and_finished(killed: tuple[Path, dict[str, 
         assert kill["exits"][-1] == 0, kill
 
 
-@pytest.mark.slow
 def test_a_killed_run_decides_and_trains_as_an_unkilled_one(killed: tuple[Path, dict[str, Any]]) -> None:
     root, said = killed
     expected = outcome(root / "whole" / "run")
@@ -77,7 +76,6 @@ def test_a_killed_run_decides_and_trains_as_an_unkilled_one(killed: tuple[Path, 
         assert not list((root / kill["folder"] / "run").rglob("*.partial")), kill["label"]
 
 
-@pytest.mark.slow
 def test_no_ballot_with_a_durable_vote_is_cast_again(killed: tuple[Path, dict[str, Any]]) -> None:
     root, said = killed
     assert {k["label"]: k["again"] for k in said["kills"] if k["again"]} == {}
@@ -86,7 +84,6 @@ def test_no_ballot_with_a_durable_vote_is_cast_again(killed: tuple[Path, dict[st
     assert any(max(c.values()) > 1 for c in counts)
 
 
-@pytest.mark.slow
 def test_the_stub_run_has_what_resuming_can_get_wrong(killed: tuple[Path, dict[str, Any]]) -> None:
     root, _ = killed
     kinds = {e.kind for e in RunDir(root / "whole" / "run").events()}
@@ -95,7 +92,6 @@ def test_the_stub_run_has_what_resuming_can_get_wrong(killed: tuple[Path, dict[s
     assert {p.source for p in preferences} == {"judge", "replay"}
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     stub_loop(tmp_path).run()
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
@@ -159,7 +155,6 @@ class DyingJudge:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_is_one_line_and_the_run_goes_on(tmp_path: Path) -> None:
     loop = stub_loop(tmp_path)
     with ProcessWorker("judge", "tests.test_resume:DyingJudge", {}, tmp_path / "judge.log") as judge:
@@ -214,7 +209,6 @@ def begun(tmp_path: Path) -> Path:
     return run
 
 
-@pytest.mark.slow
 def test_a_second_process_on_the_same_run_is_refused(begun: Path) -> None:
     with RunDir(begun).lock():
         done = rlaif("run", "tiny.yaml", cwd=begun.parent.parent)
@@ -224,7 +218,6 @@ def test_a_second_process_on_the_same_run_is_refused(begun: Path) -> None:
     ]
 
 
-@pytest.mark.slow
 def test_a_changed_job_is_refused_by_naming_the_keys(begun: Path) -> None:
     overrides = ("--set", "learner.beta=0.5", "--set", "iterations=9")
     done = rlaif("run", "tiny.yaml", *overrides, "--allow-change", cwd=begun.parent.parent)
@@ -362,7 +355,6 @@ def test_whole_lines_leave_a_torn_one_out(tmp_path: Path) -> None:
     assert whole_lines(tmp_path / "votes.jsonl.partial") == ['{"a": 1}\n', '{"a": 2}\n']
 
 
-@pytest.mark.slow
 def test_a_kill_on_small_workers_of_their_own(tiny_model: Path, tmp_path: Path) -> None:
     """Three processes, killed in the middle of an update and started again, end where one process does that wasn't."""
     pytest.importorskip("trl")

@@ -23,6 +23,8 @@ from rlaif.view.app import make_app
 from tests.audit.conftest import ALL_STORED, STORED
 from tests.stubs import Quiet, stub_job, stub_loop
 
+pytestmark = pytest.mark.slow
+
 PAIR = "a75b1dfe68c748c8"
 OLD_STEP: dict[str, Any] = {
     "step": 3, "iteration": 1, "pair_ids": ["a", "b"], "loss": 0.6, "margin": 0.2, "accuracy": 0.5, "grad_norm": 2.0,
@@ -51,7 +53,6 @@ def steps_of(run: RunDir) -> list[UpdateStep]:
     return [s for k in run.iterations() for s in read_rows(run.iteration(k).path / "updates.jsonl", UpdateStep)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -79,7 +80,6 @@ def test_a_run_of_every_schema_answers(run: Path, words: tuple[str, ...], expect
     assert "newer rlaif" not in done.output
 
 
-@pytest.mark.slow
 def test_a_run_of_every_schema_is_shown_and_reported(run: Path, tmp_path: Path) -> None:
     from fastapi.testclient import TestClient
 

@@ -32,6 +32,8 @@ from tests.stubs import Quiet, stub_job
 from tests.test_loop_chat import chat_job, chat_loop, greater_number
 from tests.test_resume import outcome
 
+pytestmark = pytest.mark.slow
+
 
 def log_of(run: Path) -> dict[str, Any]:
     """All rows, but for the order in which votes came and how long they took; final weights, and what was told."""
@@ -94,7 +96,6 @@ def streamed_votes(run: RunDir) -> list[int | None]:
     return [run.iteration(k).meta("completions").get("votes") for k in run.iterations()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("slow", ["policy", "judge"])
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_a_streamed_run_of_a_chat_judge_is_the_sequence(slow: str, early_stop: bool, tmp_path: Path) -> None:
@@ -125,7 +126,6 @@ def test_a_streamed_run_of_a_chat_judge_is_the_sequence(slow: str, early_stop: b
     assert logs[0] == logs[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("slow", ["policy", "judge"])
 def test_a_streamed_run_of_a_likelihood_judge_is_the_sequence_to_the_bit(
     slow: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -324,7 +324,6 @@ def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return root, json.loads(done.stdout)
 
 
-@pytest.mark.slow
 def test_killed_streams_end_as_the_sequence_and_ask_nobody_twice(killed: tuple[Path, dict[str, Any]]) -> None:
     root, said = killed
     expected = outcome(root / "whole" / "run")

@@ -24,6 +24,8 @@ from rlaif.records import (
 from rlaif.rundir.store import RunDir, read_record
 from tests.stubs import Quiet, StubLearner, stub_job, stub_loop
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 Tracked = list[tuple[int, dict[str, Any]]]
 

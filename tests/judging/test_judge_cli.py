@@ -14,6 +14,8 @@ from rlaif import cli
 from rlaif.cli import judge_common
 from tests.judging.fault_server import FaultServer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -216,7 +218,6 @@ def asked(rlaif, tmp_path: Path):
     return run
 
 
-@pytest.mark.slow
 def test_a_bench_whose_budget_ends_says_what_is_kept(asked) -> None:
     asked_, code, err = asked("bench", **{"budget.calls": "3"})
     assert (asked_, code) == (3, 2)
@@ -338,7 +339,6 @@ def bare(report: dict) -> list[dict]:
     return [{k: v for k, v in pair.items() if k != "verdict"} | pair["verdict"] for pair in report["pairs"]]
 
 
-@pytest.mark.slow
 def test_a_second_bench_asks_a_frozen_judge_nothing_again(benched, tmp_path: Path) -> None:
     first, computed = benched()
     assert computed > 100
@@ -390,7 +390,6 @@ def test_a_cache_that_can_not_be_written_is_told_at_the_start(
     assert "judge.cache: can't write to file" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", [("attack", "--limit", "2"), ("calibrate", "--to", "c.json")])
 def test_attacks_and_calibrations_share_what_was_asked(benched, monkeypatch: pytest.MonkeyPatch, command) -> None:
     benched()
@@ -455,7 +454,6 @@ def test_a_calibration_holds_how_the_job_asks(rlaif, tmp_path: Path) -> None:
     assert "policy.system_prompt is at its default, calibrated was Be kind.; calibrate again" in err
 
 
-@pytest.mark.slow
 def test_a_jury_is_held_against_the_labels(rlaif, tmp_path: Path) -> None:
     lines = ["row,judge,winner"]
     for n in range(80):

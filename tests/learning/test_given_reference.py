@@ -18,6 +18,8 @@ from rlaif.learning.dpo import APART, COMPARED, LOSSES
 from rlaif.records import Preference
 from tests.learning.conftest import make_preferences
 
+pytestmark = pytest.mark.slow
+
 ROWS = 12
 
 

@@ -19,6 +19,8 @@ from rlaif.learning.base import no_dropout, probe_logits
 from rlaif.models import tokenizer_identity
 from tests.learning.conftest import END, VOCABULARY, make_model, make_preferences
 
+pytestmark = pytest.mark.slow
+
 _IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": END, "pad_token_id": END}
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
 _FFN = {**_SIZES, "intermediate_size": 96}
@@ -50,7 +52,6 @@ def make_random(kind: str, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", DROPOUT)
 def test_nothing_is_random_in_training(kind: str, tmp_path: Path, settings: config.Learner) -> None:
     model = make_random(kind, tmp_path / "base")
@@ -151,7 +152,6 @@ def test_a_policy_has_the_files_of_its_base(tmp_path: Path, settings: config.Lea
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template["tool_use"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "online_dpo"])
 @pytest.mark.parametrize("pad", [None, VOCABULARY, VOCABULARY + 7])
 def test_a_pad_beyond_the_embedding(kind: str, pad: int | None, tmp_path: Path, settings: config.Learner) -> None:

@@ -21,6 +21,8 @@ from tests.conftest import make_project
 from tests.learning.conftest import make_preferences
 from tests.stubs import Quiet
 
+pytestmark = pytest.mark.slow
+
 Use = Callable[..., type[TrainerCallback]]
 
 
@@ -57,7 +59,6 @@ def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     mlflow.set_tracking_uri(before)
 
 
-@pytest.mark.slow
 def test_a_run_reports_to_tensorboard_and_mlflow(tmp_path: Path, tiny_model: Path, mlflow_store: Any) -> None:
     """Three iterations, of which the text changes before the last; both trackers get the same points beside TRL's."""
     job = load_job(make_project(tmp_path, tiny_model, learner={"args": {"report_to": ["tensorboard", "mlflow"]}}))
@@ -92,7 +93,6 @@ def test_a_run_reports_to_tensorboard_and_mlflow(tmp_path: Path, tiny_model: Pat
     assert sorted(value for _, value in history("pipeline/iteration")) == sorted([*run.evaluations(), 1, 2, 3])
 
 
-@pytest.mark.slow
 def test_a_worker_that_ends_has_sent_everything(tmp_path: Path, model_path: str, mlflow_store: Any) -> None:
     """A worker's process ends without exit handlers, and MLflow's callback hands numbers to a thread."""
     from rlaif.workers.process import ProcessWorker

@@ -19,6 +19,8 @@ from rlaif.rundir.store import RunDir
 from tests.kill_driver import in_child
 from tests.review.runs import give, loop_of, review_job, reviewed
 
+pytestmark = pytest.mark.slow
+
 
 def go_on(root: Path, iterations: int, **changes: Any) -> RunDir:
     return reviewed(root, iterations=iterations, **changes)

@@ -18,6 +18,8 @@ from rlaif.review.queue import Question, Queue, sent_to_review
 from rlaif.rundir.store import RunDir, StageDir
 from tests.review.runs import give, review_job, reviewed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:

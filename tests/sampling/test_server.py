@@ -22,6 +22,8 @@ from rlaif.sampling.server import Sampler
 from rlaif.sampling.vllm_compat import TakesWeights
 from tests.sampling.conftest import END
 
+pytestmark = pytest.mark.slow
+
 KEY = "secret"
 
 

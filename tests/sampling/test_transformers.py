@@ -19,6 +19,8 @@ from rlaif.sampling.transformers import Sampler  # noqa: E402
 from tests.sampling.conftest import END  # noqa: E402
 from tests.unmapped import unmap  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def make_requests(count: int = 12, temperature: float = 1.0, top_p: float = 1.0) -> list[SampleRequest]:
     return [
@@ -60,7 +62,6 @@ def test_the_end_token_is_kept_iff_stopped(sampler: Sampler) -> None:
         assert "w2 " not in f"{s.text} "
 
 
-@pytest.mark.slow
 def test_after_a_rest_it_samples_the_same(tiny: Path, other_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unmap(monkeypatch)
     settings = config.Sampling(engine="transformers", max_tokens=24, max_model_len=64, precision="fp32")
