@@ -370,3 +370,6 @@ def test_gpus_of_another_machine_can_be_planned(tmp_path: Path, monkeypatch: pyt
     plan = estimate(job, tmp_path, elsewhere=True)
     assert "placement.*.devices: for GPUs, and this machine has none" in plan["warnings"]
     assert "2" in plan["placement"]["sampler"]
+    # Where there are more than the job names, those are the ones that it is planned on.
+    monkeypatch.setattr("rlaif.loop.cost.gpu_names", lambda: ["GPU"] * 8)
+    assert estimate(job, tmp_path, elsewhere=True)["placement"] == estimate(job, tmp_path)["placement"]

@@ -131,10 +131,9 @@ def estimate(job: Job, base_dir: Path, run: RunDir | None = None, elsewhere: boo
     learners = launched(job, accelerate_file(job, base_dir, run.path if run else None))
     check_addresses(job)
     gpus = usable_gpus(len(gpu_names()))
-    named = [n for role in job.placement.values() for n in role.devices or ()]
-    places = place(
-        job, [str(n) for n in range(max(named, default=-1) + 1)] if elsewhere and named else gpus, learners.processes
-    )
+    named = 1 + max((n for role in job.placement.values() for n in role.devices or ()), default=-1)
+    planned = [str(n) for n in range(named)] if elsewhere and named > len(gpus) else gpus
+    places = place(job, planned, learners.processes)
     read = _read(job, base_dir, run)
     counts = _count(job, base_dir, read)
     tokens = _tokens(job, counts)

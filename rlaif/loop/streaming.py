@@ -33,13 +33,22 @@ LAST_CHUNK_S = 5.0
 
 def streams(job: Job, places: Mapping[str, Placed]) -> bool:
     """Whether an iteration of the job is streamed: as it says or, where it doesn't, where sampler and judge don't share
-    a device. What a cluster holds has its own. Who takes turns (`device: shared`) never works at the same time."""
+    a device."""
+    if (said := streams_wherever(job)) is not None:
+        return said
+    judge = places["servers" if kind_of(job.judge).serve else "judge"]
+    return apart(places["sampler"].gpus, judge.gpus)
+
+
+def streams_wherever(job: Job) -> bool | None:
+    """The same, whatever GPUs there are; None where it depends on them. What a cluster holds has a device of its own.
+    Who takes turns (`device: shared`) never works at the same time."""
     if job.pipeline.stream is not None:
         return job.pipeline.stream
     kind = kind_of(job.judge)
-    elsewhere = (kind.fed and kind.serve is None) or (job.cluster and (job.cluster.sampler or job.cluster.judge))
-    judge = places["servers" if kind.serve else "judge"]
-    return bool(elsewhere) or (job.device is None and apart(places["sampler"].gpus, judge.gpus))
+    if (kind.fed and kind.serve is None) or (job.cluster and (job.cluster.sampler or job.cluster.judge)):
+        return True
+    return None if job.device is None else False
 
 
 def sample_and_judge(run: Running, it: Iteration) -> None:

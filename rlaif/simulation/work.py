@@ -7,6 +7,7 @@ from pathlib import Path
 from rlaif.config import ChatSettings, Job
 from rlaif.errors import UserError
 from rlaif.loop.cost import counts_of
+from rlaif.loop.streaming import streams_wherever
 from rlaif.records import Record
 
 
@@ -75,7 +76,7 @@ def work_of(job: Job, base_dir: Path) -> Work:
         anchors=counts.anchors,
         evaluated=counts.evaluated,
         max_tokens=job.sampling.max_tokens,
-        stream=_streams(job),
+        stream=streams_wherever(job),
         staleness=job.pipeline.staleness,
         in_turns=job.device == "shared",
         batch=job.learner.batch_size,
@@ -84,13 +85,3 @@ def work_of(job: Job, base_dir: Path) -> Work:
         prompt_price=price.prompt if price else 0.0,
         completion_price=price.completion if price else 0.0,
     )
-
-
-def _streams(job: Job) -> bool | None:
-    """As `rlaif.loop.streaming.streams`, where no GPU has to be known."""
-    if job.pipeline.stream is not None:
-        return job.pipeline.stream
-    if job.device == "shared":
-        return False
-    elsewhere = isinstance(job.judge, ChatSettings) and not job.judge.serve
-    return True if elsewhere or (job.cluster and (job.cluster.sampler or job.cluster.judge)) else None

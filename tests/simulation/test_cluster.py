@@ -137,6 +137,8 @@ POLICY_SERVERS = {
         ({"cluster": {"sampler": {"replicas": 4}}, "pipeline": {"stream": False}}, 4, 1, False),
         ({"judge": {**CHAT, "base_url": SERVERS}}, 1, 2, True),
         ({"judge": {"kind": "chat", "templates_dir": TEMPLATES, "serve": {"model": "m", "replicas": 3}}}, 1, 3, False),
+        ({"judge": {**CHAT, "base_url": SERVERS}, "device": "shared"}, 1, 2, True),
+        ({"device": "shared"}, 1, 1, False),
         ({"sampling": {"engine": "server", "replicas": 2}}, 2, 1, False),
         ({"sampling": POLICY_SERVERS}, 3, 1, False),
     ],
