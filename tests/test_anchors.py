@@ -11,7 +11,7 @@ from rlaif.audit.index import Index
 from rlaif.audit.overview import overview
 from rlaif.config import Job, Monitors
 from rlaif.judging.kinds import ChatKind, LikelihoodKind
-from rlaif.monitors import History, alarms
+from rlaif.monitors import History, alarms, silent
 from rlaif.records import AnchorCounts, IterationMetrics, Vote
 from rlaif.rundir.store import RunDir, write_json
 from tests.stubs import stub_job, stub_loop
@@ -153,3 +153,13 @@ def test_few_verdicts_may_move(moved: int, told: bool) -> None:
     metrics: IterationMetrics = measured(anchors=AnchorCounts(pairs=32, moved=moved))
     limits = Monitors.model_validate({"short_answers": {"action": "off"}})
     assert bool(alarms(limits, History([metrics]))) == told
+    assert silent(limits, "anchors", History([metrics])) == (not told)
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 7])
+def test_too_few_verdicts_are_no_silence(pairs: int) -> None:
+    """As after an outage: no alarm, and nothing to go back to either."""
+    history = History([measured(anchors=AnchorCounts(pairs=pairs, moved=pairs))])
+    limits = Monitors.model_validate({"short_answers": {"action": "off"}})
+    assert not alarms(limits, history)
+    assert not silent(limits, "anchors", history)

@@ -1,7 +1,8 @@
 """Alarms: what somebody should look at, as records that follow from a run's records. Pure, no torch.
 
 In: the job's `monitors` and a run's `History`. Out: `Alarm`s, in a fixed order. To add a kind: its settings in
-`rlaif.config.Monitors`, its name in `rlaif.records.AlarmKind`, a function, and a line in `KINDS`.
+`rlaif.config.Monitors`, its name in `rlaif.records.AlarmKind`, a function, and a line in `KINDS`; where it looks at
+what not every iteration has, another in `_SOMETIMES`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _SOMETIMES: dict[AlarmKind, Callable[[History], object]] = {
     "abstained": lambda run: run.now.pair_counts and run.now.pair_counts.pairs,
     "calibration_shift": lambda run: run.calibrated and run.now.judged,
     "juror": lambda run: run.now.juror_agreement,
-    "anchors": lambda run: run.now.anchors and run.now.anchors.pairs,
+    "anchors": lambda run: run.now.anchors and run.now.anchors.pairs >= judges.ANCHORS,
     "silent_server": lambda run: run.now.servers,
     "leaning": lambda run: any(leaning.pairs for leaning in run.now.leanings.values()),
     "hacking": lambda run: run.evaluated and run.evaluated.win_rate is not None,

@@ -56,7 +56,7 @@ def surprise(now: Counted, before: Counted) -> float:
     The count's probability to be smaller, given how many of all pairs are so, as a normal score; half of its own
     probability counts as smaller (mid-p), so that counts of few pairs lean to neither side.
     """
-    every = _total((now, before))
+    every = total((now, before))
     if not now.of or not before.of:
         return 0.0
     least, most = max(0, every.some - before.of), min(now.of, every.some)
@@ -92,12 +92,13 @@ def _shifts(counts: Sequence[Counted], direction: Direction, limit: float, least
     sign = 1.0 if direction == "up" else -1.0
     start, height = 0, 0.0
     for index, count in enumerate(counts):
-        if not count.of or not _total(counts[start:index]).of:
+        before = total(counts[start:index])
+        if not count.of or not before.of:
             yield None
             continue
         # All pairs so far, also those since a shift may have begun: so one iteration's surprise says nothing about the
         # next one's, and few pairs at the beginning, by chance unlike all others, don't add up to a shift.
-        height = max(0.0, height + sign * surprise(count, _total(counts[start:index])) - SLACK)
+        height = max(0.0, height + sign * surprise(count, before) - SLACK)
         found = _likeliest(counts, start, index + 1, sign, height) if height >= limit else None
         if found and sign * (found.now.share - found.before.share) >= least:
             start, height = found.since, 0.0
@@ -109,12 +110,12 @@ def _shifts(counts: Sequence[Counted], direction: Direction, limit: float, least
 def _likeliest(counts: Sequence[Counted], start: int, end: int, sign: float, height: float) -> Shift:
     """The shift where it began most likely: the sum may have risen by chance before. By the likelihood ratio of two
     shares to one, which has no largest value as a `surprise` has."""
-    splits = [Shift(i, _total(counts[start:i]), _total(counts[i:end]), height) for i in range(start + 1, end)]
+    splits = [Shift(i, total(counts[start:i]), total(counts[i:end]), height) for i in range(start + 1, end)]
     splits = [split for split in splits if split.before.of and split.now.of]
 
     def likelihood_ratio(split: Shift) -> float:
         two = _log_likelihood(split.before) + _log_likelihood(split.now)
-        by = max(two - _log_likelihood(_total((split.before, split.now))), 0.0)
+        by = max(two - _log_likelihood(total((split.before, split.now))), 0.0)
         return math.copysign(by, sign * (split.now.share - split.before.share))
 
     return max(splits, key=likelihood_ratio)
@@ -125,5 +126,6 @@ def _log_likelihood(count: Counted) -> float:
     return sum(n * math.log(n / count.of) for n in (count.some, count.of - count.some) if n)
 
 
-def _total(counts: Sequence[Counted]) -> Counted:
+def total(counts: Sequence[Counted]) -> Counted:
+    """Several counts as one."""
     return Counted(sum(c.some for c in counts), sum(c.of for c in counts))

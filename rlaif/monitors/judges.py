@@ -15,7 +15,7 @@ from rlaif.config import (
     JurorMonitor,
 )
 from rlaif.intervals import SURE, wilson
-from rlaif.monitors.charts import Counted, Direction, shift, surprise
+from rlaif.monitors.charts import Counted, Direction, shift, surprise, total
 from rlaif.monitors.history import Finding, History
 from rlaif.records import JudgedStats
 
@@ -26,7 +26,7 @@ _FEW = 16
 """Pairs below which a mean length says nothing."""
 _LOOKS_AT_ANCHORS = 2.8
 """Standard deviations: anchors are asked every few iterations only."""
-_ANCHORS = 8
+ANCHORS = 8
 """Fewer that got a verdict both times say nothing."""
 
 
@@ -45,8 +45,7 @@ def _surely_over(limit: float, counts: Sequence[Counted]) -> Counted | None:
     """The last count, or all of them together, where that is over the limit by more than chance does."""
     if not counts or not counts[-1].of:
         return None
-    together = Counted(sum(c.some for c in counts), sum(c.of for c in counts))
-    return next((c for c in (counts[-1], together) if wilson(c.some, c.of, SURE)[0] > limit), None)
+    return next((c for c in (counts[-1], total(counts)) if wilson(c.some, c.of, SURE)[0] > limit), None)
 
 
 def abstained(settings: AbstainedMonitor, history: History) -> Iterator[Finding]:
@@ -114,7 +113,7 @@ def _drift(
 def anchors(settings: AnchorsMonitor, history: History) -> Iterator[Finding]:
     """It doesn't say what it said, though nothing changed that the run knows of."""
     found = history.now.anchors
-    if found and found.pairs >= _ANCHORS and wilson(found.moved, found.pairs, _LOOKS_AT_ANCHORS)[0] > settings.limit:
+    if found and found.pairs >= ANCHORS and wilson(found.moved, found.pairs, _LOOKS_AT_ANCHORS)[0] > settings.limit:
         message = (
             f"asked again, the judge gives another verdict on {found.moved} of {found.pairs} pairs under the same "
             "text: it may be another model now"
