@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, norm, t
 
-from rlaif.intervals import ratio_interval, students_t, wilson
+from rlaif.intervals import SURE, ratio_interval, students_t, wilson
 
 
 def test_wilson_interval() -> None:
@@ -29,6 +29,17 @@ def test_half_a_win_is_half_a_win() -> None:
 @pytest.mark.parametrize("degrees", [1, 2, 3, 5, 11, 15, 47])
 def test_students_t_is_scipys(degrees: int) -> None:
     assert students_t(degrees) == pytest.approx(t.ppf(0.975, degrees), rel=2e-3)
+
+
+@pytest.mark.parametrize("degrees", [5, 7, 11, 23, 47])
+def test_so_it_is_where_only_what_is_sure_is_told(degrees: int) -> None:
+    assert students_t(degrees, SURE) == pytest.approx(t.isf(norm.sf(SURE), degrees), rel=1e-2)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 4), (1, 32), (8, 32), (60, 96)])
+def test_wider_intervals_are_as_scipy_has_them(successes: int, n: int) -> None:
+    found = binomtest(successes, n).proportion_ci(1 - 2 * norm.sf(SURE), "wilson")
+    assert wilson(successes, n, SURE) == pytest.approx((found.low, found.high), abs=1e-9)
 
 
 def test_a_ratio_of_equal_wholes_is_a_mean() -> None:

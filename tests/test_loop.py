@@ -502,6 +502,9 @@ def test_other_files_beside_the_same_weights_are_told(
     (changed / "config.json").write_text(json.dumps(config | {"transformers_version": "another"}))
     (note,) = told(5)
     assert note.startswith("the policy model's files beside its weights changed since this run was begun")
+    (changed / "generation_config.json").write_text('{"top_k": 3}')
+    (another,) = told(6)
+    assert another != note
     assert [e.data["model_files"] for e in run.events() if e.kind == "resumed"][-1] != run.header["model_files"]
 
 

@@ -276,17 +276,21 @@ class Loop(Running):
         Raises:
             RunPaused: there is one.
         """
-        back = [(self._silent_after(alarm), alarm) for alarm in alarms if alarm.action == "rollback"]
-        pausing = [(None, alarm) for alarm in alarms if alarm.action == "pause"]
-        there = sorted([found for found in back if found[0] is not None], key=lambda found: found[0] or 0)
-        for silent, alarm in (*there, *back, *pausing):
-            said = f"paused at an alarm in iteration {k + 1}: {alarm.message} (monitors.{alarm.kind}.action"
-            self.dir.event("paused", alarm.message, k, kind=alarm.kind, action=alarm.action)
-            if alarm.action == "pause":
-                raise RunPaused(f"{said}=pause); the same command goes on")
-            if silent is None:
-                raise RunPaused(f"{said}=rollback); no earlier iteration was silent; the same command goes on")
-            raise RunPaused(f"{said}=rollback); it was silent after iteration {silent}", back_to=silent)
+        stopping = [
+            (self._silent_after(alarm) if alarm.action == "rollback" else None, alarm)
+            for alarm in alarms
+            if alarm.action != "warn"
+        ]
+        if not stopping:
+            return
+        silent, alarm = min(stopping, key=lambda stop: (stop[0] is None, stop[0] or 0, stop[1].action == "pause"))
+        said = f"paused at an alarm in iteration {k + 1}: {alarm.message} (monitors.{alarm.kind}.action"
+        self.dir.event("paused", alarm.message, k, kind=alarm.kind, action=alarm.action)
+        if alarm.action == "pause":
+            raise RunPaused(f"{said}=pause); the same command goes on")
+        if silent is None:
+            raise RunPaused(f"{said}=rollback); no earlier iteration was silent; the same command goes on")
+        raise RunPaused(f"{said}=rollback); it was silent after iteration {silent}", back_to=silent)
 
     def _pause_that_is_owed(self) -> None:
         """A kill may have come between an alarm and its pause.

@@ -124,15 +124,10 @@ class _Run:
 
     def simulated(self) -> Simulated:
         slot = self.rates.sampler.tokens_per_s / self._decoded(self.work.prompts * self.work.answers)
-        for role, what, seconds, failures in (
-            ("sampler", "an answer", min(self._tokens.mean, self.work.max_tokens) / slot, self.rates.sampler.failures),
-            ("judge", "a ballot", self.rates.judge.latency_s.mean, self.rates.judge.failures),
-        ):
-            if failures and seconds > _HOPELESS * 3600 * failures.hours_between:
-                raise UserError(
-                    f"rates.{role}.failures: {what} takes {seconds:.3g} s, and a replica fails every "
-                    f"{3600 * failures.hours_between:.3g} s, so it is hardly ever done; hours_between is in hours"
-                )
+        longest = min(self._tokens.mean, self.work.max_tokens) / slot
+        self._check_done_ever("sampler", "an answer", longest, "a replica", "fewer failures, or faster samplers")
+        seconds = self.rates.judge.latency_s.mean
+        self._check_done_ever("judge", "a ballot", seconds, "a replica", "fewer failures, or faster judges")
         self.env.run(self.env.process(self._main()))
         end, judge = self.env.now, self.judge.station
         use = {
@@ -246,7 +241,9 @@ class _Run:
         pair_tokens = 2 * (self._tokens.mean + answers.prompt_tokens)
         tokens = self.work.pairs * answers.kept * self.work.epochs * pair_tokens
         seconds = tokens / (rates.tokens_per_s * self.setup.cluster.learner.processes) + rates.commit_s
-        self._check_done_ever(seconds)
+        n = self.setup.cluster.learner.processes
+        step = "smaller updates, or fewer processes"
+        self._check_done_ever("learner", "an update", seconds, f"one of {n} processes", step, n)
         while True:  # a process that dies takes the update with it: it starts again from what was committed
             fails, back = min(outages.after(self.env.now) for outages in self._learner)
             if self.env.now + seconds <= fails:
@@ -255,13 +252,13 @@ class _Run:
         yield self.env.timeout(seconds)
         self._learned_s += seconds
 
-    def _check_done_ever(self, update_s: float) -> None:
-        failures, processes = self.rates.learner.failures, self.setup.cluster.learner.processes
-        if failures and update_s * processes > _HOPELESS * 3600 * failures.hours_between:
+    def _check_done_ever(self, role: str, what: str, seconds: float, who: str, step: str, together: int = 1) -> None:
+        """Whether something that takes so long is done before whoever does it fails, `together` of them at once."""
+        failures: Failures | None = getattr(self.rates, role).failures
+        if failures and seconds * together > _HOPELESS * 3600 * failures.hours_between:
             raise UserError(
-                f"rates.learner.failures: an update takes {update_s / 3600:.2g} h, and one of {processes} processes "
-                f"fails every {failures.hours_between / processes:.2g} h, so it is hardly ever done; smaller updates, "
-                "or fewer processes"
+                f"rates.{role}.failures: {what} takes {seconds / 3600:.2g} h, and {who} fails every "
+                f"{failures.hours_between / together:.2g} h, so it is hardly ever done; {step}"
             )
 
     def _evaluate(self, updates: int) -> Process:
