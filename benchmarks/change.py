@@ -12,7 +12,7 @@ same number of iterations after the change:
     offline-new     the same pairs, judged again under the new text
     restart         a run from the base policy under the new text alone
 
-Held-out answers and what the policy still knows are measured every four iterations. What is done is not done again: the
+Held-out answers and what the policy still knows are measured every two iterations. What is done is not done again: the
 same command goes on after a kill, and with more seeds. The tables at the end are those of `rlaif compare`; the picture
 lies beside the runs. Some two hours a seed on two cores without bf16. Arms may run beside each other, once the run that
 they begin with is at the change, and a restart at any time: the same command with other `--arms` in a second terminal.
@@ -40,7 +40,7 @@ SETTINGS = (
     "sampling.max_tokens=128",  # a policy that is asked for more must be able to end: at 64 it can't (docs/change.md)
     "learner.learning_rate=3e-5",
     "filters.min_kept_pairs=2",
-    "eval.every=4",
+    "eval.every=2",
     "eval.prompts=16",
     "eval.kl_prompts=4",
 )

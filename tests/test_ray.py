@@ -243,11 +243,12 @@ def test_weights_are_read_where_they_are_or_sent(
 
 @with_ray
 def test_actors_that_die_are_replaced_where_there_is_room(
-    alone: tuple[RayCluster, Path], reader: RayWorker, tmp_path: Path
+    alone: tuple[RayCluster, Path], reader: RayWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster, _ = alone
     told: list[str] = []
     asked = {"asked": str(tmp_path / "asked.log"), "delay_s": 0.02}
+    monkeypatch.setattr("rlaif.workers.ray.ROOM_S", 1.0)
     with pytest.raises(UserError, match=r"cluster.judge: no room for 1 replicas of 999 GPUs"):
         cluster.reserve("judge", 1, 999)
     replicas = Replicas(
