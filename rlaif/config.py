@@ -1547,11 +1547,15 @@ def without_effect(job: Job) -> list[str]:
 def worth_knowing(job: Job) -> list[str]:
     """What whoever starts a job should know of it, and a dry run says before."""
     back = [kind for kind, monitor in job.monitors if monitor.action == "rollback"]
-    if not back or job.keep_checkpoints is not None:
+    keep = job.keep_checkpoints
+    if not back or not (keep is None or (isinstance(keep, Checkpoints) and keep.last is not None)):
         return without_effect(job)
     named = ", ".join(f"monitors.{kind}.action=rollback" for kind in back)
-    none = f"{named}: only the newest checkpoint is kept, so there is none to go back to; set keep_checkpoints"
-    return [none, *without_effect(job)]
+    few = f"{named}: only the {f'newest {keep.last} checkpoints are' if keep else 'newest checkpoint is'} kept"
+    less = (
+        "a shift that began before them leaves none to go back to; see" if keep else "there is none to go back to; set"
+    )
+    return [f"{few}, so {less} keep_checkpoints", *without_effect(job)]
 
 
 def _given(job: Job, key: str) -> bool:

@@ -147,6 +147,9 @@ def test_a_stored_run_is_read_whatever_has_no_effect_in_it(tmp_path: Path) -> No
     assert rollback.startswith("monitors.kl.action=rollback: only the newest checkpoint is kept")
     assert limit.startswith("monitors.kl.limit: -1")
     assert worth_knowing(parse_job(tree | {"keep_checkpoints": "all"}, "run.json")) == [limit]
+    assert worth_knowing(parse_job(tree | {"keep_checkpoints": {"every": 2}}, "run.json")) == [limit]
+    few, _ = worth_knowing(parse_job(tree | {"keep_checkpoints": {"last": 3}}, "run.json"))
+    assert "only the newest 3 checkpoints are kept" in few
 
 
 def test_a_job_that_is_not_utf8(tmp_path: Path) -> None:

@@ -649,8 +649,10 @@ def test_a_learner_that_dies_as_trackers_are_told_keeps_no_alarm_from_pausing(tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", ["all", None])
-def test_an_alarm_takes_the_run_back(keep: str | None, tiny_model: Path, tmp_path: Path) -> None:
-    """To before it was raised, where the state of then was kept."""
+def test_an_alarm_takes_the_run_back(
+    keep: str | None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To before it was raised, where the state of then was kept; by the next attempt, where this one can't."""
     pytest.importorskip("trl")
     from rlaif.loop.launch import execute
 
@@ -665,11 +667,23 @@ def test_an_alarm_takes_the_run_back(keep: str | None, tiny_model: Path, tmp_pat
     metrics["sampled"]["mean_words"] = 100.0  # enough: it was silent, had it been on
     first.write_text(json.dumps(metrics))
     progress = Quiet()
-    said = "is as it was then; what came after is kept in" if keep else "can't go back there"
-    with pytest.raises(RunPaused, match=rf"iteration 2: .*silent after iteration 1, and .*{said}"):
-        execute(job(2, "rollback"), tmp_path / "run", tmp_path, progress, allow_change=True)
-    assert RunDir(tmp_path / "run").iterations() == ([0] if keep else [0, 1])
+
+    def full(*_: Any) -> Any:
+        raise UserError("no space left on the disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlaif.loop.launch.rollback", full)
+        said = ", and could not be taken back .no space left on the disk.; .* tries again" if keep else ", but nothing"
+        with pytest.raises(RunPaused, match=rf"iteration 2: .*silent after iteration 1{said}"):
+            execute(job(2, "rollback"), tmp_path / "run", tmp_path, progress, allow_change=True)
     assert any("none to go back to; set keep_checkpoints" in note for note in progress.notes) == (keep is None)
+    assert RunDir(tmp_path / "run").iterations() == [0, 1]
+    if keep is None:
+        return
+    said = ", and is as it was then; what came after is kept in .*change a setting"
+    with pytest.raises(RunPaused, match=rf"iteration 2: .*silent after iteration 1{said}"):
+        execute(job(2, "rollback"), tmp_path / "run", tmp_path, progress, allow_change=True)
+    assert RunDir(tmp_path / "run").iterations() == [0]
 
 
 def test_the_evaluation_at_a_change_of_text_raises_the_kl_alarm(tmp_path: Path) -> None:

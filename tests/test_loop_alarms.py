@@ -109,6 +109,39 @@ def test_who_did_not_look_was_not_silent(tmp_path: Path) -> None:
         loop_of(tmp_path, **how, monitors={"kl": {"limit": 0.5, "action": "rollback"}}).run()
 
 
+def test_a_way_back_that_was_not_taken_is_taken_by_the_next_attempt(tmp_path: Path) -> None:
+    """A kill, or a full disk, may come between the pause and the rollback; until then the alarm is in the log."""
+    back = {"short_answers": {"limit": 2, "action": "rollback"}, "equal_answers": {"action": "off"}}
+    loop = loop_of(tmp_path, monitors=back)
+    loop.iterate(0)
+    says(loop, lambda a: "w")
+    for _ in range(3):
+        with pytest.raises(RunPaused, match=r"iteration 2: .*silent after iteration 1") as e:
+            loop.run()
+        assert e.value.back_to == 1
+        loop = loop_of(tmp_path, monitors=back)
+        assert loop.dir.done() == [0, 1]
+    other = loop_of(tmp_path, monitors=back | {"short_answers": {"limit": 2, "action": "warn"}})
+    other.run()
+    assert other.dir.done() == [0, 1, 2]
+
+
+def test_the_way_back_leads_to_what_is_kept(tmp_path: Path) -> None:
+    back = {"short_answers": {"limit": 2, "action": "rollback"}, "equal_answers": {"action": "off"}}
+    for keep, goes_to, said in (
+        ({"every": 2}, 2, "it was silent after iteration 2"),
+        ({"last": 1}, None, "it was silent after iteration 3, but nothing is kept to go back to"),
+    ):
+        loop = loop_of(tmp_path / str(goes_to), monitors=back, keep_checkpoints=keep, iterations=5)
+        for k in range(3):
+            loop.iterate(k)
+        says(loop, lambda a: f"w{int(9 * fraction(a.text))}")  # unlike ones, so that there is an update
+        with pytest.raises(RunPaused, match=said) as e:
+            loop.run()
+        assert e.value.back_to == goes_to
+    loop_of(tmp_path / "None", monitors=back, keep_checkpoints={"last": 1}, iterations=4).run()  # goes on from there
+
+
 def test_of_several_alarms_the_run_goes_back_furthest(tmp_path: Path) -> None:
     kinds = {"short_answers": {"limit": 2, "action": "pause"}, "equal_answers": {"limit": 0.5, "action": "rollback"}}
     loop = loop_of(tmp_path, monitors=kinds)

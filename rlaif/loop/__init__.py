@@ -12,7 +12,7 @@ through both before there is a run. To add a stage: a line in `rlaif/rundir/stag
 `Loop.iterate`.
 """
 
-from rlaif.loop.loop import Loop
+from rlaif.loop.loop import Loop, alarms_owed
 from rlaif.loop.running import Iteration, Progress, Running
 
-__all__ = ["Iteration", "Loop", "Progress", "Running"]
+__all__ = ["Iteration", "Loop", "Progress", "Running", "alarms_owed"]

@@ -40,7 +40,7 @@ from rlaif.judging.kinds import kind_of, likelihood_worker
 from rlaif.judging.spending import REFERENCE_WASTED, WASTED
 from rlaif.learning import kind_of as learner_kind
 from rlaif.learning.launched import COPY, Launched, accelerate_file, launched
-from rlaif.loop import Loop, Progress
+from rlaif.loop import Loop, Progress, alarms_owed
 from rlaif.loop.base_cache import BaseCache, follows_from
 from rlaif.loop.branch import may_branch, rollback
 from rlaif.loop.in_force import InForce
@@ -121,8 +121,11 @@ def execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_c
         try:
             before = rollback(run_dir, e.back_to)
         except UserError as why:
-            raise RunPaused(f"{e}, and it can't go back there ({why}); the same command goes on from here") from None
-        raise RunPaused(f"{e}, and is as it was then; what came after is kept in {before.path}") from None
+            raise RunPaused(f"{e}, and could not be taken back ({why}); the same command tries again") from None
+        raise RunPaused(
+            f"{e}, and is as it was then; what came after is kept in {before.path}. The same command makes the same "
+            "again: change a setting or the text first, or the monitor's action to warn (docs/monitors.md)"
+        ) from None
 
 
 def _execute_again(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_change: bool) -> RunDir:
@@ -174,7 +177,7 @@ def _execute(job: Job, run_dir: Path, base_dir: Path, progress: Progress, allow_
         if file is not None and file != run.path / COPY:
             shutil.copyfile(file, run.path / COPY)
         last = run.iteration(job.iterations - 1), run.evaluation(job.iterations)
-        if all((stages.path / "metrics.json").exists() for stages in last):
+        if all((stages.path / "metrics.json").exists() for stages in last) and not alarms_owed(run, job):
             if start.changed:
                 write_header(run, job, start.models, start.code, start.changed)
             progress.note(f"{run.path}: all {job.iterations} iterations are done; head {write_head(run).name}")

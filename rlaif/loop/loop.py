@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import functools
 import time
+from collections.abc import Iterable
 from itertools import chain
 
 from rlaif import monitors
+from rlaif.config import Job
 from rlaif.data.prompts import prompts_for
 from rlaif.errors import RunPaused, WorkerDied
 from rlaif.judging.calibration import judged_stats
@@ -30,9 +32,10 @@ from rlaif.loop.streaming import sample_and_judge
 from rlaif.loop.training import mix, stopped_at_kl, update
 from rlaif.monitors import tracking
 from rlaif.records import Alarm, EvaluationMetrics, IterationMetrics, Plan, Vote
+from rlaif.rundir.checkpoints import checkpoints
 from rlaif.rundir.heads import Head, write_head
 from rlaif.rundir.stages import ITERATION_NAMES, MORE_VOTES
-from rlaif.rundir.store import read_record, write_json
+from rlaif.rundir.store import RunDir, read_record, write_json
 
 
 def sampled_and_judged(run: Running, it: Iteration) -> Iteration:
@@ -44,6 +47,26 @@ def sampled_and_judged(run: Running, it: Iteration) -> Iteration:
     it.pairs = pair(run, it)
     it.votes = judge(run, it)
     return it
+
+
+def alarms_owed(run: RunDir, job: Job) -> list[Alarm]:
+    """Alarms of the last iteration that is done which have not stopped the run. A kill may have come between an alarm
+    and its pause, or between that and the way back: a rollback takes its alarm out of the log, so one that is there
+    still wasn't done. Meanwhile the job may say otherwise what is to be done about it."""
+    told: list[Alarm] = []
+    back_to: int | None = None
+    done = run.done()
+    for e in run.events():
+        if e.kind == "paused":
+            back_to = e.data.get("back_to")
+        if e.kind == "alarm" and done and e.iteration == done[-1]:
+            alarm = Alarm(message=e.message, iteration=done[-1], **e.data)
+            now = getattr(job.monitors, alarm.kind, alarm).action  # not every kind is a monitor's
+            if {alarm.action, now} <= {"pause", "rollback"}:
+                told.append(alarm.model_copy(update={"action": now}))
+        elif back_to is None and f"{e.kind} {e.message}".startswith(("paused ", "stopped RunPaused")):
+            told = []  # the second is how older versions say it
+    return told
 
 
 class Loop(Running):
@@ -58,7 +81,8 @@ class Loop(Running):
         """All iterations that are still owed; returns the head of the whole."""
         self._since = time.monotonic()
         with self._ahead:
-            self._pause_that_is_owed()
+            if done := self.dir.done():
+                self._pause_at(done[-1], alarms_owed(self.dir, self.job))
             if self.job.pipeline.staleness:
                 self._make_room_ahead()
             for k in range(self.job.iterations):
@@ -277,41 +301,35 @@ class Loop(Running):
             RunPaused: there is one.
         """
         stopping = [
-            (self._silent_after(alarm) if alarm.action == "rollback" else None, alarm)
+            (*(self._way_back(alarm) if alarm.action == "rollback" else (None, "the same command goes on")), alarm)
             for alarm in alarms
-            if alarm.action != "warn"
+            if alarm.action in ("pause", "rollback")
         ]
         if not stopping:
             return
-        silent, alarm = min(stopping, key=lambda stop: (stop[0] is None, stop[0] or 0, stop[1].action == "pause"))
-        said = f"paused at an alarm in iteration {k + 1}: {alarm.message} (monitors.{alarm.kind}.action"
-        self.dir.event("paused", alarm.message, k, kind=alarm.kind, action=alarm.action)
-        if alarm.action == "pause":
-            raise RunPaused(f"{said}=pause); the same command goes on")
-        if silent is None:
-            raise RunPaused(f"{said}=rollback); no earlier iteration was silent; the same command goes on")
-        raise RunPaused(f"{said}=rollback); it was silent after iteration {silent}", back_to=silent)
+        back_to, next_step, alarm = min(stopping, key=lambda s: (s[0] is None, s[0] or 0, s[2].action == "pause"))
+        self.dir.event("paused", alarm.message, k, kind=alarm.kind, action=alarm.action, back_to=back_to)
+        raise RunPaused(
+            f"paused at an alarm in iteration {k + 1}: {alarm.message} (monitors.{alarm.kind}.action={alarm.action}); "
+            f"{next_step}",
+            back_to=back_to,
+        )
 
-    def _pause_that_is_owed(self) -> None:
-        """A kill may have come between an alarm and its pause.
-
-        Raises:
-            RunPaused: it did.
-        """
-        if not (done := self.dir.done()):
-            return
-        told: list[Alarm] = []
-        for e in self.dir.events():
-            if e.kind == "alarm" and e.iteration == done[-1]:
-                told.append(Alarm(message=e.message, iteration=done[-1], **e.data))
-            elif e.kind == "paused" or (e.kind == "stopped" and e.message.startswith("RunPaused")):  # older versions
-                told = []
-        self._pause_at(done[-1], told)
-
-    def _silent_after(self, alarm: Alarm) -> int | None:
-        """After how many iterations an alarm's kind was silent last, before that began which it tells."""
+    def _way_back(self, alarm: Alarm) -> tuple[int | None, str]:
+        """After how many iterations an alarm's kind was silent last, before that began which it tells, of those whose
+        state is kept; and what comes next, in words."""
         first = alarm.iteration if alarm.since is None else alarm.since
         measured = {m.iteration: m for m in self.dir.iterations_measured(range(first))}
-        newest_first = (measured[j] for j in sorted(measured, reverse=True))
-        silent = (m for m in newest_first if monitors.silent(self.job.monitors, alarm.kind, self._history(m)))
-        return next((m.iteration + 1 for m in silent), None)
+        newest_first = [measured[j] for j in sorted(measured, reverse=True)]
+
+        def silent(among: Iterable[IterationMetrics]) -> int | None:
+            found = (m for m in among if monitors.silent(self.job.monitors, alarm.kind, self._history(m)))
+            return next((m.iteration + 1 for m in found), None)
+
+        whole = {found.iterations for found in checkpoints(self.dir) if found.policy and found.state}
+        if (back_to := silent(m for m in newest_first if m.iteration + 1 in whole)) is not None:
+            return back_to, f"it was silent after iteration {back_to}"
+        if (gone := silent(newest_first)) is not None:
+            said = f"it was silent after iteration {gone}, but nothing is kept to go back to (keep_checkpoints)"
+            return None, f"{said}; the same command goes on from here"
+        return None, "no earlier iteration was silent; the same command goes on"
