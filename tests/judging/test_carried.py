@@ -96,8 +96,20 @@ def test_a_template_that_shows_one_rule_carries_the_others(after: Constitution, 
     assert principles(carried(judge, [template], text(), after)) == expected
 
 
+@pytest.mark.parametrize("role", ["", "_evaluate"])
+@pytest.mark.parametrize(("after", "expected"), OF_ONE)
+def test_so_does_the_shipped_one_for_principles(after: Constitution, expected: Any, role: str) -> None:
+    template = load_template(ROOT / "prompts" / "judge", f"pairwise_principle{role}")
+    judge = {**CHAT, "votes_per_principle": True}
+    assert principles(carried(judge, [template], text(), after)) == expected
+    found = carried(judge, [template], text(), text().model_copy(update={"summary": "Another one."}))
+    assert (found.lost, found.owed) == ((), ())
+    whole = carried(CHAT, [template], text(), after)  # asked about all rules at once, it shows them
+    assert bool(whole.lost) == (after.hash != text(weight=3.0).hash)
+
+
 @pytest.mark.parametrize("judge", [CHAT, {**CHAT, "votes_per_principle": True}])
-def test_the_shipped_templates_show_the_whole_text(judge: dict[str, Any]) -> None:
+def test_the_other_shipped_templates_show_the_whole_text(judge: dict[str, Any]) -> None:
     template = load_template(ROOT / "prompts" / "judge", "pairwise")
     for after, _ in OF_ONE[1:]:
         found = carried(judge, [template], text(), after)

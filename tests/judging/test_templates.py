@@ -43,7 +43,19 @@ def test_three_templates_are_shipped_and_each_asks_by_principle():
         assert asks_by_principle(load_template(FOLDER, name))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", ["pairwise_principle", "pairwise_principle_evaluate"])
+def test_one_principles_question_shows_no_other_rule_and_its_orders_share_the_beginning(name):
+    template = load_template(FOLDER, name)
+    for asked in TEXT.principles:
+        texts = ["\n".join(shown(template, *o, asked)) for o in (("1", "2"), ("2", "1"))]
+        start = texts[0][: texts[0].index("BEGIN ANSWER A")]
+        assert all(t.startswith(start) for t in texts)
+        assert asked.rule in start
+        assert not any(p.rule in texts[0] for p in TEXT.principles if p.id != asked.id)
+        assert TEXT.summary not in texts[0]
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if not name.startswith("pairwise_principle")])
 def test_orders_and_principles_share_the_beginning(name):
     template = load_template(FOLDER, name)
     texts = ["\n".join(shown(template, *o, p)) for o in (("1", "2"), ("2", "1")) for p in (None, *TEXT.principles)]
