@@ -220,7 +220,16 @@ def test_wrong_usage_is_exit_2(rlaif, arguments: list[str]) -> None:
         (RlaifError("ours"), 1, "rlaif: ours"),
         (WorkerError("worker"), 1, "rlaif: worker"),
         (RunInterrupted("stopped"), 130, "rlaif: stopped"),
-        (OSError(28, "No space left on device", "a/file"), 1, "rlaif: a/file: No space left on device"),
+        (
+            OSError(28, "No space left on device", "a/file"),
+            1,
+            "rlaif: a/file: No space left on device; free some and run the same command again",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "rlaif: a file: No space left on device; free some and run the same command again",
+        ),
     ],
 )
 def test_exit_codes(rlaif, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, line: str) -> None:

@@ -7,6 +7,7 @@ a tenth of a second (tests/test_cli.py).
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated
 
@@ -73,5 +74,6 @@ def main() -> None:
         sys.exit(2)
     except OSError as e:
         # A disk that is full, a folder that can't be read: no line of ours is at fault, a traceback helps nobody.
-        print(f"rlaif: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
+        full = "; free some and run the same command again" if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        print(f"rlaif: {e.filename or 'a file'}: {e.strerror or e}{full}", file=sys.stderr)
         sys.exit(1)
