@@ -2,9 +2,9 @@
 
 Runs of 32 iterations of 24 pairs under one text, with 48 held-out prompts every fourth. In a quiet one, pairs and
 answers are drawn from the same distributions throughout, while the policy learns: its answers become a third as long,
-and win more and more. In a bad one something happens at iteration 17. For each kind of monitor that holds chance
-against a limit: the share of quiet runs with an alarm, with its 95 % interval, and of bad runs in how many it is told,
-and after how many iterations (median).
+end by themselves more often, and win more and more. In a bad one something happens at iteration 17. For each kind of
+monitor that holds chance against a limit: the share of quiet runs with an alarm, with its 95 % interval, and of bad
+runs in how many it is told, and after how many iterations (median).
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ PROMPTS, EVERY = 48, 4
 CALIBRATED = 200
 CHECKS = 0.5
 """Share of the base policy's answers that pass the checks."""
+LEARNED_TO_END = 0.5
+"""So much larger is the share of answers that end by themselves after a quiet run, half of it above `Rates.ended`."""
 TEXT = ConstitutionRef(name="text", version=1, hash="0")
 
 
@@ -49,6 +51,8 @@ class Rates(NamedTuple):
     abstained: float = 0.05
     unanimous: float = 0.7
     flipped: float = 0.15
+    first: float = 0.6
+    """Of the pairs that the order decides, those on which the slot shown first is preferred: many judges lean so."""
     kept: float = 0.6
     longer: float = 0.6
     """Winners that are the longer side; a good judge need not be at a half."""
@@ -80,6 +84,10 @@ DIFFERING: dict[Feature, float] = {
 BAD: dict[str, tuple[str, Rates]] = {
     "agreement_drift": ("unanimous pairs fall from 70 % to 40 %", Rates(unanimous=0.4)),
     "order_flip_drift": ("pairs that the order decides rise from 15 % to 45 %", Rates(flipped=0.45)),
+    "position_bias_drift": (
+        "where the order decides (15 % of the pairs), the slot shown first is preferred on none in place of 60 %",
+        Rates(first=0.0),
+    ),
     "abstained_drift": ("pairs without a vote rise from 5 % to 25 %", Rates(abstained=0.25)),
     "kept_drift": ("kept pairs fall from 60 % to 30 %", Rates(kept=0.3)),
     "abstained": ("the judge goes silent on 60 % of the pairs", Rates(abstained=0.6)),
@@ -169,10 +177,13 @@ def iteration(rng: np.random.Generator, k: int, pairs: int, rates: Rates) -> Ite
     learned = 3.0 ** (-k / (ITERATIONS - 1))
     words = rates.words * learned * rng.lognormal(0.0, 0.5, pairs) / np.exp(0.125)
     answers = SAMPLES * pairs
-    ended = rng.binomial(SAMPLES, rng.beta(4 * rates.ended, 4 * (1 - rates.ended), pairs)) / SAMPLES
+    by_itself = rates.ended + LEARNED_TO_END * (k / (ITERATIONS - 1) - 0.5)
+    ended = rng.binomial(SAMPLES, rng.beta(4 * by_itself, 4 * (1 - by_itself), pairs)) / SAMPLES
     abstained = int(rng.binomial(pairs, rates.abstained))
     kept = int(rng.binomial(pairs - abstained, rates.kept))
     again = AnchorCounts(pairs=32, moved=int(rng.binomial(32, rates.moved)))
+    flipped = int(rng.binomial(pairs - abstained, rates.flipped))
+    first = int(rng.binomial(flipped, rates.first))
     leanings: dict[Feature, Leaning] = {}
     for feature, share in DIFFERING.items():
         differ = int(rng.binomial(kept, 0.3 if feature == "self_praise" and rates.praised > 0.5 else share))
@@ -191,10 +202,10 @@ def iteration(rng: np.random.Generator, k: int, pairs: int, rates: Rates) -> Ite
                 pairs=pairs,
                 kept=kept,
                 abstained=abstained,
-                **{
-                    name: int(rng.binomial(pairs - abstained, getattr(rates, name)))
-                    for name in ("unanimous", "flipped")
-                },
+                unanimous=int(rng.binomial(pairs - abstained, rates.unanimous)),
+                flipped=flipped,
+                leans_first=first,
+                leans_second=flipped - first,
             ),
             "answer_counts": AnswerCounts(
                 mean_words_error=float(words.std(ddof=1) / np.sqrt(pairs)),

@@ -1040,12 +1040,19 @@ class OrderFlipDriftMonitor(DriftMonitor):
     """More pairs on which the order that the judge is shown decides."""
 
 
+class PositionBiasDriftMonitor(DriftMonitor):
+    """Of the pairs that the order decides, the judge prefers the slot shown first on more, or on fewer."""
+
+
 class AbstainedDriftMonitor(DriftMonitor):
     """More pairs without a valid vote."""
 
 
 class KeptDriftMonitor(DriftMonitor):
     """More pairs are kept, or fewer."""
+
+    limit: float = Field(7.0, gt=0)
+    """As of the other charts; there are two of this, one a direction, and kept shares move as a policy learns."""
 
 
 class AnchorsMonitor(Monitor):
@@ -1141,6 +1148,7 @@ class Monitors(Section):
     self_praise: SelfPraiseMonitor = SelfPraiseMonitor()
     agreement_drift: AgreementDriftMonitor = AgreementDriftMonitor()
     order_flip_drift: OrderFlipDriftMonitor = OrderFlipDriftMonitor()
+    position_bias_drift: PositionBiasDriftMonitor = PositionBiasDriftMonitor()
     abstained_drift: AbstainedDriftMonitor = AbstainedDriftMonitor()
     kept_drift: KeptDriftMonitor = KeptDriftMonitor()
     anchors: AnchorsMonitor = AnchorsMonitor()

@@ -58,6 +58,7 @@ AlarmKind = Literal[
     "self_praise",
     "agreement_drift",
     "order_flip_drift",
+    "position_bias_drift",
     "abstained_drift",
     "kept_drift",
     "anchors",
@@ -783,6 +784,10 @@ class PairCounts(Record):
     flipped: int
     """On which a voice gave another answer when the order changed."""
     kept: int
+    leans_first: int = 0
+    """On which voices that were asked in both orders named the slot shown first more often than the other, and ..."""
+    leans_second: int = 0
+    """... less often. On all others the slots are even. Both 0 in runs from before they were counted."""
 
 
 class Leaning(Record):
@@ -801,6 +806,25 @@ class AnchorCounts(Record):
     """With a verdict both times."""
     moved: int
     """Whose verdict is another now."""
+
+
+class AgainstBase(Record):
+    """Held-out answers against the base policy's, counted as an evaluation's are."""
+
+    win_rate: float | None
+    """As an evaluation's, and so the rest."""
+    win_interval: tuple[float, float] | None
+    wins: int
+    losses: int
+    undecided: int
+    abstained: int
+    asked: int | None = None
+
+
+class UnderText(AgainstBase):
+    """Held-out answers against the base policy's, judged under another text than that of their evaluation."""
+
+    constitution: ConstitutionRef
 
 
 class IterationMetrics(Record):
@@ -872,8 +896,12 @@ class IterationMetrics(Record):
     servers: dict[str, dict[str, int]] = Field(default_factory=dict)
     """Juror → server → votes that it answered, where the juror was asked anew; a server of the juror's list that
     answered none has 0. Empty for a judge without a server."""
+    at_change: UnderText | None = None
+    """What the held-out answers of the policy before it win under its text, where that is another than before: where
+    following begins. None in other iterations, and in runs from before it was measured."""
     judge_calls: int = 0
-    """Requests to the judge's servers. These, `servers` and the next two count votes on old pairs and anchors, too."""
+    """Requests to the judge's servers. These, `servers` and the next two count votes on old pairs, on anchors and at a
+    change of text, too."""
     judge_cached: int = 0
     """Votes from the cache."""
     judge_tokens: int
@@ -906,19 +934,6 @@ def lift_metrics(metrics: Any) -> Any:
     return rest | {"learner_metrics": {} if metrics["margin"] is None else {"margin": metrics["margin"]}}
 
 
-class AgainstBase(Record):
-    """Held-out answers against the base policy's, counted as an evaluation's are."""
-
-    win_rate: float | None
-    """As an evaluation's, and so the rest."""
-    win_interval: tuple[float, float] | None
-    wins: int
-    losses: int
-    undecided: int
-    abstained: int
-    asked: int | None = None
-
-
 class Referred(AgainstBase):
     """Held-out answers against the base policy's, as the reference judge says (`eval.reference_judge`)."""
 
@@ -936,12 +951,6 @@ class ProbeCounts(Record):
     """Of those, passed by this policy, too."""
     gained: int
     """Passed by this policy and not by the base policy."""
-
-
-class EarlierText(AgainstBase):
-    """Held-out answers against the base policy's, judged under a text that was in force before."""
-
-    constitution: ConstitutionRef
 
 
 class Retention(Record):
@@ -963,7 +972,7 @@ class Retention(Record):
     """`perplexity` over `base_perplexity`: above 1 ordinary writing has become less likely."""
     perplexity_ratio_interval: tuple[float, float] | None
     """95 %, over the texts; None with fewer than two."""
-    earlier: dict[str, EarlierText] = Field(default_factory=dict)
+    earlier: dict[str, UnderText] = Field(default_factory=dict)
     """By the text's hash, each text that was in force before and isn't any more."""
 
 

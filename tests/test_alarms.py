@@ -12,7 +12,7 @@ from benchmarks.monitors import BAD, BAD_FROM, first_alarms
 from rlaif.config import Monitors
 from rlaif.constitutions.constitution import parse_constitution
 from rlaif.judging.filters import decide_label
-from rlaif.monitors import History, alarms, asked_for
+from rlaif.monitors import History, alarms, asked_for, silent
 from rlaif.monitors.charts import Counted, shift, surprise
 from rlaif.monitors.counts import answer_counts, leanings, pair_counts, vocabulary
 from rlaif.monitors.features import FEATURES
@@ -43,8 +43,10 @@ def test_what_is_wrong_is_told(kind: str) -> None:
 
 @pytest.mark.slow
 def test_where_nothing_is_wrong_nothing_is_told() -> None:
-    """The policy learns meanwhile: its answers become a third as long."""
-    assert [dict(first_alarms(np.random.default_rng(seed), 24, Monitors())) for seed in SEEDS] == [{}] * len(SEEDS)
+    """The policy learns meanwhile: its answers become a third as long. By chance 3 to 5 % of such runs have an alarm of
+    some kind (`make bench-monitors`), so one of 20 may; no kind has more."""
+    found = [dict(first_alarms(np.random.default_rng(seed), 24, Monitors())) for seed in SEEDS]
+    assert sum(map(bool, found)) <= 1, found
 
 
 def with_counts(counts: Sequence[dict[str, int]], hashes: Sequence[str] = ()) -> list[IterationMetrics]:
@@ -83,6 +85,17 @@ def test_a_judge_that_changes_its_mind_is_told_once_and_since_when() -> None:
         "pairs on which all votes name one side: 21% since iteration 7 (48 pairs), 83% before (144 pairs), under the "
         "same text"
     )
+
+
+def test_a_judge_whose_bias_turns_is_told_though_the_order_decides_as_much_as_before() -> None:
+    def with_bias(first: int) -> dict[str, int]:
+        return {"flipped": 6, "leans_first": first, "leans_second": 6 - first}
+
+    run = with_counts([with_bias(5)] * 6 + [with_bias(0)] * 4)
+    assert [kind for kind, _ in told(run)] == ["position_bias_drift"]
+    assert told(with_counts([with_bias(5)] * 10)) == []
+    assert told(with_counts([{"flipped": 6}] * 10)) == []  # from before slots were counted
+    assert not silent(Monitors(), "position_bias_drift", History(with_counts([{"flipped": 6}])))
 
 
 def test_a_shift_that_a_new_text_asks_for_is_none() -> None:

@@ -69,8 +69,8 @@ def test_what_is_forgotten_is_asked_at_every_evaluation(tmp_path: Path) -> None:
     write_texts(tmp_path, 3)
     without, found = (estimate(job, tmp_path) for job in jobs)
     assert without["evaluations"] == found["evaluations"] == 4
-    one = without["evaluation_ballots_at_most"] / 3
-    assert found["evaluation_ballots_at_most"] == one * (3 + 0 + 1 + 2)
+    one = without["evaluation_ballots_at_most"] / (3 + 2)  # two of them at a change, under the new text, too
+    assert found["evaluation_ballots_at_most"] == one * (3 + 2 + 0 + 1 + 2)
     answer = jobs[0].sampling.max_tokens * 0.8
     assert found["tokens"]["sampled"] - without["tokens"]["sampled"] == round(4 * len(shipped()) * answer)
     own = project_job(tmp_path, "m", **schedule, eval={"retention": True, "probes": "none.jsonl"})
@@ -133,8 +133,9 @@ def test_of_a_begun_run_what_is_left_is_counted(tmp_path: Path, capsys: pytest.C
         assert left[counted] * 3 == whole[counted] > 0, counted
     assert (whole["evaluations"], left["evaluations"]) == (4, 1)
     assert left["held_out_answers"] * 4 == whole["held_out_answers"]
-    # After 2 under one text; after 4 and 6 under the second and, since it came before, the first.
-    assert left["evaluation_ballots_at_most"] * (1 + 2 + 2) == whole["evaluation_ballots_at_most"] * 2
+    # After 2 under one text, and as what is there at the change under the second; after 4 and 6 under the second and,
+    # since it came before, the first.
+    assert left["evaluation_ballots_at_most"] * (1 + 1 + 2 + 2) == whole["evaluation_ballots_at_most"] * 2
     assert left["tokens"]["trained"] == pytest.approx(whole["tokens"]["trained"] / 3, abs=1)
     plan_cost.table(left, tmp_path / "job.yaml")
     said = " ".join(capsys.readouterr().out.split())

@@ -25,7 +25,7 @@ from rlaif.evaluation.texts import FixedText
 from rlaif.learning import too_far
 from rlaif.loop.launch import asked_about_the_past
 from rlaif.monitors.tracking import of_evaluation
-from rlaif.records import EvaluationMetrics, IterationMetrics, Pair, ProbeResult, TextScore, Vote
+from rlaif.records import Completion, EvaluationMetrics, IterationMetrics, Pair, ProbeResult, TextScore, Vote
 from rlaif.rundir import store
 from rlaif.rundir.stages import VOTES
 from rlaif.rundir.store import RunDir, read_record
@@ -36,6 +36,8 @@ from tests.stubs import Quiet, StubLearner, stub_job, stub_loop, stub_probes, wr
 pytestmark = pytest.mark.slow
 
 STAGES = ("probe_completions", "probe_results", "texts", "earlier_pairs", "earlier_votes", "earlier_decisions")
+AT_CHANGE = ("change_pairs", "change_votes", "change_decisions")
+"""Of an iteration."""
 
 
 def job(**changes: Any) -> Job:
@@ -105,7 +107,36 @@ def test_answers_are_held_against_every_earlier_text(finished: RunDir) -> None:
     assert first != second, "each text has its own word"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def test_a_change_is_measured_where_following_begins(finished: RunDir) -> None:
+    """The answers that the new text finds, by its own word: wins counted here from its votes."""
+    for k, metrics in enumerate(finished.iterations_measured(range(4))):
+        here, found = finished.iteration(k), metrics.at_change
+        assert here.is_complete("change_votes") == (found is not None) == (k > 0)
+        if found is None:
+            continue
+        assert found.constitution.hash == finished.plan(k).constitution.hash
+        assert found.constitution.hash != metrics_of(finished, k).constitution.hash
+        policy, base = ({c.id: c.text for c in finished.evaluation(n).read("completions", Completion)} for n in (k, 0))
+        said: dict[str, list[float]] = {}
+        for vote in here.read("change_votes", Vote):
+            assert vote.ballot.constitution == found.constitution.hash
+            assert vote.p_first is not None
+            said.setdefault(vote.ballot.pair_id, []).append(vote.p_first)
+        pairs = here.read("change_pairs", Pair)
+        assert all(policy[p.first] != base[p.second] for p in pairs)
+        shares = [sum(said[p.id]) / len(said[p.id]) for p in pairs]
+        assert found.wins == sum(p > 0.5 for p in shares)
+        assert found.losses == sum(p < 0.5 for p in shares)
+        assert found.asked == len(pairs)
+
+
+def test_no_change_measures_nothing(tmp_path: Path) -> None:
+    run = run_of(tmp_path, schedule={0: "rules@1"}, iterations=2)
+    assert [m.at_change for m in run.iterations_measured(range(2))] == [None, None]
+    assert not list(run.path.rglob("change_*"))
+
+
+@pytest.mark.parametrize("stage", [*STAGES, *AT_CHANGE])
 def test_a_kill_in_any_stage_of_it_loses_nothing(
     stage: str, finished: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +162,10 @@ def test_a_kill_in_any_stage_of_it_loses_nothing(
             mine, theirs = (r.evaluation(updates).path / file for r in (run, finished))
             assert mine.exists() == theirs.exists()
             assert not mine.exists() or mine.read_text() == theirs.read_text()
+        if 0 < updates < 4:
+            for name in AT_CHANGE:
+                texts = [(r.iteration(updates).path / f"{name}.jsonl").read_text() for r in (run, finished)]
+                assert texts[0] == texts[1]
         same = [metrics_of(r, updates).model_copy(update={"seconds": 0.0}) for r in (run, finished)]
         assert same[0] == same[1]
     assert not list(run.path.rglob("*.partial"))
@@ -194,14 +229,16 @@ def test_the_index_has_it(finished: RunDir, monkeypatch: pytest.MonkeyPatch, tmp
         passed = index.rows(
             "SELECT evaluation, count(*) FILTER (passed) AS n FROM probe_results GROUP BY ALL ORDER BY 1"
         )
-        votes = {t: index.rows(f"SELECT count(*) AS n FROM {t}")[0]["n"] for t in ("votes", "earlier_votes")}
+        votes = {
+            t: index.rows(f"SELECT count(*) AS n FROM {t}")[0]["n"] for t in ("votes", "earlier_votes", "change_votes")
+        }
         seen = overview(index, finished)
         assert not [p for p in index.problems if "evaluations/" in p], "what an evaluation needn't have isn't missed"
     kept = {u: metrics_of(finished, u).retention for u in finished.evaluations()}
     assert {r["evaluation"]: r["n"] for r in passed} == {
         u: m.probes.kept + m.probes.gained for u, m in kept.items() if m is not None
     }
-    assert sum(c.votes for c in seen.cost) == votes["votes"] + votes["earlier_votes"]
+    assert sum(c.votes for c in seen.cost) == sum(votes.values())
     assert {e.updates: e.retention for e in seen.evaluations} == kept
 
 
@@ -275,7 +312,7 @@ def test_trackers_get_it(finished: RunDir) -> None:
 
 
 def test_the_judges_budget_counts_votes_under_earlier_texts() -> None:
-    assert set(VOTES) >= {"votes", "earlier_votes"}
+    assert set(VOTES) >= {"votes", "earlier_votes", "change_votes"}
 
 
 def test_a_run_stopped_before_the_base_policy_was_measured_may_still_have_it(

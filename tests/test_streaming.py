@@ -210,7 +210,9 @@ def test_a_judge_that_stops_stops_the_sampling_and_what_was_asked_about_stays(tm
         assert {i: after[i] for i in sampled} == sampled
         cast = [v for k in range(3) for v in loop.dir.iteration(k).read("votes", Vote)]
         evaluated = [v for n in loop.dir.evaluations() if n for v in loop.dir.evaluation(n).read("votes", Vote)]
-        assert len(cast) + len(evaluated) == server.requests  # nobody was asked twice
+        folders = [loop.dir.iteration(k) for k in range(3)]
+        at_change = [v for f in folders if f.is_complete("change_votes") for v in f.read("change_votes", Vote)]
+        assert len(cast) + len(evaluated) + len(at_change) == server.requests  # nobody was asked twice
     told = [e for e in loop.dir.events() if e.kind == "judging_interrupted"]
     assert [(e.iteration, e.data["durable"], e.data["asked_again"]) for e in told] == [(0, 5, [])]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rlaif.audit.tables import EVALUATION_STAGES
+from rlaif.audit.tables import EVALUATION_STAGES, ITERATION_STAGES
 from rlaif.records import digest
-from rlaif.rundir.stages import EVALUATION_NAMES, ITERATION_NAMES, NAMES
+from rlaif.rundir.stages import EVALUATION_NAMES, NAMES
 from rlaif.rundir.store import RunDir, StageDir, meta_missing
 
 Key = tuple[str, int, int]
@@ -107,7 +107,7 @@ def sources(run: RunDir) -> list[Source]:
     ]
     found = [s for s in found if s.path.exists()]
     for k in run.iterations():
-        found += _stages(run.iteration(k).path, ITERATION_NAMES, k, None)
+        found += _stages(run.iteration(k).path, ITERATION_STAGES, k, None)
     for k in run.evaluations():
         found += _stages(run.evaluation(k).path, EVALUATION_STAGES, None, k)
     return found

@@ -31,7 +31,7 @@ from rlaif.records import (
     UpdateStep,
     Vote,
 )
-from rlaif.rundir.stages import EVALUATION
+from rlaif.rundir.stages import EVALUATION, ITERATION
 
 
 class Column(NamedTuple):
@@ -408,6 +408,9 @@ STAGE_TABLES["rejudged_votes"] = STAGE_TABLES["votes"]._replace(
 STAGE_TABLES["earlier_votes"] = STAGE_TABLES["votes"]._replace(
     name="earlier_votes", about="one row a vote on held-out answers under a text that was in force before"
 )
+STAGE_TABLES["change_votes"] = STAGE_TABLES["votes"]._replace(
+    name="change_votes", about="one row a vote on held-out answers at a change of text, under the new one"
+)
 STAGE_TABLES["anchor_votes"] = STAGE_TABLES["votes"]._replace(
     name="anchor_votes", about="one row a vote on an earlier pair that was asked about again (monitors.anchors)"
 )
@@ -416,8 +419,9 @@ STAGE_TABLES["reference_votes"] = STAGE_TABLES["votes"]._replace(
 )
 VOTE_TABLES = tuple(name for name, table in STAGE_TABLES.items() if table.record is Vote)
 """All that judges were asked, and cost."""
+ITERATION_STAGES = tuple(stage.name for stage in ITERATION if stage.name in STAGE_TABLES)
 EVALUATION_STAGES = tuple(stage.name for stage in EVALUATION if stage.name in STAGE_TABLES)
-"""Stages of an evaluation that have a table."""
+"""Stages of an iteration and of an evaluation that have a table."""
 
 SMALL_TABLES: dict[str, Table] = {
     "iterations": Table(

@@ -14,7 +14,7 @@ from rlaif.constitutions.constitution import Change, Constitution, diff
 from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import RlaifError
 from rlaif.learning.replay_set import UNDER_IT, members, standing_of
-from rlaif.records import EvaluationMetrics, OldPair, OnChange, Plan, Record
+from rlaif.records import AgainstBase, EvaluationMetrics, OldPair, OnChange, Plan, Record
 from rlaif.review.labels import labels_noted, read_labels
 from rlaif.rundir.store import RunDir, read_record
 
@@ -72,6 +72,10 @@ class Followed(Record):
     They do at the first evaluation under it whose win rate against the base policy has its 95 % interval above one
     half. Nobody is asked between evaluations, so the answer lies between two of them.
     """
+
+    at_change: Measured | None = None
+    """The policy that the text found, under it: where following begins. It says nothing of having followed. None for
+    the first text, and where it wasn't measured."""
 
     evaluations: int
     """Under this text, from its first iteration on, with a win rate."""
@@ -140,32 +144,51 @@ def text_log(run: RunDir) -> TextLog:
                 hash=text,
                 changes=changes,
                 old_pairs=old,
-                followed=followed(since, until, text, measured),
+                followed=followed(since, until, text, measured, _at_change(run, since)),
             )
         )
     return TextLog(run=str(run.path), texts=tuple(texts), problems=tuple(dict.fromkeys(problems)))
 
 
-def followed(since: int, until: int, text: str, evaluations: Sequence[EvaluationMetrics]) -> Followed:
+def followed(
+    since: int,
+    until: int,
+    text: str,
+    evaluations: Sequence[EvaluationMetrics],
+    at_change: AgainstBase | None = None,
+) -> Followed:
     """When held-out answers followed a text (its hash) that was in force in the iterations `since` to `until`, from 0.
 
-    The evaluation at the change is none of them: it is of the policy before it, under the text before it.
+    The evaluation at the change is none of them: it is of the policy before it, under the text before it. What its
+    answers win under the new one is `at_change`.
     """
     under = [
-        Measured(iterations=e.updates - since, win_rate=e.win_rate, win_interval=e.win_interval)
+        found
         for e in sorted(evaluations, key=lambda e: e.updates)
         if since < e.updates <= until + 1
         and e.constitution.hash == text
-        and e.win_rate is not None
-        and e.win_interval is not None
+        and (found := _measured(e.updates - since, e)) is not None
     ]
     at = next((n for n, m in enumerate(under) if m.win_interval[0] > EVEN), None)
     return Followed(
+        at_change=_measured(0, at_change) if at_change else None,
         evaluations=len(under),
         first=None if at is None else under[at],
         not_after=under[at - 1].iterations if at else None,
         newest=under[-1] if under else None,
     )
+
+
+def _measured(iterations: int, found: AgainstBase | EvaluationMetrics) -> Measured | None:
+    """None without a win rate."""
+    if found.win_rate is None or found.win_interval is None:
+        return None
+    return Measured(iterations=iterations, win_rate=found.win_rate, win_interval=found.win_interval)
+
+
+def _at_change(run: RunDir, since: int) -> AgainstBase | None:
+    """What the first iteration under a text measured before it began; None while that isn't done."""
+    return next((metrics.at_change for metrics in run.iterations_measured([since])), None)
 
 
 def _plans(run: RunDir) -> list[Plan]:

@@ -212,6 +212,8 @@ def log(
         _show_changes(text.changes or ())
         if text.old_pairs:
             console.print(f"old pairs: {_old_pairs(text.old_pairs)}")
+        if (found := text.followed.at_change) is not None:
+            console.print(f"at the change: {_measured(found)}")
         console.print(f"held-out answers: {_followed(text.followed)}")
 
 
@@ -223,7 +225,7 @@ def _old_pairs(found: OldPairs) -> str:
         (found.kept, "can be replayed as they were"),
         (found.turned, "can be replayed with the other side chosen"),
         (found.stale, "can be replayed as they were judged, more rarely"),
-        (found.dropped, "are dropped by the filters"),
+        (found.dropped, "no longer kept by the filters"),
         (found.waiting, "wait to be judged again"),
     )
     (first, what), *others = [(n, what) for n, what in counted if n] or counted[:1]
@@ -235,7 +237,7 @@ def _old_pairs(found: OldPairs) -> str:
 
 def _followed(found: Followed) -> str:
     if found.newest is None:
-        return "not measured under this text"
+        return "not measured under this text" if found.at_change is None else "not measured since"
     if found.first is None:
         return f"not yet; {_measured(found.newest)}"
     said = f"followed; {_measured(found.first)}"

@@ -15,13 +15,13 @@ from rlaif.records import (
     Completion,
     Decision,
     Divergence,
-    EarlierText,
     EvaluationMetrics,
     Outcome,
     Pair,
     Quality,
     Referred,
     Retention,
+    UnderText,
     WeightsGap,
 )
 
@@ -78,11 +78,11 @@ def referred(judge: str, completions: list[Completion], pairs: list[Pair], decis
     return Referred(judge=judge, **_won(completions, pairs, decisions).fields())
 
 
-def earlier_text(
+def under_text(
     constitution: Constitution, completions: list[Completion], pairs: list[Pair], decisions: list[Decision]
-) -> EarlierText:
-    """Held-out answers judged under a text that was in force before; arguments as in `evaluation_metrics`."""
-    return EarlierText(constitution=constitution.ref, **_won(completions, pairs, decisions).fields())
+) -> UnderText:
+    """Held-out answers judged under another text than their evaluation's; arguments as in `evaluation_metrics`."""
+    return UnderText(constitution=constitution.ref, **_won(completions, pairs, decisions).fields())
 
 
 def _drift(divergences: list[Divergence] | None) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class _Won(NamedTuple):
     """Answers that somebody was asked about."""
 
     def fields(self) -> dict[str, Any]:
-        """As `EvaluationMetrics` and `EarlierText` have it."""
+        """As `EvaluationMetrics` and `UnderText` have it."""
         return {
             "win_rate": fmean(self.by_prompt) if self.by_prompt else None,
             "win_interval": wilson(sum(self.by_prompt), len(self.by_prompt)) if self.by_prompt else None,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from rlaif.intervals import ratio_interval, share, wilson
-from rlaif.records import EarlierText, ProbeCounts, ProbeResult, Retention, TextScore
+from rlaif.records import ProbeCounts, ProbeResult, Retention, TextScore, UnderText
 
 
 def retention(
@@ -14,7 +14,7 @@ def retention(
     now: Sequence[ProbeResult],
     base_texts: Sequence[TextScore],
     texts: Sequence[TextScore],
-    earlier: Mapping[str, EarlierText] | None = None,
+    earlier: Mapping[str, UnderText] | None = None,
 ) -> Retention:
     """A policy's probes and texts beside the base policy's.
 

@@ -309,6 +309,9 @@ def _count(job: Job, base_dir: Path, read: _Read) -> Counts:
         if (reference := job.eval.reference_judge) is not None:
             asked = kind_of(reference).as_read(constitution)
             reference_ballots += held * _ballots_a_pair(job, asked, "evaluate", base_dir, reference)
+    for k in left:  # the answers at a change, under the new text
+        if k and texts[k - 1].hash != texts[k].hash:
+            eval_ballots += held * _ballots_a_pair(job, texts[k], "evaluate", base_dir)
     evaluations = len(owed) + (BASE_POLICY not in behind.evaluated)
     return Counts(
         samples=samples * len(left),

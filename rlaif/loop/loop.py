@@ -24,7 +24,7 @@ from rlaif.loop.evaluation import evaluate
 from rlaif.loop.hand_over import decoding_of, gap_of
 from rlaif.loop.judging import base_logprobs, check_calibration, decide, judge, pair, score
 from rlaif.loop.old_pairs import judge_old_pairs
-from rlaif.loop.retention import BASE_POLICY
+from rlaif.loop.retention import BASE_POLICY, at_change
 from rlaif.loop.running import Iteration, Running
 from rlaif.loop.sampling import sample
 from rlaif.loop.source import take_over
@@ -99,7 +99,9 @@ class Loop(Running):
         if self.source:
             take_over(self, it, self.source)
         else:
-            it = self._ahead.take(k) or sampled_and_judged(self, it)
+            begun = it
+            it = self._ahead.take(k) or sampled_and_judged(self, begun)
+            it.at_change = begun.at_change
             self.go_ahead(k)
         base_logprobs(self, it)
         it.decisions = decide(self, it)
@@ -165,6 +167,7 @@ class Loop(Running):
             self._evaluate(BASE_POLICY, plan)
         elif changed:
             self._evaluate_after(k - 1)
+            it.at_change = at_change(self, it)
         return it
 
     def _plan(self, k: int, newest: int) -> Plan:
@@ -225,6 +228,7 @@ class Loop(Running):
             old_pairs=it.old_pairs,
             more_votes=more_votes,
             anchors=it.anchors,
+            at_change=it.at_change,
             wall_s=round(time.monotonic() - self._since, 3),
             streamed_votes=it.dir.meta("completions").get("votes"),
             servers=kind_of(self.job.judge).listed(self.servers),

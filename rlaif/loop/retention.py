@@ -1,4 +1,4 @@
-"""What an evaluation measures of forgetting: probes, fixed texts, and held-out answers under earlier texts."""
+"""What is measured of forgetting and following: probes, fixed texts, and held-out answers under other texts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from functools import partial
 
 from rlaif import evaluation
 from rlaif.data.prompts import with_system
-from rlaif.evaluation.held_out import earlier_text
+from rlaif.evaluation.held_out import under_text
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import by_pair, jurors_for
 from rlaif.loop.asking import all_answered, ballots_for, cast_owed, sides_of, templates_for
 from rlaif.loop.judging import Deciding, tell_interrupted
-from rlaif.loop.running import Interrupted, Iteration, Running
+from rlaif.loop.running import Interrupted, Iteration, Running, in_order
 from rlaif.loop.sampling import answers
 from rlaif.records import (
     Completion,
     Decision,
-    EarlierText,
     Pair,
     Plan,
     PolicyVersion,
@@ -25,6 +24,7 @@ from rlaif.records import (
     Retention,
     TextScore,
     TokenSequence,
+    UnderText,
     Vote,
 )
 
@@ -115,9 +115,24 @@ def _texts(run: Running, it: Iteration, updates: int) -> list[TextScore]:
     return it.rows("texts", rows, before_commit=lambda: run.from_cache("texts", updates))
 
 
+def at_change(run: Running, it: Iteration) -> UnderText | None:
+    """What the held-out answers of the policy that begins an iteration win under its text, which is a new one: their
+    evaluation was under the text before. None where the new text has no question about them."""
+    if not kind_of(run.job.judge).evaluates(it.constitution):
+        return None
+    prompts = {p.id: p for p in run.held_out[: run.job.eval.prompts]}
+    completions, base = (
+        in_order(run.dir.evaluation(updates).read("completions", Completion), prompts)
+        for updates in (it.k, BASE_POLICY)
+    )
+    under = Iteration(it.plan, it.dir, it.constitution, prompts, role="evaluate", completions=completions + base,
+                      pairs=against_base(f"change{it.k:04d}", completions, base))  # fmt: skip
+    return _under(run, it, [under], completions, "change", "new text")[0]
+
+
 def _earlier(
     run: Running, it: Iteration, updates: int, completions: list[Completion], base: Sequence[Completion]
-) -> dict[str, EarlierText]:
+) -> dict[str, UnderText]:
     """What the held-out answers won under each text that was in force before and isn't any more, by its hash."""
     its = [
         Iteration(plan, it.dir, constitution, it.prompts, role="evaluate", completions=it.completions,
@@ -125,10 +140,16 @@ def _earlier(
         for plan in earlier_plans(run, it.plan)
         if kind_of(run.job.judge).evaluates(constitution := run.in_force.load(plan.constitution, plan.derived))
     ]  # fmt: skip
-    if not its:
-        return {}
-    it.rows("earlier_pairs", lambda _: [[pair for under in its for pair in under.pairs]])
-    of_pair = by_pair(_votes(run, it, its))
+    found = _under(run, it, its, completions, "earlier", "earlier text") if its else []
+    return {under.constitution.hash: won for under, won in zip(its, found, strict=True)}
+
+
+def _under(
+    run: Running, it: Iteration, its: list[Iteration], completions: list[Completion], stages: str, label: str
+) -> list[UnderText]:
+    """What held-out answers win under the text of each of `its`; in the stages of `it` whose names begin so."""
+    it.rows(f"{stages}_pairs", lambda _: [[pair for under in its for pair in under.pairs]])
+    of_pair = by_pair(_votes(run, it, its, stages, label))
     calibrated = run.calibration.jurors if run.calibration else None
 
     def decide(_: list[Decision]) -> Iterator[list[Decision]]:
@@ -138,18 +159,17 @@ def _earlier(
             deciding = Deciding(run, under, under.completions, jurors)
             yield [deciding.decision(pair, of_pair[pair.id]) for pair in under.pairs]
 
-    decisions = {d.pair_id: d for d in it.rows("earlier_decisions", decide)}
-    return {
-        under.constitution.hash: earlier_text(
-            under.constitution, completions, under.pairs, [decisions[p.id] for p in under.pairs]
-        )
+    decisions = {d.pair_id: d for d in it.rows(f"{stages}_decisions", decide)}
+    return [
+        under_text(under.constitution, completions, under.pairs, [decisions[p.id] for p in under.pairs])
         for under in its
-    }
+    ]
 
 
-def _votes(run: Running, it: Iteration, its: list[Iteration]) -> list[Vote]:
+def _votes(run: Running, it: Iteration, its: list[Iteration], stages: str, label: str) -> list[Vote]:
     """The votes on each text's pairs, under that text."""
-    kind, journal = kind_of(run.job.judge), it.dir.path / "earlier_votes.asked"
+    kind, stage = kind_of(run.job.judge), f"{stages}_votes"
+    journal = it.dir.path / f"{stage}.asked"
     ballots_of = [ballots_for(run, under, "evaluate", under.pairs) for under in its]
     ballots = [ballot for of_text in ballots_of for ballot in of_text]
 
@@ -159,9 +179,9 @@ def _votes(run: Running, it: Iteration, its: list[Iteration]) -> list[Vote]:
             how = {"pairs": under.pairs, "constitution": under.constitution}
             how |= kind.cast_with(templates_for(run, under, "evaluate"), journal)
             sides = sides_of(under.pairs, under.completions, under.prompts)
-            yield from cast_owed(run, it, run.judge, "earlier text", of_text, done, sides, **how)
+            yield from cast_owed(run, it, run.judge, label, of_text, done, sides, **how)
 
-    votes = it.rows("earlier_votes", cast, before_commit=lambda: {"ballots": len(ballots)})
+    votes = it.rows(stage, cast, before_commit=lambda: {"ballots": len(ballots)})
     journal.unlink(missing_ok=True)
     return all_answered(ballots, votes)
 

@@ -34,6 +34,7 @@ from rlaif.records import (
     Score,
     Side,
     TrainingRow,
+    UnderText,
     UpdateStep,
     Vote,
 )
@@ -99,6 +100,8 @@ class Iteration:
     training: Sequence[TrainingRow] = ()
     """Rows that train, of the type that the learner takes."""
     steps: list[UpdateStep] = field(default_factory=list)
+    at_change: UnderText | None = None
+    """What held-out answers win under its text, where that is a new one."""
     anchors: AnchorCounts | None = None
     """What became of verdicts when their pairs were asked about again; None where none were."""
     begun: dict[str, StageWriter[Any]] = field(default_factory=dict)

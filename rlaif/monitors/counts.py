@@ -62,6 +62,8 @@ def pair_counts(decisions: Sequence[Decision]) -> PairCounts:
         unanimous=sum(v.agreement is not None and v.agreement > 1 - 1e-9 for v in verdicts),
         flipped=sum(v.order_flip for v in verdicts),
         kept=sum(d.status == "kept" for d in judged),
+        leans_first=sum(2 * v.slot_first > v.slot_votes for v in verdicts),
+        leans_second=sum(2 * v.slot_first < v.slot_votes for v in verdicts),
     )
 
 

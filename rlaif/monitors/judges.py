@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
 
 from rlaif.config import (
     AbstainedMonitor,
@@ -17,7 +16,7 @@ from rlaif.config import (
 from rlaif.intervals import SURE, wilson
 from rlaif.monitors.charts import Counted, Direction, shift, surprise, total
 from rlaif.monitors.history import Finding, History
-from rlaif.records import JudgedStats
+from rlaif.records import JudgedStats, PairCounts
 
 TOGETHER = 4
 """Iterations under one text whose pairs are counted together where they are held against a number that was there before
@@ -67,40 +66,54 @@ def abstained(settings: AbstainedMonitor, history: History) -> Iterator[Finding]
 
 def agreement_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
     """Fewer pairs on which all valid votes name one side."""
-    return _drift(settings, history, "pairs on which all votes name one side", "unanimous", "down")
+    what = "pairs on which all votes name one side"
+    return _drift(settings, history, what, lambda c: Counted(c.unanimous, _voted(c)), "down")
 
 
 def order_flip_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
     """More pairs that the order decides."""
-    return _drift(settings, history, "pairs on which a voice answers otherwise in the other order", "flipped", "up")
+    what = "pairs on which a voice answers otherwise in the other order"
+    return _drift(settings, history, what, lambda c: Counted(c.flipped, _voted(c)), "up")
+
+
+def position_bias_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
+    """On the pairs that the order decides, another slot wins."""
+    what = "the slot shown first, preferred where the order decides"
+    for direction in ("up", "down"):
+        yield from _drift(settings, history, what, leaning_pairs, direction)
 
 
 def abstained_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
     """More pairs that get no vote."""
-    return _drift(settings, history, "pairs without a valid vote", "abstained", "up", of="pairs")
+    return _drift(settings, history, "pairs without a valid vote", lambda c: Counted(c.abstained, c.pairs), "up")
 
 
 def kept_drift(settings: DriftMonitor, history: History) -> Iterator[Finding]:
     """The filters keep another share."""
     for direction in ("up", "down"):
-        yield from _drift(settings, history, "pairs kept", "kept", direction)
+        yield from _drift(settings, history, "pairs kept", lambda c: Counted(c.kept, _voted(c)), direction)
 
 
-_Counted = Literal["abstained", "unanimous", "flipped", "kept"]
+def _voted(counts: PairCounts) -> int:
+    """Pairs with a valid vote: an outage is no other judge."""
+    return counts.pairs - counts.abstained
+
+
+def leaning_pairs(counts: PairCounts) -> Counted:
+    """Pairs on which the slot shown first is preferred, among those on which either is."""
+    return Counted(counts.leans_first, counts.leans_first + counts.leans_second)
 
 
 def _drift(
     settings: DriftMonitor,
     history: History,
     what: str,
-    counted: _Counted,
+    counted: Callable[[PairCounts], Counted],
     direction: Direction,
-    of: Literal["pairs", "voted"] = "voted",
 ) -> Iterator[Finding]:
-    """A chart of a share of the pairs, by default of those with a valid vote: an outage is no other judge. An iteration
-    of before there were such counts says nothing."""
+    """A chart of a share of the pairs. An iteration of before there were such counts says nothing."""
     under = [(m.iteration, m.pair_counts) for m in history.under_this_text if m.pair_counts]
-    counts = [Counted(getattr(c, counted), c.pairs if of == "pairs" else c.pairs - c.abstained) for _, c in under]
+    counts = [counted(c) for _, c in under]
     if history.now.pair_counts and (found := shift(counts, direction, settings.limit, settings.least)):
         since = under[found.since][0]
         message = (

@@ -45,6 +45,9 @@ class Stage(NamedTuple):
 
 
 ITERATION = (
+    Stage("change_pairs", Pair, optional=True),
+    Stage("change_votes", Vote, ("change_pairs",), resumable=True, optional=True),
+    Stage("change_decisions", Decision, ("change_votes",), optional=True),
     Stage("completions", Completion, spoken_of=True),
     Stage("scores", Score, ("completions",), resumable=True),
     Stage("pairs", Pair, ("completions", "scores")),
@@ -86,7 +89,7 @@ VOTES = tuple(
 )
 """Stages whose rows are votes: what the judge was asked, and cost, is all of them. The reference judge is another."""
 MORE_VOTES = tuple(s.name for s in ITERATION if s.record is Vote and s.optional)
-"""Of an iteration, those on pairs of earlier ones."""
+"""Of an iteration, those on pairs of earlier ones, and on held-out answers at a change of text."""
 NAMES = tuple(stage.name for stage in ITERATION if not stage.optional)
 """Stages that every iteration has."""
 ITERATION_NAMES = tuple(stage.name for stage in ITERATION)

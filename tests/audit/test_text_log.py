@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from rlaif.audit.text_log import TextLog, followed, text_log
 from rlaif.cli import app
 from rlaif.constitutions.constitution import diff, parse_constitution
-from rlaif.records import EvaluationMetrics, IterationMetrics, Preference
+from rlaif.records import EvaluationMetrics, IterationMetrics, Preference, UnderText
 from rlaif.review.queue import sent_to_review
 from rlaif.rundir.store import RunDir, read_record, write_json
 from tests.review.runs import give, loop_of, review_job
@@ -166,6 +166,19 @@ def test_when_held_out_answers_followed(
     assert (found.first and found.first.iterations, found.newest and found.newest.iterations) == (first, newest)
 
 
+def test_where_following_begins() -> None:
+    """A policy that wins at the change hasn't followed; what comes after it may."""
+    at = UnderText(
+        constitution=evaluation(4, 0.9).constitution, win_rate=0.8, win_interval=(0.6, 0.9), wins=8, losses=2,
+        undecided=0, abstained=0,
+    )  # fmt: skip
+    found = followed(4, 7, "new", [evaluation(6, 0.4)], at)
+    assert found.at_change is not None
+    assert (found.at_change.win_rate, found.at_change.iterations) == (0.8, 0)
+    assert (found.evaluations, found.first) == (1, None)
+    assert followed(4, 7, "new", [], at.model_copy(update={"win_rate": None})).at_change is None
+
+
 def test_the_command(tmp_path: Path) -> None:
     run = finished(tmp_path)
     for k, low in ((2, 0.4), (3, 0.45), (4, 0.625)):
@@ -180,6 +193,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert "held-out answers: not yet; win rate 0.50 (95 % interval 0.40 to 0.60) after 2 iterations under it" in lines
     assert f"iterations 3 to 4: rules@2 {parsed(2).hash}" in lines
     assert lines[lines.index("wish changed: rule") :][1:3] == ["  - Rule 1.", "  + Rule 2."]
+    (at,) = [line for line in lines if line.startswith("at the change: win rate ")]
+    assert at.endswith(" after 0 iterations under it")
     assert f"old pairs: {kept(run, 0, 1)} kept pairs can't be replayed any more (within replay.max_age 4)" in lines
     assert lines[-1].startswith("held-out answers: followed; win rate 0.72 (95 % interval 0.62 to 0.82) after 2 ")
     assert lines[-1].endswith("under it, not yet after 1")

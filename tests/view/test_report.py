@@ -16,7 +16,7 @@ import pytest
 
 from rlaif.audit.index import Index
 from rlaif.errors import UserError
-from rlaif.records import ConstitutionRef, Decision, EarlierText, HumanLabel, ProbeCounts, Retention
+from rlaif.records import ConstitutionRef, Decision, HumanLabel, ProbeCounts, Retention, UnderText
 from rlaif.rundir.store import RunDir
 from rlaif.view.report import EXAMPLES, Report, make_report, write_report
 from tests.stubs import stub_job
@@ -121,7 +121,7 @@ def test_it_says_what_was_forgotten(stub_run: Path, tmp_path: Path) -> None:
         perplexity_ratio=1.23,
         perplexity_ratio_interval=(1.1, 1.4),
         earlier={
-            text.hash: EarlierText(
+            text.hash: UnderText(
                 constitution=text, win_rate=0.3, win_interval=(0.2, 0.4), wins=1, losses=2, undecided=0, abstained=0
             )
         },
