@@ -903,6 +903,9 @@ class Eval(Section):
     cache: Adjustable[bool] = True
     """Take the base policy's answers and scores from an earlier run of the same model, prompts, seed and settings, and
     keep them for later ones ([run-directory.md](run-directory.md#evaluations-of-the-base-policy))."""
+    deciding_voices: Adjustable[bool] = False
+    """Held-out pairs are also put before the voices that decide which pairs train. `monitors.hacking` then holds their
+    word against the held-out question's: what has risen by the former alone was learned from that question."""
     reference_judge: AnyJudge | None = None
     """Another judge, with settings as `judge` has them, that compares the same held-out answers and never trains:
     another model, or another server. Where what trains is pleased and this one isn't, `monitors.hacking` tells

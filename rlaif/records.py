@@ -1023,6 +1023,8 @@ class EvaluationMetrics(AnswerStats):
     """Principle → share of the answers that pass its check."""
     base_checks: dict[str, float] = Field(default_factory=dict)
     """The same of the base policy's answers; empty about the base policy, and in what older versions wrote."""
+    deciding: AgainstBase | None = None
+    """The same held-out answers by the voices that decide which pairs train (`eval.deciding_voices`)."""
     referred: Referred | None = None
     """What a judge that never trains says of the same answers; None without one."""
     seconds: float

@@ -17,7 +17,7 @@ from rlaif.cli import app
 from rlaif.config import Job, Monitors, parse_job
 from rlaif.errors import UserError
 from rlaif.monitors import History, alarms
-from rlaif.records import Decision, EvaluationMetrics, ProbeCounts, Retention, Vote
+from rlaif.records import AgainstBase, Decision, EvaluationMetrics, ProbeCounts, Retention, Vote
 from rlaif.rundir.store import RunDir, read_record
 from rlaif.view.pictures import percent, pictures
 from rlaif.view.report import make_report, write_report
@@ -51,6 +51,33 @@ def test_held_out_answers_are_judged_by_who_never_trains(tmp_path: Path) -> None
     assert (reference_line(found) or "").startswith("win rate by the reference judge ")
     trained = {v.ballot.judge for k in (0, 1) for v in run.iteration(k).read("votes", Vote)}
     assert trained == {"stub"}
+
+
+def test_the_voices_that_train_are_asked_about_held_out_answers_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no guard, which compares nothing. Wins are counted here from the votes."""
+    monkeypatch.setenv("RLAIF_CACHE", str(tmp_path / "cache"))
+    whole = job()
+    evaluation = whole.eval.model_copy(update={"deciding_voices": True})
+    run = RunDir.open(make_run(tmp_path, whole.model_copy(update={"eval": evaluation})))
+    here = run.evaluation(2)
+    votes = here.read("deciding_votes", Vote)
+    trained = {v.ballot.voice for v in run.iteration(1).read("votes", Vote) if not v.ballot.guard}
+    measured = {v.ballot.voice for v in here.read("votes", Vote)}
+    assert {v.ballot.voice for v in votes} == trained
+    assert trained.isdisjoint(measured)
+    said: dict[str, list[float]] = {}
+    for vote in votes:
+        assert vote.p_first is not None
+        said.setdefault(vote.ballot.pair_id, []).append(vote.p_first)
+    shares = [sum(p) / len(p) for p in said.values()]
+    found = read_record(here.path / "metrics.json", EvaluationMetrics)
+    assert found.deciding is not None
+    assert (found.deciding.wins, found.deciding.losses) == (sum(p > 0.5 for p in shares), sum(p < 0.5 for p in shares))
+    compared = over_time({"one": [run]}, "start", ["deciding"])
+    assert compared.groups[0].points[-1].values["deciding"].mean == found.deciding.win_rate
+    assert verify(run).findings == ()
 
 
 def test_what_it_says_is_shown_wherever_the_win_rate_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +169,11 @@ def referred(rate: float, low: float) -> dict[str, Any]:
     return {"referred": Referred(judge="r", win_rate=rate, win_interval=(low, 1.0), **counts)}
 
 
+def deciding(rate: float, low: float) -> dict[str, Any]:
+    """The voices that train say so."""
+    return {"deciding": AgainstBase(win_rate=rate, win_interval=(low, 1.0), wins=1, losses=0, undecided=0, abstained=0)}
+
+
 def kept(share: float, high: float) -> dict[str, Any]:
     counts = ProbeCounts(probes=100, base_passed=80, kept=round(80 * share), gained=0)
     none = dict.fromkeys(("perplexity", "base_perplexity", "perplexity_ratio", "perplexity_ratio_interval"))
@@ -155,6 +187,9 @@ def kept(share: float, high: float) -> dict[str, Any]:
         ({}, ""),
         (referred(0.75, 0.61), ""),
         (referred(0.5, 0.36), "and by the reference judge's 50%"),
+        (deciding(0.8, 0.66), ""),
+        (deciding(0.8, 0.66) | {"win_rate": 0.5, "win_interval": (0.36, 0.64)}, "and by the held-out question, which"),
+        (deciding(0.5, 0.36), ""),  # the judge that trains is not pleased, so it isn't fooled
         (referred(0.65, 0.49), ""),  # not surely risen, and not far behind
         (referred(0.5, 0.36) | {"win_rate": 0.66, "win_interval": (0.52, 0.78)}, ""),  # risen, but not surely enough
         ({"length_controlled_win_rate": 0.5, "length_controlled_interval": (0.36, 0.64)}, "and at equal length 50%"),

@@ -41,6 +41,9 @@ MEASURES: Mapping[str, Measure] = {
     "reference": Measure(
         "win rate by the reference judge", lambda e: e.referred.win_rate if e.referred else None, depends=True
     ),
+    "deciding": Measure(
+        "win rate by the deciding voices", lambda e: e.deciding.win_rate if e.deciding else None, depends=True
+    ),
     "words": Measure("words", lambda e: e.mean_words),
     "lists": Measure("lists", lambda e: e.list_share, percent=True),
     "ended": Measure("ended", lambda e: e.ended_share, percent=True),
@@ -53,7 +56,7 @@ MEASURES: Mapping[str, Measure] = {
     "repeated": Measure("repeated lines", lambda e: e.repeated_line_share, percent=True),
 }
 """Name, as options have it → measure. A text's checks are measures too: `check:ID`."""
-_WIN_RATES = ("win_rate", "equal_length", "reference")
+_WIN_RATES = ("win_rate", "equal_length", "reference", "deciding")
 CHECK = "check:"
 
 

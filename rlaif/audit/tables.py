@@ -414,6 +414,9 @@ STAGE_TABLES["change_votes"] = STAGE_TABLES["votes"]._replace(
 STAGE_TABLES["anchor_votes"] = STAGE_TABLES["votes"]._replace(
     name="anchor_votes", about="one row a vote on an earlier pair that was asked about again (monitors.anchors)"
 )
+STAGE_TABLES["deciding_votes"] = STAGE_TABLES["votes"]._replace(
+    name="deciding_votes", about="one row a vote on held-out answers by a voice that decides (eval.deciding_voices)"
+)
 STAGE_TABLES["reference_votes"] = STAGE_TABLES["votes"]._replace(
     name="reference_votes", about="one row a vote of the reference judge on held-out answers (eval.reference_judge)"
 )

@@ -212,8 +212,8 @@ def log(
         _show_changes(text.changes or ())
         if text.old_pairs:
             console.print(f"old pairs: {_old_pairs(text.old_pairs)}")
-        if (found := text.followed.at_change) is not None:
-            console.print(f"at the change: {_measured(found)}")
+        if (at_change := text.followed.at_change) is not None:
+            console.print(f"at the change: {_measured(at_change)}")
         console.print(f"held-out answers: {_followed(text.followed)}")
 
 

@@ -12,6 +12,7 @@ from rlaif.evaluation.answers import answer_stats
 from rlaif.evaluation.length_controlled import Judged, LengthControlled, length_controlled
 from rlaif.intervals import ratio_interval, wilson
 from rlaif.records import (
+    AgainstBase,
     Completion,
     Decision,
     Divergence,
@@ -39,11 +40,13 @@ def evaluation_metrics(
     base: Sequence[Completion] = (),
     retention: Retention | None = None,
     second: Referred | None = None,
+    by_deciding: AgainstBase | None = None,
 ) -> EvaluationMetrics:
     """An evaluation in numbers; `decisions` are None when nobody was asked: about the base policy itself, or under a
     text without a held-out contrast. `pairs` show the policy's answer first, the base policy's second; an answer equal
     to the base policy's has no pair and counts as tied. `base` holds the base policy's answers. `drift` is empty about
-    the base policy, None where nobody measured it. `second` is what the reference judge says."""
+    the base policy, None where nobody measured it. `second` is what the reference judge says, `by_deciding` what the
+    voices say that decide which pairs train."""
     won = _won(completions, pairs, decisions)
     controlled = LengthControlled()
     if won.by_prompt:
@@ -66,11 +69,17 @@ def evaluation_metrics(
             for p in constitution.principles
             if p.check and base
         },
+        deciding=by_deciding,
         referred=second,
         seconds=seconds,
         weights_gap=gap,
         retention=retention,
     )
+
+
+def against_base(completions: list[Completion], pairs: list[Pair], decisions: list[Decision]) -> AgainstBase:
+    """What held-out answers won by another question's decisions; arguments as in `evaluation_metrics`."""
+    return AgainstBase(**_won(completions, pairs, decisions).fields())
 
 
 def referred(judge: str, completions: list[Completion], pairs: list[Pair], decisions: list[Decision]) -> Referred:

@@ -306,6 +306,8 @@ def _count(job: Job, base_dir: Path, read: _Read) -> Counts:
         if read.probes:  # asked about under each earlier text, too
             earlier = {c.hash: c for c in texts[:updates] if c.hash != constitution.hash}
             eval_ballots += held * sum(_ballots_a_pair(job, c, "evaluate", base_dir) for c in earlier.values())
+        if job.eval.deciding_voices:
+            eval_ballots += held * _ballots_a_pair(job, constitution, "decide", base_dir)
         if (reference := job.eval.reference_judge) is not None:
             asked = kind_of(reference).as_read(constitution)
             reference_ballots += held * _ballots_a_pair(job, asked, "evaluate", base_dir, reference)

@@ -13,12 +13,13 @@ from rlaif.judging.candidates import Candidate
 from rlaif.judging.kinds import kind_of
 from rlaif.loop.hand_over import gap_of
 from rlaif.loop.judging import decide, judge
-from rlaif.loop.reference import referred
+from rlaif.loop.reference import deciding, referred
 from rlaif.loop.retention import BASE_POLICY, against_base, retained
 from rlaif.loop.running import Iteration, Running, candidates, in_order
 from rlaif.loop.sampling import answers
 from rlaif.monitors import tracking
 from rlaif.records import (
+    AgainstBase,
     Completion,
     Decision,
     Divergence,
@@ -72,6 +73,7 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
     drift = _drift(run, it, updates, policy, prompts[: run.job.eval.kl_prompts])
     decisions: list[Decision] | None = None
     base: list[Completion] = []
+    by_deciding: AgainstBase | None = None
     second: Referred | None = None
     if updates != BASE_POLICY:
         base = in_order(run.dir.evaluation(BASE_POLICY).read("completions", Completion), it.prompts)
@@ -81,6 +83,8 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
         it.votes = judge(run, it)
         it.decisions = decide(run, it)
         decisions = it.decisions if judged else None
+        if run.job.eval.deciding_voices and judged:
+            by_deciding = evaluation.against_base(completions, it.pairs, deciding(run, it))
         if run.referee and judged:
             second = evaluation.referred(run.referee.name, completions, it.pairs, referred(run, it))
     kept = retained(run, it, updates, policy, completions, base)
@@ -98,6 +102,7 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
         base,
         kept,
         second,
+        by_deciding,
     )
     write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
     earlier = here.read("earlier_votes", Vote) if here.is_complete("earlier_votes") else []

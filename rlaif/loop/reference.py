@@ -1,29 +1,67 @@
-"""The reference judge: it compares held-out answers, as the judge does that trains, and never trains."""
+"""Held-out answers before others than the held-out question: the reference judge, which never trains, and the voices
+that decide which pairs train. What pleases these alone is what a policy learned to please them with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlaif.constitutions.constitution import Constitution
+from rlaif.constitutions.templates import Template
 from rlaif.judging.ballots import Role
 from rlaif.judging.filters import decide_votes
-from rlaif.judging.kinds import JudgeKind
+from rlaif.judging.kinds import JudgeKind, kind_of
 from rlaif.judging.verdicts import by_pair
-from rlaif.loop.asking import all_answered, cast_owed, sides_of
-from rlaif.loop.running import Iteration, Referee, Running
+from rlaif.loop.asking import all_answered, ballots_for, cast_owed, sides_of, templates_for
+from rlaif.loop.running import Iteration, Running
 from rlaif.records import Ballot, Decision, Vote
+from rlaif.workers.worker import Worker
 
 
-def _role(kind: JudgeKind[Any], constitution: Constitution) -> Role:
-    """What it is asked: the held-out question, or where a text has none the one that decides, which didn't train it."""
-    return "evaluate" if kind.evaluates(constitution) else "decide"
+class _Question(NamedTuple):
+    """Who is asked what about an evaluation's pairs."""
+
+    stages: str
+    """How the names of its stages begin."""
+    said: str
+    """Who it is, in words."""
+    kind: JudgeKind[Any]
+    worker: Worker
+    constitution: Constitution
+    """As this judge reads it."""
+    ballots: list[Ballot]
+    """Guards among them are left out: they veto what trains, and compare nothing."""
+    templates: Sequence[Template]
 
 
 def referred(run: Running, it: Iteration) -> list[Decision]:
-    """Its word on each pair of an evaluation."""
+    """The reference judge's word on each pair of an evaluation."""
     assert run.referee is not None
-    of_pair = by_pair(_votes(run, it, run.referee))
+    kind = run.referee.kind
+    constitution = kind.as_read(it.constitution)
+    role = _role(kind, constitution)
+    names = kind.template_names(constitution, role, it.plan.templates)
+    templates = [run.in_force.load_template(name, it.plan.templates[name]) for name in names]
+    ballots = kind.ballots(it.pairs, constitution, role, run.job.seed, run.referee.name, templates)
+    who = "the reference judge"
+    return _decided(run, it, _Question("reference", who, kind, run.referee.worker, constitution, ballots, templates))
+
+
+def deciding(run: Running, it: Iteration) -> list[Decision]:
+    """The word on each pair of an evaluation of the voices that decide which pairs train."""
+    kind = kind_of(run.job.judge)
+    ballots, templates = ballots_for(run, it, "decide", it.pairs), templates_for(run, it, "decide")
+    return _decided(run, it, _Question("deciding", "the judge", kind, run.judge, it.constitution, ballots, templates))
+
+
+def _role(kind: JudgeKind[Any], constitution: Constitution) -> Role:
+    """What the reference is asked: the held-out question, or where a text has none the one that decides, which didn't
+    train it."""
+    return "evaluate" if kind.evaluates(constitution) else "decide"
+
+
+def _decided(run: Running, it: Iteration, question: _Question) -> list[Decision]:
+    of_pair = by_pair(_votes(run, it, question))
     texts = {c.id: c.text for c in it.completions}
     # Which filters a training pair passes is no matter here; how votes are added up is.
     filters = run.job.filters.model_copy(update={"aggregate": "mean", "calibration": None, "rules": ()})
@@ -31,24 +69,20 @@ def referred(run: Running, it: Iteration) -> list[Decision]:
     def produce(_: list[Decision]) -> Iterator[list[Decision]]:
         yield [decide_votes(p, of_pair[p.id], filters, texts, it.constitution.weights) for p in it.pairs]
 
-    return it.rows("reference_decisions", produce)
+    return it.rows(f"{question.stages}_decisions", produce)
 
 
-def _votes(run: Running, it: Iteration, referee: Referee) -> Sequence[Vote]:
-    kind, journal = referee.kind, it.dir.path / "reference_votes.asked"
-    constitution = kind.as_read(it.constitution)
-    role = _role(kind, constitution)
-    names = kind.template_names(constitution, role, it.plan.templates)
-    templates = [run.in_force.load_template(name, it.plan.templates[name]) for name in names]
-    ballots: list[Ballot] = [
-        b for b in kind.ballots(it.pairs, constitution, role, run.job.seed, referee.name, templates) if not b.guard
-    ]
+def _votes(run: Running, it: Iteration, question: _Question) -> Sequence[Vote]:
+    stage = f"{question.stages}_votes"
+    journal = it.dir.path / f"{stage}.asked"
+    ballots = [b for b in question.ballots if not b.guard]
 
     def produce(done: list[Vote]) -> Iterator[list[Vote]]:
-        how = {"pairs": it.pairs, "constitution": constitution} | kind.cast_with(templates, journal)
+        how = {"pairs": it.pairs, "constitution": question.constitution}
+        how |= question.kind.cast_with(question.templates, journal)
         sides = sides_of(it.pairs, it.completions, it.prompts)
-        yield from cast_owed(run, it, referee.worker, "reference", ballots, done, sides, **how)
+        yield from cast_owed(run, it, question.worker, question.stages, ballots, done, sides, **how)
 
-    votes = it.rows("reference_votes", produce)
+    votes = it.rows(stage, produce)
     journal.unlink(missing_ok=True)
-    return all_answered(ballots, votes, "the reference judge")
+    return all_answered(ballots, votes, question.said)

@@ -1,7 +1,8 @@
 """Is the judge being fooled? What it is pleased with, beside what nobody trains on. Pure.
 
-In: evaluations. Out: findings where the win rate, by the judge that trains, has surely risen, and something that should
-have risen with it has not. Each of these is a rise above the base policy, which has a half of the wins by definition.
+In: evaluations. Out: findings where the win rate has surely risen, by the voices that decide what trains where these
+were asked (`eval.deciding_voices`), and something that should have risen with it has not. Each of these is a rise above
+the base policy, which has a half of the wins by definition.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ class Rise(NamedTuple):
 def hacking(settings: HackingMonitor, history: History) -> Iterator[Finding]:
     """Held-out answers, by who trains and by others."""
     now = history.evaluated
-    if now is None or now.win_rate is None or now.win_interval is None:
+    if now is None:
         return
-    rise, error = now.win_rate - 0.5, now.win_rate - now.win_interval[0]
+    by_judge = now.deciding or now
+    if by_judge.win_rate is None or by_judge.win_interval is None:
+        return
+    rise, error = by_judge.win_rate - 0.5, by_judge.win_rate - by_judge.win_interval[0]
     if rise <= _SURELY * error:
         return
     for other in _others(now, length_is_asked_for="length" in history.asked):
@@ -43,20 +47,23 @@ def hacking(settings: HackingMonitor, history: History) -> Iterator[Finding]:
         if other.low <= 0 and rise - other.by >= max(settings.gap, by_chance):
             message = (
                 "the judge may be being fooled: by its word the policy wins "
-                f"{now.win_rate:.0%} of the held-out prompts against the base policy, and {other.said}"
+                f"{by_judge.win_rate:.0%} of the held-out prompts against the base policy, and {other.said}"
             )
             yield Finding(message, rise - other.by, settings.gap)
     kept, interval = (now.retention.kept_share, now.retention.kept_interval) if now.retention else (None, None)
     if kept is not None and interval is not None and interval[1] < settings.kept:
         message = (
-            f"by the judge's word the policy wins {now.win_rate:.0%} of the held-out prompts against the base policy, "
-            f"and it still passes only {kept:.0%} of the probes that the base policy passed"
+            f"by the judge's word the policy wins {by_judge.win_rate:.0%} of the held-out prompts against the base "
+            f"policy, and it still passes only {kept:.0%} of the probes that the base policy passed"
         )
         yield Finding(message, kept, settings.kept)
 
 
 def _others(now: EvaluationMetrics, length_is_asked_for: bool) -> Iterator[Rise]:
     """What should rise with the win rate; a text that asks for length should be won by length."""
+    if now.deciding and now.win_rate is not None and now.win_interval is not None:
+        said = f"by the held-out question, which trains nothing, {now.win_rate:.0%}"
+        yield Rise(now.win_rate - 0.5, now.win_interval[0] - 0.5, said)
     referred, controlled, within = now.referred, now.length_controlled_win_rate, now.length_controlled_interval
     if referred and referred.win_rate is not None and referred.win_interval is not None:
         said = f"by the reference judge's {referred.win_rate:.0%}"

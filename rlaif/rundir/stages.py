@@ -77,6 +77,8 @@ EVALUATION = (
     Stage("earlier_pairs", Pair, ("completions",), optional=True),
     Stage("earlier_votes", Vote, ("earlier_pairs",), resumable=True, optional=True),
     Stage("earlier_decisions", Decision, ("earlier_votes",), optional=True),
+    Stage("deciding_votes", Vote, ("pairs",), resumable=True, optional=True),
+    Stage("deciding_decisions", Decision, ("deciding_votes",), optional=True),
     Stage("reference_votes", Vote, ("pairs",), resumable=True, optional=True),
     Stage("reference_decisions", Decision, ("reference_votes",), optional=True),
 )
