@@ -18,12 +18,13 @@ from rlaif.audit.answers import Answers, answers_to, held_out_prompts
 from rlaif.audit.index import Index
 from rlaif.audit.overview import Overview, mixed_line
 from rlaif.audit.summary import SHOWN_PROMPTS
+from rlaif.audit.text_log import TextLog, text_log
 from rlaif.constitutions.constitution import Constitution
 from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.judging.kinds import kind_of
-from rlaif.records import EvaluationMetrics, Record
+from rlaif.records import EvaluationMetrics, Parent, Record
 from rlaif.rundir.heads import read_heads
 from rlaif.rundir.store import RunDir, file_digest, read_source, replacing
 from rlaif.trust.agreement import Agreement, agreement, labelled_pairs
@@ -103,6 +104,10 @@ class Report(Record):
     overview: Overview
     evaluations: tuple[EvaluationMetrics, ...]
     texts: tuple[Text, ...]
+    log: TextLog | None
+    """What each change of text did, and whether answers followed; None where the run's texts are damaged."""
+    parent: Parent | None
+    """The run whose first iterations are its past."""
     prompts: tuple[PromptFile, ...]
     prompts_used: int
     """Different training prompts that were sampled from."""
@@ -148,6 +153,11 @@ def _make(index: Index, run: RunDir) -> Report:
     calibration = _calibration(run, job, damaged)
     calibrated = calibration is not None or bool(damaged)
     texts = tuple(_text(run, c.constitution, c.hash, c.iteration, damaged) for c in facts.overview.changes)
+    log: TextLog | None = None
+    try:
+        log = text_log(run)
+    except RlaifError as e:
+        damaged.append(str(e))
     pairs, problems = labelled_pairs(run)
     human = tuple(agreement(pairs)) if pairs else ()
     dropped: dict[str, int] = {}
@@ -171,6 +181,8 @@ def _make(index: Index, run: RunDir) -> Report:
         overview=facts.overview,
         evaluations=tuple(facts.evaluations),
         texts=texts,
+        log=log,
+        parent=run.parent,
         prompts=tuple(_prompts(run, job)),
         prompts_used=used,
         calibration=calibration,

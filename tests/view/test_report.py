@@ -16,8 +16,10 @@ import pytest
 
 from rlaif.audit.index import Index
 from rlaif.errors import UserError
+from rlaif.loop.branch import branch
 from rlaif.records import ConstitutionRef, Decision, HumanLabel, ProbeCounts, Retention, UnderText
 from rlaif.rundir.store import RunDir
+from rlaif.view.pictures import percent
 from rlaif.view.report import EXAMPLES, Report, make_report, write_report
 from tests.stubs import stub_job
 from tests.test_layers import main, without_heavy
@@ -103,6 +105,24 @@ def test_it_says_what_the_log_says(report: Report, stub_run: Path, tmp_path: Pat
     assert len(report.answers) == 3
     assert all(a.text in text for one in report.answers for e in one.evaluated for a in e.answers)
     assert "new text rules@2" in " ".join(text.split())
+
+
+def test_it_says_what_a_change_did(report: Report, stub_run: Path, tmp_path: Path) -> None:
+    html = written(stub_run, tmp_path / "report.html")
+    assert report.log is not None
+    first, second = report.log.texts
+    assert (first.changes, second.since) == (None, 2)
+    assert second.followed.at_change is not None
+    text = " ".join(html.split())
+    assert "The texts that were in force, in order" in text
+    assert f"at the change: win rate {percent(second.followed.at_change.win_rate)}" in text
+    assert second.old_pairs is not None
+    assert f"{second.old_pairs.expired} expired" in text
+    assert "/constitutions/" not in html, "a file leads to no page"
+    assert report.parent is None
+    shutil.copytree(stub_run, tmp_path / "run")
+    made = branch(RunDir.open(tmp_path / "run"), 4, "another")
+    assert "Its first 4 iterations are those of run, from which" in written(made.path, tmp_path / "branch.html")
 
 
 def test_it_says_what_was_forgotten(stub_run: Path, tmp_path: Path) -> None:
