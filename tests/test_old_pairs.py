@@ -389,6 +389,9 @@ def test_status_names_old_pairs_while_they_are_judged(tmp_path: Path) -> None:
 # No iteration mixes two texts.
 
 
+REFERENCE = {"kind": "likelihood", "model": "another"}
+
+
 class EditsAlways(Quiet):
     """Writes another text whenever the loop says what it is doing."""
 
@@ -417,10 +420,22 @@ def test_no_iteration_mixes_two_texts_whenever_one_is_edited(tmp_path: Path, on_
     replay = {"on_change": on_change, "rejudge": {"calls": 9}, "half_distance": 1.0}
     run = went(
         tmp_path, {"wish": 1, "tone": 2}, progress=editing, constitution="rules", iterations=4, replay=replay,
-        eval={"every": 1, "prompts": 2},
+        eval={"every": 1, "prompts": 2, "retention": True, "deciding_voices": True, "reference_judge": REFERENCE},
     )  # fmt: skip
-    assert {"score", "judge", "held-out", "sanity", "evaluate", "after an iteration"} < editing.at
-    assert ("rejudge" in editing.at) == (on_change == "rejudge")
+    of_an_iteration = {"new text", "sample", "score", "judge", "update", "after an iteration"}
+    of_an_evaluation = {
+        "held-out",
+        "sanity",
+        "untempered",
+        "KL",
+        "evaluate",
+        "deciding",
+        "reference",
+        "probes",
+        "texts",
+    }
+    assert of_an_iteration | of_an_evaluation | {"earlier text"} <= editing.at
+    assert {"rejudge", "distance"} & editing.at == ({"rejudge", "distance"} if on_change == "rejudge" else set())
     texts = [run.plan(k).constitution.hash for k in range(4)]
     assert len(set(texts)) > 2
     for k, text in enumerate(texts):
@@ -431,8 +446,13 @@ def test_no_iteration_mixes_two_texts_whenever_one_is_edited(tmp_path: Path, on_
         assert {v.ballot.constitution for v in asked} == {text}
         assert {p.constitution for p in here.read("preferences", Preference)} == {text}
         assert {r.constitution for r in old_pairs(run, k)} <= {text}
-        measured = run.evaluation(k + 1).read("votes", Vote)
-        assert {v.ballot.constitution for v in measured} == {text}
+        if here.is_complete("change_votes"):
+            assert {v.ballot.constitution for v in here.read("change_votes", Vote)} == {text}
+        for name in ("votes", "deciding_votes", "reference_votes"):
+            assert {v.ballot.constitution for v in run.evaluation(k + 1).read(name, Vote)} == {text}
+        if k and run.evaluation(k + 1).is_complete("earlier_votes"):
+            before = {v.ballot.constitution for v in run.evaluation(k + 1).read("earlier_votes", Vote)}
+            assert before == {*texts[:k]} - {text}
 
 
 # What is drawn.
