@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
+from rlaif.audit.index import Index
 from rlaif.audit.summary import status_of
 from rlaif.audit.text_log import text_log
+from rlaif.cli import app
 from rlaif.config import Replay
 from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import UserError
@@ -33,6 +37,7 @@ from rlaif.records import (
 )
 from rlaif.review.queue import Queue, sent_to_review
 from rlaif.rundir.store import RunDir, read_rows, write_json
+from rlaif.view.app import make_app
 from tests.conftest import project_job
 from tests.kill_driver import in_child
 from tests.review.runs import give, key_for, reviewed
@@ -519,6 +524,17 @@ def test_distances_are_those_of_the_learner_that_trains_on(tmp_path: Path) -> No
 # People's labels.
 
 
+def asked_at_the_terminal(run: RunDir, author: str) -> str:
+    return CliRunner().invoke(app, ["review", str(run.path), "--author", author], input="q\n").output
+
+
+def asked_on_the_page(run: RunDir, author: str) -> str:
+    client = TestClient(make_app(run, Index.open(run)), base_url="http://127.0.0.1")
+    client.cookies.set("rlaif_author", author)
+    shown: str = client.get("/review").text
+    return shown
+
+
 def test_a_person_is_asked_again_under_the_new_text_and_their_word_trains_again(tmp_path: Path) -> None:
     texts: dict[str, Any] = {"schedule": {0: "rules@1", 1: "rules@2"}, "replay": {"share": 0.0, "on_change": "rejudge"}}
     run = reviewed(tmp_path, iterations=1, **texts)
@@ -537,6 +553,10 @@ def test_a_person_is_asked_again_under_the_new_text_and_their_word_trains_again(
     again = queue.next("ann")
     assert again is not None
     assert (again.pair_id, again.again, again.constitution.hash) == (pair, True, run.plan(1).constitution.hash)
+    queue.release("ann")
+    assert "you labelled this pair under another text" in asked_at_the_terminal(run, "ann")
+    assert "You labelled this pair under another text" in asked_on_the_page(run, "ann")
+    assert "Nothing waits for you now" in asked_on_the_page(run, "bob")
     key = key_for(pair, "ann", "first")
     label = queue.answer(pair, key, "ann", constitution=again.constitution.hash)
     assert label.constitution == run.plan(1).constitution.hash
