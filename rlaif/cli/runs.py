@@ -34,9 +34,9 @@ def runs(
         typer.echo(f"no run in {folder}; `rlaif run JOB` makes one", err=True)
         return
     probes = any(row.kept_share is not None for row in rows)
-    kept = ("kept",) if probes else ()  # of probes
+    kept = ("probes kept",) if probes else ()
     columns = ("run", "from", "iterations", "text", "win rate", "95%", "KL/token", *kept, "alarms", "size", "shared")
-    listing = Listing(*columns, right=("iterations", "win rate", "KL/token", "kept", "alarms", "size", "shared"))
+    listing = Listing(*columns, right=("iterations", "win rate", "KL/token", "probes kept", "alarms", "size", "shared"))
     for row in rows:
         listing.add(*_cells(row, probes))
     listing.print(stdout_console())
