@@ -14,7 +14,7 @@ from rlaif import models
 from rlaif.audit.summary import reference_line, retention_lines, summarise
 from rlaif.errors import UserError
 from rlaif.models import hub_id
-from rlaif.records import EvaluationMetrics
+from rlaif.records import LENGTH_UNKNOWN, EvaluationMetrics
 from rlaif.rundir.store import RunDir, disk_errors, make_folder, replace_dir
 
 _Scaled = dict[str, tuple[Any, float]]
@@ -260,6 +260,8 @@ def model_card(run: RunDir, updates: int) -> str:
         at_length = "" if e.length_controlled_win_rate is None else f"{e.length_controlled_win_rate:.2f}"
         if at_length and e.length_controlled_interval:
             at_length += f" ({e.length_controlled_interval[0]:.2f}-{e.length_controlled_interval[1]:.2f})"
+        if e.length_controlled_unknown:
+            at_length = f"unknown: {LENGTH_UNKNOWN[e.length_controlled_unknown]}"
         kl = "" if e.kl_per_token is None or e.kl_by_older_version else f"{e.kl_per_token:.3f}"
         if kl and e.kl_answers and e.kl_interval:
             kl += f" ({e.kl_interval[0]:.3f}-{e.kl_interval[1]:.3f})"

@@ -24,7 +24,14 @@ Order = Literal["forward", "reversed", "none"]
 Side = Literal["first", "second"]
 AbstainReason = Literal["unparsed", "truncated", "refused", "empty", "infra_error"]
 FinishReason = Literal["stop", "length"]
-LengthUnknown = Literal["few_prompts", "one_sided", "same_length"]
+LengthUnknown = Literal["few_prompts", "one_sided", "same_length", "no_overlap"]
+LENGTH_UNKNOWN: dict[LengthUnknown, str] = {
+    "few_prompts": "verdicts on too few prompts",
+    "one_sided": "all verdicts are for one side",
+    "same_length": "every answer differs in length by the same",
+    "no_overlap": "too few answers are longer, or too few are shorter, than the base policy's",
+}
+"""Why a win rate at equal length can't be told, in words."""
 DropReason = Literal[
     "identical",
     "too_few_votes",
@@ -992,10 +999,12 @@ class EvaluationMetrics(AnswerStats):
     with a term for length, at no difference (Dubois et al. 2024). Read it beside the raw one: a text may ask for
     length. None where it can't be told, and in what older versions wrote."""
     length_controlled_interval: tuple[float, float] | None = None
-    """95 %, over the prompts. Wide where all answers differ in length the same way."""
+    """95 %, over the prompts."""
     length_controlled_unknown: LengthUnknown | None = None
     """Why it can't be told: verdicts on fewer than 10 prompts; all verdicts for one side; every answer longer by the
-    same number of words, so that the effect of length doesn't show."""
+    same number of words, so that the effect of length doesn't show; longer answers than the base policy's on fewer
+    than 5 prompts, or shorter ones, so that next to nothing was seen near equal length. Older versions told a rate
+    there, which was close to the raw one."""
     wins: int
     losses: int
     undecided: int

@@ -61,7 +61,7 @@ def test_wins_against_length_count_for_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theta", "phi", "longer_by"), [(0.0, 0.0, 0.0), (0.0, 3.0, 30.0), (1.0, 0.0, 30.0), (0.5, -2.0, -45.0)]
+    ("theta", "phi", "longer_by"), [(0.0, 0.0, 0.0), (0.0, 3.0, 20.0), (1.0, 0.0, 20.0), (0.5, -2.0, -20.0)]
 )
 def test_the_interval_holds_the_truth_as_often_as_it_says(theta: float, phi: float, longer_by: float) -> None:
     truth, held = 1 / (1 + math.exp(-theta)), []
@@ -78,6 +78,7 @@ def test_the_fit_is_that_of_another_optimizer(seed: int) -> None:
     rng = np.random.default_rng(seed)
     n = int(rng.integers(10, 60))
     words = np.round(rng.normal(rng.normal(0, 60), 30, n))
+    words[:10] = np.repeat([20, -20], 5)  # enough each way
     won = (words + rng.normal(0, 10 * (seed % 4), n) > 0) * 1.0
     won[:3] = 0.0, 0.5, 1.0
     length = np.tanh(words / words.std(ddof=1))
@@ -105,16 +106,32 @@ def test_the_fit_is_that_of_another_optimizer(seed: int) -> None:
 
 def test_separation_stays_finite() -> None:
     """The longer answer always wins, and lengths lie far apart."""
-    answers = [Judged(f"p{i}", float(i > 3), 1000 if i > 3 else -1000) for i in range(30)]
+    answers = [Judged(f"p{i}", float(i > 4), 1000 if i > 4 else -1000) for i in range(30)]
     _, low, high = told(answers)
     assert low < 0.5 < high
 
 
-def test_lengths_on_one_side_alone_leave_it_open() -> None:
-    answers = drawn(2, 64, theta=1.0, phi=0.0, longer_by=200)
-    _, low, high = told(answers)
-    assert low < 0.3
-    assert high > 0.9
+@pytest.mark.parametrize("way", [1, -1])
+def test_lengths_on_one_side_alone_leave_it_open(way: int) -> None:
+    answers = drawn(2, 64, theta=1.0, phi=0.0, longer_by=200 * way)
+    assert length_controlled(answers).unknown == "no_overlap"
+
+
+@pytest.mark.parametrize(("longer_by", "least", "most"), [(30, 150, 200), (40, 50, 120), (60, 0, 5), (90, 0, 0)])
+def test_a_judge_that_likes_length_alone_is_not_taken_to_like_the_policy(longer_by: int, least: int, most: int) -> None:
+    """Where answers of the base policy's length are few the fit returns to the raw rate: .60 at 60 words, .85 at 90."""
+    drawings = [drawn(seed, 48, theta=0.0, phi=3.0, longer_by=longer_by) for seed in range(200)]
+    rates = [r for answers in drawings if (r := length_controlled(answers).win_rate) is not None]
+    assert least <= len(rates) <= most
+    assert not least or np.mean(rates) == pytest.approx(0.5, abs=0.05)
+
+
+def test_overlap_is_of_prompts_however_many_answers_each_has() -> None:
+    def answers(shorter: int) -> list[Judged]:
+        return [Judged(f"p{n}", float(k < 2), -9 if n < shorter else 9 + n) for n in range(30) for k in range(4)]
+
+    assert length_controlled(answers(4)).unknown == "no_overlap"
+    assert length_controlled(answers(5)).unknown is None
 
 
 @pytest.mark.parametrize(
@@ -133,10 +150,10 @@ def test_what_cant_be_told_is_not_told(answers: list[Judged], unknown: str) -> N
 
 
 def test_ties_are_half() -> None:
-    rate, low, high = told([Judged(f"p{i}", 0.5, i) for i in range(40)])
+    rate, low, high = told([Judged(f"p{i}", 0.5, i - 20) for i in range(41)])
     assert rate == pytest.approx(0.5)
     assert low == pytest.approx(1 - high)
-    won = [Judged(f"p{i}", (0.5, 1.0)[i % 2], i // 2) for i in range(40)]
+    won = [Judged(f"p{i}", (0.5, 1.0)[i % 2], i // 2 - 9) for i in range(40)]
     assert told(won)[0] == pytest.approx(0.75, abs=1e-6)
 
 

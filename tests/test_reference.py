@@ -194,6 +194,11 @@ def kept(share: float, high: float) -> dict[str, Any]:
         (referred(0.5, 0.36) | {"win_rate": 0.66, "win_interval": (0.52, 0.78)}, ""),  # risen, but not surely enough
         ({"length_controlled_win_rate": 0.5, "length_controlled_interval": (0.36, 0.64)}, "and at equal length 50%"),
         ({"length_controlled_win_rate": 0.78, "length_controlled_interval": (0.6, 0.9)}, ""),
+        ({"length_controlled_unknown": "no_overlap"}, ""),
+        (
+            referred(0.5, 0.36) | {"length_controlled_unknown": "no_overlap"},
+            "50%; at equal length it is unknown: too few answers are longer",
+        ),
         ({"checks": {"w": 0.3}, "base_checks": {"w": 0.3}}, "pass 30% of the mechanical checks, the base policy's 30%"),
         ({"checks": {"w": 0.8}, "base_checks": {"w": 0.3}}, ""),
         ({"checks": {"w": 0.9}, "base_checks": {"w": 0.9}}, ""),  # no room to rise

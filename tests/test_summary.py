@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
 from rlaif.audit.index import Index
 from rlaif.audit.overview import overview
@@ -115,6 +116,11 @@ CONTROLLED = {"length_controlled_win_rate": 0.6, "length_controlled_interval": [
             {"length_controlled_unknown": "one_sided"},
             "after 4: win rate at equal length unknown: all verdicts are for one side",
         ),
+        (
+            {"length_controlled_unknown": "no_overlap"},
+            "after 4: win rate at equal length unknown: too few answers are longer, or too few are shorter, than the "
+            "base policy's",
+        ),
         ({}, None),  # of a run that began before it was measured
     ],
 )
@@ -139,9 +145,13 @@ def test_the_win_rate_at_equal_length_stands_beside_the_raw_one(
         "report.html", report=report, facts=report.facts, pictures=[], style="", reasons={}, answers=[], job_yaml=""
     )
     assert ("60 % (40 % to 80 %)" in html.replace("\N{NO-BREAK SPACE}", " ")) == (fields == CONTROLLED)
-    assert ("unknown: one sided" in html) == ("length_controlled_unknown" in fields)
-    assert any("may be a matter of length" in c for c in report.caveats) == (fields == CONTROLLED)
-    assert ("| 0.90 (0.80-0.95) | 0.60 (0.40-0.80) |" in model_card(run, 4)) == (fields == CONTROLLED)
+    why = line.partition("unknown: ")[2] if line else ""
+    assert html.count(f"unknown: {escape(why)}") == (2 if why else 0), "in the figures and in the table"
+    about_length = [c for c in report.caveats if "may be a matter of length" in c]
+    assert len(about_length) == bool(fields)
+    assert all(why in c for c in about_length)
+    in_card = "0.60 (0.40-0.80)" if fields == CONTROLLED else f"unknown: {why}" if why else ""
+    assert f"| 0.90 (0.80-0.95) | {in_card} |" in model_card(run, 4)
 
 
 @pytest.mark.slow

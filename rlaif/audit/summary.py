@@ -12,12 +12,12 @@ from rlaif.audit.picture import draw
 from rlaif.console import counted, inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import (
+    LENGTH_UNKNOWN,
     Completion,
     ConstitutionRef,
     EvaluationMetrics,
     Event,
     IterationMetrics,
-    LengthUnknown,
     Parent,
     Plan,
     Prompt,
@@ -37,11 +37,6 @@ if TYPE_CHECKING:
 SHOWN_PROMPTS = 3
 _NOT_SET = "not set"
 """What people read for null."""
-NO_LENGTH_CONTROL: dict[LengthUnknown, str] = {
-    "few_prompts": "verdicts on too few prompts",
-    "one_sided": "all verdicts are for one side",
-    "same_length": "every answer differs in length by the same",
-}
 
 
 class Status(Record):
@@ -326,7 +321,7 @@ def length_line(e: EvaluationMetrics | EvaluationRow) -> str | None:
         low, high = e.length_controlled_interval
         return f"win rate at equal length {e.length_controlled_win_rate:.2f} ({low:.2f}-{high:.2f})"
     if e.length_controlled_unknown is not None:
-        return f"win rate at equal length unknown: {NO_LENGTH_CONTROL[e.length_controlled_unknown]}"
+        return f"win rate at equal length unknown: {LENGTH_UNKNOWN[e.length_controlled_unknown]}"
     return None
 
 

@@ -24,11 +24,14 @@ from rlaif.records import LengthUnknown
 
 MIN_PROMPTS = 10
 """With verdicts on fewer, two coefficients are mostly the prior's word."""
+MIN_EACH_WAY = 5
+"""Prompts with a longer answer than the base policy's, and as many with a shorter one. With fewer, next to nothing was
+seen near no difference: theta is then what the prior leaves of the raw rate, and its interval, however wide, is around
+the wrong place. A limit on the interval's width would be worse: it keeps the fits that are too sure."""
 PRIOR_SD = 3.0
 """Standard deviation of phi's prior, log odds. It keeps the fit finite where length alone separates wins from losses.
-Where every answer differs in length the same way, nothing was seen near no difference, and the interval becomes as wide
-as the prior. With 1 a strong effect of length stays partly in the result, more than the interval says (a test has the
-coverage). theta has no prior: without an effect of length, the result is the raw rate."""
+With 1 a strong effect of length stays partly in the result, more than the interval says (a test has the coverage).
+theta has no prior: without an effect of length, the result is the raw rate."""
 _ROUNDS = 100
 _CLOSE = 1e-10
 
@@ -72,6 +75,9 @@ def length_controlled(answers: Sequence[Judged]) -> LengthControlled:
     words = np.array([float(a.more_words) for a in asked])
     if words.min() == words.max():
         return LengthControlled(unknown="same_length")
+    longer, shorter = ({a.prompt_id for a in asked if way * a.more_words > 0} for way in (1, -1))
+    if min(len(longer), len(shorter)) < MIN_EACH_WAY:
+        return LengthControlled(unknown="no_overlap")
     weights = np.array([1 / of_prompt[a.prompt_id] for a in asked])
     theta, variance = _fit(won, np.tanh(words / words.std(ddof=1)), weights)
     p = 1 / (1 + np.exp(-theta))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from rlaif.config import HackingMonitor
 from rlaif.monitors.history import Finding, History
-from rlaif.records import EvaluationMetrics
+from rlaif.records import LENGTH_UNKNOWN, EvaluationMetrics
 
 _SURELY = 2.807 / 1.960
 """A 99.5 % interval beside a 95 % one: each evaluation is looked at, and against several others."""
@@ -42,13 +42,16 @@ def hacking(settings: HackingMonitor, history: History) -> Iterator[Finding]:
     rise, error = by_judge.win_rate - 0.5, by_judge.win_rate - by_judge.win_interval[0]
     if rise <= _SURELY * error:
         return
-    for other in _others(now, length_is_asked_for="length" in history.asked):
+    length_is_asked_for = "length" in history.asked
+    for other in _others(now, length_is_asked_for):
         by_chance = _SURELY * math.hypot(error, other.by - other.low)
         if other.low <= 0 and rise - other.by >= max(settings.gap, by_chance):
             message = (
                 "the judge may be being fooled: by its word the policy wins "
                 f"{by_judge.win_rate:.0%} of the held-out prompts against the base policy, and {other.said}"
             )
+            if now.length_controlled_unknown and not length_is_asked_for:
+                message += f"; at equal length it is unknown: {LENGTH_UNKNOWN[now.length_controlled_unknown]}"
             yield Finding(message, rise - other.by, settings.gap)
     kept, interval = (now.retention.kept_share, now.retention.kept_interval) if now.retention else (None, None)
     if kept is not None and interval is not None and interval[1] < settings.kept:

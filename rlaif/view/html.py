@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from rlaif.audit.disk import in_words
+from rlaif.records import LENGTH_UNKNOWN
 from rlaif.view.pictures import percent
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def environment() -> jinja2.Environment:
         "log_place": lambda value: "/".join(str(value).rsplit("/", 2)[-2:]),
         "when": lambda value: str(value)[:16].replace("T", " ") + " UTC",
     }
+    made.globals["length_unknown"] = LENGTH_UNKNOWN
     return made
 
 

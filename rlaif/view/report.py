@@ -24,7 +24,7 @@ from rlaif.constitutions.copies import constitution_copy
 from rlaif.errors import RlaifError, UserError
 from rlaif.judging.calibration import Calibration, read_calibration
 from rlaif.judging.kinds import kind_of
-from rlaif.records import EvaluationMetrics, Parent, Record
+from rlaif.records import LENGTH_UNKNOWN, EvaluationMetrics, Parent, Record
 from rlaif.rundir.heads import read_heads
 from rlaif.rundir.store import RunDir, file_digest, read_source, replacing
 from rlaif.trust.agreement import Agreement, agreement, labelled_pairs
@@ -260,6 +260,12 @@ def _caveats(facts: Facts, job: dict[str, Any], done: int, calibrated: bool, hum
                 f"At the base policy's length the judge's preference isn't clear: the win rate's 95 % interval there, "
                 f"{percent(at_length[0])} to {percent(at_length[1])}, holds one half. Unless the text asks for another "
                 "length, the win may be a matter of length."
+            )
+        if last.length_controlled_unknown and low > 0.5:
+            out.append(
+                "What the win rate would be at the base policy's length isn't known: "
+                f"{LENGTH_UNKNOWN[last.length_controlled_unknown]}. Unless the text asks for another length, the win "
+                "may be a matter of length."
             )
     newest = facts.evaluations[-1] if facts.evaluations else None
     if newest and newest.abstained:
