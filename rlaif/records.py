@@ -1002,9 +1002,9 @@ class EvaluationMetrics(AnswerStats):
     """95 %, over the prompts."""
     length_controlled_unknown: LengthUnknown | None = None
     """Why it can't be told: verdicts on fewer than 10 prompts; all verdicts for one side; every answer longer by the
-    same number of words, so that the effect of length doesn't show; longer answers than the base policy's on fewer
-    than 5 prompts, or shorter ones, so that next to nothing was seen near equal length. Older versions told a rate
-    there, which was close to the raw one."""
+    same number of words, so that the effect of length doesn't show. Or `no_overlap`: longer answers than the base
+    policy's on fewer than 5 prompts, or shorter ones, so that next to nothing was seen near equal length. Older
+    versions told a rate there, which was close to the raw one."""
     wins: int
     losses: int
     undecided: int

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rlaif.audit.index import Index
-from rlaif.audit.over_time import over_time, reach
+from rlaif.audit.over_time import over_time
+from rlaif.audit.reach import reach
 from rlaif.audit.summary import reference_line
 from rlaif.audit.verify import verify
 from rlaif.cli import app

@@ -1,27 +1,54 @@
 """Several runs side by side: what held-out answers were like over the iterations, mean and spread over seeds.
 
-In: run directories, in groups. Out: an `OverTime` of numbers, and which iterations a group needed to come as far as
-another one did. Only metrics.json and plans are read, so it is quick however long the runs are.
+In: run directories, in groups. Out: an `OverTime` of numbers. Only metrics.json and plans are read, so it is quick
+however long the runs are. How soon a group came as far as another one: `rlaif.audit.reach`.
 
 To add a measure: a line in `MEASURES`.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
 from rlaif.audit.curves import Curve, curve_of
+from rlaif.console import counted
 from rlaif.errors import RlaifError, UserError
-from rlaif.records import EvaluationMetrics, Record, digest
+from rlaif.intervals import wilson
+from rlaif.records import LENGTH_UNKNOWN, EvaluationMetrics, LengthUnknown, Record, digest
 from rlaif.rundir.heads import read_heads
 from rlaif.rundir.store import RunDir
 
 Axis = Literal["start", "change"]
 """What iterations are counted from: the first one, or the newest change of text."""
-EVEN = 0.5
-"""Win rate of the base policy against itself."""
+Interval = tuple[float, float]
+
+
+def _no_error(e: EvaluationMetrics) -> float | None:
+    return None
+
+
+def _by_interval(of: Callable[[EvaluationMetrics], Interval | None]) -> Callable[[EvaluationMetrics], float | None]:
+    """The standard error that a 95 % interval says."""
+
+    def error(e: EvaluationMetrics) -> float | None:
+        interval = of(e)
+        return (interval[1] - interval[0]) / (2 * 1.960) if interval else None
+
+    return error
+
+
+def _by_answers(of: Callable[[EvaluationMetrics], float | None]) -> Callable[[EvaluationMetrics], float | None]:
+    """The standard error of a share of the answers; too small where a prompt has several."""
+
+    def interval(e: EvaluationMetrics) -> Interval | None:
+        share = of(e)
+        return None if share is None else wilson(share * e.answers, e.answers)
+
+    return _by_interval(interval)
 
 
 class Measure(NamedTuple):
@@ -33,30 +60,55 @@ class Measure(NamedTuple):
     depends: bool = False
     """On the text that the answers were held against: not to be compared across texts."""
     percent: bool = False
+    error: Callable[[EvaluationMetrics], float | None] = _no_error
+    """Its standard error over the held-out prompts, which are the same for every seed; None where nothing says it."""
+    unknown: Callable[[EvaluationMetrics], LengthUnknown | None] = lambda e: None
+    """Why an evaluation can't tell it."""
 
 
 MEASURES: Mapping[str, Measure] = {
-    "win_rate": Measure("win rate", lambda e: e.win_rate, depends=True),
-    "equal_length": Measure("win rate at equal length", lambda e: e.length_controlled_win_rate, depends=True),
+    "win_rate": Measure("win rate", lambda e: e.win_rate, depends=True, error=_by_interval(lambda e: e.win_interval)),
+    "equal_length": Measure(
+        "win rate at equal length",
+        lambda e: e.length_controlled_win_rate,
+        depends=True,
+        error=_by_interval(lambda e: e.length_controlled_interval),
+        unknown=lambda e: e.length_controlled_unknown,
+    ),
     "reference": Measure(
-        "win rate by the reference judge", lambda e: e.referred.win_rate if e.referred else None, depends=True
+        "win rate by the reference judge",
+        lambda e: e.referred.win_rate if e.referred else None,
+        depends=True,
+        error=_by_interval(lambda e: e.referred.win_interval if e.referred else None),
     ),
     "deciding": Measure(
         "win rate by the deciding voices", lambda e: e.deciding.win_rate if e.deciding else None, depends=True
     ),
     "words": Measure("words", lambda e: e.mean_words),
-    "lists": Measure("lists", lambda e: e.list_share, percent=True),
-    "ended": Measure("ended", lambda e: e.ended_share, percent=True),
-    "kl": Measure("KL/token", lambda e: None if e.kl_by_older_version else e.kl_per_token),
+    "lists": Measure("lists", lambda e: e.list_share, percent=True, error=_by_answers(lambda e: e.list_share)),
+    "ended": Measure("ended", lambda e: e.ended_share, percent=True, error=_by_answers(lambda e: e.ended_share)),
+    "kl": Measure(
+        "KL/token",
+        lambda e: None if e.kl_by_older_version else e.kl_per_token,
+        error=_by_interval(lambda e: e.kl_interval),
+    ),
     "relevance": Measure("relevance", lambda e: e.relevance),
     "base_logp": Measure("base logp", lambda e: e.base_logprob_per_token),
-    "retained": Measure("probes kept", lambda e: e.retention.kept_share if e.retention else None, percent=True),
-    "perplexity": Measure("perplexity against base", lambda e: e.retention.perplexity_ratio if e.retention else None),
+    "retained": Measure(
+        "probes kept",
+        lambda e: e.retention.kept_share if e.retention else None,
+        percent=True,
+        error=_by_interval(lambda e: e.retention.kept_interval if e.retention else None),
+    ),
+    "perplexity": Measure(
+        "perplexity against base",
+        lambda e: e.retention.perplexity_ratio if e.retention else None,
+        error=_by_interval(lambda e: e.retention.perplexity_ratio_interval if e.retention else None),
+    ),
     "distinct_2": Measure("distinct-2", lambda e: e.distinct_2),
     "repeated": Measure("repeated lines", lambda e: e.repeated_line_share, percent=True),
 }
 """Name, as options have it → measure. A text's checks are measures too: `check:ID`."""
-_WIN_RATES = ("win_rate", "equal_length", "reference", "deciding")
 CHECK = "check:"
 
 
@@ -67,7 +119,11 @@ def measure_of(name: str) -> Measure:
         UserError: there is none.
     """
     if name.startswith(CHECK) and (principle := name.removeprefix(CHECK)):
-        return Measure(name, lambda e: e.checks.get(principle), percent=True)
+
+        def passed(e: EvaluationMetrics) -> float | None:
+            return e.checks.get(principle)
+
+        return Measure(name, passed, depends=True, percent=True, error=_by_answers(passed))
     if name not in MEASURES:
         raise UserError(f"no measure `{name}`; there are {', '.join(MEASURES)}, and {CHECK}ID of a text's check")
     return MEASURES[name]
@@ -94,11 +150,16 @@ class Evaluated(Record):
     updates: int
     """So many iterations of the run."""
     constitution: str
+    constitution_hash: str
     head: str | None
     """The first head of the run's log that covers it; runs that went apart later have it in common. None in a run
     without heads, and until there is one."""
     values: dict[str, float]
     """By measure; without what wasn't measured or doesn't compare."""
+    errors: dict[str, float]
+    """By measure, its standard error over the held-out prompts, where one is known."""
+    unknown: dict[str, LengthUnknown]
+    """By measure, why the evaluation can't tell it."""
 
 
 class RunOverTime(Record):
@@ -120,6 +181,9 @@ class Spread(Record):
     mean: float
     sd: float | None
     """Between these evaluations; None of a single one."""
+    error: float | None
+    """Standard error of the mean: over the held-out prompts, which the runs have in common, or between the evaluations,
+    whichever is larger. None where nothing says either."""
     low: float
     high: float
 
@@ -159,36 +223,14 @@ class Group(Record):
         """The texts under which its answers of then were judged."""
         return [*dict.fromkeys(e.constitution for run in self.runs for e in run.evaluations if e.after == after)]
 
+    def is_unknown(self, measure: str, after: int) -> bool:
+        """None of its runs could tell it then, and one says why."""
+        return any(measure in e.unknown for run in self.runs for e in run.evaluations if e.after == after)
+
     @property
     def changes(self) -> tuple[Change, ...]:
         """Of all its runs, each once."""
         return tuple(dict.fromkeys(change for run in self.runs for change in run.changes))
-
-
-class Reached(Record):
-    """How soon a group came so far."""
-
-    group: str
-    after: int | None
-    """Iterations at the first evaluation where the group's mean is there; None: at none of them."""
-    not_after: int | None
-    """The evaluation before that one, which isn't there yet; None where the first one is."""
-    runs: tuple[int | None, ...]
-    """The same for each of its runs."""
-
-
-class Reach(Record):
-    """Where the groups are measured against one of them."""
-
-    measure: str
-    group: str
-    """Whose end is the aim."""
-    share: float
-    """Of the way from that group's first value to its last."""
-    start: float
-    end: float
-    aim: float
-    reached: tuple[Reached, ...]
 
 
 class OverTime(Record):
@@ -197,6 +239,18 @@ class OverTime(Record):
     axis: Axis
     measures: tuple[str, ...]
     groups: tuple[Group, ...]
+
+    @property
+    def unknown(self) -> list[str]:
+        """What some evaluations couldn't tell, and why, for people."""
+        made = [e for group in self.groups for run in group.runs for e in run.evaluations]
+        why = {name: Counter(e.unknown[name] for e in made if name in e.unknown) for name in self.measures}
+        return [
+            f"{measure_of(name).says} is unknown in {counted(reasons.total(), 'evaluation')}: "
+            + "; ".join(f"{LENGTH_UNKNOWN[reason]} ({n})" for reason, n in reasons.most_common())
+            for name, reasons in why.items()
+            if reasons
+        ]
 
 
 def grouped(runs: Iterable[RunDir]) -> dict[str, list[RunDir]]:
@@ -233,60 +287,8 @@ def over_time(groups: Mapping[str, Sequence[RunDir]], axis: Axis, measures: Sequ
             _of_run(run, curve, by, axis, chosen) for run, curve, by in zip(runs, curves[name], covered, strict=True)
         )
         shared = _shared([run.path.name for run in runs], covered)
-        made.append(Group(name=name, runs=of_runs, points=_points(of_runs), shared=shared))
+        made.append(Group(name=name, runs=of_runs, points=points_of(of_runs), shared=shared))
     return OverTime(axis=axis, measures=tuple(measures), groups=tuple(made))
-
-
-def reach(found: OverTime, group: str, measure: str, share: float) -> Reach:
-    """Which evaluations of each group are the first to be as far as `share` of the way that one group went: from its
-    first value (of a win rate: one half) to its last.
-
-    What was before the axis begins is no part of it: a policy may have been there under another text. Nor is a group's
-    mean over some of its runs, as of seeds that haven't gone as far as others.
-
-    Raises:
-        UserError: no such group, or it has no such way.
-    """
-    named = {g.name: g for g in found.groups}
-    if group not in named:
-        raise UserError(f"no group `{group}`; there are {', '.join(named)}")
-    way = _means(named[group], measure)
-    if not way:
-        raise UserError(f"group `{group}`: no evaluation at which all of its runs have a {measure}")
-    start = EVEN if measure in _WIN_RATES else way[0][1]
-    if way[-1][1] == start:
-        raise UserError(f"group `{group}`: its {measure} didn't move, so nothing can be held against it")
-    end = way[-1][1]
-    aim = start + share * (end - start)
-
-    def there(value: float) -> bool:
-        return value >= aim if end > start else value <= aim
-
-    reached = []
-    for g in found.groups:
-        means = _means(g, measure)
-        first = _first(means, there)
-        before = [after for after, _ in means if first is not None and after < first]
-        each = tuple(
-            _first([(e.after, e.values[measure]) for e in run.evaluations if _is_on(e, measure)], there)
-            for run in g.runs
-        )
-        reached.append(Reached(group=g.name, after=first, not_after=before[-1] if before else None, runs=each))
-    return Reach(measure=measure, group=group, share=share, start=start, end=end, aim=aim, reached=tuple(reached))
-
-
-def _means(group: Group, measure: str) -> list[tuple[int, float]]:
-    """What a group's runs have on average from where the axis begins, after so many iterations."""
-    points = [(p.after, p.values[measure]) for p in group.points if _is_on(p, measure)]
-    return [(after, spread.mean) for after, spread in points if spread.runs == len(group.runs)]
-
-
-def _is_on(point: GroupPoint | Evaluated, measure: str) -> bool:
-    return point.after >= 0 and measure in point.values
-
-
-def _first(values: Sequence[tuple[int, float]], there: Callable[[float], bool]) -> int | None:
-    return next((after for after, value in values if there(value)), None)
 
 
 class _Covered(NamedTuple):
@@ -340,14 +342,17 @@ def _of_run(run: RunDir, curve: Curve, covered: _Covered, axis: Axis, measures: 
     for e in curve.evaluations:
         # The evaluation at a change is of the policy before it, held against the text before it.
         other = axis == "change" and newest is not None and e.constitution.hash != newest
-        values = {name: m.of(e) for name, m in measures.items() if not (m.depends and other)}
+        compared = {name: m for name, m in measures.items() if not (m.depends and other)}
         made.append(
             Evaluated(
                 after=e.updates - zero,
                 updates=e.updates,
                 constitution=str(e.constitution),
                 head=covered.evaluations.get(f"evaluations/{e.updates:04d}/metrics.json"),
-                values={name: value for name, value in values.items() if value is not None},
+                constitution_hash=e.constitution.hash,
+                values={name: value for name, m in compared.items() if (value := m.of(e)) is not None},
+                errors={name: error for name, m in compared.items() if (error := m.error(e)) is not None},
+                unknown={name: reason for name, m in compared.items() if (reason := m.unknown(e)) is not None},
             )
         )
     return RunOverTime(
@@ -358,27 +363,35 @@ def _of_run(run: RunDir, curve: Curve, covered: _Covered, axis: Axis, measures: 
     )
 
 
-def _points(runs: Sequence[RunOverTime]) -> tuple[GroupPoint, ...]:
-    at: dict[int, dict[str, list[tuple[str, float]]]] = {}
+def points_of(runs: Sequence[RunOverTime]) -> tuple[GroupPoint, ...]:
+    """What runs have together after so many iterations."""
+    at: dict[int, dict[str, dict[str, list[Evaluated]]]] = {}
     for run in runs:
         for e in run.evaluations:
-            made = f"{e.head}/{e.updates}" if e.head else run.run
-            for name, value in e.values.items():
-                at.setdefault(e.after, {}).setdefault(name, []).append((made, value))
+            made, here = f"{e.head}/{e.updates}" if e.head else run.run, at.setdefault(e.after, {})
+            for name in e.values:
+                here.setdefault(name, {}).setdefault(made, []).append(e)
     return tuple(
-        GroupPoint(after=after, values={name: _spread(values) for name, values in at[after].items()})
+        GroupPoint(after=after, values={name: _spread(name, [*found.values()]) for name, found in at[after].items()})
         for after in sorted(at)
     )
 
 
-def _spread(found: Sequence[tuple[str, float]]) -> Spread:
-    """Of what each run has: which evaluation it is, and the number."""
-    values = [*dict(found).values()]
+def _spread(measure: str, found: Sequence[Sequence[Evaluated]]) -> Spread:
+    """Of evaluations, each as often as runs share it."""
+    each = [same[0] for same in found]
+    values = [e.values[measure] for e in each]
+    sd = stdev(values) if len(values) > 1 else None
+    over_prompts = [e.errors[measure] for e in each if measure in e.errors]
+    # Each run is asked about the same prompts, so their luck with these is one: its error is no smaller in a mean.
+    errors = [fmean(over_prompts)] if over_prompts else []
+    errors += [] if sd is None else [sd / math.sqrt(len(values))]
     return Spread(
-        runs=len(found),
+        runs=sum(map(len, found)),
         evaluations=len(values),
         mean=fmean(values),
-        sd=stdev(values) if len(values) > 1 else None,
+        sd=sd,
+        error=max(errors, default=None),
         low=min(values),
         high=max(values),
     )

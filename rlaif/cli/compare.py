@@ -12,7 +12,8 @@ from rlaif.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rlaif.audit.over_time import Axis, Group, OverTime, Reach, Spread
+    from rlaif.audit.over_time import Axis, Group, GroupPoint, OverTime
+    from rlaif.audit.reach import Reach
     from rlaif.rundir.store import RunDir
 
 _SHOWN = ("win_rate", "words", "kl")
@@ -36,7 +37,7 @@ def compare(
         ),
     ] = None,
     reach: Annotated[
-        str | None, typer.Option(metavar="GROUP", help="Say how soon each group comes as far as this one ends up.")
+        str | None, typer.Option(metavar="GROUP", help="Say from when on each group is as far as this one ends up.")
     ] = None,
     share: Annotated[float, typer.Option(min=0.01, max=1, help="How far of its way, with --reach.")] = 0.8,
     picture: Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="Draw it, too.")] = None,
@@ -65,7 +66,7 @@ def compare(
         if len({run.seed for run in group.runs}) < len(group.runs):
             same = f"rlaif: {group.name}: several of its runs have one seed, so the spread is too small"
             typer.echo(f"{same}; name groups as NAME=RUN", err=True)
-    reached = [over_time.reach(found, reach, name, share) for name in measures] if reach else []
+    reached = _reached(found, reach, measures, share) if reach else []
     if picture is not None:
         from rlaif.audit.picture import draw_over_time
 
@@ -87,6 +88,23 @@ def compare(
     for name in measures:
         if not any(name in point.values for group in found.groups for point in group.points):
             typer.echo(f"rlaif: {name}: not measured in any of these runs", err=True)
+
+
+def _reached(found: OverTime, group: str, measures: Sequence[str], share: float) -> list[Reach]:
+    """By each measure that the group went a way by; of the others it is said that it didn't, unless there is none."""
+    from rlaif.audit.reach import reach
+
+    reached, refused = [], []
+    for name in measures:
+        try:
+            reached.append(reach(found, group, name, share))
+        except UserError as e:
+            refused.append(e)
+    if not reached:
+        raise refused[0]
+    for why in refused:
+        typer.echo(f"rlaif: --reach: {why}", err=True)
+    return reached
 
 
 def _groups(arguments: Sequence[str]) -> dict[str, list[RunDir]]:
@@ -141,44 +159,53 @@ def _print(found: OverTime, reached: Sequence[Reach]) -> None:
     table = Listing("group", "after", "text", *says.values(), right=("after", *says.values()))
     for group in found.groups:
         for n, point in enumerate(group.points):
-            cells = [_cell(point.values.get(name), measure_of(name).percent) for name in found.measures]
+            cells = [_cell(group, point, name) for name in found.measures]
             table.add(_named(group) if n == 0 else "", str(point.after), ", ".join(group.texts_at(point.after)), *cells)
         table.end_section()
     table.print(console)
     if any(len(g.runs) > 1 for g in found.groups):
-        console.print("mean ± standard deviation between runs (so many; what they share counts once)")
+        console.print(
+            "mean ± standard deviation between runs (so many; what they share counts once; `2 of 3 runs`: the others "
+            "have no such number then)"
+        )
     what = "the newest change of text, or the start of a run without one" if found.axis == "change" else "the start"
     console.print(f"after: iterations since {what}")
+    for line in found.unknown:
+        console.print(line)
     for r in reached:
         _print_reach(r)
 
 
 def _print_reach(found: Reach) -> None:
     from rlaif.audit.over_time import measure_of
-    from rlaif.console import Listing, stdout_console
+    from rlaif.console import Listing, inert, stdout_console
 
-    measure = measure_of(found.measure)
-    way = f"from {_number(found.start, measure.percent)} to {_number(found.end, measure.percent)}"
-    aim = _number(found.aim, measure.percent)
-    title = f"{measure.says}: {found.share:.0%} of the way of `{found.group}` ({way}), which is {aim}"
-    table = Listing(
-        "group", "there after", "not yet after", "its runs", right=("there after", "not yet after"), title=title
-    )
+    measure, console = measure_of(found.measure), stdout_console()
+    console.print(inert(f"{measure.says}: {found.in_words(lambda value: _number(value, measure.percent))}"))
+    columns = ("there after", "not yet after", "evaluations there")
+    table = Listing("group", *columns, "its runs", right=columns)
     for r in found.reached:
-        each = ", ".join("never" if after is None else str(after) for after in r.runs)
-        table.add(r.group, "never" if r.after is None else str(r.after), _or_dash(r.not_after), each)
-    table.print(stdout_console())
+        each = ", ".join(run.in_words for run in r.runs)
+        table.add(r.group, r.in_words, _or_dash(r.not_after), f"{r.there} of {r.evaluations}", each)
+    table.print(console)
+    console.print("there: from this evaluation on to the last; one evaluation alone may be luck")
 
 
 def _named(group: Group) -> str:
     return group.name if len(group.runs) == 1 else f"{group.name} ({len(group.runs)} runs)"
 
 
-def _cell(spread: Spread | None, percent: bool) -> str:
+def _cell(group: Group, point: GroupPoint, name: str) -> str:
+    from rlaif.audit.over_time import measure_of
+
+    percent, spread = measure_of(name).percent, point.values.get(name)
     if spread is None:
-        return "-"
+        return "unknown" if group.is_unknown(name, point.after) else "-"
     mean = _number(spread.mean, percent)
-    return mean if spread.sd is None else f"{mean} ± {_number(spread.sd, percent)} ({spread.evaluations})"
+    within = "" if spread.sd is None else f" ± {_number(spread.sd, percent)}"
+    if spread.runs < len(group.runs):
+        return f"{mean}{within} ({spread.runs} of {len(group.runs)} runs)"
+    return f"{mean}{within} ({spread.evaluations})" if within else mean
 
 
 def _number(value: float, percent: bool) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlaif.audit.over_time import OverTime, Reach, Spread, measure_of, plain
+from rlaif.audit.over_time import Group, GroupPoint, OverTime, measure_of, plain
+from rlaif.audit.reach import Reach
 from rlaif.errors import UserError
 from rlaif.rundir.store import replacing
 from rlaif.view.html import MISSING
@@ -46,9 +47,12 @@ def _value(value: float, name: str) -> str:
     return percent(value) if measure_of(name).percent else plain(value)
 
 
-def _cell(spread: Spread | None, name: str) -> str:
-    """A number of a group: mean, and standard deviation where there are several runs."""
+def _cell(group: Group, point: GroupPoint, name: str) -> str:
+    """A number of a group: mean, standard deviation where there are several runs, and of how many it is where some of
+    them have none."""
+    spread = point.values.get(name)
     if spread is None:
-        return MISSING
+        return "unknown" if group.is_unknown(name, point.after) else MISSING
     mean = _value(spread.mean, name)
-    return mean if spread.sd is None else f"{mean} ± {_value(spread.sd, name)}"
+    within = "" if spread.sd is None else f" ± {_value(spread.sd, name)}"
+    return f"{mean}{within}" + (f" ({spread.runs} of {len(group.runs)} runs)" if spread.runs < len(group.runs) else "")

@@ -9,13 +9,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from rlaif.audit.over_time import MEASURES, Reach, grouped, over_time, reach
+from rlaif.audit.over_time import MEASURES, Axis, grouped, over_time
 from rlaif.audit.picture import draw_over_time
+from rlaif.audit.reach import Reach, _came, reach
 from rlaif.cli import app
 from rlaif.errors import UserError
+from rlaif.intervals import wilson
 from rlaif.loop.branch import branch
 from rlaif.records import ConstitutionRef, EvaluationMetrics, Plan, PlanSource, PlanTexts, PolicyVersion
 from rlaif.rundir.store import RunDir, read_record, write_json
@@ -33,7 +36,8 @@ OLD, NEW = (
 def made(
     root: Path, name: str, words: dict[int, float], texts: dict[int, ConstitutionRef], seed: int = 0, **job: Any
 ) -> RunDir:
-    """A run with so many words after so many iterations, and a win rate of a hundredth of them."""
+    """A run with so many words after so many iterations, and a win rate of a hundredth of them over 40 prompts. At
+    equal length it is the same, and can't be told above 90."""
     run = RunDir(root / name)
     tree = stub_job(seed=seed, **job).model_dump(mode="json") | {"name": name}
     run.path.mkdir(parents=True)
@@ -65,7 +69,10 @@ def made(
             updates=updates,
             constitution=text(max(updates - 1, 0)),
             win_rate=count / 100 if updates else None,
-            win_interval=(0, 1) if updates else None,
+            win_interval=wilson(count / 100 * 40, 40) if updates else None,
+            length_controlled_win_rate=count / 100 if updates and count <= 90 else None,
+            length_controlled_interval=(0.1, 0.9) if updates and count <= 90 else None,
+            length_controlled_unknown="no_overlap" if updates and count > 90 else None,
             wins=0,
             losses=0,
             undecided=0,
@@ -111,25 +118,23 @@ def test_a_change_is_laid_at_zero_and_texts_are_not_mixed(tmp_path: Path) -> Non
     assert [c.after for c in from_start.changes] == [2]
 
 
+def those(r: Reach) -> list[tuple[Any, ...]]:
+    return [(x.group, x.after, x.not_after, [run.after for run in x.runs]) for x in r.reached]
+
+
 def test_how_soon_each_group_is_there(tmp_path: Path) -> None:
     on = [
         made(tmp_path, f"on{s}", {0: 50, 2: 20, 4: 60 + s, 6: 85, 8: 88}, {0: OLD, 2: NEW}, seed=s) for s in (0, 1, 40)
     ]
-    anew = [made(tmp_path, f"anew{s}", {0: 50, 2: 70, 4: 80 + s, 6: 90}, {0: NEW}, seed=s) for s in (0, 2)]
+    anew = [made(tmp_path, f"anew{s}", {0: 50, 2: 70, 4: 88 + s, 6: 90}, {0: NEW}, seed=s) for s in (0, 2)]
     stays = made(tmp_path, "stays", {0: 50, 6: 51}, {0: NEW})
     found = over_time({"on": on, "anew": anew, "stays": [stays]}, "change", ["words", "win_rate"])
-
-    def those(r: Reach) -> list[tuple[Any, ...]]:
-        return [(x.group, x.after, x.not_after, x.runs) for x in r.reached]
-
     words = reach(found, "anew", "words", 0.8)
-    assert (words.start, words.end, words.aim) == (50, 90, 82)
+    assert (words.start, words.end, words.ends, words.aim) == (50, 89.5, (4, 6), pytest.approx(81.6))
     # The mean of `on` after 2 is (60 + 61 + 100) / 3 = 73.7; one of its runs alone is there by then.
-    assert those(words) == [("on", 4, 2, (4, 4, 2)), ("anew", 6, 4, (6, 4)), ("stays", None, None, (None,))]
+    assert those(words) == [("on", 4, 2, [4, 4, 2]), ("anew", 4, 2, [4, 4]), ("stays", None, 6, [None])]
     won = reach(found, "anew", "win_rate", 0.5)
-    assert (won.start, won.end, won.aim) == (0.5, 0.9, pytest.approx(0.7))
-    down = reach(over_time({"on": on[:1]}, "start", ["base_logp", "words"]), "on", "words", 1.0)
-    assert those(down) == [("on", 8, 6, (8,))]
+    assert (won.start, won.end, won.aim) == (0.5, pytest.approx(0.895), pytest.approx(0.6975))
     with pytest.raises(UserError, match="no group `x`"):
         reach(found, "x", "words", 0.8)
     with pytest.raises(UserError, match="didn't move"):
@@ -138,14 +143,109 @@ def test_how_soon_each_group_is_there(tmp_path: Path) -> None:
         reach(over_time({"on": on}, "start", ["kl"]), "on", "kl", 0.8)
 
 
+def test_one_that_fell_back_is_not_there_yet(tmp_path: Path) -> None:
+    aim = made(tmp_path, "aim", {0: 50, 2: 60, 4: 80, 6: 80}, {0: NEW})
+    wavers = made(tmp_path, "wavers", {0: 50, 2: 85, 4: 70, 6: 76, 8: 75}, {0: NEW})
+    falls = made(tmp_path, "falls", {0: 50, 2: 85, 4: 85, 6: 60}, {0: NEW})
+    found = over_time({"aim": [aim], "wavers": [wavers], "falls": [falls]}, "start", ["win_rate"])
+    assert those(reach(found, "aim", "win_rate", 0.8)) == [
+        ("aim", 4, 2, [4]), ("wavers", 6, 4, [6]), ("falls", None, 6, [None]),
+    ]  # fmt: skip
+
+
+def test_a_flat_curve_below_the_aim_is_rarely_there() -> None:
+    """Eight evaluations of 48 prompts at .70, against .74."""
+    rng = np.random.default_rng(0)
+    curves = rng.binomial(48, 0.7, size=(1000, 8)) / 48
+    came = [_came([*enumerate(curve)], lambda value: value >= 0.74) for curve in curves]
+    first = np.mean([(curve >= 0.74).any() for curve in curves])
+    assert first > 0.8, "what the first crossing would say"
+    assert np.mean([c.after is not None for c in came]) < 0.35
+    assert np.mean([c.there > 1 for c in came]) < 0.12
+
+
+def test_the_aim_is_of_the_last_evaluations_under_the_last_text(tmp_path: Path) -> None:
+    on = made(tmp_path, "on", {0: 50, 2: 90, 4: 90, 6: 70}, {0: OLD, 4: NEW})
+    one = reach(over_time({"on": [on]}, "start", ["words"]), "on", "words", 1.0)
+    assert (one.end, one.ends) == (70, (6,))
+    further = made(tmp_path, "further", {0: 50, 2: 90, 4: 90, 6: 70, 8: 60}, {0: OLD, 4: NEW})
+    two = reach(over_time({"on": [further]}, "start", ["words"]), "on", "words", 1.0)
+    assert (two.end, two.ends) == (65, (6, 8))
+
+
+def test_the_aim_has_an_error_and_seeds_do_not_make_it_less(tmp_path: Path) -> None:
+    """Seeds are asked about the same prompts: what these are worth is no smaller an error over three of them."""
+    runs = [made(tmp_path, f"r{s}", {0: 50, 2: 70, 4: 80}, {0: NEW}, seed=s) for s in (0, 1, 2)]
+    low, high = wilson(0.7 * 40, 40)
+    low_2, high_2 = wilson(0.8 * 40, 40)
+    over_prompts = ((high - low) + (high_2 - low_2)) / 2 / (2 * 1.960)
+    for some in (runs[:1], runs):
+        won = reach(over_time({"g": some}, "start", ["win_rate"]), "g", "win_rate", 0.8)
+        assert won.aim_error == pytest.approx(0.8 * over_prompts)
+    apart = [made(tmp_path, f"a{n}", {0: 50, 2: w, 4: w}, {0: NEW}, seed=9 + n) for n, w in enumerate((55, 95))]
+    won = reach(over_time({"g": apart}, "start", ["win_rate"]), "g", "win_rate", 1.0)
+    assert won.aim_error == pytest.approx(stdev([0.55, 0.95]) / 2**0.5), "between the runs it is larger"
+    assert reach(over_time({"g": runs[:1]}, "start", ["words"]), "g", "words", 0.8).aim_error is None
+    said = cli(*(run.path for run in runs), "--reach", "r0", "--measure", "win_rate")
+    assert "80% of the way of `r0`, from 0.50 to 0.75 (its mean after 2 and 4 under rules@2), is 0.70 " in said
+    assert f"(standard error {0.8 * over_prompts:.2f})" in said
+    assert "from this evaluation on to the last" in said
+
+
+@pytest.mark.parametrize("axis", ["start", "change"])
+def test_a_win_rate_under_another_text_is_not_held_against_the_aim(tmp_path: Path, axis: Axis) -> None:
+    on = made(tmp_path, "on", {0: 50, 2: 95, 4: 95, 6: 60, 8: 88}, {0: OLD, 4: NEW})
+    anew = made(tmp_path, "anew", {0: 50, 2: 70, 4: 90}, {0: NEW})
+    old = made(tmp_path, "old", {0: 50, 2: 99, 4: 99}, {0: OLD})
+    found = over_time({"on": [on], "anew": [anew], "old": [old]}, axis, ["win_rate", "words", "check:long"])
+    for measure in ("win_rate", "check:long"):
+        won = reach(found, "anew", measure, 0.5)
+        assert won.constitution == "rules@2"
+        first, _, other = won.reached
+        at = 8 if axis == "start" else 4
+        assert (first.after, first.evaluations) == (at, 2)
+        assert (other.after, other.evaluations, other.in_words) == (None, 0, "nothing to compare")
+    words = reach(found, "anew", "words", 0.5)
+    assert words.constitution is None
+    assert words.reached[2].after == 2
+    with pytest.raises(UserError, match="end under rules@1 and rules@2"):
+        reach(over_time({"both": [anew, old]}, "start", ["win_rate"]), "both", "win_rate", 0.5)
+
+
+def test_a_win_rate_that_goes_down_is_no_aim(tmp_path: Path) -> None:
+    falls = made(tmp_path, "falls", {0: 50, 2: 40, 4: 30}, {0: NEW})
+    found = over_time({"falls": [falls]}, "start", ["win_rate", "words"])
+    with pytest.raises(UserError, match=r"ends at 0\.35, below one half"):
+        reach(found, "falls", "win_rate", 0.8)
+    assert those(reach(found, "falls", "words", 1.0)) == [("falls", 4, 2, [4])], "words may go down"
+    both = (falls.path, "--reach", "falls", "--measure", "win_rate", "--measure", "words")
+    said = CliRunner().invoke(app, ["compare", *map(str, both)])
+    assert "rlaif: --reach: group `falls`: its win_rate ends at 0.35, below one half" in said.stderr
+    assert "words: 80% of the way of `falls`" in said.stdout
+    assert "below one half" in str(cli(*both[:-2]))
+
+
+def test_a_mean_says_of_how_many_runs_it_is_and_why_the_others_have_none(tmp_path: Path) -> None:
+    runs = [made(tmp_path, f"r{s}", {0: 50, 2: w, 4: 95}, {0: NEW}, seed=s) for s, w in enumerate((70, 80, 95))]
+    html = tmp_path / "c.html"
+    said = cli(*(run.path for run in runs), "--measure", "equal_length", "--html", html)
+    assert [line.split("\t")[3] for line in said.splitlines()[1:4]] == ["-", "0.75 ± 0.07 (2 of 3 runs)", "unknown"]
+    why = "win rate at equal length is unknown in 4 evaluations: too few answers are longer, or too few are shorter"
+    assert why in said
+    page = html.read_text()
+    assert ">0.75 ± 0.07 (2 of 3 runs)<" in page
+    assert ">unknown<" in page
+    assert why in page
+
+
 def test_what_was_before_the_change_is_no_way_to_it(tmp_path: Path) -> None:
     on = made(tmp_path, "on", {0: 50, 2: 95, 4: 20, 6: 60, 8: 88}, {0: OLD, 4: NEW})
     anew = made(tmp_path, "anew", {0: 50, 2: 70, 4: 90}, {0: NEW})
     found = over_time({"on": [on], "anew": [anew]}, "change", ["words"])
     [first, _] = reach(found, "anew", "words", 0.8).reached
-    assert (first.after, first.not_after, first.runs) == (4, 2, (4,))
+    assert (first.after, first.not_after, first.evaluations) == (4, 2, 3)
     of_itself = reach(found, "on", "words", 0.5)
-    assert (of_itself.start, of_itself.end, of_itself.reached[0].after) == (20, 88, 2)
+    assert (of_itself.start, of_itself.end, of_itself.reached[0].after) == (20, 74, 2)
 
 
 def test_a_change_is_one_of_the_text_in_force_whatever_labelled_the_pairs(tmp_path: Path) -> None:
@@ -169,7 +269,7 @@ def test_a_mean_over_some_of_the_seeds_is_no_aim(tmp_path: Path) -> None:
     at_work = made(tmp_path, "at_work", {0: 50, 2: 60}, {0: NEW}, seed=1)
     found = over_time({"both": [done, at_work]}, "start", ["words"])
     words = reach(found, "both", "words", 1.0)
-    assert (words.end, words.reached[0].after, words.reached[0].runs) == (65, 2, (2, None))
+    assert (words.end, words.reached[0].after, [run.after for run in words.reached[0].runs]) == (65, 2, [2, None])
     apart = made(tmp_path, "apart", {1: 70, 3: 100}, {0: NEW}, seed=2)
     with pytest.raises(UserError, match="no evaluation at which all of its runs have a words"):
         reach(over_time({"both": [done, apart]}, "start", ["words"]), "both", "words", 1.0)
@@ -251,7 +351,14 @@ def test_the_report_is_one_file_with_every_number(tmp_path: Path) -> None:
     cli(f"on={tmp_path}/on*", anew.path, "--from", "change", "--reach", "anew", "--measure", "words", "--html", to)
     said = to.read_text()
     assert said.count(">20.5 ± 0.71<") == 1
-    for part in ("2 runs, seeds 0, 1", "rules@2 after 0", "80 % of the way of <strong>anew</strong>", ">71.0<"):
+    for part in (
+        "2 runs, seeds 0, 1",
+        "rules@2 after 0",
+        "80 % of the way of <strong>anew</strong>",
+        "(its mean after 2)",
+        "(standard error not known)",
+        ">71.0<",
+    ):
         assert part in said, part
     # Each row says under which text its answers were judged.
     table = said.partition("<h2>All evaluations</h2>")[2]
