@@ -730,13 +730,21 @@ class AnswerStats(Record):
     """Answers that ended by themselves, not at the length limit."""
     distinct_share: float
     """Different answers to a prompt, among all."""
-    distinct_1: float | None = None
-    """Different words over all words, letter case aside. It falls as answers grow longer, as does the next. None in
-    runs that began before it was counted, as the next two."""
-    distinct_2: float | None = None
-    """Different pairs of neighbouring words over all of them."""
+    distinct_1_in_100: float | None = None
+    """Different words that 100 words hold, drawn at random from all answers: on average, over 100, letter case aside.
+    Unlike distinct-1 it doesn't fall as answers grow longer. None with fewer words, and in what older versions wrote:
+    their `distinct_1` and `distinct_2` are other numbers, and are left out."""
+    distinct_2_in_100: float | None = None
+    """The same of pairs of neighbouring words."""
     repeated_line_share: float | None = None
-    """Lines and sentences that stood in their answer before, over all of them."""
+    """Lines and sentences that stood in their answer before, over all of them. None in what older versions wrote."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, stats: Any) -> Any:
+        if not isinstance(stats, dict):
+            return stats
+        return {key: value for key, value in stats.items() if key not in ("distinct_1", "distinct_2")}
 
 
 class JudgedStats(Record):

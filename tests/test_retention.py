@@ -307,7 +307,7 @@ def test_trackers_get_it(finished: RunDir) -> None:
     assert told["pipeline/held_out/retention/by_kind/fact/base_passed"] == m.retention.by_kind["fact"].base_passed
     [first, _] = m.retention.earlier
     assert told[f"pipeline/held_out/retention/earlier/{first}/win_rate"] == m.retention.earlier[first].win_rate
-    assert told["pipeline/held_out/distinct_2"] == m.distinct_2
+    assert told["pipeline/held_out/distinct_2_in_100"] == m.distinct_2_in_100
     assert not [name for name in told if "constitution/version" in name]
 
 

@@ -264,8 +264,8 @@ NEWER: dict[str, Any] = {
 }
 NEWER_OF_EVALUATION: dict[str, Any] = {
     "retention": RETENTION,
-    "distinct_1": 0.8,
-    "distinct_2": 0.9,
+    "distinct_1_in_100": 0.8,
+    "distinct_2_in_100": 0.9,
     "repeated_line_share": 0.1,
     "base_checks": {"wish": 0.2},
     "referred": {

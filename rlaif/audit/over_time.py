@@ -105,7 +105,7 @@ MEASURES: Mapping[str, Measure] = {
         lambda e: e.retention.perplexity_ratio if e.retention else None,
         error=_by_interval(lambda e: e.retention.perplexity_ratio_interval if e.retention else None),
     ),
-    "distinct_2": Measure("distinct-2", lambda e: e.distinct_2),
+    "distinct_2": Measure("distinct-2 in 100", lambda e: e.distinct_2_in_100),
     "repeated": Measure("repeated lines", lambda e: e.repeated_line_share, percent=True),
 }
 """Name, as options have it → measure. A text's checks are measures too: `check:ID`."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
 from rlaif.constitutions.checks import count_list_items, count_words, words_of
-from rlaif.intervals import share
+from rlaif.intervals import log_choose, share
 from rlaif.records import AnswerStats, Completion
 
+DRAWS = 100
+"""Of words, and of pairs of neighbouring words. So many are in a dozen answers of ten words, the least that an
+evaluation of a brief writer has; a larger number would see rarer repetitions, and leave such writers without one. The
+names of the fields hold it, so another number would be another field."""
 _LINE_END = re.compile(r"\n+|(?<=[.!?])\s+")
 
 
@@ -24,21 +30,27 @@ def answer_stats(completions: Sequence[Completion]) -> AnswerStats:
         list_share=sum(count_list_items(t) >= 2 for t in texts) / n,
         ended_share=sum(c.finish_reason == "stop" for c in completions) / n,
         distinct_share=len({(c.prompt_id, c.text) for c in completions}) / n,
-        distinct_1=distinct_n(texts, 1),
-        distinct_2=distinct_n(texts, 2),
+        distinct_1_in_100=distinct_in(texts, 1),
+        distinct_2_in_100=distinct_in(texts, 2),
         repeated_line_share=repeated_line_share(texts),
     )
 
 
-def distinct_n(texts: Iterable[str], n: int) -> float | None:
-    """Different runs of n words over all of them, letter case aside; None without one (Li et al. 2016,
-    arXiv 1510.03055)."""
-    different, every = set[tuple[str, ...]](), 0
-    for text in texts:
-        grams = list(_grams(words_of(text.lower()), n))
-        different.update(grams)
-        every += len(grams)
-    return share(len(different), every)
+def distinct_in(texts: Iterable[str], n: int, draws: int = DRAWS) -> float | None:
+    """Different runs of n words that so many of them, drawn at random, hold on average, over the draws; letter case
+    aside. None where there are fewer.
+
+    Distinct-n (Li et al. 2016, arXiv 1510.03055) divides what is different by all there is, so it falls as answers grow
+    longer, of the same writer. This is its expectation at a fixed size, known as rarefaction (Hurlbert 1971): a run of
+    words that stands there c times in N is missing from the draw with probability C(N - c, draws) / C(N, draws).
+    """
+    counts = Counter(gram for text in texts for gram in _grams(words_of(text.lower()), n))
+    total = counts.total()
+    if total < draws:
+        return None
+    every = log_choose(total, draws)
+    missing = (math.exp(log_choose(total - c, draws) - every) for c in counts.values() if total - c >= draws)
+    return (len(counts) - math.fsum(missing)) / draws
 
 
 def repeated_line_share(texts: Iterable[str]) -> float | None:

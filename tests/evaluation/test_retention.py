@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from itertools import combinations
+from statistics import fmean
 
+import numpy as np
 import pytest
 
 from rlaif.evaluation import retention
-from rlaif.evaluation.answers import distinct_n, repeated_line_share
+from rlaif.evaluation.answers import distinct_in, repeated_line_share
 from rlaif.intervals import wilson
-from rlaif.records import ProbeResult, TextScore
+from rlaif.records import AnswerStats, ProbeResult, TextScore, stored
 
 
 def results(passed: str, kinds: str = "") -> list[ProbeResult]:
@@ -64,10 +68,42 @@ def test_no_text_no_perplexity() -> None:
     assert (found.perplexity, found.perplexity_ratio, found.perplexity_ratio_interval) == (None, None, None)
 
 
-def test_distinct_n() -> None:
-    assert distinct_n(["a b a", "A b"], 1) == pytest.approx(2 / 5)
-    assert distinct_n(["a b a", "A b"], 2) == pytest.approx(2 / 3)
-    assert distinct_n(["a"], 2) is None
+def test_what_is_distinct_in_so_many_draws_is_that_of_all_samples() -> None:
+    texts = ["a b a", "A b", "c"]
+    words = ["a", "b", "a", "a", "b", "c"]
+    for draws in range(1, 7):
+        each = [len(set(drawn)) / draws for drawn in combinations(words, draws)]
+        assert distinct_in(texts, 1, draws) == pytest.approx(fmean(each)), draws
+    assert distinct_in(texts, 2, 3) == pytest.approx(2 / 3)
+    assert distinct_in(texts, 2, 4) is None
+    assert distinct_in([], 1) is None
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_longer_answers_of_one_writer_are_as_distinct(n: int) -> None:
+    """A writer that draws words by Zipf's law; plain distinct-2 falls by a third."""
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(1, 301)
+    every = [f"w{k}" for k in range(300)]
+
+    def answers(words: int) -> list[str]:
+        return [" ".join(rng.choice(every, words, p=share / share.sum())) for _ in range(200)]
+
+    short, long = (distinct_in(answers(words), n) for words in (10, 80))
+    assert short is not None
+    assert long == pytest.approx(short, abs=0.03)
+    same_again = ["I am happy to help you with " + text for text in answers(10)]
+    assert (distinct_in(same_again, n) or 1) < short - 0.05
+
+
+def test_what_older_versions_counted_as_distinct_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = dict.fromkeys(("mean_words", "mean_tokens", "list_share", "ended_share", "distinct_share"), 1.0) | {
+        "answers": 2
+    }
+    old = kept | {"distinct_1": 0.4, "distinct_2": 0.8, "repeated_line_share": 0.1}
+    for content in (old, json.dumps(old)):
+        assert stored(AnswerStats, content) == AnswerStats(**kept, repeated_line_share=0.1)
+    assert "newer rlaif" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
