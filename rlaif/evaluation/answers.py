@@ -16,7 +16,11 @@ DRAWS = 100
 """Of words, and of pairs of neighbouring words. So many are in a dozen answers of ten words, the least that an
 evaluation of a brief writer has; a larger number would see rarer repetitions, and leave such writers without one. The
 names of the fields hold it, so another number would be another field."""
-_LINE_END = re.compile(r"\n+|(?<=[.!?])\s+")
+_ABBREVIATIONS = ("dr", "mr", "mrs", "ms", "prof", "sr", "jr", "st", "vs", "cf", "approx", "[a-hj-z]", r"\d", r"\d\d")
+"""What a full stop may follow within a sentence, as patterns: titles and such, initials and `e.g.`, and numbers of
+lists (up to 99; years end sentences)."""
+_LINE_END = re.compile(r"\n+|(?<=[.!?])" + "".join(rf"(?<!\b{short}\.)" for short in _ABBREVIATIONS) + r"\s+")
+_LIST_NUMBER = re.compile(r"^[ \t]*\(?\d{1,3}[.)][ \t]+", re.MULTILINE)
 
 
 def answer_stats(completions: Sequence[Completion]) -> AnswerStats:
@@ -54,10 +58,12 @@ def distinct_in(texts: Iterable[str], n: int, draws: int = DRAWS) -> float | Non
 
 
 def repeated_line_share(texts: Iterable[str]) -> float | None:
-    """Lines and sentences that stood in their answer before, over all of them; None without one."""
+    """Lines and sentences that stood in their answer before, over all of them; None without one. The number of a list
+    item is no part of its line, and a number alone is no line."""
     lines = repeated = 0
     for text in texts:
-        mine = [line for part in _LINE_END.split(text.lower()) if (line := " ".join(words_of(part)))]
+        parts = [words_of(part) for part in _LINE_END.split(_LIST_NUMBER.sub("", text.lower()))]
+        mine = [words for words in parts if not all(word.isdecimal() for word in words)]
         lines += len(mine)
         repeated += len(mine) - len(set(mine))
     return share(repeated, lines)

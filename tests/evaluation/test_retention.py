@@ -113,8 +113,16 @@ def test_what_older_versions_counted_as_distinct_is_left_out(capsys: pytest.Capt
         ("The same.\nThe same.\nthe  same!", 2 / 3),
         ("I like it. I like it. I do not.", 1 / 3),
         ("Version 1.5 is out. Version 1.6 is not.", 0.0),
+        ("1. Wash it.\n2. Dry it.\n3. Fold it.\n\nOr:\n1. Iron it.\n2. Hang it.\n3. Wear it.", 0.0),
+        ("(1) Wash it.\n(2) Dry it.\n\n(1) Iron it.\n(2) Hang it.", 0.0),
+        ("1.\nWash it.\n1.\nDry it.", 0.0),
+        ("1. Wash it.\n2. Wash it.\n3. Dry it.", 1 / 3),
+        ("First 1. Wash it 2. Dry it. Then 1. Iron it 2. Hang it.", 0.0),
+        ("Dr. Lee met Mr. Po. Dr. Ray met Mr. Ito, e.g. at home, i.e. here. J. Lo came, e.g. by bus, i.e. late.", 0.0),
+        ("It was in 1999. It was hot. It was in 1999. It was cold.", 1 / 4),
         ("", None),
         ("...\n\n!", None),
+        ("42", None),
     ],
 )
 def test_lines_and_sentences_that_stood_there_before(text: str, repeated: float | None) -> None:
