@@ -82,7 +82,10 @@ MEASURES: Mapping[str, Measure] = {
         error=_by_interval(lambda e: e.referred.win_interval if e.referred else None),
     ),
     "deciding": Measure(
-        "win rate by the deciding voices", lambda e: e.deciding.win_rate if e.deciding else None, depends=True
+        "win rate by the deciding voices",
+        lambda e: e.deciding.win_rate if e.deciding else None,
+        depends=True,
+        error=_by_interval(lambda e: e.deciding.win_interval if e.deciding else None),
     ),
     "words": Measure("words", lambda e: e.mean_words),
     "lists": Measure("lists", lambda e: e.list_share, percent=True, error=_by_answers(lambda e: e.list_share)),
