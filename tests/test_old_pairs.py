@@ -18,7 +18,7 @@ from rlaif.errors import UserError
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import aggregate, by_pair
-from rlaif.learning.replay_set import Member, draw, members
+from rlaif.learning.replay_set import Member, distinct, draw, members
 from rlaif.records import (
     Completion,
     Decision,
@@ -475,6 +475,25 @@ def test_a_pair_is_drawn_once_and_one_that_may_not_train_never() -> None:
     assert {p.source for p in rows} == {"replay"}
     assert draw(old, 2, Replay(), 1, 0) == rows[:2]
     assert [p.pair_id for p in draw(old, 4, Replay(), 1, 2)] != [p.pair_id for p in rows]
+
+
+def with_tokens(m: Member, chosen: int, rejected: int) -> Member:
+    sides = {"chosen_token_ids": (chosen,), "rejected_token_ids": (rejected,)}
+    return m._replace(row=m.row.model_copy(update=sides))
+
+
+def test_of_twins_the_newest_is_left_and_none_of_what_is_fresh() -> None:
+    """The same tokens under several pair ids, whichever side was chosen."""
+    old = {
+        "9-a": with_tokens(member("9-a", 0), 2, 3),
+        "0-a": with_tokens(member("0-a", 1), 3, 2),  # newer, though its id comes before
+        "1-a": with_tokens(member("1-a", 2, "expired"), 2, 3),  # the newest that may train counts
+        "0-b": with_tokens(member("0-b", 2), 2, 4),
+        "0-c": with_tokens(member("0-c", 1), 2, 5),
+    }
+    fresh = with_tokens(member("3-b", 3), 4, 2).row
+    assert sorted(distinct(old, [fresh])) == ["0-a", "0-c"]
+    assert distinct(old, [fresh]) == distinct(dict(reversed(old.items())), [fresh])
 
 
 def test_distances_are_those_of_the_learner_that_trains_on(tmp_path: Path) -> None:

@@ -106,6 +106,27 @@ def relabelled(run: RunDir, i: int, log: LabelLog | None) -> set[str]:
     return {pair for pair, side in sides.items() if (label := labels.get(pair)) is None or label.outcome != side}
 
 
+def distinct(old: Mapping[str, Member], fresh: Iterable[Preference]) -> dict[str, Member]:
+    """The members that may train, without any that is fresh now, and of twins the newest.
+
+    Twins are the same tokens under several pair ids: a source that starts over gives its pairs anew, and a policy may
+    give the same two completions again. In one update they would count double, or even against each other.
+    """
+    taken = {_content(row) for row in fresh}
+    out = {}
+    for i, member in sorted(old.items(), key=lambda item: (item[1].mixed_in, item[0]), reverse=True):
+        row = member.as_trained()
+        if row is not None and (content := _content(row)) not in taken:
+            taken.add(content)
+            out[i] = member
+    return out
+
+
+def _content(row: Preference) -> tuple[tuple[int, ...], frozenset[tuple[int, ...]]]:
+    """What a pair is, whatever it is called and whichever side was chosen."""
+    return row.prompt_token_ids, frozenset((row.chosen_token_ids, row.rejected_token_ids))
+
+
 def draw(
     old: Mapping[str, Member],
     wanted: int,
