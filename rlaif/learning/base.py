@@ -18,6 +18,7 @@ import random
 import sys
 import tempfile
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -267,8 +268,7 @@ class TrlLearner(ABC):
         tell(trainer, "on_pre_optimizer_step")
         trainer.optimizer.step()
         tell(trainer, "on_optimizer_step")
-        if state.global_step < self._horizon:  # its last value stays: a cosine would rise again
-            trainer.lr_scheduler.step()
+        self._next_rate(state.global_step)
         trainer.model.zero_grad()
         state.global_step += 1
         tell(trainer, "on_step_end")
@@ -283,6 +283,12 @@ class TrlLearner(ABC):
             seconds=time.perf_counter() - started,
             metrics=measured,
         )
+
+    def _next_rate(self, taken: int) -> None:
+        """Moves the schedule on, after a step before which so many were taken. Its last value stays: a cosine would
+        rise again."""
+        if taken < self._horizon:
+            self.trainer.lr_scheduler.step()
 
     def _parts(self, rows: list[Row]) -> list[list[Row]]:
         """A step's rows as they go through the model, of each part `per_device_train_batch_size` in each process."""
@@ -639,7 +645,7 @@ class TrlLearner(ABC):
         go_on_after(trainer, rest["global_step"])
 
     def start(self, policy: WeightsRef, global_step: int) -> None:
-        """Goes on from an exported policy: its weights, a new optimizer and a new schedule; steps count on.
+        """Goes on from an exported policy: its weights and a new optimizer; steps count on, and the schedule with them.
 
         Raises:
             UserError: the policy can't be read, or adapters are trained, which a policy has merged.
@@ -654,6 +660,9 @@ class TrlLearner(ABC):
         optimizer, scheduler = copy.deepcopy(self._untrained_state)
         self.trainer.optimizer.load_state_dict(optimizer)
         self.trainer.lr_scheduler.load_state_dict(scheduler)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a new optimizer took no step yet
+            for step in range(global_step):
+                self._next_rate(step)
         go_on_after(self.trainer, global_step)
 
     def trained(self) -> dict[str, torch.Tensor]:
