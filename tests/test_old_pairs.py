@@ -18,6 +18,7 @@ from rlaif.errors import UserError
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import aggregate, by_pair
+from rlaif.learning.mixing import at_most
 from rlaif.learning.replay_set import Member, distinct, draw, members
 from rlaif.records import (
     Completion,
@@ -464,7 +465,7 @@ def share_drawn(old: dict[str, Member], settings: Replay, distances: dict[str, f
     ],
 )
 def test_chances_are_as_the_weights_say(settings: dict[str, Any], a: Member, distance: float, expected: float) -> None:
-    found = share_drawn({"a": a, "b": member("b")}, Replay(**settings), {"a": distance})
+    found = share_drawn({"a": a, "b": member("b")}, Replay(**settings), {"a": distance, "b": 0.0})
     assert found == pytest.approx(expected, abs=0.035)
 
 
@@ -475,6 +476,22 @@ def test_a_pair_is_drawn_once_and_one_that_may_not_train_never() -> None:
     assert {p.source for p in rows} == {"replay"}
     assert draw(old, 2, Replay(), 1, 0) == rows[:2]
     assert [p.pair_id for p in draw(old, 4, Replay(), 1, 2)] != [p.pair_id for p in rows]
+
+
+@pytest.mark.parametrize("percent", [10, 30, 40, 50, 60, 75, 90])
+def test_a_share_is_the_most_that_is_replayed(percent: int) -> None:
+    for fresh in range(100):
+        replayed = at_most(percent / 100, fresh)
+        assert 100 * replayed <= percent * (fresh + replayed)
+        assert 100 * (replayed + 1) > percent * (fresh + replayed + 1), "one more were too many"
+
+
+def test_a_pair_without_a_distance_counts_as_the_farthest() -> None:
+    """Not as unmoved: the rows of a data set would be the likeliest of all."""
+    old, settings = {i: member(i) for i in "abc"}, Replay(half_distance=0.1)
+    distances = {"b": 0.0, "c": 0.2, "not in the pool": 9.0}
+    assert share_drawn(old, settings, distances) == pytest.approx(1 / 6, abs=0.035)
+    assert share_drawn(old, settings, {}) == pytest.approx(1 / 3, abs=0.035)
 
 
 def with_tokens(m: Member, chosen: int, rejected: int) -> Member:

@@ -344,7 +344,8 @@ def taken(root: Path, per_iteration: int, iterations: int, given: tuple[PlanSour
     noted = list(given)
     for k in range(len(given), len(given) + iterations):
         made = source.planned(plan, noted, RunDir(root)).source
-        assert made is not None and source.gave(made)
+        assert made is not None
+        assert source.gave(made)
         assert named(source, k, made) == made.rows
         noted.append(made)
     return noted

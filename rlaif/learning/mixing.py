@@ -5,6 +5,7 @@ In: decisions of this iteration, the run's labels, the preferences of earlier it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,8 +121,13 @@ def replayed(
     """Older pairs for this update: those that may train under the text in force, and none beside itself or its twin."""
     here = run.iteration(k)
     moved = here.read("policy_distances", PolicyDistance) if here.is_complete("policy_distances") else []
-    wanted = round(len(fresh) * settings.share / (1 - settings.share))
+    wanted = at_most(settings.share, len(fresh))
     if not wanted:
         return []
     old = members(run, k, constitution.hash, settings.max_age, log or LabelLog(labels=()))
     return draw(distinct(old, fresh), wanted, settings, k, seed, {d.pair_id: d.distance for d in moved})
+
+
+def at_most(share: float, fresh: int) -> int:
+    """How many replayed pairs beside so many fresh ones are no more than a share of all."""
+    return math.floor(fresh * share / (1 - share) + 1e-9)  # a quotient of floats may lack a bit to a whole number

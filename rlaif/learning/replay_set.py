@@ -138,18 +138,20 @@ def draw(
     """So many members that may train in iteration k, or all of them where they are fewer, in the order in which they
     were drawn. What is drawn follows from the log and the seed alone.
 
-    `distances` says how far the policy has moved on a pair (`PolicyDistance.distance`); one that isn't in it counts as
-    not moved.
+    `distances` says how far the policy has moved on a pair (`PolicyDistance.distance`). One that isn't in it has no
+    log p of then, most often since another policy gave its answers: as near as the others it surely isn't, and counts
+    as moved as far as the farthest of them.
     """
     rows = {i: row for i, m in old.items() if (row := m.as_trained()) is not None}
-    weights = {i: weight_of(old[i], settings, k, distances.get(i, 0.0)) for i in rows}
+    farthest = max((distances[i] for i in rows if i in distances), default=0.0)
+    weights = {i: weight_of(old[i], settings, k, distances.get(i, farthest)) for i in rows}
     keys = {i: _key(f"replay-{seed}-{k}-{i}", weight) for i, weight in weights.items()}
     drawn = sorted(rows, key=lambda i: (keys[i], i), reverse=True)[:wanted]
     return [rows[i].model_copy(update={"source": "replay"}) for i in drawn]
 
 
 def weight_of(member: Member, settings: Replay, k: int, distance: float) -> float:
-    """A member's chance of being drawn in iteration k, against the others'."""
+    """A member's weight in the draw of iteration k: its chance of being drawn first, against the others'."""
     weight = settings.stale_weight if member.standing == "stale" else 1.0
     if settings.half_life is not None:
         weight *= 0.5 ** ((k - member.mixed_in) / settings.half_life)
