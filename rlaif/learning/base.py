@@ -103,6 +103,7 @@ _SET_ELSEWHERE = {
     "save_strategy": "nothing: every iteration is saved",
     "neftune_noise_alpha": "nothing: noise would stand in the log-probabilities that are compared",
 }
+_LOWER_THE_RATE = "Lower the rate: add --set learner.learning_rate=VALUE --allow-change to the command"
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
@@ -216,7 +217,8 @@ class TrlLearner(ABC):
         after the step that goes too far, whose metrics have its `kl`.
 
         Raises:
-            RlaifError: the loss or a gradient is not finite. The weights are still those of the last good step.
+            RlaifError: the loss or a gradient is not finite, and the weights are still those of the last good step; or
+                KL after one, which broke the policy. Nothing of this update is to be kept.
         """
         prepared = [self.row(given) for given in rows]
         self.look_at(prepared)
@@ -235,6 +237,7 @@ class TrlLearner(ABC):
                 taken = self._step(step, iteration)
                 if moved is not None:
                     kl = moved.kl([sequence for row in step for sequence in self.sequences(row)])
+                    self._refuse_broken(kl, step)
                     taken = taken.model_copy(update={"metrics": taken.metrics | {KL_METRIC: kl}})
                 taken, self.notes = taken.model_copy(update={"notes": tuple(self.notes)}), []
                 yield taken
@@ -315,8 +318,16 @@ class TrlLearner(ABC):
         what = f"the loss is {loss}" if not values[0].isfinite() else f"the gradient norm is {grad_norm}"
         raise RlaifError(
             f"update step {self.global_step + 1}: {what} (rows {', '.join(row['row_id'] for row in rows)}); the step "
-            "was not taken. Lower the rate: add --set learner.learning_rate=VALUE --allow-change to the command"
+            f"was not taken. {_LOWER_THE_RATE}"
         )
+
+    def _refuse_broken(self, kl: float, rows: list[Row]) -> None:
+        if not math.isfinite(kl):
+            raise RlaifError(
+                f"update step {self.global_step}: KL from the policy that began the iteration is {kl} (rows "
+                f"{', '.join(row['row_id'] for row in rows)}): the step broke the policy, and nothing of this update "
+                f"is kept. {_LOWER_THE_RATE}"
+            )
 
     # ---- how far the policy went
 
