@@ -856,7 +856,7 @@ class Replay(Section):
     """Old preferences against forgetting."""
 
     share: float = Field(0.0, ge=0, le=0.9)
-    """Share of an update that may be replayed pairs; they come after the fresh ones."""
+    """Share of an update that may be replayed pairs, rounded down to whole ones; they come after the fresh ones."""
     max_age: int = Field(4, ge=1)
     """Oldest iteration that may be replayed, counted back."""
     on_change: Adjustable[OnChange] = "expire"
@@ -866,14 +866,16 @@ class Replay(Section):
     rejudge: Adjustable[Rejudge] = Rejudge()
     """Limits of `on_change: rejudge`, an iteration; pairs whose votes are most evenly split come first."""
     stale_weight: Adjustable[float] = Field(0.25, gt=0, le=1)
-    """With `on_change: keep`: chance of a pair that the new text would judge by other questions, against that of
-    another one of its age."""
+    """With `on_change: keep`: weight in the draw of a pair that the new text would judge by other questions, against
+    that of another one of its age."""
     half_life: Adjustable[float | None] = Field(None, gt=0)
-    """Iterations after which a pair's chance of being drawn has halved; null: age doesn't count."""
+    """Iterations after which a pair's weight in the draw has halved; null: age doesn't count. The ratio of two weights
+    is that of the chances to be drawn first; the more of the old pairs an update takes, the less weights tell."""
     half_distance: Adjustable[float | None] = Field(None, gt=0)
     """How far the policy has moved on a pair's completions since it sampled them (|log p now - log p then|, nats a
-    token) when the pair's chance has halved; null: it isn't measured. Measuring costs a pass of the learner over the
-    old pairs, and needs an engine that records log p."""
+    token) when the pair's weight in the draw has halved; null: it isn't measured. Measuring costs a pass of the learner
+    over the old pairs, and needs an engine that records log p. A pair without one, as of a data set, counts as moved as
+    far as the farthest."""
 
 
 class Eval(Section):

@@ -670,7 +670,10 @@ class PlanSource(Record):
     named: bool = False
     """The job names these iterations; else they are all that were judged when the first of them was taken."""
     position: int | None = None
-    """Of data: the place of the iteration in the order in which rows are taken, from 0; null for a run."""
+    """Of data: the place of the iteration among those that it gave rows to, from 0; null for a run."""
+    rows: tuple[str, ...] = ()
+    """Of data: the rows that are taken, by their ids. Older plans name none: each took `prompts.per_iteration` of them,
+    after as many of each iteration before."""
     sha256: str
     """Of what was read: a source that changes is noticed."""
     rejudged: bool = False

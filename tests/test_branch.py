@@ -337,6 +337,16 @@ def test_more_prompts_than_the_parent_had_are_refused(tmp_path: Path) -> None:
         prompts_of(child, child.job(), tmp_path)
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_pass_stays_whole_where_a_branch_takes_another_number_of_prompts(tmp_path: Path, staleness: int) -> None:
+    """20 prompts: twice six of the parent's, twice four."""
+    go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1}, pipeline={"staleness": staleness})
+    child = branch(RunDir(tmp_path / "run"), 2, "child", ["prompts.per_iteration=4", "iterations=4"])
+    go_on(tmp_path, "child")
+    asked = [prompt for k in range(4) for prompt in child.plan(k).prompt_ids]
+    assert (len(asked), len({*asked})) == (20, 20)
+
+
 def test_an_adapter_needs_its_state(tmp_path: Path) -> None:
     parent = go_on(tmp_path, iterations=2, filters={"min_kept_pairs": 1})
     header = parent.header

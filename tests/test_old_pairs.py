@@ -22,7 +22,8 @@ from rlaif.errors import UserError
 from rlaif.judging.candidates import Candidate
 from rlaif.judging.kinds import kind_of
 from rlaif.judging.verdicts import aggregate, by_pair
-from rlaif.learning.replay_set import Member, draw, members
+from rlaif.learning.mixing import at_most
+from rlaif.learning.replay_set import Member, distinct, draw, members
 from rlaif.records import (
     Completion,
     Decision,
@@ -489,7 +490,7 @@ def share_drawn(old: dict[str, Member], settings: Replay, distances: dict[str, f
     ],
 )
 def test_chances_are_as_the_weights_say(settings: dict[str, Any], a: Member, distance: float, expected: float) -> None:
-    found = share_drawn({"a": a, "b": member("b")}, Replay(**settings), {"a": distance})
+    found = share_drawn({"a": a, "b": member("b")}, Replay(**settings), {"a": distance, "b": 0.0})
     assert found == pytest.approx(expected, abs=0.035)
 
 
@@ -500,6 +501,41 @@ def test_a_pair_is_drawn_once_and_one_that_may_not_train_never() -> None:
     assert {p.source for p in rows} == {"replay"}
     assert draw(old, 2, Replay(), 1, 0) == rows[:2]
     assert [p.pair_id for p in draw(old, 4, Replay(), 1, 2)] != [p.pair_id for p in rows]
+
+
+@pytest.mark.parametrize("percent", [10, 30, 40, 50, 60, 75, 90])
+def test_a_share_is_the_most_that_is_replayed(percent: int) -> None:
+    for fresh in range(100):
+        replayed = at_most(percent / 100, fresh)
+        assert 100 * replayed <= percent * (fresh + replayed)
+        assert 100 * (replayed + 1) > percent * (fresh + replayed + 1), "one more were too many"
+
+
+def test_a_pair_without_a_distance_counts_as_the_farthest() -> None:
+    """Not as unmoved: the rows of a data set would be the likeliest of all."""
+    old, settings = {i: member(i) for i in "abc"}, Replay(half_distance=0.1)
+    distances = {"b": 0.0, "c": 0.2, "not in the pool": 9.0}
+    assert share_drawn(old, settings, distances) == pytest.approx(1 / 6, abs=0.035)
+    assert share_drawn(old, settings, {}) == pytest.approx(1 / 3, abs=0.035)
+
+
+def with_tokens(m: Member, chosen: int, rejected: int) -> Member:
+    sides = {"chosen_token_ids": (chosen,), "rejected_token_ids": (rejected,)}
+    return m._replace(row=m.row.model_copy(update=sides))
+
+
+def test_of_twins_the_newest_is_left_and_none_of_what_is_fresh() -> None:
+    """The same tokens under several pair ids, whichever side was chosen."""
+    old = {
+        "9-a": with_tokens(member("9-a", 0), 2, 3),
+        "0-a": with_tokens(member("0-a", 1), 3, 2),  # newer, though its id comes before
+        "1-a": with_tokens(member("1-a", 2, "expired"), 2, 3),  # the newest that may train counts
+        "0-b": with_tokens(member("0-b", 2), 2, 4),
+        "0-c": with_tokens(member("0-c", 1), 2, 5),
+    }
+    fresh = with_tokens(member("3-b", 3), 4, 2).row
+    assert sorted(distinct(old, [fresh])) == ["0-a", "0-c"]
+    assert distinct(old, [fresh]) == distinct(dict(reversed(old.items())), [fresh])
 
 
 def test_distances_are_those_of_the_learner_that_trains_on(tmp_path: Path) -> None:

@@ -309,7 +309,9 @@ def test_a_slice_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_iterations_take_every_prompt_equally_and_none_twice(total: int, per_iteration: int, seed: int) -> None:
     prompts = numbered(total)
-    iterations = [[p.id for p in prompts_for(prompts, seed, i, per_iteration)] for i in range(3 * total)]
+    iterations = [
+        [p.id for p in prompts_for(prompts, seed, [per_iteration] * i, per_iteration)] for i in range(3 * total)
+    ]
     assert all(len(set(taken)) == per_iteration for taken in iterations)
     stream = [id for taken in iterations for id in taken]
     for start in range(0, len(stream), total):
@@ -326,10 +328,27 @@ def test_fewer_prompts_than_an_iteration_takes_are_refused() -> None:
 
 def test_iterations_are_pure() -> None:
     prompts = numbered(10)
-    assert prompts_for(prompts, 3, 8, 4) == prompts_for(list(prompts), 3, 8, 4)
-    assert prompts_for(prompts, 3, 8, 4) != prompts_for(prompts, 4, 8, 4)
+    assert prompts_for(prompts, 3, [4] * 8, 4) == prompts_for(list(prompts), 3, [4] * 8, 4)
+    assert prompts_for(prompts, 3, [4] * 8, 4) != prompts_for(prompts, 4, [4] * 8, 4)
+
+
+def test_the_order_is_the_one_that_runs_have_gone_by() -> None:
+    """Runs that go on must find it: two passes of 7, by threes."""
+    found = [[int(p.id[1:]) for p in prompts_for(numbered(7), 0, [3] * i, 3)] for i in range(5)]
+    assert found == [[6, 1, 2], [4, 3, 0], [5, 1, 4], [5, 6, 3], [0, 2, 1]]
+
+
+@pytest.mark.parametrize("total", [5, 7, 12])
+@pytest.mark.parametrize("seed", range(5))
+def test_passes_stay_whole_when_iterations_take_another_number(total: int, seed: int) -> None:
+    prompts, sizes = numbered(total), [2, 2, 5, 3, 5, 1, 4, 4, 4, 2, 5, 5, 3, 3, 1]
+    iterations = [[p.id for p in prompts_for(prompts, seed, sizes[:i], n)] for i, n in enumerate(sizes)]
+    assert all(len(set(taken)) == len(taken) == n for taken, n in zip(iterations, sizes, strict=True))
+    stream = [id for taken in iterations for id in taken]
+    for start in range(0, len(stream) - total + 1, total):
+        assert len(set(stream[start : start + total])) == total
 
 
 def test_no_prompts_left() -> None:
     with pytest.raises(UserError, match="no training prompts are left"):
-        prompts_for([], 0, 0, 4)
+        prompts_for([], 0, [], 4)

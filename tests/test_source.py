@@ -107,6 +107,19 @@ def test_iterations_start_over_under_ids_of_their_own(online: RunDir, tmp_path: 
     assert verify(loop.dir).holds
 
 
+def test_a_source_that_starts_over_replays_no_pair_beside_its_twin(online: RunDir, tmp_path: Path) -> None:
+    job = offline_job(online.path, iterations="0-1", replay={"share": 0.9}, filters={"min_kept_pairs": 1})
+    loop = offline_loop(tmp_path, job)
+    loop.run()
+    replayed = 0
+    for k in range(job.iterations):
+        trained = loop.dir.iteration(k).read("preferences", Preference)
+        pairs = [frozenset(row.sequences) for row in trained]
+        assert len(pairs) == len({*pairs})
+        replayed += sum(row.source == "replay" for row in trained)
+    assert replayed > 0
+
+
 def test_held_out_answers_are_judged_under_the_text_in_force(online: RunDir, tmp_path: Path) -> None:
     """Labels under the first text, the job's text is the second: every row says which judged it."""
     job = stub_job(iterations=2, schedule={0: "rules@2"}, source={"run": str(online.path), "iterations": "0-1"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,20 @@ from rlaif.data.labelled import read_to_train
 from rlaif.errors import RunInterrupted, UserError
 from rlaif.loop.source_data import LabelledPairs
 from rlaif.loop.source_run import StoredPairs
-from rlaif.records import Completion, Decision, EvaluationMetrics, IterationMetrics, Message, Pair, Preference, Vote
+from rlaif.records import (
+    Completion,
+    ConstitutionRef,
+    Decision,
+    EvaluationMetrics,
+    IterationMetrics,
+    Message,
+    Pair,
+    Plan,
+    PlanSource,
+    PolicyVersion,
+    Preference,
+    Vote,
+)
 from rlaif.rendering import Renderer
 from rlaif.rundir.store import RunDir, read_record
 from tests.chat_tokenizers import KINDS
@@ -238,7 +252,7 @@ def test_the_audit_says_that_nobody_voted(trained: RunDir) -> None:
     assert "source: pairs of pairs.jsonl, labels as stored" in said["overview"]
     assert "labelled by the data set that it is from, paired by labelled" in said["show"]
     assert "nobody voted: the data set that it is from calls" in said["show"]
-    assert "no text: 16 preferences with the label of a data set" in said["trace"]
+    assert "no text: 14 preferences with the label of a data set" in said["trace"]
     assert "replay" in said["trace"]
 
 
@@ -304,6 +318,53 @@ def test_pairs_that_are_too_long_are_told_at_the_start(too_long: str, tiny_model
     assert any("1 pairs are too long and left out" in said for said in progress.notes)
     trained = [p.pair_id for k in (0, 1) for p in run.iteration(k).read("preferences", Preference)]
     assert not any("row1" in i for i in trained)
+
+
+def source_of(root: Path, per_iteration: int) -> LabelledPairs:
+    tree = {"constitution": "rules", "source": "pairs.jsonl", "prompts": {"per_iteration": per_iteration}}
+    job = parse_job(tree, "test")
+    assert job.source is not None
+    source = LabelledPairs(job.source, job, root, lambda message: None)
+    source.settle(source.prompts)
+    return source
+
+
+def named(source: LabelledPairs, k: int, noted: PlanSource) -> tuple[str, ...]:
+    """The rows that an iteration takes, by their ids."""
+    it: Any = SimpleNamespace(k=k, source=noted)
+    return tuple(pair.removeprefix(f"{k:04d}-") for pair in source.labels(it))
+
+
+def taken(root: Path, per_iteration: int, iterations: int, given: tuple[PlanSource, ...] = ()) -> list[PlanSource]:
+    """What plans note that come after others, of eleven rows with one prompt."""
+    write_rows(root / "pairs.jsonl", [FORMS["plain"] | {"chosen": f"Answer {i}.", "id": f"row{i}"} for i in range(11)])
+    source = source_of(root, per_iteration)
+    policy, text = PolicyVersion(iteration=0, digest="base"), ConstitutionRef(name="rules", version=1, hash="h")
+    plan = Plan(iteration=0, seed=0, constitution=text, policy=policy, prompt_ids=(), evaluate=False)
+    noted = list(given)
+    for k in range(len(given), len(given) + iterations):
+        made = source.planned(plan, noted, RunDir(root)).source
+        assert made is not None
+        assert source.gave(made)
+        assert named(source, k, made) == made.rows
+        noted.append(made)
+    return noted
+
+
+def test_a_pass_stays_whole_where_a_branch_takes_another_number_of_rows(tmp_path: Path) -> None:
+    parent = taken(tmp_path, 4, 2)
+    rows = [row for noted in taken(tmp_path, 2, 2, tuple(parent)) for row in noted.rows]
+    assert len(rows) == 4 + 4 + 2 + 2
+    assert len({*rows[:11]}) == 11
+
+
+def test_a_plan_that_names_no_rows_takes_those_that_it_took(tmp_path: Path) -> None:
+    """Plans did so before they named them."""
+    noted = taken(tmp_path, 4, 5)
+    older = tuple(plan.model_copy(update={"rows": ()}) for plan in noted[:4])
+    assert taken(tmp_path, 4, 1, older)[-1] == noted[-1]
+    source = source_of(tmp_path, 4)
+    assert [named(source, k, plan) for k, plan in enumerate(older)] == [plan.rows for plan in noted[:4]]
 
 
 def test_too_few_pairs_are_told(tmp_path: Path) -> None:

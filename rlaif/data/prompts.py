@@ -8,7 +8,7 @@ Answers at the end of a chat are left out: the policy gives its own. Out: `Promp
 A file is somebody's own: a row with both columns or a repeated prompt is a mistake there. Data sets made for other
 trainings have both as a matter of course: `prompt` counts, and repeats are skipped.
 
-The order is a function of the seed and the position alone, so a resumed run continues it without any state.
+The order is a function of the seed and of how many were taken before, which plans say: a resumed run continues it.
 """
 
 from __future__ import annotations
@@ -161,18 +161,18 @@ class Named(Protocol):
 N = TypeVar("N", bound=Named)
 
 
-def prompts_for(prompts: Sequence[N], seed: int, iteration: int, per_iteration: int) -> list[N]:
+def prompts_for(prompts: Sequence[N], seed: int, before: Sequence[int], wanted: int) -> list[N]:
     """The prompts (or other rows with an id) of one iteration, a pure function of its arguments.
 
     Iterations follow each other through passes over all prompts, each shuffled anew. Where one crosses into the next
     pass, it skips there what it already has, and leaves that for later in the pass: no iteration asks a prompt twice,
-    and every pass still has every prompt once.
+    and every pass still has every prompt once, however many each iteration took.
 
     Args:
         prompts: the training set, in a fixed order.
         seed: the job's seed.
-        iteration: from 0.
-        per_iteration: how many to take.
+        before: how many each earlier iteration took.
+        wanted: how many to take.
 
     Raises:
         UserError: there are no prompts.
@@ -180,24 +180,25 @@ def prompts_for(prompts: Sequence[N], seed: int, iteration: int, per_iteration: 
     """
     _refuse_empty(prompts)
     total = len(prompts)
-    if per_iteration > total:
-        raise ValueError(f"{per_iteration} prompts an iteration of {total}")
-    epoch, offset = divmod(iteration * per_iteration, total)
+    if wanted > total:
+        raise ValueError(f"{wanted} prompts an iteration of {total}")
     # Which prompts a pass has to put later depends on the pass before it, so walk from the first; it is cheap.
-    current = _shuffled(prompts, seed, 0)
-    for number in range(1, epoch + 1):
-        current = _following(current, _shuffled(prompts, seed, number), total * number % per_iteration, per_iteration)
-    number = epoch + 1
-    following = _following(current, _shuffled(prompts, seed, number), total * number % per_iteration, per_iteration)
-    return (current + following)[offset : offset + per_iteration]
+    current, number, at = _shuffled(prompts, seed, 0), 0, 0
+    taken: list[N] = []
+    for size in (*before, wanted):
+        size = min(size, total)  # a data set may have had more rows then
+        taken, at = current[at : at + size], at + size
+        if at > total:
+            number, at = number + 1, at - total
+            current = _following(taken, _shuffled(prompts, seed, number), at)
+            taken += current[:at]
+    return taken
 
 
-def _following(current: list[N], shuffled: list[N], begun: int, per_iteration: int) -> list[N]:
-    """The next pass, for an iteration that took the last `begun` prompts of the current one."""
-    if not begun:
-        return shuffled
-    had = {p.id for p in current[-begun:]}
-    first = [p for p in shuffled if p.id not in had][: per_iteration - begun]
+def _following(had: Sequence[N], shuffled: list[N], wanted: int) -> list[N]:
+    """The next pass, for an iteration that had these of the one before and takes so many more."""
+    ids = {p.id for p in had}
+    first = [p for p in shuffled if p.id not in ids][:wanted]
     chosen = {p.id for p in first}
     return first + [p for p in shuffled if p.id not in chosen]
 

@@ -28,8 +28,8 @@ KL_METRIC = "kl"
 
 
 def too_far(step: UpdateStep, max_kl: float | None) -> bool:
-    """Whether an update ends with this step (`learner.max_kl`)."""
-    return max_kl is not None and step.metrics.get(KL_METRIC, 0.0) > max_kl
+    """Whether an update ends with this step (`learner.max_kl`). What is no number is no reason to go on."""
+    return max_kl is not None and not step.metrics.get(KL_METRIC, 0.0) <= max_kl
 
 
 class Learner(Protocol[RowT]):

@@ -18,6 +18,7 @@ import random
 import sys
 import tempfile
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -102,6 +103,7 @@ _SET_ELSEWHERE = {
     "save_strategy": "nothing: every iteration is saved",
     "neftune_noise_alpha": "nothing: noise would stand in the log-probabilities that are compared",
 }
+_LOWER_THE_RATE = "Lower the rate: add --set learner.learning_rate=VALUE --allow-change to the command"
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
@@ -215,7 +217,8 @@ class TrlLearner(ABC):
         after the step that goes too far, whose metrics have its `kl`.
 
         Raises:
-            RlaifError: the loss or a gradient is not finite. The weights are still those of the last good step.
+            RlaifError: the loss or a gradient is not finite, and the weights are still those of the last good step; or
+                KL after one, which broke the policy. Nothing of this update is to be kept.
         """
         prepared = [self.row(given) for given in rows]
         self.look_at(prepared)
@@ -234,6 +237,7 @@ class TrlLearner(ABC):
                 taken = self._step(step, iteration)
                 if moved is not None:
                     kl = moved.kl([sequence for row in step for sequence in self.sequences(row)])
+                    self._refuse_broken(kl, step)
                     taken = taken.model_copy(update={"metrics": taken.metrics | {KL_METRIC: kl}})
                 taken, self.notes = taken.model_copy(update={"notes": tuple(self.notes)}), []
                 yield taken
@@ -267,8 +271,7 @@ class TrlLearner(ABC):
         tell(trainer, "on_pre_optimizer_step")
         trainer.optimizer.step()
         tell(trainer, "on_optimizer_step")
-        if state.global_step < self._horizon:  # its last value stays: a cosine would rise again
-            trainer.lr_scheduler.step()
+        self._next_rate(state.global_step)
         trainer.model.zero_grad()
         state.global_step += 1
         tell(trainer, "on_step_end")
@@ -283,6 +286,12 @@ class TrlLearner(ABC):
             seconds=time.perf_counter() - started,
             metrics=measured,
         )
+
+    def _next_rate(self, taken: int) -> None:
+        """Moves the schedule on, after a step before which so many were taken. Its last value stays: a cosine would
+        rise again."""
+        if taken < self._horizon:
+            self.trainer.lr_scheduler.step()
 
     def _parts(self, rows: list[Row]) -> list[list[Row]]:
         """A step's rows as they go through the model, of each part `per_device_train_batch_size` in each process."""
@@ -309,8 +318,16 @@ class TrlLearner(ABC):
         what = f"the loss is {loss}" if not values[0].isfinite() else f"the gradient norm is {grad_norm}"
         raise RlaifError(
             f"update step {self.global_step + 1}: {what} (rows {', '.join(row['row_id'] for row in rows)}); the step "
-            "was not taken. Lower the rate: add --set learner.learning_rate=VALUE --allow-change to the command"
+            f"was not taken. {_LOWER_THE_RATE}"
         )
+
+    def _refuse_broken(self, kl: float, rows: list[Row]) -> None:
+        if not math.isfinite(kl):
+            raise RlaifError(
+                f"update step {self.global_step}: KL from the policy that began the iteration is {kl} (rows "
+                f"{', '.join(row['row_id'] for row in rows)}): the step broke the policy, and nothing of this update "
+                f"is kept. {_LOWER_THE_RATE}"
+            )
 
     # ---- how far the policy went
 
@@ -639,7 +656,7 @@ class TrlLearner(ABC):
         go_on_after(trainer, rest["global_step"])
 
     def start(self, policy: WeightsRef, global_step: int) -> None:
-        """Goes on from an exported policy: its weights, a new optimizer and a new schedule; steps count on.
+        """Goes on from an exported policy: its weights and a new optimizer; steps count on, and the schedule with them.
 
         Raises:
             UserError: the policy can't be read, or adapters are trained, which a policy has merged.
@@ -654,6 +671,9 @@ class TrlLearner(ABC):
         optimizer, scheduler = copy.deepcopy(self._untrained_state)
         self.trainer.optimizer.load_state_dict(optimizer)
         self.trainer.lr_scheduler.load_state_dict(scheduler)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a new optimizer took no step yet
+            for step in range(global_step):
+                self._next_rate(step)
         go_on_after(self.trainer, global_step)
 
     def trained(self) -> dict[str, torch.Tensor]:

@@ -5,12 +5,13 @@ In: decisions of this iteration, the run's labels, the preferences of earlier it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlaif.config import Replay
 from rlaif.constitutions.constitution import Constitution
-from rlaif.learning.replay_set import draw, members
+from rlaif.learning.replay_set import distinct, draw, members
 from rlaif.records import Completion, Decision, Pair, PolicyDistance, Preference, Prompt, Side
 from rlaif.review.labels import (
     REVIEW,
@@ -117,13 +118,16 @@ def replayed(
     seed: int,
     constitution: Constitution,
 ) -> list[Preference]:
-    """Older pairs for this update: those that may train under the text in force, and none beside itself."""
+    """Older pairs for this update: those that may train under the text in force, and none beside itself or its twin."""
     here = run.iteration(k)
     moved = here.read("policy_distances", PolicyDistance) if here.is_complete("policy_distances") else []
-    wanted = round(len(fresh) * settings.share / (1 - settings.share))
+    wanted = at_most(settings.share, len(fresh))
     if not wanted:
         return []
-    now = {p.pair_id for p in fresh}
     old = members(run, k, constitution.hash, settings.max_age, log or LabelLog(labels=()))
-    old = {i: m for i, m in old.items() if i not in now}
-    return draw(old, wanted, settings, k, seed, {d.pair_id: d.distance for d in moved})
+    return draw(distinct(old, fresh), wanted, settings, k, seed, {d.pair_id: d.distance for d in moved})
+
+
+def at_most(share: float, fresh: int) -> int:
+    """How many replayed pairs beside so many fresh ones are no more than a share of all."""
+    return math.floor(fresh * share / (1 - share) + 1e-9)  # a quotient of floats may lack a bit to a whole number

@@ -106,6 +106,27 @@ def relabelled(run: RunDir, i: int, log: LabelLog | None) -> set[str]:
     return {pair for pair, side in sides.items() if (label := labels.get(pair)) is None or label.outcome != side}
 
 
+def distinct(old: Mapping[str, Member], fresh: Iterable[Preference]) -> dict[str, Member]:
+    """The members that may train, without any that is fresh now, and of twins the newest.
+
+    Twins are the same tokens under several pair ids: a source that starts over gives its pairs anew, and a policy may
+    give the same two completions again. In one update they would count double, or even against each other.
+    """
+    taken = {_content(row) for row in fresh}
+    out = {}
+    for i, member in sorted(old.items(), key=lambda item: (item[1].mixed_in, item[0]), reverse=True):
+        row = member.as_trained()
+        if row is not None and (content := _content(row)) not in taken:
+            taken.add(content)
+            out[i] = member
+    return out
+
+
+def _content(row: Preference) -> tuple[tuple[int, ...], frozenset[tuple[int, ...]]]:
+    """What a pair is, whatever it is called and whichever side was chosen."""
+    return row.prompt_token_ids, frozenset((row.chosen_token_ids, row.rejected_token_ids))
+
+
 def draw(
     old: Mapping[str, Member],
     wanted: int,
@@ -117,18 +138,20 @@ def draw(
     """So many members that may train in iteration k, or all of them where they are fewer, in the order in which they
     were drawn. What is drawn follows from the log and the seed alone.
 
-    `distances` says how far the policy has moved on a pair (`PolicyDistance.distance`); one that isn't in it counts as
-    not moved.
+    `distances` says how far the policy has moved on a pair (`PolicyDistance.distance`). One that isn't in it has no
+    log p of then, most often since another policy gave its answers: as near as the others it surely isn't, and counts
+    as moved as far as the farthest of them.
     """
     rows = {i: row for i, m in old.items() if (row := m.as_trained()) is not None}
-    weights = {i: weight_of(old[i], settings, k, distances.get(i, 0.0)) for i in rows}
+    farthest = max((distances[i] for i in rows if i in distances), default=0.0)
+    weights = {i: weight_of(old[i], settings, k, distances.get(i, farthest)) for i in rows}
     keys = {i: _key(f"replay-{seed}-{k}-{i}", weight) for i, weight in weights.items()}
     drawn = sorted(rows, key=lambda i: (keys[i], i), reverse=True)[:wanted]
     return [rows[i].model_copy(update={"source": "replay"}) for i in drawn]
 
 
 def weight_of(member: Member, settings: Replay, k: int, distance: float) -> float:
-    """A member's chance of being drawn in iteration k, against the others'."""
+    """A member's weight in the draw of iteration k: its chance of being drawn first, against the others'."""
     weight = settings.stale_weight if member.standing == "stale" else 1.0
     if settings.half_life is not None:
         weight *= 0.5 ** ((k - member.mixed_in) / settings.half_life)

@@ -181,8 +181,10 @@ class Loop(Running):
         policy, staleness = found
         constitution, templates = self.in_force.at(k)
         last = k + 1 == self.job.iterations
-        source = self.source
-        asked = [] if source else prompts_for(self.train, self.job.seed, k, self.job.prompts.per_iteration)
+        source, earlier = self.source, [self.dir.plan(i) for i in range(k)]
+        # Of what was sampled: a branch may have taken pairs from elsewhere in between, or so many prompts no longer.
+        sampled = [len(before.prompt_ids) for before in earlier if before.source is None]
+        asked = [] if source else prompts_for(self.train, self.job.seed, sampled, self.job.prompts.per_iteration)
         plan = Plan(
             iteration=k,
             seed=self.job.seed,
@@ -196,8 +198,8 @@ class Loop(Running):
             evaluate=last or (k + 1) % self.job.eval.every == 0,
         )
         if source:  # counted from where it began: what was before, this run may have sampled, or taken elsewhere
-            before = (self.dir.plan(i).source for i in range(k))
-            plan = source.planned(plan, sum(noted is not None and source.gave(noted) for noted in before), self.dir)
+            given = [before.source for before in earlier if before.source and source.gave(before.source)]
+            plan = source.planned(plan, given, self.dir)
         here.path.mkdir(parents=True, exist_ok=True)
         write_json(path, plan.model_dump(mode="json"))
         return plan

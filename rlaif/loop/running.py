@@ -242,8 +242,8 @@ class PairSource(Protocol):
     def check_answers(self, sampler: Worker, note: Callable[[str], None]) -> None:
         """Whether its answers can train, before any does; `note` is told how many are left out."""
 
-    def planned(self, plan: Plan, position: int, run: RunDir) -> Plan:
-        """The plan of the iteration at `position` among those with a source, from 0; copies the texts that it names."""
+    def planned(self, plan: Plan, given: Sequence[PlanSource], run: RunDir) -> Plan:
+        """The plan of an iteration, after what this source gave earlier ones; copies the texts that it names."""
 
     def gave(self, noted: PlanSource) -> bool:
         """Whether a plan took its pairs from it: the next one goes on after them. A branch may have another source."""

@@ -75,7 +75,7 @@ class LabelledPairs:
 
     def pairs_in(self, position: int) -> int:
         """As many in every iteration."""
-        return min(self._job.prompts.per_iteration, len(self._all))
+        return min(self._wanted, len(self._all))
 
     def check_tokenizer(self, found: Mapping[str, str | None]) -> None:
         """Its answers are text: they are put into the policy's tokens, whichever these are."""
@@ -88,9 +88,9 @@ class LabelledPairs:
         """
         self._ids = may_train(self.prompts, train)
         self._rows = [row for row in self._all if row.prompt.id in self._ids]
-        if len(self._rows) < (wanted := self._job.prompts.per_iteration):
+        if len(self._rows) < self._wanted:
             raise UserError(
-                f"prompts.per_iteration={wanted}: {self.path} has {len(self._rows)} pairs to train on (those of "
+                f"prompts.per_iteration={self._wanted}: {self.path} has {len(self._rows)} pairs to train on (those of "
                 f"held-out prompts left out); set prompts.per_iteration={len(self._rows)} or less, or add pairs"
             )
 
@@ -114,10 +114,17 @@ class LabelledPairs:
         rows = {p.prompt_id for p in problems}
         note(f"{self.path}: {len(rows)} pairs are too long and left out")
 
-    def planned(self, plan: Plan, position: int, run: RunDir) -> Plan:
-        """The plan of the iteration at `position` among those with a source, from 0."""
-        asked = dict.fromkeys(self._ids[row.prompt.id] for row in self._at(position))
-        noted = PlanSource(path=self.path, position=position, sha256=self.sha256, rejudged=self.settings.rejudge)
+    def planned(self, plan: Plan, given: Sequence[PlanSource], run: RunDir) -> Plan:
+        """The plan of an iteration, after what it gave earlier ones."""
+        rows = self._after([len(noted.rows) or self._wanted for noted in given])
+        asked = dict.fromkeys(self._ids[row.prompt.id] for row in rows)
+        noted = PlanSource(
+            path=self.path,
+            position=len(given),
+            rows=tuple(row.id for row in rows),
+            sha256=self.sha256,
+            rejudged=self.settings.rejudge,
+        )
         return plan.model_copy(update={"prompt_ids": tuple(asked), "source": noted})
 
     def gave(self, noted: PlanSource) -> bool:
@@ -138,12 +145,12 @@ class LabelledPairs:
 
     def labels(self, it: Iteration) -> dict[str, Side]:
         """Which side of each pair of an iteration the data call better."""
-        return {_pair_id(it.k, row): _shown(row, self._job.seed, it.k)[0] for row in self._at(it.source.position)}
+        return {_pair_id(it.k, row): _shown(row, self._job.seed, it.k)[0] for row in self._taken(it.source)}
 
     def take(self, it: Iteration, sampler: Worker) -> Taken:
         """What iteration `it` is given."""
         self.check(it.source)
-        rows = self._at(it.source.position)
+        rows = self._taken(it.source)
         strip = self._job.policy.thinking == "strip"
         tokens: list[TokenSequence] = sampler.call("tokens_of", answers=[a for row in rows for a in _answers(row)])
         completions: list[Completion] = []
@@ -182,10 +189,22 @@ class LabelledPairs:
             )
         return Taken(completions, [], pairs, [])
 
-    def _at(self, position: int | None) -> list[_Row]:
-        """The rows of the iteration at this place."""
-        assert position is not None, "of data"
-        return prompts_for(self._rows, self._job.seed, position, self._job.prompts.per_iteration)
+    @property
+    def _wanted(self) -> int:
+        """Rows that an iteration takes."""
+        return self._job.prompts.per_iteration
+
+    def _taken(self, noted: PlanSource) -> list[_Row]:
+        """The rows that a plan takes."""
+        if noted.rows:
+            rows = {row.id: row for row in self._rows}
+            return [rows[i] for i in noted.rows]
+        assert noted.position is not None, "of data"
+        return self._after([self._wanted] * noted.position)  # as older plans mean it
+
+    def _after(self, before: Sequence[int]) -> list[_Row]:
+        """The next rows, where earlier iterations took so many."""
+        return prompts_for(self._rows, self._job.seed, before, self._wanted)
 
     def _too_long(self, sides: Sequence[TokenSequence]) -> bool:
         limit = self._job.sampling.max_model_len

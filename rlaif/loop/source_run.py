@@ -94,10 +94,10 @@ class StoredPairs:
                     "most often since they are held out; leave it out, or give other prompts.held_out"
                 )
 
-    def planned(self, plan: Plan, position: int, run: RunDir) -> Plan:
-        """The plan of the iteration at `position` among those with a source, from 0. Copies the texts that its pairs
-        were judged under into `run`, where labels are as stored."""
-        k = self._at(position)
+    def planned(self, plan: Plan, given: Sequence[PlanSource], run: RunDir) -> Plan:
+        """The plan of an iteration, after those that it gave before. Copies the texts that its pairs were judged under
+        into `run`, where labels are as stored."""
+        k = self._at(len(given))
         theirs = self._run.plan(k)
         update = {"prompt_ids": tuple(self._ids[p] for p in theirs.prompt_ids if p in self._ids)}
         noted = PlanSource(

@@ -435,10 +435,25 @@ def test_a_new_optimizer_goes_on_from_an_exported_policy(
     new.start(policy, 7)
     steps = list(first.update(pairs[:2], 1)), list(new.update(pairs[:2], 1))
     assert [s.step for s in steps[1]] == [8]
-    assert steps[0][0].learning_rate == steps[1][0].learning_rate == 0  # the warm-up begins again
+    assert [s[0].learning_rate for s in steps] == pytest.approx([1e-2 * 2 / 3, 1e-2])  # as after 2 steps, and after 7
     assert steps[0][0].loss == steps[1][0].loss
-    close(weights(first), weights(new))
-    assert new.save(tmp_path / "state2", tmp_path / "policy2").digest == policy.digest  # at a rate of 0 nothing moves
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
+def test_a_new_optimizer_goes_on_with_the_rates_of_the_old_one(
+    schedule: str, model_path: str, settings: config.Learner, tmp_path: Path
+) -> None:
+    """In the warm-up, in the middle, and after the schedule's end."""
+    args = {"lr_scheduler_type": schedule, "max_steps": 8}
+    made = learner("dpo", model_path, settings, args=args, warmup_steps=3, batch_size=2)
+    policy = made.save(tmp_path / "state", tmp_path / "policy")
+    pairs = make_preferences(4)
+    rates = [step.learning_rate for k in range(6) for step in made.update(pairs, k)]
+    for begun in (1, 5, 8, 10):
+        made.start(policy, begun)
+        found = [step.learning_rate for step in made.update(pairs, 0)]
+        assert found == pytest.approx(rates[begun : begun + 2], abs=1e-12)
+    assert rates[-1] == (settings.learning_rate if schedule == "constant_with_warmup" else pytest.approx(0, abs=1e-12))
 
 
 def test_adapters_need_their_own_state(model_path: str, settings: config.Learner, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlaif import config
-from rlaif.errors import UserError
+from rlaif.errors import RlaifError, UserError
 from rlaif.learning import make_learner, too_far
 from rlaif.learning.moved import Moved, term
 from rlaif.records import TokenSequence
@@ -50,6 +50,25 @@ def test_kl_of_tokens_by_hand() -> None:
 @pytest.mark.parametrize("log_ratio", [-30.0, -1.0, -1e-9, 0.0, 1e-9, 1.0, 5.0])
 def test_a_term_is_never_negative(log_ratio: float) -> None:
     assert term(log_ratio) >= 0
+
+
+@pytest.mark.parametrize("log_ratio", [1000.0, math.inf, -math.inf, math.nan])
+def test_a_term_that_is_no_number_is_never_near(log_ratio: float) -> None:
+    assert not term(log_ratio) <= 1e300
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_no_number_is_too_far(
+    kl: float, model_path: str, settings: config.Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN is not greater than anything."""
+    made = learner("dpo", model_path, settings, max_kl=1e9)
+    (step,) = made.update(make_preferences(4), 0)
+    assert not too_far(step, 1e9)
+    assert too_far(step.model_copy(update={"metrics": {"kl": kl}}), 1e9)
+    monkeypatch.setattr(Moved, "kl", lambda *_: kl)
+    with pytest.raises(RlaifError, match=r"update step 2: KL from the policy .* broke the policy"):
+        list(made.update(make_preferences(8), 1))
 
 
 def test_terms_estimate_kl() -> None:
