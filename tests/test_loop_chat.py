@@ -60,7 +60,7 @@ def chat_loop(root: Path, job: Job, spent: Spent | None = None) -> Loop:
 
 def all_votes(loop: Loop) -> list[Vote]:
     stages = [*map(loop.dir.iteration, loop.dir.iterations()), *map(loop.dir.evaluation, loop.dir.evaluations())]
-    return [v for stage in stages for v in stage.durable("votes", Vote)]
+    return [v for stage in stages for name in ("votes", "change_votes") for v in stage.durable(name, Vote)]
 
 
 def test_a_run_is_judged_over_http(tmp_path: Path) -> None:
@@ -519,7 +519,8 @@ def test_old_pairs_are_judged_again_over_http_and_count_against_the_budget(tmp_p
     assert spent.calls == len(server.bodies) == len(all_votes(loop)) + len(new)
     metrics = json.loads((loop.dir.iteration(2).path / "metrics.json").read_text())
     assert metrics["old_pairs"] == {"kept": len(old)}
-    assert metrics["judge_calls"] == len(new) + len(loop.dir.iteration(2).read("votes", Vote))
+    at_change = loop.dir.iteration(2).read("change_votes", Vote)
+    assert metrics["judge_calls"] == len(new) + len(loop.dir.iteration(2).read("votes", Vote)) + len(at_change)
     write_json(loop.dir.path / "run.json", {"schema_version": 2, "job": loop.job.model_dump(mode="json")})
     again = replay(loop.dir, *settings_of(loop.dir, tmp_path))
     assert [(o.pairs, o.kept_before, o.kept_after) for o in again.old_pairs] == [(len(old),) * 3]

@@ -28,7 +28,7 @@ from tests.stubs import Quiet, stub_job, stub_loop
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = 34
+KILLS = 38
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """30 runs of the stub job, each killed at another write, some of them twice, each resumed to its end."""
+    """Runs of the stub job, each killed at another write, some of them twice, each resumed to its end."""
     root = tmp_path_factory.mktemp("kills")
     command = [sys.executable, "-m", "tests.kill_driver", str(root), str(KILLS), "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

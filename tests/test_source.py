@@ -75,6 +75,7 @@ def test_an_offline_counterpart_has_the_rows_and_the_policies_of_the_run(online:
         plan = loop.dir.plan(k)
         assert (plan.source.iteration, plan.constitution) == (k, online.plan(k).constitution)
     held_out = {v.ballot.id for n in (2, 4) for v in loop.dir.evaluation(n).read("votes", Vote)}
+    held_out |= {v.ballot.id for v in loop.dir.iteration(2).read("change_votes", Vote)}
     assert {*casts(tmp_path)} == held_out, "of pairs that train nobody was asked"
     assert verify(loop.dir).holds
 
@@ -383,7 +384,7 @@ def test_a_branch_goes_on_offline(rejudge: bool, tiny_model: Path, tmp_path: Pat
 )
 def test_a_killed_run_trains_as_an_unkilled_one(rejudge: bool, online: RunDir, tmp_path: Path) -> None:
     """Killed at writes of every stage, some twice, and resumed to its end."""
-    command = [sys.executable, "-m", "tests.kill_driver", str(tmp_path), "36", "0", str(online.path), str(int(rejudge))]
+    command = [sys.executable, "-m", "tests.kill_driver", str(tmp_path), "40", "0", str(online.path), str(int(rejudge))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)

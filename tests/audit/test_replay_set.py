@@ -149,8 +149,9 @@ def test_what_judging_again_cost_counts(tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["audit", str(run.path), "show", turned.pair_id]).stdout
     assert f"iteration 2, rules@2: {turned.standing}; 3 votes carried over, 1 lost, 1 ballots cast anew" in told
     evaluated = sum(len(run.evaluation(k).read("votes", Vote)) for k in run.evaluations() if k)
+    at_change = len(run.iteration(1).read("change_votes", Vote))
     assert asked == stood == new > 0
-    assert sum(c.votes for c in found.cost) == found.totals.votes + evaluated + new
+    assert sum(c.votes for c in found.cost) == found.totals.votes + evaluated + new + at_change
     assert [problem for problem in found.problems if "old_pairs" in problem or "rejudged" in problem] == []
 
 
