@@ -872,8 +872,8 @@ class Replay(Section):
     """Iterations after which a pair's weight in the draw has halved; null: age doesn't count. The ratio of two weights
     is that of the chances to be drawn first; the more of the old pairs an update takes, the less weights tell."""
     half_distance: Adjustable[float | None] = Field(None, gt=0)
-    """A pair's weight in the draw halves for every so many nats a token that the policy has moved on its completions
-    since it sampled them (|log p now - log p then|); null: that isn't measured. Measuring costs a pass of the learner
+    """A pair's weight in the draw halves for every so many nats a token that the policy moved on its completions since
+    then: |log p now - log p then|. Null: that isn't measured. Measuring costs a pass of the learner
     over the old pairs, and needs an engine that records log p. A pair without one, as of a data set, counts as moved as
     far as the farthest."""
 
