@@ -34,7 +34,8 @@ from rlaif.rundir.store import RunDir
 
 JOB = Path("jobs/change_guidelines.yaml")
 BEFORE, AFTER = "assistant@1", "assistant@2"
-MEASURES = ("win_rate", "words", "kl", "retained")
+MEASURES = ("check:thorough", "win_rate", "words", "kl", "retained")
+"""The first is the new text's own: answers of at least 60 words."""
 SETTINGS = (
     "prompts.per_iteration=6",
     "sampling.max_tokens=128",  # a policy that is asked for more must be able to end: at 64 it can't (docs/change.md)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
-from rlaif.audit.curves import Curve, curve_of
+from rlaif.audit.curves import Curve, TextChange, curve_of
 from rlaif.console import counted
 from rlaif.errors import RlaifError, UserError
 from rlaif.intervals import wilson
@@ -31,12 +31,17 @@ def _no_error(e: EvaluationMetrics) -> float | None:
     return None
 
 
+def _standard_error(interval: Interval) -> float:
+    """What a 95 % interval says of it."""
+    return (interval[1] - interval[0]) / (2 * 1.960)
+
+
 def _by_interval(of: Callable[[EvaluationMetrics], Interval | None]) -> Callable[[EvaluationMetrics], float | None]:
     """The standard error that a 95 % interval says."""
 
     def error(e: EvaluationMetrics) -> float | None:
         interval = of(e)
-        return (interval[1] - interval[0]) / (2 * 1.960) if interval else None
+        return _standard_error(interval) if interval else None
 
     return error
 
@@ -358,11 +363,31 @@ def _of_run(run: RunDir, curve: Curve, covered: _Covered, axis: Axis, measures: 
                 unknown={name: reason for name, m in compared.items() if (reason := m.unknown(e)) is not None},
             )
         )
+    if axis == "change" and changed and (at_change := _at_change(run, changed[-1], measures)) is not None:
+        made.append(at_change)
     return RunOverTime(
         run=str(run.path),
         seed=run.header["job"].get("seed"),
         changes=tuple(Change(after=c.iteration - zero, constitution=c.constitution) for c in changed),
         evaluations=tuple(sorted(made, key=lambda e: e.after)),
+    )
+
+
+def _at_change(run: RunDir, change: TextChange, measures: Mapping[str, Measure]) -> Evaluated | None:
+    """What the policy that a text found wins under it, beside the evaluation of the same answers under the text before;
+    None where that isn't measured, or nobody asks for it."""
+    found = next((m.at_change for m in run.iterations_measured([change.iteration])), None)
+    if found is None or found.win_rate is None or "win_rate" not in measures:
+        return None
+    return Evaluated(
+        after=0,
+        updates=change.iteration,
+        constitution=str(found.constitution),
+        constitution_hash=found.constitution.hash,
+        head=None,
+        unknown={},
+        values={"win_rate": found.win_rate},
+        errors={} if found.win_interval is None else {"win_rate": _standard_error(found.win_interval)},
     )
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from rlaif.audit.over_time import Group, OverTime, RunOverTime, Spread, measure_of, plain, points_of
+from rlaif.audit.over_time import CHECK, Group, OverTime, RunOverTime, Spread, measure_of, plain, points_of
 from rlaif.errors import UserError
 from rlaif.records import Record
 
@@ -57,8 +57,10 @@ class Reach(Record):
     group: str
     """Whose end is the aim."""
     share: float
-    """Of the way from that group's first value to its end."""
+    """Of the way from `start` to `end`."""
     start: float
+    """A win rate begins at one half and a check at 0. Other measures begin where the other groups stand at the change
+    of text that iterations are counted from, or else at the group's own first value."""
     end: float
     """The mean of its last evaluations."""
     ends: tuple[int, ...]
@@ -82,8 +84,8 @@ class Reach(Record):
 
 
 def reach(found: OverTime, group: str, measure: str, share: float) -> Reach:
-    """From which evaluation on each group is as far as `share` of the way that one group went: from its first value (of
-    a win rate: one half) to the mean of its last two under the text of the last one.
+    """From which evaluation on each group is as far as `share` of the way to where one group ends: the mean of its last
+    two evaluations under the text of the last one. `Reach.start` says where the way begins.
 
     What was before the axis begins is no part of it: a policy may have been there under another text. Nor is a group's
     mean over some of its runs, as of seeds that haven't gone as far as others. A measure that depends on the text is
@@ -109,12 +111,16 @@ def reach(found: OverTime, group: str, measure: str, share: float) -> Reach:
             )
         (text,) = texts
     way = _way(aimed.runs, measure, text)
-    start, later = (None, way) if measure in _WIN_RATES else (way[0][1], way[1:])
+    known = EVEN if measure in _WIN_RATES else 0.0 if measure.startswith(CHECK) else None
+    at_change = None if known is not None else _at_change(found, aimed, measure)
+    start = None if known is not None else at_change or way[0][1]
+    later = [(after, spread) for after, spread in way if after > 0 and spread is not start]
     ends = [(after, spread) for after, spread in later if _texts_at(aimed, after) == texts][-_ENDS:]
-    origin, end = start.mean if start else EVEN, fmean(spread.mean for _, spread in ends) if ends else None
+    origin = start.mean if start else known or 0.0
+    end = fmean(spread.mean for _, spread in ends) if ends else None
     if end is None or end == origin:
         raise UserError(f"group `{group}`: its {measure} didn't move, so nothing can be held against it")
-    if start is None and end < EVEN:
+    if measure in _WIN_RATES and end < EVEN:
         raise UserError(
             f"group `{group}`: its {measure} ends at {plain(end)}, below one half: by it the policy became worse than "
             "the base policy, and being there would be being as bad; take another group or measure"
@@ -141,6 +147,15 @@ def reach(found: OverTime, group: str, measure: str, share: float) -> Reach:
             Reached(group=g.name, **dict(came(g.runs)), runs=tuple(came([run]) for run in g.runs)) for g in found.groups
         ),
     )
+
+
+def _at_change(found: OverTime, aimed: Group, measure: str) -> Spread | None:
+    """Where the other groups stand at the change of text that iterations are counted from; None without one."""
+    others = [run for group in found.groups if group.name != aimed.name for run in group.runs]
+    changed = [run for run in others if any(change.after == 0 for change in run.changes)]
+    if found.axis != "change" or not changed:
+        return None
+    return next((spread for after, spread in _way(changed, measure) if after == 0), None)
 
 
 def _way(runs: Sequence[RunOverTime], measure: str, text: str | None = None) -> list[tuple[int, Spread]]:

@@ -20,10 +20,11 @@ from rlaif.cli import app
 from rlaif.errors import UserError
 from rlaif.intervals import wilson
 from rlaif.loop.branch import branch
-from rlaif.records import ConstitutionRef, EvaluationMetrics, Plan, PlanSource, PlanTexts, PolicyVersion
+from rlaif.records import ConstitutionRef, EvaluationMetrics, Plan, PlanSource, PlanTexts, PolicyVersion, UnderText
 from rlaif.rundir.store import RunDir, read_record, write_json
 from tests.stubs import stub_job, stub_loop
 from tests.test_branch import go_on
+from tests.test_monitors import measured
 
 pytestmark = pytest.mark.slow
 
@@ -118,6 +119,31 @@ def test_a_change_is_laid_at_zero_and_texts_are_not_mixed(tmp_path: Path) -> Non
     assert [c.after for c in from_start.changes] == [2]
 
 
+def test_a_win_rate_at_the_change_is_where_the_new_text_found_the_policy(tmp_path: Path) -> None:
+    """The evaluation of then was under the text before; the same answers were judged under the new one, too."""
+    run = made(tmp_path, "on", {0: 50, 2: 20, 4: 60}, {0: OLD, 2: NEW})
+    won = UnderText(
+        constitution=NEW, win_rate=0.15, win_interval=(0.05, 0.35), wins=6, losses=34, undecided=0, abstained=0
+    )
+    metrics = measured().model_copy(update={"iteration": 2, "at_change": won})
+    write_json(run.iteration(2).path / "metrics.json", metrics.model_dump(mode="json"))
+    [group] = over_time({"on": [run]}, "change", ["win_rate", "words"]).groups
+    at = {p.after: p.values for p in group.points}
+    assert {after: values["win_rate"].mean for after, values in at.items() if "win_rate" in values} == {0: 0.15, 2: 0.6}
+    assert at[0]["win_rate"].error == pytest.approx(0.3 / (2 * 1.960))
+    assert at[0]["words"].mean == 20
+    assert group.texts_at(0) == ["rules@1", "rules@2"]
+    [from_start] = over_time({"on": [run]}, "start", ["win_rate"]).groups
+    assert [p.values["win_rate"].mean for p in from_start.points if p.values] == [0.2, 0.6]
+
+
+def test_a_check_begins_at_none(tmp_path: Path) -> None:
+    anew = made(tmp_path, "anew", {0: 50, 2: 70, 4: 90}, {0: NEW})
+    found = reach(over_time({"anew": [anew]}, "start", ["check:long"]), "anew", "check:long", 0.5)
+    assert (found.start, found.end, found.aim) == (0, 0.8, 0.4)
+    assert found.reached[0].after == 0
+
+
 def those(r: Reach) -> list[tuple[Any, ...]]:
     return [(x.group, x.after, x.not_after, [run.after for run in x.runs]) for x in r.reached]
 
@@ -130,7 +156,8 @@ def test_how_soon_each_group_is_there(tmp_path: Path) -> None:
     stays = made(tmp_path, "stays", {0: 50, 6: 51}, {0: NEW})
     found = over_time({"on": on, "anew": anew, "stays": [stays]}, "change", ["words", "win_rate"])
     words = reach(found, "anew", "words", 0.8)
-    assert (words.start, words.end, words.ends, words.aim) == (50, 89.5, (4, 6), pytest.approx(81.6))
+    # From where `on` stands at the change; `stays` had none.
+    assert (words.start, words.end, words.ends, words.aim) == (20, 89.5, (4, 6), pytest.approx(75.6))
     # The mean of `on` after 2 is (60 + 61 + 100) / 3 = 73.7; one of its runs alone is there by then.
     assert those(words) == [("on", 4, 2, [4, 4, 2]), ("anew", 4, 2, [4, 4]), ("stays", None, 6, [None])]
     won = reach(found, "anew", "win_rate", 0.5)
@@ -198,8 +225,8 @@ def test_a_win_rate_under_another_text_is_not_held_against_the_aim(tmp_path: Pat
     anew = made(tmp_path, "anew", {0: 50, 2: 70, 4: 90}, {0: NEW})
     old = made(tmp_path, "old", {0: 50, 2: 99, 4: 99}, {0: OLD})
     found = over_time({"on": [on], "anew": [anew], "old": [old]}, axis, ["win_rate", "words", "check:long"])
-    for measure in ("win_rate", "check:long"):
-        won = reach(found, "anew", measure, 0.5)
+    for measure, share in (("win_rate", 0.5), ("check:long", 0.9)):
+        won = reach(found, "anew", measure, share)
         assert won.constitution == "rules@2"
         first, _, other = won.reached
         at = 8 if axis == "start" else 4
