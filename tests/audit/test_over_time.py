@@ -234,7 +234,8 @@ def test_a_win_rate_under_another_text_is_not_held_against_the_aim(tmp_path: Pat
         assert (other.after, other.evaluations, other.in_words) == (None, 0, "nothing to compare")
     words = reach(found, "anew", "words", 0.5)
     assert words.constitution is None
-    assert words.reached[2].after == 2
+    # From 50 up to 80; from the change, where `on` has 95, down to it.
+    assert (words.start, words.reached[2].after) == ((50, 2) if axis == "start" else (95, None))
     with pytest.raises(UserError, match="end under rules@1 and rules@2"):
         reach(over_time({"both": [anew, old]}, "start", ["win_rate"]), "both", "win_rate", 0.5)
 
