@@ -142,7 +142,10 @@ def test_a_weight_alone_turns_a_pair_without_a_vote(tmp_path: Path) -> None:
     assert found["turned"] >= 1
     assert found["expired"] == 0
     assert not run.iteration(1).is_complete("rejudged_votes")
-    turned = next(row for row in old_pairs(run, 1) if row.standing == "turned")
+    replayed = {
+        p.pair_id for p in preferences(run, 1, "replay")
+    }  # the stub's fresh pairs have twins among the old ones
+    turned = next(row for row in old_pairs(run, 1) if row.standing == "turned" and row.pair_id in replayed)
     [was] = [p for p in preferences(run, 0, "judge") if p.pair_id == turned.pair_id]
     [row] = [p for p in preferences(run, 1, "replay") if p.pair_id == turned.pair_id]
     assert (row.chosen_id, row.chosen, row.chosen_token_ids) == (was.rejected_id, was.rejected, was.rejected_token_ids)

@@ -295,7 +295,7 @@ def test_runs_stand_side_by_side_with_it(finished: RunDir, tmp_path: Path) -> No
     assert found is not None
     assert (rows["with"].kept_share, rows["without"].kept_share) == (found.kept_share, None)
     head, *lines = CliRunner().invoke(app, ["runs", str(tmp_path)]).stdout.splitlines()
-    at = head.split("\t").index("kept")
+    at = head.split("\t").index("probes kept")
     assert [line.split("\t")[at] for line in lines] == [f"{found.kept_share or 0:.0%}", "-"]
 
 

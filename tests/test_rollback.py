@@ -19,6 +19,7 @@ from rlaif.loop.branch import branch, rollback
 from rlaif.records import Decision, Vote
 from rlaif.review.labels import read_labels
 from rlaif.review.queue import Queue
+from rlaif.rundir.stages import VOTES
 from rlaif.rundir.store import RunDir, read_grown, write_json
 from tests.conftest import rlaif_here
 from tests.judging.fault_server import FaultServer
@@ -80,7 +81,7 @@ def test_what_was_paid_for_what_is_set_aside_counts_still(tmp_path: Path) -> Non
 
     def spent(some: RunDir) -> Spent:
         folders = [*map(some.iteration, some.iterations()), *map(some.evaluation, some.evaluations())]
-        votes = [v for here in folders for v in here.durable("votes", Vote)]
+        votes = [v for here in folders for name in VOTES for v in here.durable(name, Vote)]
         return spent_on(votes, settings, read_grown(some.path / "judge_wasted.jsonl", Wasted))
 
     assert spent(run).calls == server.requests

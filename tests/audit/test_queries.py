@@ -169,6 +169,12 @@ def test_a_row_says_what_the_decision_says(run: RunDir) -> None:
             assert row.prompt.lower() + " | " + row.first_preview.lower() in f["words"]
 
 
+def at_change(run: RunDir, k: int) -> list[Vote]:
+    """Votes on held-out answers at a change of text."""
+    here = run.iteration(k)
+    return here.read("change_votes", Vote) if here.is_complete("change_votes") else []
+
+
 def test_overview_is_the_metrics_of_the_run(run: RunDir) -> None:
     with Index.open(run) as index:
         found = overview(index, run)
@@ -178,8 +184,14 @@ def test_overview_is_the_metrics_of_the_run(run: RunDir) -> None:
         assert row.reasons == metrics["dropped_by_first_reason"]
         assert row.agreement == pytest.approx(metrics["mean_agreement"])
         assert row.position_bias == pytest.approx(metrics["position_bias"])
-        assert (row.order_flips, row.calls) == (metrics["order_flips"], metrics["judge_calls"])
-        assert row.tokens == metrics["judge_tokens"]
+        more = at_change(run, row.iteration)  # in the metrics; the table has the iteration's own pairs alone
+        assert (row.order_flips, row.calls + sum(v.attempts for v in more)) == (
+            metrics["order_flips"], metrics["judge_calls"]
+        )  # fmt: skip
+        assert (
+            row.tokens + sum(v.usage.prompt_tokens + v.usage.completion_tokens for v in more)
+            == (metrics["judge_tokens"])
+        )
         assert row.loss == pytest.approx(metrics["loss"])
         assert row.abstentions == sum(metrics["abstentions"].values())
         assert row.skipped == (metrics["steps"] == 0)
@@ -193,7 +205,7 @@ def test_overview_is_the_metrics_of_the_run(run: RunDir) -> None:
     assert found.totals.replayed == sum(p.source == "replay" for p in kept)
     assert sum(c.votes for c in found.cost) == sum(
         len(f["votes"]) for evaluation in (False, True) for f in facts(run, evaluation).values()
-    )
+    ) + sum(len(at_change(run, k)) for k in run.iterations())
     assert [e.updates for e in found.evaluations] == run.evaluations()
     assert found.problems == ()
 
