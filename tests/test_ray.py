@@ -248,8 +248,8 @@ def test_actors_that_die_are_replaced_where_there_is_room(
     cluster, _ = alone
     told: list[str] = []
     asked = {"asked": str(tmp_path / "asked.log"), "delay_s": 0.02}
-    monkeypatch.setattr("rlaif.workers.ray.ROOM_S", 1.0)
-    with pytest.raises(UserError, match=r"cluster.judge: no room for 1 replicas of 999 GPUs"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"judge: no room for 1 replicas of 999 GPUs"):
+        patch.setattr("rlaif.workers.ray.ROOM_S", 1.0)
         cluster.reserve("judge", 1, 999)
     replicas = Replicas(
         "sampler", lambda n: cluster.start("sampler", n + 1, "tests.test_replicas:Squares", asked, 0), 1, 2, told.append

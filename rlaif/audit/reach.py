@@ -131,7 +131,7 @@ def reach(found: OverTime, group: str, measure: str, share: float) -> Reach:
         return value >= aim if end > origin else value <= aim
 
     def came(runs: Sequence[RunOverTime]) -> Came:
-        return _came([(after, spread.mean) for after, spread in _way(runs, measure, text)], there)
+        return when_there([(after, spread.mean) for after, spread in _way(runs, measure, text)], there)
 
     return Reach(
         measure=measure,
@@ -178,7 +178,8 @@ def _texts_at(group: Group, after: int) -> dict[str, str]:
     return {e.constitution_hash: e.constitution for run in group.runs for e in run.evaluations if e.after == after}
 
 
-def _came(way: Sequence[tuple[int, float]], there: Callable[[float], bool]) -> Came:
+def when_there(way: Sequence[tuple[int, float]], there: Callable[[float], bool]) -> Came:
+    """From which evaluation on values are there. `way`: iterations and value of each, in order."""
     away = [after for after, value in way if not there(value)]
     stays = [after for after, _ in way if not away or after > away[-1]]
     return Came(

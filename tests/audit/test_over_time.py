@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from rlaif.audit.over_time import MEASURES, Axis, grouped, over_time
 from rlaif.audit.picture import draw_over_time
-from rlaif.audit.reach import Reach, _came, reach
+from rlaif.audit.reach import Reach, reach, when_there
 from rlaif.cli import app
 from rlaif.errors import UserError
 from rlaif.intervals import wilson
@@ -184,7 +184,7 @@ def test_a_flat_curve_below_the_aim_is_rarely_there() -> None:
     """Eight evaluations of 48 prompts at .70, against .74."""
     rng = np.random.default_rng(0)
     curves = rng.binomial(48, 0.7, size=(1000, 8)) / 48
-    came = [_came([*enumerate(curve)], lambda value: value >= 0.74) for curve in curves]
+    came = [when_there([*enumerate(curve)], lambda value: value >= 0.74) for curve in curves]
     first = np.mean([(curve >= 0.74).any() for curve in curves])
     assert first > 0.8, "what the first crossing would say"
     assert np.mean([c.after is not None for c in came]) < 0.35
