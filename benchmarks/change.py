@@ -14,8 +14,9 @@ same number of iterations after the change:
 
 Held-out answers and what the policy still knows are measured every two iterations. What is done is not done again: the
 same command goes on after a kill, and with more seeds. The tables at the end are those of `rlaif compare`; the picture
-lies beside the runs. Some two hours a seed on two cores without bf16. Arms may run beside each other, once the run that
-they begin with is at the change, and a restart at any time: the same command with other `--arms` in a second terminal.
+lies beside the runs. Some three hours a seed on two cores without bf16. Arms may run beside each other, once the run
+that they begin with is at the change, and a restart at any time: the same command with other `--arms` in a second
+terminal.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 
 from rlaif.constitutions.checks import count_words
 from rlaif.errors import RunPaused
-from rlaif.loop import Loop
+from rlaif.loop import Loop, alarms_owed
 from rlaif.records import Completion, Event, Vote
 from rlaif.rundir.store import write_json
 from tests.stubs import fraction, stub_job, stub_loop
@@ -124,6 +124,19 @@ def test_a_way_back_that_was_not_taken_is_taken_by_the_next_attempt(tmp_path: Pa
     other = loop_of(tmp_path, monitors=back | {"short_answers": {"limit": 2, "action": "warn"}})
     other.run()
     assert other.dir.done() == [0, 1, 2]
+
+
+def test_an_alarm_of_a_branchs_past_stops_it_not(tmp_path: Path) -> None:
+    """Its parent paused there; whoever branches goes on from it all the same."""
+    pausing = {"short_answers": {"limit": 99, "action": "pause"}}
+    loop = loop_of(tmp_path, monitors=pausing)
+    with pytest.raises(RunPaused):
+        loop.run()
+    kept = [e for e in loop.dir.events() if e.kind != "paused"]  # what a branch takes along: up to the head of then
+    (loop.dir.path / "events.jsonl").write_text("".join(e.model_dump_json() + "\n" for e in kept))
+    assert [a.kind for a in alarms_owed(loop.dir, loop.job)] == ["short_answers"]
+    loop.dir.event("branched", "goes on from run after 1 iterations")
+    assert alarms_owed(loop.dir, loop.job) == []
 
 
 def test_the_way_back_leads_to_what_is_kept(tmp_path: Path) -> None:

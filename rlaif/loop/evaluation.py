@@ -105,8 +105,8 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
         by_deciding,
     )
     write_json(here.path / "metrics.json", metrics.model_dump(mode="json"))
-    earlier = here.read("earlier_votes", Vote) if here.is_complete("earlier_votes") else []
-    values = tracking.of_evaluation(metrics, [*it.votes, *earlier], run.job.judge, run.text_number(it.k))
+    more = [v for name in ("earlier_votes", "deciding_votes") if here.is_complete(name) for v in here.read(name, Vote)]
+    values = tracking.of_evaluation(metrics, [*it.votes, *more], run.job.judge, run.text_number(it.k))
     run.track(max(updates - 1, 0), updates, values)
     return metrics
 

@@ -59,12 +59,14 @@ def alarms_owed(run: RunDir, job: Job) -> list[Alarm]:
     for e in run.events():
         if e.kind == "paused":
             back_to = e.data.get("back_to")
+        if e.kind in ("branched", "rolled_back"):  # whoever did that goes on from what was alarming all the same
+            told, back_to = [], None
         if e.kind == "alarm" and done and e.iteration == done[-1]:
             alarm = Alarm(message=e.message, iteration=done[-1], **e.data)
             now = getattr(job.monitors, alarm.kind, alarm).action  # not every kind is a monitor's
             if {alarm.action, now} <= {"pause", "rollback"}:
                 told.append(alarm.model_copy(update={"action": now}))
-        elif back_to is None and f"{e.kind} {e.message}".startswith(("paused ", "stopped RunPaused")):
+        elif back_to is None and f"{e.kind} {e.message}".startswith(("paused ", "stopped RunPaused: paused at")):
             told = []  # the second is how older versions say it
     return told
 

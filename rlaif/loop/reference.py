@@ -11,7 +11,7 @@ from rlaif.constitutions.templates import Template
 from rlaif.judging.ballots import Role
 from rlaif.judging.filters import decide_votes
 from rlaif.judging.kinds import JudgeKind, kind_of
-from rlaif.judging.verdicts import by_pair
+from rlaif.judging.verdicts import by_pair, jurors_for
 from rlaif.loop.asking import all_answered, ballots_for, cast_owed, sides_of, templates_for
 from rlaif.loop.running import Iteration, Running
 from rlaif.records import Ballot, Decision, Vote
@@ -63,11 +63,14 @@ def _role(kind: JudgeKind[Any], constitution: Constitution) -> Role:
 def _decided(run: Running, it: Iteration, question: _Question) -> list[Decision]:
     of_pair = by_pair(_votes(run, it, question))
     texts = {c.id: c.text for c in it.completions}
-    # Which filters a training pair passes is no matter here; how votes are added up is.
-    filters = run.job.filters.model_copy(update={"aggregate": "mean", "calibration": None, "rules": ()})
+    # Which filters a training pair passes is no matter here; how votes are added up is. The reference has no jury.
+    method = run.job.filters.aggregate if question.worker is run.judge else "mean"
+    filters = run.job.filters.model_copy(update={"aggregate": method, "calibration": None, "rules": ()})
+    calibrated = run.calibration.jurors if run.calibration else None
 
     def produce(_: list[Decision]) -> Iterator[list[Decision]]:
-        yield [decide_votes(p, of_pair[p.id], filters, texts, it.constitution.weights) for p in it.pairs]
+        jurors = jurors_for(method, [v for p in it.pairs for v in of_pair[p.id]], calibrated)
+        yield [decide_votes(p, of_pair[p.id], filters, texts, it.constitution.weights, jurors) for p in it.pairs]
 
     return it.rows(f"{question.stages}_decisions", produce)
 

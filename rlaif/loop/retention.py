@@ -56,7 +56,9 @@ def retained(
     if updates == BASE_POLICY:
         return evaluation.retention(results, results, texts, texts)
     earlier = _earlier(run, it, updates, completions, base)
-    base_results, base_texts = first.read("probe_results", ProbeResult), first.read("texts", TextScore)
+    # The base policy's answers as they are checked today: its results may be an older version's.
+    base_results = _checked(run, first.read("probe_completions", Completion))
+    base_texts = first.read("texts", TextScore)
     return evaluation.retention(base_results, results, base_texts, texts, earlier)
 
 
@@ -72,7 +74,6 @@ def against_base(prefix: str, completions: Sequence[Completion], base: Sequence[
 
 def _probes(run: Running, it: Iteration, updates: int, policy: PolicyVersion) -> list[ProbeResult]:
     """The probes, answered at temperature 0, each passed or not."""
-    probes = {p.id: p for p in run.probes}
     asked = with_system([p.asked() for p in run.probes], run.job.policy.system_prompt)
 
     def sample(_: list[Completion]) -> Iterator[list[Completion]]:
@@ -83,16 +84,17 @@ def _probes(run: Running, it: Iteration, updates: int, policy: PolicyVersion) ->
         yield from run.evaluated("probe_completions", Completion, updates, about, make)
 
     rows = it.rows("probe_completions", sample, before_commit=lambda: run.from_cache("probe_completions", updates))
-    answered = {c.prompt_id: c for c in rows}
+    return it.rows("probe_results", lambda _: [_checked(run, rows)])
 
-    def check(_: list[ProbeResult]) -> Iterator[list[ProbeResult]]:
-        yield [
-            ProbeResult(probe_id=p.id, kind=p.kind, completion_id=c.id, passed=p.passes(c.text))
-            for p in probes.values()
-            if (c := answered.get(p.id))
-        ]
 
-    return it.rows("probe_results", check)
+def _checked(run: Running, answers: list[Completion]) -> list[ProbeResult]:
+    """Which probes an answer passes."""
+    answered = {c.prompt_id: c for c in answers}
+    return [
+        ProbeResult(probe_id=p.id, kind=p.kind, completion_id=c.id, passed=p.passes(c.text))
+        for p in run.probes
+        if (c := answered.get(p.id))
+    ]
 
 
 def _texts(run: Running, it: Iteration, updates: int) -> list[TextScore]:

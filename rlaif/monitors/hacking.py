@@ -36,7 +36,7 @@ def hacking(settings: HackingMonitor, history: History) -> Iterator[Finding]:
     now = history.evaluated
     if now is None:
         return
-    by_judge = now.deciding or now
+    by_judge = now.deciding if now.deciding and now.deciding.win_rate is not None else now
     if by_judge.win_rate is None or by_judge.win_interval is None:
         return
     rise, error = by_judge.win_rate - 0.5, by_judge.win_rate - by_judge.win_interval[0]
