@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 
 from rlaif.config import changed_keys
 from rlaif.errors import RlaifError
-from rlaif.records import EvaluationMetrics, Plan, Record
+from rlaif.records import EvaluationMetrics, Plan, Record, UnderText
 from rlaif.rundir.store import RunDir, read_record
 
 R = TypeVar("R", bound=Record)
+EVEN = 0.5
+"""Win rate of the base policy against itself."""
 
 
 class TextChange(Record):
@@ -55,6 +57,11 @@ def curve_of(run: RunDir) -> Curve:
         evaluations=tuple(m for m in metrics if m is not None),
         problems=tuple(problems),
     )
+
+
+def at_change(run: RunDir, iteration: int) -> UnderText | None:
+    """What the first iteration under a text measured before it began; None while that isn't done."""
+    return next((metrics.at_change for metrics in run.iterations_measured([iteration])), None)
 
 
 def settings_that_differ(headers: Sequence[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
-from rlaif.audit.curves import Curve, TextChange, curve_of
+from rlaif.audit.curves import Curve, TextChange, at_change, curve_of
 from rlaif.console import counted
 from rlaif.errors import RlaifError, UserError
 from rlaif.intervals import wilson
-from rlaif.records import LENGTH_UNKNOWN, EvaluationMetrics, LengthUnknown, Record, digest
+from rlaif.records import LENGTH_UNKNOWN, AgainstBase, EvaluationMetrics, LengthUnknown, Record, digest
 from rlaif.rundir.heads import read_heads
 from rlaif.rundir.store import RunDir
 
@@ -71,8 +71,22 @@ class Measure(NamedTuple):
     """Why an evaluation can't tell it."""
 
 
+def _win_rate(says: str, of: Callable[[EvaluationMetrics], AgainstBase | EvaluationMetrics | None]) -> Measure:
+    """By somebody's word, who may not have been asked."""
+
+    def won(e: EvaluationMetrics) -> float | None:
+        found = of(e)
+        return found.win_rate if found else None
+
+    def interval(e: EvaluationMetrics) -> Interval | None:
+        found = of(e)
+        return found.win_interval if found else None
+
+    return Measure(says, won, depends=True, error=_by_interval(interval))
+
+
 MEASURES: Mapping[str, Measure] = {
-    "win_rate": Measure("win rate", lambda e: e.win_rate, depends=True, error=_by_interval(lambda e: e.win_interval)),
+    "win_rate": _win_rate("win rate", lambda e: e),
     "equal_length": Measure(
         "win rate at equal length",
         lambda e: e.length_controlled_win_rate,
@@ -80,18 +94,8 @@ MEASURES: Mapping[str, Measure] = {
         error=_by_interval(lambda e: e.length_controlled_interval),
         unknown=lambda e: e.length_controlled_unknown,
     ),
-    "reference": Measure(
-        "win rate by the reference judge",
-        lambda e: e.referred.win_rate if e.referred else None,
-        depends=True,
-        error=_by_interval(lambda e: e.referred.win_interval if e.referred else None),
-    ),
-    "deciding": Measure(
-        "win rate by the deciding voices",
-        lambda e: e.deciding.win_rate if e.deciding else None,
-        depends=True,
-        error=_by_interval(lambda e: e.deciding.win_interval if e.deciding else None),
-    ),
+    "reference": _win_rate("win rate by the reference judge", lambda e: e.referred),
+    "deciding": _win_rate("win rate by the deciding voices", lambda e: e.deciding),
     "words": Measure("words", lambda e: e.mean_words),
     "lists": Measure("lists", lambda e: e.list_share, percent=True, error=_by_answers(lambda e: e.list_share)),
     "ended": Measure("ended", lambda e: e.ended_share, percent=True, error=_by_answers(lambda e: e.ended_share)),
@@ -304,15 +308,15 @@ class _Covered(NamedTuple):
 
     iterations: dict[str, int]
     """Head → how many iterations were done."""
-    evaluations: dict[str, str]
-    """File of an evaluation's metrics → the first head that covers it."""
+    metrics: dict[str, str]
+    """File of an iteration's or evaluation's metrics → the first head that covers it."""
 
 
 def _covered(run: RunDir) -> _Covered:
     heads = [head for head in read_heads(run.path) if head is not None]
     return _Covered(
         {head.head: head.iteration + 1 for head in heads},
-        {name: head.head for head in heads for name in head.files if name.startswith("evaluations/")},
+        {name: head.head for head in heads for name in head.files if name.endswith("/metrics.json")},
     )
 
 
@@ -356,15 +360,15 @@ def _of_run(run: RunDir, curve: Curve, covered: _Covered, axis: Axis, measures: 
                 after=e.updates - zero,
                 updates=e.updates,
                 constitution=str(e.constitution),
-                head=covered.evaluations.get(f"evaluations/{e.updates:04d}/metrics.json"),
+                head=covered.metrics.get(f"evaluations/{e.updates:04d}/metrics.json"),
                 constitution_hash=e.constitution.hash,
                 values={name: value for name, m in compared.items() if (value := m.of(e)) is not None},
                 errors={name: error for name, m in compared.items() if (error := m.error(e)) is not None},
                 unknown={name: reason for name, m in compared.items() if (reason := m.unknown(e)) is not None},
             )
         )
-    if axis == "change" and changed and (at_change := _at_change(run, changed[-1], measures)) is not None:
-        made.append(at_change)
+    if axis == "change" and changed and (found := _at_change(run, changed[-1], covered, measures)) is not None:
+        made.append(found)
     return RunOverTime(
         run=str(run.path),
         seed=run.header["job"].get("seed"),
@@ -373,10 +377,10 @@ def _of_run(run: RunDir, curve: Curve, covered: _Covered, axis: Axis, measures: 
     )
 
 
-def _at_change(run: RunDir, change: TextChange, measures: Mapping[str, Measure]) -> Evaluated | None:
+def _at_change(run: RunDir, change: TextChange, covered: _Covered, measures: Mapping[str, Measure]) -> Evaluated | None:
     """What the policy that a text found wins under it, beside the evaluation of the same answers under the text before;
     None where that isn't measured, or nobody asks for it."""
-    found = next((m.at_change for m in run.iterations_measured([change.iteration])), None)
+    found = at_change(run, change.iteration)
     if found is None or found.win_rate is None or "win_rate" not in measures:
         return None
     return Evaluated(
@@ -384,7 +388,7 @@ def _at_change(run: RunDir, change: TextChange, measures: Mapping[str, Measure])
         updates=change.iteration,
         constitution=str(found.constitution),
         constitution_hash=found.constitution.hash,
-        head=None,
+        head=covered.metrics.get(f"iterations/{change.iteration:04d}/metrics.json"),
         unknown={},
         values={"win_rate": found.win_rate},
         errors={} if found.win_interval is None else {"win_rate": _standard_error(found.win_interval)},

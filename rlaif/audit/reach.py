@@ -11,12 +11,11 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from rlaif.audit.curves import EVEN
 from rlaif.audit.over_time import CHECK, Group, OverTime, RunOverTime, Spread, measure_of, plain, points_of
 from rlaif.errors import UserError
 from rlaif.records import Record
 
-EVEN = 0.5
-"""Win rate of the base policy against itself."""
 _WIN_RATES = ("win_rate", "equal_length", "reference", "deciding")
 _ENDS = 2
 """The aim is taken from so many last evaluations: one alone is noise, and by more the group was still on its way."""

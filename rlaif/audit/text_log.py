@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from rlaif.audit.curves import EVEN, at_change
 from rlaif.config import Replay
 from rlaif.constitutions.constitution import Change, Constitution, diff
 from rlaif.constitutions.copies import constitution_copy
@@ -17,9 +18,6 @@ from rlaif.learning.replay_set import UNDER_IT, members, standing_of
 from rlaif.records import AgainstBase, EvaluationMetrics, OldPair, OnChange, Plan, Record
 from rlaif.review.labels import labels_noted, read_labels
 from rlaif.rundir.store import RunDir, read_record
-
-EVEN = 0.5
-"""Win rate of the base policy against itself."""
 
 
 class OldPairs(Record):
@@ -144,7 +142,7 @@ def text_log(run: RunDir) -> TextLog:
                 hash=text,
                 changes=changes,
                 old_pairs=old,
-                followed=followed(since, until, text, measured, _at_change(run, since)),
+                followed=followed(since, until, text, measured, at_change(run, since)),
             )
         )
     return TextLog(run=str(run.path), texts=tuple(texts), problems=tuple(dict.fromkeys(problems)))
@@ -155,12 +153,12 @@ def followed(
     until: int,
     text: str,
     evaluations: Sequence[EvaluationMetrics],
-    at_change: AgainstBase | None = None,
+    found_by_it: AgainstBase | None = None,
 ) -> Followed:
     """When held-out answers followed a text (its hash) that was in force in the iterations `since` to `until`, from 0.
 
     The evaluation at the change is none of them: it is of the policy before it, under the text before it. What its
-    answers win under the new one is `at_change`.
+    answers win under the new one is `found_by_it`.
     """
     under = [
         found
@@ -171,7 +169,7 @@ def followed(
     ]
     at = next((n for n, m in enumerate(under) if m.win_interval[0] > EVEN), None)
     return Followed(
-        at_change=_measured(0, at_change) if at_change else None,
+        at_change=_measured(0, found_by_it) if found_by_it else None,
         evaluations=len(under),
         first=None if at is None else under[at],
         not_after=under[at - 1].iterations if at else None,
@@ -184,11 +182,6 @@ def _measured(iterations: int, found: AgainstBase | EvaluationMetrics) -> Measur
     if found.win_rate is None or found.win_interval is None:
         return None
     return Measured(iterations=iterations, win_rate=found.win_rate, win_interval=found.win_interval)
-
-
-def _at_change(run: RunDir, since: int) -> AgainstBase | None:
-    """What the first iteration under a text measured before it began; None while that isn't done."""
-    return next((metrics.at_change for metrics in run.iterations_measured([since])), None)
 
 
 def _plans(run: RunDir) -> list[Plan]:

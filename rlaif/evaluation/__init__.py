@@ -11,7 +11,7 @@ fair.
 """
 
 from rlaif.evaluation.answers import answer_stats
-from rlaif.evaluation.held_out import against_base, evaluation_metrics, referred
+from rlaif.evaluation.held_out import by_deciding, evaluation_metrics, referred
 from rlaif.evaluation.retention import retention
 
-__all__ = ["against_base", "answer_stats", "evaluation_metrics", "referred", "retention"]
+__all__ = ["answer_stats", "by_deciding", "evaluation_metrics", "referred", "retention"]

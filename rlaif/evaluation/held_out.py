@@ -77,8 +77,8 @@ def evaluation_metrics(
     )
 
 
-def against_base(completions: list[Completion], pairs: list[Pair], decisions: list[Decision]) -> AgainstBase:
-    """What held-out answers won by another question's decisions; arguments as in `evaluation_metrics`."""
+def by_deciding(completions: list[Completion], pairs: list[Pair], decisions: list[Decision]) -> AgainstBase:
+    """What held-out answers won by the voices that decide which pairs train; arguments as in `evaluation_metrics`."""
     return AgainstBase(**_won(completions, pairs, decisions).fields())
 
 

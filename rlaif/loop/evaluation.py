@@ -84,7 +84,7 @@ def evaluate(run: Running, updates: int, plan: Plan, constitution: Constitution)
         it.decisions = decide(run, it)
         decisions = it.decisions if judged else None
         if run.job.eval.deciding_voices and judged:
-            by_deciding = evaluation.against_base(completions, it.pairs, deciding(run, it))
+            by_deciding = evaluation.by_deciding(completions, it.pairs, deciding(run, it))
         if run.referee and judged:
             second = evaluation.referred(run.referee.name, completions, it.pairs, referred(run, it))
     kept = retained(run, it, updates, policy, completions, base)

@@ -11,7 +11,7 @@ from rlaif.constitutions.templates import Template
 from rlaif.judging.ballots import Role
 from rlaif.judging.filters import decide_votes
 from rlaif.judging.kinds import JudgeKind, kind_of
-from rlaif.judging.verdicts import by_pair, jurors_for
+from rlaif.judging.verdicts import Method, by_pair, jurors_for
 from rlaif.loop.asking import all_answered, ballots_for, cast_owed, sides_of, templates_for
 from rlaif.loop.running import Iteration, Running
 from rlaif.records import Ballot, Decision, Vote
@@ -32,6 +32,8 @@ class _Question(NamedTuple):
     ballots: list[Ballot]
     """Guards among them are left out: they veto what trains, and compare nothing."""
     templates: Sequence[Template]
+    aggregate: Method = "mean"
+    """How votes are added up."""
 
 
 def referred(run: Running, it: Iteration) -> list[Decision]:
@@ -51,7 +53,8 @@ def deciding(run: Running, it: Iteration) -> list[Decision]:
     """The word on each pair of an evaluation of the voices that decide which pairs train."""
     kind = kind_of(run.job.judge)
     ballots, templates = ballots_for(run, it, "decide", it.pairs), templates_for(run, it, "decide")
-    return _decided(run, it, _Question("deciding", "the judge", kind, run.judge, it.constitution, ballots, templates))
+    question = _Question("deciding", "the judge", kind, run.judge, it.constitution, ballots, templates)
+    return _decided(run, it, question._replace(aggregate=run.job.filters.aggregate))
 
 
 def _role(kind: JudgeKind[Any], constitution: Constitution) -> Role:
@@ -63,8 +66,8 @@ def _role(kind: JudgeKind[Any], constitution: Constitution) -> Role:
 def _decided(run: Running, it: Iteration, question: _Question) -> list[Decision]:
     of_pair = by_pair(_votes(run, it, question))
     texts = {c.id: c.text for c in it.completions}
-    # Which filters a training pair passes is no matter here; how votes are added up is. The reference has no jury.
-    method = run.job.filters.aggregate if question.worker is run.judge else "mean"
+    # Which filters a training pair passes is no matter here; how votes are added up is.
+    method = question.aggregate
     filters = run.job.filters.model_copy(update={"aggregate": method, "calibration": None, "rules": ()})
     calibrated = run.calibration.jurors if run.calibration else None
 
