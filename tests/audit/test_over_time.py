@@ -410,6 +410,21 @@ def test_runs_of_one_seed_are_no_spread(tmp_path: Path) -> None:
     assert "seed" not in told("a", "c")
 
 
+def test_what_branches_share_at_a_change_counts_once(tmp_path: Path) -> None:
+    """Of branches from after the change; what each measured by itself would count by itself."""
+    texts: dict[str, Any] = {"schedule": {0: "rules@1", 1: "rules@2"}, "filters": {"min_kept_pairs": 1}}
+    parent = go_on(tmp_path, keep_checkpoints="all", **texts)
+    for name in ("b", "c"):
+        branch(parent, 2, name)
+        go_on(tmp_path, name)
+    (group,) = over_time({"g": [RunDir(tmp_path / name) for name in ("run", "b", "c")]}, "change", ["win_rate"]).groups
+    at = {p.after: p.values["win_rate"] for p in group.points if p.values}
+    assert (at[0].runs, at[0].evaluations, at[0].sd) == (3, 1, None)
+    found = parent.iterations_measured([1])[0].at_change
+    assert found is not None
+    assert at[0].mean == found.win_rate
+
+
 def test_what_branches_share_counts_once(tmp_path: Path) -> None:
     parent = go_on(tmp_path, filters={"min_kept_pairs": 1}, keep_checkpoints="all")
     branches = [branch(parent, 2, name).path.name for name in ("b", "c")]
