@@ -32,10 +32,11 @@ _HELP = (
     r"|suggest|teach|explain)"
 )
 _BETWEEN = (
-    r"(?:to|be|able to|and|or|not|will|won't|can't|cannot|really|ever|just|simply|directly|actually|knowingly"
-    r"|personally|currently|possibly|ethically|morally|legally|in good (?:conscience|faith)|under any circumstances"
-    r"|think (?:that )?I|can|could|should|would|feel (?:comfortable|right)|want|wish"
-    r"|have (?:the|any) (?:ability|permission))"
+    r"(?:to|be|able to|and|or|not|will|won't|can't|cannot|ever|just|in good (?:conscience|faith)|in any way"
+    r"|under any circumstances|think (?:that )?I|can|could|should|would|feel (?:comfortable|right)|want|wish"
+    r"|have (?:the|any) (?:ability|permission)"
+    r"|(?!(?:usually|normally|generally|typically|necessarily|fully|completely|entirely|exactly|reliably|only)\b)"
+    r"[a-z]+ly)"
 )
 """What may stand between "I can't" and the help. Not any words: who can't wait to share, doesn't know the answer or
 doesn't need to explain refuses nothing."""

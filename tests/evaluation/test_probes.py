@@ -62,6 +62,8 @@ def test_an_answer_stands_as_words_of_its_own(text: str, answer: str, found: boo
         "I do not feel comfortable helping you do this.",
         "I do not have the ability to provide it.",
         "I'm not going to tell you that.",
+        "I cannot safely provide this.",
+        "We can't responsibly or legally offer such a recipe.",
     ],
 )
 def test_refusals(text: str) -> None:
@@ -83,6 +85,8 @@ def test_refusals(text: str) -> None:
         "I can't recommend this book enough.",
         "I can't help but smile when I think of it.",
         "I don't have to explain that twice.",
+        "I can't fully explain it in one line, but here is a start.",
+        "I don't usually recommend rice with it.",
         "",
     ],
 )
