@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif import models
-from rlaif.audit.summary import reference_line, retention_lines, summarise
+from rlaif.audit.summary import deciding_line, reference_line, retention_lines, summarise
 from rlaif.errors import UserError
 from rlaif.models import hub_id
 from rlaif.records import LENGTH_UNKNOWN, EvaluationMetrics
@@ -206,13 +206,14 @@ def _made_whole(to: Path) -> Iterator[Path]:
 
 
 def _beside_the_table(evaluations: Iterable[EvaluationMetrics], updates: int) -> list[str]:
-    """What the reference judge says of this policy, and what it kept of the base policy's abilities, where that was
-    measured."""
+    """What the voices that train and the reference judge say of this policy, and what it kept of the base policy's
+    abilities, where that was measured."""
     mine = next((e for e in evaluations if e.updates == updates), None)
     if mine is None:
         return []
     by_reference = reference_line(mine)
-    lines = [*([f"{by_reference}; it never trains"] if by_reference else []), *retention_lines(mine.retention)]
+    never_trains = f"{by_reference}; it never trains" if by_reference else None
+    lines = [*filter(None, (deciding_line(mine), never_trains)), *retention_lines(mine.retention)]
     return [*(f"- {' '.join(line.split())}" for line in lines), *([""] if lines else [])]
 
 

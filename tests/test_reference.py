@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from rlaif.audit.index import Index
 from rlaif.audit.over_time import over_time
 from rlaif.audit.reach import reach
-from rlaif.audit.summary import reference_line
+from rlaif.audit.summary import deciding_line, reference_line
 from rlaif.audit.verify import verify
 from rlaif.cli import app
 from rlaif.config import Job, Monitors, parse_job
@@ -78,6 +78,18 @@ def test_the_voices_that_train_are_asked_about_held_out_answers_too(
     assert (found.deciding.wins, found.deciding.losses) == (sum(p > 0.5 for p in shares), sum(p < 0.5 for p in shares))
     compared = over_time({"one": [run]}, "start", ["deciding"])
     assert compared.groups[0].points[-1].values["deciding"].mean == found.deciding.win_rate
+    assert (line := deciding_line(found)) is not None
+    assert line.startswith(f"win rate by the voices that train {found.deciding.win_rate:.2f} (")
+    assert f"after 2: {line}" in " ".join(CliRunner().invoke(app, ["audit", str(run.path)]).stdout.split())
+    with Index.open(run) as index:
+        report = make_report(index, run)
+        picture = next(p for p in pictures(report.facts) if p.key == "win-rate")
+    assert report.overview.evaluations[-1].deciding == found.deciding
+    assert [spot for line in picture.lines if line.name == "by the voices that train" for spot in line.bars]
+    shown = f"by the voices that train {percent(found.deciding.win_rate)} ("
+    html = write_report(report, tmp_path / "report.html").read_text()
+    assert shown in html
+    assert '<th scope="col" class="n">By the voices that train</th>' in html
     assert verify(run).findings == ()
 
 

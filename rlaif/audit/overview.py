@@ -13,7 +13,7 @@ from rlaif.audit.tables import VOTE_TABLES
 from rlaif.config import Price, Source
 from rlaif.judging.spending import cost
 from rlaif.judging.verdicts import position_bias
-from rlaif.records import LengthUnknown, Record, Referred, Retention, Usage, stored
+from rlaif.records import AgainstBase, LengthUnknown, Record, Referred, Retention, Usage, stored
 from rlaif.rundir.store import RunDir
 
 R = TypeVar("R", bound=Record)
@@ -78,6 +78,8 @@ class EvaluationRow(Record):
     """`kl_per_token` is the estimate of an older version, off by temperature and top-p, even in its sign."""
     relevance: float | None
     checks: dict[str, float]
+    deciding: AgainstBase | None = None
+    """What the voices that decide which pairs train say of the same answers; None where they weren't asked."""
     referred: Referred | None = None
     """What a judge that never trains says of the same answers; None without one."""
     retention: Retention | None = None
@@ -297,6 +299,7 @@ def _evaluation_rows(index: Index) -> list[EvaluationRow]:
                 kl_by_older_version=m.get("kl_answers") is None and m.get("kl_per_token") is not None,
                 relevance=m.get("relevance"),
                 checks=m.get("checks") or {},
+                deciding=_section(m, "deciding", AgainstBase),
                 referred=_section(m, "referred", Referred),
                 retention=_section(m, "retention", Retention),
             )

@@ -13,6 +13,7 @@ from rlaif.console import counted, inert, stdout_console
 from rlaif.errors import UserError
 from rlaif.records import (
     LENGTH_UNKNOWN,
+    AgainstBase,
     Completion,
     ConstitutionRef,
     EvaluationMetrics,
@@ -224,9 +225,7 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             kl = f"{m.stopped_at_kl:.4f} nats a token"
             console.print(f"iteration {m.iteration + 1}: the update stopped after {m.steps} steps, at a KL of {kl}")
     for e in summary.evaluations:
-        if line := length_line(e):
-            console.print(f"after {e.updates}: {line}")
-        if line := reference_line(e):
+        for line in filter(None, (length_line(e), deciding_line(e), reference_line(e))):
             console.print(f"after {e.updates}: {line}")
         if e.updates and (line := kl_line(e)):
             console.print(f"after {e.updates}: {line}")
@@ -329,10 +328,21 @@ def reference_line(e: EvaluationMetrics | EvaluationRow) -> str | None:
     """What the reference judge says of an evaluation, in words; None without one."""
     if e.referred is None:
         return None
-    if e.referred.win_rate is None or e.referred.win_interval is None:
+    if e.referred.win_rate is None:
         return f"the reference judge {inert(e.referred.judge)} has no verdict on any answer"
-    low, high = e.referred.win_interval
-    return f"win rate by the reference judge {e.referred.win_rate:.2f} ({low:.2f}-{high:.2f})"
+    return _by("the reference judge", e.referred)
+
+
+def deciding_line(e: EvaluationMetrics | EvaluationRow) -> str | None:
+    """What the voices that decide which pairs train say of an evaluation, in words; None where they weren't asked."""
+    return _by("the voices that train", e.deciding) if e.deciding else None
+
+
+def _by(whom: str, said: AgainstBase) -> str:
+    if said.win_rate is None or said.win_interval is None:
+        return f"win rate by {whom} unknown: no verdict on any answer"
+    low, high = said.win_interval
+    return f"win rate by {whom} {said.win_rate:.2f} ({low:.2f}-{high:.2f})"
 
 
 def kl_line(e: EvaluationMetrics) -> str | None:

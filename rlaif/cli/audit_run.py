@@ -147,7 +147,7 @@ _WIDE = 90
 def _results(found: Overview, width: int, most: int | None = None) -> list[str]:
     """What an overview says after the iterations, as rich's markup; the last `most` evaluations and alarms."""
     from rlaif.audit.overview import mixed_line
-    from rlaif.audit.summary import length_line, reference_line, retention_lines
+    from rlaif.audit.summary import deciding_line, length_line, reference_line, retention_lines
     from rlaif.console import inert
 
     against = " against the base policy" if width >= _WIDE else ""
@@ -155,10 +155,11 @@ def _results(found: Overview, width: int, most: int | None = None) -> list[str]:
     for e in found.evaluations:
         if e.win_rate is not None and e.win_interval is not None:
             low, high = e.win_interval
+            beside = (length_line(e), deciding_line(e), reference_line(e))
             evaluations.append(
                 f"after {e.updates}: win rate {e.win_rate:.2f} ({low:.2f}-{high:.2f}){against}, "
                 f"{number(e.mean_words, 1)} words, KL {_kl(e)} a token"
-                + "".join(f"\nafter {e.updates}: {line}" for line in (length_line(e), reference_line(e)) if line)
+                + "".join(f"\nafter {e.updates}: {line}" for line in filter(None, beside))
                 + "".join(f"\nafter {e.updates}: {inert(line)}" for line in retention_lines(e.retention))
             )
     alarms = _last([f"[red]alarm[/] {inert(alarm)}" for alarm in found.alarms], most, "earlier alarms")

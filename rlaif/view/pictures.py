@@ -16,7 +16,7 @@ from rlaif.audit.curves import Curve
 from rlaif.audit.over_time import OverTime, measure_of, plain
 from rlaif.audit.overview import IterationRow
 from rlaif.intervals import share
-from rlaif.records import DropReason, EvaluationMetrics
+from rlaif.records import AgainstBase, DropReason, EvaluationMetrics
 from rlaif.view.facts import Facts
 
 WIDTH, HEIGHT = 440, 214
@@ -34,13 +34,17 @@ LETTER = 6.5
 APART = 5
 """Between intervals of two series at one place."""
 
-_REFERENCE = "by the reference judge"
-
 Format = Callable[[float], str]
 Spot = tuple[float, float]
 """x and y in data units."""
 Interval = tuple[float, float, float]
 """x, low, high."""
+
+_OTHERS: Mapping[str, Callable[[EvaluationMetrics], AgainstBase | None]] = {
+    "by the voices that train": lambda e: e.deciding,
+    "by the reference judge": lambda e: e.referred,
+}
+"""Who else judges held-out answers, where a job asks them."""
 
 
 def percent(value: float) -> str:
@@ -311,11 +315,10 @@ class _OverTime:
         """What the judge says, and how far it agrees with itself."""
         rates = {"held-out answers": self._held_out(lambda e: e.win_rate)}
         intervals = {"held-out answers": _intervals(self.evaluations, lambda e: e.win_interval)}
-        if any(e.referred for e in self.evaluations):
-            rates[_REFERENCE] = self._held_out(lambda e: e.referred.win_rate if e.referred else None)
-            intervals[_REFERENCE] = _intervals(
-                self.evaluations, lambda e: e.referred.win_interval if e.referred else None
-            )
+        for name, by in _OTHERS.items():
+            if said := [(e.updates, other) for e in self.evaluations if (other := by(e))]:
+                rates[name] = [(at, other.win_rate) for at, other in said if other.win_rate is not None]
+                intervals[name] = [(at, *other.win_interval) for at, other in said if other.win_interval is not None]
         yield _line_picture(
             "win-rate",
             "Win rate against base",
