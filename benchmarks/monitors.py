@@ -4,13 +4,14 @@ Runs of 32 iterations of 24 pairs under one text, with 48 held-out prompts every
 answers are drawn from the same distributions throughout, while the policy learns: its answers become a third as long,
 end by themselves more often, and win more and more. In a bad one something happens at iteration 17. For each kind of
 monitor that holds chance against a limit: the share of quiet runs with an alarm, with its 95 % interval, and of bad
-runs in how many it is told, and after how many iterations (median).
+runs in how many it is told, and after how many iterations (median). Jurors' weights are fitted to votes, which takes a
+second an iteration: so a few hundred iterations are fitted, and the runs are drawn from them.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -18,11 +19,15 @@ import numpy as np
 
 from rlaif.config import Monitors
 from rlaif.intervals import wilson
+from rlaif.judging.verdicts import fit_jurors
 from rlaif.monitors import History, alarms
+from rlaif.monitors.judges import juror
 from rlaif.records import (
+    AlarmKind,
     AnchorCounts,
     AnswerCounts,
     AnswerStats,
+    Ballot,
     ConstitutionRef,
     DecodingGap,
     EvaluationMetrics,
@@ -32,7 +37,10 @@ from rlaif.records import (
     Leaning,
     PairCounts,
     PolicyVersion,
+    ProbeCounts,
     Referred,
+    Retention,
+    Vote,
 )
 
 ITERATIONS, BAD_FROM, SAMPLES = 32, 16, 4
@@ -74,6 +82,8 @@ class Rates(NamedTuple):
     """Mean agreement of the votes on a judged pair."""
     fooled: bool = False
     """The win rate rises, and nothing else that should."""
+    probes: float = 0.9
+    """Probes that are still passed, of those that the base policy passed: a policy that learns loses some."""
 
 
 DIFFERING: dict[Feature, float] = {
@@ -81,7 +91,7 @@ DIFFERING: dict[Feature, float] = {
 }  # fmt: skip
 """Share of the pairs of which one side has more."""
 
-BAD: dict[str, tuple[str, Rates]] = {
+BAD: dict[AlarmKind, tuple[str, Rates]] = {
     "agreement_drift": ("unanimous pairs fall from 70 % to 40 %", Rates(unanimous=0.4)),
     "order_flip_drift": ("pairs that the order decides rise from 15 % to 45 %", Rates(flipped=0.45)),
     "position_bias_drift": (
@@ -102,6 +112,14 @@ BAD: dict[str, tuple[str, Rates]] = {
     "collapse": ("a third of the different words is left", Rates(vocabulary=37.0)),
 }
 """Kind → what happens, and what is drawn from then on."""
+FORGETFUL = ("the win rate rises as in a quiet run, and 60 % of the probes are still passed", Rates(probes=0.6))
+"""What else `hacking` tells."""
+JURORS = {"a": 0.85, "b": 0.8, "c": 0.75}
+"""Share of the pairs on which a juror names the better side."""
+BAD_JURORS: dict[str, dict[str, float]] = {
+    "a juror names the worse side of 80 % of the pairs": {**JURORS, "c": 0.2},
+    "a juror names a side by chance": {**JURORS, "c": 0.5},
+}
 
 
 def within(rate: float) -> tuple[float, float]:
@@ -144,8 +162,17 @@ def evaluation(rng: np.random.Generator, k: int, rates: Rates, base: float) -> E
         checks={"wish": passed},
         base_checks={"wish": base},
         referred=referred,
+        retention=probed(rng, rates),
         seconds=0.0,
     )
+
+
+def probed(rng: np.random.Generator, rates: Rates) -> Retention:
+    """A hundred probes, of which the base policy passes 60, as many as a small model does."""
+    kept = int(rng.binomial(60, rates.probes))
+    counts = ProbeCounts(probes=100, base_passed=60, kept=kept, gained=0)
+    unknown = dict.fromkeys(("perplexity", "base_perplexity", "perplexity_ratio", "perplexity_ratio_interval"))
+    return Retention(probes=counts, kept_share=kept / 60, kept_interval=wilson(kept, 60), by_kind={}, **unknown)
 
 
 def judged(rng: np.random.Generator, pairs: int, rates: Rates) -> JudgedStats:
@@ -260,22 +287,67 @@ def first_alarms(
     return told
 
 
-def show(runs: int, pairs: int, seed: int, say: Callable[[str], None] = print) -> None:
+def jury_votes(rng: np.random.Generator, pairs: int, right: Mapping[str, float]) -> Iterator[Vote]:
+    """Each juror in both orders; on 15 % of the pairs its second vote is a coin's."""
+    for k in range(pairs):
+        first_is_better = rng.random() < 0.5
+        for name, share in right.items():
+            says_first = first_is_better == (rng.random() < share)
+            again = rng.random() < 0.5 if rng.random() < Rates().flipped else says_first
+            for order, said in (("forward", says_first), ("reversed", again)):
+                ballot = Ballot.model_validate(
+                    {"id": f"{k} {name} {order}", "pair_id": str(k), "judge": name, "voice": "v", "principles": ("p",)}
+                    | {"order": order, "constitution": TEXT.hash, "template": "t"}
+                )
+                yield Vote(ballot=ballot, model=name, outcome="first" if said else "second", raw_reply="")
+
+
+def fitted(rng: np.random.Generator, pairs: int, iterations: int, right: Mapping[str, float]) -> list[IterationMetrics]:
+    """Iterations with the weights that `filters.aggregate: dawid_skene` fits to their votes."""
+    weights = [fit_jurors(jury_votes(rng, pairs, right)).weights for _ in range(iterations)]
+    return [QUIET.model_copy(update={"juror_weights": mine}) for mine in weights]
+
+
+def first_juror_alarm(
+    rng: np.random.Generator, quiet: Sequence[IterationMetrics], bad: Sequence[IterationMetrics] | None = None
+) -> int | None:
+    """The first iteration in which a run of such iterations tells of a juror; a bad one since `BAD_FROM`."""
+    run: list[IterationMetrics] = []
+    for k in range(ITERATIONS):
+        late = bad is not None and k >= BAD_FROM
+        drawn = bad if bad is not None and late else quiet
+        run.append(drawn[int(rng.integers(len(drawn)))].model_copy(update={"iteration": k}))
+        if (bad is None or late) and any(juror(Monitors().juror, History(run))):
+            return k
+    return None
+
+
+def show(runs: int, pairs: int, seed: int, fits: int, say: Callable[[str], None] = print) -> None:
     """The table."""
     rng, monitors = np.random.default_rng(seed), Monitors()
     quiet = [first_alarms(rng, pairs, monitors) for _ in range(runs)]
     say(f"{runs} quiet runs of {ITERATIONS} iterations of {pairs} pairs, {runs // 20} of each bad one; seed {seed}\n")
     say("| kind | quiet runs with an alarm | what happens in the bad ones | told in | after |")
     say("|---|---|---|---|---|")
-    for kind, (what, rates) in BAD.items():
-        some = sum(kind in told for told in quiet)
+
+    def row(kind: str, some: int, what: str, told_at: Sequence[int | None]) -> None:
         low, high = wilson(some, runs)
-        bad = [first_alarms(rng, pairs, monitors, rates) for _ in range(runs // 20)]
-        after = [told[kind] - BAD_FROM + 1 for told in bad if kind in told]
-        of = f"{len(after) / len(bad):.0%} | {median(after) if after else '-'}"
+        after = [k - BAD_FROM + 1 for k in told_at if k is not None]
+        of = f"{len(after) / len(told_at):.0%} | {median(after) if after else '-'}"
         say(f"| `{kind}` | {some / runs:.2%} ({low:.2%} to {high:.2%}) | {what} | {of} |")
-    some = sum(any(kind in told for kind in BAD) for told in quiet)
-    say(f"\nSome alarm of these in a quiet run: {some / runs:.2%}")
+
+    for kind, (what, rates) in [*BAD.items(), ("hacking", FORGETFUL)]:
+        bad = [first_alarms(rng, pairs, monitors, rates).get(kind) for _ in range(runs // 20)]
+        row(kind, sum(kind in told for told in quiet), what, bad)
+    jury = fitted(rng, pairs, fits, JURORS)
+    wrongly = [first_juror_alarm(rng, jury) is not None for _ in range(runs)]
+    for what, right in BAD_JURORS.items():
+        worse = fitted(rng, pairs, fits, right)
+        row("juror", sum(wrongly), what, [first_juror_alarm(rng, jury, worse) for _ in range(runs // 20)])
+    either = sum(any(kind in told for kind in BAD) or of_jurors for told, of_jurors in zip(quiet, wrongly, strict=True))
+    say(f"\nSome alarm of these in a quiet run: {either / runs:.2%}")
+    nothing = sum(weight == 0 for m in jury for weight in m.juror_weights.values()) / (len(JURORS) * fits)
+    say(f"Jurors that are right on 85, 80 and 75 % of the pairs weigh nothing in {nothing:.1%} of {fits} iterations")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -284,8 +356,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fits", type=int, default=200, help="iterations that jurors' weights are fitted in")
     args = parser.parse_args(arguments)
-    show(args.runs, args.pairs, args.seed)
+    show(args.runs, args.pairs, args.seed, args.fits)
 
 
 if __name__ == "__main__":

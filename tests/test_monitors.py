@@ -9,14 +9,15 @@ from typing import Any, get_args
 
 import pytest
 
-from rlaif.config import Monitors
+from rlaif.config import JurorMonitor, Monitors
 from rlaif.constitutions.constitution import parse_constitution
 from rlaif.errors import RlaifError
 from rlaif.evaluation import answer_stats, evaluation_metrics
 from rlaif.intervals import wilson
-from rlaif.monitors import History, iteration_metrics, juror_agreement, learner_metrics
+from rlaif.monitors import History, iteration_metrics, juror_agreement, learner_metrics, silent
 from rlaif.monitors.alarms import KINDS
 from rlaif.monitors.alarms import alarms as all_alarms
+from rlaif.monitors.judges import juror
 from rlaif.records import (
     Alarm,
     AlarmKind,
@@ -375,13 +376,20 @@ def test_labelled_answers_of_unknown_end_count_as_ended() -> None:
 
 
 def test_a_juror_that_weighs_nothing_without_a_label_raises_an_alarm() -> None:
-    metrics = measured(juror_weights={"a": 0.8, "b": 0.0}, juror_agreement={"a": 0.9, "b": 0.2})
-    said = [a for a in alarms(watching(), metrics, None) if "juror" in a]
-    assert said == [
-        "juror b weighs nothing and agrees with the verdict on 20% of the pairs; either it or the others are wrong "
-        "(`rlaif judge calibrate` learns weights from labels)"
+    """Not for an iteration or two: with few pairs a fit without labels finds a good juror worthless now and then."""
+    weighed = [
+        measured(iteration=k, juror_weights={"a": 0.8, "b": b}, juror_agreement={"a": 0.9, "b": 0.2})
+        for k, b in enumerate((0.0, 0.4, 0.0, 0.0, 0.4, 0.0, 0.0, 0.0))
     ]
-    assert alarms(watching(), metrics, None, learned=True) == []
+    told = {k: list(juror(JurorMonitor(), History(weighed[: k + 1]))) for k in range(len(weighed))}
+    assert [k for k, found in told.items() if found] == [3, 5, 6, 7]
+    assert told[3][0].message == (
+        "juror b weighed nothing in 3 of the last 4 iterations, and agrees with the verdict on 20% of the pairs; "
+        "either it or the others are wrong (`rlaif judge calibrate` learns weights from labels)"
+    )
+    assert list(juror(JurorMonitor(), History(weighed, learned=True))) == []
+    quiet = [silent(Monitors(), "juror", History(weighed[:n])) for n in (1, 2, 3, 5)]
+    assert quiet == [False, False, True, True], "with one or two nothing could be told"
 
 
 def test_how_often_a_juror_names_the_verdicts_side() -> None:

@@ -49,7 +49,7 @@ _SOMETIMES: dict[AlarmKind, Callable[[History], object]] = {
     "cut_off_won": lambda run: run.now.one_cut_off,
     "abstained": lambda run: run.now.pair_counts and run.now.pair_counts.pairs,
     "calibration_shift": lambda run: run.calibrated and run.now.judged,
-    "juror": lambda run: run.now.juror_agreement,
+    "juror": judges.may_tell_of_jurors,
     "position_bias_drift": lambda run: run.now.pair_counts and judges.leaning_pairs(run.now.pair_counts).of,
     "anchors": lambda run: run.now.anchors and run.now.anchors.pairs >= judges.ANCHORS,
     "silent_server": lambda run: run.now.servers,

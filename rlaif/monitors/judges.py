@@ -27,6 +27,8 @@ _LOOKS_AT_ANCHORS = 2.8
 """Standard deviations: anchors are asked every few iterations only."""
 ANCHORS = 8
 """Fewer that got a verdict both times say nothing."""
+_MOST = 3
+"""Of `TOGETHER` iterations: a fit without labels on one iteration's pairs finds a good juror worthless now and then."""
 
 
 def cut_off_won(settings: CutOffWonMonitor, history: History) -> Iterator[Finding]:
@@ -196,13 +198,21 @@ def _together(stats: Sequence[JudgedStats]) -> JudgedStats:
 
 
 def juror(settings: JurorMonitor, history: History) -> Iterator[Finding]:
-    """Jurors whose votes weigh nothing although no label says so."""
+    """Jurors whose votes weigh nothing, most of the time, although no label says so."""
+    recent = history.under_this_text[-TOGETHER:]
     for name, weight in history.now.juror_weights.items() if not history.learned else ():
-        agreement = history.now.juror_agreement.get(name)
-        if weight == 0:
+        without = sum(m.juror_weights.get(name) == 0 for m in recent)
+        if weight == 0 and without >= _MOST:
+            agreement = history.now.juror_agreement.get(name)
             often = "on no pair" if agreement is None else f"on {agreement:.0%} of the pairs"
             message = (
-                f"juror {name} weighs nothing and agrees with the verdict {often}; either it or the others are wrong "
-                "(`rlaif judge calibrate` learns weights from labels)"
+                f"juror {name} weighed nothing in {without} of the last {len(recent)} iterations, and agrees with the "
+                f"verdict {often}; either it or the others are wrong (`rlaif judge calibrate` learns weights from "
+                "labels)"
             )
             yield Finding(message, agreement)
+
+
+def may_tell_of_jurors(history: History) -> bool:
+    """Whether enough iterations had weights: before, no silence says anything."""
+    return sum(bool(m.juror_weights) for m in history.under_this_text[-TOGETHER:]) >= _MOST
