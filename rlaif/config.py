@@ -170,7 +170,7 @@ class Sampling(Section):
     enforce_eager: Adjustable[bool] = False
     """vLLM on a GPU without compiled graphs: starts in seconds, samples slower (untried here; always on a CPU)."""
     tensor_parallel_size: Adjustable[int] = Field(1, ge=1)
-    """GPUs that one sampler spans (untried here)."""
+    """GPUs that one sampler spans (two processes on a CPU are tested, GPUs untried)."""
 
     replicas: Adjustable[int] = Field(1, ge=1)
     """With `engine: server`: so many servers are started, each with `tensor_parallel_size` GPUs."""

@@ -30,7 +30,7 @@ from rlaif.records import TokenSequence
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.endings import Endings
 from rlaif.sampling.requests import check_length
-from rlaif.sampling.vllm_compat import refuse
+from rlaif.sampling.vllm_compat import EXTENSION, MIDDLEWARE, NUCLEUS, check_taken, refuse
 from rlaif.serving.servers import Servers
 from rlaif.workers.placement import spread, usable_gpus
 
@@ -39,7 +39,6 @@ MAX_SEQUENCES = 256
 """Of one server."""
 MODEL = "policy"
 """What the servers call it."""
-_COMPAT = "rlaif.sampling.vllm_compat"
 _ANSWER_S = 3600.0
 """No answer takes so long; a server that is gone cuts the connection."""
 FREE_S, POLL_S = 20.0, 0.2
@@ -83,7 +82,7 @@ class Sampler:
         self._pool = ThreadPoolExecutor(MAX_SEQUENCES * len(self._urls), "sampling")
         self._aside = ThreadPoolExecutor(len(self._urls), "servers")
         """For what doesn't wait until a batch's answers have had their turn."""
-        refuse(self._rpc("rlaif_check")[0])
+        refuse(next((unknown for _, unknown in self._rpc("rlaif_check") if unknown), ""))
         if self._servers is None:  # whatever they held before
             self.load(model_path)
 
@@ -124,7 +123,7 @@ class Sampler:
             RlaifError: a server is gone, lacks weights, or samples for somebody else.
         """
         self._each(self._forget_prompts)
-        self._rpc("rlaif_take", path=policy_path)
+        check_taken(policy_path, (lost for _, lost in self._rpc("rlaif_take", path=policy_path)))
         self._held = policy_path
 
     def rest(self) -> None:
@@ -185,7 +184,7 @@ class Sampler:
 
     def _check_weights(self) -> None:
         """Raises an RlaifError where a server holds other weights than it was given."""
-        for url, held in zip(self._urls, self._rpc("rlaif_held"), strict=True):
+        for url, held in self._rpc("rlaif_held"):
             if held != self._held:
                 raise RlaifError(
                     f"{url}: holds the weights of {held or 'its start'}, and was given {self._held or 'none'}; it was "
@@ -207,10 +206,12 @@ class Sampler:
                 )
             time.sleep(POLL_S)
 
-    def _rpc(self, method: str, **kwargs: str) -> list[str]:
-        """What each server's first worker says."""
+    def _rpc(self, method: str, **kwargs: str) -> list[tuple[str, str]]:
+        """What each worker of each server says, and the server's address."""
         answers = self._each(lambda url: self._post(url, "/collective_rpc", {"method": method, "kwargs": kwargs}))
-        return [str(answer["results"][0] or "") for answer in answers]
+        return [
+            (url, said or "") for url, answer in zip(self._urls, answers, strict=True) for said in answer["results"]
+        ]
 
     def _each(self, ask: Callable[[str], T]) -> list[T]:
         """Something of every server, at the same time."""
@@ -263,8 +264,8 @@ def _start(servers: Servers, model_path: str, settings: config.Sampling, logs: P
         "seed": 0,
         "logprobs_mode": "raw_logprobs",  # before temperature and top-p
         "generation_config": "vllm",  # no defaults of the model's
-        "worker_extension_cls": f"{_COMPAT}.TakesWeights",
-        "middleware": f"{_COMPAT}.only_with_key",
+        "worker_extension_cls": EXTENSION,
+        "middleware": MIDDLEWARE,
     }
     if models.has_empty_quantisation(model_path):
         args["hf_overrides"] = {"quantization_config": None}
@@ -278,7 +279,7 @@ def _start(servers: Servers, model_path: str, settings: config.Sampling, logs: P
             "enforce_eager": True,
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(4096, settings.max_model_len),
-            "logits_processors": [f"{_COMPAT}:Nucleus"],
+            "logits_processors": [NUCLEUS],
         }
     serve = Serve(
         model=model_path, replicas=settings.replicas, tensor_parallel_size=settings.tensor_parallel_size, args=args

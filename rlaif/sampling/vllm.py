@@ -18,10 +18,11 @@ from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.endings import Endings
 from rlaif.sampling.requests import check_length
 from rlaif.sampling.vllm_compat import (
+    EXTENSION,
+    NUCLEUS,
     check_reloads,
     engine_of,
     forget_prompts,
-    nucleus_processor,
     on_cpu,
     output_kind,
     reload_weights,
@@ -80,7 +81,7 @@ class Sampler:
                 # A seeded request that is read in two pieces rewinds its generator, which the CPU's can't do.
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(4096, settings.max_model_len),
-                "logits_processors": [nucleus_processor()],
+                "logits_processors": [NUCLEUS],
             }
             if self._on_cpu
             else {
@@ -95,6 +96,9 @@ class Sampler:
             max_model_len=settings.max_model_len,
             max_num_seqs=MAX_SEQUENCES,
             tensor_parallel_size=settings.tensor_parallel_size,
+            # Left to itself, vLLM takes Ray inside of an actor, and looks for a bundle with one GPU for each worker.
+            distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else None,
+            worker_extension_cls=EXTENSION,
             seed=0,
             logprobs_mode="raw_logprobs",  # before temperature and top-p: comparable with anybody's
             disable_log_stats=True,

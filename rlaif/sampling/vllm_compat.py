@@ -1,7 +1,9 @@
 """What vLLM doesn't document and we need: an engine that one can step, the nucleus, and new weights for it; see
 `rlaif.reached`.
 
-In: a `vllm.LLM`, in whose process this runs. Only this module and `rlaif.sampling.vllm` import vllm.
+In: a `vllm.LLM`, in whose process this runs; with `tensor_parallel_size` above 1 its workers have processes of their
+own, and are reached by the names of `TakesWeights`' methods alone. Only this module and `rlaif.sampling.vllm` import
+vllm.
 
 New weights arrive whole: what vLLM's own reload leaves behind on the CPU is packed again. Checked against vLLM 0.31 and
 0.32; `rlaif doctor --deep MODEL` and the loop's `weights_gap` compare the result with transformers. `reload_weights`
@@ -20,7 +22,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,9 +44,9 @@ REACHED = (
     Reached("vllm.v1.sample.logits_processor", "LogitsProcessor", _NUCLEUS),
     Reached("vllm.v1.sample.logits_processor", "BatchUpdate", _NUCLEUS),
     Reached("vllm.v1.sample.logits_processor.builtin", "process_dict_updates", _NUCLEUS),
-    Reached("vllm", "LLM.apply_model", _OLD),
     Reached("vllm", "LLM.collective_rpc", _OLD),
-    Reached("vllm.v1.worker.gpu_worker", "Worker.get_model", "a server takes no new weights"),
+    Reached("vllm.v1.worker.gpu_worker", "Worker.get_model", "the sampler takes no new weights"),
+    Reached("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_worker", _OLD, says="worker_extension_cls"),
     Reached("vllm.entrypoints.serve.dev.rpc.api_router", "collective_rpc", "a server takes no new weights"),
     Reached(_CACHE, "reset_prefix_cache", "a server takes no new weights", says='"success"'),
     Reached("vllm", "LLM.reset_prefix_cache", "prompts are remembered under old weights", says="-> bool"),
@@ -59,6 +61,13 @@ REACHED = (
     Reached(f"{_LAYERS}.vocab_parallel_embedding", "UnquantizedEmbeddingMethod", _REFUSED),
     Reached(f"{_LAYERS}.fused_moe.unquantized_fused_moe_method", "UnquantizedFusedMoEMethod", _OLD, says="moe_kernel"),
 )
+
+EXTENSION, NUCLEUS, MIDDLEWARE = (
+    "rlaif.sampling.vllm_compat.TakesWeights",
+    "rlaif.sampling.vllm_compat:Nucleus",
+    "rlaif.sampling.vllm_compat.only_with_key",
+)
+"""What vLLM imports by name, in whichever process it needs it."""
 
 _PACKED_ON_CPU = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "UnquantizedFusedMoEMethod")
 """Ways of holding weights whose reload on the CPU was compared with transformers, layer by layer."""
@@ -120,9 +129,7 @@ def check_reloads(llm: Any) -> None:
     Raises:
         UserError: a layer holds its weights in a form that is not known to follow a reload.
     """
-    if not on_cpu():
-        return
-    refuse(", ".join(_unknown(modules_of(llm))))
+    refuse(", ".join(sorted({str(unknown) for unknown in llm.collective_rpc("rlaif_check") if unknown})))
 
 
 def refuse(unknown: str) -> None:
@@ -145,8 +152,18 @@ def reload_weights(llm: Any, path: str) -> None:
         RlaifError: the folder lacks some of the model's weights, of which vLLM itself only warns; or as
             `forget_prompts`.
     """
-    take(modules_of(llm), path, lambda: llm.collective_rpc("reload_weights", kwargs={"weights_path": path}))
+    check_taken(path, llm.collective_rpc("rlaif_take", kwargs={"path": path}))
     forget_prompts(llm)
+
+
+def check_taken(path: str, said: Iterable[object]) -> None:
+    """Looks at what workers answered to `rlaif_take`.
+
+    Raises:
+        RlaifError: the folder lacks some of the model's weights.
+    """
+    if lost := next(filter(None, said), None):
+        raise RlaifError(f"{path}: not all weights reached the sampler ({lost})")
 
 
 def forget_prompts(llm: Any) -> None:
@@ -164,8 +181,8 @@ def forget_prompts(llm: Any) -> None:
 
 
 class TakesWeights:
-    """What a server's workers can do beside vLLM's own (`--worker-extension-cls`): vLLM adds this class to theirs, and
-    calls its methods by name. Their names must be new there."""
+    """What workers can do beside vLLM's own (`worker_extension_cls`): vLLM adds this class to theirs, and calls its
+    methods by name, also those of other processes. Their names must be new there."""
 
     get_model: Any
     """Of vLLM's worker, as what follows."""
@@ -176,11 +193,12 @@ class TakesWeights:
         """Why this model would go on sampling from old weights; empty when it wouldn't."""
         return ", ".join(_unknown(list(self.get_model().modules()))) if on_cpu() else ""
 
-    def rlaif_take(self, path: str) -> None:
-        """Takes the weights of a folder. Raises as `reload_weights`."""
+    def rlaif_take(self, path: str) -> str:
+        """Takes the weights of a folder. Returns which it lacks; an exception would lose its type between processes."""
         self.rlaif_weights = f"{path}, in part"  # what it says it holds, should the rest not come
-        take(list(self.get_model().modules()), path, lambda: self.reload_weights(weights_path=path))
-        self.rlaif_weights = path
+        if not (lost := take(list(self.get_model().modules()), lambda: self.reload_weights(weights_path=path))):
+            self.rlaif_weights = path
+        return lost
 
     def rlaif_held(self) -> str:
         """The folder whose weights it took last; empty for those that it was started with."""
@@ -199,19 +217,15 @@ async def only_with_key(request: Any, call_next: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """`Nucleus`, for a server (`--logits-processors`): its base is vLLM's, which isn't imported before it is needed."""
+    """`Nucleus`, for who imports it by name: its base is vLLM's, which isn't imported before it is needed."""
     if name == "Nucleus":
         return nucleus_processor()
     raise AttributeError(name)
 
 
-def take(modules: list[Any], path: str, reload: Callable[[], object]) -> None:
+def take(modules: list[Any], reload: Callable[[], object]) -> str:
     """The worker's `reload_weights`, and around it what it leaves behind. `modules` are the layers of a worker in this
-    process.
-
-    Raises:
-        RlaifError: as `reload_weights`.
-    """
+    process. Returns what vLLM warns of where the folder lacks some of the model's weights; empty where it has all."""
     cpu = on_cpu()
     if cpu:
         for module in modules:
@@ -221,13 +235,14 @@ def take(modules: list[Any], path: str, reload: Callable[[], object]) -> None:
     with _warnings(_RELOAD) as said:
         reload()
     if lost := [line for line in said if "not loaded from checkpoint" in line]:
-        raise RlaifError(f"{path}: not all weights reached the sampler ({lost[0][:300]})")
+        return lost[0][:300]
     if cpu:
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
         for module in modules:
             if _method(module) == "UnquantizedEmbeddingMethod" and hasattr(module, "cpu_linear"):
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+    return ""
 
 
 def _unknown(modules: list[Any]) -> list[str]:
@@ -241,12 +256,6 @@ def _method(module: Any) -> str | None:
     if method is None or not any(True for _ in module.parameters(recurse=False)):
         return None
     return type(method).__name__
-
-
-def modules_of(llm: Any) -> list[Any]:
-    """The layers of the engine in this process (`apply_model`); on the CPU there is one."""
-    modules: list[Any] = llm.apply_model(lambda model: list(model.modules()))[0]
-    return modules
 
 
 @contextmanager

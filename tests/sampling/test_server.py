@@ -39,6 +39,8 @@ class Stub:
         """What happens while it samples an answer."""
         self.tokens = tokens or [5, 6, 7, END]
         self.unknown = ""
+        self.second: dict[str, str] = {}
+        """What its second process says, where that is something else: it is one of two that hold the model together."""
         self.busy = 0
         """How often its prefix cache can't be emptied."""
         stub = self
@@ -65,8 +67,8 @@ class Stub:
             if body["method"] == "rlaif_take":
                 self.held = body["kwargs"]["path"]
                 self.given.append(self.held)
-            said = {"rlaif_take": None, "rlaif_held": self.held, "rlaif_check": self.unknown}
-            return {"results": [said[body["method"]]]}
+            said = {"rlaif_take": "", "rlaif_held": self.held, "rlaif_check": self.unknown}
+            return {"results": [said[body["method"]], self.second.get(body["method"], said[body["method"]])]}
         if path == "/reset_prefix_cache":
             self.busy -= 1
             return {"success": self.busy < 0}
@@ -191,6 +193,21 @@ def test_a_server_that_was_started_again_samples_nothing(tiny: Path, stubs: list
         engine.logprobs([TokenSequence(prompt_token_ids=(3,), token_ids=(4,))])
 
 
+@pytest.mark.parametrize(
+    ("method", "says", "error"),
+    [
+        ("rlaif_check", "SomeMethod", "not known to take new weights for this model .SomeMethod."),
+        ("rlaif_take", "lm_head", "tiny.*: not all weights reached the sampler .lm_head."),
+        ("rlaif_held", "/another", "holds the weights of /another"),
+    ],
+)
+def test_each_process_of_a_server_is_asked(tiny: Path, stubs: list[Stub], method: str, says: str, error: str) -> None:
+    stubs[1].second = {method: says}
+    with pytest.raises(RlaifError, match=error):
+        run(sampler(tiny, stubs), requests())
+    assert stubs[0].prompts == []
+
+
 def test_answers_of_other_weights_are_never_handed_out(tiny: Path, stubs: list[Stub]) -> None:
     """Another run gives a server its policy in the middle of a batch: what is handed out is written, and judged."""
     engine = sampler(tiny, stubs)
@@ -241,11 +258,9 @@ def test_a_cache_of_older_weights_is_not_read(tiny: Path, stubs: list[Stub], mon
     assert {stub.held for stub in stubs} == {str(tiny)}, "whoever samples there keeps its weights"
 
 
-def test_a_cache_of_older_weights_is_not_read_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_older_weights_is_not_read_inside() -> None:
     emptied = [True, False, False]
-    llm = SimpleNamespace(reset_prefix_cache=lambda: emptied.pop(0))
-    monkeypatch.setattr(vllm_compat, "modules_of", lambda llm: [])
-    monkeypatch.setattr(vllm_compat, "take", lambda *_: None)
+    llm = SimpleNamespace(reset_prefix_cache=lambda: emptied.pop(0), collective_rpc=lambda *_, **__: [""])
     vllm_compat.reload_weights(llm, "/run/policy")
     with pytest.raises(RlaifError, match="the prefix cache can't be emptied"):
         vllm_compat.reload_weights(llm, "/run/policy")
@@ -258,17 +273,15 @@ def test_weights_that_came_in_part_are_not_the_weights_of_a_folder(monkeypatch: 
         def get_model(self) -> Any:
             return SimpleNamespace(modules=list)
 
-    def taken(modules: list[Any], path: str, reload: Callable[[], object]) -> None:
-        if path == "/lacks":
-            raise RlaifError("not all weights reached the sampler")
-
-    monkeypatch.setattr(vllm_compat, "take", taken)
+    lost = ["", "some weights"]
+    monkeypatch.setattr(vllm_compat, "take", lambda modules, reload: lost.pop(0))
     worker = Worker()
-    worker.rlaif_take("/whole")
+    assert worker.rlaif_take("/whole") == ""
     assert worker.rlaif_held() == "/whole"
-    with pytest.raises(RlaifError):
-        worker.rlaif_take("/lacks")
+    assert worker.rlaif_take("/lacks") == "some weights"
     assert worker.rlaif_held() == "/lacks, in part"
+    with pytest.raises(RlaifError, match="/lacks: not all weights reached the sampler"):
+        vllm_compat.check_taken("/lacks", ["", "some weights"])
 
 
 def test_servers_of_somebody_else_are_not_asked_to_rest(tiny: Path, stubs: list[Stub]) -> None:

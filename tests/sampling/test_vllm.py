@@ -10,12 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import safetensors.torch as safetensors
 
 from rlaif import config
-from rlaif.errors import UserError
+from rlaif.errors import RlaifError, UserError
 from rlaif.hardware import torch_dtype
 from rlaif.models import load_tokenizer
+from rlaif.records import TokenSequence
 from rlaif.sampling import Sample, SampleRequest
 from rlaif.sampling.endings import Endings
 from rlaif.sampling.requests import seed_for
@@ -209,3 +212,45 @@ def test_prompts_that_fill_more_than_one_step(bare: ProcessWorker, tiny: Path) -
         for i in range(96)
     ]
     assert len(run(bare, requests)) == 96
+
+
+def test_two_processes_that_hold_a_model_together(tiny: Path, other_tiny: Path, tmp_path: Path) -> None:
+    """`tensor_parallel_size` on GPUs is this, with other kernels: new weights reach both processes, a folder that lacks
+    some is refused in one line, and none is left when the worker is gone. Against a plain forward pass."""
+    sequences = [TokenSequence(prompt_token_ids=r.prompt_token_ids, token_ids=(7, 8, 9)) for r in make_requests(6)]
+    lacking = tmp_path / "lacking"
+    shutil.copytree(other_tiny, lacking)
+    weights = safetensors.load_file(lacking / "model.safetensors")
+    safetensors.save_file({k: v for k, v in weights.items() if "layers.1.mlp" not in k}, lacking / "model.safetensors")
+    settings = config.Sampling(
+        max_tokens=24, max_model_len=64, kv_cache_gib=0.05, precision="fp32", tensor_parallel_size=2
+    )
+    kwargs = {"model_path": str(tiny), "settings": settings}
+    with ProcessWorker("sampler", "rlaif.sampling.vllm:Sampler", kwargs, tmp_path / "sampler.log") as both:
+        assert both.call("logprobs", sequences=sequences) == [near(own) for own in scored(tiny, sequences)]
+        both.call("load", policy_path=str(other_tiny))
+        assert both.call("logprobs", sequences=sequences) == [near(own) for own in scored(other_tiny, sequences)]
+        assert len(run(both, make_requests())) == 40
+        processes = psutil.Process(both.pid).children(recursive=True)
+        assert len(processes) >= 2
+        with pytest.raises(RlaifError, match="lacking: not all weights reached the sampler"):
+            both.call("load", policy_path=str(lacking))
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert alive == []
+
+
+def near(logprobs: tuple[float, ...]) -> Any:
+    return pytest.approx(logprobs, abs=1e-4)
+
+
+def scored(model: Path, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    out = []
+    for s in sequences:
+        with torch.no_grad():
+            logprobs = plain(torch.tensor([s.all_ids])).logits[0].log_softmax(dim=-1)
+        start = len(s.prompt_token_ids)
+        out.append(tuple(float(logprobs[start - 1 + i, token]) for i, token in enumerate(s.token_ids)))
+    return out
