@@ -22,7 +22,7 @@ from rlaif.workers.inline import InlineWorker
 from rlaif.workers.process import ProcessWorker
 from rlaif.workers.replicas import Replicas
 from rlaif.workers.weights import WeightsRef
-from rlaif.workers.worker import Piece, Worker
+from rlaif.workers.worker import TOGETHER, Piece, Worker
 from tests.conftest import until
 from tests.kill_driver import casts, durable_ballots
 from tests.stubs import Quiet, stub_job, stub_loop
@@ -98,14 +98,16 @@ class Cluster:
 
     def __init__(self, tmp_path: Path, fate: dict[int, int] | None = None, room: int = 99, delay_s: float = 0.0):
         self.asked, self.started = tmp_path / "asked.log", 0
-        self._fate, self._room, self._delay_s = fate or {}, room, delay_s
+        self._fate, self.room, self._delay_s = fate or {}, room, delay_s
+        self.refused = 0
         self.gate = threading.Event()
         self.gate.set()
         """Cleared, whoever is started waits."""
 
     def start(self, number: int) -> Worker:
         self.gate.wait(20)
-        if self.started >= self._room:
+        if self.started >= self.room:
+            self.refused += 1
             raise WorkerError(f"squares {number + 1}: no room")
         mortal = Mortal(f"squares {number + 1}", FACTORY, {"asked": str(self.asked), "delay_s": self._delay_s,
                                                             "seed": number})  # fmt: skip
@@ -181,6 +183,40 @@ def test_one_without_room_is_done_without(tmp_path: Path) -> None:
             rows += chunk
     assert len(rows) == len(set(rows)) >= 3
     assert any("no room; squares goes on with 1 of 2" in message for message in told)
+
+
+def test_one_that_was_lost_is_tried_again_and_is_told_what_the_others_were(tmp_path: Path) -> None:
+    """A machine may be back. Meanwhile the work is cut for those that are left."""
+    cluster = Cluster(tmp_path, {1: 1}, room=3)
+    replicas, told = cluster.replicas(3)
+    replicas.tell("load", offset=1)
+    for _ in range(200):
+        assert len([row for chunk in replicas.spread("squares", in_pieces(9, 3)) for row in chunk]) == 9
+        if replicas.width == 2:
+            break
+        time.sleep(0.01)
+    assert any("no room; squares goes on with 2 of 3" in message for message in told)
+    replicas.tell("load", offset=2)
+    until(lambda: cluster.refused == 2)
+    assert replicas.width == 2
+    cluster.room = 99
+    replicas.tell("load", offset=3)
+    until(lambda: replicas.width == 3)
+    assert replicas.each("holds") == [3, 3, 3]
+    assert told[-1].endswith("is back; squares goes on with 3 of 3")
+
+
+def test_rows_that_wait_are_handed_over_at_once(tmp_path: Path) -> None:
+    """Samplers must not stand still while the disk that keeps their answers is synced."""
+    cluster = Cluster(tmp_path)
+    replicas, _ = cluster.replicas(4)
+    sizes = []
+    for chunk in replicas.spread("squares", in_pieces(400, 100)):
+        sizes.append(len(chunk))
+        time.sleep(0.02)
+    assert sum(sizes) == 400
+    assert len(sizes) < 40
+    assert max(sizes) <= TOGETHER
 
 
 def test_who_starts_while_others_are_told_something_is_told_it_too(tmp_path: Path) -> None:

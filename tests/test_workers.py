@@ -18,7 +18,7 @@ from rlaif.errors import UserError, WorkerError
 from rlaif.workers.inline import InlineWorker
 from rlaif.workers.process import ProcessWorker
 from rlaif.workers.start import start_worker, wait_until_ready
-from rlaif.workers.worker import Worker
+from rlaif.workers.worker import TOGETHER, Worker
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +51,13 @@ class Echo:
                 raise KeyError("lost")
             self.yielded += 1
             yield i
+
+    def rows(self, n: int, fails: bool = False) -> Iterator[list[int]]:
+        """One by one, as an engine finishes answers."""
+        for i in range(n):
+            yield [i]
+        if fails:
+            raise KeyError("lost")
 
     def how_many(self) -> int:
         return self.yielded
@@ -157,6 +164,26 @@ def test_exception_in_a_stream_comes_after_its_items(both: Worker) -> None:
             seen.append(item)
     assert seen == [0, 1]
     assert both.call("greet", name="Ada") == "hi Ada"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rows_that_wait_come_at_once(worker: ProcessWorker, fails: bool) -> None:
+    """Whoever takes them syncs a disk each time: who makes them mustn't wait for that."""
+    taken: list[list[int]] = []
+
+    def take() -> None:
+        for chunk in worker.stream("rows", n=3 * TOGETHER, fails=fails):
+            taken.append(chunk)
+            time.sleep(0.05)
+
+    if fails:
+        with pytest.raises(WorkerError, match="lost"):
+            take()
+    else:
+        take()
+    assert [i for chunk in taken for i in chunk] == list(range(3 * TOGETHER))
+    assert len(taken) < 12
+    assert max(map(len, taken)) <= TOGETHER
 
 
 def test_unknown_method_is_a_worker_error(both: Worker) -> None:

@@ -94,7 +94,11 @@ class Later(Worker):
 
     def __init__(self, worker: Worker, wait: Callable[[], None]):
         self._worker, self._wait = worker, wait
-        self.name, self.width = worker.name, worker.width
+        self.name = worker.name
+
+    @property
+    def width(self) -> int:
+        return self._worker.width
 
     def poll(self, timeout_s: float) -> bool:
         return self._worker.poll(timeout_s)

@@ -24,7 +24,7 @@ import rlaif
 from rlaif.errors import RlaifError, UserError, WorkerDied, WorkerError
 from rlaif.workers.child import CALL, CANCEL, FED, ITEM, START, STREAM, kill_group
 from rlaif.workers.feed import Feed
-from rlaif.workers.worker import Worker
+from rlaif.workers.worker import TOGETHER, Worker
 
 CLOSE_GRACE_S = 15.0  # a tracker may have something to upload
 _POLL_S = 1.0
@@ -113,7 +113,8 @@ class ProcessWorker(Worker):
         return self._answer(self._send(method, kwargs, CALL))[1]
 
     def stream(self, method: str, feed: Feed | None = None, **kwargs: Any) -> Iterator[Any]:
-        """Calls a generator method in the child; yields its items as they arrive.
+        """Calls a generator method in the child; yields its items as they arrive. Lists of rows that have arrived by
+        the time that somebody takes them come as one list.
 
         An iterator that is closed early stops the generator in the child after its next item. With a `feed` the method
         is given one, too, into which the items of this one go as they come.
@@ -123,7 +124,7 @@ class ProcessWorker(Worker):
         """
         call_id = self._send(method, kwargs, STREAM if feed is None else FED)
         self._streaming = True
-        finished = False
+        finished, rows = False, list[Any]()
         try:
             if feed is not None:
                 feed.pour(lambda item: self._tell(call_id, item, ITEM))
@@ -132,11 +133,22 @@ class ProcessWorker(Worker):
                     kind, value = self._answer(call_id)
                 except RlaifError:
                     finished = True
+                    if rows:
+                        yield rows
                     raise
-                if kind == "end":
-                    finished = True
-                    return
-                yield value
+                finished = kind == "end"
+                if not isinstance(value, list):
+                    if rows:
+                        yield rows
+                        rows = []
+                    if finished:
+                        return
+                    yield value
+                    continue
+                rows += value
+                if len(rows) >= TOGETHER or not self._connection.poll(0):
+                    yield rows
+                    rows = []
         finally:
             if feed is not None:
                 feed.stop()

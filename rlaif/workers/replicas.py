@@ -8,7 +8,7 @@ one process; nothing here cuts anything.
 
 A replica that dies is started anew while the others work on, is told what they were told, and what is left of its piece
 goes to another. That it was started again is counted: after `max_restarts` times the run pauses. One for which there is
-no room any more is done without.
+no room any more is done without, until there is: whenever the others are told something, it is tried again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from rlaif.errors import RlaifError, RunPaused, WorkerDied, WorkerError
 from rlaif.workers.feed import Feed
-from rlaif.workers.worker import Piece, Worker
+from rlaif.workers.worker import TOGETHER, Piece, Worker
 
 _State = Literal["free", "busy", "starting", "lost"]
 _POLL_S = 0.2
@@ -49,7 +49,6 @@ class Replicas(Worker):
         told: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.name = name
-        self.width = count
         self._start, self._told = start, told
         self.max_restarts, self._restarts = max_restarts, 0
         """Restarts of all of them together, at most; those so far."""
@@ -63,9 +62,15 @@ class Replicas(Worker):
         self._held: dict[str, dict[str, Any]] = {}
         """What every replica was told last, by method."""
         self._version = 0
+        self._tried = set[int]()
+        """Lost ones that are being started again."""
         self._over: RlaifError | None = None
         """Why no replica can be asked any more."""
         self._closed = False
+
+    @property
+    def width(self) -> int:
+        return max(1, len(self._states) - len(self._numbers("lost")))
 
     def poll(self, timeout_s: float) -> bool:
         """Whether all are built, or one has failed."""
@@ -106,6 +111,10 @@ class Replicas(Worker):
             self._held.pop(method, None)  # told again, it is told last
             self._held[method] = kwargs
             self._version += 1
+            again = sorted(set(self._numbers("lost")) - self._tried)
+            self._tried.update(again)
+        for number in again:  # those who are told now don't wait for it
+            self._in_background(self._try_again, number)
         self.each(method, **kwargs)
 
     def each(self, method: str, **kwargs: Any) -> list[Any]:
@@ -216,29 +225,49 @@ class Replicas(Worker):
             self._states[number] = "starting"
             message = f"{why}; another takes its place (restart {self._restarts} of {self.max_restarts})"
         self._told(message)
-        threading.Thread(target=self._start_again, args=(number,), name=f"{self.name} {number}", daemon=True).start()
+        self._in_background(self._start_again, number)
+
+    def _in_background(self, do: Callable[[int], None], number: int) -> None:
+        threading.Thread(target=do, args=(number,), name=f"{self.name} {number}", daemon=True).start()
 
     def _start_again(self, number: int) -> None:
         try:
-            self.workers[number].close()
-            worker = self._start(number)
-            with self._news:
-                self.workers[number] = worker
-            if self._closed:  # before it was there to be closed
-                worker.close()
-                return
-            worker.ready()
-            told = 0
-            while not self._up_to_date(number, told):
-                with self._news:
-                    told, held = self._version, list(self._held.items())
-                for method, kwargs in held:
-                    worker.call(method, **kwargs)
+            self._take_its_place(number)
         except WorkerDied as e:
             with contextlib.suppress(RunPaused):  # it is told to whoever waits
                 self._put_another(number, e)
         except Exception as e:  # whatever it was, others may be waiting for this one
             self._lose(number, e)
+
+    def _try_again(self, number: int) -> None:
+        """A machine may be back. It is lost until it is ready, so nobody waits for it."""
+        try:
+            self._take_its_place(number)
+        except Exception:  # as before, which was told
+            self.workers[number].close()
+        else:
+            if not self._closed:
+                self._told(f"{self.name} {number + 1} is back; {self._how_many()}")
+        finally:
+            with self._news:
+                self._tried.discard(number)
+
+    def _take_its_place(self, number: int) -> None:
+        """Starts a replica anew, and tells it what the others were told; then it is free."""
+        self.workers[number].close()
+        worker = self._start(number)
+        with self._news:
+            self.workers[number] = worker
+        if self._closed:  # before it was there to be closed
+            worker.close()
+            return
+        worker.ready()
+        told = 0
+        while not self._up_to_date(number, told):
+            with self._news:
+                told, held = self._version, list(self._held.items())
+            for method, kwargs in held:
+                worker.call(method, **kwargs)
 
     def _up_to_date(self, number: int, told: int) -> bool:
         """Whether it knows all that was told, and is free therefore."""
@@ -257,7 +286,10 @@ class Replicas(Worker):
                 self._over = RunPaused(f"{why}; no {self.name} is left. The same command goes on")
             self._news.notify_all()
         if left and not self._closed:
-            self._told(f"{why}; {self.name} goes on with {left} of {len(self._states)}")
+            self._told(f"{why}; {self._how_many()}")
+
+    def _how_many(self) -> str:
+        return f"{self.name} goes on with {self.width} of {len(self._states)}"
 
 
 class _Sharing:
@@ -266,7 +298,7 @@ class _Sharing:
     def __init__(self, replicas: Replicas, method: str, pieces: Iterable[Piece]):
         self._replicas, self._method = replicas, method
         self._pieces, self._taking = iter(pieces), threading.Lock()
-        self._made: queue.Queue[Any] = queue.Queue(maxsize=2 * replicas.width)
+        self._made: queue.Queue[Any] = queue.Queue(maxsize=TOGETHER)
         """Chunks of rows; for each thread that ends, what it failed with or None."""
         self._stop = threading.Event()
         """No more are to be made."""
@@ -274,20 +306,23 @@ class _Sharing:
         """Nobody takes those that are."""
 
     def chunks(self) -> Iterator[list[Any]]:
-        """What is made, as it comes; then what the first that failed failed with is raised."""
-        working = self._replicas.width
+        """What is made, as it comes, and at once what waits; then what the first that failed failed with is raised."""
+        working = len(self._replicas.workers)
         for _ in range(working):
             threading.Thread(target=self._work, name=f"{self._replicas.name} {self._method}", daemon=True).start()
-        failed: BaseException | None = None
+        failed, rows = None, list[Any]()
         while working:
             made = self._made.get()
             if isinstance(made, list):
-                yield made
-                continue
-            working -= 1
-            if made is not None:
-                self._stop.set()
-                failed = failed or made
+                rows += made
+            else:
+                working -= 1
+                if made is not None:
+                    self._stop.set()
+                    failed = failed or made
+            if rows and (len(rows) >= TOGETHER or not working or self._made.empty()):
+                yield rows
+                rows = []
         if failed is not None:
             raise failed
 

@@ -121,7 +121,11 @@ class InTurn(Worker):
 
     def __init__(self, role: str, worker: Worker, turns: Turns):
         self._role, self._worker, self._turns = role, worker, turns
-        self.name, self.width = worker.name, worker.width
+        self.name = worker.name
+
+    @property
+    def width(self) -> int:
+        return self._worker.width
 
     def poll(self, timeout_s: float) -> bool:
         return self._worker.poll(timeout_s)

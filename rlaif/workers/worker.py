@@ -13,6 +13,10 @@ Piece = Callable[[Sequence[Any]], dict[str, Any] | None]
 others; None when none is owed. It is asked once, and again only where whoever worked on it is gone."""
 
 
+TOGETHER = 256
+"""Rows that wait are handed over at once, up to so many: whoever takes them may sync a disk each time."""
+
+
 class Worker(Protocol):
     """A long-lived object that is called by name, in whichever process it is; perhaps one of several that share a
     role (`replicas`), which whoever calls needn't know.
@@ -23,8 +27,11 @@ class Worker(Protocol):
 
     name: str
     """For messages: `sampler`, `judge`, `learner`."""
-    width: int = 1
-    """Pieces that it works on at the same time."""
+
+    @property
+    def width(self) -> int:
+        """Pieces that it can work on at the same time, as things are."""
+        return 1
 
     def poll(self, timeout_s: float) -> bool:
         """Whether `ready` has an answer, good or bad, after at most so many seconds."""
