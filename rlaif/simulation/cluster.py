@@ -14,10 +14,10 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from rlaif.config import ChatSettings, Job, Section, refuse_duplicate_keys, sections_in
+from rlaif.config import Job, Section, refuse_duplicate_keys, sections_in
 from rlaif.errors import UserError, cant_read
 from rlaif.rundir.store import RunDir
-from rlaif.simulation.measured import measure
+from rlaif.simulation.measured import measure, servers
 from rlaif.simulation.work import Work
 
 
@@ -265,20 +265,12 @@ def _as_here(job: Job | None, learners: int) -> dict[str, Any]:
     """A job's cluster as a file has it, with its servers as replicas."""
     cluster = job.cluster if job else None
     shares = {role: share for role in ("sampler", "judge") if cluster and (share := cluster.of(role))}
-    roles: dict[str, Any] = {role: {"replicas": n} for role, n in (_servers(job) if job else {}).items() if n > 1}
+    roles: dict[str, Any] = {role: {"replicas": n} for role, n in (servers(job) if job else {}).items() if n > 1}
     roles |= {role: {"replicas": s.replicas, "gpus": s.gpus or 0} for role, s in shares.items()}
     if cluster and shares:
         roles["address"] = cluster.address
     gpus = cluster.learner.gpus if cluster and cluster.learner else None
     return {"cluster": {**roles, "learner": {"processes": learners, "gpus": gpus or 0}}}
-
-
-def _servers(job: Job) -> dict[str, int]:
-    """How many servers share a role's work; the first judge's of a jury."""
-    judge = job.judge if isinstance(job.judge, ChatSettings) else None
-    judges = 0 if judge is None else judge.serve.replicas if judge.serve else len(judge.addresses)
-    samplers = max(job.sampling.replicas, len(job.sampling.addresses))
-    return {"sampler": samplers if job.sampling.engine == "server" else 0, "judge": judges}
 
 
 def _over(measured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

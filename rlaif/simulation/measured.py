@@ -117,10 +117,18 @@ def _sampled(stages: Sequence[StageDir], answers: Sequence[list[Completion]]) ->
     ]
 
 
+def servers(job: Job) -> dict[str, int]:
+    """How many servers share a role's work, 0 without any; the first judge's of a jury."""
+    judge = job.judge if isinstance(job.judge, ChatSettings) else None
+    judges = 0 if judge is None else judge.serve.replicas if judge.serve else len(judge.addresses)
+    samplers = max(job.sampling.replicas, len(job.sampling.addresses))
+    return {"sampler": samplers if job.sampling.engine == "server" else 0, "judge": judges}
+
+
 def _replicas(job: Job, role: str) -> int:
-    """Of a role on a cluster; 1 elsewhere."""
+    """Of a role on a cluster, or its servers; 1 elsewhere."""
     share = job.cluster.of(role) if job.cluster else None
-    return share.replicas if share else 1
+    return share.replicas if share else max(1, servers(job)[role])
 
 
 def _sampler(job: Job, *kinds: list[_Sampled]) -> tuple[dict[str, Any], dict[str, float]]:
@@ -128,7 +136,7 @@ def _sampler(job: Job, *kinds: list[_Sampled]) -> tuple[dict[str, Any], dict[str
     fixed, each = line(*([Timed(sum(some.tokens), some.seconds) for some in kind] for kind in kinds))
     largest = max((some.tokens for kind in kinds for some in kind), key=sum)
     replicas = _replicas(job, "sampler")
-    most = DECODED_AT_ONCE.get(job.sampling.engine, 1) * job.sampling.replicas
+    most = DECODED_AT_ONCE.get(job.sampling.engine, 1)
     at_once = min(most, math.ceil(len(largest) / replicas))
     # Replicas of this speed, busy to the last answer's end, take as long as the stage did.
     slot_tokens_per_s = makespan(map(float, largest), at_once * replicas) / max(sum(largest) * each, 1e-9)

@@ -118,8 +118,8 @@ def _cost(work: Work, setup: Setup, run: Simulated) -> float:
 
 def _judge_cost(work: Work, setup: Setup) -> float:
     judge = setup.rates.judge
-    ballots = work.iterations * setup.rates.answers.asked * work.ballots
-    ballots += sum(work.anchors) + len(work.evaluated) * work.held_out_ballots
+    ballots = setup.rates.answers.asked * (work.iterations * work.ballots + len(work.evaluated) * work.held_out_ballots)
+    ballots += sum(work.anchors)
     return ballots * (judge.prompt_tokens * work.prompt_price + judge.completion_tokens * work.completion_price) / 1e6
 
 

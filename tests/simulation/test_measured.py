@@ -6,6 +6,7 @@ import itertools
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,12 +145,23 @@ def test_a_judge_without_a_server_answers_one_after_another(tmp_path: Path) -> N
     )
 
 
-def test_rates_are_those_of_one_of_several_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "several",
+    [
+        {"cluster": {"sampler": {"replicas": 2}, "learner": {"processes": 2}}},
+        {"sampling": {"engine": "server", "replicas": 2}, "cluster": {"learner": {"processes": 2}}},
+        {
+            "sampling": {"engine": "server", "base_url": ["http://a/v1", "http://b/v1"]},
+            "cluster": {"learner": {"processes": 2}},
+        },
+    ],
+)
+def test_rates_are_those_of_one_of_several_workers(tmp_path: Path, several: dict[str, Any]) -> None:
     """Or a run on two of each, simulated on two of each, would take half its time."""
     shutil.copytree(STORED, tmp_path / "run")
     path = tmp_path / "run" / "run.json"
     header = read_json(path)
-    header["job"] |= {"cluster": {"sampler": {"replicas": 2}, "learner": {"processes": 2}}}
+    header["job"] |= {section: {**(header["job"].get(section) or {}), **given} for section, given in several.items()}
     write_json(path, header)
     one, two = read_cluster(STORED), read_cluster(path.parent, RunDir.open(path.parent).job(), 2)
     assert two.rates.learner.tokens_per_s == pytest.approx(one.rates.learner.tokens_per_s / 2)

@@ -201,6 +201,9 @@ def test_what_it_costs() -> None:
     assert said.gpus == 1 + 4 + 3
     assert said.judge_cost == pytest.approx((9 * 8 + 8) * (1000 * 2 + 50 * 10) / 1e6)
     assert said.cost == pytest.approx(said.hours * (8 * 3 + 1) + said.judge_cost)
+    equal = {"tokens": 100, "prompt_tokens": 0, "asked": 0.5}
+    half = setup(cluster=many, judge={"prompt_tokens": 1000, "completion_tokens": 50}, answers=equal)
+    assert outlook(counts, half).judge_cost == pytest.approx(said.judge_cost / 2), "of held-out pairs, too"
 
 
 def test_a_limit_of_the_job_is_told() -> None:
