@@ -184,6 +184,16 @@ def test_a_run_that_goes_on_in_another_precision_has_its_policy_rounded_anew(
     assert not list(run.path.glob("learner/*.partial"))
 
 
+def test_machines_to_which_auto_is_another_precision_are_refused_before_a_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sampler on a cluster may have what the learner's machine lacks, and would round what it is given."""
+    monkeypatch.setattr("tests.stubs.StubSampler.computes_in", lambda self: "stub bf16")
+    with pytest.raises(UserError, match="auto is fp32 where the learner is and bf16 where a sampler is"):
+        stub_loop(tmp_path, stub_job(iterations=1)).run()
+    assert not any(path.read_bytes() for path in (tmp_path / "run").glob("**/completions.jsonl*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after", "rounded"), [("fp32", "bf16", 1), ("bf16", "fp32", 0)])
 def test_the_copy_is_the_learners_export(

@@ -262,8 +262,20 @@ class HandOver:
         return self._held.read.get(version.digest)
 
     def _exports_in(self) -> str:
+        """What the learner writes policies in.
+
+        Raises:
+            UserError: a sampler computes in something else, and would round them once more, to the nearest.
+        """
         if self._held.exports_in is None:
-            self._held.exports_in = str(self._run.learner.call("exports_in"))
+            written = str(self._run.learner.call("exports_in"))
+            for computes_in in map(str, self._run.sampler.each("computes_in")):
+                if (read := computes_in.rpartition(" ")[2]) != written:
+                    raise UserError(
+                        f"sampling.precision: auto is {written} where the learner is and {read} where a sampler is; "
+                        f"their machines differ, so say which: sampling.precision: {written}"
+                    )
+            self._held.exports_in = written
         return self._held.exports_in
 
     def _compare(self, k: int, version: PolicyVersion, stale: bool) -> None:
@@ -285,6 +297,7 @@ class HandOver:
             return
         if theirs is None:
             theirs = run.learner.call("logprobs", sequences=texts)
+        self._exports_in()
         computes_in, exported = run.sampler.call("computes_in"), self._export_of(version).precision
         each = run.sampler.each("logprobs", sequences=texts)  # one that missed the weights would spoil its share
         gap = max((weights_gap(ours, theirs, computes_in, exported) for ours in each), key=lambda gap: gap.typical)
