@@ -99,16 +99,22 @@ def test_a_terminal_gets_a_rich_table_and_a_pipe_lines() -> None:
     assert not any("┃" in line or "│" in line for line in audit("show", PAIR).stdout.splitlines())
 
 
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("long") / "run"
+    write_run(path, pairs=100, iterations=50)
+    return path
+
+
 @pytest.mark.parametrize(("columns", "lines"), [(80, 24), (100, 30), (200, 60)])
-def test_the_overview_of_a_long_run_fits_the_screen(tmp_path: Path, columns: int, lines: int) -> None:
-    write_run(tmp_path / "run", pairs=100, iterations=50)
-    shown = on_a_terminal(columns=columns, lines=lines, run=tmp_path / "run").splitlines()
+def test_the_overview_of_a_long_run_fits_the_screen(long_run: Path, columns: int, lines: int) -> None:
+    shown = on_a_terminal(columns=columns, lines=lines, run=long_run).splitlines()
     assert len(shown) < lines
     assert any("after 50" in line for line in shown)
     assert any(line.startswith("│        50 │") for line in shown)
     assert any(line.startswith("│         … │") for line in shown)
     assert ("┃ cached" in "".join(shown).replace("\x1b[0m", "").replace("\x1b[1m", "")) == (columns > 100)
-    piped = audit(run=tmp_path / "run").stdout
+    piped = audit(run=long_run).stdout
     assert len([line for line in piped.splitlines() if line.count("\t") == 10]) == 51
 
 

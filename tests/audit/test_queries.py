@@ -316,7 +316,7 @@ def test_a_pair_is_found_by_the_beginning_of_its_id(stored: RunDir) -> None:
 
 def test_questions_are_those_that_were_sent(stored: RunDir) -> None:
     with Index.open(stored) as index:
-        for pair_id in [*facts(stored), *facts(stored, True)]:
+        for pair_id in [*[*facts(stored)][::3], *[*facts(stored, True)][::3]]:
             for vote in show(index, stored, pair_id).votes:
                 asked = question(index, stored, pair_id, vote.ballot.id)
                 # Each template's own first words; its hash is the vote's.
