@@ -58,7 +58,7 @@ bench-probes: $(STAMP) ## which probes a base policy passes, and the fixed texts
 bench-monitors: $(STAMP) ## how often monitors cry wolf, and how soon they tell what is wrong, simulated
 	@$(BIN)/python -m benchmarks.monitors $(ARGS)
 
-bench-change: $(STAMP) ## what it is worth to go on online when the rules change; two hours a seed (docs/change.md)
+bench-change: $(STAMP) ## what it is worth to go on online when the rules change; three hours a seed (docs/change.md)
 	@$(BIN)/python -m benchmarks.change $(ARGS)
 
 bench-forgetting: $(STAMP) ## what holds forgetting down, four variants of a job; hours (docs/forgetting.md)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,15 +48,25 @@ def counted(n: int, one: str, several: str = "") -> str:
 class Listing:
     """Rows of text under headings: a table on a terminal, lines with tabs when piped. No character is left out.
 
+    On a terminal words stay whole where there is room for each column's longest. Where there isn't, `spare` columns go.
+
     Args:
         right: columns of numbers.
-        whole: columns of ids, which are folded last.
+        spare: columns that a narrow terminal is shown without; the first goes first.
+        one_line: they go until each row has room in one line, and so have the headings.
     """
 
-    def __init__(self, *columns: str, right: Sequence[str] = (), whole: Sequence[str] = (), title: str = ""):
+    def __init__(
+        self,
+        *columns: str,
+        right: Sequence[str] = (),
+        spare: Sequence[str] = (),
+        title: str = "",
+        one_line: bool = False,
+    ):
         self.columns = columns
         self.title = title
-        self._right, self._whole = right, whole
+        self._right, self._spare, self._one_line = right, spare, one_line
         self.rows: list[tuple[str, ...]] = []
         self._ends: set[int] = set()
 
@@ -72,25 +82,31 @@ class Listing:
         """The list for programs: a line a row after a line of headings, and a tab between two fields."""
         return ["\t".join(map(_in_a_line, row)) for row in (self.columns, *self.rows)]
 
-    def table(self, without: Sequence[str] = (), width: int = PIPED_COLUMNS) -> Table:
-        """The list for a terminal, without some of its columns."""
+    def table(self, width: int = PIPED_COLUMNS) -> Table:
+        """The list for a terminal, without the spare columns for which it is too narrow."""
         from rich.table import Table
         from rich.text import Text
 
+        cells = [[row[n] for row in self.rows] for n in range(len(self.columns))]
+        columns = [_Column.of(name, mine, self._one_line) for name, mine in zip(self.columns, cells, strict=True)]
+        shown = [n for n in range(len(columns)) if self.columns[n] or any(row[n] for row in self.rows)]
+        for spare in self._spare:
+            if _width(columns[n] for n in shown) <= width:
+                break
+            shown = [n for n in shown if self.columns[n] != spare]
+        fits = _width(columns[n] for n in shown) <= width
+        widths = _shared_out([columns[n] for n in shown], width) if fits else [None for _ in shown]
         table = Table(title=Text(self.title) if self.title else None, title_justify="left")
-        shown = [n for n, column in enumerate(self.columns) if column not in without]
-        for n in shown:
-            name = self.columns[n]
+        for n, wide in zip(shown, widths, strict=True):
             table.add_column(
-                Text(visible(name)),
-                justify="right" if name in self._right else "left",
+                Text(visible(self.columns[n])),
+                justify="right" if self.columns[n] in self._right else "left",
                 # rich would put an ellipsis in place of what stands behind a column's width without a space before.
                 overflow="fold",
-                # rich crops what may not be folded when there is no room.
-                no_wrap=name in self._whole and width >= _ROOM_FOR_IDS,
+                width=wide,
             )
-        for n, row in enumerate(self.rows, 1):
-            table.add_row(*(Text(visible(row[i])) for i in shown), end_section=n in self._ends)
+        for number, row in enumerate(self.rows, 1):
+            table.add_row(*(Text(visible(row[n])) for n in shown), end_section=number in self._ends)
         return table
 
     def print(self, console: Console) -> None:
@@ -100,10 +116,53 @@ class Listing:
                 print(self.title)
             print(*self.lines(), sep="\n")
         else:
-            console.print(self.table(width=console.width))
+            console.print(self.table(console.width))
 
 
-_ROOM_FOR_IDS = 80
+_LONGEST = 24
+"""A word of so many columns, as a path or a sentence without spaces, may be cut."""
+
+
+class _Column(NamedTuple):
+    """How much room a column wants, in a terminal's columns."""
+
+    least: int
+    """So that no word is cut."""
+    most: int
+    """So that nothing is wrapped."""
+
+    @classmethod
+    def of(cls, name: str, cells: Sequence[str], one_line: bool) -> _Column:
+        from rich.cells import cell_len
+
+        def longest(text: str) -> int:
+            return max(map(cell_len, text.split()), default=0)
+
+        most = max(cell_len(line) for cell in (name, *cells) for line in cell.split("\n"))
+        if one_line or max(map(cell_len, cells), default=0) <= _SHORT:
+            return cls(most if one_line else max(longest(name), *map(cell_len, cells), 1), most)
+        widest = max(len(cell) - len(cell.lstrip()) + longest(cell) for cell in cells)
+        return cls(max(longest(name), min(widest, _LONGEST)), most)
+
+
+_SHORT = 10
+"""Cells of so many columns, as `12 of 12`, stay on one line."""
+
+
+def _width(columns: Iterable[_Column]) -> int:
+    """Of a table whose columns get the least that they want: lines and blanks are three columns each, and one more."""
+    return 1 + sum(column.least + 3 for column in columns)
+
+
+def _shared_out(columns: Sequence[_Column], width: int) -> list[int]:
+    """The least for each, and what is left for those that want more: all get the same share of it, about."""
+    widths = [column.least for column in columns]
+    for _ in range(width - _width(columns)):
+        wanting = [n for n, column in enumerate(columns) if widths[n] < column.most]
+        if not wanting:
+            break
+        widths[min(wanting, key=lambda n: widths[n] / columns[n].most)] += 1
+    return widths
 
 
 def _in_a_line(text: str) -> str:

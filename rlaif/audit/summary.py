@@ -225,8 +225,8 @@ def final_tables(run: RunDir, summary: Summary) -> None:
             kl = f"{m.stopped_at_kl:.4f} nats a token"
             console.print(f"iteration {m.iteration + 1}: the update stopped after {m.steps} steps, at a KL of {kl}")
     for e in summary.evaluations:
-        for line in filter(None, (length_line(e), deciding_line(e), reference_line(e))):
-            console.print(f"after {e.updates}: {line}")
+        for by_others in filter(None, (length_line(e), deciding_line(e), reference_line(e))):
+            console.print(f"after {e.updates}: {by_others}")
         if e.updates and (line := kl_line(e)):
             console.print(f"after {e.updates}: {line}")
         for line in retention_lines(e.retention) if e.updates else ():

@@ -64,6 +64,16 @@ class Measured(Record):
     """95 %."""
 
 
+class Behaviour(Record):
+    """What the held-out answers of an evaluation under a text are like, whoever wins."""
+
+    iterations: int
+    """That ended under the text before it."""
+    mean_words: float
+    checks: dict[str, float]
+    """Principle of the text → share of the answers that pass its check."""
+
+
 class Followed(Record):
     """Whether and when held-out answers followed a text.
 
@@ -84,6 +94,9 @@ class Followed(Record):
     policy may have answered so before the change."""
     newest: Measured | None
     """The last of them: what was followed once may be lost again."""
+    behaviour: tuple[Behaviour, ...] = ()
+    """At the first evaluation under it, whoever judged, and at the last. A win rate is against the base policy, which
+    may have answered so by itself; this shows where the policy moves."""
 
 
 class TextInForce(Record):
@@ -160,13 +173,12 @@ def followed(
     The evaluation at the change is none of them: it is of the policy before it, under the text before it. What its
     answers win under the new one is `found_by_it`.
     """
-    under = [
-        found
+    mine = [
+        e
         for e in sorted(evaluations, key=lambda e: e.updates)
-        if since < e.updates <= until + 1
-        and e.constitution.hash == text
-        and (found := _measured(e.updates - since, e)) is not None
+        if since < e.updates <= until + 1 and e.constitution.hash == text
     ]
+    under = [found for e in mine if (found := _measured(e.updates - since, e)) is not None]
     at = next((n for n, m in enumerate(under) if m.win_interval[0] > EVEN), None)
     return Followed(
         at_change=_measured(0, found_by_it) if found_by_it else None,
@@ -174,6 +186,10 @@ def followed(
         first=None if at is None else under[at],
         not_after=under[at - 1].iterations if at else None,
         newest=under[-1] if under else None,
+        behaviour=tuple(
+            Behaviour(iterations=e.updates - since, mean_words=e.mean_words, checks=e.checks)
+            for e in (*mine[:1], *mine[1:][-1:])
+        ),
     )
 
 

@@ -110,7 +110,7 @@ def _print_page(page: Page) -> None:
 
     table = Listing(
         "pair", "iter.", "text", "prompt", "decision", "verdict", "agree", "p(first)", "votes",
-        right=("iter.", "agree", "p(first)", "votes"), whole=("pair",),
+        right=("iter.", "agree", "p(first)", "votes"), spare=("votes", "p(first)", "text", "agree"),
     )  # fmt: skip
     for r in page.rows:
         table.add(
@@ -204,7 +204,7 @@ def _votes(found: PairDetail) -> Listing:
     from rlaif.console import Listing
 
     votes = Listing("ballot", "judge", "voice", "shown", "outcome", "p(first)", "raw reply",
-                    right=("p(first)",), whole=("ballot",), title="votes")  # fmt: skip
+                    right=("p(first)",), title="votes")  # fmt: skip
     for v in found.votes:
         b = v.ballot
         votes.add(
@@ -322,7 +322,7 @@ def _splits(
         print_json(page)
         return
     table = Listing("pair", "iter.", "prompt", "decision", "judge", "voice", "first shown first", "second shown first",
-                    right=("iter.",), whole=("pair",))  # fmt: skip
+                    right=("iter.",))  # fmt: skip
     for split in page.rows:
         r = split.row
         start = [r.pair_id, str(r.iteration + 1), short(r.prompt, 40), r.status or "undecided"]

@@ -73,7 +73,8 @@ def _show(found: Replay, parser: bool) -> None:
         console.print(f"[red]{inert(problem)}[/]{'' if problem.endswith('left out') else '; its pair is left out'}")
     numbers = ("iteration", "pairs", "kept", "would keep", "newly kept", "newly dropped", "to review", "reversed",
                "other reasons")  # fmt: skip
-    table = Listing(numbers[0], "constitution", *numbers[1:], "", right=numbers[1:])
+    spare = ("other reasons", "to review", "pairs")
+    table = Listing(numbers[0], "constitution", *numbers[1:], "", right=numbers[1:], spare=spare)
     for i in found.iterations:
         update = "" if i.updated == i.would_update else "no update any more" if i.updated else "now an update"
         table.add(str(i.iteration + 1), i.constitution, *(str(getattr(i, name)) for name in _COUNTED), update)
@@ -82,7 +83,7 @@ def _show(found: Replay, parser: bool) -> None:
     table.print(console)
     if found.old_pairs:
         of_old = (*numbers[1:6], *numbers[7:])
-        old = Listing("earlier pairs in iteration", "constitution", *of_old, right=of_old)
+        old = Listing("earlier pairs in iteration", "constitution", *of_old, right=of_old, spare=spare)
         for o in found.old_pairs:
             old.add(str(o.iteration + 1), o.constitution, *(str(getattr(o, name)) for name in _OLD))
         old.print(console)

@@ -37,7 +37,7 @@ def _show(found: ReplaySet) -> None:
         return
     table = Listing(
         "judged under", "iteration", "age", "pairs", "human", "votes", "may train", "by that text", "why not",
-        right=("iteration", "age", "pairs", "human", "votes", "may train"),
+        right=("iteration", "age", "pairs", "human", "votes", "may train"), spare=("human", "votes", "age"),
     )  # fmt: skip
     for g in found.groups:
         table.add(

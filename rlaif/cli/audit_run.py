@@ -57,15 +57,9 @@ def print_overview(found: Overview) -> None:
     table = _iterations(found)
     if len(table.rows) > rows:
         table.rows = [("…",) * len(table.columns), *table.rows[-(rows - 1) :]]
-    without: list[str] = []
-    unlimited = console.options.update(max_width=10_000)
-    for column in _DROPPED_FIRST:
-        if table.table(without).__rich_measure__(console, unlimited).maximum <= console.width:
-            break
-        without.append(column)
     for line in about:
         console.print(line)
-    console.print(table.table(without, console.width))
+    console.print(table.table(console.width))
     for line in results:
         console.print(line)
 
@@ -76,8 +70,6 @@ _TABLE_LINES = 4
 _LEAST_ROWS = 4
 _FEW = 3
 """Texts, judges, evaluations and alarms that an overview on a terminal shows of many."""
-_DROPPED_FIRST = ("cached", "abst.", "slot 1", "text", "words", "dropped", "review", "agree", "loss")
-"""Columns that a narrow terminal goes without."""
 
 
 def _about(found: Overview, most: int | None = None) -> list[str]:
@@ -120,7 +112,8 @@ def _iterations(found: Overview) -> Listing:
     table = Listing(
         "iteration", "text", *stale, "pairs", "kept", "dropped", *review, "agree", "slot 1", "abst.", "cached", "loss",
         "words",
-        right=numbers,
+        right=numbers, one_line=True,
+        spare=("cached", "abst.", "slot 1", "text", "words", "dropped", "review", "agree", "loss"),
     )  # fmt: skip
     for r in found.iterations:
         table.add(
@@ -221,8 +214,10 @@ def trace(
             inert(f"{text.name or 'unknown text'} ({text.hash}): {text.preferences} preferences; {text.file}")
         )
     numbers = ("iteration", "preferences", "judge", "replay", "human", "data", "votes", "agree", "steps")
-    table = Listing(numbers[0], "judged under", *numbers[1:], "policy after",
-                    right=numbers, whole=("policy after",), title="what each iteration added")  # fmt: skip
+    table = Listing(
+        numbers[0], "judged under", *numbers[1:], "policy after",
+        right=numbers, spare=("policy after", "data", "human", "agree"), title="what each iteration added",
+    )  # fmt: skip
     for r in found.iterations:
         table.add(
             str(r.iteration + 1), r.constitution or "-", str(r.preferences), str(r.judged), str(r.replayed),
@@ -231,8 +226,10 @@ def trace(
     table.print(console)
     if not found.rows:
         return
-    table = Listing("in", "pair", "source", "judged under", "prompt", "chosen", "p", "agree", "steps", "votes",
-                    right=("in", "p", "agree"), whole=("pair",), title="preferences")  # fmt: skip
+    table = Listing(
+        "in", "pair", "source", "judged under", "prompt", "chosen", "p", "agree", "steps", "votes",
+        right=("in", "p", "agree"), spare=("chosen", "steps", "agree", "p", "votes"), title="preferences",
+    )  # fmt: skip
     for p in found.rows:
         cast = [_votes_in(p.vote_lines, p.judged_in), *(_votes_in(r.vote_lines, r.iteration) for r in p.rejudged)]
         table.add(

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlaif.cli.beat import VoteCount
-from rlaif.console import inert, stdout_console, visible
+from rlaif.console import counted, inert, stdout_console, visible
 from rlaif.errors import UserError
 
 if TYPE_CHECKING:
     from rlaif.audit.edits import Effect
-    from rlaif.audit.text_log import Followed, Measured, OldPairs
+    from rlaif.audit.text_log import Behaviour, Followed, Measured, OldPairs
     from rlaif.constitutions.constitution import Change, Constitution
 
 app = typer.Typer(help="List, show, check and compare constitutions.", no_args_is_help=True, rich_markup_mode=None)
@@ -188,6 +188,7 @@ def diff(
 @app.command()
 def log(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, for example runs/quickstart.")],
+    full: Annotated[bool, typer.Option("--full", help="Print examples, too.")] = False,
     json_: Json = False,
 ) -> None:
     """Which text was in force when in a run, what each change did to old pairs, and when held-out answers followed."""
@@ -209,18 +210,20 @@ def log(
         several = text.until > text.since
         when = f"iterations {text.since + 1} to {text.until + 1}" if several else f"iteration {text.since + 1}"
         console.print(f"{when}: [bold]{inert(', '.join(text.names))}[/] {text.hash}")
-        _show_changes(text.changes or ())
-        if text.old_pairs:
-            console.print(f"old pairs: {_old_pairs(text.old_pairs)}")
         if (at_change := text.followed.at_change) is not None:
             console.print(f"at the change: {_measured(at_change)}")
         console.print(f"held-out answers: {_followed(text.followed)}")
+        if text.followed.behaviour:
+            console.print(f"they have {inert('; '.join(map(_behaviour, text.followed.behaviour)))}")
+        if text.old_pairs:
+            console.print(f"old pairs: {_old_pairs(text.old_pairs)}")
+        _show_changes(text.changes or (), full)
 
 
 def _old_pairs(found: OldPairs) -> str:
-    counted = (
+    counts = (
         (found.expired, "can't be replayed any more"),
-        (found.unknown, "were judged under another text, and no iteration has looked yet"),
+        (found.unknown, "were judged under another text, and nobody asked what this one makes of them"),
         (found.valid_again, "of this text can again"),
         (found.kept, "can be replayed as they were"),
         (found.turned, "can be replayed with the other side chosen"),
@@ -228,7 +231,7 @@ def _old_pairs(found: OldPairs) -> str:
         (found.dropped, "no longer kept by the filters"),
         (found.waiting, "wait to be judged again"),
     )
-    (first, what), *others = [(n, what) for n, what in counted if n] or counted[:1]
+    (first, what), *others = [(n, what) for n, what in counts if n] or counts[:1]
     said = ", ".join([f"{first} kept pairs {what}", *(f"{n} {what}" for n, what in others)])
     asked = f"; {found.ballots} ballots were cast anew about {found.rejudged} of them" if found.ballots else ""
     unused = "; this job replays none (replay.share 0)" if not found.share else ""
@@ -248,17 +251,22 @@ def _followed(found: Followed) -> str:
 
 def _measured(found: Measured) -> str:
     low, high = found.win_interval
-    iterations = "1 iteration" if found.iterations == 1 else f"{found.iterations} iterations"
-    return f"win rate {found.win_rate:.2f} (95 % interval {low:.2f} to {high:.2f}) after {iterations} under it"
+    after = counted(found.iterations, "iteration")
+    return f"win rate {found.win_rate:.2f} (95 % interval {low:.2f} to {high:.2f}) after {after} under it"
 
 
-def _show_changes(changes: Sequence[Change]) -> None:
+def _behaviour(found: Behaviour) -> str:
+    passed = "".join(f", {share:.0%} pass the check of {principle}" for principle, share in found.checks.items())
+    return f"{found.mean_words:.1f} words{passed} after {counted(found.iterations, 'iteration')}"
+
+
+def _show_changes(changes: Sequence[Change], full: bool = True) -> None:
     console = stdout_console()
     for c in changes:
         field = f": {inert(c.field)}" if c.field else ""
         console.print(f"[bold]{inert(c.principle or 'constitution')}[/] {c.kind}{field}")
         for sign, colour, value in (("-", "red", c.before), ("+", "green", c.after)):
-            for line in _lines(value):
+            for line in _lines(value if full else _without_examples(value)):
                 console.print(f"  [{colour}]{sign}[/] {inert(line)}")
 
 
@@ -341,9 +349,22 @@ def _lines(value: Any) -> list[str]:
     """A value as YAML lines, the way a constitution file has it; empty parts are left out."""
     import yaml
 
-    if value is None:
+    if (value := _stated(value)) is None:
         return []
-    if isinstance(value, dict):
-        value = {k: v for k, v in value.items() if v not in (None, [], ())}
     text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
     return [line for line in text.splitlines() if line != "..."]
+
+
+def _stated(value: Any) -> Any:
+    """Without what a constitution file needn't say."""
+    if isinstance(value, dict):
+        return {k: stated for k, v in value.items() if (stated := _stated(v)) not in (None, [], (), {})}
+    return [_stated(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _without_examples(value: Any) -> Any:
+    """How many there are in their place."""
+    if isinstance(value, dict):
+        return {k: _without_examples(v) if k == "examples" else v for k, v in value.items()}
+    is_listed = isinstance(value, list | tuple) and value and isinstance(value[0], dict)
+    return f"{len(value)} (--full prints them)" if is_listed else value

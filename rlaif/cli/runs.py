@@ -36,7 +36,8 @@ def runs(
     probes = any(row.kept_share is not None for row in rows)
     kept = ("probes kept",) if probes else ()
     columns = ("run", "from", "iterations", "text", "win rate", "95%", "KL/token", *kept, "alarms", "size", "shared")
-    listing = Listing(*columns, right=("iterations", "win rate", "KL/token", "probes kept", "alarms", "size", "shared"))
+    right = ("iterations", "win rate", "KL/token", "probes kept", "alarms", "size", "shared")
+    listing = Listing(*columns, right=right, spare=("shared", "95%", "from", "size", "KL/token", "probes kept"))
     for row in rows:
         listing.add(*_cells(row, probes))
     listing.print(stdout_console())

@@ -76,8 +76,8 @@ def branch(run: RunDir, at: int, name: str, overrides: Sequence[str] = (), new_o
     where = _beside(run, name)
     if where.exists():
         raise UserError(f"--name {name}: {where} is there already; take another name")
-    start = _start(run, at, new_optimizer)
     job, changed = _job(run, at, overrides)
+    start = _start(run, at, new_optimizer)
     _check_there(job, run, where)
     if job.name is not None:
         job = job.model_copy(update={"name": name})
@@ -191,7 +191,7 @@ def _nearest(kept: list[Checkpoint], at: int) -> str:
     ways = [f"the nearest that is kept whole is after {whole}"] if whole is not None else []
     if policy is not None and policy != whole:
         ways += [f"--new-optimizer goes on from the policy alone, after {policy}"]
-    return ", ".join(ways) or "nothing is kept to go on from (keep_checkpoints)"
+    return ", ".join(ways) or "nothing is kept to go on from"
 
 
 def _job(run: RunDir, at: int, overrides: Sequence[str] = ()) -> tuple[Job, str]:
