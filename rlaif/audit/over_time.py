@@ -69,6 +69,8 @@ class Measure(NamedTuple):
     """Its standard error over the held-out prompts, which are the same for every seed; None where nothing says it."""
     unknown: Callable[[EvaluationMetrics], LengthUnknown | None] = lambda e: None
     """Why an evaluation can't tell it."""
+    is_aim: bool = True
+    """Whether moving it can be what training is for. Of the others less change is better, or none."""
 
 
 def _win_rate(says: str, of: Callable[[EvaluationMetrics], AgainstBase | EvaluationMetrics | None]) -> Measure:
@@ -103,22 +105,25 @@ MEASURES: Mapping[str, Measure] = {
         "KL/token",
         lambda e: None if e.kl_by_older_version else e.kl_per_token,
         error=_by_interval(lambda e: e.kl_interval),
+        is_aim=False,
     ),
-    "relevance": Measure("relevance", lambda e: e.relevance),
-    "base_logp": Measure("base logp", lambda e: e.base_logprob_per_token),
+    "relevance": Measure("relevance", lambda e: e.relevance, is_aim=False),
+    "base_logp": Measure("base logp", lambda e: e.base_logprob_per_token, is_aim=False),
     "retained": Measure(
         "probes kept",
         lambda e: e.retention.kept_share if e.retention else None,
         percent=True,
         error=_by_interval(lambda e: e.retention.kept_interval if e.retention else None),
+        is_aim=False,
     ),
     "perplexity": Measure(
         "perplexity against base",
         lambda e: e.retention.perplexity_ratio if e.retention else None,
         error=_by_interval(lambda e: e.retention.perplexity_ratio_interval if e.retention else None),
+        is_aim=False,
     ),
-    "distinct_2": Measure("distinct-2 in 100", lambda e: e.distinct_2_in_100),
-    "repeated": Measure("repeated lines", lambda e: e.repeated_line_share, percent=True),
+    "distinct_2": Measure("distinct-2 in 100", lambda e: e.distinct_2_in_100, is_aim=False),
+    "repeated": Measure("repeated lines", lambda e: e.repeated_line_share, percent=True, is_aim=False),
 }
 """Name, as options have it → measure. A text's checks are measures too: `check:ID`."""
 CHECK = "check:"
@@ -139,6 +144,13 @@ def measure_of(name: str) -> Measure:
     if name not in MEASURES:
         raise UserError(f"no measure `{name}`; there are {', '.join(MEASURES)}, and {CHECK}ID of a text's check")
     return MEASURES[name]
+
+
+CELLS = (
+    "Mean ± standard deviation between runs (so many; what they share counts once; `2 of 3 runs`: the others have no "
+    "such number then). Of a single one: its standard error (se) over the held-out prompts, which are the same for all"
+)
+"""What `Group.cell` says, for people."""
 
 
 def plain(value: float) -> str:
@@ -234,6 +246,20 @@ class Group(Record):
     def texts_at(self, after: int) -> list[str]:
         """The texts under which its answers of then were judged."""
         return [*dict.fromkeys(e.constitution for run in self.runs for e in run.evaluations if e.after == after)]
+
+    def cell(self, point: GroupPoint, name: str, number: Callable[[float], str], missing: str) -> str:
+        """A measure of it, for people (`CELLS`); `number` writes a value."""
+        spread = point.values.get(name)
+        if spread is None:
+            return "unknown" if self.is_unknown(name, point.after) else missing
+        mean = number(spread.mean)
+        if spread.sd is None:
+            mean += "" if spread.error is None else f" (se {number(spread.error)})"
+        else:
+            mean += f" ± {number(spread.sd)}"
+        if spread.runs < len(self.runs):
+            return f"{mean} ({spread.runs} of {len(self.runs)} runs)"
+        return mean if spread.sd is None else f"{mean} ({spread.evaluations})"
 
     def is_unknown(self, measure: str, after: int) -> bool:
         """None of its runs could tell it then, and one says why."""

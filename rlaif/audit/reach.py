@@ -17,6 +17,7 @@ from rlaif.errors import UserError
 from rlaif.records import Record
 
 _WIN_RATES = ("win_rate", "equal_length", "reference", "deciding")
+_SURE = 1.960
 _ENDS = 2
 """The aim is taken from so many last evaluations: one alone is noise, and by more the group was still on its way."""
 
@@ -66,10 +67,22 @@ class Reach(Record):
     """Iterations at these: the last two under the text of the last one, or this one alone."""
     constitution: str | None
     """The text that all evaluations here were held against; None for a measure that depends on none."""
+    way_error: float | None
+    """Standard error of the way's length; None where nothing says it."""
     aim: float
     aim_error: float | None
     """Its standard error; None where nothing says it."""
     reached: tuple[Reached, ...]
+
+    @property
+    def weaknesses(self) -> list[str]:
+        """Why being there may say little, for people."""
+        out = []
+        if self.way_error is not None and abs(self.end - self.start) < _SURE * self.way_error:
+            out.append("the way is no longer than chance makes one, so being there may say nothing")
+        if any(r.group == self.group and r.evaluations and r.not_after is None for r in self.reached):
+            out.append(f"`{self.group}` is there at each of its evaluations, so it needn't have learned that")
+        return out
 
     def in_words(self, number: Callable[[float], str]) -> str:
         """What the aim is, for people; `number` writes a value of the measure."""
@@ -93,6 +106,10 @@ def reach(found: OverTime, group: str, measure: str, share: float) -> Reach:
     Raises:
         UserError: no such group, or it has no such way.
     """
+    if not measure_of(measure).is_aim:
+        raise UserError(
+            f"{measure} is no aim: how soon others are as far says nothing; take a win rate, words or a check"
+        )
     named = {g.name: g for g in found.groups}
     if group not in named:
         raise UserError(f"no group `{group}`; there are {', '.join(named)}")
@@ -141,7 +158,8 @@ def reach(found: OverTime, group: str, measure: str, share: float) -> Reach:
         ends=tuple(after for after, _ in ends),
         constitution=None if text is None else texts[text],
         aim=aim,
-        aim_error=_aim_error(start, [spread for _, spread in ends], share),
+        way_error=_error(start, [spread for _, spread in ends], 1.0, 1.0),
+        aim_error=_error(start, [spread for _, spread in ends], 1.0 - share, share),
         reached=tuple(
             Reached(group=g.name, **dict(came(g.runs)), runs=tuple(came([run]) for run in g.runs)) for g in found.groups
         ),
@@ -189,11 +207,11 @@ def when_there(way: Sequence[tuple[int, float]], there: Callable[[float], bool])
     )
 
 
-def _aim_error(start: Spread | None, ends: Sequence[Spread], share: float) -> float | None:
-    """Of a point between a start (None: one that is known exactly) and the mean of some ends. The ends are about the
-    same prompts by the same runs, so their errors are taken for one."""
+def _error(start: Spread | None, ends: Sequence[Spread], of_start: float, of_ends: float) -> float | None:
+    """Of so much of a start (None: one that is known exactly) and so much of the mean of some ends. The ends are about
+    the same prompts by the same runs, so their errors are taken for one."""
     errors = [spread.error for spread in ends if spread.error is not None]
-    of_start = 0.0 if start is None else start.error
-    if of_start is None or len(errors) < len(ends):
+    start_error = 0.0 if start is None else start.error
+    if start_error is None or len(errors) < len(ends):
         return None
-    return math.hypot((1 - share) * of_start, share * fmean(errors))
+    return math.hypot(of_start * start_error, of_ends * fmean(errors))

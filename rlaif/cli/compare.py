@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from rlaif.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rlaif.audit.over_time import Axis, Group, GroupPoint, OverTime
+    from rlaif.audit.over_time import Axis, Group, OverTime
     from rlaif.audit.reach import Reach
     from rlaif.rundir.store import RunDir
 
@@ -91,11 +92,14 @@ def compare(
 
 
 def _reached(found: OverTime, group: str, measures: Sequence[str], share: float) -> list[Reach]:
-    """By each measure that the group went a way by; of the others it is said that it didn't, unless there is none."""
+    """By each measure that can be an aim and that the group went a way by. Of the other aims it is said why not, unless
+    there is none."""
+    from rlaif.audit.over_time import measure_of
     from rlaif.audit.reach import reach
 
     reached, refused = [], []
-    for name in measures:
+    aims = [name for name in measures if measure_of(name).is_aim]
+    for name in aims or measures:
         try:
             reached.append(reach(found, group, name, share))
         except UserError as e:
@@ -151,23 +155,20 @@ def _opened(pattern: str) -> Iterable[RunDir]:
 
 
 def _print(found: OverTime, reached: Sequence[Reach]) -> None:
-    from rlaif.audit.over_time import measure_of
+    from rlaif.audit.over_time import CELLS, measure_of
     from rlaif.console import Listing, stdout_console
 
     console = stdout_console()
     says = {name: measure_of(name).says for name in found.measures}
+    numbers = {name: partial(_number, percent=measure_of(name).percent) for name in found.measures}
     table = Listing("group", "after", "text", *says.values(), right=("after", *says.values()))
     for group in found.groups:
         for n, point in enumerate(group.points):
-            cells = [_cell(group, point, name) for name in found.measures]
+            cells = [group.cell(point, name, numbers[name], "-") for name in found.measures]
             table.add(_named(group) if n == 0 else "", str(point.after), ", ".join(group.texts_at(point.after)), *cells)
         table.end_section()
     table.print(console)
-    if any(len(g.runs) > 1 for g in found.groups):
-        console.print(
-            "mean ± standard deviation between runs (so many; what they share counts once; `2 of 3 runs`: the others "
-            "have no such number then)"
-        )
+    console.print(CELLS)
     what = "the newest change of text, or the start of a run without one" if found.axis == "change" else "the start"
     console.print(f"after: iterations since {what}")
     for line in found.unknown:
@@ -189,23 +190,12 @@ def _print_reach(found: Reach) -> None:
         table.add(r.group, r.in_words, _or_dash(r.not_after), f"{r.there} of {r.evaluations}", each)
     table.print(console)
     console.print("there: from this evaluation on to the last; one evaluation alone may be luck")
+    for line in found.weaknesses:
+        console.print(inert(f"note: {line}"))
 
 
 def _named(group: Group) -> str:
     return group.name if len(group.runs) == 1 else f"{group.name} ({len(group.runs)} runs)"
-
-
-def _cell(group: Group, point: GroupPoint, name: str) -> str:
-    from rlaif.audit.over_time import measure_of
-
-    percent, spread = measure_of(name).percent, point.values.get(name)
-    if spread is None:
-        return "unknown" if group.is_unknown(name, point.after) else "-"
-    mean = _number(spread.mean, percent)
-    within = "" if spread.sd is None else f" ± {_number(spread.sd, percent)}"
-    if spread.runs < len(group.runs):
-        return f"{mean}{within} ({spread.runs} of {len(group.runs)} runs)"
-    return f"{mean}{within} ({spread.evaluations})" if within else mean
 
 
 def _number(value: float, percent: bool) -> str:

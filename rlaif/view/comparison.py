@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlaif.audit.over_time import Group, GroupPoint, OverTime, measure_of, plain
+from rlaif.audit.over_time import CELLS, Group, GroupPoint, OverTime, measure_of, plain
 from rlaif.audit.reach import Reach
 from rlaif.errors import UserError
 from rlaif.rundir.store import replacing
@@ -35,6 +35,7 @@ def write_comparison(found: OverTime, reached: Sequence[Reach], to: Path) -> Pat
         measures={name: measure_of(name) for name in found.measures},
         pictures=of_groups(found),
         cell=_cell,
+        cells=CELLS,
         value=_value,
         style=style(),
     )
@@ -48,11 +49,4 @@ def _value(value: float, name: str) -> str:
 
 
 def _cell(group: Group, point: GroupPoint, name: str) -> str:
-    """A number of a group: mean, standard deviation where there are several runs, and of how many it is where some of
-    them have none."""
-    spread = point.values.get(name)
-    if spread is None:
-        return "unknown" if group.is_unknown(name, point.after) else MISSING
-    mean = _value(spread.mean, name)
-    within = "" if spread.sd is None else f" ± {_value(spread.sd, name)}"
-    return f"{mean}{within}" + (f" ({spread.runs} of {len(group.runs)} runs)" if spread.runs < len(group.runs) else "")
+    return group.cell(point, name, lambda value: _value(value, name), MISSING)

@@ -164,9 +164,9 @@ def test_how_soon_each_group_is_there(tmp_path: Path) -> None:
     assert (won.start, won.end, won.aim) == (0.5, pytest.approx(0.895), pytest.approx(0.6975))
     with pytest.raises(UserError, match="no group `x`"):
         reach(found, "x", "words", 0.8)
-    with pytest.raises(UserError, match="didn't move"):
-        reach(over_time({"on": on}, "start", ["relevance"]), "on", "relevance", 0.8)
-    with pytest.raises(UserError, match="no evaluation at which all of its runs have a kl"):
+    with pytest.raises(UserError, match="its ended didn't move"):
+        reach(over_time({"on": on}, "start", ["ended"]), "on", "ended", 0.8)
+    with pytest.raises(UserError, match="kl is no aim"):
         reach(over_time({"on": on}, "start", ["kl"]), "on", "kl", 0.8)
 
 
@@ -217,6 +217,27 @@ def test_the_aim_has_an_error_and_seeds_do_not_make_it_less(tmp_path: Path) -> N
     assert "80% of the way of `r0`, from 0.50 to 0.75 (its mean after 2 and 4 under rules@2), is 0.70 " in said
     assert f"(standard error {0.8 * over_prompts:.2f})" in said
     assert "from this evaluation on to the last" in said
+    assert "note:" not in said
+
+
+def test_a_way_no_longer_than_chance_and_one_that_was_there_from_the_start_are_told(tmp_path: Path) -> None:
+    """Over 40 prompts a win rate of .6 is one half, for all one knows."""
+    short = made(tmp_path, "short", {0: 50, 2: 55, 4: 60}, {0: NEW})
+    said = cli(short.path, "--reach", "short", "--measure", "win_rate", "--measure", "kl")
+    assert "note: the way is no longer than chance makes one" in said
+    assert "KL" not in said.partition("80% of the way")[2], "what is no aim is in the table above alone"
+    there = made(tmp_path, "there", {0: 90, 2: 85, 4: 90}, {0: NEW})
+    assert "`there` is there at each of its evaluations" in cli(
+        there.path, "--reach", "there", "--measure", "check:long"
+    )
+
+
+def test_a_single_run_says_how_sure_its_numbers_are(tmp_path: Path) -> None:
+    run = made(tmp_path, "one", {0: 50, 2: 70}, {0: NEW})
+    low, high = wilson(0.7 * 40, 40)
+    said = cli(run.path, "--measure", "win_rate", "--measure", "words")
+    assert f"0.70 (se {(high - low) / 3.92:.2f})" in said
+    assert "Of a single one: its standard error (se)" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("axis", ["start", "change"])
@@ -378,7 +399,7 @@ def test_the_report_is_one_file_with_every_number(tmp_path: Path) -> None:
     to = tmp_path / "c.html"
     cli(f"on={tmp_path}/on*", anew.path, "--from", "change", "--reach", "anew", "--measure", "words", "--html", to)
     said = to.read_text()
-    assert said.count(">20.5 ± 0.71<") == 1
+    assert said.count(">20.5 ± 0.71 (2)<") == 1
     for part in (
         "2 runs, seeds 0, 1",
         "rules@2 after 0",
