@@ -150,7 +150,7 @@ def test_what_a_rollback_refuses(tmp_path: Path, run: RunDir) -> None:
         rollback(run.path, 4)
     with run.lock(), pytest.raises(UserError, match="another process writes this run"):
         rollback(run.path, 2)
-    with pytest.raises(UserError, match="not a run directory"):
+    with pytest.raises(UserError, match="no such run"):
         rollback(tmp_path / "nowhere", 2)
     assert not (tmp_path / "nowhere").exists()
     assert run.iterations() == [0, 1, 2, 3]

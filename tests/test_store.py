@@ -181,6 +181,14 @@ def test_one_writer(tmp_path: Path) -> None:
 def test_what_is_no_run_or_a_newer_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run directory"):
         RunDir.open(tmp_path)
+    (tmp_path / "runs" / "online-0").mkdir(parents=True)
+    write_json(tmp_path / "runs" / "online-0" / "run.json", {})
+    with pytest.raises(UserError, match=r"runs: this is a folder of runs; `rlaif runs .*runs` lists them"):
+        RunDir.open(tmp_path / "runs")
+    with pytest.raises(UserError, match=r"onlin-0: no such run; did you mean .*runs/online-0\?"):
+        RunDir.open(tmp_path / "runs" / "onlin-0")
+    with pytest.raises(UserError, match="no such run; `rlaif runs` lists those"):
+        RunDir.open(tmp_path / "runs" / "zzz")
     write_json(tmp_path / "run.json", {"schema_version": 3})
     with pytest.raises(UserError, match="written with schema 3, this rlaif reads up to 2"):
         RunDir.open(tmp_path)

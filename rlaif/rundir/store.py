@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -469,6 +470,19 @@ def _major(header: Any) -> int | None:
     return int(major[1]) if major else None
 
 
+def _no_run(path: Path) -> str:
+    """Why there is no run at a path, and what may have been meant."""
+    if path.is_dir() and any(path.glob("*/run.json")):
+        return f"this is a folder of runs; `rlaif runs {path}` lists them"
+    if path.exists():
+        return "not a run directory (no run.json in it); `rlaif run JOB` makes one under runs/"
+    beside = [found.parent.name for found in path.absolute().parent.glob("*/run.json")]
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return "no such run" + (
+        f"; did you mean {path.with_name(near[0])}?" if near else "; `rlaif runs` lists those in runs/"
+    )
+
+
 class RunDir:
     """A run's directory: `run.json`, `events.jsonl`, texts, iterations, evaluations, the learner's state."""
 
@@ -486,7 +500,7 @@ class RunDir:
         if (path / STARTING).exists() and not (path / "run.json").exists():
             raise UserError(f"{path}: this run is starting, or stopped while it was; nothing is in it yet")
         if not (path / "run.json").exists():
-            raise UserError(f"{path}: not a run directory (no run.json in it); `rlaif run JOB` makes one under runs/")
+            raise UserError(f"{path}: {_no_run(path)}")
         run = cls(path)
         header = run.header
         if (major := _major(header)) is None:

@@ -181,7 +181,7 @@ def test_help_documents_every_table_and_column() -> None:
         (("trace", "77"), "no checkpoint `77`"),
         (("sql", "DELETE FROM votes"), "read-only"),
         (("sql", "SELECT x FROM votes"), "Binder Error"),
-        (("compare", "nowhere"), "nowhere: not a run directory"),
+        (("compare", "nowhere"), "nowhere: no such run"),
         (("export", "--to", "x.csv"), ".parquet or .jsonl"),
     ],
 )

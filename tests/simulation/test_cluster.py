@@ -48,7 +48,7 @@ def test_a_file_says_how_many_and_how_fast(tmp_path: Path) -> None:
         ("rates: {}\nrates: {}\n", "c.yaml:2: `rates` is given twice"),
         ("- 1\n", "c.yaml: a cluster's file is a mapping"),
         ("a: [\n", "c.yaml: not valid YAML"),
-        ("rates: {from: nowhere}\n", "nowhere: not a run directory"),
+        ("rates: {from: nowhere}\n", "nowhere: no such run"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_said_with_its_line(tmp_path: Path, text: str, said: str) -> None:
