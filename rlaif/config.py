@@ -276,7 +276,10 @@ class Source(Section):
         return self
 
     def __str__(self) -> str:
-        which = "all iterations" if self.iterations is None else f"iterations {self.iterations}"
+        """In words, with iterations counted from 1, as commands do."""
+        wanted = self.wanted
+        which = "all iterations" if wanted is None else f"iterations {wanted[0] + 1} to {wanted[-1] + 1}"
+        which = f"iteration {wanted[0] + 1}" if wanted is not None and len(wanted) == 1 else which
         what = f"pairs of {self.data}" if self.run is None else f"pairs of {self.run}, {which}"
         return f"{what}, {'judged again' if self.rejudge else 'labels as stored'}"
 

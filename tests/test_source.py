@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from rlaif.audit.index import Index
+from rlaif.audit.overview import overview
 from rlaif.audit.verify import verify
 from rlaif.data.prompts import exclude_held_out, held_out_id
 from rlaif.errors import RlaifError, UserError
@@ -136,6 +138,16 @@ def test_held_out_answers_are_judged_under_the_text_in_force(online: RunDir, tmp
     assert {v.ballot.constitution for v in loop.dir.evaluation(2).read("votes", Vote)} == {second.hash}
     assert verify(loop.dir).holds
     assert not verify(loop.dir).notes
+    # Every command names the text in force, and says that what trained was labelled under another one.
+    with Index.open(loop.dir) as index:
+        found = overview(index, loop.dir)
+    assert [(c.iteration, c.hash) for c in found.changes] == [(0, second.hash)]
+    assert found.source == f"pairs of {online.path}, iterations 1 to 2, labels as stored"
+    trained = [len(loop.dir.iteration(k).read("preferences", Preference)) for k in (0, 1)]
+    assert [(m.iteration, m.of_others, m.texts) for m in found.mixed] == [
+        (k, n, (str(first),)) for k, n in enumerate(trained)
+    ]
+    assert all(row.mean_words is None for row in found.iterations), "the policy sampled none of these answers"
 
 
 def test_rejudged_pairs_are_judged_under_the_text_in_force(online: RunDir, tmp_path: Path) -> None:

@@ -60,9 +60,11 @@ class _Small:
         except (PermissionError, RlaifError) as e:
             self._problem(here.path / "updates.meta.json", e)
         text = _of(plan or metrics, "constitution", dict) or {}
+        in_force = _of(_of(_of(plan, "source", dict), "in_force", dict), "constitution", dict) or text
         policy = _of(plan or metrics, "policy", dict) or {}
         self._insert(
-            "iterations", k, _of(text, "hash", str), _text_name(text), _of(policy, "iteration", int),
+            "iterations", k, _of(text, "hash", str), _text_name(text), _of(in_force, "hash", str), _text_name(in_force),
+            _of(policy, "iteration", int),
             _of(policy, "digest", str), made, skipped, _dumped(lift_metrics(metrics)),
         )  # fmt: skip
 

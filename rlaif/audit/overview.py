@@ -171,9 +171,9 @@ def overview(index: Index, run: RunDir) -> Overview:
 
 def _overview(index: Index, run: RunDir) -> Overview:
     changes: list[TextChange] = []
-    for r in index.rows("SELECT * FROM iterations WHERE text_name IS NOT NULL ORDER BY iteration"):
-        if not changes or changes[-1].hash != r["constitution"]:
-            changes.append(TextChange(iteration=r["iteration"], constitution=r["text_name"], hash=r["constitution"]))
+    for r in index.rows("SELECT * FROM iterations WHERE in_force_name IS NOT NULL ORDER BY iteration"):
+        if not changes or changes[-1].hash != r["in_force"]:
+            changes.append(TextChange(iteration=r["iteration"], constitution=r["in_force_name"], hash=r["in_force"]))
     header = run.header
     return Overview(
         run=str(run.path),
@@ -212,7 +212,7 @@ JOIN iterations i USING (iteration)
 JOIN (SELECT iteration, count(*) AS preferences FROM trained GROUP BY iteration) n USING (iteration)
 LEFT JOIN (SELECT constitution, any_value(text_name) AS text_name FROM iterations GROUP BY ALL) c
     ON c.constitution = t.constitution
-WHERE t.constitution <> i.constitution
+WHERE t.constitution <> i.in_force
 GROUP BY t.iteration ORDER BY t.iteration
 """
 _DECIDED = """count(*) AS decided, count(*) FILTER (status = 'kept') AS kept,
@@ -269,7 +269,8 @@ def _iteration_rows(index: Index) -> list[IterationRow]:
                 calls=int(v.get("calls") or 0),
                 tokens=int((v.get("prompt_tokens") or 0) + (v.get("completion_tokens") or 0)),
                 loss=steps.get(k, {}).get("loss"),
-                mean_words=(metrics.get("sampled") or {}).get("mean_words"),
+                # Of a source's answers the policy sampled none.
+                mean_words=None if metrics.get("given") else (metrics.get("sampled") or {}).get("mean_words"),
                 trained_pairs=trained.get(k, {}).get("n", 0),
                 skipped=r["skipped"],
                 weights_gap=(metrics.get("weights_gap") or {}).get("mean"),

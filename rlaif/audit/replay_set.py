@@ -46,6 +46,8 @@ class ReplaySet(Record):
     run: str
     iteration: int
     """The next one, from 0, as it would find the set."""
+    planned: int
+    """So many iterations the job has: there may be no next one."""
     constitution: ConstitutionRef | None
     """The text that the pairs are held against: that of the next iteration, where the run directory tells it; else the
     newest, None before the first iteration."""
@@ -102,6 +104,7 @@ def replay_set(run: RunDir) -> ReplaySet:
     return ReplaySet(
         run=str(run.path),
         iteration=k,
+        planned=job.iterations,
         constitution=now,
         may_differ=may_differ,
         share=settings.share,

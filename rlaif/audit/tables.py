@@ -432,8 +432,10 @@ SMALL_TABLES: dict[str, Table] = {
         "one row an iteration: plan.json and metrics.json",
         (
             Column("iteration", "INTEGER", "", "from 0"),
-            Column("constitution", "VARCHAR", "", "hash of the text in force"),
+            Column("constitution", "VARCHAR", "", "hash of the text that its pairs were judged under"),
             Column("text_name", "VARCHAR", "", "name@version"),
+            Column("in_force", "VARCHAR", "", "hash of the text in force: another one where a source's labels are old"),
+            Column("in_force_name", "VARCHAR", "", "name@version"),
             Column("policy_iteration", "INTEGER", "", "updates behind the policy that sampled"),
             Column("policy_digest", "VARCHAR", "", "of the policy that sampled"),
             Column("policy_after", "VARCHAR", "", "digest of the policy after it; NULL without an update"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from rlaif.cli.audit_common import Json, counts, print_json, run_of
-from rlaif.console import Listing, inert, stdout_console
+from rlaif.console import Listing, counted, inert, stdout_console
 
 if TYPE_CHECKING:
     from rlaif.audit.replay_set import ReplaySet
@@ -29,14 +29,18 @@ def _show(found: ReplaySet) -> None:
     text = inert(str(found.constitution)) if found.constitution else "no text"
     console.print(
         f"[bold]{inert(found.run)}[/]: iteration {found.iteration + 1} could replay {found.may_train} of {found.pairs} "
-        f"pairs under {text} (replay.share {found.share:g}, max_age {found.max_age}, on_change {found.on_change})"
+        f"kept pairs under {text} (replay.share {found.share:g}, max_age {found.max_age}, on_change {found.on_change})"
     )
+    if not found.share:
+        console.print("note: this job replays none; it would with replay.share above 0")
+    if found.iteration >= found.planned:
+        console.print(f"note: the job ends after {counted(found.planned, 'iteration')}")
     if found.may_differ:
         console.print(f"note: another text may be in force then: {inert(found.may_differ)}")
     if not found.groups:
         return
     table = Listing(
-        "judged under", "iteration", "age", "pairs", "human", "votes", "may train", "by that text", "why not",
+        "judged under", "iteration", "age", "pairs", "human", "votes", "may train", "standing", "why not",
         right=("iteration", "age", "pairs", "human", "votes", "may train"), spare=("human", "votes", "age"),
     )  # fmt: skip
     for g in found.groups:

@@ -42,7 +42,7 @@ def test_the_set_says_what_may_train_and_why_the_rest_may_not(tmp_path: Path) ->
     assert (found.pairs, found.may_train, found.iteration) == (sum(n), n[1] + n[2], 3)
     told = CliRunner().invoke(app, ["audit", str(run.path), "replay-set"])
     assert told.exit_code == 0, told.output
-    assert f"iteration 4 could replay {n[1] + n[2]} of {sum(n)} pairs under rules@3" in told.stdout
+    assert f"iteration 4 could replay {n[1] + n[2]} of {sum(n)} kept pairs under rules@3" in told.stdout
     as_json = CliRunner().invoke(app, ["audit", str(run.path), "replay-set", "--json"]).stdout
     assert ReplaySet.model_validate_json(as_json) == found
 
