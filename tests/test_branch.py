@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from rlaif.audit.runs import runs_in
 from rlaif.audit.summary import status_of
 from rlaif.audit.verify import verify
+from rlaif.cli import app
 from rlaif.config import parse_job
 from rlaif.errors import RlaifError, UserError
 from rlaif.loop.branch import MAY_BRANCH, branch
@@ -98,6 +100,7 @@ def test_a_branch_makes_the_policies_that_its_parent_makes(tiny_model: Path, tmp
 def test_a_branch_goes_the_way_of_its_parent(tmp_path: Path) -> None:
     parent = go_on(tmp_path, iterations=3)
     child = branch(parent, 3, "child", ["iterations=4"])
+    assert "goes on from run after 3 iterations" in CliRunner().invoke(app, ["audit", str(child.path)]).stdout
     go_on(tmp_path, iterations=4)
     go_on(tmp_path, "child")
     assert made(child) == made(parent)

@@ -11,9 +11,10 @@ from rlaif.audit.curves import TextChange
 from rlaif.audit.index import Index
 from rlaif.audit.tables import VOTE_TABLES
 from rlaif.config import Price, Source
+from rlaif.errors import RlaifError
 from rlaif.judging.spending import cost
 from rlaif.judging.verdicts import position_bias
-from rlaif.records import AgainstBase, LengthUnknown, Record, Referred, Retention, Usage, stored
+from rlaif.records import AgainstBase, LengthUnknown, Parent, Record, Referred, Retention, Usage, stored
 from rlaif.rundir.store import RunDir
 
 R = TypeVar("R", bound=Record)
@@ -141,6 +142,8 @@ class Overview(Record):
     run: str
     source: str | None = None
     """Where pairs are from, in words; None: from the policy."""
+    parent: Parent | None = None
+    """The run that it went on from, as a branch."""
     iterations_planned: int | None
     iterations: tuple[IterationRow, ...]
     changes: tuple[TextChange, ...]
@@ -178,6 +181,7 @@ def _overview(index: Index, run: RunDir) -> Overview:
     return Overview(
         run=str(run.path),
         source=_source(header.get("job", {}).get("source")),
+        parent=_parent(run),
         iterations_planned=header.get("job", {}).get("iterations"),
         iterations=tuple(_iteration_rows(index)),
         changes=tuple(changes),
@@ -192,6 +196,13 @@ def _overview(index: Index, run: RunDir) -> Overview:
         cost=tuple(_costs(index, _prices(header.get("job", {})))),
         problems=tuple(index.problems),
     )
+
+
+def _parent(run: RunDir) -> Parent | None:
+    try:
+        return run.parent
+    except RlaifError:  # damaged, as `verify` says
+        return None
 
 
 def _source(section: Any) -> str | None:

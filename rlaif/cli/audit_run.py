@@ -74,7 +74,7 @@ _FEW = 3
 
 def _about(found: Overview, most: int | None = None) -> list[str]:
     """What an overview says before the iterations, as rich's markup; of many texts and judges `most`."""
-    from rlaif.console import inert
+    from rlaif.console import counted, inert
 
     t = found.totals
     done = sum(r.done for r in found.iterations)
@@ -82,6 +82,7 @@ def _about(found: Overview, most: int | None = None) -> list[str]:
     kept = share(t.kept / t.decided if t.decided else None)
     lines = [
         f"[bold]{inert(found.run)}[/]  {done} of {found.iterations_planned or '?'} iterations done",
+        *([f"goes on from {inert(p.run)} after {counted(p.iterations, 'iteration')}"] if (p := found.parent) else []),
         *([f"source: {inert(found.source)}"] if found.source else []),
         "texts: " + "  ".join(_last(texts, most, "earlier")),
         f"pairs {t.pairs}, kept {t.kept} ({kept}), dropped {t.dropped}"
