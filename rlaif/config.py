@@ -186,8 +186,8 @@ class Sampling(Section):
 
     @property
     def spans(self) -> int:
-        """GPUs that it takes altogether."""
-        return self.tensor_parallel_size * self.replicas
+        """GPUs that it takes altogether of the loop's machine; none where its servers are somebody else's."""
+        return 0 if self.addresses else self.tensor_parallel_size * self.replicas
 
     @field_validator("base_url")
     @classmethod
@@ -1237,14 +1237,14 @@ PlacedRole = Literal["sampler", "learner", "judge"]
 class Place(Section):
     """Where a role runs: `sampler`, `learner`, or `judge`, which takes along who measures relevance and base log p.
     Absent: as `workers` says, all roles on one GPU; of several, the sampler takes the first, the learner the next, the
-    judge the one after (untried on several GPUs)."""
+    judge the one after, and a role that is elsewhere none (untried on several GPUs)."""
 
     worker: WorkerKind | None = None
     """In place of the job's `workers`, for this role."""
     devices: list[int] | None = Field(None, min_length=1)
     """Its GPUs, counted from 0 among those that the process sees: as many as `sampling.tensor_parallel_size` for the
-    sampler, as many as its processes for the learner, one for the judge. Not for an `inline` worker, which sees what
-    the loop's process sees."""
+    sampler, as many as its processes for the learner, one for the judge, or as many as the servers of `judge.serve`
+    take. Not for an `inline` worker, which sees what the loop's process sees."""
 
     @field_validator("devices")
     @classmethod
@@ -1391,7 +1391,8 @@ class Job(Section):
     @model_validator(mode="after")
     def _one_gpu_for_one(self) -> Job:
         for role, place in self.placement.items():
-            several = role == "sampler" or (role == "learner" and self.learner.accelerate)
+            serves = isinstance(self.judge, ChatSettings) and self.judge.serve
+            several = {"sampler": True, "learner": self.learner.accelerate, "judge": serves}[role]
             if not several and len(place.devices or [0]) > 1:
                 raise ValueError(f"placement.{role}.devices: {place.devices}, but it runs on one; for example [0]")
         return self

@@ -9,7 +9,7 @@ import pytest
 from rlaif.config import Job, parse_job
 from rlaif.errors import UserError
 from rlaif.loop.streaming import streams
-from rlaif.workers.placement import Placed, place, served, spread, usable_gpus
+from rlaif.workers.placement import Placed, left_over, place, served, spread, usable_gpus
 
 
 def job(**changes: Any) -> Job:
@@ -128,10 +128,102 @@ def test_servers_without_room_are_refused(gpus: int, replicas: int, span: int, l
         place(job(**serving(replicas, span)), [str(i) for i in range(gpus)])
 
 
+def cluster(*roles: str, address: str = "local") -> dict[str, Any]:
+    """These roles on a cluster."""
+    shares = {role: {"processes": 1} if role == "learner" else {"replicas": 2} for role in roles}
+    return {"cluster": {"address": address, **shares}}
+
+
+@pytest.mark.parametrize(
+    ("away", "gpus", "wanted", "measurer", "left"),
+    [
+        (("sampler",), 4, ("", "0", "1"), "1", "2,3"),
+        (("judge",), 4, ("0", "1", ""), "1", "2,3"),
+        (("sampler", "judge"), 4, ("", "0", ""), "0", "1,2,3"),
+        (("sampler", "judge"), 8, ("", "0", ""), "0", "1,2,3,4,5,6,7"),
+        (("learner",), 4, ("0", "", "1"), "1", "2,3"),
+        (("judge", "learner"), 4, ("0", "", ""), "1", "2,3"),
+        (("sampler", "judge", "learner"), 4, ("", "", ""), "0", "1,2,3"),
+        (("sampler", "judge"), 1, ("", "", ""), "", "0"),
+    ],
+)
+def test_what_is_on_a_cluster_takes_no_gpu_here(
+    away: tuple[str, ...], gpus: int, wanted: tuple[str, ...], measurer: str, left: str
+) -> None:
+    there = [str(n) for n in range(gpus)]
+    for address in ("local", "auto"):
+        places = place(job(**cluster(*away, address=address)), there)
+        assert roles(places) == wanted
+        assert ",".join(places["measurer"].gpus) == measurer
+        assert places["reference"] == places["measurer"]
+        assert ",".join(left_over(places, ["sampler", "learner", "judge", "measurer"], there)) == left
+
+
+def test_a_cluster_has_every_gpu_where_all_is_there_and_the_judge_measures() -> None:
+    places = place(job(**cluster("sampler", "judge", "learner")), ["0", "1"])
+    assert left_over(places, ["sampler", "learner", "judge"], ["0", "1"]) == ["0", "1"]
+    waits = {"eval": {"reference_judge": {"kind": "chat", "model": "m", "base_url": "http://10.0.0.1:8000/v1"}}}
+    places = place(job(**cluster("sampler", "judge", "learner"), **waits), ["0", "1"])
+    assert left_over(places, ["sampler", "learner", "judge", "reference"], ["0", "1"]) == ["0", "1"]
+
+
+def test_who_measures_beside_a_judge_on_the_cluster_may_be_placed() -> None:
+    places = place(job(**cluster("sampler", "judge"), **on(judge=[3])), ["0", "1", "2", "3"])
+    assert roles(places) == ("", "0", "")
+    assert places["measurer"].gpus == ("3",)
+
+
+def test_a_sampler_elsewhere_may_span_more_gpus_than_there_are_here() -> None:
+    wide = {"sampling": {"tensor_parallel_size": 4}}
+    with pytest.raises(UserError, match="tensor_parallel_size: 4, but this process can use 1 GPU"):
+        place(job(**wide), ["0"])
+    assert roles(place(job(**wide, **cluster("sampler")), ["0"])) == ("", "", "")
+    assert roles(place(job(**wide, **cluster("sampler")), ["0", "1"])) == ("", "0", "1")
+    servers = {"sampling": {"engine": "server", "base_url": "http://10.0.0.1:8000", "tensor_parallel_size": 4}}
+    assert roles(place(job(**servers), ["0", "1"])) == ("", "0", "1")
+
+
+@pytest.mark.parametrize("role", ["sampler", "learner"])
+def test_no_gpu_here_is_named_for_what_is_elsewhere(role: str) -> None:
+    with pytest.raises(UserError, match=rf"placement\.{role}\.devices: the {role} is elsewhere .*leave `devices` out"):
+        place(job(**cluster(role), **on(**{role: [0]})), ["0", "1"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "replicas", "theirs", "others"),
+    [
+        ({"device": "shared"}, 2, 1, "0", ("0", "1", "0")),
+        ({"device": "shared"}, 2, 2, "0,1", ("0", "1", "0")),
+        ({"device": "shared"}, 4, 2, "2,3", ("0", "1", "0")),
+        ({"device": "shared"}, 4, 3, "2,3,0", ("0", "1", "0")),
+        ({"sampling": {"engine": "server", "base_url": "http://10.0.0.1:8000"}}, 2, 1, "1", ("", "0", "0")),
+        (cluster("sampler"), 2, 1, "1", ("", "0", "0")),
+        (cluster("sampler", "learner"), 2, 2, "0,1", ("", "", "0")),
+    ],
+)
+def test_servers_find_room_where_others_take_turns_or_are_elsewhere(
+    changes: dict[str, Any], gpus: int, replicas: int, theirs: str, others: tuple[str, ...]
+) -> None:
+    places = place(job(**serving(replicas, 1), **changes), [str(n) for n in range(gpus)])
+    assert ",".join(places["servers"].gpus) == theirs
+    assert roles(places) == others
+
+
+def test_servers_that_take_turns_need_gpus_all_the_same() -> None:
+    with pytest.raises(UserError, match="need 3 GPUs of their own, and of 2 2 are left"):
+        place(job(**serving(3, 1), device="shared"), ["0", "1"])
+
+
+def test_servers_may_be_placed_on_several_gpus() -> None:
+    places = place(job(**serving(2, 1), **on(judge=[0, 3])), ["0", "1", "2", "3"])
+    assert places["servers"].gpus == ("0", "3")
+    assert roles(places) == ("1", "2", "1")
+
+
 def test_one_role_may_run_elsewhere_than_the_others() -> None:
     one = place(job(placement={"judge": {"worker": "inline"}}), ["0", "1", "2"])
     assert {role: placed.worker for role, placed in one.items()} == {
-        "sampler": "process", "learner": "process", "judge": "inline", "measurer": "inline",
+        "sampler": "process", "learner": "process", "judge": "inline", "measurer": "inline", "reference": "inline",
     }  # fmt: skip
     assert roles(one) == ("0", "1", "")
     assert [str(one[role]) for role in ("sampler", "judge")] == ["process on GPU 0", "inline"]
@@ -193,3 +285,7 @@ def test_a_run_streams_by_itself_where_its_servers_have_gpus_of_their_own() -> N
     assert not streams(asked, place(asked, [])), "sampler and servers share the processor"
     elsewhere = job(judge={"kind": "chat", "model": "m", "base_url": "http://10.0.0.1:8000/v1"})
     assert streams(elsewhere, place(elsewhere, []))
+    servers = {"sampling": {"engine": "server", "base_url": "http://10.0.0.1:8000"}}
+    for gpus in ([], ["0"], ["0", "1"]):
+        assert streams(job(**servers), place(job(**servers), gpus))
+        assert not streams(job(**servers, device="shared"), place(job(**servers, device="shared"), gpus))

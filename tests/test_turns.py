@@ -190,7 +190,7 @@ def test_one_that_failed_to_wake_is_woken_again_before_it_works(device: Device) 
 def test_a_judges_servers_rest_only_for_who_sees_their_gpus(servers: str, sampler: str, share: bool) -> None:
     places = {
         name: Placed("process", tuple(gpus.split()))
-        for name, gpus in (("servers", servers), ("sampler", sampler), ("judge", "9"))
+        for name, gpus in (("servers", servers), ("sampler", sampler), ("reference", "9"))
     }
     assert launch.gpus_in_common(places, ["sampler", "reference"]) is share
     assert not launch.gpus_in_common(places, [])

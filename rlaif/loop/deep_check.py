@@ -121,7 +121,8 @@ def check_hand_over(
     """
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlaif-hand-over-")))
-        places = place(job.model_copy(update={"workers": mode}), usable_gpus(len(gpu_names())))
+        here = job.model_copy(update={"workers": mode, "cluster": None})
+        places = place(here, usable_gpus(len(gpu_names())))
 
         def start(name: str, factory: str, **kwargs: Any) -> Worker:
             note(f"loading the {name}")

@@ -59,7 +59,7 @@ from rlaif.rundir.store import LOCK, STARTING, RunDir, read_json, read_rows, rep
 from rlaif.sampling import PromptProblem
 from rlaif.sampling.role import can_rest
 from rlaif.serving.servers import Servers
-from rlaif.workers.placement import Placed, apart, place, spread, usable_gpus
+from rlaif.workers.placement import Placed, apart, left_over, place, spread, usable_gpus
 from rlaif.workers.ranks import Ranks, start_ranks
 from rlaif.workers.ray import RayCluster
 from rlaif.workers.replicas import Replicas
@@ -346,7 +346,7 @@ def _load(
     unready: list[Starting] = []
     turns = Turns()
     for name, (factory, kwargs) in factories.items():
-        at, log = places[_placed_as(name)], run.path / "logs" / f"{name}.log"
+        at, log = places[name], run.path / "logs" / f"{name}.log"
         worker: Worker
         if name == "judge" and servers:  # before it, so that they outlast it
             stack.enter_context(closing(servers))
@@ -386,7 +386,7 @@ def _load(
 
 def gpus_in_common(places: Mapping[str, Placed], roles: Collection[str]) -> bool:
     """Whether the judge's servers have a GPU in common with one of the roles."""
-    return any(not apart(places["servers"].gpus, places[_placed_as(role)].gpus) for role in roles)
+    return any(not apart(places["servers"].gpus, places[role].gpus) for role in roles)
 
 
 def _who_takes_turns(job: Job, note: Callable[[str], None]) -> set[str]:
@@ -442,15 +442,9 @@ def _start_servers(
 
 
 def _cluster(run: RunDir, settings: Cluster, places: Mapping[str, Placed], roles: Collection[str]) -> RayCluster:
-    """A cluster of this machine alone may have the GPUs that the `roles` outside of it leave."""
-    outside = [places[_placed_as(role)].gpus for role in roles if not getattr(settings, role, None)]
-    mine = [gpu for gpu in usable_gpus(len(gpu_names())) if not any(gpu in gpus for gpus in outside)]
+    """A cluster of this machine alone may have the GPUs that no role outside of it takes."""
+    mine = left_over(places, roles, usable_gpus(len(gpu_names())))
     return RayCluster(settings, (run.path / "logs").absolute(), mine)
-
-
-def _placed_as(role: str) -> str:
-    """Whose place a role has: a reference judge's is the judge's."""
-    return "judge" if role == "reference" else role
 
 
 def _replicas(

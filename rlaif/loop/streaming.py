@@ -41,14 +41,16 @@ def streams(job: Job, places: Mapping[str, Placed]) -> bool:
 
 
 def streams_wherever(job: Job) -> bool | None:
-    """The same, whatever GPUs there are; None where it depends on them. What a cluster holds has a device of its own.
-    Who takes turns (`device: shared`) never works at the same time."""
+    """The same, whatever GPUs there are; None where it depends on them. What a cluster holds has a device of its own,
+    and so do servers that somebody else started. Who takes turns (`device: shared`) never works at the same time."""
     if job.pipeline.stream is not None:
         return job.pipeline.stream
     kind = kind_of(job.judge)
     if (kind.fed and kind.serve is None) or (job.cluster and (job.cluster.sampler or job.cluster.judge)):
         return True
-    return None if job.device is None else False
+    if job.device is not None:
+        return False
+    return True if job.sampling.addresses else None
 
 
 def sample_and_judge(run: Running, it: Iteration) -> None:
