@@ -1260,8 +1260,8 @@ class Share(Section):
     replicas: int = Field(1, ge=1)
     """How many share the role's work; each holds the whole model."""
     gpus: float | None = Field(None, ge=0)
-    """GPUs of each, on one machine; a fraction shares one. When absent: none where the cluster has none, else
-    `sampling.tensor_parallel_size` for the sampler, one for a judge. Untried on GPUs."""
+    """GPUs of each, on one machine; a fraction shares one, which vLLM can't. When absent: none where the cluster has
+    none, else `sampling.tensor_parallel_size` for the sampler, one for a judge. Untried on GPUs."""
 
 
 class LearnerShare(Section):
@@ -1281,7 +1281,7 @@ class Cluster(Section):
     """`local`: this machine alone, as a cluster that is made for the run and listens to nobody else. `auto`: the
     cluster that this machine belongs to. `HOST:6379` or `ray://HOST:10001` (untried): another."""
     sampler: Share | None = None
-    """Who samples."""
+    """Who samples. Not with `sampling.engine: server`, whose servers are the replicas."""
     judge: Share | None = None
     """Who judges. Not for a judge behind servers, which waits and computes nothing."""
     learner: LearnerShare | None = None
@@ -1407,9 +1407,22 @@ class Job(Section):
     @model_validator(mode="after")
     def _fits_its_share(self) -> Job:
         share, span = self.cluster and self.cluster.sampler, self.sampling.tensor_parallel_size
-        if share and share.gpus is not None and share.gpus < span > 1:
+        if not share:
+            return self
+        if self.sampling.engine == "server":
+            raise ValueError(
+                "cluster.sampler: not with `sampling.engine: server`, whose servers are the replicas: each sampler of "
+                "a cluster would start servers of its own, or change those of the others. Leave cluster.sampler out "
+                "and give sampling.replicas, or more servers in sampling.base_url; or set sampling.engine: vllm"
+            )
+        if share.gpus is not None and share.gpus < span > 1:
             raise ValueError(
                 f"cluster.sampler.gpus: {share.gpus:g} for sampling.tensor_parallel_size: {span}; give as many"
+            )
+        if self.sampling.engine == "vllm" and 0 < (share.gpus or 0) < 1:
+            raise ValueError(
+                f"cluster.sampler.gpus: {share.gpus:g}, and replicas on one GPU start at the same time, while vLLM "
+                "measures the memory that it has free; give 1, and fewer replicas: one of them batches what two would"
             )
         return self
 

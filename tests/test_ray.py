@@ -70,6 +70,39 @@ def test_a_sampler_that_spans_gpus_gets_them() -> None:
         parse_job({**job, "cluster": {"sampler": {"gpus": 1}}}, "test")
 
 
+@pytest.mark.parametrize(
+    ("sampling", "share", "said"),
+    [
+        ({"engine": "server"}, {"replicas": 2}, r"cluster\.sampler: not with `sampling\.engine: server`.*replicas"),
+        (
+            {"engine": "server", "base_url": "http://10.0.0.1:8000"},
+            {"replicas": 1},
+            r"cluster\.sampler: not with `sampling\.engine: server`.*base_url",
+        ),
+        ({"engine": "vllm"}, {"replicas": 2, "gpus": 0.5}, r"cluster\.sampler\.gpus: 0\.5, .*vLLM .*give 1, and fewer"),
+    ],
+)
+def test_samplers_that_would_work_against_each_other_are_refused(
+    sampling: dict[str, Any], share: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_job({"constitution": "rules", "sampling": sampling, "cluster": {"sampler": share}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "share"),
+    [
+        ({"engine": "server", "replicas": 2}, None),
+        ({"engine": "vllm"}, {"gpus": 0}),
+        ({"engine": "vllm"}, {"gpus": 2}),
+        ({"engine": "transformers"}, {"replicas": 2, "gpus": 0.5}),
+    ],
+)
+def test_others_are_not(sampling: dict[str, Any], share: dict[str, Any] | None) -> None:
+    cluster = {"sampler": share} if share else {"judge": {"replicas": 2, "gpus": 0.5}}
+    parse_job({"constitution": "rules", "sampling": sampling, "cluster": cluster}, "test")
+
+
 def test_a_judge_that_waits_is_not_shared_out() -> None:
     judge = {"kind": "chat", "model": "m", "base_url": "http://127.0.0.1:8000/v1"}
     job = {"constitution": "rules", "judge": judge, "pairing": {"method": "random"}}
