@@ -231,6 +231,43 @@ def test_errors_are_what_they_are_of_a_process(reader: RayWorker) -> None:
 
 
 @with_ray
+def test_an_actor_that_cant_be_made_is_for_the_user_to_mend(alone: tuple[RayCluster, Path]) -> None:
+    cluster, logs = alone
+    (logs / "sampler-2.log").mkdir()
+    worker = cluster.start("sampler", 1, "tests.test_ranks:Adds", {}, 0)
+    said = rf"cluster\.sampler: no worker can be started on {os.uname().nodename} \(IsADirectoryError: .*\); mend that"
+    with pytest.raises(UserError, match=said) as caught:
+        worker.ready()
+    assert "\n" not in str(caught.value)
+    worker.close()
+    (logs / "sampler-2.log").rmdir()
+
+
+@with_ray
+def test_a_store_without_room_is_one_line(
+    alone: tuple[RayCluster, Path], reader: RayWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = importlib.import_module("ray").exceptions
+    unseen = weights(tmp_path / "unseen", b"four")
+    alone[0].in_store = {}
+    for failure in (failures.ObjectStoreFullError, failures.OutOfDiskError):
+
+        def no_room(part: bytes, failure: type[Exception] = failure) -> None:
+            raise failure("Failed to put object of 9 bytes.")
+
+        monkeypatch.setattr("ray.put", no_room)
+        (tmp_path / "unseen/model.safetensors").write_bytes(b"of another machine")
+        with pytest.raises(
+            WorkerError, match=r"^sampler 1 worker: no room in .* \(Failed to put .* 9 bytes\.\); give"
+        ) as e:
+            reader.tell("load", weights=unseen)
+        assert "\n" not in str(e.value)
+        assert not isinstance(e.value, WorkerDied), "it would be started again, for nothing"
+    monkeypatch.undo()
+    assert reader.call("holds"), "it lives"
+
+
+@with_ray
 def test_a_stream_comes_row_by_row_and_ends_when_nobody_wants_more(reader: RayWorker, tmp_path: Path) -> None:
     assert list(reader.stream("count", n=3, fail_at=-1, made=str(tmp_path / "a"))) == [0, 1, 2]
     seen = []

@@ -36,7 +36,7 @@ from typing import Any, Self
 import rlaif
 from rlaif import __version__
 from rlaif.config import Cluster
-from rlaif.errors import NoRoom, UserError, WorkerDied, WorkerError, needs_extra, to_install
+from rlaif.errors import NoRoom, UserError, WorkerDied, WorkerError, first_line, needs_extra, to_install
 from rlaif.workers.feed import Feed
 from rlaif.workers.process import CLOSE_GRACE_S
 from rlaif.workers.ranks import JOINED, LOOPBACK, Ranks, numbered
@@ -149,7 +149,7 @@ class RayCluster:
     def start(self, role: str, number: int, factory: str, kwargs: dict[str, Any], gpus: float) -> RayWorker:
         """Replica `number` of a role, from 0, in the room that was reserved for it; returns at once."""
         actor = self._actor(role, number, gpus, {}, beside=1)
-        return RayWorker(self, self._ray, actor, *self._named(role, number), factory, kwargs)
+        return RayWorker(self, self._ray, actor, role, number, factory, kwargs)
 
     def start_ranks(
         self, role: str, count: int, factory: str, kwargs: dict[str, Any], gpus: float, variables: Mapping[str, str]
@@ -183,27 +183,44 @@ class RayCluster:
                 )
         (meeting,) = self._of_all(role, [actors[0].meeting.remote(alone)])
         given = {"meeting": meeting, "factory": factory, **kwargs}
-        made = [
-            RayWorker(self, self._ray, actor, *self._named(role, number), JOINED, given)
-            for number, actor in enumerate(actors)
-        ]
+        made = [RayWorker(self, self._ray, actor, role, number, JOINED, given) for number, actor in enumerate(actors)]
         return Ranks(role, made)
 
     def _of_all(self, role: str, asked: list[Any]) -> list[Any]:
-        """Answers of actors that are just being made.
+        """Answers of actors that are just being made, the first ones of their role.
 
         Raises:
-            WorkerDied: one isn't there in time, or will never be.
+            UserError: one can't be made there.
+            WorkerDied: one isn't there in time.
         """
-        try:
-            answers: list[Any] = self._ray.get(asked, timeout=ROOM_S)
-        except self._ray.exceptions.RayError as e:  # a GetTimeoutError is one
-            raise WorkerDied(f"{role} worker died while it was made ({_reason(e)}); its log is in {self._logs}") from e
+        answers = []
+        for number, one in enumerate(asked):
+            try:
+                answers.append(self._ray.get(one, timeout=ROOM_S))
+            except self._ray.exceptions.RayError as e:  # a GetTimeoutError is one
+                raise self.died(role, number, e) from e
         return answers
 
-    def _named(self, role: str, number: int) -> tuple[str, Path]:
-        """What messages call it, and its log."""
+    def named(self, role: str, number: int) -> tuple[str, Path]:
+        """What messages call a replica, and its log."""
         return f"{role} {number + 1}", self._logs / f"{role}-{number + 1}.log"
+
+    def died(self, role: str, number: int, e: Exception) -> UserError | WorkerDied:
+        """What the end of an actor is to whoever called it. One that can't be made would fail there again and again:
+        that is for the user to mend."""
+        name, log = self.named(role, number)
+        if not getattr(e, "actor_init_failed", False):
+            return WorkerDied(f"{name} worker died ({_reason(e)}); {_where(log)}")
+        return UserError(
+            f"cluster.{role}: no worker can be started on {self._machine_of(role, number)} ({_last_line(e)}); mend "
+            f"that there. It needs the loop's rlaif ({__version__}), Python and Ray"
+        )
+
+    def _machine_of(self, role: str, number: int) -> str:
+        """The machine that has the room which was reserved for a replica."""
+        node = self._ray.util.placement_group_table(self._groups[role])["bundles_to_node_id"][number]
+        names = {of["NodeID"]: of["NodeManagerHostname"] for of in self._ray.nodes()}
+        return str(names.get(node, node))
 
     def _actor(self, role: str, number: int, gpus: float, variables: Mapping[str, str], beside: int) -> Any:
         """`beside`: so many processes of the role share their machine's cores."""
@@ -218,7 +235,7 @@ class RayCluster:
             runtime_env={"env_vars": {"PYTHONPATH": f"{root}:${{PYTHONPATH}}", **variables}},
         )
         threads = os.environ.get("OMP_NUM_THREADS")
-        return held.remote(*self._named(role, number), [p for p in sys.path if p], __version__, threads, beside)
+        return held.remote(*self.named(role, number), [p for p in sys.path if p], __version__, threads, beside)
 
     def sent(self, ref: WeightsRef) -> FileParts:
         """A folder's files in the object store, put there once; for nodes that don't see it."""
@@ -253,10 +270,11 @@ class RayWorker(Worker):
     """A long-lived object in a Ray actor; `RayCluster.start` makes it."""
 
     def __init__(
-        self, cluster: RayCluster, ray: Any, actor: Any, name: str, log_path: Path, factory: str, kwargs: dict[str, Any]
+        self, cluster: RayCluster, ray: Any, actor: Any, role: str, number: int, factory: str, kwargs: dict[str, Any]
     ) -> None:
-        self.name, self.log_path = name, log_path
+        self.name, self.log_path = cluster.named(role, number)
         self._cluster, self._ray, self._actor = cluster, ray, actor
+        self._died = functools.partial(cluster.died, role, number)
         self._begun = time.monotonic()
         self._placed = actor.node.remote()
         self._build = functools.partial(actor.build.remote, factory, _by_reference(_to_leave(kwargs)))
@@ -295,7 +313,7 @@ class RayWorker(Worker):
         self._asked(functools.partial(self._actor.begin.remote, method, _to_leave(kwargs)))
         ahead = deque(self._actor.more.remote() for _ in range(_AHEAD))
         try:
-            while (answer := self._answer(ahead.popleft()))[0] != "end":
+            while (answer := self._answer(ahead.popleft))[0] != "end":
                 ahead.append(self._actor.more.remote())
                 yield answer[1]
         finally:
@@ -327,29 +345,34 @@ class RayWorker(Worker):
     def _asked(self, ask: Callable[[], Any], first: Any = None) -> Answer:
         """What a method of the actor answers; where weights are missing they are sent, and it is asked again. `first`
         is a first call that is under way."""
-        answer = self._answer(ask() if first is None else first)
+        answer = self._answer(ask if first is None else lambda: first)
         while answer[0] == "missing":
-            self._answer(self._actor.receive.remote(answer[1], self._cluster.sent(answer[1])))
-            answer = self._answer(ask())
+            self._answer(functools.partial(self._send, answer[1]))
+            answer = self._answer(ask)
         return answer
 
-    def _answer(self, asked: Any) -> Answer:
+    def _send(self, ref: WeightsRef) -> Any:
+        return self._actor.receive.remote(ref, self._cluster.sent(ref))
+
+    def _answer(self, ask: Callable[[], Any]) -> Answer:
+        """What comes of a call that `ask` makes, or made."""
+        failures = self._ray.exceptions
         try:
-            kind, value = self._ray.get(asked)
-        except self._ray.exceptions.RayTaskError as e:  # past the actor's own guard: its result can't be pickled
-            raise WorkerError(f"{self.name} worker failed: {one_line(e.cause or e)}; {self._where()}") from e
-        except self._ray.exceptions.RayError as e:
-            raise WorkerDied(f"{self.name} worker died ({_reason(e)}); {self._where()}") from e
+            kind, value = self._ray.get(ask())
+        except failures.RayTaskError as e:  # past the actor's own guard: its result can't be pickled
+            raise WorkerError(f"{self.name} worker failed: {one_line(e.cause or e)}; {_where(self.log_path)}") from e
+        except (failures.ObjectStoreFullError, failures.OutOfDiskError) as e:
+            raise WorkerError(
+                f"{self.name} worker: no room in Ray's object store for what it is sent ({first_line(e)}); give Ray "
+                "more (`ray start --object-store-memory`, or disk), or put runs and models where all machines see them"
+            ) from e
+        except failures.RayError as e:
+            raise self._died(e) from e
         if kind == "user_error":
             raise UserError(value)
         if kind == "error":
-            raise WorkerError(f"{self.name} worker failed: {value}; {self._where()}")
+            raise WorkerError(f"{self.name} worker failed: {value}; {_where(self.log_path)}")
         return kind, value
-
-    def _where(self) -> str:
-        if self.log_path.exists():
-            return f"its log is {self.log_path}"
-        return "its log is among Ray's on its machine"
 
 
 class _Held:
@@ -520,6 +543,15 @@ def _reason(e: Exception) -> str:
         line for line in said if line.startswith(("The actor died", "The actor is dead", "Worker exit", "The node"))
     ]
     return " ".join((told or said or [type(e).__name__])[0].split())[:200].rstrip(". ")
+
+
+def _last_line(e: Exception) -> str:
+    """The end of what was raised in an actor, which names it: before it stand Ray's words and a traceback."""
+    return [line.strip() for line in str(e).splitlines() if line.strip()][-1][:300]
+
+
+def _where(log: Path) -> str:
+    return f"its log is {log}" if log.exists() else "its log is among Ray's on its machine"
 
 
 def _print_to(log_path: Path) -> None:
