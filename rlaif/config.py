@@ -1237,14 +1237,14 @@ PlacedRole = Literal["sampler", "learner", "judge"]
 class Place(Section):
     """Where a role runs: `sampler`, `learner`, or `judge`, which takes along who measures relevance and base log p.
     Absent: as `workers` says, all roles on one GPU; of several, the sampler takes the first, the learner the next, the
-    judge the one after, and a role that is elsewhere none (untried on several GPUs)."""
+    judge the one after (untried on several GPUs). A role that is elsewhere takes none."""
 
     worker: WorkerKind | None = None
     """In place of the job's `workers`, for this role."""
     devices: list[int] | None = Field(None, min_length=1)
     """Its GPUs, counted from 0 among those that the process sees: as many as `sampling.tensor_parallel_size` for the
-    sampler, as many as its processes for the learner, one for the judge, or as many as the servers of `judge.serve`
-    take. Not for an `inline` worker, which sees what the loop's process sees."""
+    sampler, as many as its processes for the learner, one for the judge. For servers of `judge.serve` as many as they
+    span. Not for an `inline` worker, which sees what the loop's process sees."""
 
     @field_validator("devices")
     @classmethod

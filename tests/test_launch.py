@@ -282,6 +282,28 @@ def test_each_role_runs_where_the_job_places_it(
     }
 
 
+@pytest.mark.parametrize(
+    ("more", "left"), [({}, ["1", "2", "3"]), ({"learner": {"processes": 2}}, ["0", "1", "2", "3"])]
+)
+def test_a_cluster_of_this_machine_gets_the_gpus_that_the_loops_roles_leave(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], left: list[str]
+) -> None:
+    given: list[list[str]] = []
+
+    def no_cluster(settings: Any, logs: Path, gpus: list[str]) -> None:
+        given.append(gpus)
+        raise UserError("no cluster here")
+
+    monkeypatch.setattr(launch, "RayCluster", no_cluster)
+    monkeypatch.setattr(launch, "gpu_names", lambda: ["H100"] * 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cluster = {"sampler": {"replicas": 2}, "judge": {"replicas": 1}, **more}
+    job = project_job(tmp_path, tiny_model, workers="process", cluster=cluster)
+    with pytest.raises(UserError, match="no cluster here"):
+        launch.execute(job, tmp_path / "run", tmp_path, Quiet())
+    assert given == [left]
+
+
 def test_a_gpu_that_is_not_there_is_refused_before_anything(tmp_path: Path, only_start, tiny_model: Path) -> None:
     make_project(tmp_path, tiny_model)
     job = load_job(tmp_path / "tiny.yaml", ["placement.judge.devices=[0]"])

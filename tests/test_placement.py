@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rlaif.config import Job, parse_job
 from rlaif.errors import UserError
 from rlaif.loop.streaming import streams
 from rlaif.workers.placement import Placed, left_over, place, served, spread, usable_gpus
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def job(**changes: Any) -> Job:
@@ -218,6 +223,63 @@ def test_servers_may_be_placed_on_several_gpus() -> None:
     places = place(job(**serving(2, 1), **on(judge=[0, 3])), ["0", "1", "2", "3"])
     assert places["servers"].gpus == ("0", "3")
     assert roles(places) == ("1", "2", "1")
+
+
+def recipe(title: str) -> tuple[list[Job], str]:
+    """A recipe's jobs, in their order, and its commands."""
+    text = (ROOT / "docs" / "scale-ray.md").read_text().split(f"\n**{title}**")[1].split("\n**")[0].split("\n## ")[0]
+    yamls, shells = (
+        re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE) for language in ("yaml", "sh")
+    )
+    return [job(**yaml.safe_load(block)) for block in yamls], "\n".join(shells)
+
+
+def wanted_of_ray(asked: Job) -> float:
+    """GPUs that a cluster has to have for a job."""
+    assert asked.cluster is not None
+    wide = {"sampler": asked.sampling.tensor_parallel_size}
+    shares = {role: asked.cluster.of(role) for role in ("sampler", "judge")}
+    replicas = sum(of.replicas * (of.gpus or wide.get(role, 1)) for role, of in shares.items() if of)
+    return replicas + (asked.cluster.learner.processes if asked.cluster.learner else 0)
+
+
+def of_loop(asked: Job, gpus: list[str], learners: int = 1) -> tuple[set[str], list[str]]:
+    """The GPUs that a job's own roles take where another model than the policy's judges, and those that they leave."""
+    places = place(asked, gpus, learners)
+    on = {"sampler", "learner", "judge", "measurer", *(["servers"] if served(asked) else [])}
+    return {gpu for role in on for gpu in places[role].gpus}, left_over(places, on, gpus)
+
+
+def test_recipes_for_one_machine_use_all_of_its_gpus() -> None:
+    eight = [str(n) for n in range(8)]
+    jobs, _ = recipe("Eight GPUs in one machine")
+    assert [bool(asked.cluster) for asked in jobs] == [True, True, True, False, True]
+    for asked in (asked for asked in jobs if asked.cluster):
+        assert len(of_loop(asked, eight)[1]) == wanted_of_ray(asked), asked.cluster
+    [alone] = [asked for asked in jobs if not asked.cluster]
+    assert roles(place(alone, eight, 4)) == ("0", "4,5,6,7", "1")
+    [all_of_it] = [asked for asked in jobs if asked.cluster and asked.cluster.learner]
+    without = left_over(place(all_of_it, eight), ["sampler", "learner", "judge"], eight)
+    assert len(without) == wanted_of_ray(all_of_it) + 1, "where nobody measures, a second judge fits"
+
+
+@pytest.mark.parametrize(("title", "here", "there"), [("Two machines", 4, 4), ("SLURM", 8, 8)])
+def test_recipes_for_two_machines_keep_the_loop_off_rays_gpus(title: str, here: int, there: int) -> None:
+    jobs, commands = recipe(title)
+    gpus = [str(n) for n in range(here)]
+    rays, loops = (
+        set(re.findall(rf"CUDA_VISIBLE_DEVICES=([0-9,]+) {command}", commands)[0].split(","))
+        for command in ("ray start --head", "rlaif run")
+    )
+    assert not rays & loops
+    assert rays | loops == set(gpus)
+    assert jobs
+    for asked in jobs:
+        assert asked.cluster
+        assert asked.cluster.address == "auto"
+        assert wanted_of_ray(asked) == len(rays) + there
+        assert of_loop(asked, gpus)[0] <= loops, "also where the loop sees all of them"
+        assert usable_gpus(here, {"CUDA_VISIBLE_DEVICES": ",".join(loops)}) == sorted(loops)
 
 
 def test_one_role_may_run_elsewhere_than_the_others() -> None:
