@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -1254,12 +1255,26 @@ class Place(Section):
         return devices
 
 
+def _whole_or_a_part(gpus: float | None) -> float | None:
+    """As Ray takes it."""
+    if gpus is not None and gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"{gpus:g} GPUs: give a whole number, or a part of one")
+    return gpus
+
+
+def _one_at_most(gpus: float | None) -> float | None:
+    """As processes that compute together take it: no two of them share one."""
+    if gpus not in (None, 0, 1):
+        raise ValueError(f"{gpus:g} GPUs: a process of the learner has one, or none")
+    return gpus
+
+
 class Share(Section):
     """How many workers have a role on a cluster, and what each has."""
 
     replicas: int = Field(1, ge=1)
     """How many share the role's work; each holds the whole model."""
-    gpus: float | None = Field(None, ge=0)
+    gpus: Annotated[float | None, AfterValidator(_whole_or_a_part)] = Field(None, ge=0)
     """GPUs of each, on one machine; a fraction shares one, which vLLM can't. When absent: none where the cluster has
     none, else `sampling.tensor_parallel_size` for the sampler, one for a judge. Untried on GPUs."""
 
@@ -1269,7 +1284,7 @@ class LearnerShare(Section):
 
     processes: int = Field(ge=1)
     """How many; they have to divide `learner.batch_size`."""
-    gpus: float | None = Field(None, ge=0)
+    gpus: Annotated[float | None, AfterValidator(_one_at_most)] = Field(None, ge=0)
     """GPUs of each. When absent: none where the cluster has none, else one. Untried on GPUs."""
 
 

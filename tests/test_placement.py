@@ -351,3 +351,16 @@ def test_a_run_streams_by_itself_where_its_servers_have_gpus_of_their_own() -> N
     for gpus in ([], ["0"], ["0", "1"]):
         assert streams(job(**servers), place(job(**servers), gpus))
         assert not streams(job(**servers, device="shared"), place(job(**servers, device="shared"), gpus))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "error"),
+    [
+        ({"judge": {"gpus": 1.5}}, "cluster.judge.gpus: .*1.5 GPUs: give a whole number, or a part of one"),
+        ({"learner": {"processes": 2, "gpus": 0.5}}, "cluster.learner.gpus: .*has one, or none"),
+        ({"learner": {"processes": 2, "gpus": 2}}, "cluster.learner.gpus: .*has one, or none"),
+    ],
+)
+def test_gpus_that_nobody_can_give_are_refused(cluster: dict[str, Any], error: str) -> None:
+    with pytest.raises(UserError, match=error):
+        parse_job({"constitution": "assistant@1", "cluster": cluster}, "job.yaml")
