@@ -140,7 +140,7 @@ POLICY_SERVERS = {
         ({"judge": {**CHAT, "base_url": SERVERS}, "device": "shared"}, 1, 2, True),
         ({"device": "shared"}, 1, 1, False),
         ({"sampling": {"engine": "server", "replicas": 2}}, 2, 1, False),
-        ({"sampling": POLICY_SERVERS}, 3, 1, False),
+        ({"sampling": POLICY_SERVERS}, 3, 1, True),
     ],
 )
 def test_a_job_is_simulated_as_its_plan_says(
