@@ -306,7 +306,9 @@ class TrlLearner(ABC):
         self._counts = bool(mine)
         share = len(mine) / len(rows)  # each counts by its share of the step's rows
         divide_losses_by(trainer, 1 / (share * self.peers.count) if mine else math.inf)
-        with nullcontext() if last else trainer.accelerator.no_sync(trainer.model_wrapped):
+        # Shards add up part by part: what waited for the last one would be whole on each process.
+        waits = nullcontext() if last or is_sharded(trainer) else trainer.accelerator.no_sync(trainer.model_wrapped)
+        with waits:
             loss = float(trainer.training_step(trainer.model_wrapped, self._batch(mine or part[:1])))
         return loss * share if mine else 0.0
 

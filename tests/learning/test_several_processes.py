@@ -171,6 +171,12 @@ def test_parts_of_a_step_and_a_process_without_a_pair(
     close(gradients[0], expected_gradients[0])
 
 
+def test_no_gradient_is_whole_between_the_parts_of_a_step(fsdp: Ranks, models: Path, settings: config.Learner) -> None:
+    args = settings.args | {"per_device_train_batch_size": 1}
+    build(fsdp, models / "llama-tied", settings, batch_size=6, args=args)
+    assert fsdp.call("without_a_share", pairs=make_preferences(6)) == [0, 0, 0]
+
+
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_a_state_goes_on_in_the_other(
     lora: config.Lora | None,

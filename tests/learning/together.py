@@ -68,6 +68,21 @@ class Learners:
         self._made.trainer.remove_callback(seen)
         return steps, seen.gradients, seen.logs
 
+    def without_a_share(self, pairs: list[Preference]) -> list[int]:
+        """After each part of a step, how many parameters have no gradient that lies in shards as they do."""
+        trainer, found = self._made.trainer, []
+        step = trainer.training_step
+
+        def counted(*args: Any) -> Any:
+            loss = step(*args)
+            found.append(sum(not isinstance(p.grad, DTensor) for p in trainer.model.parameters() if p.requires_grad))
+            return loss
+
+        trainer.training_step = counted
+        list(self._made.update(pairs, 0))
+        del trainer.training_step
+        return found
+
     def update(self, rows: list[Preference], iteration: int) -> Iterator[UpdateStep]:
         yield from self._made.update(rows, iteration)
 
