@@ -23,10 +23,10 @@ from rlaif.learning.pairwise import PairwiseLearner
 from rlaif.learning.scoring import score_completions_only
 from rlaif.learning.trl_compat import (
     GivenTokens,
+    NoReference,
     TrlConfig,
     add_fused_lm_head,
     needs_squared_probabilities,
-    no_reference_model,
     on_its_device,
     reference_logps,
 )
@@ -66,15 +66,14 @@ class DpoLearner(PairwiseLearner):
     def _make_trainer(self, policy: PreTrainedModel, args: TrlConfig, peft_config: Any) -> DPOTrainer:
         # The trainer insists on a dataset; steps are fed one by one.
         placeholder = Dataset.from_list([{"prompt_ids": [0], "chosen_ids": [0], "rejected_ids": [0]}])
-        trainer = _TokenDPOTrainer(
+        return _TokenDPOTrainer(
             model=policy,
+            ref_model=NoReference(policy.config),  # `_reference` says which it is
             args=args,
             train_dataset=placeholder,
             processing_class=self.tokenizer,
             peft_config=peft_config,
         )
-        no_reference_model(trainer)  # `_reference` says which it is
-        return trainer
 
     def _adapt(self, model: PreTrainedModel) -> None:
         is_policy = model is self.policy

@@ -46,6 +46,7 @@ REACHED = (
     Reached(_DPO, "DPOTrainer.compute_ref_log_probs", "references have no log-probabilities"),
     Reached(_DPO, "DPOTrainer._compute_loss", "chosen and rejected compute their prompt twice"),
     Reached(_DPO, "DPOTrainer.ref_model", "adapters are switched off in the middle of a step"),
+    Reached(_DPO, "DPOTrainer", "in shards, a reference is loaded that nobody asks", says="self.ref_model = ref_model"),
     Reached(_DPO, "DPOTrainer._prepare_dataset", "TRL tokenises what is tokens already"),
     Reached(_DPO, "DPOTrainer._precompute_ref_logps", "TRL scores references of rows that don't exist yet"),
     Reached(_DPO, "DPOTrainer._metrics", "a step has no margin and no accuracy"),
@@ -98,6 +99,17 @@ class GivenTokens:
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
+
+
+class NoReference(torch.nn.Module):
+    """Stands where a `DPOTrainer` wants the reference model, which its caller has. Without any, it would switch the
+    policy's adapters off and on by itself, and load a copy of the policy where that is to lie in shards, although rows
+    bring the reference's log-probabilities (`precompute_ref_log_probs`)."""
+
+    def __init__(self, config: Any) -> None:
+        """`config` is the policy's: `add_fused_lm_head` looks at that of every model."""
+        super().__init__()
+        self.config = config
 
 
 class GivenCompletions:

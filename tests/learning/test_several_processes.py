@@ -157,6 +157,13 @@ def test_what_runs_is_what_is_meant(
     ]
 
 
+def test_policy_and_reference_are_read_once(
+    ddp: Ranks, fsdp: Ranks, alone: InlineWorker, models: Path, settings: config.Learner
+) -> None:
+    asked = {"path": str(models / "llama-tied"), "settings": settings}
+    assert [worker.call("loads", **asked) for worker in (ddp, fsdp, alone)] == [2, 2, 2]
+
+
 @pytest.mark.parametrize("pairs", [1, 5])
 def test_parts_of_a_step_and_a_process_without_a_pair(
     pairs: int, together: Ranks, alone: InlineWorker, models: Path, settings: config.Learner

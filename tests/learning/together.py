@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from rlaif import config
 from rlaif.learning import make_learner
@@ -53,6 +54,18 @@ class Learners:
     def build(self, path: str, settings: config.Learner, export_precision: config.Precision = "fp32") -> None:
         torch.manual_seed(0)  # what a LoRA begins with
         self._made = make_learner(settings.kind, path, settings, 7, export_precision=export_precision)
+
+    def loads(self, path: str, settings: config.Learner) -> int:
+        """How often a model is read from its folder while a learner is built."""
+        read, found = PreTrainedModel.from_pretrained, []
+
+        def counted(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
+            found.append(cls)
+            return read.__func__(cls, *args, **kwargs)
+
+        with mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(counted)):
+            self.build(path, settings)
+        return len(found)
 
     def disturb(self, seed: int = 1) -> None:
         """Makes the policy differ from its reference."""
