@@ -51,9 +51,9 @@ from rlaif.learning.as_exported import AsExported
 from rlaif.learning.divergence import Asked, divergences, layers_in_fp32
 from rlaif.learning.moved import Moved
 from rlaif.learning.peers import Peers
-from rlaif.learning.policy_state import check_mergeable, in_precision, kept_in_fp32, merged, plain_names
+from rlaif.learning.policy_state import check_mergeable, exported_state, plain_names
 from rlaif.learning.scoring import plainly
-from rlaif.learning.sharded import in_shards_again, put, sharded_state, whole, whole_state
+from rlaif.learning.sharded import gathered, in_shards_again, placed_state, put, whole, whole_state
 from rlaif.learning.trackers import open_trackers
 from rlaif.learning.trl_compat import (
     TrlConfig,
@@ -161,14 +161,15 @@ class TrlLearner(ABC):
         attach(self.trainer, self._trackers, self.tokenizer)
         self._check_export(names)
         self._adapt(self.policy)
+        with _settings_errors():
+            self._prepare(args)
         self._frozen: nn.Module | None = None
-        """A copy of the reference policy, where no cheaper one exists."""
+        """A copy of the reference policy, where no cheaper one exists. Read after the policy may have gone into shards:
+        a whole model at a time is in RAM."""
         if settings.reference != "previous" and settings.lora is None:
             self._frozen = self._freeze(model_path)
         self._refers_to: str | None = None
         """Digest of the policy that `_frozen` is, by `refer_to`; None: the untrained one is referred to."""
-        with _settings_errors():
-            self._prepare(args)
         self._memory = DeviceMemory(self._held)
         self.policy_as_exported: Callable[[], AbstractContextManager[None]] = nullcontext
         """`with` it, the policy computes with the weights of its export; in fp32 those are the masters."""
@@ -607,20 +608,27 @@ class TrlLearner(ABC):
         Raises:
             UserError: the disk is full.
         """
+        self._save_weights(state_dir)  # each is written before the next is gathered
+        self._save_rest(state_dir)
+        return self.export(policy_dir)
+
+    def _save_weights(self, folder: Path) -> None:
+        weights = gathered(self.trained(), keeps=self.peers.is_first)
+        if self.peers.is_first:
+            with _write_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(weights, folder / "weights.safetensors")
+
+    def _save_rest(self, folder: Path) -> None:
         state = {
             "global_step": self.global_step,
-            "optimizer": whole_state(self.trainer.optimizer.state_dict()),
+            "optimizer": whole_state(self.trainer.optimizer.state_dict(), keeps=self.peers.is_first),
             "scheduler": self.trainer.lr_scheduler.state_dict(),
             "rng": _rng_state(),
         }
-        weights = {name: whole(value) for name, value in self.trained().items()}
         if self.peers.is_first:
-            with _write_errors(state_dir):
-                state_dir.mkdir(parents=True, exist_ok=True)
-                save_file(weights, state_dir / "weights.safetensors")
-                with _no_checksums():
-                    torch.save(state, state_dir / "state.pt")
-        return self.export(policy_dir)
+            with _write_errors(folder), _no_checksums():
+                torch.save(state, folder / "state.pt")
 
     def export(self, policy_dir: Path) -> WeightsRef:
         """Writes the policy alone, as `save` does."""
@@ -634,9 +642,9 @@ class TrlLearner(ABC):
             UserError: no state there, or the state of another model or another kind of learner.
         """
         folder, trainer = state.path, self.trainer
-        try:
+        try:  # mapped, both: each process reads what it takes, tensor by tensor
             weights = load_file(folder / "weights.safetensors")
-            rest = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            rest = torch.load(folder / "state.pt", map_location="cpu", mmap=True, weights_only=True)
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
             why = " ".join(str(e).split())
             raise UserError(
@@ -651,7 +659,7 @@ class TrlLearner(ABC):
             for name, value in mine.items():
                 put(value, weights[name])
         _set_rng_state(rest["rng"])
-        trainer.optimizer.load_state_dict(sharded_state(rest["optimizer"], trainer.optimizer))
+        trainer.optimizer.load_state_dict(placed_state(rest["optimizer"], trainer.optimizer))
         trainer.lr_scheduler.load_state_dict(rest["scheduler"])
         # A state brings its learning rate along; a job resumed with another one (`--allow-change`) means that one.
         set_learning_rate(trainer, self.settings.learning_rate)
@@ -712,7 +720,7 @@ class TrlLearner(ABC):
     def _export(self, folder: Path) -> str:
         plain = self.policy
         in_shards_again(self.trainer.model)
-        state = in_precision(merged(plain), self._export_precision, self.seed, kept_in_fp32(plain))
+        state = exported_state(plain, self._export_precision, self.seed, keeps=self.peers.is_first)
         if not self.peers.is_first:
             return ""
         plain.save_pretrained(folder, state_dict=state)

@@ -19,7 +19,7 @@ from rlaif.learning import kind_of, make_learner
 from rlaif.learning.base import epoch_order
 from rlaif.learning.divergence import batches, kl
 from rlaif.learning.mixing import preferences_of
-from rlaif.learning.policy_state import merged
+from rlaif.learning.policy_state import exported_state
 from rlaif.learning.trl_compat import metric
 from rlaif.records import Completion, Decision, Message, Pair, PolicyVersion, Preference, Prompt, Verdict
 from rlaif.workers.weights import WeightsRef
@@ -144,7 +144,7 @@ def some_completions() -> list[Completion]:
 def kl_by_hand(made: Any, base_path: str, asked: list[Completion]) -> list[float]:
     """KL(policy, base) over the vocabulary, summed over each completion's places: the definition, in fp32."""
     base, policy = (AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32).eval() for _ in range(2))
-    policy.load_state_dict(merged(made.policy))
+    policy.load_state_dict(exported_state(made.policy, "fp32", seed=0))
     out = []
     with torch.no_grad():
         for c in asked:
@@ -417,6 +417,26 @@ def test_save_and_load_go_on_as_if_nothing_happened(
     close(weights(made), weights(again))
     for a, b in zip(moments(made), moments(again), strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_a_state_is_read_as_it_is_taken(
+    model_path: str, settings: config.Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is mapped, so that not every process holds it in RAM; what a learner goes on with is memory of its own,
+    which it can give back."""
+    made, again = (learner("dpo", model_path, settings) for _ in range(2))
+    list(made.update(make_preferences(4), 0))
+    digest = made.save(tmp_path / "state", tmp_path / "policy").digest
+    load, mapped = torch.load, []
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        mapped.append(kwargs.get("mmap"))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", seen)
+    again.load(WeightsRef(digest=digest, path=tmp_path / "state"))
+    assert mapped == [True]
+    assert all(m.untyped_storage().resizable() for of in again.trainer.optimizer.state.values() for m in of.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from rlaif import config, models
 from rlaif.errors import UserError
 from rlaif.learning import make_learner
-from rlaif.learning.policy_state import in_precision, kept_in_fp32, merged
+from rlaif.learning.policy_state import exported_state, kept_in_fp32
 from rlaif.learning.rounding import round_stochastically
 from rlaif.records import Preference, TokenSequence
 from tests.architectures import ARCHITECTURES, END, MIXTURES, VOCABULARY, each, make_model
@@ -110,12 +110,12 @@ def test_stochastic_rounding_keeps_the_expectation_and_the_grid() -> None:
 
 def test_what_a_model_keeps_in_fp32_stays(tmp_path: Path) -> None:
     """Routing biases decide which experts answer: a rounded one sends a token elsewhere."""
-    state = {"w": torch.tensor([1.0001]), "router.e_score_correction_bias": torch.tensor([5.0001])}
     model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.tensor([1.0001]))
     model._keep_in_fp32_modules_strict = {"e_score_correction_bias"}
     model.router = torch.nn.Module()
     model.router.e_score_correction_bias = torch.nn.Parameter(torch.tensor([5.0001]))
-    kept = in_precision(state, "bf16", 0, kept_in_fp32(model))
+    kept = exported_state(model, "bf16", 0)
     assert kept["w"].dtype == torch.bfloat16
     assert torch.equal(kept["router.e_score_correction_bias"], torch.tensor([5.0001]))
 
@@ -163,7 +163,7 @@ def test_the_move_arrives_at_realistic_rates(rate: float, tmp_path: Path) -> Non
     list(made.update(make_preferences(12, vocabulary=40_000), 0))
     made.save(tmp_path / "state", tmp_path / "policy")
     assert json.loads((tmp_path / "policy" / "config.json").read_text())["dtype"] == "bfloat16"
-    state = merged(made.policy)
+    state = exported_state(made.policy, "fp32", 0)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     ids = torch.randint(10, 40_000, (4, 24), generator=torch.Generator().manual_seed(5))
 
@@ -181,11 +181,10 @@ def test_the_move_arrives_at_realistic_rates(rate: float, tmp_path: Path) -> Non
         return float(made_it @ move / (move @ move)), float((made_it - move).norm() / move.norm())
 
     nearest, lost = arrives({name: value.to(torch.bfloat16) for name, value in state.items()})
-    shares, errors = zip(*[arrives(in_precision(state, "bf16", seed)) for seed in range(4)], strict=True)
+    shares, errors = zip(*[arrives(exported_state(made.policy, "bf16", seed)) for seed in range(4)], strict=True)
     exported, _ = arrives(AutoModelForCausalLM.from_pretrained(tmp_path / "policy").state_dict())
     print(f"rate {rate:g}: nearest {nearest:.3f} (off {lost:.3f}), at random {fmean(shares):.3f} ({fmean(errors):.3f})")
     assert nearest < 0.5
     assert 0.9 < fmean(shares) < 1.1
     assert fmean(errors) < 0.7 * lost
     assert 0.7 < exported < 1.3
-    assert arrives(in_precision(state, "fp32", 0)) == (pytest.approx(1), pytest.approx(0, abs=1e-6))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlaif import config
@@ -24,7 +25,7 @@ from rlaif.workers.inline import InlineWorker
 from rlaif.workers.ranks import Ranks, start_ranks
 from rlaif.workers.weights import WeightsRef
 from rlaif.workers.worker import Worker
-from tests.architectures import make_model
+from tests.architectures import ARCHITECTURES, make_model
 from tests.learning.conftest import make_preferences
 
 pytestmark = pytest.mark.slow
@@ -205,12 +206,41 @@ def test_a_state_goes_on_in_the_other(
         other.call("load", state=WeightsRef(digest=made.digest, path=folder / "state"))
         for a, b in zip(other.call("moments"), moments, strict=True):
             numpy.testing.assert_array_equal(a, b)
+        assert other.call("rest") == 0, "nothing hangs on the files"
+        other.call("wake")
         again = other.call("weights")
         assert all(numpy.array_equal(again[name], weights[name]) for name in weights)
         assert other.call("save", to=tmp_path / f"{folder.name}-again").digest == made.digest, "the policy is whole"
         found, _, _ = other.call("train", pairs=then, iteration=1)
         same_steps(found, expected)
         close(other.call("weights"), one.call("weights"))
+
+
+@pytest.mark.parametrize(("lora", "at_once"), [(None, 1), (LORA, 2)], ids=["full", "lora"])
+def test_one_process_holds_a_whole_state_and_never_all_of_it(
+    lora: config.Lora | None, at_once: int, fsdp: Ranks, models: Path, settings: config.Learner, tmp_path: Path
+) -> None:
+    """The first one the moments, then the policy; the other a weight, and what its LoRA adds."""
+    build(fsdp, models / "llama-tied", settings, lora=lora)
+    fsdp.call("train", pairs=make_preferences(4))
+    first, second = fsdp.call("whole_while_saving", to=tmp_path)
+    trained = {name: value.nbytes for name, value in fsdp.call("weights").items()}
+    policy = load_file(tmp_path / "policy" / "model.safetensors")
+    sizes = [value.nbytes for value in policy.values()]
+    assert first <= max(2 * sum(trained.values()), sum(sizes) + max(sizes))
+    assert 0 < second <= at_once * max(sizes)
+
+
+def test_a_weight_with_fewer_rows_than_there_are_processes_is_saved(
+    fsdp: Ranks, alone: InlineWorker, settings: config.Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part of one process is empty then, of several weights."""
+    monkeypatch.setitem(ARCHITECTURES, "narrow", ("LlamaConfig", {"intermediate_size": 1}))
+    made = []
+    for worker in (fsdp, alone):
+        build(worker, make_model("narrow", tmp_path / "base"), settings)
+        made.append(worker.call("save", to=tmp_path / str(len(made))).digest)
+    assert made[0] == made[1]
 
 
 def test_the_exported_policy_is_what_was_trained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,22 @@ class Learners:
     def save(self, to: Path) -> WeightsRef:
         made: WeightsRef = self._made.save(to / "state", to / "policy")
         return made
+
+    def whole_while_saving(self, to: Path) -> list[int]:
+        """Of each process, the most bytes of tensors that were brought together and lived at the same time."""
+        bring_together, made, most = DTensor.full_tensor, list[weakref.ref[torch.Tensor]](), 0
+
+        def counted(value: DTensor) -> torch.Tensor:
+            nonlocal most
+            found: torch.Tensor = bring_together(value)
+            made.append(weakref.ref(found))
+            most = max(most, sum(t.nbytes for alive in made if (t := alive()) is not None))
+            return found
+
+        with mock.patch.object(DTensor, "full_tensor", counted):
+            self.save(to)
+        sizes: list[int] = self._made.peers.gathered(most)
+        return sizes
 
     def load(self, state: WeightsRef) -> None:
         self._made.load(state)
