@@ -290,18 +290,20 @@ def test_a_learner_that_accelerate_starts_is_in_the_plan(tmp_path: Path, monkeyp
     pytest.importorskip("accelerate")
 
     def plan(**said: Any) -> dict[str, Any]:
-        learner = {"batch_size": 4, **({"accelerate": "said.yaml"} if said else {})}
+        learner = {"batch_size": 16, **({"accelerate": "said.yaml"} if said else {})}
         write_accelerate(tmp_path, **said).rename(tmp_path / "said.yaml")
         return bf16_plan(monkeypatch, project_job(tmp_path, "m", workers="process", learner=learner), tmp_path)
 
-    alone, two, four = plan(), plan(**ON_CPUS), plan(**FSDP2)
-    assert [p["placement"]["learner"] for p in (alone, two, four)] == [
-        "process", "process, 2 processes", "process, 4 processes",
+    alone, two, four, many = plan(), plan(**ON_CPUS), plan(**FSDP2), plan(**FSDP2 | {"num_processes": 16})
+    assert [p["placement"]["learner"] for p in (alone, two, four, many)] == [
+        "process", "process, 2 processes", "process, 4 processes", "process, 16 processes",
     ]  # fmt: skip
     assert two["memory_gib"] - alone["memory_gib"] == pytest.approx(LEARNER + 1.2, abs=0.11)
-    assert four["memory_gib"] - alone["memory_gib"] == pytest.approx(3 * 1.2, abs=0.11), "each holds a part"
+    beside = [p["memory_gib"] - alone["memory_gib"] + LEARNER for p in (four, many)]
+    saving, reading = LEARNER + 4 * WEIGHTS / GIB, 16 * 2 * WEIGHTS / GIB
+    assert beside == pytest.approx([saving + 3 * 1.2, reading + 15 * 1.2], abs=0.11), "each holds a part"
     monkeypatch.setattr(plan_cost, "gpu_names", lambda: ["one", "two", "three"])
-    with pytest.raises(UserError, match=r"learner.accelerate: 4 processes take a GPU each"):
+    with pytest.raises(UserError, match=r"learner.accelerate: 16 processes take a GPU each"):
         estimate(load_job(tmp_path / "tiny.yaml"), tmp_path)
     (tmp_path / "said.yaml").rename(tmp_path / "accelerate.yaml")  # no run's copy
     with pytest.raises(UserError, match=r"learner.accelerate: no file .*said.yaml"):

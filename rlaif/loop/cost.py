@@ -432,8 +432,13 @@ def _needed(job: Job, counts: Counts, fast: bool, there: int, learners: Launched
     trained_share = _trained_share(job)
     # fp32 weights, and for what is trained a gradient, Adam's two moments and the reference or what a step needs.
     learner = weights * (2 + (5.5 + _width(job.learner.precision, fast)) * trained_share)
-    # Processes that hold parts of a learner hold one in all, as far as this goes.
-    learner *= min(updating, 1) if learners.sharded else updating
+    if learners.sharded and updating:
+        # All hold one in parts; when it is saved, the first has Adam's moments or the policy whole beside it. At the
+        # start each reads the whole model in fp32.
+        saved = weights * max(4 * trained_share, _width(job.sampling.precision, fast))
+        learner = max(learner + saved, 2 * weights * updating)
+    else:
+        learner *= updating
     samplers = job.sampling.replicas if job.sampling.engine == "server" else samplers
     frozen = samplers * (weights * _width(job.sampling.precision, fast) + job.sampling.kv_cache_gib * GIB)
     # The measurer on the base policy, and judges of their own where that isn't the same model.
