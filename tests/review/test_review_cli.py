@@ -130,7 +130,9 @@ def test_a_run_that_asks_nothing_says_which_setting_does(tmp_path: Path) -> None
 def test_no_run_and_damaged_labels_are_one_line(rlaif, run: RunDir, tmp_path: Path) -> None:  # noqa: F811
     code, _, err = rlaif("review", str(tmp_path / "nowhere"))
     assert code == 2
-    assert err.splitlines() == [f"rlaif: {tmp_path}/nowhere: no such run; `rlaif runs` lists those in runs/"]
+    assert err.splitlines() == [
+        f"rlaif: {tmp_path}/nowhere: no such run; `rlaif runs` lists those in runs/, `rlaif run JOB` makes one"
+    ]
     labels_path(run).parent.mkdir()
     labels_path(run).write_text("{}\n")
     done = piped(run, "1\n", "--author", "ann")
