@@ -478,9 +478,9 @@ def _no_run(path: Path) -> str:
         return "not a run directory (no run.json in it); `rlaif run JOB` makes one under runs/"
     beside = [found.parent.name for found in path.absolute().parent.glob("*/run.json")]
     near = difflib.get_close_matches(path.name, beside, n=1)
-    return "no such run" + (
-        f"; did you mean {path.with_name(near[0])}?" if near else "; `rlaif runs` lists those in runs/"
-    )
+    if near:
+        return f"no such run; did you mean {path.with_name(near[0])}?"
+    return "no such run; `rlaif runs` lists those in runs/, `rlaif run JOB` makes one"
 
 
 class RunDir:
