@@ -76,8 +76,10 @@ def branch(run: RunDir, at: int, name: str, overrides: Sequence[str] = (), new_o
     where = _beside(run, name)
     if where.exists():
         raise UserError(f"--name {name}: {where} is there already; take another name")
-    job, changed = _job(run, at, overrides)
+    job, changed = _job(run, overrides)
     start = _start(run, at, new_optimizer)
+    if job.iterations < at:
+        raise UserError(f"--set iterations={job.iterations}: the branch has {at} behind it; give at least that many")
     _check_there(job, run, where)
     if job.name is not None:
         job = job.model_copy(update={"name": name})
@@ -117,7 +119,7 @@ def rollback(path: Path, to: int, new_optimizer: bool = False) -> RunDir:
         number = next(n for n in itertools.count(1) if not _beside(run, _before(run, n)).exists())
         before, partial = _beside(run, _before(run, number)), half.with_name(f"{half.name}.partial")
         shutil.rmtree(half, ignore_errors=True)
-        _build(partial, run, start, _job(run, to)[0], before.name, "rolled_back")
+        _build(partial, run, start, _job(run)[0], before.name, "rolled_back")
         os.rename(partial, half)  # from here on it is known to be whole
         os.rename(path, before)
         os.rename(half, path)
@@ -194,7 +196,7 @@ def _nearest(kept: list[Checkpoint], at: int) -> str:
     return ", ".join(ways) or "nothing is kept to go on from"
 
 
-def _job(run: RunDir, at: int, overrides: Sequence[str] = ()) -> tuple[Job, str]:
+def _job(run: RunDir, overrides: Sequence[str] = ()) -> tuple[Job, str]:
     """The job of a branch, and what differs from the parent's, in words.
 
     Raises:
@@ -209,8 +211,6 @@ def _job(run: RunDir, at: int, overrides: Sequence[str] = ()) -> tuple[Job, str]
             f"--set {refused[0]}: what {run.path} did so far was made or is measured by it; start a new run with it. A "
             f"branch may change {', '.join(MAY_BRANCH)}, and what docs/job.md marks with `May change`"
         )
-    if job.iterations < at:
-        raise UserError(f"--set iterations={job.iterations}: the branch has {at} behind it; give at least that many")
     named = ", ".join(f"{key} ({old!r} -> {new!r})" for key, (old, new) in changes.items())
     return job, named
 

@@ -19,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from rlaif.workers.worker import Worker, built
 
 GRACE_S = 10.0
 """After one has failed: how long the others get to fail, too, or to end what they do."""
+PATIENCE = timedelta(hours=2)
+"""How long one waits for another. NCCL's ten minutes would end a learner whose first process writes a large state to a
+slow disk. Who waits for one that failed is ended by the loop."""
 JOINED = f"{__name__}:joined"
 """The factory of each process; it is given the object's own, and where to meet."""
 LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
@@ -207,7 +211,11 @@ def joined(meeting: str, factory: str, **kwargs: Any) -> Any:
         backend = "cpu:gloo,cuda:nccl"
     try:
         distributed.init_process_group(
-            backend, init_method=meeting, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+            backend,
+            init_method=meeting,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=PATIENCE,
         )
     except RuntimeError as e:
         raise WorkerError(f"the processes don't find each other at {meeting} ({e})") from e

@@ -193,9 +193,11 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str) -> None
 
 
 def test_a_folder_that_is_no_run_and_a_newer_schema(tmp_path: Path, copy: RunDir) -> None:
-    done = audit(run=tmp_path)
-    assert (done.returncode, len(complaints(done))) == (2, 1)
-    assert "not a run directory" in done.stderr
+    (tmp_path / "empty").mkdir()
+    for path, said in ((tmp_path, "this is a folder of runs"), (tmp_path / "empty", "not a run directory")):
+        done = audit(run=path)
+        assert (done.returncode, len(complaints(done))) == (2, 1)
+        assert said in done.stderr
     header = json.loads((copy.path / "run.json").read_text())
     (copy.path / "run.json").write_text(json.dumps(header | {"schema_version": 99}))
     done = audit("list", run=copy.path)
