@@ -262,21 +262,17 @@ NEWER: dict[str, Any] = {
     "anchors": {"pairs": 32, "moved": 1},
     "leanings": {"length": {"more": 3, "pairs": 5}},
 }
+BY_OTHERS: dict[str, Any] = {
+    "win_rate": 0.5, "win_interval": (0.2, 0.8), "wins": 1, "losses": 1, "undecided": 0, "abstained": 0
+}  # fmt: skip
 NEWER_OF_EVALUATION: dict[str, Any] = {
     "retention": RETENTION,
     "distinct_1_in_100": 0.8,
     "distinct_2_in_100": 0.9,
     "repeated_line_share": 0.1,
     "base_checks": {"wish": 0.2},
-    "referred": {
-        "judge": "r",
-        "win_rate": 0.5,
-        "win_interval": (0.2, 0.8),
-        "wins": 1,
-        "losses": 1,
-        "undecided": 0,
-        "abstained": 0,
-    },
+    "deciding": BY_OTHERS,
+    "referred": {"judge": "r", **BY_OTHERS},
 }
 """What is there with some settings alone."""
 
