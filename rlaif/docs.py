@@ -8,6 +8,7 @@ In: the field docstrings of the job, the records and the constitution. Out: Mark
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import itertools
@@ -158,9 +159,7 @@ def _docstrings(model: type[BaseModel]) -> dict[str, str]:
     for cls in reversed(model.__mro__):
         if not issubclass(cls, BaseModel) or cls is BaseModel:
             continue
-        module = ast.parse(inspect.getsource(inspect.getmodule(cls)))  # type: ignore[arg-type]
-        body = next(n.body for n in module.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
-        for field, text in itertools.pairwise(body):
+        for field, text in itertools.pairwise(_classes_of(cls.__module__)[cls.__name__].body):
             if (
                 isinstance(field, ast.AnnAssign)
                 and isinstance(field.target, ast.Name)
@@ -169,6 +168,13 @@ def _docstrings(model: type[BaseModel]) -> dict[str, str]:
             ):
                 out[field.target.id] = " ".join(str(text.value.value).split())
     return out
+
+
+@functools.cache
+def _classes_of(module: str) -> dict[str, ast.ClassDef]:
+    """A module's classes by name, as its source has them."""
+    source = inspect.getsource(importlib.import_module(module))
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
 
 def _first_paragraph(model: type[BaseModel]) -> str:
