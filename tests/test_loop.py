@@ -190,7 +190,7 @@ def test_machines_to_which_auto_is_another_precision_are_refused_before_a_sample
     """A sampler on a cluster may have what the learner's machine lacks, and would round what it is given."""
     monkeypatch.setattr("tests.stubs.StubSampler.computes_in", lambda self: "stub bf16")
     with pytest.raises(UserError, match="auto is fp32 where the learner is and bf16 where a sampler is"):
-        stub_loop(tmp_path, stub_job(iterations=1)).run()
+        stub_loop(tmp_path, stub_job(iterations=1, cluster={"sampler": {"replicas": 1}})).run()
     assert not any(path.read_bytes() for path in (tmp_path / "run").glob("**/completions.jsonl*"))
 
 

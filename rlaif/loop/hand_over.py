@@ -265,15 +265,17 @@ class HandOver:
         """What the learner writes policies in.
 
         Raises:
-            UserError: a sampler computes in something else, and would round them once more, to the nearest.
+            UserError: that is fp32, and a sampler on another machine computes in bf16: it would round to the nearest.
         """
         if self._held.exports_in is None:
             written = str(self._run.learner.call("exports_in"))
-            for computes_in in map(str, self._run.sampler.each("computes_in")):
-                if (read := computes_in.rpartition(" ")[2]) != written:
+            # On one machine `auto` is one precision; a learner of the user's own may write what it likes.
+            if self._run.job.cluster and self._run.job.sampling.precision == "auto" and written == "fp32":
+                read = [str(computes_in) for computes_in in self._run.sampler.each("computes_in")]
+                if any(computes_in.endswith(" bf16") for computes_in in read):
                     raise UserError(
-                        f"sampling.precision: auto is {written} where the learner is and {read} where a sampler is; "
-                        f"their machines differ, so say which: sampling.precision: {written}"
+                        "sampling.precision: auto is fp32 where the learner is and bf16 where a sampler is; their "
+                        "machines differ, so say which: sampling.precision: fp32"
                     )
             self._held.exports_in = written
         return self._held.exports_in
@@ -297,7 +299,7 @@ class HandOver:
             return
         if theirs is None:
             theirs = run.learner.call("logprobs", sequences=texts)
-        self._exports_in()
+        self._exports_in()  # refused before anything is sampled
         computes_in, exported = run.sampler.call("computes_in"), self._export_of(version).precision
         each = run.sampler.each("logprobs", sequences=texts)  # one that missed the weights would spoil its share
         gap = max((weights_gap(ours, theirs, computes_in, exported) for ours in each), key=lambda gap: gap.typical)
