@@ -214,6 +214,7 @@ def test_prompts_that_fill_more_than_one_step(bare: ProcessWorker, tiny: Path) -
     assert len(run(bare, requests)) == 96
 
 
+@pytest.mark.nightly  # where vLLM's AVX-512 build is loaded, the two wait for each other in a loop, on all cores
 def test_two_processes_that_hold_a_model_together(tiny: Path, other_tiny: Path, tmp_path: Path) -> None:
     """`tensor_parallel_size` on GPUs is this, with other kernels: new weights reach both processes, a folder that lacks
     some is refused in one line, and none is left when the worker is gone. Against a plain forward pass."""
